@@ -288,10 +288,13 @@ class GrpoConfig(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 0.1
     micro_batch_size: PositiveInt = 8
     checkpoint_every: PositiveInt = 10
+    max_staleness: Optional0 = 0
+    """Versions a sample's policy may lag behind the learner's; 0 is strictly on-policy."""
     sync: Literal["merged", "adapter"] = "merged"
     canary_tolerance: Annotated[float, Field(gt=0)] = 0.5
     """Largest mean absolute log-probability gap (nats) between learner and engine on the canary tokens."""
     rollout_actors: PositiveInt = 1
+    learners: PositiveInt = 1
     rollout_engine: EngineConfig = EngineConfig()
     rollout_resources: Resources = Resources()
     learner_resources: Resources = Resources()

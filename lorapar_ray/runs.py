@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -41,7 +40,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
         yield draft
         if draft.is_dir() and target.is_dir():
             target.rename(scratch / "replaced")
-        os.replace(draft, target)
+        draft.replace(target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"no space left on the disk of '{target}'; free some and run the same command") from error

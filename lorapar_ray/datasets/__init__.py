@@ -1,0 +1,1 @@
+"""Questions: readers, their one row format, and how they become tokens."""

@@ -1,0 +1,59 @@
+"""A question as every stage sees it, and its Parquet form.
+
+All columns are strings: `id`, `prompt`, `response` (what stage 1 imitates), `answer` (what a reward or the evaluation
+compares with), `task` and `difficulty` (the source's own words, shown as information and never trained on).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lorapar_ray.runs import atomic_path
+
+ROWS_PER_WRITE = 4096
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question with its answer."""
+
+    id: str
+    prompt: str
+    response: str
+    answer: str
+    task: str
+    difficulty: str = ""
+
+
+ROW_SCHEMA = pa.schema([(name, pa.string()) for name in Row.__dataclass_fields__])
+
+
+def write_rows(target: Path, rows: Iterable[Row]) -> int:
+    """Stream rows into a Parquet file that appears whole or not at all; returns how many there were."""
+    iterator = iter(rows)
+    count = 0
+    with atomic_path(target) as draft, pq.ParquetWriter(draft, ROW_SCHEMA) as writer:
+        while chunk := list(islice(iterator, ROWS_PER_WRITE)):
+            writer.write_table(pa.Table.from_pylist([asdict(row) for row in chunk], schema=ROW_SCHEMA))
+            count += len(chunk)
+    return count
+
+
+def read_table(folder_or_file: Path) -> list[dict[str, Any]]:
+    """All rows of a Parquet file or of every Parquet file in a folder, in file and row order."""
+    files = [folder_or_file] if folder_or_file.is_file() else sorted(folder_or_file.glob("*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+def iterate_rows(file: Path) -> Iterator[Row]:
+    """Stream the rows of a file that `write_rows` wrote."""
+    for batch in pq.ParquetFile(file).iter_batches(ROWS_PER_WRITE):
+        for row in batch.to_pylist():
+            yield Row(**row)

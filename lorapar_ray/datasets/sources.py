@@ -1,0 +1,168 @@
+"""Readers: each turns one `data.train[i]` or `data.test[i]` of the config into a stream of rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lorapar_ray.config import FileSource, NamedSource, ReasoningGymSource, Source
+from lorapar_ray.datasets.named import NAMED
+from lorapar_ray.datasets.rows import Row
+from lorapar_ray.errors import UserError
+
+
+def read_source(source: Source, where: str) -> Iterator[Row]:
+    """Stream the rows of one source.
+
+    Args:
+        source: what to read.
+        where: the config field it came from, such as `data.train[0]`, for error messages and row ids.
+
+    Raises:
+        UserError: a missing file, an empty source, a missing column, or a row without prompt or answer.
+    """
+    rows = islice(_rows(source, where), source.rows)
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"{where}: '{_describe(source)}' holds no rows; check the path, split or filter")
+    yield first
+    yield from rows
+
+
+def _rows(source: Source, where: str) -> Iterator[Row]:
+    if isinstance(source, ReasoningGymSource):
+        return _reasoning_gym(source, where)
+    if isinstance(source, NamedSource):
+        return _named(source, where)
+    return _file(source, where)
+
+
+def _describe(source: Source) -> str:
+    if isinstance(source, ReasoningGymSource):
+        return source.task
+    return source.path or source.reader if isinstance(source, NamedSource) else source.path
+
+
+def _reasoning_gym(source: ReasoningGymSource, where: str) -> Iterator[Row]:
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise UserError(
+            f"{where}: reader reasoning_gym needs its package; pip install 'lorapar-ray[quickstart]'"
+        ) from error
+    try:
+        questions = reasoning_gym.create_dataset(source.task, size=source.rows, seed=source.seed, **source.options)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"{where}: reasoning_gym refuses task '{source.task}' with its options: {error}") from error
+    for index, item in enumerate(questions):
+        metadata = item["metadata"]
+        measured = {key: metadata[key] for key in metadata.get("difficulty", {}) if key in metadata}
+        yield Row(
+            id=f"{source.task}-{source.seed}-{index}",
+            prompt=str(item["question"]),
+            response=str(item["answer"]),
+            answer=str(item["answer"]),
+            task=source.task,
+            difficulty=", ".join(f"{key} {value}" for key, value in measured.items()),
+        )
+
+
+def _file(source: FileSource, where: str) -> Iterator[Row]:
+    column = {name: source.fields.get(name, name) for name in ("id", "prompt", "context", "response", "answer")}
+    for index, record in enumerate(_records(source.path, where)):
+        answer = _text(record.get(column["answer"]))
+        response = _text(record.get(column["response"])) or answer
+        prompt = _text(record.get(column["prompt"]))
+        if not prompt:
+            raise UserError(_lacks(where, source.path, index, "prompt", column["prompt"]))
+        if not (answer or response):
+            raise UserError(_lacks(where, source.path, index, "answer", column["answer"]))
+        context = _text(record.get(column["context"]))
+        yield Row(
+            id=_text(record.get(column["id"])) or f"{Path(source.path).stem}-{index}",
+            prompt=f"{context}\n\n{prompt}" if context else prompt,
+            response=response,
+            answer=answer or response,
+            task=Path(source.path).stem,
+        )
+
+
+def _named(source: NamedSource, where: str) -> Iterator[Row]:
+    spec = NAMED[source.reader]
+    if source.path is not None:
+        records = _records(source.path, where)
+        origin = source.path
+    else:
+        records = _hub_records(spec.hub_name, spec.hub_config, source.split, where)
+        origin = spec.hub_name
+    for index, record in enumerate(records):
+        try:
+            prompt, response, answer = spec.convert(record)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{where}: '{origin}' row {index} is not in the format of {source.reader} ({error!r}); "
+                "use reader: file with a field mapping"
+            ) from error
+        if not answer.strip():
+            raise UserError(_lacks(where, origin, index, "answer", "answer"))
+        yield Row(f"{source.reader}-{source.split}-{index}", prompt, response, answer, source.reader)
+
+
+def _hub_records(name: str, config: str | None, split: str, where: str) -> Iterator[dict[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        stream = load_dataset(name, config, split=split, streaming=True)
+        yield from stream
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{where}: cannot read '{name}' split '{split}' from the hub ({type(error).__name__}); "
+            "check the network or give a local file as path"
+        ) from error
+
+
+def _records(path: str, where: str) -> Iterator[dict[str, Any]]:
+    """Rows of a JSONL (also gzipped), JSON list or Parquet file, one at a time."""
+    import gzip
+
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"{where}: no such file '{path}'; paths are relative to the working directory")
+    if file.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        for batch in pq.ParquetFile(file).iter_batches():
+            yield from batch.to_pylist()
+        return
+    if file.suffix == ".json":
+        loaded = _json(file.read_text(encoding="utf-8"), where, path, 0)
+        if not isinstance(loaded, list):
+            raise UserError(f"{where}: '{path}' is not a list of rows; give JSONL, a JSON list or Parquet")
+        yield from loaded
+        return
+    opener = gzip.open if file.suffix == ".gz" else open
+    with opener(file, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines):
+            if line.strip():
+                record = _json(line, where, path, number)
+                if not isinstance(record, dict):
+                    raise UserError(f"{where}: '{path}' line {number + 1} is not a JSON object")
+                yield record
+
+
+def _json(text: str, where: str, path: str, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: '{path}' line {line + 1} is not JSON ({error.msg})") from error
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value).strip()
+
+
+def _lacks(where: str, path: str, index: int, what: str, column: str) -> str:
+    return f"{where}: '{path}' row {index} has no {what}; fill its '{column}' or map another column with fields"

@@ -1,0 +1,85 @@
+"""Runs inside vLLM's worker process: swaps the served policy for base + s·BA between two engine steps.
+
+vLLM repacks linear weights for its kernels, so they cannot be edited in place; `reload_weights` takes them in checkpoint
+form. Each policy is computed in float32 from the base's own file, never by adding to what is loaded: a hundred updates
+later the served weights are still exactly one rounding away from base + s·BA.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lorapar_ray.adapters.merge import lora_scaling, merged_weights
+
+
+class PolicyLoader:
+    """A vLLM worker extension: its methods are mixed into the worker and called by `collective_rpc`."""
+
+    model_runner: Any
+    model_config: Any
+
+    def lorapar_load_policy(self, adapter: str | None) -> str:
+        """Serve base + adapter, or the bare base for None.
+
+        Args:
+            adapter: directory with `adapter_model.safetensors` and `adapter_config.json`.
+
+        Returns:
+            SHA-256 of the adapter file that was read, or `base`; the sender compares it with what it sent.
+        """
+        base = BaseWeights(Path(self.model_config.model))
+        touched: set[str] = getattr(self, "_lorapar_touched", set())
+        if adapter is None:
+            self._lorapar_reload((name, base[name]) for name in sorted(touched))
+            return "base"
+        blob = (Path(adapter) / "adapter_model.safetensors").read_bytes()
+        state = load_file(Path(adapter) / "adapter_model.safetensors")
+        scaling = lora_scaling(json.loads((Path(adapter) / "adapter_config.json").read_text()))
+
+        def weights() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in merged_weights(base, state, scaling=scaling):
+                touched.add(name)
+                yield name, tensor
+
+        self._lorapar_reload(weights())
+        self._lorapar_touched = touched
+        return hashlib.sha256(blob).hexdigest()
+
+    def _lorapar_reload(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        self.model_runner.reload_weights(weights_iterator=weights)
+
+
+class BaseWeights(Mapping[str, torch.Tensor]):
+    """The base model's tensors by checkpoint name, read from its memory-mapped files when asked for."""
+
+    def __init__(self, model: Path) -> None:
+        folder = model if model.is_dir() else _hub_snapshot(str(model))
+        self._files = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            opened = safe_open(file, framework="pt")
+            self._files.update(dict.fromkeys(opened.keys(), opened))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _hub_snapshot(name: str) -> Path:
+    """Where the hub client keeps a model that vLLM has already downloaded."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, local_files_only=True, allow_patterns=["*.safetensors", "*.json"]))

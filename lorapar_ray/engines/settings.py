@@ -1,0 +1,47 @@
+"""The config's engine settings in vLLM's own terms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorapar_ray.config import EngineConfig, Resources
+
+
+def engine_arguments(model_path: str, engine: EngineConfig, *, seed: int, trust_remote_code: bool) -> dict[str, Any]:
+    """Keyword arguments of `vllm.AsyncEngineArgs`.
+
+    Log-probabilities are those of the distribution that is sampled from (`processed_logprobs`), because importance
+    ratios are taken against them; the model's own `generation_config` is ignored, because a top-p or top-k hidden in it
+    would make them those of another distribution.
+    """
+    return {
+        "model": model_path,
+        "dtype": engine.dtype,
+        "max_model_len": engine.max_model_len,
+        "max_num_seqs": engine.max_num_seqs,
+        "tensor_parallel_size": engine.tensor_parallel,
+        "enforce_eager": engine.enforce_eager,
+        "seed": seed,
+        "trust_remote_code": trust_remote_code,
+        "generation_config": "vllm",
+        "logprobs_mode": "processed_logprobs",
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        **engine.extra,
+    }
+
+
+def engine_environment(engine: EngineConfig, resources: Resources) -> dict[str, str]:
+    """Environment of an engine's process.
+
+    On CPU the key-value cache is sized in GiB by the environment, and engines sharing a host must not bind themselves to
+    the same cores.
+    """
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(engine.kv_cache_gib))),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": str(max(1, round(resources.cpus))),
+        "TOKENIZERS_PARALLELISM": "false",
+    }

@@ -1,0 +1,117 @@
+"""Stage `evaluate`: greedy answers of the base, after stage 1 and after stage 2, from one engine that swaps policies."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lorapar_ray.config import Config
+from lorapar_ray.datasets.chat import Encoder, decode, load_encoder
+from lorapar_ray.datasets.rows import read_table
+from lorapar_ray.engines.actor import Policy, read_policy, start_engine
+from lorapar_ray.errors import UserError
+from lorapar_ray.evaluation.accuracy import accuracy
+from lorapar_ray.grpo.rewards import get_reward
+from lorapar_ray.models import resolve_model
+from lorapar_ray.progress import console, progress
+from lorapar_ray.runs import RunDirectory, atomic_path, write_json
+from lorapar_ray.workers import require
+
+REWARD_OF = {"numeric": "numeric_answer", "exact": "exact_answer", "option_letter": "option_letter"}
+QUESTIONS_PER_CALL = 64
+
+
+def evaluate_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
+    """Write `eval/<name>.json` and `eval/<name>.parquet` for each of `evaluate.models`; finished ones are kept.
+
+    Every model runs as its stock adapter on the original base, which is how it will be served.
+
+    Raises:
+        UserError: there are no test rows, or an adapter that is to be evaluated is missing.
+    """
+    rows = read_table(run.data / "test.parquet")
+    if not rows:
+        raise UserError("data.test: no rows to evaluate on; give at least one source")
+    policies = {name: _policy(run, name) for name in config.evaluate.models}
+    todo = [name for name in policies if not (run.eval / f"{name}.json").is_file()]
+    if todo:
+        _answer_all(config, run, rows, {name: policies[name] for name in todo})
+    return {"n": len(rows)}
+
+
+def _policy(run: RunDirectory, name: str) -> Policy | None:
+    if name == "base":
+        return None
+    folder: Path = {"sft": run.sft, "grpo": run.grpo}[name] / "adapter"
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"evaluate.models: '{name}' needs '{folder}'; run `lorapar {name}` first or leave it out")
+    return read_policy(folder, version=0)
+
+
+def _answer_all(
+    config: Config, run: RunDirectory, rows: list[dict[str, Any]], policies: dict[str, Policy | None]
+) -> None:
+    import ray
+
+    settings = config.evaluate
+    require("evaluate", 1, settings.resources)
+    model = resolve_model(config.model.path)
+    encoder = load_encoder(model, config.model.system_prompt, config.model.trust_remote_code)
+    actor = start_engine(
+        model,
+        settings.engine,
+        settings.resources,
+        seed=config.seed,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    done = {"n": 0, "name": "starting the engine"}
+    try:
+        with progress("evaluate", len(rows) * len(policies), lambda: (int(done["n"]), str(done["name"]))):
+            ray.get(actor.start.remote())
+            for name, policy in policies.items():
+                done["name"] = name
+                start = time.monotonic()
+                loaded = ray.get(actor.load_policy.remote(policy))
+                if policy is not None and loaded != policy.digest:
+                    raise RuntimeError(f"the engine loaded another adapter than '{name}': {loaded}")
+                texts = []
+                for first in range(0, len(rows), QUESTIONS_PER_CALL):
+                    part = rows[first : first + QUESTIONS_PER_CALL]
+                    texts += _greedy(ray, actor, encoder, config, part)
+                    done["n"] = int(done["n"]) + len(part)
+                _write(config, run, name, rows, texts, time.monotonic() - start)
+    finally:
+        ray.kill(actor)
+
+
+def _greedy(ray: Any, actor: Any, encoder: Encoder, config: Config, rows: list[dict[str, Any]]) -> list[str]:
+    sampling = {
+        "n": 1,
+        "temperature": 0.0,
+        "max_tokens": config.evaluate.max_new_tokens,
+        "stop": list(config.evaluate.stop),
+    }
+    prompts = [encoder.prompt_ids(row["prompt"]) for row in rows]
+    return [decode(encoder, group[0].token_ids) for group in ray.get(actor.generate.remote(prompts, sampling))]
+
+
+def _write(
+    config: Config, run: RunDirectory, name: str, rows: list[dict[str, Any]], texts: list[str], seconds: float
+) -> None:
+    judge = get_reward(REWARD_OF[config.evaluate.answer])
+    verdicts = judge(prompts=[row["prompt"] for row in rows], completions=texts, answer=[row["answer"] for row in rows])
+    right = [verdict > 0.5 for verdict in verdicts]
+    columns = [
+        {"id": row["id"], "task": row["task"], "answer": row["answer"], "completion": text, "right": ok}
+        for row, text, ok in zip(rows, texts, right, strict=True)
+    ]
+    with atomic_path(run.eval / f"{name}.parquet") as draft:
+        pq.write_table(pa.Table.from_pylist(columns), draft)
+    result = {"name": name, **accuracy(right, [row["task"] for row in rows]), "seconds": round(seconds, 2)}
+    write_json(run.eval / f"{name}.json", result)
+    low, high = result["interval"]
+    console.print(f"  {name}: {result['accuracy']:.1%} [{low:.1%}, {high:.1%}] of {result['n']}")

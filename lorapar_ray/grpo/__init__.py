@@ -1,0 +1,1 @@
+"""Stage 2: masked GRPO, rollout actors feeding learner workers."""

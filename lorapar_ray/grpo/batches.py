@@ -1,0 +1,171 @@
+"""What passes between engines, rewards and learners in one GRPO step, and the pure steps between them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import fmean, pstdev
+from typing import Any
+
+from lorapar_ray.config import GrpoConfig
+from lorapar_ray.engines.actor import Completion
+
+EXAMPLES_PER_STEP = 2
+
+
+@dataclass
+class Group:
+    """One prompt, its completions, and (once scored) their rewards."""
+
+    row: dict[str, Any]
+    completions: list[Completion]
+    texts: list[str]
+    rewards: list[float] = field(default_factory=list)
+    parts: dict[str, list[float | None]] = field(default_factory=dict)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the rewards: 0 means the group has no advantage to learn from."""
+        return pstdev(self.rewards)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion with everything a learner needs."""
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[float]
+    advantage: float
+    finished: bool
+    version: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one optimiser step (or one learner's share), and what happened while they were made."""
+
+    samples: list[Sample]
+    tokens: int
+    """Completion tokens of the whole step, over all learners: the loss's normaliser."""
+    count: int
+    """Samples of the whole step, over all learners."""
+    metrics: dict[str, float]
+    examples: list[dict[str, Any]]
+    prompts: list[int]
+    """Every prompt index the step drew, dropped groups included."""
+
+
+@dataclass(frozen=True)
+class Canary:
+    """Tokens whose log-probabilities the learner and every engine must agree on."""
+
+    token_ids: list[int]
+    start: int
+    logprobs: list[float]
+    """The learner's, of `token_ids[start:]`."""
+
+
+def canary_gap(canaries: Sequence[Canary], scored: Sequence[Sequence[float]]) -> float:
+    """Mean absolute difference, in nats, between the learner's and an engine's log-probabilities of the canaries."""
+    gaps = [
+        abs(ours - theirs)
+        for canary, engine in zip(canaries, scored, strict=True)
+        for ours, theirs in zip(canary.logprobs, engine, strict=True)
+    ]
+    return fmean(gaps) if gaps else 0.0
+
+
+def score_groups(rewards: Any, groups: Sequence[Group]) -> int:
+    """Fill in the groups' rewards from a `RewardPool`; returns how many samples a reward failed on."""
+    flat = [(group, text) for group in groups for text in group.texts]
+    columns = {key: [group.row[key] for group, _ in flat] for key in ("answer", "response")}
+    result = rewards.score([group.row["prompt"] for group, _ in flat], [text for _, text in flat], columns)
+    start = 0
+    for group in groups:
+        stop = start + len(group.texts)
+        group.rewards = result.total[start:stop]
+        group.parts = {name: values[start:stop] for name, values in result.parts.items()}
+        start = stop
+    return sum(result.failures.values())
+
+
+def make_batch(
+    groups: Sequence[Group],
+    dropped: Sequence[Group],
+    failures: int,
+    settings: GrpoConfig,
+    prompts: list[int],
+    seconds: dict[str, float],
+) -> Batch:
+    """Advantages per group, metrics over every sampled group, and a few completions to read.
+
+    Metrics count the dropped groups too: a reward averaged over groups that happen to differ says nothing about the
+    policy.
+    """
+    import torch
+
+    from lorapar_ray.grpo.advantages import group_advantages
+
+    samples: list[Sample] = []
+    if groups:
+        rewards = torch.tensor([reward for group in groups for reward in group.rewards])
+        advantages = group_advantages(rewards, settings.group_size, settings.advantage_scale).tolist()
+        flat = [(group, completion) for group in groups for completion in group.completions]
+        samples = [
+            Sample(group.row["prompt_ids"], done.token_ids, done.logprobs, advantage, done.finished, done.version)
+            for (group, done), advantage in zip(flat, advantages, strict=True)
+            if done.finished or not settings.mask_truncated
+        ]
+    everything = [*groups, *dropped]
+    lengths = [len(done.token_ids) for group in everything for done in group.completions]
+    finished = [done.finished for group in everything for done in group.completions]
+    metrics = {
+        "reward": fmean(reward for group in everything for reward in group.rewards),
+        "reward_std": fmean(group.spread for group in everything),
+        "completion_length": fmean(lengths),
+        "truncated_share": 1 - fmean(finished),
+        "zero_variance_share": len(dropped) / len(everything),
+        "reward_failures": float(failures),
+        "groups": float(len(everything)),
+        **{f"seconds/{phase}": spent for phase, spent in seconds.items()},
+    }
+    for name in everything[0].parts:
+        values = [value for group in everything for value in group.parts[name] if value is not None]
+        metrics[f"reward/{name}"] = fmean(values) if values else 0.0
+    return Batch(
+        samples=samples,
+        tokens=sum(len(sample.token_ids) for sample in samples),
+        count=len(samples),
+        metrics=metrics,
+        examples=[_example(group) for group in everything[:EXAMPLES_PER_STEP]],
+        prompts=list(prompts),
+    )
+
+
+def _example(group: Group) -> dict[str, Any]:
+    best = max(range(len(group.rewards)), key=group.rewards.__getitem__)
+    return {
+        "prompt": group.row["prompt"],
+        "completion": group.texts[best],
+        "answer": group.row["answer"],
+        "reward": group.rewards[best],
+    }
+
+
+class Clock:
+    """Seconds spent in each phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the block's wall-clock time to `name`."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start

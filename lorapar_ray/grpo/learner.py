@@ -1,0 +1,311 @@
+"""What one Ray Train worker does in stage 2: pull its share, take the masked policy-gradient step, publish the policy.
+
+The adapter is small, so gradients are summed over learners with one all-reduce of its active part's parameters instead
+of wrapping the model; every rank then takes the same step and holds the same policy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save
+from torch import Tensor
+
+from lorapar_ray.config import GrpoConfig, ModelConfig
+from lorapar_ray.engines.actor import Policy
+from lorapar_ray.grpo.batches import Batch, Canary, Clock, Sample
+from lorapar_ray.grpo.logprobs import token_logprobs
+from lorapar_ray.grpo.loss import policy_loss
+from lorapar_ray.optim.schedule import learning_rate_factor
+
+
+@dataclass(frozen=True)
+class GrpoJob:
+    """One GRPO job, JSON-like so that it travels to the learners."""
+
+    model: dict[str, Any]
+    settings: dict[str, Any]
+    base: str
+    adapter_in: str
+    adapter_out: str
+    regions: str | None
+    """`regions.safetensors`, or None to train every element."""
+    canaries: list[list[Any]]
+    """[token ids, start] of each."""
+    checkpoints: str
+    metrics: str
+    samples: str
+    steps: int
+    coordinator: str
+    """Name of the coordinator actor."""
+    seed: int
+
+    def payload(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def learn_worker(payload: dict[str, Any]) -> None:
+    """Run the learner loop on this rank; rank 0 writes metrics, checkpoints and the adapter (a Ray Train function)."""
+    import ray
+    import ray.train
+
+    job = GrpoJob(**payload)
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    coordinator = ray.get_actor(job.coordinator)
+    learner = Learner(job)
+    step, stream = learner.restore()
+    if rank == 0:
+        ray.get(coordinator.resume.remote(step, stream))
+        _keep_lines_until(Path(job.metrics), step)
+        _keep_lines_until(Path(job.samples), step)
+        published = ray.get(coordinator.publish.remote(learner.policy(step), learner.canaries()))
+    while step < job.steps:
+        start = time.monotonic()
+        if world > 1:
+            dist.barrier()  # nobody asks for a batch that rank 0 has not made possible yet
+        batch: Batch = ray.get(coordinator.batch.remote(step, rank, world))
+        waited = time.monotonic() - start
+        clock = Clock()
+        with clock.phase("learn"):
+            metrics = learner.step(batch, step, world)
+        step += 1
+        if rank == 0:
+            published = ray.get(coordinator.publish.remote(learner.policy(step), learner.canaries()))
+            line = {"step": step, "policy_version": step, **batch.metrics, **metrics, **published}
+            line |= {"seconds/learn": clock.seconds["learn"], "seconds/wait": waited}
+            line["seconds"] = time.monotonic() - start
+            _append(Path(job.metrics), [line])
+            _append(Path(job.samples), [{"step": step, **example} for example in batch.examples])
+            if step % learner.settings.checkpoint_every == 0 and step < job.steps:
+                learner.save(step, ray.get(coordinator.checkpoint.remote(step - 1)))
+    if rank == 0:
+        learner.finish()
+
+
+class Learner:
+    """The policy being trained on one rank."""
+
+    def __init__(self, job: GrpoJob) -> None:
+        from lorapar_ray.adapters import adapter_parameters, load_adapter
+        from lorapar_ray.datasets.chat import load_encoder
+        from lorapar_ray.optim import MaskedAdamW, masked_param_groups
+        from lorapar_ray.partition import load_regions, stage_mask
+        from lorapar_ray.student import load_base
+
+        self.job = job
+        self.settings = GrpoConfig.model_validate(job.settings)
+        model = ModelConfig.model_validate(job.model)
+        torch.manual_seed(job.seed)
+        self.model = load_adapter(load_base(model, job.base), Path(job.adapter_in), trainable=True)
+        self.model.eval()  # no dropout: the learner's policy is the one that was sampled from
+        self.pad_id = load_encoder(job.base, None, model.trust_remote_code).tokenizer.pad_token_id
+        self.parameters = adapter_parameters(self.model)
+        self.reference = {key: parameter.detach().clone() for key, parameter in self.parameters.items()}
+        masks = (
+            {key: torch.ones_like(parameter, dtype=torch.bool) for key, parameter in self.parameters.items()}
+            if job.regions is None
+            else stage_mask(load_regions(Path(job.regions)), stage=2)
+        )
+        settings = self.settings
+        self.optimizer = MaskedAdamW(
+            masked_param_groups(self.parameters, masks, lr=settings.learning_rate, weight_decay=settings.weight_decay),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+        )
+
+    def step(self, batch: Batch, step: int, world: int) -> dict[str, float]:
+        """One optimiser step on this rank's share of `batch`; returns its metrics. An empty batch changes nothing."""
+        settings = self.settings
+        rate = settings.learning_rate * learning_rate_factor(
+            step, self.job.steps, warmup_ratio=settings.warmup_ratio, kind=settings.schedule
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if batch.count == 0:
+            return {"learning_rate": rate, "loss": 0.0, "grad_norm": 0.0}
+        self.optimizer.zero_grad(set_to_none=False)
+        totals: dict[str, float] = {}
+        for start in range(0, len(batch.samples), settings.micro_batch_size):
+            micro = batch.samples[start : start + settings.micro_batch_size]
+            loss, metrics = self._loss(micro, batch)
+            loss.backward()
+            totals["loss"] = totals.get("loss", 0.0) + float(loss.detach())
+            for key, value in metrics.items():
+                combine = {"max": max, "min": min}.get(key.rsplit("_", 1)[-1])
+                if combine is not None:
+                    totals[key] = combine(totals.get(key, value), value)
+                else:
+                    totals[key] = totals.get(key, 0.0) + value * len(micro) / len(batch.samples)
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if world > 1:
+            _sum_over_ranks([parameter.grad for parameter in self.parameters.values() if parameter.grad is not None])
+        grad_norm = self.optimizer.clip_grad_norm_(settings.max_grad_norm)
+        self.optimizer.step()
+        return {**totals, "learning_rate": rate, "grad_norm": float(grad_norm)}
+
+    def _loss(self, samples: list[Sample], batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        settings = self.settings
+        rows = pad_samples(samples, self.pad_id, next(iter(self.parameters.values())).device)
+        logprobs_BT, entropy_BT = self._logprobs(rows)
+        reference_BT = None
+        if settings.kl_beta > 0:
+            reference_BT = self._reference_logprobs(rows)
+        output = policy_loss(
+            logprobs_BT,
+            logprobs_BT.detach(),
+            rows.advantages_B,
+            rows.mask_BT,
+            loss_type=settings.loss,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            max_completion_length=settings.max_completion_length,
+            num_tokens_global=batch.tokens,
+            ref_logprobs_BT=reference_BT,
+            kl_beta=settings.kl_beta,
+            sampling_logprobs_BT=rows.sampling_logprobs_BT,
+            tis_cap=settings.importance_cap,
+            entropy_BT=entropy_BT,
+        )
+        # dapo is normalised by the step's tokens already; the others are means over the sequences they are given
+        share = 1.0 if settings.loss == "dapo" else len(samples) / batch.count
+        return output.loss * share, output.metrics
+
+    def _logprobs(self, rows: PaddedRows) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropy of the completion tokens, float32, [B, T]."""
+        keep = rows.token_ids_BT.shape[1] + 1
+        logits = self.model(
+            input_ids=rows.input_ids, attention_mask=rows.attention_mask, logits_to_keep=keep, use_cache=False
+        ).logits[:, :-1]
+        return token_logprobs(logits, rows.token_ids_BT, temperature=self.settings.temperature, return_entropy=True)
+
+    @torch.no_grad()
+    def _reference_logprobs(self, rows: PaddedRows) -> Tensor:
+        """Log-probabilities under the stage 1 adapter, by swapping its values in and out of the same model."""
+        current = {key: parameter.detach().clone() for key, parameter in self.parameters.items()}
+        try:
+            self._assign(self.reference)
+            return self._logprobs(rows)[0]
+        finally:
+            self._assign(current)
+
+    def _assign(self, state: dict[str, Tensor]) -> None:
+        for key, parameter in self.parameters.items():
+            parameter.data.copy_(state[key])
+
+    @torch.no_grad()
+    def canaries(self) -> list[Canary]:
+        """The canary tokens with this policy's log-probabilities at temperature 1, as engines score prompts."""
+        result = []
+        for token_ids, start in self.job.canaries:
+            ids = torch.tensor([token_ids], device=next(iter(self.parameters.values())).device)
+            logits = self.model(input_ids=ids, use_cache=False).logits[:, start - 1 : -1]
+            logprobs, _ = token_logprobs(logits, ids[:, start:], temperature=1.0, return_entropy=True)
+            result.append(Canary(token_ids, start, logprobs[0].tolist()))
+        return result
+
+    def policy(self, version: int) -> Policy:
+        """The current adapter, ready to be sent."""
+        tensors = save({key: parameter.detach().cpu().contiguous() for key, parameter in self.parameters.items()})
+        config = (Path(self.job.adapter_in) / "adapter_config.json").read_text()
+        return Policy(version, tensors, config, hashlib.sha256(tensors).hexdigest())
+
+    def save(self, step: int, stream: dict[str, Any]) -> None:
+        """Checkpoint after `step` steps: adapter, optimiser, RNG, and where the prompts stand."""
+        from lorapar_ray.tensortree import save_tree
+
+        tree = {
+            "step": step,
+            "stream": stream,
+            "parameters": {key: parameter.detach() for key, parameter in self.parameters.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        save_tree(Path(self.job.checkpoints) / f"step-{step:07d}.safetensors", tree)
+        for old in sorted(Path(self.job.checkpoints).glob("step-*.safetensors"))[:-2]:
+            old.unlink()
+
+    def restore(self) -> tuple[int, dict[str, Any] | None]:
+        """Load the newest checkpoint; returns (steps done, prompt stream state)."""
+        from lorapar_ray.tensortree import load_tree
+
+        found = sorted(Path(self.job.checkpoints).glob("step-*.safetensors"))
+        if not found:
+            return 0, None
+        tree = load_tree(found[-1])
+        self._assign(tree["parameters"])
+        self.optimizer.load_state_dict(tree["optimizer"])
+        torch.set_rng_state(tree["rng"])
+        return tree["step"], tree["stream"]
+
+    def finish(self) -> None:
+        """Write the trained adapter."""
+        from lorapar_ray.adapters import save_adapter
+
+        save_adapter(self.model, Path(self.job.adapter_out))
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """Samples as tensors: prompts padded on the left, completions on the right, so completions share columns."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    token_ids_BT: Tensor
+    mask_BT: Tensor
+    sampling_logprobs_BT: Tensor
+    advantages_B: Tensor
+
+
+def pad_samples(samples: list[Sample], pad_id: int, device: torch.device) -> PaddedRows:
+    """Pad samples to one [B, P + T] block; T is the longest completion."""
+    prompt = max(len(sample.prompt_ids) for sample in samples)
+    length = max(len(sample.token_ids) for sample in samples)
+    ids, attention, mask, logprobs = [], [], [], []
+    for sample in samples:
+        before, after = prompt - len(sample.prompt_ids), length - len(sample.token_ids)
+        ids.append([pad_id] * before + sample.prompt_ids + sample.token_ids + [pad_id] * after)
+        attention.append([0] * before + [1] * (len(sample.prompt_ids) + len(sample.token_ids)) + [0] * after)
+        mask.append([1] * len(sample.token_ids) + [0] * after)
+        logprobs.append([*sample.logprobs, *([0.0] * after)])
+    input_ids = torch.tensor(ids, device=device)
+    return PaddedRows(
+        input_ids=input_ids,
+        attention_mask=torch.tensor(attention, device=device),
+        token_ids_BT=input_ids[:, prompt:],
+        mask_BT=torch.tensor(mask, device=device, dtype=torch.float32),
+        sampling_logprobs_BT=torch.tensor(logprobs, device=device),
+        advantages_B=torch.tensor([sample.advantage for sample in samples], device=device),
+    )
+
+
+def _sum_over_ranks(gradients: list[Tensor]) -> None:
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    start = 0
+    for gradient in gradients:
+        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+        start += gradient.numel()
+
+
+def _append(path: Path, lines: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _keep_lines_until(path: Path, step: int) -> None:
+    """Drop the lines of steps that a restart from a checkpoint will do again."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in lines))

@@ -1,0 +1,110 @@
+"""Stage 2 on Ray: rollout engines and rewards behind one coordinator, learners on Ray Train."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lorapar_ray.config import Config
+from lorapar_ray.datasets.chat import Encoder, load_encoder
+from lorapar_ray.datasets.labelled import labelled_rows
+from lorapar_ray.errors import UserError
+from lorapar_ray.grpo.coordinator import Coordinator
+from lorapar_ray.grpo.learner import GrpoJob, learn_worker
+from lorapar_ray.progress import progress
+from lorapar_ray.runs import RunDirectory
+from lorapar_ray.sft.stage import export_plain
+from lorapar_ray.student import RESIDUAL_INITS, base_path, trained_adapter
+from lorapar_ray.workers import require, run_workers
+
+CANARIES = 4
+
+
+def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
+    """GRPO of the stage 2 elements on the rows of `grpo.systems`; writes `grpo/adapter`.
+
+    Raises:
+        UserError: no labelled row belongs to those Systems, a prompt is too long, or the cluster is too small.
+    """
+    import ray
+
+    settings = config.grpo
+    base = base_path(config.model, run)
+    encoder = load_encoder(base, config.model.system_prompt, config.model.trust_remote_code)
+    rows = _prompts(encoder, labelled_rows(run, settings.systems, "grpo.systems"), settings.max_prompt_length)
+    start_from = trained_adapter(run, "sft")
+    residual = config.adapter.init in RESIDUAL_INITS
+    out = run.grpo / ("trained" if residual else "adapter")
+    steps = settings.steps or max(1, len(rows) // settings.prompts_per_step)
+    name = f"lorapar-coordinator-{os.getpid()}"
+    job = GrpoJob(
+        model=config.model.model_dump(mode="json"),
+        settings=settings.model_dump(mode="json"),
+        base=base,
+        adapter_in=str(start_from.resolve()),
+        adapter_out=str(out.resolve()),
+        regions=str((run.partition / "regions.safetensors").resolve()) if settings.masked else None,
+        canaries=[_canary(encoder, row) for row in rows[:CANARIES]],
+        checkpoints=str((run.work / "grpo").resolve()),
+        metrics=str((run.metrics / "grpo.jsonl").resolve()),
+        samples=str((run.metrics / "samples.jsonl").resolve()),
+        steps=steps,
+        coordinator=name,
+        seed=config.seed,
+    )
+    require("grpo", settings.rollout_actors, settings.rollout_resources)
+    plan = {
+        "settings": job.settings,
+        "rows": rows,
+        "steps": steps,
+        "seed": config.seed,
+        "model": base,
+        "trust_remote_code": config.model.trust_remote_code,
+        "lora_rank": config.adapter.rank,
+    }
+    coordinator = ray.remote(Coordinator).options(name=name, num_cpus=0, max_concurrency=1000).remote(plan)
+    try:
+        with progress("grpo", steps, lambda: _poll(Path(job.metrics))):
+            ray.get(coordinator.start.remote())
+            run_workers(
+                learn_worker,
+                job.payload(),
+                name="grpo",
+                workers=settings.learners,
+                resources=settings.learner_resources,
+                storage=run.work / "ray",
+            )
+    finally:
+        ray.get(coordinator.stop.remote())
+        ray.kill(coordinator)
+    if residual:
+        export_plain(run.adapter, out, run.grpo / "adapter", config.model.path)
+    shutil.rmtree(job.checkpoints, ignore_errors=True)
+    return {"prompts": len(rows), "steps": steps}
+
+
+def _prompts(encoder: Encoder, rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    keep = ("id", "prompt", "response", "answer")
+    prompts = [{key: row[key] for key in keep} | {"prompt_ids": encoder.prompt_ids(row["prompt"])} for row in rows]
+    too_long = [row for row in prompts if len(row["prompt_ids"]) > limit]
+    if too_long:
+        raise UserError(
+            f"grpo: {len(too_long)} prompts exceed grpo.max_prompt_length {limit}, first '{too_long[0]['id']}' with "
+            f"{len(too_long[0]['prompt_ids'])} tokens; raise the limit or leave these rows out"
+        )
+    return prompts
+
+
+def _canary(encoder: Encoder, row: dict[str, Any]) -> list[Any]:
+    return [row["prompt_ids"] + encoder.response_ids(row["response"])[:32], len(row["prompt_ids"])]
+
+
+def _poll(metrics: Path) -> tuple[int, str]:
+    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    if not lines:
+        return 0, "starting engines and learners"
+    last = json.loads(lines[-1])
+    return last["step"], f"reward {last['reward']:.3f} length {last['completion_length']:.0f}"

@@ -1,0 +1,77 @@
+"""Progress of work that happens in other processes: the driver polls a cheap count and draws a bar.
+
+On a terminal this is a live bar; in a log (a submitted job, CI) it is one line now and then. Stages report by what they
+leave on disk anyway (finished units, metrics lines), so a resumed run starts its bar where the work stands.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(highlight=False, soft_wrap=True)
+LOG_EVERY_S = 10.0
+
+
+@contextmanager
+def progress(what: str, total: int, poll: Callable[[], tuple[int, str]]) -> Iterator[None]:
+    """Show `what` while the block runs.
+
+    Args:
+        what: name of the work, e.g. `score system 1`.
+        total: count at which it is done.
+        poll: cheap and safe to call from another thread; gives the count so far and a short remark (a loss, a rate).
+    """
+    stop = threading.Event()
+    draw = _bar if console.is_terminal else _lines
+    painter = threading.Thread(target=draw, args=(what, total, poll, stop), daemon=True)
+    painter.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        painter.join()
+
+
+def _bar(what: str, total: int, poll: Callable[[], tuple[int, str]], stop: threading.Event) -> None:
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[remark]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(what, total=total, remark="")
+        while not stop.wait(0.5):
+            done, remark = poll()
+            bar.update(task, completed=done, remark=remark)
+        done, remark = poll()
+        bar.update(task, completed=done, remark=remark)
+
+
+def _lines(what: str, total: int, poll: Callable[[], tuple[int, str]], stop: threading.Event) -> None:
+    start = time.monotonic()
+    first, _ = poll()
+    shown = None
+    while True:
+        finished = stop.wait(LOG_EVERY_S)
+        done, remark = poll()
+        if finished or done != shown:
+            console.print(f"  {what} {done}/{total}{_eta(done - first, total - done, start)} {remark}".rstrip())
+            shown = done
+        if finished:
+            return
+
+
+def _eta(fresh: int, left: int, start: float) -> str:
+    if fresh <= 0 or left <= 0:
+        return ""
+    seconds = (time.monotonic() - start) / fresh * left
+    return f" · {int(seconds // 60)}:{int(seconds % 60):02d} left"

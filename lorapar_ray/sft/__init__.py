@@ -1,0 +1,1 @@
+"""Stage 1: masked supervised fine-tuning (and the warm-up that precedes scoring)."""

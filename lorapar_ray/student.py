@@ -1,0 +1,66 @@
+"""The student: the base model, and which adapter belongs to which stage of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lorapar_ray.config import ModelConfig
+from lorapar_ray.models import resolve_model
+from lorapar_ray.runs import RunDirectory
+
+RESIDUAL_INITS = ("pissa", "pissa_fast", "olora")
+"""Inits that move part of the base weights into the adapter: they train against a residual base."""
+
+
+def base_path(model: ModelConfig, run: RunDirectory) -> str:
+    """The base that the run's adapters are relative to: the residual base of a PiSSA or OLoRA run, else the model."""
+    residual = run.adapter / "base"
+    return str(residual.resolve()) if residual.is_dir() else resolve_model(model.path)
+
+
+def load_base(model: ModelConfig, path: str) -> Any:
+    """The frozen base model in the config's dtype, on this process's device.
+
+    Args:
+        model: dtype, attention and trust settings.
+        path: as `base_path` or `resolve_model` gives it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=getattr(torch, model.dtype),
+        attn_implementation=model.attention,
+        trust_remote_code=model.trust_remote_code,
+        use_safetensors=True,
+    )
+    return base.to(device())
+
+
+def device() -> Any:
+    """The device Ray gave this worker: its GPU, or the CPU."""
+    import ray.train
+    import torch
+    from ray.train.torch import get_device
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    try:
+        ray.train.get_context().get_world_rank()
+    except RuntimeError:  # not inside a training worker
+        return torch.device("cuda")
+    return get_device()
+
+
+def trained_adapter(run: RunDirectory, stage: str) -> Path:
+    """The adapter that `stage` left for the next one, relative to `base_path`.
+
+    For a residual base this is `<stage>/trained`, since `<stage>/adapter` is exported for the original base.
+    """
+    folder = {"score": run.adapter, "sft": run.sft, "grpo": run.grpo}[stage]
+    if stage == "score":
+        return folder
+    trained = folder / "trained"
+    return trained if trained.is_dir() else folder / "adapter"

@@ -1,0 +1,52 @@
+"""Nested dicts and lists of tensors and plain values in one safetensors file: training state without pickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lorapar_ray.runs import atomic_path
+
+_TENSOR = "__tensor__"
+
+
+def save_tree(path: Path, tree: Any) -> None:
+    """Write `tree` atomically. Dicts may have str or int keys; leaves are tensors or JSON values."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def strip(node: Any) -> Any:
+        if isinstance(node, torch.Tensor):
+            name = f"t{len(tensors)}"
+            tensors[name] = node.detach().cpu().contiguous().clone()
+            return {_TENSOR: name}
+        if isinstance(node, dict):
+            return {"__items__": [[key, strip(value)] for key, value in node.items()]}
+        if isinstance(node, list | tuple):
+            return [strip(value) for value in node]
+        return node
+
+    skeleton = json.dumps(strip(tree))
+    with atomic_path(path) as draft:
+        save_file(tensors, draft, metadata={"tree": skeleton})
+
+
+def load_tree(path: Path) -> Any:
+    """What `save_tree` wrote; tuples come back as lists."""
+    with safe_open(path, framework="pt") as file:
+        skeleton = json.loads(file.metadata()["tree"])
+
+        def fill(node: Any) -> Any:
+            if isinstance(node, list):
+                return [fill(value) for value in node]
+            if isinstance(node, dict):
+                if _TENSOR in node:
+                    return file.get_tensor(node[_TENSOR])
+                return {key: fill(value) for key, value in node["__items__"]}
+            return node
+
+        return fill(skeleton)

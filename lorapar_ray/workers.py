@@ -1,0 +1,95 @@
+"""Start a function on the workers of a Ray Train group: what scoring, stage 1 and stage 2 share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lorapar_ray.config import Resources
+from lorapar_ray.errors import UserError
+
+RESTARTS = 2
+"""How often a worker group is restarted after losing a worker before the stage gives up (it can still be resumed)."""
+
+
+def run_workers(
+    function: Callable[[dict[str, Any]], None],
+    argument: dict[str, Any],
+    *,
+    name: str,
+    workers: int,
+    resources: Resources,
+    storage: Path,
+) -> None:
+    """Run `function(argument)` on every worker of a Ray Train group and wait.
+
+    Args:
+        function: importable by name on the workers.
+        argument: JSON-like; the same on every worker.
+        storage: directory every node can write to, for Ray Train's own bookkeeping.
+
+    Raises:
+        UserError: as the worker raised it, or the cluster cannot hold the group.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    require(name, workers, resources)
+    bundle: dict[str, float] = {"CPU": resources.cpus}
+    if resources.gpus:
+        bundle["GPU"] = resources.gpus
+    trainer = TorchTrainer(
+        function,
+        train_loop_config=argument,
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=resources.gpus > 0, resources_per_worker=bundle, trainer_resources={"CPU": 0}
+        ),
+        run_config=RunConfig(
+            name=f"{name}-{os.getpid()}",
+            storage_path=str(storage.resolve()),
+            failure_config=FailureConfig(max_failures=RESTARTS),
+            worker_runtime_env={"env_vars": worker_environment(resources)},
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise _user_error(error) or error from error
+
+
+def worker_environment(resources: Resources) -> dict[str, str]:
+    """Environment of a process that computes with torch: as many threads as it asked for cores, and no hub look-ups."""
+    threads = str(max(1, round(resources.cpus)))
+    return {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+
+
+def require(name: str, workers: int, resources: Resources) -> None:
+    """Fail at once, instead of waiting for ever, when the cluster can never hold what `name` asks for.
+
+    Raises:
+        UserError: names the resource, what is wanted and what the cluster has.
+    """
+    import ray
+
+    total = ray.cluster_resources()
+    wanted = {"CPU": workers * resources.cpus, "GPU": workers * resources.gpus}
+    for kind, amount in wanted.items():
+        if amount > total.get(kind, 0.0) + 1e-9:
+            raise UserError(
+                f"{name}: asks for {amount:g} {kind} ({workers} × {amount / workers:g}) but the cluster has "
+                f"{total.get(kind, 0.0):g}; lower {name}.workers or its resources, or add nodes"
+            )
+
+
+def _user_error(error: Any) -> UserError | None:
+    causes = [error, getattr(error, "__cause__", None), *getattr(error, "worker_failures", {}).values()]
+    for cause in causes:
+        seen = cause
+        while seen is not None:
+            if isinstance(seen, UserError):
+                return seen
+            seen = getattr(seen, "cause", None) or seen.__cause__
+    return None
