@@ -14,10 +14,10 @@ from lorapar_ray.partition.select import WHOLE_ADAPTER, find_thresholds, mask_bl
 
 THETAS = tuple(tenths / 10 for tenths in range(1, 11))
 
-QKV = ("q", "k", "v")
-GUD = ("gate", "up", "down")
+QKV = ("q", "k", "v", "qkv")
+GUD = ("gate", "up", "gate_up", "down")
 SUBSETS = {"qkvgud": QKV + GUD, "qkv": QKV, "gud": GUD}
-"""The sets of modules that the paper's θ table compares."""
+"""The sets of modules that the paper's θ table compares; a fused projection stands for its parts."""
 
 
 def theta_curves(

@@ -138,6 +138,16 @@ def test_theta_curves_rank_each_subset_on_its_own() -> None:
     assert "gud" not in theta_curves(attention, attention, [0.5])
 
 
+def test_fused_projections_count_as_what_they_fuse() -> None:
+    fused = {f"model.layers.0.{name}_proj.lora_B.weight": torch.rand(6, 2) for name in ("qkv", "gate_up", "down")}
+    curves = theta_curves(fused, fused, [0.9])
+    assert {name: curves[name]["modules"] for name in ("qkvgud", "qkv", "gud")} == {
+        "qkvgud": ["qkv", "gate_up", "down"],
+        "qkv": ["qkv"],
+        "gud": ["gate_up", "down"],
+    }
+
+
 def test_average_ranks_share_ties() -> None:
     assert average_ranks(torch.tensor([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1.0, 3.5, 2.0]
 
