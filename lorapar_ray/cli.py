@@ -93,8 +93,8 @@ def describe_partition(run: RunDirectory) -> str:
     import json
 
     summary = json.loads((run.partition / "summary.json").read_text())
-    shares = ", ".join(f"{name} {share['share']:.2%}" for name, share in summary["regions"].items())
-    return f"  θ {summary['theta']:g}: {shares}; Jaccard {summary['jaccard']:.3f}"
+    shares = ", ".join(f"{name} {share:.2%}" for name, share in summary["total"]["shares"].items())
+    return f"  θ {summary['theta']:g}: {shares}; Jaccard {summary['overlap']['jaccard']:.3f}"
 
 
 @app.command("run", help="Every stage in order; finished ones are skipped.")

@@ -112,7 +112,7 @@ class Learner:
         masks = (
             {key: torch.ones_like(parameter, dtype=torch.bool) for key, parameter in self.parameters.items()}
             if job.regions is None
-            else stage_mask(load_regions(Path(job.regions)), stage=2)
+            else stage_mask(load_regions(Path(job.regions))[0], stage=2)
         )
         settings = self.settings
         self.optimizer = MaskedAdamW(

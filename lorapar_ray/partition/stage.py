@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from safetensors.torch import load_file
 
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
-from lorapar_ray.partition.select import keep_top, random_mask
+from lorapar_ray.partition.select import keep_top, random_mask, whole_adapter
 from lorapar_ray.runs import RunDirectory, write_json
 
-GROUPS = {"global": None, "module_type": module_type, "layer": lambda key: str(layer_index(key))}
+GROUPS: dict[str, Callable[[str], str]] = {
+    "global": whole_adapter,
+    "module_type": module_type,
+    "layer": lambda key: str(layer_index(key)),
+}
 
 
 def partition_stage(config: Config, run: RunDirectory) -> dict[str, Any]:

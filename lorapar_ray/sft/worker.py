@@ -78,7 +78,7 @@ def train_worker(payload: dict[str, Any]) -> None:
     masks = (
         {key: torch.ones_like(parameter, dtype=torch.bool) for key, parameter in parameters.items()}
         if job.regions is None
-        else stage_mask(load_regions(Path(job.regions)), stage=1)
+        else stage_mask(load_regions(Path(job.regions))[0], stage=1)
     )
     optimizer = MaskedAdamW(
         masked_param_groups(

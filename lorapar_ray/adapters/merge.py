@@ -1,0 +1,40 @@
+"""base + s·BA, computed in float32 from the base's own weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PREFIX = "base_model.model."
+
+
+def lora_scaling(settings: Mapping[str, Any]) -> float:
+    """s = alpha / r, or alpha / √r for rank-stabilised LoRA; `settings` as in `adapter_config.json`."""
+    rank, alpha = float(settings["r"]), float(settings["lora_alpha"])
+    return alpha / rank**0.5 if settings.get("use_rslora") else alpha / rank
+
+
+def base_name(key: str) -> str:
+    """Checkpoint name of the base weight that an adapter key adapts."""
+    return key.removeprefix(PREFIX).replace(".lora_A.", ".").replace(".lora_B.", ".")
+
+
+@torch.no_grad()
+def merged_weights(
+    base_weights: Mapping[str, Tensor], adapter_state: Mapping[str, Tensor], *, scaling: float
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, W + s·BA) for every adapted weight, in the base's dtype.
+
+    Args:
+        base_weights: base tensors [out, in] by checkpoint name; only the adapted ones are read.
+        adapter_state: A [r, in] and B [out, r] by adapter key.
+    """
+    for key in sorted(adapter_state):
+        if ".lora_A." not in key:
+            continue
+        base = base_weights[base_name(key)]
+        down, up = adapter_state[key].float(), adapter_state[key.replace(".lora_A.", ".lora_B.")].float()
+        yield base_name(key), (base.float() + scaling * (up @ down)).to(base.dtype)
