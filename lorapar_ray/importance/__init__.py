@@ -1,0 +1,8 @@
+"""Importance of every single LoRA parameter, from exact per-example gradients."""
+
+from lorapar_ray.importance.batching import TokenizedExample, collate
+from lorapar_ray.importance.capture import example_losses, gradient_sums
+from lorapar_ray.importance.criteria import score
+from lorapar_ray.importance.sums import GradSums
+
+__all__ = ["GradSums", "TokenizedExample", "collate", "example_losses", "gradient_sums", "score"]

@@ -1,0 +1,60 @@
+"""Σ∂L and Σ(∂L)² over examples: all that any importance criterion needs, and what a unit of scoring work leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lorapar_ray.runs import atomic_path
+
+
+@dataclass
+class GradSums:
+    """Sums over `n` examples, float32, by adapter key and in the shape of each parameter."""
+
+    n: int
+    first: dict[str, Tensor]
+    """Σ_k ∂L_k/∂φ"""
+    second: dict[str, Tensor]
+    """Σ_k (∂L_k/∂φ)²"""
+
+    @classmethod
+    def zeros(cls, parameters: dict[str, Tensor]) -> GradSums:
+        """No examples yet, for parameters of these shapes, on their devices."""
+        first = {key: torch.zeros_like(p, dtype=torch.float32) for key, p in parameters.items()}
+        return cls(0, first, {key: torch.zeros_like(value) for key, value in first.items()})
+
+    def add(self, other: GradSums) -> None:
+        """Add the sums of other examples in place."""
+        self.n += other.n
+        for mine, theirs in ((self.first, other.first), (self.second, other.second)):
+            for key, value in mine.items():
+                value += theirs[key]
+
+    def mean(self, key: str) -> tuple[Tensor, Tensor]:
+        """(g, F) of one parameter (method, section 2): the mean gradient and the diagonal empirical Fisher."""
+        return self.first[key] / self.n, self.second[key] / self.n
+
+    def save(self, path: Path) -> None:
+        """Write atomically as safetensors."""
+        tensors = {f"first.{key}": value.cpu().contiguous() for key, value in self.first.items()}
+        tensors |= {f"second.{key}": value.cpu().contiguous() for key, value in self.second.items()}
+        with atomic_path(path) as draft:
+            save_file(tensors, draft, metadata={"n": str(self.n)})
+
+    @classmethod
+    def load(cls, path: Path) -> GradSums:
+        """Read what `save` wrote."""
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            n = int(file.metadata()["n"])
+        parts = [
+            {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            for prefix in ("first.", "second.")
+        ]
+        return cls(n, *parts)
