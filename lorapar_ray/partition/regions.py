@@ -1,4 +1,4 @@
-"""Regions of the adapter: which elements each System needs, and which each stage trains (paper, section 3.3 and 3.4).
+"""Regions of the adapter: which elements each System needs, and which each stage trains (paper, section 3.3).
 
 One uint8 per element: bit 0 kept for System 1 (K1), bit 1 kept for System 2 (K2), bit 2 trained in stage 1, bit 3
 trained in stage 2. Stage 1 trains K1∖K2 and a fraction α of K1∩K2; stage 2 trains K2∖K1 and a fraction β of it.

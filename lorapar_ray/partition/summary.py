@@ -40,10 +40,9 @@ def summarise(
     Returns:
         "theta", "alpha", "beta"; "total" and, under "by_module", "by_matrix" and "by_layer", one entry per name: the
         number of "elements", and "counts" and "shares" (of those elements) of system1_only, system2_only, shared,
-        none, trained_stage1, trained_stage2 and never_trained (an adapter key outside the numbered layers is in no entry of
-        "by_layer"); "overlap": the "jaccard" index of K1 and K2 and each
-        System's own part as shares of their union, as the paper prints them (section 4.4); and "curves"
-        (see `curves.theta_curves`).
+        none, trained_stage1, trained_stage2 and never_trained (keys outside the numbered layers are missing from
+        "by_layer"); "overlap": the "jaccard" index of K1 and K2 and each System's own part as shares of their union,
+        as the paper prints them; and "curves" (see `curves.theta_curves`).
     """
     histograms = {key: _histogram(region) for key, region in regions.items()}
     total = sum(histograms.values(), np.zeros(16, np.int64))
