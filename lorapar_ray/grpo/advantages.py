@@ -1,0 +1,46 @@
+"""From rewards to advantages (GRPO, arXiv 2402.03300)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-4
+"""Added to a standard deviation before dividing by it, as in TRL."""
+
+
+def group_advantages(
+    rewards_N: Tensor, group_size: int, scale: Literal["group", "batch", "none"] = "group"
+) -> Tensor:
+    """Reward minus the group's mean, [N]; groups are consecutive runs of `group_size`.
+
+    Args:
+        scale: divide by the group's standard deviation (the original), by that of all rewards, or by nothing (Dr. GRPO,
+            arXiv 2503.20783).
+
+    Raises:
+        ValueError: N is not a multiple of the group size.
+    """
+    if rewards_N.numel() % group_size:
+        raise ValueError(f"{rewards_N.numel()} rewards do not form groups of {group_size}")
+    grouped = rewards_N.float().view(-1, group_size)
+    centred = grouped - grouped.mean(dim=1, keepdim=True)
+    if scale == "group":
+        centred = centred / (grouped.std(dim=1, keepdim=True) + EPSILON)
+    elif scale == "batch":
+        centred = centred / (rewards_N.float().std() + EPSILON)
+    return centred.view(-1)
+
+
+def zero_variance_groups(rewards_N: Tensor, group_size: int) -> Tensor:
+    """For each group, whether all its rewards are equal, [N / group_size] bool: nothing to learn there."""
+    grouped = rewards_N.view(-1, group_size)
+    return (grouped == grouped[:, :1]).all(dim=1)
+
+
+def overlong_penalty(lengths_N: Tensor, max_length: int, cache: int) -> Tensor:
+    """Soft overlong punishment (DAPO, arXiv 2503.14476, eq. 13): 0 up to max_length − cache, then linearly to −1."""
+    excess = lengths_N.float() - (max_length - cache)
+    return -(excess / cache).clamp(0.0, 1.0)

@@ -1,0 +1,151 @@
+"""Policy-gradient losses as pure functions of log-probabilities.
+
+Suffixes name the dimensions: B sequences, T completion tokens (padded, see the mask). All losses are to be minimised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+LossType = Literal["dapo", "grpo", "dr_grpo", "bnpo", "gspo", "cispo"]
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """The loss with its graph, and figures to log."""
+
+    loss: Tensor
+    metrics: dict[str, float]
+
+
+def policy_loss(
+    logprobs_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    advantages_B: Tensor,
+    mask_BT: Tensor,
+    *,
+    loss_type: LossType = "dapo",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    max_completion_length: int | None = None,
+    num_tokens_global: int | None = None,
+    ref_logprobs_BT: Tensor | None = None,
+    kl_beta: float = 0.0,
+    sampling_logprobs_BT: Tensor | None = None,
+    tis_cap: float | None = None,
+    sequence_mask_bounds: tuple[float, float] | None = None,
+    entropy_BT: Tensor | None = None,
+) -> LossOutput:
+    """Clipped surrogate of GRPO and its relatives.
+
+    Args:
+        logprobs_BT: of the sampled tokens under the policy being trained.
+        old_logprobs_BT: under the policy the ratio is taken against (detached).
+        advantages_B: one per sequence.
+        mask_BT: 1 for completion tokens that count, 0 for padding and masked completions.
+        loss_type: how tokens are weighted. `grpo`: mean over each sequence, then over sequences (arXiv 2402.03300).
+            `dapo`: mean over all tokens of the step, `num_tokens_global` (arXiv 2503.14476). `bnpo`: mean over the tokens
+            given here. `dr_grpo`: sum over B · max_completion_length (arXiv 2503.20783). `gspo`: ratio per sequence
+            (arXiv 2507.18071), otherwise as `grpo`. `cispo`: the ratio is capped and detached, so that clipped tokens
+            keep their gradient (arXiv 2506.13585), otherwise as `dapo`.
+        clip_low, clip_high: the ratio is clipped to [1 − low, 1 + high]; `cispo` caps it at `clip_high` itself.
+        ref_logprobs_BT, kl_beta: weight and reference of the k3 estimate of KL(policy ‖ reference).
+        sampling_logprobs_BT, tis_cap: truncated importance sampling: weight each token by
+            min(exp(old − sampling), cap), because the sampler's numerics are not the learner's.
+        sequence_mask_bounds: leave out sequences whose mean sampler ratio lies outside.
+
+    Raises:
+        ValueError: `dr_grpo` without `max_completion_length`.
+    """
+    log_ratio_BT = logprobs_BT - old_logprobs_BT
+    if loss_type == "gspo":
+        mean_B = _per_sequence(log_ratio_BT, mask_BT)
+        log_ratio_BT = mean_B[:, None].expand_as(log_ratio_BT)
+    ratio_BT = log_ratio_BT.exp()
+    advantages_B1 = advantages_B[:, None]
+    if loss_type == "cispo":
+        token_loss_BT = -ratio_BT.clamp(max=clip_high).detach() * advantages_B1 * logprobs_BT
+    else:
+        clipped_BT = ratio_BT.clamp(1 - clip_low, 1 + clip_high)
+        token_loss_BT = -torch.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1)
+    metrics = _clip_metrics(ratio_BT, advantages_B1, mask_BT, loss_type, clip_low, clip_high)
+    if sampling_logprobs_BT is not None:
+        token_loss_BT, mask_BT = _correct_sampler(
+            token_loss_BT, mask_BT, old_logprobs_BT, sampling_logprobs_BT, tis_cap, sequence_mask_bounds, metrics
+        )
+    if kl_beta > 0 and ref_logprobs_BT is not None:
+        gap_BT = ref_logprobs_BT - logprobs_BT
+        kl_BT = gap_BT.exp() - gap_BT - 1
+        token_loss_BT = token_loss_BT + kl_beta * kl_BT
+        metrics["kl"] = _mean(kl_BT, mask_BT)
+    if entropy_BT is not None:
+        metrics["entropy"] = _mean(entropy_BT, mask_BT)
+    return LossOutput(_reduce(token_loss_BT, mask_BT, loss_type, max_completion_length, num_tokens_global), metrics)
+
+
+def _reduce(
+    loss_BT: Tensor, mask_BT: Tensor, loss_type: LossType, max_length: int | None, tokens_global: int | None
+) -> Tensor:
+    if loss_type in ("grpo", "gspo"):
+        return _per_sequence(loss_BT, mask_BT).mean()
+    total = (loss_BT * mask_BT).sum()
+    if loss_type == "bnpo":
+        return total / mask_BT.sum().clamp(min=1.0)
+    if loss_type == "dr_grpo":
+        if max_length is None:
+            raise ValueError("dr_grpo needs max_completion_length")
+        return total / (len(loss_BT) * max_length)
+    return total / (mask_BT.sum().clamp(min=1.0) if tokens_global is None else max(1, tokens_global))
+
+
+def _correct_sampler(
+    loss_BT: Tensor,
+    mask_BT: Tensor,
+    old_BT: Tensor,
+    sampling_BT: Tensor,
+    cap: float | None,
+    bounds: tuple[float, float] | None,
+    metrics: dict[str, float],
+) -> tuple[Tensor, Tensor]:
+    """Token weights and sequence mask from the ratio of the learner's old policy to the sampler's."""
+    gap_BT = (old_BT - sampling_BT).detach() * mask_BT
+    raw_BT = gap_BT.exp()
+    active = raw_BT[mask_BT > 0]
+    if active.numel():
+        metrics |= {
+            "logprob_gap": _mean(gap_BT.abs(), mask_BT),
+            "ratio_mean": float(active.mean()),
+            "ratio_max": float(active.max()),
+            "ratio_min": float(active.min()),
+        }
+    if cap is not None:
+        loss_BT = loss_BT * raw_BT.clamp(max=cap)
+    if bounds is not None:
+        sequence_B = _per_sequence(gap_BT, mask_BT).exp()
+        inside_B = (sequence_B >= bounds[0]) & (sequence_B <= bounds[1])
+        metrics["sequence_masked_share"] = 1 - float(inside_B.float().mean())
+        mask_BT = mask_BT * inside_B[:, None]
+    return loss_BT, mask_BT
+
+
+def _clip_metrics(
+    ratio_BT: Tensor, advantages_B1: Tensor, mask_BT: Tensor, loss_type: LossType, low: float, high: float
+) -> dict[str, float]:
+    if loss_type == "cispo":
+        return {"clip_low_share": 0.0, "clip_high_share": _mean(((ratio_BT > high) & (advantages_B1 > 0)).float(), mask_BT)}
+    return {
+        "clip_low_share": _mean(((ratio_BT < 1 - low) & (advantages_B1 < 0)).float(), mask_BT),
+        "clip_high_share": _mean(((ratio_BT > 1 + high) & (advantages_B1 > 0)).float(), mask_BT),
+    }
+
+
+def _per_sequence(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    return (value_BT * mask_BT).sum(-1) / mask_BT.sum(-1).clamp(min=1.0)
+
+
+def _mean(value_BT: Tensor, mask_BT: Tensor) -> float:
+    return float((value_BT.detach() * mask_BT).sum() / mask_BT.sum().clamp(min=1.0))
