@@ -1,0 +1,42 @@
+"""Rewards by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from lorapar_ray.errors import UserError
+from lorapar_ray.grpo.rewards import functions
+
+RewardFunction = Callable[..., list[float]]
+
+NAMES = (
+    "numeric_answer",
+    "exact_answer",
+    "option_letter",
+    "integer_answer",
+    "strict_format",
+    "soft_format",
+    "tag_count",
+    "reference_overlap",
+)
+
+
+def get_reward(name: str) -> RewardFunction:
+    """A registered reward, or any function given as `module:function`.
+
+    Raises:
+        UserError: there is no such reward.
+    """
+    if name in NAMES:
+        found: RewardFunction = getattr(functions, name)
+        return found
+    module, separator, function = name.partition(":")
+    if not separator:
+        raise UserError(f"grpo.rewards: '{name}' is unknown; use {', '.join(NAMES)} or module:function")
+    try:
+        loaded: Any = getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"grpo.rewards: '{name}' cannot be imported ({error}); is it on PYTHONPATH?") from error
+    return loaded  # type: ignore[no-any-return]

@@ -1,0 +1,50 @@
+"""A reward process: reads one JSON request per line, answers one JSON line each.
+
+    python -m lorapar_ray.grpo.rewards.worker MEMORY_MB REWARD...
+
+Rewards may print what they like: standard output is moved aside before any of them is imported. The address space is
+limited to what the process holds when it is ready plus MEMORY_MB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def serve(memory_mb: int, rewards: list[str]) -> None:
+    """Say `ready`, then answer requests {reward, prompts, completions, columns} with {values} or {error} until input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    from lorapar_ray.errors import UserError
+    from lorapar_ray.grpo.rewards.registry import get_reward
+
+    for name in rewards:
+        with contextlib.suppress(UserError):  # reported when it is asked for
+            get_reward(name)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + memory_mb * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    answers.write('"ready"\n')
+    answers.flush()
+    for line in sys.stdin:
+        answers.write(json.dumps(_answer(get_reward, json.loads(line))) + "\n")
+        answers.flush()
+
+
+def _answer(get_reward: Any, request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        function = get_reward(request["reward"])
+        values = function(request["prompts"], request["completions"], **request["columns"])
+        return {"values": [float(value) for value in values]}
+    except BaseException as error:  # a user's reward may raise anything, SystemExit too
+        return {"error": f"{type(error).__name__}: {error}"[:500]}
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]), sys.argv[2:])
