@@ -121,7 +121,7 @@ def _start_teachers(config: Config, apps: dict[str, str]) -> dict[str, str]:
     from ray import serve
     from ray.serve.config import HTTPOptions
 
-    from lorapar_ray.labeling.teachers import deploy
+    from lorapar_ray.labeling.teachers import target
     from lorapar_ray.models import resolve_model
     from lorapar_ray.workers import require
 
@@ -130,8 +130,8 @@ def _start_teachers(config: Config, apps: dict[str, str]) -> dict[str, str]:
         resolve_model(teacher.model)  # a wrong path should be one line here, not a replica that never starts
         require("label", teacher.replicas, teacher.resources)
     serve.start(http_options=HTTPOptions(host="127.0.0.1", location="NoServer"))
-    for teacher in hosted:
-        deploy(teacher, apps[teacher.name], config.seed)
+    targets = [target(teacher, apps[teacher.name], config.seed) for teacher in hosted]
+    serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     waiting, running = dict(apps), {}
     while waiting:
         status = serve.status().applications

@@ -84,8 +84,8 @@ def choice_tokens(tokenizer: Any, text: str, choices: list[str]) -> tuple[list[i
     return prefix, [ids[-1] for ids in encoded]
 
 
-def deploy(teacher: TeacherConfig, app: str, seed: int) -> Any:
-    """Start a hosted teacher on Ray Serve without waiting for it; returns its handle."""
+def target(teacher: TeacherConfig, app: str, seed: int) -> Any:
+    """What `serve.run_many` should run for a hosted teacher."""
     from ray import serve
 
     scaling: dict[str, Any] = {"num_replicas": teacher.replicas}
@@ -103,9 +103,7 @@ def deploy(teacher: TeacherConfig, app: str, seed: int) -> Any:
         health_check_timeout_s=120,
         **scaling,
     )
-    return serve.run(
-        deployment.bind(teacher.model_dump(mode="json"), seed), name=app, route_prefix=None, _blocking=False
-    )
+    return serve.RunTarget(deployment.bind(teacher.model_dump(mode="json"), seed), name=app, route_prefix=None)
 
 
 class RemoteTeacher:
