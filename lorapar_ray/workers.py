@@ -44,9 +44,7 @@ def run_workers(
     trainer = TorchTrainer(
         function,
         train_loop_config=argument,
-        scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=resources.gpus > 0, resources_per_worker=bundle, trainer_resources={"CPU": 0}
-        ),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=resources.gpus > 0, resources_per_worker=bundle),
         run_config=RunConfig(
             name=f"{name}-{os.getpid()}",
             storage_path=str(storage.resolve()),
