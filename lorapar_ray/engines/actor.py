@@ -127,8 +127,10 @@ class EngineActor:
         return [entry[token].logprob for entry, token in pairs]
 
     async def _run(self, prompt_ids: list[int], params: Any) -> Any:
+        from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        params.output_kind = RequestOutputKind.FINAL_ONLY  # one output with all n completions, none in between
         self._requests += 1
         last = None
         try:
