@@ -32,6 +32,13 @@ class Resources(Section):
 
     cpus: Annotated[float, Field(ge=0)] = 1.0
     gpus: Annotated[float, Field(ge=0)] = 0.0
+    threads: PositiveInt | None = None
+    """CPU threads to compute with; None: as many as `cpus`. More pays where processes take turns."""
+
+    @property
+    def compute_threads(self) -> int:
+        """Threads one process should use."""
+        return self.threads or max(1, round(self.cpus))
 
 
 class ModelConfig(Section):

@@ -60,8 +60,7 @@ def run_workers(
 
 def worker_environment(resources: Resources) -> dict[str, str]:
     """Environment of a process that computes with torch: as many threads as it asked for cores, and no hub look-ups."""
-    threads = str(max(1, round(resources.cpus)))
-    return {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    return {"OMP_NUM_THREADS": str(resources.compute_threads), "TOKENIZERS_PARALLELISM": "false"}
 
 
 def require(name: str, workers: int, resources: Resources) -> None:

@@ -65,4 +65,6 @@ def _plain(value: Any) -> Any:
         return sorted(value)
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, str | int | float | bool) else getattr(value, "value", str(value))
+    return (
+        value if value is None or isinstance(value, str | int | float | bool) else getattr(value, "value", str(value))
+    )

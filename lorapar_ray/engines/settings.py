@@ -42,6 +42,6 @@ def engine_environment(engine: EngineConfig, resources: Resources) -> dict[str, 
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
-        "OMP_NUM_THREADS": str(max(1, round(resources.cpus))),
+        "OMP_NUM_THREADS": str(resources.compute_threads),
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 EPSILON = 1e-4
 """Added to a standard deviation before dividing by it, as in TRL."""
 
 
-def group_advantages(
-    rewards_N: Tensor, group_size: int, scale: Literal["group", "batch", "none"] = "group"
-) -> Tensor:
+def group_advantages(rewards_N: Tensor, group_size: int, scale: Literal["group", "batch", "none"] = "group") -> Tensor:
     """Reward minus the group's mean, [N]; groups are consecutive runs of `group_size`.
 
     Args:

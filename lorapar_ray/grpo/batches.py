@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -143,6 +143,15 @@ def make_batch(
         examples=[_example(group) for group in everything[:EXAMPLES_PER_STEP]],
         prompts=list(prompts),
     )
+
+
+def share_of(batch: Batch, rank: int, world: int) -> Batch:
+    """One learner's part of a batch: whole groups, so that a prompt is computed once, and of balanced length."""
+    groups: dict[tuple[int, ...], list[Sample]] = {}
+    for sample in batch.samples:
+        groups.setdefault(tuple(sample.prompt_ids), []).append(sample)
+    ordered = sorted(groups.values(), key=lambda group: sum(len(sample.token_ids) for sample in group))
+    return replace(batch, samples=[sample for group in ordered[rank::world] for sample in group])
 
 
 def _example(group: Group) -> dict[str, Any]:

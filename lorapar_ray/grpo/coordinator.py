@@ -12,12 +12,11 @@ import asyncio
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from lorapar_ray.config import GrpoConfig
 from lorapar_ray.engines.actor import Policy, start_engine
-from lorapar_ray.grpo.batches import Batch, Canary, Clock, Group, canary_gap, make_batch, score_groups
+from lorapar_ray.grpo.batches import Batch, Canary, Clock, Group, canary_gap, make_batch, score_groups, share_of
 from lorapar_ray.grpo.prompts import PromptStream
 from lorapar_ray.grpo.rewards import RewardPool, RewardSpec
 
@@ -92,12 +91,11 @@ class Coordinator:
         return {"seconds/sync": time.monotonic() - start, "canary_gap": max(gaps)}
 
     async def batch(self, step: int, rank: int, world: int) -> Batch:
-        """This rank's share of a step's samples, dealt out by length so that ranks carry equal weight."""
+        """This rank's share of a step's samples: whole groups, dealt out by length so that ranks carry equal weight."""
         whole = await self._steps[step]
-        dealt = sorted(whole.samples, key=lambda sample: len(sample.prompt_ids) + len(sample.token_ids))
         for finished in [at for at in self._steps if at < step]:
             del self._steps[finished], self._drawn[finished]
-        return replace(whole, samples=dealt[rank::world])
+        return share_of(whole, rank, world)
 
     async def checkpoint(self, step: int) -> dict[str, Any]:
         """State of the prompt stream as it is after training on `step`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from lorapar_ray.engines.actor import Policy
 from lorapar_ray.grpo.batches import Batch, Canary, Clock, Sample
 from lorapar_ray.grpo.logprobs import token_logprobs
 from lorapar_ray.grpo.loss import policy_loss
+from lorapar_ray.grpo.packing import PackedRows, additive_mask, can_share_prompts, group_by_prompt, pack
 from lorapar_ray.optim.schedule import learning_rate_factor
 
 
@@ -108,6 +110,7 @@ class Learner:
         self.model.eval()  # no dropout: the learner's policy is the one that was sampled from
         self.pad_id = load_encoder(job.base, None, model.trust_remote_code).tokenizer.pad_token_id
         self.parameters = adapter_parameters(self.model)
+        self.device = next(iter(self.parameters.values())).device
         self.reference = {key: parameter.detach().clone() for key, parameter in self.parameters.items()}
         masks = (
             {key: torch.ones_like(parameter, dtype=torch.bool) for key, parameter in self.parameters.items()}
@@ -134,8 +137,8 @@ class Learner:
             return {"learning_rate": rate, "loss": 0.0, "grad_norm": 0.0}
         self.optimizer.zero_grad(set_to_none=False)
         totals: dict[str, float] = {}
-        for start in range(0, len(batch.samples), settings.micro_batch_size):
-            micro = batch.samples[start : start + settings.micro_batch_size]
+        shared = can_share_prompts(self.model.config)
+        for micro in micro_batches(group_by_prompt(batch.samples, shared), settings.micro_batch_size):
             loss, metrics = self._loss(micro, batch)
             loss.backward()
             totals["loss"] = totals.get("loss", 0.0) + float(loss.detach())
@@ -144,7 +147,7 @@ class Learner:
                 if combine is not None:
                     totals[key] = combine(totals.get(key, value), value)
                 else:
-                    totals[key] = totals.get(key, 0.0) + value * len(micro) / len(batch.samples)
+                    totals[key] = totals.get(key, 0.0) + value * sum(map(len, micro)) / len(batch.samples)
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -154,9 +157,9 @@ class Learner:
         self.optimizer.step()
         return {**totals, "learning_rate": rate, "grad_norm": float(grad_norm)}
 
-    def _loss(self, samples: list[Sample], batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def _loss(self, groups: list[list[Sample]], batch: Batch) -> tuple[Tensor, dict[str, float]]:
         settings = self.settings
-        rows = pad_samples(samples, self.pad_id, next(iter(self.parameters.values())).device)
+        rows = pack(groups, self.pad_id, self.device)
         logprobs_BT, entropy_BT = self._logprobs(rows)
         reference_BT = None
         if settings.kl_beta > 0:
@@ -178,19 +181,23 @@ class Learner:
             entropy_BT=entropy_BT,
         )
         # dapo is normalised by the step's tokens already; the others are means over the sequences they are given
-        share = 1.0 if settings.loss == "dapo" else len(samples) / batch.count
+        share = 1.0 if settings.loss == "dapo" else sum(map(len, groups)) / batch.count
         return output.loss * share, output.metrics
 
-    def _logprobs(self, rows: PaddedRows) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, rows: PackedRows) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropy of the completion tokens, float32, [B, T]."""
-        keep = rows.token_ids_BT.shape[1] + 1
-        logits = self.model(
-            input_ids=rows.input_ids, attention_mask=rows.attention_mask, logits_to_keep=keep, use_cache=False
-        ).logits[:, :-1]
-        return token_logprobs(logits, rows.token_ids_BT, temperature=self.settings.temperature, return_entropy=True)
+        logits_RKV = self.model(
+            input_ids=rows.input_ids_RW,
+            position_ids=rows.position_ids_RW,
+            attention_mask=additive_mask(rows.visible_RWW, self.model.dtype),
+            logits_to_keep=rows.input_ids_RW.shape[1] - rows.first,
+            use_cache=False,
+        ).logits
+        logits = (logits_RKV[row, source_T] for row, source_T in zip(rows.row_B, rows.source_BT, strict=True))
+        return token_logprobs(logits, rows.token_ids_BT, temperature=self.settings.temperature)
 
     @torch.no_grad()
-    def _reference_logprobs(self, rows: PaddedRows) -> Tensor:
+    def _reference_logprobs(self, rows: PackedRows) -> Tensor:
         """Log-probabilities under the stage 1 adapter, by swapping its values in and out of the same model."""
         current = {key: parameter.detach().clone() for key, parameter in self.parameters.items()}
         try:
@@ -208,9 +215,9 @@ class Learner:
         """The canary tokens with this policy's log-probabilities at temperature 1, as engines score prompts."""
         result = []
         for token_ids, start in self.job.canaries:
-            ids = torch.tensor([token_ids], device=next(iter(self.parameters.values())).device)
+            ids = torch.tensor([token_ids], device=self.device)
             logits = self.model(input_ids=ids, use_cache=False).logits[:, start - 1 : -1]
-            logprobs, _ = token_logprobs(logits, ids[:, start:], temperature=1.0, return_entropy=True)
+            logprobs, _ = token_logprobs(logits, ids[:, start:], temperature=1.0)
             result.append(Canary(token_ids, start, logprobs[0].tolist()))
         return result
 
@@ -255,38 +262,16 @@ class Learner:
         save_adapter(self.model, Path(self.job.adapter_out))
 
 
-@dataclass(frozen=True)
-class PaddedRows:
-    """Samples as tensors: prompts padded on the left, completions on the right, so completions share columns."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    token_ids_BT: Tensor
-    mask_BT: Tensor
-    sampling_logprobs_BT: Tensor
-    advantages_B: Tensor
-
-
-def pad_samples(samples: list[Sample], pad_id: int, device: torch.device) -> PaddedRows:
-    """Pad samples to one [B, P + T] block; T is the longest completion."""
-    prompt = max(len(sample.prompt_ids) for sample in samples)
-    length = max(len(sample.token_ids) for sample in samples)
-    ids, attention, mask, logprobs = [], [], [], []
-    for sample in samples:
-        before, after = prompt - len(sample.prompt_ids), length - len(sample.token_ids)
-        ids.append([pad_id] * before + sample.prompt_ids + sample.token_ids + [pad_id] * after)
-        attention.append([0] * before + [1] * (len(sample.prompt_ids) + len(sample.token_ids)) + [0] * after)
-        mask.append([1] * len(sample.token_ids) + [0] * after)
-        logprobs.append([*sample.logprobs, *([0.0] * after)])
-    input_ids = torch.tensor(ids, device=device)
-    return PaddedRows(
-        input_ids=input_ids,
-        attention_mask=torch.tensor(attention, device=device),
-        token_ids_BT=input_ids[:, prompt:],
-        mask_BT=torch.tensor(mask, device=device, dtype=torch.float32),
-        sampling_logprobs_BT=torch.tensor(logprobs, device=device),
-        advantages_B=torch.tensor([sample.advantage for sample in samples], device=device),
-    )
+def micro_batches(groups: list[list[Sample]], sequences: int) -> Iterator[list[list[Sample]]]:
+    """Consecutive groups holding at most `sequences` samples together (a larger group comes alone)."""
+    part: list[list[Sample]] = []
+    for group in groups:
+        if part and sum(map(len, part)) + len(group) > sequences:
+            yield part
+            part = []
+        part.append(group)
+    if part:
+        yield part
 
 
 def _sum_over_ranks(gradients: list[Tensor]) -> None:

@@ -136,7 +136,10 @@ def _clip_metrics(
     ratio_BT: Tensor, advantages_B1: Tensor, mask_BT: Tensor, loss_type: LossType, low: float, high: float
 ) -> dict[str, float]:
     if loss_type == "cispo":
-        return {"clip_low_share": 0.0, "clip_high_share": _mean(((ratio_BT > high) & (advantages_B1 > 0)).float(), mask_BT)}
+        return {
+            "clip_low_share": 0.0,
+            "clip_high_share": _mean(((ratio_BT > high) & (advantages_B1 > 0)).float(), mask_BT),
+        }
     return {
         "clip_low_share": _mean(((ratio_BT < 1 - low) & (advantages_B1 < 0)).float(), mask_BT),
         "clip_high_share": _mean(((ratio_BT > 1 + high) & (advantages_B1 > 0)).float(), mask_BT),

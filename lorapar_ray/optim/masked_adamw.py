@@ -68,7 +68,9 @@ class MaskedAdamW(torch.optim.Optimizer):
             ValueError: a setting out of range, or masks that do not fit their parameters.
         """
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"need lr, eps, weight_decay >= 0 and betas in [0, 1), got {lr}, {eps}, {weight_decay}, {betas}")
+            raise ValueError(
+                f"need lr, eps, weight_decay >= 0 and betas in [0, 1), got {lr}, {eps}, {weight_decay}, {betas}"
+            )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
             masks = group.pop("masks", None) or [None] * len(group["params"])
@@ -199,7 +201,9 @@ class MaskedAdamW(torch.optim.Optimizer):
             ValueError: the state was saved under other masks.
         """
         if state_dict["masks"] != self.mask_digest():
-            raise ValueError("this optimiser state belongs to another mask; resume with the partition it was saved under")
+            raise ValueError(
+                "this optimiser state belongs to another mask; resume with the partition it was saved under"
+            )
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in enumerate(parameters):
             entry = state_dict["state"][number]
