@@ -1,0 +1,268 @@
+"""The report's plots, each a pure function that draws on a matplotlib axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+from matplotlib import pyplot as plt
+
+from lorapar_ray.reporting.data import MODELS, RunData
+
+SYSTEM1, SYSTEM2, SHARED, QUIET, INK = "#e07a3f", "#3a6ea5", "#6b4c9a", "#c9ced6", "#2b2f36"
+REGIONS = {"system1_only": SYSTEM1, "system2_only": SYSTEM2, "shared": SHARED, "none": QUIET}
+REGION_LABELS = {
+    "system1_only": "System 1 only",
+    "system2_only": "System 2 only",
+    "shared": "shared",
+    "none": "neither",
+}
+THETAS = tuple(tenth / 10 for tenth in range(1, 11))
+PAPER_KEPT = {
+    "qkvgud": (0.32, 1.22, 2.72, 4.90, 7.91, 12.07, 17.87, 26.40, 40.56, 100.0),
+    "qkv": (0.30, 1.03, 2.20, 3.93, 6.39, 9.88, 14.90, 22.52, 35.70, 100.0),
+    "gud": (0.22, 1.21, 2.89, 5.30, 8.61, 13.10, 19.30, 28.27, 42.90, 100.0),
+}
+"""Share of parameters kept at each θ, in %, LLaMA2-7B on GSM8K (arXiv 2507.20999, θ sweep)."""
+
+STYLE = {
+    "figure.facecolor": "white",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9aa1ab",
+    "axes.labelcolor": INK,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#eceef1",
+    "axes.axisbelow": True,
+    "font.size": 9,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lorapar",
+}
+Draw = Callable[[Any, RunData], None]
+
+
+def label_split(axis: Any, run: RunData) -> None:
+    """How many questions each System got, in all and by teacher."""
+    assert run.labels is not None
+    rows = {"majority": run.labels["split"]} | {name: t["split"] for name, t in run.labels["teachers"].items()}
+    names = list(rows)[::-1]
+    left = [0.0] * len(names)
+    for system, colour in (("1", SYSTEM1), ("2", SYSTEM2)):
+        widths = [100 * rows[name][system] / max(1, sum(rows[name].values())) for name in names]
+        bars = axis.barh(names, widths, left=left, color=colour, label=f"System {system}", height=0.6)
+        axis.bar_label(bars, [str(rows[name][system]) for name in names], label_type="center", color="white")
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axis.set(title="Votes for each System", xlabel="% of questions", xlim=(0, 100))
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, -0.42), ncol=2)
+
+
+def confidence(axis: Any, run: RunData) -> None:
+    """Histogram of the votes' calibrated confidence."""
+    assert run.labels is not None
+    edges, counts = (run.labels["confidence_histogram"][key] for key in ("edges", "counts"))
+    axis.bar(edges[:-1], counts, width=edges[1] - edges[0], align="edge", color=SHARED, edgecolor="white")
+    axis.set(title="How sure the teachers are", xlabel="probability of the chosen System", ylabel="votes")
+
+
+def tasks(axis: Any, run: RunData) -> None:
+    """Labels by the source's own task; information only, no label is made from it."""
+    assert run.labels is not None
+    table = run.labels["by_task"]
+    names = list(table)[::-1]
+    ones = [100 * table[name]["1"] / max(1, sum(table[name].values())) for name in names]
+    axis.barh(names, ones, color=SYSTEM1, height=0.6, label="System 1")
+    axis.barh(names, [100 - one for one in ones], left=ones, color=SYSTEM2, height=0.6, label="System 2")
+    axis.set(title="Labels by the generator's own task", xlabel="% of questions", xlim=(0, 100))
+
+
+def scatter(axis: Any, run: RunData) -> None:
+    """Importance for System 1 against importance for System 2, coloured by region."""
+    assert run.scatter is not None
+    for region, colour in reversed(REGIONS.items()):
+        chosen = [i for i, name in enumerate(run.scatter["region"]) if name == region]
+        xs, ys = ([run.scatter[axis_name][i] for i in chosen] for axis_name in ("system1", "system2"))
+        axis.scatter(xs, ys, s=4, alpha=0.55, linewidths=0, color=colour, label=REGION_LABELS[region], rasterized=True)
+    finite = [v for name in ("system1", "system2") for v in run.scatter[name] if v > -40]
+    low, high = sorted(finite)[len(finite) // 200], max(finite)
+    axis.set(xlim=(low, high + 0.2), ylim=(low, high + 0.2))
+    axis.set(
+        title="Importance of every element", xlabel="log₁₀ importance, System 1", ylabel="log₁₀ importance, System 2"
+    )
+    axis.legend(markerscale=3, loc="upper left", fontsize=8)
+
+
+def theta(axis: Any, run: RunData, subset: str = "qkvgud") -> None:
+    """Share of elements kept at each θ, beside the paper's row."""
+    assert run.partition is not None
+    curves = run.partition["curves"]
+    if subset not in curves:
+        subset = next(name for name in ("qkvgud", "qkv", "gud") if name in curves)
+    for system, colour in (("system1", SYSTEM1), ("system2", SYSTEM2)):
+        kept = [100 * share for share in curves[subset][system]]
+        axis.plot(curves["theta"], kept, "o-", color=colour, label=f"System {system[-1]}", markersize=4)
+    axis.plot(THETAS, PAPER_KEPT[subset], "--", color=INK, label="paper, LLaMA2-7B", linewidth=1)
+    axis.axvline(run.partition["theta"], color=QUIET, zorder=0)
+    axis.set(title=f"θ curve, {subset.upper()}", xlabel="θ", ylabel="% of elements kept", yscale="log")
+    axis.legend(loc="upper left", fontsize=8)
+
+
+def overlap(axis: Any, run: RunData) -> None:
+    """Jaccard index of the two kept sets at each θ."""
+    assert run.partition is not None
+    curves = run.partition["curves"]
+    for subset, colour in (("qkvgud", SHARED), ("qkv", SYSTEM1), ("gud", SYSTEM2)):
+        if subset in curves:
+            axis.plot(
+                curves["theta"], curves[subset]["jaccard"], "o-", color=colour, label=subset.upper(), markersize=4
+            )
+    axis.set(title="Overlap of the Systems", xlabel="θ", ylabel="Jaccard index", ylim=(0, 1.02))
+    axis.legend(fontsize=8)
+
+
+def _shares(axis: Any, groups: dict[str, Any], title: str, xlabel: str) -> None:
+    bottom = [0.0] * len(groups)
+    for region in ("shared", "system1_only", "system2_only"):
+        heights = [100 * group["shares"][region] for group in groups.values()]
+        axis.bar(list(groups), heights, bottom=bottom, color=REGIONS[region], label=REGION_LABELS[region], width=0.85)
+        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    axis.set(title=title, xlabel=xlabel, ylabel="% of elements")
+
+
+def layers(axis: Any, run: RunData) -> None:
+    """Region shares in each decoder layer."""
+    assert run.partition is not None
+    groups = dict(sorted(run.partition["by_layer"].items(), key=lambda item: int(item[0])))
+    _shares(axis, groups, "Regions by layer", "layer")
+    axis.set_xticks(list(groups)[:: max(1, len(groups) // 10)])
+
+
+def modules(axis: Any, run: RunData) -> None:
+    """Region shares in each module type, A and B apart."""
+    assert run.partition is not None
+    _shares(axis, run.partition["by_matrix"], "Regions by module and matrix", "")
+    axis.tick_params(axis="x", rotation=60)
+    axis.legend(fontsize=8)
+
+
+def _curve(axis: Any, lines: Sequence[dict[str, Any]], key: str, colour: str, label: str | None = None) -> None:
+    points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+    if not points:
+        return
+    steps, values = zip(*points, strict=True)
+    axis.plot(steps, values, color=colour, alpha=0.35, linewidth=1)
+    smooth, mean = [], values[0]
+    for value in values:
+        mean += 0.3 * (value - mean)
+        smooth.append(mean)
+    axis.plot(steps, smooth, color=colour, linewidth=2, label=label)
+
+
+def sft_loss(axis: Any, run: RunData) -> None:
+    """Stage 1's training loss."""
+    _curve(axis, run.sft, "loss", SYSTEM1)
+    axis.set(title="Stage 1: SFT loss", xlabel="step", ylabel="cross-entropy, nats/token")
+
+
+def reward(axis: Any, run: RunData) -> None:
+    """Stage 2's mean reward over every sampled group."""
+    _curve(axis, run.grpo, "reward", SYSTEM2)
+    axis.set(title="Stage 2: reward", xlabel="step", ylabel="mean reward")
+
+
+def length(axis: Any, run: RunData) -> None:
+    """Stage 2's completion length."""
+    _curve(axis, run.grpo, "completion_length", SYSTEM2)
+    axis.set(title="Stage 2: completion length", xlabel="step", ylabel="tokens")
+
+
+def ratio(axis: Any, run: RunData) -> None:
+    """Learner over sampler probability of the sampled tokens: mean, smallest, largest."""
+    for key, colour in (("ratio_max", QUIET), ("ratio_min", QUIET), ("ratio_mean", SYSTEM2)):
+        points = [(line["step"], line[key]) for line in run.grpo if key in line]
+        if points:
+            axis.plot(*zip(*points, strict=True), color=colour, label=key.replace("_", " "))
+    axis.set(title="Stage 2: learner/sampler ratio", xlabel="step", ylabel="probability ratio")
+    axis.legend(fontsize=8)
+
+
+def gaps(axis: Any, run: RunData) -> None:
+    """Proof of the served policy: log-probability gaps between learner and engine."""
+    _curve(axis, run.grpo, "canary_gap", SHARED, "canary tokens")
+    _curve(axis, run.grpo, "logprob_gap", SYSTEM2, "sampled tokens")
+    axis.set(title="Stage 2: learner against engine", xlabel="step", ylabel="mean |Δ log p|, nats")
+    axis.legend(fontsize=8)
+
+
+def phases(axis: Any, run: RunData) -> None:
+    """Where a step's seconds go."""
+    names = [key for key in ("rollout", "reward", "learn", "sync") if f"seconds/{key}" in run.grpo[0]]
+    bottom = [0.0] * len(run.grpo)
+    for name, colour in zip(names, (SYSTEM2, SYSTEM1, SHARED, QUIET), strict=False):
+        values = [line.get(f"seconds/{name}", 0.0) for line in run.grpo]
+        axis.bar([line["step"] for line in run.grpo], values, bottom=bottom, color=colour, label=name, width=0.9)
+        bottom = [b + v for b, v in zip(bottom, values, strict=True)]
+    axis.set(title="Stage 2: seconds of a step", xlabel="step", ylabel="s")
+    axis.legend(fontsize=8)
+
+
+def accuracies(axis: Any, run: RunData) -> None:
+    """Greedy accuracy with its 95 % interval, overall and by task."""
+    first = next(iter(run.accuracy.values()))
+    groups = ["all", *first["by_task"]]
+    colours = {"base": INK, "sft": SYSTEM1, "grpo": SYSTEM2}
+    for offset, (name, result) in enumerate(run.accuracy.items()):
+        for place, group in enumerate(groups):
+            entry = result if group == "all" else result["by_task"][group]
+            low, high = entry["interval"]
+            y = place + 0.22 * (offset - 1)
+            axis.plot([100 * low, 100 * high], [y, y], color=colours[name], linewidth=2, alpha=0.6)
+            axis.plot(100 * entry["accuracy"], y, "o", color=colours[name], label=MODELS[name] if not place else None)
+    axis.set_yticks(range(len(groups)), groups)
+    axis.invert_yaxis()
+    axis.set(title=f"Accuracy, n = {first['n']}, 95 % intervals", xlabel="% right", xlim=(0, 100))
+    axis.legend(fontsize=8)
+
+
+def seconds(axis: Any, run: RunData) -> None:
+    """Wall-clock time of each finished stage."""
+    spent = {name: stage["seconds"] for name, stage in run.stages.items() if "seconds" in stage and name != "report"}
+    bars = axis.barh(list(spent)[::-1], list(spent.values())[::-1], color=SYSTEM2, height=0.6)
+    axis.bar_label(bars, fmt="%.0f s", padding=3)
+    axis.set(title="Time by stage", xlabel="s")
+
+
+def svg(draw: Draw, run: RunData, size: tuple[float, float] = (5.2, 3.4)) -> str:
+    """One plot as an SVG element."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=size, layout="constrained", dpi=110)
+        draw(axis, run)
+        text = StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+        plt.close(figure)
+    whole = text.getvalue()
+    return whole[whole.index("<svg") :]
+
+
+def overview(path: Path, run: RunData, panels: Sequence[Draw]) -> None:
+    """Up to six plots as one PNG."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 3, figsize=(13.5, 7.2), layout="constrained", dpi=100)
+        for axis, draw in zip(axes.flat, panels, strict=False):
+            draw(axis, run)
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        figure.savefig(path, format="png")
+        plt.close(figure)

@@ -1,0 +1,65 @@
+"""What a run directory holds so far, for the report: anything may be missing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from lorapar_ray.partition import load_regions, scatter_sample
+from lorapar_ray.runs import RunDirectory
+
+SCATTER_POINTS = 3000
+MODELS = {"base": "base", "sft": "stage 1 (SFT)", "grpo": "stage 2 (GRPO)"}
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Parsed files of a run; None or empty where a stage has not run."""
+
+    stages: dict[str, dict[str, Any]]
+    labels: dict[str, Any] | None
+    partition: dict[str, Any] | None
+    scatter: dict[str, list[Any]] | None
+    sft: list[dict[str, Any]]
+    grpo: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    accuracy: dict[str, dict[str, Any]]
+    """By model name, in the order base, sft, grpo."""
+
+
+def read_run(run: RunDirectory) -> RunData:
+    """Read whatever the run holds."""
+    accuracy = {name: _json(run.eval / f"{name}.json") for name in MODELS}
+    return RunData(
+        stages=run.manifest().get("stages", {}),
+        labels=_json(run.labels / "summary.json"),
+        partition=_json(run.partition / "summary.json"),
+        scatter=_scatter(run),
+        sft=_lines(run.metrics / "sft.jsonl"),
+        grpo=_lines(run.metrics / "grpo.jsonl"),
+        samples=_lines(run.metrics / "samples.jsonl"),
+        accuracy={name: found for name, found in accuracy.items() if found is not None},
+    )
+
+
+def _scatter(run: RunDirectory) -> dict[str, list[Any]] | None:
+    files = [run.scores / "system1.safetensors", run.scores / "system2.safetensors"]
+    regions = run.partition / "regions.safetensors"
+    if not all(path.is_file() for path in [*files, regions]):
+        return None
+    return scatter_sample(*(load_file(path) for path in files), load_regions(regions)[0], n=SCATTER_POINTS, seed=0)
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    loaded: dict[str, Any] = json.loads(path.read_text())
+    return loaded
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
