@@ -27,9 +27,9 @@ def resolve_targets(model: nn.Module, spec: str | Sequence[str]) -> list[str]:
     """Full names of the linear layers that `spec` means in `model`, in the model's order.
 
     Args:
-        spec: `qkv`, `gud` or `qkvgud` (paper, section 4), or layer names or their last parts. Fused projections (Phi-3's
-            qkv_proj and gate_up_proj, GPT-NeoX's query_key_value) stand for the parts they fuse. Expert weights that an
-            architecture packs into one 3-D parameter are no linear layers and get no adapter.
+        spec: `qkv`, `gud` or `qkvgud` (paper, section 4), or layer names or their last parts. Fused projections
+            (Phi-3's qkv_proj and gate_up_proj, GPT-NeoX's query_key_value) stand for the parts they fuse. Expert weights
+            that an architecture packs into one 3-D parameter are no linear layers and get no adapter.
 
     Raises:
         UserError: the model has none of them; the message lists the linear layers it has.

@@ -1,8 +1,8 @@
 """Runs inside vLLM's worker process: swaps the served policy for base + s·BA between two engine steps.
 
-vLLM repacks linear weights for its kernels, so they cannot be edited in place; `reload_weights` takes them in checkpoint
-form. Each policy is computed in float32 from the base's own file, never by adding to what is loaded: a hundred updates
-later the served weights are still exactly one rounding away from base + s·BA.
+vLLM repacks linear weights for its kernels, so they cannot be edited in place; `reload_weights` takes them in
+checkpoint form. Each policy is computed in float32 from the base's own file, never by adding to what is loaded: a
+hundred updates later the served weights are still exactly one rounding away from base + s·BA.
 """
 
 from __future__ import annotations

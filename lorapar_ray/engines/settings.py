@@ -34,8 +34,8 @@ def engine_arguments(model_path: str, engine: EngineConfig, *, seed: int, trust_
 def engine_environment(engine: EngineConfig, resources: Resources) -> dict[str, str]:
     """Environment of an engine's process.
 
-    On CPU the key-value cache is sized in GiB by the environment, and engines sharing a host must not bind themselves to
-    the same cores.
+    On CPU the key-value cache is sized in GiB by the environment, and engines sharing a host must not bind themselves
+    to the same cores.
     """
     return {
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(engine.kv_cache_gib))),

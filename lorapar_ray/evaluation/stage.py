@@ -1,4 +1,4 @@
-"""Stage `evaluate`: greedy answers of the base, after stage 1 and after stage 2, from one engine that swaps policies."""
+"""Stage `evaluate`: greedy answers of the base, of stage 1 and of stage 2, from one engine that swaps policies."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def _answer_all(
         seed=config.seed,
         trust_remote_code=config.model.trust_remote_code,
     )
-    done = {"n": 0, "name": "starting the engine"}
+    done: dict[str, Any] = {"n": 0, "name": "starting the engine"}
     try:
-        with progress("evaluate", len(rows) * len(policies), lambda: (int(done["n"]), str(done["name"]))):
+        with progress("evaluate", len(rows) * len(policies), lambda: (done["n"], done["name"])):
             ray.get(actor.start.remote())
             for name, policy in policies.items():
                 done["name"] = name
@@ -82,7 +82,7 @@ def _answer_all(
                 for first in range(0, len(rows), QUESTIONS_PER_CALL):
                     part = rows[first : first + QUESTIONS_PER_CALL]
                     texts += _greedy(ray, actor, encoder, config, part)
-                    done["n"] = int(done["n"]) + len(part)
+                    done["n"] += len(part)
                 _write(config, run, name, rows, texts, time.monotonic() - start)
     finally:
         ray.kill(actor)

@@ -2,8 +2,8 @@
 
 One asynchronous task per optimiser step samples the step's groups and scores them. A step may begin as soon as a policy
 at most `max_staleness` versions old is being served: 0 is strictly on-policy, 1 or more overlaps sampling with training
-and bounds the queue to that many finished steps. An engine that dies is replaced, brought to the current policy, and its
-prompts are asked again.
+and bounds the queue to that many finished steps. An engine that dies is replaced, brought to the current policy, and
+its prompts are asked again.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Coordinator:
             ray.kill(engine)
 
     async def _sample(self, step: int) -> Batch:
-        """Sample, score and filter one step's groups: those whose rewards are all equal teach nothing and are refilled."""
+        """Sample and score one step's groups; those whose rewards are all equal teach nothing and are refilled."""
         settings = self._settings
         clock = Clock()
         groups: list[Group] = []
@@ -180,7 +180,7 @@ class Coordinator:
                 loaded = await engine.load_policy.remote(policy)
                 if loaded != policy.digest:
                     raise PolicyMismatch(
-                        f"rollout engine {slot} loaded {loaded[:12]} for policy {policy.version}, sent {policy.digest[:12]}"
+                        f"rollout engine {slot} loaded {loaded[:9]} as policy {policy.version}, not {policy.digest[:9]}"
                     )
                 scored = await asyncio.gather(*(engine.score.remote(c.token_ids, c.start) for c in canaries))
             except ray.exceptions.RayActorError:
@@ -189,8 +189,8 @@ class Coordinator:
             gap = canary_gap(canaries, scored)
             if gap > self._settings.canary_tolerance:
                 raise PolicyMismatch(
-                    f"rollout engine {slot} does not serve policy {policy.version}: its log-probabilities of the canary "
-                    f"tokens are {gap:.3f} nats off (grpo.canary_tolerance {self._settings.canary_tolerance:g})"
+                    f"rollout engine {slot} does not serve policy {policy.version}: its log-probabilities of the "
+                    f"canary tokens are {gap:.3f} nats off (grpo.canary_tolerance {self._settings.canary_tolerance:g})"
                 )
             return gap
 

@@ -48,8 +48,8 @@ def policy_loss(
         advantages_B: one per sequence.
         mask_BT: 1 for completion tokens that count, 0 for padding and masked completions.
         loss_type: how tokens are weighted. `grpo`: mean over each sequence, then over sequences (arXiv 2402.03300).
-            `dapo`: mean over all tokens of the step, `num_tokens_global` (arXiv 2503.14476). `bnpo`: mean over the tokens
-            given here. `dr_grpo`: sum over B · max_completion_length (arXiv 2503.20783). `gspo`: ratio per sequence
+            `dapo`: mean over all tokens of the step, `num_tokens_global` (arXiv 2503.14476). `bnpo`: mean over the
+            tokens given here. `dr_grpo`: sum over B · max_completion_length (arXiv 2503.20783). `gspo`: sequence ratio
             (arXiv 2507.18071), otherwise as `grpo`. `cispo`: the ratio is capped and detached, so that clipped tokens
             keep their gradient (arXiv 2506.13585), otherwise as `dapo`.
         clip_low, clip_high: the ratio is clipped to [1 − low, 1 + high]; `cispo` caps it at `clip_high` itself.

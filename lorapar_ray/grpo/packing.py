@@ -51,7 +51,7 @@ def pack(groups: Sequence[Sequence[Sample]], pad_id: int, device: torch.device) 
     source = torch.zeros((len(samples), longest), dtype=torch.long)
     tokens = torch.full((len(samples), longest), pad_id)
     mask, logprobs = torch.zeros((len(samples), longest)), torch.zeros((len(samples), longest))
-    row_of = []
+    row_of: list[int] = []
     for row, group in enumerate(groups):
         prompt = group[0].prompt_ids
         start = first + 1 - len(prompt)

@@ -24,7 +24,7 @@ class TokenizedExample:
 def collate(
     examples: Sequence[TokenizedExample], pad_id: int, padding_side: Literal["left", "right"] = "right"
 ) -> dict[str, Tensor]:
-    """A batch with `input_ids`, `attention_mask`, `position_ids` and `labels`, each [B, T]; labels ignore the prompt."""
+    """`input_ids`, `attention_mask`, `position_ids` and `labels`, each [B, T]; labels leave the prompt out."""
     width = max(len(example.input_ids) for example in examples)
     shape = (len(examples), width)
     batch = {

@@ -1,6 +1,6 @@
 """Exact per-example gradient sums of every LoRA element from one batched forward and backward pass.
 
-For a linear map y = xWᵀ the gradient of example k is Σ_t (∂L_k/∂y_kt)ᵀ x_kt: its inputs and output gradients are enough.
+For a linear map y = xWᵀ the gradient of example k is Σ_t (∂L_k/∂y_kt)ᵀ x_kt: inputs and output gradients are enough.
 Both are at hand while autograd walks the graph, so each layer's per-example gradients [B, out, in] live only for the
 moment in which they are summed and squared; with rank r they are small. Because F is the mean *square* of per-example
 gradients, no quantity of the batch as a whole could replace them.

@@ -1,8 +1,8 @@
 """Stage `score` on Ray Train: every LoRA element's importance for each System.
 
 Work is cut into fixed units of examples. A unit's partial sums are written once, by an atomic rename, and a unit that
-is already there is skipped; so a lost worker, a resumed run or another number of workers cannot count a row twice, and the
-sums (taken in unit order) have the same bits. Workers never talk to each other: no row is lost to equal splitting.
+is already there is skipped; so a lost worker, a resumed run or another number of workers cannot count a row twice, and
+the sums (taken in unit order) have the same bits. Workers never talk to each other: no row is lost to equal splitting.
 """
 
 from __future__ import annotations

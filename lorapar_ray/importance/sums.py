@@ -51,7 +51,7 @@ class GradSums:
     def load(cls, path: Path) -> GradSums:
         """Read what `save` wrote."""
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             n = int(file.metadata()["n"])
         parts = [
             {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -24,7 +24,8 @@ class Asker:
     """Collects votes block by block; a block's votes appear on disk whole or not at all."""
 
     def __init__(self, label: dict[str, Any], apps: dict[str, str], student: str | None, bias: dict[str, list[float]]):
-        """`apps`: Serve application of each hosted teacher that runs (others abstain); `bias`: log-probabilities to divide out, by teacher."""
+        """Take the Serve application of each hosted teacher that runs (`apps`, others abstain), the student's name, and
+        by teacher the log-probabilities to divide out (`bias`)."""
         self._config = LabelConfig.model_validate(label)
         self._student = student
         self._bias = bias

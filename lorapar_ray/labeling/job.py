@@ -36,7 +36,9 @@ def label(config: Config, run: RunDirectory) -> dict[str, Any]:
     """
     rows = list(iterate_rows(run.data / "train.parquet"))
     if config.label.strategy == "random":
-        votes, bias, seconds = {}, {}, 0.0
+        votes: dict[str, list[dict[str, Any]]] = {}
+        bias: dict[str, list[float]] = {}
+        seconds = 0.0
     else:
         start = time.monotonic()
         votes, bias = _collect(config, run, rows)

@@ -77,9 +77,9 @@ def pairwise_agreement(rows: Sequence[Sequence[Vote]]) -> dict[str, dict[str, fl
         for one, other in combinations(sorted(votes, key=lambda vote: vote.teacher), 2):
             same[one.teacher, other.teacher].append(one.system == other.system)
     table: dict[str, dict[str, float]] = defaultdict(dict)
-    for (one, other), agreed in same.items():
-        table[one][other] = table[other][one] = sum(agreed) / len(agreed)
-    return {name: dict(sorted(row.items())) for name, row in sorted(table.items())}
+    for (first, second), agreed in same.items():
+        table[first][second] = table[second][first] = sum(agreed) / len(agreed)
+    return {name: dict(sorted(table[name].items())) for name in sorted(table)}
 
 
 def fleiss_kappa(rows: Sequence[Sequence[int]]) -> float | None:

@@ -220,10 +220,11 @@ class MaskedAdamW(torch.optim.Optimizer):
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _local(tensor: Any) -> Tensor:
     """This rank's shard of a DTensor, else the tensor itself."""
     shard = getattr(tensor, "to_local", None)
-    return shard() if shard is not None else tensor
+    local: Tensor = shard() if shard is not None else tensor
+    return local
 
 
 def _gather(tensor: Tensor, index: Tensor | None) -> Tensor:

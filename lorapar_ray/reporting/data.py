@@ -51,7 +51,8 @@ def _scatter(run: RunDirectory) -> dict[str, list[Any]] | None:
     regions = run.partition / "regions.safetensors"
     if not all(path.is_file() for path in [*files, regions]):
         return None
-    return scatter_sample(*(load_file(path) for path in files), load_regions(regions)[0], n=SCATTER_POINTS, seed=0)
+    scores1, scores2 = (load_file(path) for path in files)
+    return scatter_sample(scores1, scores2, load_regions(regions)[0], n=SCATTER_POINTS, seed=0)
 
 
 def _json(path: Path) -> dict[str, Any] | None:

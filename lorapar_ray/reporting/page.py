@@ -41,7 +41,7 @@ def render(config: Config, data: RunData, figures: dict[str, str]) -> str:
     """The page's HTML; everything but our own plots and style is escaped."""
     template = files("lorapar_ray.reporting").joinpath("page.html.j2").read_text()
     style = files("lorapar_ray.reporting").joinpath("style.css").read_text()
-    versions = next((s["versions"] for s in reversed(data.stages.values()) if "versions" in s), {})
+    versions: dict[str, str] = next((s["versions"] for s in reversed(data.stages.values()) if "versions" in s), {})
     return (
         Environment(autoescape=True)
         .from_string(template)

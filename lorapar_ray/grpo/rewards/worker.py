@@ -18,7 +18,7 @@ from typing import Any
 
 
 def serve(memory_mb: int, rewards: list[str]) -> None:
-    """Say `ready`, then answer requests {reward, prompts, completions, columns} with {values} or {error} until input ends."""
+    """Say `ready`, then answer {reward, prompts, completions, columns} with {values} or {error} until input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     from lorapar_ray.errors import UserError

@@ -1,0 +1,39 @@
+# `make quickstart` shows LoRA-PAR work; `make test` proves it. Both set up .venv from the complete lock first.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := requirements/cpu.txt
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: quickstart test lint setup lock clean
+
+quickstart: setup
+	$(BIN)/lorapar run jobs/configs/quickstart.yaml
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(VENV)/.complete
+
+# The CPU build of torch is taken from wherever pip already looks; where that has none, from PyTorch's own index.
+$(VENV)/.complete: $(LOCK) pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-deps "$$(grep '^torch==' $(LOCK))" \
+	  || $(BIN)/pip install --quiet --no-deps --index-url $(TORCH_INDEX) "$$(grep '^torch==' $(LOCK))"
+	$(BIN)/pip install --quiet --no-deps -r $(LOCK)
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+# Needs uv on the path; `make lock FIND_LINKS=DIR` where the CPU build of torch lies in a directory.
+lock:
+	uv pip compile requirements/cpu.in --override requirements/overrides.txt --python-version 3.11 --no-annotate \
+	  --no-header --no-emit-index-url --no-emit-find-links $(if $(FIND_LINKS),--find-links $(FIND_LINKS),--extra-index-url $(TORCH_INDEX)) \
+	  --upgrade -o $(LOCK)
+
+clean:
+	rm -rf $(VENV) runs
