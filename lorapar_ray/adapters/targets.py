@@ -28,8 +28,8 @@ def resolve_targets(model: nn.Module, spec: str | Sequence[str]) -> list[str]:
 
     Args:
         spec: `qkv`, `gud` or `qkvgud` (paper, section 4), or layer names or their last parts. Fused projections
-            (Phi-3's qkv_proj and gate_up_proj, GPT-NeoX's query_key_value) stand for the parts they fuse. Expert weights
-            that an architecture packs into one 3-D parameter are no linear layers and get no adapter.
+            (Phi-3's qkv_proj and gate_up_proj, GPT-NeoX's query_key_value) stand for the parts they fuse. Experts that
+            an architecture packs into one 3-D parameter are no linear layers and get no adapter.
 
     Raises:
         UserError: the model has none of them; the message lists the linear layers it has.

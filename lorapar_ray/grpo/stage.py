@@ -8,14 +8,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.chat import Encoder, load_encoder
 from lorapar_ray.datasets.labelled import labelled_rows
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.coordinator import Coordinator
 from lorapar_ray.grpo.learner import GrpoJob, learn_worker
-from lorapar_ray.progress import progress
-from lorapar_ray.runs import RunDirectory
+from lorapar_ray.progress import console, progress
+from lorapar_ray.runs import RunDirectory, atomic_path
 from lorapar_ray.sft.stage import export_plain
 from lorapar_ray.student import RESIDUAL_INITS, base_path, trained_adapter
 from lorapar_ray.workers import require, run_workers
@@ -27,14 +30,15 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
     """GRPO of the stage 2 elements on the rows of `grpo.systems`; writes `grpo/adapter`.
 
     Raises:
-        UserError: no labelled row belongs to those Systems, a prompt is too long, or the cluster is too small.
+        UserError: no labelled row belongs to those Systems, every prompt is too long, or the cluster is too small.
     """
     import ray
 
     settings = config.grpo
     base = base_path(config.model, run)
     encoder = load_encoder(base, config.model.system_prompt, config.model.trust_remote_code)
-    rows = _prompts(encoder, labelled_rows(run, settings.systems, "grpo.systems"), settings.max_prompt_length)
+    labelled = labelled_rows(run, settings.systems, "grpo.systems")
+    rows = _prompts(encoder, run, labelled, settings.max_prompt_length)
     start_from = trained_adapter(run, "sft")
     residual = config.adapter.init in RESIDUAL_INITS
     out = run.grpo / ("trained" if residual else "adapter")
@@ -86,16 +90,24 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
     return {"prompts": len(rows), "steps": steps}
 
 
-def _prompts(encoder: Encoder, rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+def _prompts(encoder: Encoder, run: RunDirectory, rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """The rows with their prompts' token ids; those that are too long go to `rejects/grpo.parquet`."""
     keep = ("id", "prompt", "response", "answer")
     prompts = [{key: row[key] for key in keep} | {"prompt_ids": encoder.prompt_ids(row["prompt"])} for row in rows]
-    too_long = [row for row in prompts if len(row["prompt_ids"]) > limit]
-    if too_long:
-        raise UserError(
-            f"grpo: {len(too_long)} prompts exceed grpo.max_prompt_length {limit}, first '{too_long[0]['id']}' with "
-            f"{len(too_long[0]['prompt_ids'])} tokens; raise the limit or leave these rows out"
-        )
-    return prompts
+    fitting = [row for row in prompts if len(row["prompt_ids"]) <= limit]
+    if not fitting:
+        raise UserError(f"grpo: every prompt is longer than grpo.max_prompt_length {limit}; raise it")
+    if len(fitting) < len(prompts):
+        reason = f"prompt longer than grpo.max_prompt_length {limit}"
+        rejects = [
+            {"id": row["id"], "stage": "grpo", "reason": reason, "row": json.dumps(row, ensure_ascii=False)}
+            for row in prompts
+            if len(row["prompt_ids"]) > limit
+        ]
+        with atomic_path(run.rejects / "grpo.parquet") as draft:
+            pq.write_table(pa.Table.from_pylist(rejects), draft)
+        console.print(f"  [yellow]{len(rejects)} prompts are too long and left out[/]: {run.rejects / 'grpo.parquet'}")
+    return fitting
 
 
 def _canary(encoder: Encoder, row: dict[str, Any]) -> list[Any]:

@@ -1,0 +1,109 @@
+"""Targets, inits, files and export of adapters, on real architectures with random weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from lorapar_ray.adapters import (
+    adapter_state,
+    attach_lora,
+    layer_index,
+    load_adapter,
+    lora_scaling,
+    matrix,
+    merged_weights,
+    module_type,
+    read_adapter_state,
+    resolve_targets,
+    save_adapter,
+    to_plain_lora,
+)
+from lorapar_ray.errors import UserError
+from tests.unit.tiny_models import CONFIGS, tiny
+
+TOKENS = torch.arange(3, 19).view(2, 8)
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Give B a value, so that the adapter does something."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_qkv_and_gud_are_found_in_every_family(family: str) -> None:
+    model = tiny(family)
+    types = {module_type(name) for name in resolve_targets(model, "qkvgud")}
+    attention = {"phi3": {"qkv"}, "gpt_neox": {"qkv"}}.get(family, {"q", "k", "v"})
+    mlp = {"phi3": {"gate_up", "down"}, "gpt_neox": {"up", "down"}, "mixtral": set()}.get(family, {"gate", "up", "down"})
+    assert types == attention | mlp
+    assert {module_type(name) for name in resolve_targets(model, "qkv")} == attention
+
+
+def test_a_model_without_the_targets_is_refused_with_the_layers_it_has() -> None:
+    with pytest.raises(UserError, match=r"'w_missing' matches no layer of LlamaForCausalLM.*down_proj"):
+        resolve_targets(tiny(), ["w_missing"])
+
+
+def test_keys_tell_layer_module_and_matrix() -> None:
+    key = "base_model.model.model.layers.11.self_attn.q_proj.lora_A.weight"
+    assert (layer_index(key), module_type(key), matrix(key)) == (11, "q", "A")
+
+
+@pytest.mark.parametrize("init", ["default", "gaussian", "pissa", "olora"])
+def test_inits_are_seeded_float32_and_leave_the_function_alone(init: str) -> None:
+    before = tiny()(TOKENS).logits
+    first, again = (attach_lora(tiny(), rank=4, alpha=8, init=init, seed=5) for _ in range(2))
+    states = adapter_state(first), adapter_state(again)
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert all(value.dtype == torch.float32 for value in states[0].values())
+    zero_b = all(not value.any() for key, value in states[0].items() if matrix(key) == "B")
+    assert zero_b == (init == "default")
+    if init != "gaussian":
+        torch.testing.assert_close(first(TOKENS).logits, before, atol=2e-5, rtol=1e-4)
+
+
+def test_a_bfloat16_base_keeps_float32_adapters() -> None:
+    model = attach_lora(tiny().to(torch.bfloat16), rank=4, alpha=8)
+    assert all(p.dtype == torch.float32 for name, p in model.named_parameters() if "lora_" in name)
+
+
+def test_saved_adapters_load_in_stock_peft_with_the_same_logits(tmp_path: Path) -> None:
+    model = attach_lora(tiny(), rank=4, alpha=8)
+    randomise(model)
+    expected = model(TOKENS).logits
+    save_adapter(model, tmp_path / "adapter")
+    assert torch.equal(PeftModel.from_pretrained(tiny(), str(tmp_path / "adapter"))(TOKENS).logits, expected)
+    ours = load_adapter(tiny(), tmp_path / "adapter")
+    assert torch.equal(ours(TOKENS).logits, expected)
+    assert any(p.requires_grad for p in ours.parameters())
+
+
+def test_merged_weights_equal_pefts(tmp_path: Path) -> None:
+    base = tiny()
+    weights = {name: value.clone() for name, value in base.state_dict().items()}
+    model = attach_lora(base, rank=4, alpha=8)
+    randomise(model)
+    merged = dict(merged_weights(weights, adapter_state(model), scaling=lora_scaling({"r": 4, "lora_alpha": 8})))
+    theirs = model.merge_and_unload().state_dict()
+    assert len(merged) == 12
+    for name, value in merged.items():
+        torch.testing.assert_close(value, theirs[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_residual_inits_export_as_plain_lora_on_the_original_base(init: str, tmp_path: Path) -> None:
+    model = attach_lora(tiny(), rank=4, alpha=8, init=init)
+    initial = adapter_state(model)
+    randomise(model)
+    save_adapter(model, tmp_path / "trained")
+    settings = {"r": 4, "lora_alpha": 8}
+    state, plain = to_plain_lora(initial, read_adapter_state(tmp_path / "trained"), settings)
+    original = tiny()
+    weights = dict(merged_weights(original.state_dict(), state, scaling=lora_scaling(plain)))
+    original.load_state_dict({**original.state_dict(), **weights})
+    torch.testing.assert_close(original(TOKENS).logits, model(TOKENS).logits, atol=5e-5, rtol=1e-3)

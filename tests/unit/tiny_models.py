@@ -1,0 +1,42 @@
+"""Random-weight models of many families, small enough to differentiate one example at a time."""
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = {**SHAPE, "num_key_value_heads": 1, "head_dim": 32}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**GROUPED),
+    "qwen2": Qwen2Config(**{**SHAPE, "num_key_value_heads": 1}),
+    "qwen3": Qwen3Config(**GROUPED),
+    "gemma3": Gemma3TextConfig(**GROUPED, sliding_window=64),
+    "phi3": Phi3Config(**{**SHAPE, "num_key_value_heads": 1}),
+    "gpt_neox": GPTNeoXConfig(**SHAPE),
+    "mixtral": MixtralConfig(**GROUPED, num_local_experts=2, num_experts_per_tok=1),
+}
+
+
+def tiny(family: str = "llama", seed: int = 0) -> torch.nn.Module:
+    """A fresh float32 model of a family, the same for the same seed."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation="eager").eval()
