@@ -1,0 +1,196 @@
+"""GRPO losses: TRL's own `_compute_loss` on the same tensors, and hand-computed cases."""
+
+import math
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from lorapar_ray.grpo.advantages import group_advantages, overlong_penalty, zero_variance_groups
+from lorapar_ray.grpo.batches import Sample
+from lorapar_ray.grpo.learner import micro_batches
+from lorapar_ray.grpo.logprobs import token_logprobs
+from lorapar_ray.grpo.loss import policy_loss
+from lorapar_ray.grpo.packing import additive_mask, group_by_prompt, pack
+from tests.unit.tiny_models import tiny
+
+B, T, LOW, HIGH, LENGTH, TOKENS = 6, 9, 0.2, 0.28, 12, 31
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    draw = {name: torch.randn(B, T, generator=generator, dtype=torch.float64) for name in ("old", "ref", "step", "gap")}
+    old = -draw["old"].abs() - 0.1
+    lengths = torch.tensor([9, 7, 4, 9, 1, 5])
+    return {
+        "logprobs": (old + 0.4 * draw["step"]).requires_grad_(),
+        "old": old,
+        "ref": old + 0.3 * draw["ref"],
+        "sampling": old + 0.5 * draw["gap"],
+        "advantages": torch.tensor([1.5, -0.7, 0.3, -1.2, 0.9, -0.4], dtype=torch.float64),
+        "mask": (torch.arange(T) < lengths[:, None]).double(),
+    }
+
+
+def trl_loss(data: dict[str, torch.Tensor], loss_type: str, level: str, beta: float, cap: float | None) -> torch.Tensor:
+    """TRL's code on our tensors; everything of the trainer that the loss does not read is a stand-in."""
+    trainer: Any = MagicMock()
+    trainer._get_per_token_logps_and_entropies.return_value = (data["logprobs"], torch.zeros(B, T), None)
+    trainer.loss_type, trainer.importance_sampling_level, trainer.beta = loss_type, level, beta
+    trainer.epsilon_low, trainer.epsilon_high, trainer.max_completion_length = LOW, HIGH, LENGTH
+    trainer.top_entropy_quantile, trainer.off_policy_mask_threshold = 1.0, None
+    trainer.aux_loss_enabled = trainer._entropy_bonus_enabled = False
+    trainer.args.delta, trainer.args.use_bias_correction_kl, trainer.args.steps_per_generation = None, False, 1
+    trainer.use_vllm = trainer.vllm_importance_sampling_correction = cap is not None
+    trainer.model.training, trainer.current_gradient_accumulation_steps = True, 1
+    trainer.accelerator.num_processes = 1
+    trainer.accelerator.gather.side_effect = lambda value: value
+    inputs = {
+        "prompt_ids": torch.zeros(B, 2, dtype=torch.long),
+        "prompt_mask": torch.ones(B, 2),
+        "completion_ids": torch.zeros(B, T, dtype=torch.long),
+        "completion_mask": data["mask"],
+        "advantages": data["advantages"],
+        "old_per_token_logps": data["old"],
+        "ref_per_token_logps": data["ref"],
+        "num_items_in_batch": torch.tensor(float(TOKENS)),
+        "importance_sampling_ratio": (data["old"] - data["sampling"]).exp().clamp(max=cap or math.inf),
+        "sampling_per_token_logps": data["sampling"],
+    }
+    loss: torch.Tensor = GRPOTrainer._compute_loss(trainer, None, inputs)
+    return loss
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("cap", [None, 1.3])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo", "dr_grpo", "cispo", "gspo"])
+def test_loss_and_gradient_equal_trl(loss_type: Any, cap: float | None, beta: float) -> None:
+    data = tensors()
+    sequence = loss_type == "gspo"
+    theirs = trl_loss(data, "grpo" if sequence else loss_type, "sequence" if sequence else "token", beta, cap)
+    (their_gradient,) = torch.autograd.grad(theirs, data["logprobs"])
+    ours = policy_loss(
+        data["logprobs"],
+        data["old"],
+        data["advantages"],
+        data["mask"],
+        loss_type=loss_type,
+        clip_low=LOW,
+        clip_high=HIGH,
+        max_completion_length=LENGTH,
+        num_tokens_global=TOKENS,
+        ref_logprobs_BT=data["ref"],
+        kl_beta=beta,
+        sampling_logprobs_BT=None if cap is None else data["sampling"],
+        tis_cap=cap,
+    ).loss
+    (our_gradient,) = torch.autograd.grad(ours, data["logprobs"])
+    assert torch.allclose(ours, theirs, rtol=1e-6, atol=0)
+    assert (our_gradient - their_gradient).norm() <= 1e-6 * their_gradient.norm()
+
+
+def test_sampler_ratios_are_logged_raw_and_far_sequences_masked() -> None:
+    old = torch.log(torch.tensor([[0.5, 0.5], [0.5, 0.5]]))
+    sampling = torch.log(torch.tensor([[0.5, 0.25], [0.05, 0.05]]))
+    out = policy_loss(
+        old,
+        old,
+        torch.tensor([1.0, 1.0]),
+        torch.ones(2, 2),
+        loss_type="bnpo",
+        sampling_logprobs_BT=sampling,
+        tis_cap=1.5,
+        sequence_mask_bounds=(0.1, 5.0),
+    )
+    assert out.loss.item() == pytest.approx(-(1.0 + 1.5) / 2)
+    assert out.metrics["ratio_max"] == pytest.approx(10.0)
+    assert out.metrics["sequence_masked_share"] == 0.5
+
+
+def test_clip_shares_count_only_where_clipping_bites() -> None:
+    old = torch.zeros(2, 2)
+    new = torch.log(torch.tensor([[2.0, 0.1], [2.0, 0.1]]))
+    metrics = policy_loss(new, old, torch.tensor([1.0, -1.0]), torch.ones(2, 2)).metrics
+    assert (metrics["clip_high_share"], metrics["clip_low_share"]) == (0.25, 0.25)
+
+
+def test_advantages_by_hand() -> None:
+    rewards = torch.tensor([1.0, 0.0, 1.0, 0.0, 2.0, 2.0, 2.0, 2.0])
+    assert group_advantages(rewards, 4, "none").tolist() == [0.5, -0.5, 0.5, -0.5, 0, 0, 0, 0]
+    assert group_advantages(rewards, 4)[0].item() == pytest.approx(0.5 / (math.sqrt(1 / 3) + 1e-4))
+    assert group_advantages(rewards, 4, "batch")[0].item() == pytest.approx(0.5 / (rewards.std().item() + 1e-4))
+    assert zero_variance_groups(rewards, 4).tolist() == [False, True]
+    with pytest.raises(ValueError, match="groups of 3"):
+        group_advantages(rewards, 3)
+
+
+def test_overlong_penalty_is_soft_then_full() -> None:
+    assert overlong_penalty(torch.tensor([5, 8, 9, 10, 12]), 10, 2).tolist() == [0, 0, -0.5, -1, -1]
+
+
+def test_token_logprobs_are_those_of_the_tempered_distribution() -> None:
+    logits, tokens = torch.randn(2, 3, 7), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    logprobs, entropy = token_logprobs(logits, tokens, temperature=0.7)
+    reference = torch.distributions.Categorical(logits=logits / 0.7)
+    torch.testing.assert_close(logprobs, reference.log_prob(tokens))
+    torch.testing.assert_close(entropy, reference.entropy())
+
+
+def samples() -> list[Sample]:
+    draw = torch.Generator().manual_seed(0)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(3, 96, (count,), generator=draw).tolist()
+
+    prompts = [ids(5), ids(8), ids(3)]
+    lengths = [(4, 1, 3), (2, 6, 2), (1, 1, 5)]
+    return [
+        Sample(prompt, ids(length), [-1.0] * length, 0.5, True, 0)
+        for prompt, group in zip(prompts, lengths, strict=True)
+        for length in group
+    ]
+
+
+def test_a_prompt_computed_once_gives_the_same_logprobs_and_gradients() -> None:
+    results = []
+    for shared in (True, False):
+        model = tiny()
+        groups = group_by_prompt(samples(), shared)
+        rows = pack(groups, pad_id=0, device=torch.device("cpu"))
+        logits = model(
+            input_ids=rows.input_ids_RW,
+            position_ids=rows.position_ids_RW,
+            attention_mask=additive_mask(rows.visible_RWW, torch.float32),
+            logits_to_keep=rows.input_ids_RW.shape[1] - rows.first,
+        ).logits
+        logprobs, _ = token_logprobs(
+            (logits[row, at] for row, at in zip(rows.row_B, rows.source_BT, strict=True)), rows.token_ids_BT
+        )
+        (logprobs * rows.mask_BT).sum().backward()
+        results.append((logprobs * rows.mask_BT, model.get_input_embeddings().weight.grad, rows))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-4, rtol=1e-3)
+    assert results[0][2].input_ids_RW.shape[0] == 3
+
+
+def test_one_sample_alone_matches_the_plain_model() -> None:
+    sample, model = samples()[0], tiny()
+    ids = torch.tensor([sample.prompt_ids + sample.token_ids])
+    plain = model(ids).logits[:, len(sample.prompt_ids) - 1 : -1]
+    expected, _ = token_logprobs(plain, torch.tensor([sample.token_ids]))
+    rows = pack([[sample]], 0, torch.device("cpu"))
+    logits = model(
+        input_ids=rows.input_ids_RW,
+        position_ids=rows.position_ids_RW,
+        attention_mask=additive_mask(rows.visible_RWW, torch.float32),
+    ).logits[:, rows.first :]
+    ours, _ = token_logprobs([logits[0, rows.source_BT[0]]], rows.token_ids_BT)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_micro_batches_keep_groups_whole() -> None:
+    groups = group_by_prompt(samples())
+    assert [sum(map(len, part)) for part in micro_batches(groups, 6)] == [6, 3]
+    assert [sum(map(len, part)) for part in micro_batches(groups, 1)] == [3, 3, 3]

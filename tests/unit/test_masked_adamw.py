@@ -1,0 +1,159 @@
+"""MaskedAdamW against torch's AdamW on active elements, and bit for bit against nothing at all elsewhere."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.optim.lr_scheduler import LambdaLR
+
+from lorapar_ray.optim import MaskedAdamW, learning_rate_factor, masked_param_groups, trainable_share
+
+SHAPE = (7, 5)
+
+
+def parameter(seed: int, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)).to(dtype))
+
+
+def mask_of(seed: int, share: float) -> torch.Tensor:
+    return torch.rand(SHAPE, generator=torch.Generator().manual_seed(seed)) < share
+
+
+def gradient(step: int) -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1000 + step))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    share=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    lr=st.floats(1e-5, 0.3),
+    decay=st.floats(0, 0.5),
+    betas=st.tuples(st.floats(0, 0.99), st.floats(0.5, 0.9999)),
+    steps=st.integers(1, 8),
+    seed=st.integers(0, 50),
+)
+def test_active_elements_match_adamw_and_inactive_keep_their_bits(
+    share: float, lr: float, decay: float, betas: tuple[float, float], steps: int, seed: int
+) -> None:
+    ours, theirs, mask = parameter(seed), parameter(seed), mask_of(seed + 1, share)
+    start = ours.detach().clone()
+    options: dict[str, Any] = {"lr": lr, "weight_decay": decay, "betas": betas}
+    masked = MaskedAdamW([{"params": [ours], "masks": [mask]}], **options)
+    stock = torch.optim.AdamW([theirs], foreach=False, **options)
+    for step in range(steps):
+        ours.grad, theirs.grad = gradient(step), gradient(step)
+        masked.step()
+        stock.step()
+    assert torch.equal(ours[mask], theirs[mask])
+    assert torch.equal(ours[~mask], start[~mask])
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_nothing_in_an_inactive_gradient_gets_out(poison: float) -> None:
+    ours, mask = parameter(1), mask_of(2, 0.5)
+    start = ours.detach().clone()
+    ours.grad = torch.where(mask, gradient(0), torch.full(SHAPE, poison))
+    optimizer = MaskedAdamW([{"params": [ours], "masks": [mask]}], lr=0.1, weight_decay=0.1)
+    norm = optimizer.clip_grad_norm_(0.5)
+    torch.testing.assert_close(norm, gradient(0)[mask].norm())
+    optimizer.step()
+    assert torch.equal(ours[~mask], start[~mask])
+    assert ours.isfinite().all()
+
+
+def test_clipping_scales_the_active_part_as_torch_scales_the_whole() -> None:
+    ours, theirs = parameter(1), parameter(1)
+    ours.grad, theirs.grad = gradient(0), gradient(0)
+    optimizer = MaskedAdamW([{"params": [ours], "masks": [None]}])
+    torch.testing.assert_close(optimizer.clip_grad_norm_(0.1), torch.nn.utils.clip_grad_norm_([theirs], 0.1))
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_memory_is_the_active_share() -> None:
+    mask = mask_of(3, 0.4)
+    optimizer = MaskedAdamW([{"params": [parameter(1)], "masks": [mask]}])
+    active = int(mask.sum())
+    assert optimizer.state_bytes() == {"moments": 2 * 4 * active, "index": 4 * active}
+    assert trainable_share({"a": mask}) == active / mask.numel()
+    assert MaskedAdamW([{"params": [parameter(1)], "masks": [None]}]).state_bytes()["index"] == 0
+
+
+def test_bfloat16_parameters_follow_their_float32_masters() -> None:
+    ours, mask = parameter(1, torch.bfloat16), mask_of(2, 0.5)
+    reference = torch.nn.Parameter(ours.detach().float())
+    start = ours.detach().clone()
+    masked = MaskedAdamW([{"params": [ours], "masks": [mask]}], lr=1e-3)
+    stock = torch.optim.AdamW([reference], lr=1e-3, foreach=False)
+    for step in range(20):
+        small = gradient(step).bfloat16()
+        ours.grad, reference.grad = small, small.float()
+        masked.step()
+        stock.step()
+    assert torch.equal(ours[mask], reference[mask].bfloat16())
+    assert torch.equal(ours[~mask], start[~mask])
+
+
+def test_resuming_from_a_state_dict_is_exact_and_another_mask_is_refused() -> None:
+    mask = mask_of(2, 0.5)
+
+    def fresh() -> tuple[torch.nn.Parameter, MaskedAdamW, LambdaLR]:
+        value = parameter(1)
+        optimizer = MaskedAdamW([{"params": [value], "masks": [mask]}], lr=0.1)
+        return value, optimizer, LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+    def run(value: torch.nn.Parameter, optimizer: MaskedAdamW, schedule: LambdaLR, steps: range) -> None:
+        for step in steps:
+            value.grad = gradient(step)
+            optimizer.step()
+            schedule.step()
+
+    whole = fresh()
+    run(*whole, range(6))
+    half = fresh()
+    run(*half, range(3))
+    resumed = fresh()
+    resumed[0].data.copy_(half[0])
+    resumed[1].load_state_dict(half[1].state_dict())
+    resumed[2].load_state_dict(half[2].state_dict())
+    run(*resumed, range(3, 6))
+    assert torch.equal(resumed[0], whole[0])
+    other = MaskedAdamW([{"params": [parameter(1)], "masks": [mask_of(9, 0.5)]}])
+    with pytest.raises(ValueError, match="another mask"):
+        other.load_state_dict(half[1].state_dict())
+
+
+def test_a_parameter_without_gradient_is_left_alone() -> None:
+    still, moving = parameter(1), parameter(2)
+    start = still.detach().clone()
+    optimizer = MaskedAdamW([{"params": [still, moving], "masks": [None, None]}], weight_decay=0.5)
+    moving.grad = gradient(0)
+    optimizer.step()
+    assert torch.equal(still, start)
+
+
+def test_lora_plus_gives_b_its_own_rate() -> None:
+    named = {"x.lora_A.weight": parameter(1), "x.lora_B.weight": parameter(2)}
+    masks = {key: mask_of(1, 0.5) for key in named}
+    rates = [g["lr"] for g in masked_param_groups(named, masks, lr=0.1, weight_decay=0.0, lora_plus_ratio=16.0)]
+    assert rates == [0.1, 1.6]
+
+
+@pytest.mark.parametrize("options", [{"lr": -1.0}, {"betas": (1.0, 0.9)}, {"eps": -1.0}, {"weight_decay": -0.1}])
+def test_settings_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="need lr"):
+        MaskedAdamW([{"params": [parameter(1)]}], **options)
+
+
+def test_masks_must_fit() -> None:
+    with pytest.raises(ValueError, match="mask of shape"):
+        MaskedAdamW([{"params": [parameter(1)], "masks": [torch.ones(3, dtype=torch.bool)]}])
+
+
+def test_schedules_warm_up_and_decay() -> None:
+    factors = [learning_rate_factor(s, 10, warmup_ratio=0.2, kind="linear") for s in range(10)]
+    assert factors[:3] == [0.0, 0.5, 1.0]
+    assert factors[-1] == pytest.approx(1 / 8)
+    assert learning_rate_factor(5, 10, warmup_ratio=0.0, kind="cosine") == pytest.approx(0.5)
+    assert learning_rate_factor(9, 10, warmup_ratio=0.0, kind="constant") == 1.0
