@@ -39,7 +39,9 @@ def test_qkv_and_gud_are_found_in_every_family(family: str) -> None:
     model = tiny(family)
     types = {module_type(name) for name in resolve_targets(model, "qkvgud")}
     attention = {"phi3": {"qkv"}, "gpt_neox": {"qkv"}}.get(family, {"q", "k", "v"})
-    mlp = {"phi3": {"gate_up", "down"}, "gpt_neox": {"up", "down"}, "mixtral": set()}.get(family, {"gate", "up", "down"})
+    mlp = {"phi3": {"gate_up", "down"}, "gpt_neox": {"up", "down"}, "mixtral": set()}.get(
+        family, {"gate", "up", "down"}
+    )
     assert types == attention | mlp
     assert {module_type(name) for name in resolve_targets(model, "qkv")} == attention
 

@@ -105,7 +105,7 @@ def test_criteria_follow_their_formulas() -> None:
 
 def test_a_zero_b_adapter_is_refused() -> None:
     model = attach_lora(tiny(), rank=4, alpha=8)
-    with pytest.raises(UserError, match="every importance score is zero.*warmup_steps"):
+    with pytest.raises(UserError, match=r"every importance score is zero.*warmup_steps"):
         score("taylor2", adapter_state(model), gradient_sums(model, [collate(EXAMPLES, 0)]))
 
 

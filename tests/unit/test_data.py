@@ -1,0 +1,150 @@
+"""Config, run directory, readers, prompts in order, state files."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorapar_ray.config import load_config
+from lorapar_ray.datasets.named import NAMED
+from lorapar_ray.datasets.prepare import prepare
+from lorapar_ray.datasets.rows import read_table
+from lorapar_ray.errors import UserError
+from lorapar_ray.evaluation import accuracy, wilson_interval
+from lorapar_ray.grpo.prompts import PromptStream
+from lorapar_ray.pipeline import PIPELINE, inputs_digest, pending
+from lorapar_ray.runs import STAGES, RunDirectory, atomic_path, write_json
+from lorapar_ray.tensortree import load_tree, save_tree
+
+CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+def write_config(folder: Path, rows: list[dict[str, str]], test: list[dict[str, str]]) -> Path:
+    for name, part in (("train", rows), ("test", test)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    sources = {name: [{"reader": "file", "path": str(folder / f"{name}.jsonl")}] for name in ("train", "test")}
+    path = folder / "config.yaml"
+    path.write_text(json.dumps({"name": "t", "model": {"path": "a/b"}, "data": sources}))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_load_and_survive_their_own_yaml(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(config.to_yaml())
+    assert load_config(copy) == config
+
+
+def test_overrides_reach_nested_fields_and_lists() -> None:
+    config = load_config(CONFIGS / "quickstart.yaml", ["partition.theta=0.5", "data.train.0.rows=3", "seed=9"])
+    assert (config.partition.theta, config.data.train[0].rows, config.seed) == (0.5, 3, 9)
+
+
+def test_train_and_test_are_disjoint_and_the_rest_is_in_rejects(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i % 4}", "answer": str(i)} for i in range(6)]
+    config = load_config(write_config(tmp_path, rows, [{"prompt": "q1", "answer": "1"}]))
+    run = RunDirectory(tmp_path / "run")
+    assert prepare(config, run) == {"train": 3, "test": 1, "rejected": 3}
+    kept = {row["prompt"] for row in read_table(run.data / "train.parquet")}
+    assert kept == {"q0", "q2", "q3"}
+    rejected = read_table(run.rejects / "prepare.parquet")
+    assert len(rejected) == 3 and all(row["reason"] and json.loads(row["row"]) for row in rejected)
+
+
+def test_named_readers_on_records_of_their_published_form() -> None:
+    records = {
+        "gsm8k": ({"question": "q", "answer": "1+1=<<1+1=2>>2\n#### 2"}, ("q", "1+1=2\n#### 2", "2")),
+        "boolq": ({"passage": "p", "question": "is it", "answer": True}, ("p\n\nQuestion: is it?", "yes", "yes")),
+        "mawps": ({"instruction": "q", "answer": "4.0"}, ("q", "4", "4")),
+        "mmlu": (
+            {"question": "q", "choices": ["w", "x", "y", "z"], "answer": 2},
+            ("q\nA. w\nB. x\nC. y\nD. z\nAnswer with the letter only.", "C", "C"),
+        ),
+        "dolly": ({"instruction": "i", "context": "c", "response": "r"}, ("c\n\ni", "r", "r")),
+        "openplatypus": ({"instruction": "i", "input": "", "output": "o"}, ("i", "o", "o")),
+        "codealpaca": ({"instruction": "i", "input": "x", "output": "o"}, ("i\n\nx", "o", "o")),
+        "codefeedback": ({"query": "q", "answer": "a"}, ("q", "a", "a")),
+    }
+    assert records.keys() == NAMED.keys()
+    for name, (record, expected) in records.items():
+        assert NAMED[name].convert(record) == expected
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the benchmark data folder beside the checkout")
+@pytest.mark.parametrize(
+    ("reader", "file", "count"),
+    [("gsm8k", "gsm8k/train.jsonl", 7473), ("dolly", "dolly15k/databricks-dolly-15k.jsonl.gz", 15011)],
+)
+def test_real_benchmark_files_are_read_whole(reader: str, file: str, count: int, tmp_path: Path) -> None:
+    source = {"reader": reader, "path": str(SHARED / file)}
+    path = tmp_path / "c.yaml"
+    path.write_text(json.dumps({"name": "t", "model": {"path": "a/b"}, "data": {"train": [source]}}))
+    counts = prepare(load_config(path), RunDirectory(tmp_path / "run"))
+    assert counts["train"] + counts["rejected"] == count
+
+
+def test_changing_a_setting_redoes_its_stage_and_what_follows(tmp_path: Path) -> None:
+    path = write_config(tmp_path, [{"prompt": "q", "answer": "1"}], [{"prompt": "p", "answer": "1"}])
+    run, config = RunDirectory(tmp_path / "run"), load_config(path)
+    run.open(config)
+    assert pending(config, run) == list(STAGES)
+    for name in STAGES:
+        run.record(name, status="done", inputs=inputs_digest(config, run, name), outputs=f"digest of {name}")
+    assert pending(config, run) == []
+    recut = load_config(path, ["partition.theta=0.5"])
+    assert pending(recut, run) == ["partition", "sft", "grpo", "evaluate", "report"]
+    assert pending(load_config(path, ["grpo.learning_rate=1e-5"]), run) == ["grpo", "evaluate", "report"]
+    assert set(PIPELINE) == set(STAGES)
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path: Path) -> None:
+    target = tmp_path / "scores.json"
+    write_json(target, {"kept": 1})
+    with pytest.raises(UserError, match=r"no space left on the disk of .*scores\.json"), atomic_path(target) as draft:
+        draft.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert json.loads(target.read_text()) == {"kept": 1}
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@given(takes=st.lists(st.integers(1, 5), min_size=1, max_size=12), untrained=st.integers(0, 3), count=st.integers(1, 9))
+def test_a_resumed_prompt_stream_goes_on_as_if_it_never_stopped(takes: list[int], untrained: int, count: int) -> None:
+    whole = PromptStream(count, seed=3)
+    drawn = [whole.take(k) for k in takes]
+    cut = max(0, len(takes) - untrained)
+    again = PromptStream(count, seed=3)
+    for k in takes:
+        again.take(k)
+    resumed = PromptStream(count, seed=3)
+    resumed.restore(json.loads(json.dumps(again.state([index for part in drawn[cut:] for index in part]))))
+    assert [resumed.take(k) for k in takes[cut:]] == drawn[cut:]
+    assert resumed.take(4) == whole.take(4)
+
+
+def test_an_epoch_visits_every_prompt_once() -> None:
+    stream = PromptStream(10, seed=1)
+    assert sorted(stream.take(10)) == sorted(stream.take(10)) == list(range(10))
+
+
+def test_trees_of_tensors_come_back(tmp_path: Path) -> None:
+    tree = {"a": torch.arange(3), "b": {0: {"x": torch.tensor(2.5), "n": 3}}, "c": [1, None, "s", torch.ones(2, 2)]}
+    save_tree(tmp_path / "t.safetensors", tree)
+    back = load_tree(tmp_path / "t.safetensors")
+    assert torch.equal(back["a"], tree["a"]) and back["b"][0]["n"] == 3
+    assert back["c"][:3] == [1, None, "s"] and torch.equal(back["c"][3], torch.ones(2, 2))
+
+
+def test_wilson_intervals_match_the_textbook() -> None:
+    low, high = wilson_interval(8, 10)
+    assert (round(low, 3), round(high, 3)) == (0.490, 0.943)
+    assert wilson_interval(0, 20)[0] == 0.0 and wilson_interval(20, 20)[1] == 1.0
+    with pytest.raises(ValueError, match="correct"):
+        wilson_interval(3, 2)
+    result = accuracy([True, False, True], ["a", "a", "b"])
+    assert (result["correct"], result["by_task"]["b"]["n"]) == (2, 1)

@@ -1,0 +1,81 @@
+"""Answers, rewards, and the process that contains them."""
+
+import pytest
+
+from lorapar_ray.datasets.answers import extract_number
+from lorapar_ray.errors import UserError
+from lorapar_ray.grpo.rewards import RewardPool, RewardSpec, get_reward
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("The answer is 42.", "42"),
+        ("1,234", "1234"),
+        ("-3", "-3"),
+        ("so 2 + 2 = 4", "4"),
+        ("first 9\n#### 12", "12"),
+        (r"thus \boxed{7} as wanted, see page 3", "7"),
+        ("<reasoning>\n5\n</reasoning>\n<answer>\n6\n</answer>", "6"),
+        ("it costs $5", "5"),
+        ("50%", "50"),
+        ("1/2", "1/2"),
+        ("3.50", "3.50"),
+        ("", None),
+        ("none", None),
+    ],
+)
+def test_final_numbers_are_found(text: str, number: str | None) -> None:
+    assert extract_number(text) == number
+
+
+TAGGED = "<reasoning>\nadd\n</reasoning>\n<answer>\n6\n</answer>"
+
+
+@pytest.mark.parametrize(
+    ("name", "completion", "value"),
+    [
+        ("numeric_answer", "It is 6.0", 1.0),
+        ("numeric_answer", "12/2", 1.0),
+        ("numeric_answer", "7", 0.0),
+        ("numeric_answer", "no idea", 0.0),
+        ("numeric_answer", [{"role": "assistant", "content": "6"}], 1.0),
+        ("exact_answer", " 6. ", 1.0),
+        ("exact_answer", "six", 0.0),
+        ("integer_answer", TAGGED, 0.5),
+        ("integer_answer", "<answer>6.5</answer>", 0.0),
+        ("strict_format", TAGGED, 0.5),
+        ("strict_format", f"well {TAGGED}", 0.0),
+        ("soft_format", f"well {TAGGED}", 0.5),
+        ("tag_count", TAGGED, 0.5),
+        ("tag_count", "<answer>6</answer>", 0.25),
+    ],
+)
+def test_rewards_by_hand(name: str, completion: object, value: float) -> None:
+    assert get_reward(name)(["q"], [completion], answer=["6"], response=["6"]) == [value]
+
+
+def test_option_letters_overlap_and_expressions() -> None:
+    assert get_reward("option_letter")(["q"] * 3, ["B", "(B) because", "A"], answer=["B"] * 3) == [1.0, 1.0, 0.0]
+    overlap = get_reward("reference_overlap")(["q"], ["the cat sat"], response=["the cat sat down"])
+    assert overlap == [pytest.approx(6 / 7)]
+    assert get_reward("numeric_answer")(["q"], [r"\boxed{2\sqrt{2}}"], answer=["$\\sqrt{8}$"]) == [1.0]
+
+
+def test_unknown_rewards_are_named() -> None:
+    with pytest.raises(UserError, match="'brilliance' is unknown; use numeric_answer"):
+        get_reward("brilliance")
+    with pytest.raises(UserError, match="cannot be imported"):
+        get_reward("no_such_module:reward")
+
+
+@pytest.mark.parametrize(
+    ("reward", "cause"), [("raises", "raised"), ("hangs", "timeout"), ("dies", "crashed"), ("eats", "raised")]
+)
+def test_a_bad_sample_costs_itself_only(reward: str, cause: str) -> None:
+    specs = [RewardSpec(f"tests.unit.bad_rewards:{reward}"), RewardSpec("numeric_answer", 2.0)]
+    with RewardPool(specs, time_limit_s=0.7, memory_limit_mb=512) as pool:
+        result = pool.score(["q"] * 4, ["1", "2", "bad", "3"], {"answer": ["1", "0", "1", "3"]})
+    assert result.parts[specs[0].name] == [1.0, 1.0, None, 1.0]
+    assert result.failures == {cause: 1}
+    assert result.total == [3.0, 1.0, 0.0, 3.0]
