@@ -1,0 +1,61 @@
+"""The pipeline as a real Ray job on a cluster started with `ray start --head`."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from lorapar_ray.runs import STAGES
+from tests.e2e.conftest import FinishedRun
+from tests.tiny_run import ROOT, tiny_config, write_config
+
+pytestmark = pytest.mark.e2e
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def test_ray_job_submit_runs_the_pipeline(finished: FinishedRun, tmp_path: Path) -> None:
+    config = tiny_config(finished.student)
+    config |= {"label": {"strategy": "random"}, "name": "job"}
+    config["grpo"] |= {"steps": 2}
+    path = write_config(tmp_path / "job.yaml", config)
+    port, dashboard = free_port(), free_port()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {"RAY_AUTH_MODE": "disabled"}
+    with tempfile.TemporaryDirectory(prefix="lorapar-job-") as temporary:
+        start = [RAY, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2", "--block"]
+        start += [f"--dashboard-port={dashboard}", f"--temp-dir={temporary}", "--disable-usage-stats"]
+        head = subprocess.Popen(start, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            assert head.stdout is not None
+            for line in head.stdout:
+                if "--block" in line or "Ray runtime started" in line:
+                    break
+            submit = [RAY, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", "."]
+            submit += [
+                "--",
+                sys.executable,
+                "jobs/pipeline.py",
+                "--config",
+                str(path),
+                "--run-dir",
+                str(tmp_path / "run"),
+            ]
+            done = subprocess.run(submit, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+        finally:
+            head.terminate()
+            head.wait(60)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    stages = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]
+    assert {name: stages[name]["status"] for name in STAGES} == dict.fromkeys(STAGES, "done")
