@@ -40,9 +40,13 @@ def _execute(config: Config, run: RunDirectory, stages: tuple[str, ...], verbose
     run.open(config)
     due = pending(config, run, stages)
     needs_ray = any(PIPELINE[name].uses_ray for name in due)
-    with ray_session(verbose) if needs_ray else nullcontext():
-        for name in stages:
-            run_stage(config, run, name)
+    try:
+        with ray_session(verbose) if needs_ray else nullcontext():
+            for name in stages:
+                run_stage(config, run, name)
+    except KeyboardInterrupt:
+        print("lorapar: interrupted; the same command continues where it stopped", file=sys.stderr)
+        raise typer.Exit(130) from None
     if not due:
         console.print(f"everything is done in '{run.root}'; nothing to do")
     if "report" in stages:
@@ -143,16 +147,13 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Entry point: a user's error is one line and exit status 2; Ctrl-C says how to go on."""
+    """Entry point: a user's error is one line and exit status 2."""
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     try:
         app(standalone_mode=True)
     except UserError as error:
         print(f"lorapar: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("lorapar: interrupted; the same command continues where it stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

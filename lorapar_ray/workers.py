@@ -82,11 +82,11 @@ def require(name: str, workers: int, resources: Resources) -> None:
 
 
 def _user_error(error: Any) -> UserError | None:
-    causes = [error, getattr(error, "__cause__", None), *getattr(error, "worker_failures", {}).values()]
-    for cause in causes:
-        seen = cause
+    """The user's error at the bottom of what a worker died of: Ray wraps it, and wraps its message too."""
+    found = None
+    for failure in [error, *getattr(error, "worker_failures", {}).values()]:
+        seen = failure
         while seen is not None:
-            if isinstance(seen, UserError):
-                return seen
+            found = seen if isinstance(seen, UserError) else found
             seen = getattr(seen, "cause", None) or seen.__cause__
-    return None
+    return found

@@ -16,6 +16,7 @@ from typing import Any
 
 from lorapar_ray.config import GrpoConfig
 from lorapar_ray.engines.actor import Policy, start_engine
+from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.batches import Batch, Canary, Clock, Group, canary_gap, make_batch, score_groups, share_of
 from lorapar_ray.grpo.prompts import PromptStream
 from lorapar_ray.grpo.rewards import RewardPool, RewardSpec
@@ -24,8 +25,8 @@ ENGINE_REPLACEMENTS = 5
 """Dead engines replaced over a run before it stops: more than that is a broken setup, not bad luck."""
 
 
-class PolicyMismatch(RuntimeError):
-    """An engine does not serve the policy it was sent."""
+class PolicyMismatch(UserError):
+    """An engine does not serve the policy it was sent: nothing sampled from it may be trained on."""
 
 
 class Coordinator:
@@ -49,6 +50,7 @@ class Coordinator:
         self._steps: dict[int, asyncio.Task[Batch]] = {}
         self._drawn: dict[int, list[int]] = {}
         self._first_step = 0
+        self._mismatch: PolicyMismatch | None = None
         self._rewards = RewardPool(
             [RewardSpec(reward.name, reward.weight) for reward in self._settings.rewards],
             time_limit_s=self._settings.reward_time_limit_s,
@@ -63,6 +65,8 @@ class Coordinator:
 
     async def resume(self, step: int, stream: dict[str, Any] | None) -> None:
         """Begin (again) at `step`: forget every unfinished step, and continue the prompts where the checkpoint was."""
+        if self._mismatch is not None:
+            raise self._mismatch  # a restarted learner would only repeat it
         for task in self._steps.values():
             task.cancel()
         self._steps.clear()
@@ -84,7 +88,11 @@ class Coordinator:
         """
         start = time.monotonic()
         self._policy = policy
-        gaps = await asyncio.gather(*(self._serve(index, policy, canaries) for index in range(len(self._engines))))
+        try:
+            gaps = await asyncio.gather(*(self._serve(slot, policy, canaries) for slot in range(len(self._engines))))
+        except PolicyMismatch as mismatch:
+            self._mismatch = mismatch
+            raise
         for step in range(max(self._first_step, policy.version), policy.version + self._settings.max_staleness + 1):
             if step not in self._steps and step < self._plan["steps"]:
                 self._steps[step] = asyncio.create_task(self._sample(step))

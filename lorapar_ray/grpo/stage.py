@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from lorapar_ray.student import RESIDUAL_INITS, base_path, trained_adapter
 from lorapar_ray.workers import require, run_workers
 
 CANARIES = 4
+STOP_LIMIT_S = 30
 
 
 def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
@@ -82,12 +84,20 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
                 storage=run.work / "ray",
             )
     finally:
-        ray.get(coordinator.stop.remote())
-        ray.kill(coordinator)
+        _stop(coordinator)
     if residual:
         export_plain(run.adapter, out, run.grpo / "adapter", config.model.path)
     shutil.rmtree(job.checkpoints, ignore_errors=True)
     return {"prompts": len(rows), "steps": steps}
+
+
+def _stop(coordinator: Any) -> None:
+    """End the coordinator and what it owns, also when it is dead already and another error is on its way."""
+    import ray
+
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.get(coordinator.stop.remote(), timeout=STOP_LIMIT_S)
+    ray.kill(coordinator)
 
 
 def _prompts(encoder: Encoder, run: RunDirectory, rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:

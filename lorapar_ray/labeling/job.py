@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import random
 import time
 from pathlib import Path
@@ -88,9 +87,7 @@ def _collect(
 
 
 def _ask_pending(config: Config, rows: list[Row], pending: list[Path], total: int, bias_file: Path) -> None:
-    from ray import serve
-
-    apps = {t.name: f"lorapar-{config.name}-{t.name}-{os.getpid()}" for t in config.label.teachers if t.kind == "serve"}
+    apps = {t.name: f"lorapar-{config.name}-{t.name}" for t in config.label.teachers if t.kind == "serve"}
 
     def poll() -> tuple[int, str]:
         left = sum(not Path(f"{stem}.votes.json").is_file() for stem in pending)
@@ -106,7 +103,7 @@ def _ask_pending(config: Config, rows: list[Row], pending: list[Path], total: in
             _run_job(config, running, pending, json.loads(bias_file.read_text()))
     finally:
         if apps:
-            serve.shutdown()
+            _stop_teachers(apps)
     missing = [stem for stem in pending if not Path(f"{stem}.votes.json").is_file()]
     if missing:
         raise UserError(f"label: {len(missing)} blocks of questions got no answer; run the same command to ask again")
@@ -152,6 +149,17 @@ def _start_teachers(config: Config, apps: dict[str, str]) -> dict[str, str]:
             f"{config.label.quorum}; see --verbose, then run the same command again"
         )
     return running
+
+
+def _stop_teachers(apps: dict[str, str]) -> None:
+    """Free the teachers' resources; Serve itself stays if somebody else's applications run on it."""
+    from ray import serve
+
+    if set(serve.status().applications) <= set(apps.values()):
+        serve.shutdown()
+        return
+    for app in apps.values():
+        serve.delete(app)
 
 
 async def _measure(config: Config, asker: Asker, rows: list[Row]) -> dict[str, list[float]]:

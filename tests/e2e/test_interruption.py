@@ -78,6 +78,15 @@ def test_sft_ends_in_the_same_adapter(finished: FinishedRun, tmp_path: Path) -> 
         torch.testing.assert_close(ours[key], value, rtol=1e-5, atol=1e-7)
 
 
+def test_a_policy_that_cannot_be_proved_stops_the_run(finished: FinishedRun, tmp_path: Path) -> None:
+    run = copy_before(finished, "grpo", tmp_path / "run")
+    stopped = lorapar("grpo", "-c", finished.config, "-d", run, "--set", "grpo.canary_tolerance=1e-12")
+    assert stopped.returncode == 2, stopped.stderr
+    (line,) = [line for line in stopped.stderr.splitlines() if line.startswith("lorapar:")]
+    assert "does not serve policy 0" in line and "canary" in line
+    assert metrics(run, "grpo") == []
+
+
 def test_grpo_goes_on_from_its_checkpoint(finished: FinishedRun, tmp_path: Path) -> None:
     run = copy_before(finished, "grpo", tmp_path / "run")
     kill_when(lambda: len(metrics(run, "grpo")) >= 2, "grpo", "-c", finished.config, "-d", run)
