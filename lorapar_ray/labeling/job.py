@@ -12,6 +12,7 @@ import json
 import random
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from lorapar_ray.config import Config
@@ -177,7 +178,7 @@ async def _measure(config: Config, asker: Asker, rows: list[Row]) -> dict[str, l
         if not answers:
             console.print(f"  [yellow]teacher {teacher.name} does not answer and abstains[/]")
         elif config.label.calibration == "batch":
-            bias[teacher.name] = [sum(column) / len(answers) for column in zip(*answers, strict=True)]
+            bias[teacher.name] = [median(column) for column in zip(*answers, strict=True)]
         elif config.label.calibration == "content_free":
             bias[teacher.name] = average_log_probs(answers)
     if answering < config.label.quorum:
