@@ -162,8 +162,8 @@ class LabelConfig(Section):
         ),
     ]
     calibration: Literal["none", "content_free", "swapped_definitions", "batch"] = "content_free"
-    """How a teacher's bias is removed. `batch` divides out its median over a sample of the questions themselves, so that
-    every teacher splits them about evenly: for small teachers whose bias drowns their judgement."""
+    """How a teacher's bias is removed. `batch` divides out its median over a sample of the questions themselves, so
+    that every teacher splits them about evenly: for small teachers whose bias drowns their judgement."""
     quorum: PositiveInt = 1
     """Teachers that must still answer; with fewer the stage stops and can be resumed."""
     concurrency: PositiveInt = 64

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,11 +40,11 @@ def kill_when(condition: Callable[[], bool], *arguments: str | Path) -> None:
     process = subprocess.Popen(
         command(*arguments), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 300
+    pause, deadline = threading.Event(), time.monotonic() + 300
     while not condition():
         assert process.poll() is None, "the stage ended before it could be killed"
         assert time.monotonic() < deadline, "the stage never got that far"
-        os.sched_yield()
+        pause.wait(0.1)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
