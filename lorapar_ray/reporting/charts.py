@@ -66,7 +66,7 @@ def label_split(axis: Any, run: RunData) -> None:
         axis.bar_label(bars, [str(rows[name][system]) for name in names], label_type="center", color="white")
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axis.set(title="Votes for each System", xlabel="% of questions", xlim=(0, 100))
-    axis.legend(loc="lower right", bbox_to_anchor=(1.0, 0.98), ncol=2, fontsize=8)
+    axis.legend(loc="upper right", bbox_to_anchor=(1.03, -0.06), ncol=2, fontsize=7, columnspacing=0.8, handlelength=1)
 
 
 def confidence(axis: Any, run: RunData) -> None:
