@@ -8,9 +8,9 @@ gradients, no quantity of the batch as a whole could replace them.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lorapar_ray.adapters.keys import ADAPTER, adapter_parameters
+from lorapar_ray.errors import UserError
 from lorapar_ray.importance.batching import IGNORE
 from lorapar_ray.importance.sums import GradSums
 
@@ -26,7 +27,8 @@ def gradient_sums(peft_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> G
     """Σ∂L_k and Σ(∂L_k)² of every LoRA element over the examples of `batches`.
 
     L_k is the cross-entropy of example k averaged over its labelled tokens (method, section 2). Dropout is off
-    meanwhile; the model is left as it was found, its parameters' `.grad` untouched.
+    meanwhile, and gradient checkpointing stays on where it is enabled; the model is left as it was found, its
+    parameters' `.grad` untouched.
 
     Args:
         peft_model: any PEFT LoRA model.
@@ -35,6 +37,8 @@ def gradient_sums(peft_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> G
             example, from 0, and -1 for padding (attention between them is then the caller's business).
 
     Raises:
+        UserError: an adapted layer does not see every token of the batch (an expert, say), so that its gradient cannot
+            be told apart by example.
         ValueError: an example without a labelled token.
     """
     parameters = adapter_parameters(peft_model)
@@ -44,38 +48,68 @@ def gradient_sums(peft_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> G
         for batch in batches:
             inputs = {key: value.to(device) for key, value in batch.items()}
             segments = inputs.pop("segment_ids", None)
-            capture.segments = segments
+            capture.shape, capture.segments = tuple(inputs["labels"].shape), segments
             losses = example_losses(peft_model, inputs, segments)
             losses.sum().backward()
             sums.n += len(losses)
     return sums
 
 
-def example_losses(model: Any, inputs: dict[str, Tensor], segments: Tensor | None = None) -> Tensor:
+def example_losses(model: Any, inputs: Mapping[str, Tensor], segments: Tensor | None = None) -> Tensor:
     """Mean cross-entropy over each example's labelled tokens, float32, [examples]."""
-    inputs = dict(inputs)
-    labels = inputs.pop("labels")
-    start = max(1, int((labels != IGNORE).any(dim=0).int().argmax()))
-    options: dict[str, Any] = {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(_inner(model).forward).parameters:
-        options["logits_to_keep"] = labels.shape[1] - start + 1  # no vocabulary-wide logits for the prompt
-    logits = model(**inputs, **options).logits[:, -(labels.shape[1] - start + 1) : -1]
-    targets = labels[:, start:]
-    token_losses = functional.cross_entropy(
-        logits.float().transpose(1, 2), targets, ignore_index=IGNORE, reduction="none"
-    )
+    labels = inputs["labels"]
+    targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE)  # column t predicts token t + 1
     labelled = targets != IGNORE
+    if segments is not None:
+        labelled &= segments == torch.roll(segments, -1, dims=1)  # no example predicts the next one's first token
+    logits = _logits_at(labelled, model, {key: value for key, value in inputs.items() if key != "labels"})
+    token_losses = functional.cross_entropy(logits.float(), targets[labelled], reduction="none")
     if segments is None:
-        owner = torch.arange(len(labels), device=labels.device)[:, None].expand_as(targets)
-        count = len(labels)
+        owner, count = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels), len(labels)
     else:
-        owner = segments[:, start:]
-        count = int(segments.max()) + 1
-    tokens = torch.zeros(count, device=labels.device).index_add_(0, owner[labelled], labelled[labelled].float())
+        owner, count = segments, int(segments.max()) + 1
+    tokens = torch.bincount(owner[labelled], minlength=count)
     if (tokens == 0).any():
         raise ValueError("an example has no labelled token; is its response empty or cut off by max_length?")
-    sums = torch.zeros(count, device=labels.device).index_add(0, owner[labelled], token_losses[labelled])
-    return sums / tokens
+    return torch.zeros(count, device=labels.device).index_add(0, owner[labelled], token_losses) / tokens
+
+
+def _logits_at(wanted: Tensor, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits [N, vocabulary] at the N positions where `wanted` [B, T] is true.
+
+    The rest never gets any: over a large vocabulary they would take most of the memory and much of the time.
+    """
+
+    def select(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        hidden = arguments[0]
+        return (hidden[wanted][None],) if hidden.shape[:2] == wanted.shape else None
+
+    head = model.get_output_embeddings()
+    handle = None if head is None else head.register_forward_pre_hook(select)
+    try:
+        logits: Tensor = model(**inputs, use_cache=False).logits
+    finally:
+        if handle is not None:
+            handle.remove()
+    return logits[wanted] if logits.shape[:2] == wanted.shape else logits[0]
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, whose backward shows the gradient together with a tensor of the forward pass.
+
+    Saving that tensor through autograd, rather than in a closure, lets gradient checkpointing drop and recompute it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, see: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.see = see
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        ctx.see(gradient, *ctx.saved_tensors)
+        return gradient, None, None
 
 
 class _Capture:
@@ -83,23 +117,29 @@ class _Capture:
 
     def __init__(self, sums: GradSums) -> None:
         self.sums = sums
+        self.shape: tuple[int, ...] = ()
         self.segments: Tensor | None = None
 
     def watch(self, key: str, layer: nn.Module) -> Any:
-        def after_forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if output.requires_grad:
-                seen = inputs[0].detach()
-                output.register_hook(lambda gradient: self._add(key, gradient, seen))
+        def after_forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return _Tap.apply(output, inputs[0].detach(), partial(self._add, key)) if output.requires_grad else output
 
         return layer.register_forward_hook(after_forward)
 
     def _add(self, key: str, gradient: Tensor, inputs: Tensor) -> None:
         first, second = self.sums.first[key], self.sums.second[key]
-        with torch.no_grad():
-            for g, x in self._examples(gradient.float(), inputs.float()):
-                per_example = torch.bmm(g.transpose(1, 2), x)
-                first += per_example.sum(0)
-                second += per_example.square_().sum(0)
+        for g, x in self._examples(self._by_row(key, gradient), self._by_row(key, inputs)):
+            per_example = torch.bmm(g.transpose(1, 2), x)
+            first += per_example.sum(0)
+            second += per_example.square_().sum(0)
+
+    def _by_row(self, key: str, value: Tensor) -> Tensor:
+        """Float32 [B, T, features]; the shared expert of a mixture gets its tokens as [B·T, features]."""
+        rows, width = self.shape
+        if value.shape[:-1].numel() != rows * width:
+            seen = value.shape[:-1].numel()
+            raise UserError(f"'{key}' sees {seen} of {rows * width} tokens; leave its layer out of adapter.targets")
+        return value.reshape(rows, width, -1).float()
 
     def _examples(self, gradient: Tensor, inputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """(output gradients [B, T, out], inputs [B, T, in]) of whole examples."""
@@ -115,7 +155,7 @@ class _Capture:
 def _scoring(peft_model: Any, sums: GradSums) -> Iterator[_Capture]:
     """Evaluation mode, hooks in place, and gradients flowing from the embeddings instead of into parameters."""
     capture = _Capture(sums)
-    was_training = peft_model.training
+    training = [module for module in peft_model.modules() if module.training]
     trainable = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     handles = [
         capture.watch(f"{name.removesuffix(f'.{ADAPTER}')}.weight", module)
@@ -128,14 +168,34 @@ def _scoring(peft_model: Any, sums: GradSums) -> Iterator[_Capture]:
     for parameter in trainable:
         parameter.requires_grad_(False)  # autograd would otherwise form each weight gradient a second time
     try:
-        yield capture
+        with _checkpointing(peft_model):
+            yield capture
     finally:
         for handle in handles:
             handle.remove()
         for parameter in trainable:
             parameter.requires_grad_(True)
-        peft_model.train(was_training)
+        for module in training:
+            module.training = True
 
 
-def _inner(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+@contextmanager
+def _checkpointing(model: nn.Module) -> Iterator[None]:
+    """Checkpoint the layers that have it enabled; transformers itself only does in training mode, which has dropout."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    wrapped = {layer: layer.__dict__.get("forward") for layer in layers if layer.gradient_checkpointing}
+    for layer in wrapped:
+        layer.forward = partial(_checkpointed, layer._gradient_checkpointing_func, layer.forward)
+    try:
+        yield
+    finally:
+        for layer, own in wrapped.items():
+            del layer.forward
+            if own is not None:
+                layer.forward = own
+
+
+def _checkpointed(checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(partial(forward, **kwargs), *args)

@@ -1,5 +1,7 @@
 """Batched per-example gradient sums against autograd, one example at a time."""
 
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,10 @@ EXAMPLES = [
 
 def model_of(family: str = "llama"):
     return attach_lora(tiny(family), rank=4, alpha=8, init="gaussian", init_std=0.1, seed=1)
+
+
+def layers_of(model):
+    return model.get_base_model().model.layers
 
 
 def naive(model) -> GradSums:
@@ -55,9 +61,10 @@ def test_batch_size_order_and_padding_side_do_not_matter(side: str, size: int) -
     assert_close(gradient_sums(model, batches), naive(model))
 
 
-def test_packed_rows_count_every_example_on_its_own() -> None:
+@pytest.mark.parametrize("prompt", [4, 0])
+def test_packed_rows_count_every_example_on_its_own(prompt: int) -> None:
     model = model_of()
-    first, second = EXAMPLES[:2]
+    first, second = EXAMPLES[0], replace(EXAMPLES[1], response_start=prompt)
     width = len(first.input_ids) + len(second.input_ids)
     segments = torch.tensor([[0] * len(first.input_ids) + [1] * len(second.input_ids)])
     apart = segments[0, :, None] == segments[0, None, :]
@@ -69,19 +76,67 @@ def test_packed_rows_count_every_example_on_its_own() -> None:
     assert_close(ours, gradient_sums(model, parts))
 
 
-def test_gradient_checkpointing_gives_the_same_sums() -> None:
-    model, plain = model_of(), model_of()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_recomputes_and_gives_the_same_sums_without_dropout(reentrant: bool) -> None:
+    model = attach_lora(tiny(), rank=4, alpha=8, dropout=0.5, init="gaussian", init_std=0.1, seed=1)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.train()
-    assert_close(gradient_sums(model, [collate(EXAMPLES, 0)]), naive(plain))
+    runs = []
+    handles = [layer.self_attn.register_forward_hook(lambda *_: runs.append(1)) for layer in layers_of(model)]
+    assert_close(gradient_sums(model, [collate(EXAMPLES, 0)]), naive(model_of()))
+    assert len(runs) == 2 * len(handles)
+
+
+def test_checkpointing_keeps_no_layer_inputs_between_forward_and_backward() -> None:
+    model = model_of()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    kept, alive = [], []
+    adapter = layers_of(model)[0].self_attn.q_proj.lora_A.default
+    adapter.register_forward_hook(lambda _, inputs, __: kept.append(weakref.ref(inputs[0].untyped_storage())))
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda *_: alive.append(kept[0]() is not None))
+    gradient_sums(model, [collate(EXAMPLES, 0)])
+    assert alive == [False]
+
+
+def test_only_labelled_positions_get_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = model_of(), collate(EXAMPLES, 0)
+    rows: list[int] = []
+    handle = model.get_output_embeddings().register_forward_hook(
+        lambda _, __, logits: rows.append(logits[..., 0].numel())
+    )
+    losses = example_losses(model, batch)
+    assert rows == [int((batch["labels"] != -100).sum())]
+    handle.remove()
+    monkeypatch.setattr(model.get_base_model(), "get_output_embeddings", lambda: None)
+    torch.testing.assert_close(example_losses(model, batch), losses)
+
+
+def test_losses_are_those_of_transformers() -> None:
+    model = model_of()
+    theirs = [model(**collate([example], 0)).loss.item() for example in EXAMPLES]
+    assert example_losses(model, collate(EXAMPLES, 0)).tolist() == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_layer_that_misses_tokens_is_refused() -> None:
+    model = model_of()
+    mlp = layers_of(model)[0].mlp
+    whole = mlp.forward
+    mlp.forward = lambda hidden: torch.nn.functional.pad(whole(hidden[:, :-1]), (0, 0, 0, 1))
+    with pytest.raises(UserError, match=r"down_proj.*sees 55 of 60 tokens; leave its layer out"):
+        gradient_sums(model, [collate(EXAMPLES, 0)])
 
 
 def test_the_model_is_left_as_it_was_found() -> None:
     model = model_of()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
+    layers_of(model)[0].eval()
+    modes = [module.training for module in model.modules()]
     before = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
     gradient_sums(model, [collate(EXAMPLES, 0)])
-    assert model.training
+    assert modes == [module.training for module in model.modules()]
+    assert not any("forward" in vars(layer) or layer._forward_hooks for layer in layers_of(model))
     assert before == {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
 
 

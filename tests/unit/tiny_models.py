@@ -10,6 +10,7 @@ from transformers import (
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
 )
 
@@ -32,6 +33,13 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "gemma3": Gemma3TextConfig(**GROUPED, sliding_window=64),
     "phi3": Phi3Config(**{**SHAPE, "num_key_value_heads": 1}),
     "gpt_neox": GPTNeoXConfig(**SHAPE),
+    "qwen2_moe": Qwen2MoeConfig(
+        **{**SHAPE, "num_key_value_heads": 1},
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+    ),
     "mixtral": MixtralConfig(**GROUPED, num_local_experts=2, num_experts_per_tok=1),
 }
 
