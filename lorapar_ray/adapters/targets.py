@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -29,14 +30,21 @@ def resolve_targets(model: nn.Module, spec: str | Sequence[str]) -> list[str]:
     Args:
         spec: `qkv`, `gud` or `qkvgud` (paper, section 4), or layer names or their last parts. Fused projections
             (Phi-3's qkv_proj and gate_up_proj, GPT-NeoX's query_key_value) stand for the parts they fuse. Experts that
-            an architecture packs into one 3-D parameter are no linear layers and get no adapter.
+            an architecture packs into one 3-D parameter are no linear layers and get no adapter, which a warning says.
 
     Raises:
         UserError: the model has none of them; the message lists the linear layers it has.
     """
     wanted = list(SPECS[spec]) if isinstance(spec, str) and spec in SPECS else [spec] if isinstance(spec, str) else spec
     linear = [name for name, module in model.named_modules() if _is_linear(module) and name != "lm_head"]
-    found = [name for name in linear if any(name == want or name.endswith(f".{want}") for want in wanted)]
+    found = [name for name in linear if _means(wanted, name)]
+    packed = [name for name, value in model.named_parameters() if value.ndim == 3 and _means(wanted, name)]
+    if found and packed:
+        warnings.warn(
+            f"{len(packed)} tensors of {type(model).__name__} hold packed experts and get no adapter, '{packed[0]}' "
+            "among them; what is tuned is the rest",
+            stacklevel=2,
+        )
     if not found:
         endings = sorted({name.rsplit(".", 1)[-1] for name in linear}) or ["none"]
         asked = spec if isinstance(spec, str) else ", ".join(spec)
@@ -62,6 +70,10 @@ def layer_index(key: str) -> int | None:
 def matrix(key: str) -> Literal["A", "B"]:
     """Which of the two LoRA matrices an adapter key names."""
     return "A" if ".lora_A." in key else "B"
+
+
+def _means(wanted: Sequence[str], name: str) -> bool:
+    return any(name == want or name.endswith(f".{want}") for want in wanted)
 
 
 def _module_name(key: str) -> str:

@@ -1,5 +1,6 @@
 """Targets, inits, files and export of adapters, on real architectures with random weights."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,16 @@ def test_qkv_and_gud_are_found_in_every_family(family: str) -> None:
     )
     assert types == attention | mlp
     assert {module_type(name) for name in resolve_targets(model, "qkv")} == attention
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_packed_experts_are_left_out_aloud(family: str) -> None:
+    model = tiny(family)
+    with pytest.warns(UserWarning, match=r"4 tensors of .* hold packed experts and get no adapter"):
+        resolve_targets(model, "qkvgud")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve_targets(model, "qkv")
 
 
 def test_a_model_without_the_targets_is_refused_with_the_layers_it_has() -> None:
