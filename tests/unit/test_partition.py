@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from partition_scores import Scores, flat, skewed
 from safetensors.torch import load_file, save_file
 
 from lorapar_ray.errors import UserError
@@ -28,6 +27,7 @@ from lorapar_ray.partition.select import (
     theta_curve,
 )
 from lorapar_ray.partition.shards import ShardedScores
+from tests.unit.partition_scores import Scores, flat, skewed
 
 torch.set_num_threads(1)
 

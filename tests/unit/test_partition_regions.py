@@ -9,7 +9,6 @@ from typing import Literal
 
 import pytest
 import torch
-from partition_scores import Scores, flat, skewed
 from safetensors.torch import save_file
 
 from lorapar_ray.errors import UserError
@@ -19,6 +18,7 @@ from lorapar_ray.partition.regions import assign_regions, load_regions, round_ha
 from lorapar_ray.partition.scatter import scatter_sample
 from lorapar_ray.partition.select import keep_top, theta_curve
 from lorapar_ray.partition.summary import summarise
+from tests.unit.partition_scores import Scores, flat, skewed
 
 torch.set_num_threads(1)
 
