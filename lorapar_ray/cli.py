@@ -39,7 +39,7 @@ def _execute(config: Config, run: RunDirectory, stages: tuple[str, ...], verbose
 
     run.open(config)
     due = pending(config, run, stages)
-    needs_ray = any(PIPELINE[name].uses_ray for name in due)
+    needs_ray = any(PIPELINE[name].uses_ray(config) for name in due)
     try:
         with ray_session(verbose) if needs_ray else nullcontext():
             for name in stages:

@@ -33,7 +33,7 @@ class Stage:
     name: str
     needs: tuple[str, ...]
     run: Runner
-    uses_ray: bool = True
+    uses_ray: Callable[[Config], bool] = lambda _: True
 
 
 def _label(config: Config, run: RunDirectory) -> dict[str, Any]:
@@ -94,13 +94,13 @@ def _report(config: Config, run: RunDirectory) -> dict[str, Any]:
 PIPELINE: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("label", (), _label),
+        Stage("label", (), _label, uses_ray=lambda config: config.label.strategy != "random"),
         Stage("score", ("label",), _score),
-        Stage("partition", ("score",), _partition, uses_ray=False),
+        Stage("partition", ("score",), _partition, uses_ray=lambda _: False),
         Stage("sft", ("label", "score", "partition"), _sft),
         Stage("grpo", ("label", "partition", "sft"), _grpo),
         Stage("evaluate", ("sft", "grpo"), _evaluate),
-        Stage("report", ("label", "score", "partition", "sft", "grpo", "evaluate"), _report, uses_ray=False),
+        Stage("report", ("label", "score", "partition", "sft", "grpo", "evaluate"), _report, uses_ray=lambda _: False),
     )
 }
 

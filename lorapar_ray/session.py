@@ -12,6 +12,7 @@ from pathlib import Path
 from lorapar_ray.errors import UserError
 
 CONNECT_TIMEOUT_S = 20
+TEMPORARY = "lorapar-ray-"
 
 
 @contextmanager
@@ -35,7 +36,7 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
-    local = None if address else Path(tempfile.mkdtemp(prefix="lorapar-ray-"))
+    local = None if address else _temporary_files()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     level = logging.INFO if verbose else logging.ERROR
     try:
@@ -58,6 +59,18 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
         ray.shutdown()
         if local is not None:
             shutil.rmtree(local, ignore_errors=True)
+
+
+def _temporary_files() -> Path:
+    """A directory for a local Ray; those of killed runs, which could not tidy up, are removed."""
+    import psutil
+
+    root = Path(tempfile.gettempdir())
+    for left in root.glob(f"{TEMPORARY}*-*"):
+        pid = left.name.removeprefix(TEMPORARY).partition("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-"))
 
 
 def _reachable(address: str) -> None:

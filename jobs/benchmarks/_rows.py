@@ -18,7 +18,8 @@ class Row:
     unit: str
     ratio: float | None
     goal: str
-    met: bool
+    met: bool | None
+    """None: measured without a goal."""
 
 
 def print_table(rows: Sequence[Row]) -> None:

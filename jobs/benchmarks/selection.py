@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
-import psutil  # type: ignore[import-untyped]
 import torch
+from _memory import private_memory
 from _rows import Row, print_table, write_rows
 from safetensors.torch import save_file
 from torch import Tensor
@@ -68,11 +66,11 @@ def billion() -> list[Row]:
         shards = [Path(name) / f"scores-{number:02d}.safetensors" for number in range(10)]
         for number, shard in enumerate(shards):
             save_file({f"layers.{number:02d}": draw(SHARD, seed=number)}, shard)
-        with peak_private_memory() as peak:
+        with private_memory() as memory:
             start = time.perf_counter()
             select_shards(shards, THETA, Path(name) / "mask.safetensors")
             seconds = time.perf_counter() - start
-    gib = peak[0] / 2**30
+    gib = memory.peak / 2**30
     what = "θ selection of 10^9 memory-mapped elements"
     return [
         Row(f"{what}: time", seconds, None, "s", None, f"≤ {GOAL_SECONDS:.0f} s", seconds <= GOAL_SECONDS),
@@ -124,26 +122,6 @@ def agree(exact: int, rounded: int) -> None:
 
 def comparison(name: str, ours: float, peer: float) -> Row:
     return Row(name, ours, peer, "elements/s", ours / peer, "> 1", ours > peer)
-
-
-@contextmanager
-def peak_private_memory() -> Iterator[list[int]]:
-    """A list whose one number is, at the end of the block, the peak of resident memory not backed by files (bytes)."""
-    process, done, peak = psutil.Process(), threading.Event(), [0]
-
-    def watch() -> None:
-        while not done.is_set():
-            memory = process.memory_info()
-            peak[0] = max(peak[0], memory.rss - memory.shared)
-            done.wait(0.01)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        watcher.join()
 
 
 if __name__ == "__main__":
