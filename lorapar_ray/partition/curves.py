@@ -10,7 +10,8 @@ from torch import Tensor
 from lorapar_ray.adapters.targets import module_type
 from lorapar_ray.partition.blocks import same_layout
 from lorapar_ray.partition.histogram import Threshold
-from lorapar_ray.partition.select import WHOLE_ADAPTER, find_thresholds, mask_blocks
+from lorapar_ray.partition.passes import WHOLE_ADAPTER
+from lorapar_ray.partition.select import find_thresholds, mask_blocks
 
 THETAS = tuple(tenths / 10 for tenths in range(1, 11))
 

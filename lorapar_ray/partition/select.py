@@ -8,7 +8,7 @@ the earlier first (see `blocks`). The answer is exact and the same for any shard
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -18,22 +18,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lorapar_ray.errors import UserError
 from lorapar_ray.partition.blocks import INFINITY_BITS, Block, blocks, checked_bits, ordered_map
-from lorapar_ray.partition.histogram import FINE_BINS, Crossing, ScoreHistogram, Threshold, check_theta, low_halves
+from lorapar_ray.partition.histogram import ScoreHistogram, Threshold, check_theta
+from lorapar_ray.partition.passes import (
+    WHOLE_ADAPTER,
+    Goal,
+    GroupOf,
+    count_inside,
+    count_scores,
+    cut,
+    whole_adapter,
+)
 from lorapar_ray.partition.shards import ShardedScores, write_masks
-
-GroupOf = Callable[[str], str]
-Goal = Callable[[ScoreHistogram], Crossing]
-
-
-WHOLE_ADAPTER = "adapter"
-"""The one group there is where keys are not grouped."""
-
-
-def whole_adapter(key: str) -> str:
-    """The paper's grouping: one ranking over every key."""
-    return WHOLE_ADAPTER
 
 
 def keep_top(
@@ -109,7 +105,7 @@ def kept_counts(
     workers: int | None = None,
 ) -> list[int]:
     """How many elements each θ keeps."""
-    return [sum(cut.kept for cut in cuts.values()) for cuts in find_thresholds(scores, thetas, group_of, workers)]
+    return [sum(limit.kept for limit in cuts.values()) for cuts in find_thresholds(scores, thetas, group_of, workers)]
 
 
 def theta_curve(
@@ -154,11 +150,11 @@ def mask_blocks(
     workers: int | None = None,
 ) -> Iterator[tuple[Block, NDArray[np.bool_]]]:
     """Each block in position order with the bool mask of what `cuts` keeps of it."""
-    ties_left = {group: cut.ties_kept for group, cut in cuts.items()}
+    ties_left = {group: limit.ties_kept for group, limit in cuts.items()}
 
     def compare(block: Block) -> tuple[Block, NDArray[np.bool_], NDArray[np.intp]]:
-        bits, cut = checked_bits(block), cuts[group_of(block.key)]
-        return block, bits >= cut.bits, np.flatnonzero(bits == cut.bits)
+        bits, limit = checked_bits(block), cuts[group_of(block.key)]
+        return block, bits >= limit.bits, np.flatnonzero(bits == limit.bits)
 
     for block, mask, ties in ordered_map(compare, blocks(scores), workers):
         group = group_of(block.key)
@@ -170,45 +166,8 @@ def mask_blocks(
 def _cuts(
     scores: Mapping[str, Tensor], goals: Sequence[Goal], group_of: GroupOf, workers: int | None
 ) -> list[dict[str, Threshold]]:
-    histograms = _histograms(scores, group_of, workers)
-    crossings = [{group: _crossing(histograms, group, goal) for group in histograms} for goal in goals]
-    wanted = {group: {crossing[group].bin for crossing in crossings} for group in histograms}
-
-    def inside(block: Block) -> tuple[str, dict[int, NDArray[np.uint16]]]:
-        group = group_of(block.key)
-        return group, low_halves(checked_bits(block), wanted[group])
-
-    fine = {(group, bin): np.zeros(FINE_BINS, np.int64) for group, bins in wanted.items() for bin in bins}
-    for group, halves in ordered_map(inside, blocks(scores), workers):
-        for bin, low in halves.items():
-            fine[group, bin] += np.bincount(low, minlength=FINE_BINS)
-    return [
-        {group: crossing.refine(fine[group, crossing.bin]) for group, crossing in by_group.items()}
-        for by_group in crossings
-    ]
-
-
-def _histograms(scores: Mapping[str, Tensor], group_of: GroupOf, workers: int | None) -> dict[str, ScoreHistogram]:
-    def count(block: Block) -> tuple[str, ScoreHistogram]:
-        histogram = ScoreHistogram()
-        histogram.add(checked_bits(block))
-        return group_of(block.key), histogram
-
-    merged: dict[str, ScoreHistogram] = {}
-    for group, histogram in ordered_map(count, blocks(scores), workers):
-        merged.setdefault(group, ScoreHistogram()).merge(histogram)
-    if not merged:
-        raise UserError("there are no importance scores to select from; score the adapter first")
-    return merged
-
-
-def _crossing(histograms: Mapping[str, ScoreHistogram], group: str, goal: Goal) -> Crossing:
-    try:
-        return goal(histograms[group])
-    except UserError as error:
-        if len(histograms) == 1:
-            raise
-        raise UserError(f"group '{group}': {error}") from error
+    histograms = count_scores(scores, group_of, workers)
+    return cut(goals, histograms, lambda wanted: count_inside(scores, wanted, group_of, workers))
 
 
 def _masks(

@@ -12,8 +12,9 @@ from lorapar_ray.adapters.targets import layer_index, module_type
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
 from lorapar_ray.partition.control import half_control
+from lorapar_ray.partition.passes import whole_adapter
 from lorapar_ray.partition.regions import assign_regions, save_regions
-from lorapar_ray.partition.select import keep_top, random_mask, whole_adapter
+from lorapar_ray.partition.select import keep_top, random_mask
 from lorapar_ray.partition.summary import summarise
 from lorapar_ray.runs import RunDirectory, write_json
 

@@ -1,0 +1,105 @@
+"""The passes over the scores that fix a cut. Each returns counts that merge, so any part of the scores may be counted
+anywhere: by threads here, by tasks elsewhere (see `distributed`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lorapar_ray.errors import UserError
+from lorapar_ray.partition.blocks import Block, blocks, checked_bits, ordered_map
+from lorapar_ray.partition.histogram import FINE_BINS, Crossing, ScoreHistogram, Threshold, low_halves
+
+GroupOf = Callable[[str], str]
+Goal = Callable[[ScoreHistogram], Crossing]
+Histograms = dict[str, ScoreHistogram]
+"""By group of keys."""
+Bins = dict[str, set[int]]
+"""By group, the coarse bins in which some cut lies."""
+FineCounts = dict[tuple[str, int], NDArray[np.int64]]
+"""By group and coarse bin, how often each low half occurs in it (65536 bins)."""
+
+WHOLE_ADAPTER = "adapter"
+"""The one group there is where keys are not grouped."""
+
+
+def whole_adapter(key: str) -> str:
+    """The paper's grouping: one ranking over every key."""
+    return WHOLE_ADAPTER
+
+
+def cut(
+    goals: Sequence[Goal], histograms: Histograms, count: Callable[[Bins], FineCounts]
+) -> list[dict[str, Threshold]]:
+    """For each goal, each group's exact cut, from the first pass' histograms and one further pass, `count`.
+
+    Raises:
+        UserError: there are no scores, or a goal cannot be met.
+    """
+    if not histograms:
+        raise UserError("there are no importance scores to select from; score the adapter first")
+    crossings = [{group: _crossing(histograms, group, goal) for group in histograms} for goal in goals]
+    fine = count({group: {crossing[group].bin for crossing in crossings} for group in histograms})
+    return [
+        {group: crossing.refine(fine[group, crossing.bin]) for group, crossing in by_group.items()}
+        for by_group in crossings
+    ]
+
+
+def count_scores(scores: Mapping[str, Tensor], group_of: GroupOf, workers: int | None) -> Histograms:
+    """The first pass: each group's histogram.
+
+    Raises:
+        UserError: a score that is NaN, infinite or negative.
+    """
+
+    def count(block: Block) -> Histograms:
+        histogram = ScoreHistogram()
+        histogram.add(checked_bits(block))
+        return {group_of(block.key): histogram}
+
+    return merge_histograms(ordered_map(count, blocks(scores), workers))
+
+
+def count_inside(scores: Mapping[str, Tensor], wanted: Bins, group_of: GroupOf, workers: int | None) -> FineCounts:
+    """The second pass: the low halves of the scores in the `wanted` bins."""
+
+    def inside(block: Block) -> FineCounts:
+        group = group_of(block.key)
+        halves = low_halves(checked_bits(block), wanted[group])
+        return {(group, bin): np.bincount(low, minlength=FINE_BINS) for bin, low in halves.items()}
+
+    nothing = {(group, bin): np.zeros(FINE_BINS, np.int64) for group, bins in wanted.items() for bin in bins}
+    return merge_fine_counts([nothing], ordered_map(inside, blocks(scores), workers))
+
+
+def merge_histograms(parts: Iterable[Histograms]) -> Histograms:
+    """The histograms of all parts together."""
+    merged: Histograms = {}
+    for part in parts:
+        for group, histogram in part.items():
+            merged.setdefault(group, ScoreHistogram()).merge(histogram)
+    return merged
+
+
+def merge_fine_counts(*streams: Iterable[FineCounts]) -> FineCounts:
+    """The fine counts of all parts together."""
+    merged: FineCounts = {}
+    for stream in streams:
+        for part in stream:
+            for place, counts in part.items():
+                merged[place] = merged[place] + counts if place in merged else counts
+    return merged
+
+
+def _crossing(histograms: Histograms, group: str, goal: Goal) -> Crossing:
+    try:
+        return goal(histograms[group])
+    except UserError as error:
+        if len(histograms) == 1:
+            raise
+        raise UserError(f"group '{group}': {error}") from error
