@@ -16,8 +16,9 @@ from lorapar_ray.config import Config, ModelConfig, ScoreConfig
 from lorapar_ray.datasets.chat import load_encoder
 from lorapar_ray.datasets.labelled import encode_rows, labelled_rows
 from lorapar_ray.errors import UserError
+from lorapar_ray.importance.units import sum_units, write_units
 from lorapar_ray.progress import progress
-from lorapar_ray.runs import RunDirectory, atomic_path, write_json
+from lorapar_ray.runs import RunDirectory, atomic_path
 from lorapar_ray.student import base_path
 from lorapar_ray.workers import run_workers
 
@@ -31,30 +32,26 @@ def score_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
         UserError: a System without rows, or a score that is zero everywhere.
     """
     samples = {system: scored_rows(config, run, system) for system in SYSTEMS}
-    work = run.work / "score"
     base = base_path(config.model, run)
     encoder = load_encoder(base, config.model.system_prompt, config.model.trust_remote_code)
-    units: list[str] = []
-    for system, rows in samples.items():
-        examples = encode_rows(encoder, rows, config.score.max_length)
-        for index, start in enumerate(range(0, len(examples), config.score.unit_size)):
-            unit = work / f"system{system}" / f"unit-{index:05d}"
-            if not unit.with_suffix(".safetensors").is_file():
-                write_json(unit.with_suffix(".json"), examples[start : start + config.score.unit_size])
-            units.append(str(unit.resolve()))
+    units = {
+        system: write_units(run, system, encode_rows(encoder, rows, config.score.max_length), config.score.unit_size)
+        for system, rows in samples.items()
+    }
+    every = [unit for of_system in units.values() for unit in of_system]
     payload = {
         "model": config.model.model_dump(mode="json"),
         "score": config.score.model_dump(mode="json"),
         "base": base,
         "adapter": str(run.adapter.resolve()),
-        "units": units,
+        "units": [str(unit.resolve()) for unit in every],
     }
 
     def poll() -> tuple[int, str]:
-        return sum(Path(f"{unit}.safetensors").is_file() for unit in units), "units"
+        return sum(unit.is_file() for unit in every), "units"
 
-    if poll()[0] < len(units):
-        with progress("score", len(units), poll):
+    if poll()[0] < len(every):
+        with progress("score", len(every), poll):
             run_workers(
                 score_worker,
                 payload,
@@ -64,7 +61,7 @@ def score_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
                 storage=run.work / "ray",
             )
     for system in SYSTEMS:
-        _write_scores(config, run, system, [Path(u) for u in units if f"/system{system}/" in u])
+        _write_scores(config, run, system, units[system])
     return {f"system{system}_examples": len(rows) for system, rows in samples.items()}
 
 
@@ -77,7 +74,7 @@ def score_worker(payload: dict[str, Any]) -> None:
     from lorapar_ray.student import load_base
 
     context = ray.train.get_context()
-    todo = [Path(unit) for unit in payload["units"] if not Path(f"{unit}.safetensors").is_file()]
+    todo = [unit for unit in map(Path, payload["units"]) if not unit.is_file()]
     mine = todo[context.get_world_rank() :: context.get_world_size()]
     if not mine:
         return
@@ -92,7 +89,7 @@ def score_worker(payload: dict[str, Any]) -> None:
             collate(examples[start : start + settings.batch_size], pad_id)
             for start in range(0, len(examples), settings.batch_size)
         )
-        gradient_sums(model, batches).save(unit.with_suffix(".safetensors"))
+        gradient_sums(model, batches).save(unit)
 
 
 def scored_rows(config: Config, run: RunDirectory, system: int) -> list[dict[str, Any]]:
@@ -103,29 +100,15 @@ def scored_rows(config: Config, run: RunDirectory, system: int) -> list[dict[str
 
 
 def _write_scores(config: Config, run: RunDirectory, system: int, units: list[Path]) -> None:
-    """Sum the units in order; write the scores, and those of two halves of the examples as the noise control."""
     from safetensors.torch import save_file
 
     from lorapar_ray.adapters import read_adapter_state
-    from lorapar_ray.importance import GradSums, score
+    from lorapar_ray.importance import score
 
-    phi = read_adapter_state(run.adapter)
-    halves = []
-    for part in (units[0::2], units[1::2]):
-        if not part:
-            continue
-        total = GradSums.load(part[0].with_suffix(".safetensors"))
-        for unit in part[1:]:
-            total.add(GradSums.load(unit.with_suffix(".safetensors")))
-        halves.append(total)
+    sums = sum_units(units)
     try:
-        if len(halves) == 2:
-            for letter, half in zip("ab", halves, strict=True):
-                with atomic_path(run.scores / "halves" / f"system{system}{letter}.safetensors") as draft:
-                    save_file(score(config.score.criterion, phi, half, seed=config.seed + ord(letter)), draft)
-            halves[0].add(halves[1])
-        with atomic_path(run.scores / f"system{system}.safetensors") as draft:
-            metadata = {"criterion": config.score.criterion, "examples": str(halves[0].n)}
-            save_file(score(config.score.criterion, phi, halves[0], seed=config.seed), draft, metadata=metadata)
+        scores = score(config.score.criterion, read_adapter_state(run.adapter), sums, seed=config.seed)
     except UserError as error:
         raise UserError(f"System {system}: {error}") from error
+    with atomic_path(run.scores / f"system{system}.safetensors") as draft:
+        save_file(scores, draft, metadata={"criterion": config.score.criterion, "examples": str(sums.n)})

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from torch import Tensor
 
+from lorapar_ray.adapters import read_adapter_state
 from lorapar_ray.adapters.targets import layer_index, module_type
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
-from lorapar_ray.partition.control import half_control
+from lorapar_ray.importance import GradSums, score
+from lorapar_ray.importance.units import finished_units
+from lorapar_ray.partition.control import control_curve
 from lorapar_ray.partition.passes import whole_adapter
 from lorapar_ray.partition.regions import assign_regions, save_regions
 from lorapar_ray.partition.select import keep_top, random_mask
@@ -29,7 +33,7 @@ def partition_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
     """Cut the adapter at θ, α, β; writes `partition/regions.safetensors` and `partition/summary.json`.
 
     Returns:
-        the summary (see `partition.summary`), with the signal-or-noise control under `control`.
+        the summary (see `partition.summary`), with the signal-or-noise control under `control` (see `control_curve`).
 
     Raises:
         UserError: the scores are missing, zero everywhere or not finite.
@@ -48,9 +52,7 @@ def partition_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
     summary = summarise(
         regions, scores1=scores[0], scores2=scores[1], theta=settings.theta, alpha=settings.alpha, beta=settings.beta
     )
-    halves = [run.scores / "halves" / f"system{system}{half}.safetensors" for system in (1, 2) for half in "ab"]
-    if all(half.is_file() for half in halves):
-        summary["control"] = half_control(*(load_file(half) for half in halves), theta=settings.theta)
+    summary["control"] = _control(config, run)
     save_regions(
         regions,
         run.partition / "regions.safetensors",
@@ -60,6 +62,17 @@ def partition_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
     )
     write_json(run.partition / "summary.json", summary)
     return summary
+
+
+def _control(config: Config, run: RunDirectory) -> list[dict[str, Any]]:
+    """The signal-or-noise control from scoring's own partial sums, at no extra pass."""
+    phi = read_adapter_state(run.adapter)
+
+    def half_scores(sums: GradSums, number: int) -> dict[str, Tensor]:
+        return score(config.score.criterion, phi, sums, seed=config.seed + 1 + number)
+
+    units1, units2 = (finished_units(run, system) for system in (1, 2))
+    return control_curve(units1, units2, half_scores, theta=config.partition.theta, seed=config.seed)
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -41,11 +41,13 @@ def summarise(
         "theta", "alpha", "beta"; "total" and, under "by_module", "by_matrix" and "by_layer", one entry per name: the
         number of "elements", and "counts" and "shares" (of those elements) of system1_only, system2_only, shared,
         none, trained_stage1, trained_stage2 and never_trained (keys outside the numbered layers are missing from
-        "by_layer"); "overlap": the "jaccard" index of K1 and K2 and each System's own part as shares of their union,
+        "by_layer"); "heat": the share each System keeps as "system1" and "system2", a matrix of "layers" × "matrices";
+        "overlap": the "jaccard" index of K1 and K2 and each System's own part as shares of their union,
         as the paper prints them; and "curves" (see `curves.theta_curves`).
     """
     histograms = {key: _histogram(region) for key, region in regions.items()}
     total = sum(histograms.values(), np.zeros(16, np.int64))
+    layered = {key: histogram for key, histogram in histograms.items() if layer_index(key) is not None}
     summary = {
         "theta": theta,
         "alpha": alpha,
@@ -54,7 +56,8 @@ def summarise(
         "overlap": _overlap(total),
         "by_module": _grouped(histograms, module_type),
         "by_matrix": _grouped(histograms, lambda key: f"{module_type(key)}.{matrix(key)}"),
-        "by_layer": _grouped({k: h for k, h in histograms.items() if layer_index(k) is not None}, layer_index),
+        "by_layer": _grouped(layered, layer_index),
+        "heat": _heat(layered),
     }
     if scores1 is not None and scores2 is not None:
         summary["curves"] = theta_curves(scores1, scores2)
@@ -77,6 +80,23 @@ def _grouped(histograms: Mapping[str, NDArray[np.int64]], group_of: Callable[[st
         group = group_of(key)
         merged[group] = merged.get(group, 0) + histogram
     return {str(group): _table(merged[group]) for group in sorted(merged)}
+
+
+def _heat(histograms: Mapping[str, NDArray[np.int64]]) -> dict[str, Any]:
+    """Kept shares as a matrix of layers × "module.matrix" for each System; None where a layer lacks a module."""
+    merged: dict[tuple[int, str], NDArray[np.int64]] = {}
+    for key, histogram in histograms.items():
+        place = (layer_index(key) or 0, f"{module_type(key)}.{matrix(key)}")
+        merged[place] = merged.get(place, 0) + histogram
+    layers, columns = (sorted(set(values)) for values in zip(*merged, strict=True)) if merged else ([], [])
+
+    def share(layer: int, column: str, row: NDArray[np.bool_]) -> float | None:
+        histogram = merged.get((layer, column))
+        return None if histogram is None else int(histogram[row].sum()) / int(histogram.sum())
+
+    kept = {"system1": _BYTES & KEPT_1 != 0, "system2": _BYTES & KEPT_2 != 0}
+    shares = {name: [[share(layer, c, row) for c in columns] for layer in layers] for name, row in kept.items()}
+    return {"layers": layers, "matrices": columns, **shares}
 
 
 def _overlap(histogram: NDArray[np.int64]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 from jinja2 import Environment
 
 from lorapar_ray.config import Config
-from lorapar_ray.reporting import charts
+from lorapar_ray.reporting import charts, partition_charts
 from lorapar_ray.reporting.data import MODELS, RunData, read_run
 from lorapar_ray.runs import RunDirectory, atomic_path
 
 SAMPLES_SHOWN = 24
+OVERVIEW = ("label_split", "scatter", "theta_qkvgud", "sft_loss", "reward", "accuracies")
 
 
 def write_report(config: Config, run: RunDirectory) -> Path:
@@ -22,12 +24,12 @@ def write_report(config: Config, run: RunDirectory) -> Path:
     Sections of stages that have not run say so.
     """
     data = read_run(run)
-    figures = {draw.__name__: charts.svg(draw, data) for draw in _drawable(data)}
+    drawable = _drawable(data)
+    figures = {name: charts.svg(draw, data) for name, draw in drawable.items()}
     for name, text in figures.items():
         with atomic_path(run.report / "plots" / f"{name}.svg") as draft:
             draft.write_text(text)
-    wanted = (charts.label_split, charts.scatter, charts.theta, charts.sft_loss, charts.reward, charts.accuracies)
-    panels = [draw for draw in wanted if draw.__name__ in figures]
+    panels = [drawable[name] for name in OVERVIEW if name in drawable]
     if panels:
         with atomic_path(run.report / "overview.png") as draft:
             charts.overview(draft, data, panels)
@@ -79,26 +81,34 @@ def verdicts(accuracy: dict[str, dict[str, Any]]) -> list[str]:
     return said
 
 
-def _drawable(data: RunData) -> list[charts.Draw]:
-    draws: list[charts.Draw] = []
+def _drawable(data: RunData) -> dict[str, charts.Draw]:
+    """Every plot there is data for, by name."""
+    draws: dict[str, charts.Draw] = {}
     if data.accuracy:
-        draws.append(charts.accuracies)
+        draws["accuracies"] = charts.accuracies
     if any("seconds" in stage for name, stage in data.stages.items() if name != "report"):
-        draws.append(charts.seconds)
+        draws["seconds"] = charts.seconds
     if data.labels:
-        draws += [charts.label_split, charts.tasks]
+        draws |= {"label_split": charts.label_split, "tasks": charts.tasks}
         if data.labels["votes"]:
-            draws.append(charts.confidence)
-    if data.partition:
-        draws += [charts.layers, charts.modules]
-        if "curves" in data.partition:
-            draws += [charts.theta, charts.overlap]
+            draws["confidence"] = charts.confidence
     if data.scatter:
-        draws.append(charts.scatter)
+        draws["scatter"] = partition_charts.scatter
+    if data.partition:
+        draws |= {"layers": partition_charts.layers, "modules": partition_charts.modules}
+        draws |= {f"heat_{name}": partial(partition_charts.heat, system=name) for name in ("system1", "system2")}
+        curves = data.partition.get("curves", {})
+        subsets = [subset for subset in partition_charts.PAPER_KEPT if subset in curves]
+        draws |= {f"theta_{subset}": partial(partition_charts.theta, subset=subset) for subset in subsets}
+        if curves:
+            draws["overlap"] = partition_charts.overlap
+        if data.partition["control"]:
+            draws["signal"] = partition_charts.signal
     if data.sft:
-        draws.append(charts.sft_loss)
+        draws["sft_loss"] = charts.sft_loss
     if data.grpo:
-        draws += [charts.reward, charts.length, charts.ratio, charts.gaps, charts.phases]
+        grpo = (charts.reward, charts.length, charts.ratio, charts.gaps, charts.phases)
+        draws |= {draw.__name__: draw for draw in grpo}
     return draws
 
 

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from lorapar_ray.errors import UserError
-from lorapar_ray.partition.control import average_ranks, half_control
+from lorapar_ray.importance import GradSums
+from lorapar_ray.importance.units import sum_units
+from lorapar_ray.partition.control import average_ranks, control_curve, half_control
 from lorapar_ray.partition.curves import theta_curves
 from lorapar_ray.partition.regions import assign_regions, load_regions, round_half_up, save_regions, stage_mask
 from lorapar_ray.partition.scatter import scatter_sample
@@ -124,6 +126,11 @@ def test_summary_counts_what_the_regions_hold() -> None:
     assert set(summary["by_module"]) == {"q", "k", "v", "gate", "up", "down"}
     assert list(summary["by_layer"]) == ["0", "1"]
     assert "q.A" in summary["by_matrix"]
+    heat = summary["heat"]
+    place = heat["layers"].index(1), heat["matrices"].index("up.B")
+    up_b = next(key for key in k1 if ".1." in key and "up_proj.lora_B" in key)
+    assert heat["system1"][place[0]][place[1]] == pytest.approx(float(k1[up_b].double().mean()))
+    assert heat["system2"][place[0]][place[1]] == pytest.approx(float(k2[up_b].double().mean()))
     assert summary["curves"]["qkvgud"]["jaccard"][8] == summary["overlap"]["jaccard"]
 
 
@@ -181,6 +188,22 @@ def test_control_ranks_a_sample_of_a_large_adapter(monkeypatch: pytest.MonkeyPat
     assert sampled == half_control(*halves(noise=1.0), theta=0.9)
     assert sampled["spearman"] != exact["spearman"]
     assert sampled["spearman"]["system1"] == pytest.approx(exact["spearman"]["system1"], abs=0.1)
+
+
+def test_the_control_grows_with_the_units_and_ends_with_all_of_them(tmp_path: Path) -> None:
+    def unit(name: str, seed: int) -> Path:
+        sums = GradSums(4, skewed(seed), skewed(seed))
+        sums.save(tmp_path / f"{name}.safetensors")
+        return tmp_path / f"{name}.safetensors"
+
+    units1 = [unit(f"1-{number}", number) for number in range(5)]
+    units2 = [unit(f"2-{number}", 50 + number) for number in range(3)]
+    curve = control_curve(units1, units2, lambda sums, _: sums.first, theta=0.5)
+    assert [point["examples"] for point in curve] == [[8, 8], [16, 12], [20, 12]]
+    whole = [sum_units(part).first for part in (units1[::2], units1[1::2], units2[::2], units2[1::2])]
+    ours, expected = curve[-1]["jaccard"], half_control(*whole, theta=0.5)["jaccard"]
+    assert ours == pytest.approx(expected, abs=0.01)
+    assert control_curve(units1[:1], units2, lambda sums, _: sums.first, theta=0.5) == []
 
 
 def test_scatter_draws_real_elements_of_each_region() -> None:
