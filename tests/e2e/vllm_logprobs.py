@@ -17,5 +17,6 @@ if __name__ == "__main__":
     prompt = {"prompt_token_ids": tokens}
     output = llm.generate(prompt, SamplingParams(max_tokens=1, prompt_logprobs=0), lora_request=lora)[0]
     pairs = list(zip(output.prompt_logprobs, tokens, strict=True))[1:]
+    llm.llm_engine.engine_core.shutdown()  # its process would outlive this one and hold the output open
     print(json.dumps([entry[token].logprob for entry, token in pairs]), flush=True)
     os._exit(0)  # the CPU engine's threads may abort an orderly exit; the answer is out
