@@ -111,4 +111,4 @@ def _write_scores(config: Config, run: RunDirectory, system: int, units: list[Pa
     except UserError as error:
         raise UserError(f"System {system}: {error}") from error
     with atomic_path(run.scores / f"system{system}.safetensors") as draft:
-        save_file(scores, draft, metadata={"criterion": config.score.criterion, "examples": str(sums.n)})
+        save_file(scores, draft, metadata={"criterion": config.score.criterion})

@@ -6,6 +6,7 @@ trained in stage 2. Stage 1 trains K1∖K2 and a fraction α of K1∩K2; stage 2
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from fractions import Fraction
 from math import floor
@@ -74,8 +75,11 @@ def stage_mask(regions: Mapping[str, Tensor], stage: Literal[1, 2]) -> dict[str,
 
 
 def save_regions(regions: Mapping[str, Tensor], path: Path, *, theta: float, alpha: float, beta: float) -> None:
-    """Write `regions` as safetensors by an atomic rename, with θ, α and β in the file's metadata."""
-    metadata = {"theta": str(theta), "alpha": str(alpha), "beta": str(beta)}
+    """Write `regions` as safetensors by an atomic rename, with θ, α and β as JSON in the metadata field "cut".
+
+    One field, because safetensors writes several in random order, and the same regions should be the same bytes.
+    """
+    metadata = {"cut": json.dumps({"theta": theta, "alpha": alpha, "beta": beta})}
     with atomic_path(path) as draft:
         save_file({key: regions[key].contiguous() for key in sorted(regions)}, draft, metadata=metadata)
 
@@ -89,9 +93,9 @@ def load_regions(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     file = open_safetensors(path)
     regions = {key: file.get_tensor(key).clone() for key in sorted(file.keys())}
     metadata = file.metadata() or {}
-    if any(region.dtype != torch.uint8 for region in regions.values()) or metadata.keys() != {"theta", "alpha", "beta"}:
+    if any(region.dtype != torch.uint8 for region in regions.values()) or "cut" not in metadata:
         raise UserError(f"'{path}' does not hold regions; run `lorapar partition` to write them")
-    return regions, {name: float(value) for name, value in metadata.items()}
+    return regions, json.loads(metadata["cut"])
 
 
 def round_half_up(fraction: float, count: int) -> int:
