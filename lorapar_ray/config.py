@@ -49,6 +49,8 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     system_prompt: str | None = None
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    quantization: Literal["nf4"] | None = None
+    """Hold the frozen base in 4 bits while scoring and training (QLoRA); needs bitsandbytes. Engines keep `dtype`."""
 
 
 class ReasoningGymSource(Section):
@@ -215,7 +217,10 @@ class ScoreConfig(Section):
     unit_size: PositiveInt = 16
     """Examples per work unit: what is written once, and skipped on resumption."""
     max_length: PositiveInt = 512
+    gradient_checkpointing: bool = False
     workers: PositiveInt = 1
+    sharding: Literal["none", "fsdp2"] = "none"
+    """`fsdp2`: cut the frozen base over the workers, for a base that does not fit one device."""
     resources: Resources = Resources()
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapar_ray.config import ModelConfig
+from lorapar_ray.errors import UserError
 from lorapar_ray.models import resolve_model
 from lorapar_ray.runs import RunDirectory
 
@@ -19,24 +20,49 @@ def base_path(model: ModelConfig, run: RunDirectory) -> str:
     return str(residual.resolve()) if residual.is_dir() else resolve_model(model.path)
 
 
-def load_base(model: ModelConfig, path: str) -> Any:
-    """The frozen base model in the config's dtype, on this process's device.
+def load_base(model: ModelConfig, path: str, on: Any = None) -> Any:
+    """The frozen base model in the config's dtype.
 
     Args:
-        model: dtype, attention and trust settings.
+        model: dtype, attention, quantisation and trust settings.
         path: as `base_path` or `resolve_model` gives it.
+        on: the torch.device to load onto; None: the one Ray gave this process.
+
+    Raises:
+        UserError: `model.quantization` without bitsandbytes.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    options: dict[str, Any] = {}
+    if model.quantization is not None:
+        options = {"quantization_config": _quantization(model), "device_map": {"": on or device()}}
     base = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=getattr(torch, model.dtype),
         attn_implementation=model.attention,
         trust_remote_code=model.trust_remote_code,
         use_safetensors=True,
+        **options,
     )
-    return base.to(device())
+    return base if options else base.to(on or device())
+
+
+def _quantization(model: ModelConfig) -> Any:
+    """The settings of QLoRA (arXiv 2305.14314, section 3): normal-float 4 with quantised constants."""
+    from importlib.util import find_spec
+
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise UserError("model.quantization: nf4 needs bitsandbytes; pip install 'lorapar-ray[quantized]'")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=model.quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, model.dtype),
+    )
 
 
 def device() -> Any:

@@ -12,7 +12,8 @@ def engine_arguments(model_path: str, engine: EngineConfig, *, seed: int, trust_
 
     Log-probabilities are those of the distribution that is sampled from (`processed_logprobs`), because importance
     ratios are taken against them; the model's own `generation_config` is ignored, because a top-p or top-k hidden in it
-    would make them those of another distribution.
+    would make them those of another distribution. The output head computes in float32, as the learner's loss does:
+    in bfloat16 log-odds come in steps of an eighth.
     """
     return {
         "model": model_path,
@@ -27,6 +28,7 @@ def engine_arguments(model_path: str, engine: EngineConfig, *, seed: int, trust_
         "logprobs_mode": "processed_logprobs",
         "enable_prefix_caching": True,
         "disable_log_stats": True,
+        "hf_overrides": {"head_dtype": "float32"},
         **engine.extra,
     }
 

@@ -2,7 +2,8 @@
 
 Work is cut into fixed units of examples. A unit's partial sums are written once, by an atomic rename, and a unit that
 is already there is skipped; so a lost worker, a resumed run or another number of workers cannot count a row twice, and
-the sums (taken in unit order) have the same bits. Workers never talk to each other: no row is lost to equal splitting.
+the sums (taken in unit order) have the same bits. No row is lost to equal splitting, since workers share nothing, or
+(`score.sharding: fsdp2`) nothing but the base.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.config import Config, ModelConfig, ScoreConfig
 from lorapar_ray.datasets.chat import load_encoder
@@ -21,6 +22,9 @@ from lorapar_ray.progress import progress
 from lorapar_ray.runs import RunDirectory, atomic_path
 from lorapar_ray.student import base_path
 from lorapar_ray.workers import run_workers
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SYSTEMS = (1, 2)
 
@@ -39,18 +43,19 @@ def score_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
         for system, rows in samples.items()
     }
     every = [unit for of_system in units.values() for unit in of_system]
+    pending = [unit for unit in every if not unit.is_file()]
     payload = {
         "model": config.model.model_dump(mode="json"),
         "score": config.score.model_dump(mode="json"),
         "base": base,
         "adapter": str(run.adapter.resolve()),
-        "units": [str(unit.resolve()) for unit in every],
+        "units": [str(unit.resolve()) for unit in pending],
     }
 
     def poll() -> tuple[int, str]:
         return sum(unit.is_file() for unit in every), "units"
 
-    if poll()[0] < len(every):
+    if pending:
         with progress("score", len(every), poll):
             run_workers(
                 score_worker,
@@ -66,30 +71,49 @@ def score_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
 
 
 def score_worker(payload: dict[str, Any]) -> None:
-    """Score this worker's share of the unfinished units (a Ray Train function)."""
+    """Score this worker's share of the units (a Ray Train function)."""
     import ray.train
+    import torch
 
     from lorapar_ray.adapters import load_adapter
-    from lorapar_ray.importance import TokenizedExample, collate, gradient_sums
-    from lorapar_ray.student import load_base
+    from lorapar_ray.importance import gradient_sums
+    from lorapar_ray.sharding import most_of_any_rank, shard_base
+    from lorapar_ray.student import device, load_base
 
     context = ray.train.get_context()
-    todo = [unit for unit in map(Path, payload["units"]) if not unit.is_file()]
-    mine = todo[context.get_world_rank() :: context.get_world_size()]
-    if not mine:
-        return
+    units = [Path(unit) for unit in payload["units"]]
+    # the share is fixed by the whole list, for a restarted worker as for its fellows; what is done already is skipped
+    mine = [u for u in units[context.get_world_rank() :: context.get_world_size()] if not u.is_file()]
     settings = ScoreConfig.model_validate(payload["score"])
     model_config = ModelConfig.model_validate(payload["model"])
-    model = load_adapter(load_base(model_config, payload["base"]), Path(payload["adapter"]), trainable=True)
+    sharded, here = settings.sharding == "fsdp2", device()
+    if not mine and not sharded:
+        return
+    base = load_base(model_config, payload["base"], on=torch.device("cpu") if sharded else here)
+    if settings.gradient_checkpointing:
+        base.gradient_checkpointing_enable()
+    model = load_adapter(base, Path(payload["adapter"]), trainable=True)
+    if sharded:
+        shard_base(model, here)
     pad_id = load_encoder(payload["base"], None, model_config.trust_remote_code).tokenizer.pad_token_id
+    passes = 0
     for unit in mine:
-        examples = [TokenizedExample(**example) for example in json.loads(unit.with_suffix(".json").read_text())]
-        examples.sort(key=lambda example: len(example.input_ids))  # equal lengths together: less padding to compute
-        batches = (
-            collate(examples[start : start + settings.batch_size], pad_id)
-            for start in range(0, len(examples), settings.batch_size)
-        )
+        batches = unit_batches(unit, settings.batch_size, pad_id)
         gradient_sums(model, batches).save(unit)
+        passes += len(batches)
+    if sharded:  # a rank with less to do keeps the others company: each pass needs every rank's part of the base
+        company = unit_batches(units[0], 1, pad_id)[:1]
+        for _ in range(most_of_any_rank(passes, here) - passes):
+            gradient_sums(model, company)
+
+
+def unit_batches(unit: Path, size: int, pad_id: int) -> list[dict[str, Tensor]]:
+    """A unit's examples as padded batches of at most `size`."""
+    from lorapar_ray.importance import TokenizedExample, collate
+
+    examples = [TokenizedExample(**example) for example in json.loads(unit.with_suffix(".json").read_text())]
+    examples.sort(key=lambda example: len(example.input_ids))  # equal lengths together: less padding to compute
+    return [collate(examples[start : start + size], pad_id) for start in range(0, len(examples), size)]
 
 
 def scored_rows(config: Config, run: RunDirectory, system: int) -> list[dict[str, Any]]:

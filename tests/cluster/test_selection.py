@@ -1,11 +1,9 @@
 """θ selection by Ray tasks is the selection of one process, to the last tie."""
 
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -14,17 +12,9 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.partition import keep_top
 from lorapar_ray.partition.distributed import select_on_cluster, split_keys
 from lorapar_ray.partition.passes import GroupOf, whole_adapter
-from lorapar_ray.session import ray_session
 from tests.unit.partition_scores import Scores, skewed
 
 pytestmark = pytest.mark.cluster
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with ray_session():
-        assert ray.is_initialized()
-        yield
 
 
 @pytest.fixture

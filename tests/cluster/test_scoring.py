@@ -1,0 +1,101 @@
+"""Scores do not depend on who computed them: other numbers of workers, a base in pieces, a worker that is killed."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorapar_ray.adapters.job import make_adapter
+from lorapar_ray.config import Config
+from lorapar_ray.importance.job import score_stage
+from lorapar_ray.importance.units import finished_units
+from lorapar_ray.pipeline import run_stage
+from lorapar_ray.runs import RunDirectory
+from tests.tiny_run import save_tiny_student, tiny_config
+
+pytestmark = pytest.mark.cluster
+Scores = dict[str, torch.Tensor]
+
+
+def make_run(student: Path, folder: Path, **score: Any) -> tuple[Config, RunDirectory]:
+    """A labelled run with an adapter to score, and how to."""
+    settings = {"examples_per_system": 13, "batch_size": 2, "unit_size": 3, "max_length": 128, **score}
+    plain = tiny_config(student)
+    plain |= {
+        "label": {"strategy": "random"},
+        "adapter": {"rank": 4, "alpha": 8, "init": "gaussian"},
+        "score": settings,
+    }
+    config, run = Config.model_validate(plain), RunDirectory(folder)
+    run.open(config)
+    run_stage(config, run, "label")
+    make_adapter(config, run, run.adapter)
+    return config, run
+
+
+def scores_of(run: RunDirectory) -> list[Scores]:
+    return [load_file(run.scores / f"system{system}.safetensors") for system in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_student(tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="module")
+def alone(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Scores]:
+    """Scores by one undisturbed worker."""
+    config, run = make_run(student, tmp_path_factory.mktemp("alone"))
+    score_stage(config, run)
+    return scores_of(run)
+
+
+def same(ours: list[Scores], theirs: list[Scores]) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        for key, value in other.items():
+            torch.testing.assert_close(mine[key], value, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        {"workers": 3, "resources": {"cpus": 0.5}},
+        {"workers": 2, "sharding": "fsdp2"},
+        {"workers": 2, "sharding": "fsdp2", "gradient_checkpointing": True},
+    ],
+)
+def test_workers_and_sharding_change_nothing(
+    alone: list[Scores], student: Path, tmp_path: Path, score: dict[str, Any]
+) -> None:
+    config, run = make_run(student, tmp_path / "run", **score)
+    score_stage(config, run)
+    same(scores_of(run), alone)
+    assert [len(finished_units(run, system)) for system in (1, 2)] == [5, 5]
+
+
+def test_a_killed_worker_is_replaced_and_counts_nothing_twice(
+    alone: list[Scores], student: Path, tmp_path: Path
+) -> None:
+    config, run = make_run(student, tmp_path / "run", workers=2, batch_size=1, unit_size=1)
+    killed: dict[Path, int] = {}
+
+    def kill_one() -> None:
+        pause = threading.Event()
+        while not (done := finished_units(run, 1)):
+            pause.wait(0.02)
+        ours = psutil.Process().children(recursive=True)
+        worker = next(process for process in ours if "RayTrainWorker" in " ".join(process.cmdline()))
+        killed.update({path: path.stat().st_mtime_ns for path in done})
+        worker.kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    score_stage(config, run)
+    killer.join()
+    assert killed and killed == {path: path.stat().st_mtime_ns for path in killed}
+    same(scores_of(run), alone)
