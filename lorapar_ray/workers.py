@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,10 +54,16 @@ def run_workers(
             worker_runtime_env={"env_vars": worker_environment(resources)},
         ),
     )
+    interrupt = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
     except TrainingFailedError as error:
         raise _user_error(error) or error from error
+    except SystemExit:  # how Ray Train's own Ctrl-C handler ends the driver, once it has stopped the group
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupt)
 
 
 def worker_environment(resources: Resources) -> dict[str, str]:
