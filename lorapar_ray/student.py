@@ -45,7 +45,13 @@ def load_base(model: ModelConfig, path: str, on: Any = None) -> Any:
         use_safetensors=True,
         **options,
     )
-    return base if options else base.to(on or device())
+    if not options:
+        return base.to(on or device())
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes' packed CPU kernel computes in bfloat16 whatever was asked, and gives no gradient.
+            module.support_avx512bf16_for_cpu = False
+    return base
 
 
 def _quantization(model: ModelConfig) -> Any:

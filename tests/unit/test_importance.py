@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from lorapar_ray.adapters import adapter_parameters, adapter_state, attach_lora
+from lorapar_ray.config import ModelConfig
 from lorapar_ray.errors import UserError
 from lorapar_ray.importance import GradSums, TokenizedExample, collate, example_losses, gradient_sums, score
+from lorapar_ray.student import load_base
 from tests.unit.tiny_models import CONFIGS, tiny
 
 EXAMPLES = [
@@ -49,6 +51,15 @@ def assert_close(ours: GradSums, theirs: GradSums, tolerance: float = 1e-4) -> N
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_sums_equal_one_example_at_a_time(family: str) -> None:
     model = model_of(family)
+    assert_close(gradient_sums(model, [collate(EXAMPLES, pad_id=0)]), naive(model))
+
+
+def test_a_four_bit_base_is_scored_as_it_computes(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    settings = ModelConfig(path=str(tmp_path), dtype="float32", quantization="nf4")
+    base = load_base(settings, str(tmp_path), on=torch.device("cpu"))
+    model = attach_lora(base, rank=4, alpha=8, init="gaussian", init_std=0.1, seed=1)
+    assert "4bit" in type(layers_of(model)[0].self_attn.q_proj).__name__
     assert_close(gradient_sums(model, [collate(EXAMPLES, pad_id=0)]), naive(model))
 
 
