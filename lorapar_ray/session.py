@@ -39,6 +39,8 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
     local = None if address else _temporary_files()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     level = logging.INFO if verbose else logging.ERROR
+    if not verbose:
+        os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
     try:
         if address:
             _reachable(address)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import random
 import time
 from pathlib import Path
@@ -129,6 +130,7 @@ def _start_teachers(config: Config, apps: dict[str, str]) -> dict[str, str]:
     for teacher in hosted:
         resolve_model(teacher.model)  # a wrong path should be one line here, not a replica that never starts
         require("label", teacher.replicas, teacher.resources)
+    logging.getLogger("ray.serve").setLevel(logging.getLogger("ray").getEffectiveLevel())  # its own default is INFO
     serve.start(http_options=HTTPOptions(host="127.0.0.1", location="NoServer"))
     targets = [target(teacher, apps[teacher.name], config.seed) for teacher in hosted]
     serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
