@@ -1,18 +1,28 @@
 """AdamW that stores and touches active elements only.
 
 Masking the gradient under a stock AdamW freezes nothing: weight decay and stale moments still move a "frozen" element
-(method, section 3). Here an inactive element has no moments, is not read and is never written, so it keeps its bits
+(method, section 3). Here an inactive element has no moments and never enters the arithmetic, so it keeps its bits
 whatever decay, momentum, clipping or loss scaling do; and the optimiser's memory is the active share of AdamW's.
+
+How a step runs: the active elements of several parameters are gathered side by side into one flat chunk, torch's own
+AdamW steps the chunk, and the values are scattered back. An adapter has hundreds of small matrices; a handful of flat
+chunks costs a handful of kernels.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+CHUNK = {"cpu": 2**20, "cuda": 2**26}
+"""Active elements stepped at once: what stays in a CPU's cache; on a GPU as many as possible, to launch few kernels."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def masked_param_groups(
@@ -43,15 +53,24 @@ def trainable_share(masks: Mapping[str, Tensor]) -> float:
     return sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Parameters that are stepped together: one device, one dtype, their state side by side in flat buffers."""
+
+    parameters: list[nn.Parameter]
+    flat: dict[str, Tensor]
+    """`exp_avg`, `exp_avg_sq` and, below float32, `master`; each parameter's state holds its own slice of them."""
+
+
 class MaskedAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) on the active elements of each parameter.
 
-    In float32 every active element takes the same bits as under `torch.optim.AdamW(foreach=False)`: the same
-    operations run in the same order on the gathered elements. Parameters of lower precision are stepped through
-    float32 master values, which stock AdamW does not keep.
+    In float32 and float64 every active element takes the same bits as under `torch.optim.AdamW(foreach=False)`: the
+    same function runs on the gathered elements. Parameters of lower precision are stepped through float32 master
+    values, which stock AdamW does not keep.
 
-    State per parameter: `index` (flat positions, int32 where they fit; none if all are active), and flat `exp_avg`,
-    `exp_avg_sq` and, below float32, `master`, all of the active length.
+    State per parameter: `step`, `index` (flat positions, int32 where they fit; none if all are active), and flat
+    `exp_avg`, `exp_avg_sq` and, below float32, `master`, all of the active length.
     """
 
     def __init__(
@@ -71,34 +90,43 @@ class MaskedAdamW(torch.optim.Optimizer):
             raise ValueError(
                 f"need lr, eps, weight_decay >= 0 and betas in [0, 1), got {lr}, {eps}, {weight_decay}, {betas}"
             )
+        self._chunks: list[list[Chunk]] = []
+        self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        for group in self.param_groups:
-            masks = group.pop("masks", None) or [None] * len(group["params"])
-            if len(masks) != len(group["params"]):
-                raise ValueError(f"{len(group['params'])} parameters but {len(masks)} masks in one group")
-            for parameter, mask in zip(group["params"], masks, strict=True):
-                self._prepare(parameter, mask)
 
     @torch.no_grad()
-    def _prepare(self, parameter: Tensor, mask: Tensor | None) -> None:
-        local = _local(parameter)
-        index = None
-        if mask is not None:
-            mask = _local(mask)
-            if mask.shape != local.shape:
-                raise ValueError(f"mask of shape {tuple(mask.shape)} on a parameter of shape {tuple(local.shape)}")
-            if not bool(mask.all()):
-                index = mask.reshape(-1).nonzero().squeeze(1).to(local.device)
-                if local.numel() < 2**31:
-                    index = index.int()
-        active = local.numel() if index is None else index.numel()
-        moments = {name: torch.zeros(active, dtype=torch.float32, device=local.device) for name in _MOMENTS}
-        if local.dtype == torch.float64:
-            moments = {name: value.double() for name, value in moments.items()}
-        state: dict[str, Any] = {"step": 0, "index": index, **moments}
-        if local.dtype in (torch.bfloat16, torch.float16):
-            state["master"] = _gather(local, index).float()
-        self.state[parameter] = state
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; `param_group` may carry `masks`.
+
+        Raises:
+            ValueError: masks that do not fit their parameters.
+        """
+        masks = param_group.get("masks")
+        super().add_param_group({name: value for name, value in param_group.items() if name != "masks"})
+        parameters = self.param_groups[-1]["params"]
+        masks = [None] * len(parameters) if masks is None else masks
+        if len(masks) != len(parameters):
+            raise ValueError(f"{len(parameters)} parameters but {len(masks)} masks in one group")
+        indices = [_active(parameter, mask) for parameter, mask in zip(parameters, masks, strict=True)]
+        self._chunks.append([self._make_chunk(members) for members in _side_by_side(parameters, indices)])
+
+    def _make_chunk(self, members: list[tuple[nn.Parameter, Tensor | None]]) -> Chunk:
+        local = _local(members[0][0])
+        sizes = [_length(parameter, index) for parameter, index in members]
+        dtype = _compute_dtype(local)
+        flat = {name: torch.zeros(sum(sizes), dtype=dtype, device=local.device) for name in MOMENTS}
+        if dtype != local.dtype:
+            flat["master"] = torch.empty(sum(sizes), dtype=dtype, device=local.device)
+            for (parameter, index), values in zip(members, flat["master"].split(sizes), strict=True):
+                _gather(_local(parameter), index, values)
+        slices = {name: buffer.split(sizes) for name, buffer in flat.items()}
+        for number, (parameter, index) in enumerate(members):
+            self.state[parameter] = {
+                "step": 0,
+                "index": index,
+                **{name: slices[name][number] for name in flat},
+            }
+        return Chunk([parameter for parameter, _ in members], flat)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -107,64 +135,83 @@ class MaskedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_one(parameter, group)
+        for group, chunks in zip(self.param_groups, self._chunks, strict=True):
+            for chunk in chunks:
+                moving = [parameter for parameter in chunk.parameters if parameter.grad is not None]
+                together = len(moving) == len(chunk.parameters)
+                if together and len({self.state[parameter]["step"] for parameter in moving}) == 1:
+                    self._step_together(moving, chunk.flat, group)
+                else:
+                    for parameter in moving:
+                        state = self.state[parameter]
+                        own = {name: state[name] for name in chunk.flat}
+                        self._step_together([parameter], own, group)
         return loss
 
-    def _step_one(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        local, index = _local(parameter), state["index"]
-        state["step"] += 1
-        if state["exp_avg"].numel() == 0:
+    def _step_together(self, parameters: list[nn.Parameter], flat: dict[str, Tensor], group: dict[str, Any]) -> None:
+        """Step parameters at the same step count, whose state lies side by side in `flat`."""
+        states = [self.state[parameter] for parameter in parameters]
+        for state in states:
+            state["step"] += 1
+        moments = flat["exp_avg"]
+        if moments.numel() == 0:
             return
-        value = state["master"] if "master" in state else _gather(local, index)
-        gradient = _gather(_local(parameter.grad), index).to(value.dtype)
-        beta1, beta2 = group["betas"]
-        value.mul_(1 - group["lr"] * group["weight_decay"])
-        state["exp_avg"].lerp_(gradient, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        step_size = group["lr"] / (1 - beta1 ** state["step"])
-        root = (1 - beta2 ** state["step"]) ** 0.5
-        value.addcdiv_(state["exp_avg"], (state["exp_avg_sq"].sqrt() / root).add_(group["eps"]), value=-step_size)
-        if index is None:
-            if value.data_ptr() != local.data_ptr():
-                local.view(-1).copy_(value)
+        sizes = [state["exp_avg"].numel() for state in states]
+        values, gradients = self._scratch_like(moments)
+        for parameter, state, out in zip(parameters, states, gradients.split(sizes), strict=True):
+            _gather(_local(parameter.grad), state["index"], out)
+        if "master" in flat:
+            values = flat["master"]
         else:
-            local.view(-1).index_put_((index,), value.to(local.dtype))
+            for parameter, state, out in zip(parameters, states, values.split(sizes), strict=True):
+                _gather(_local(parameter), state["index"], out)
+        adamw(
+            [values],
+            [gradients],
+            [moments],
+            [flat["exp_avg_sq"]],
+            [],
+            [torch.tensor(states[0]["step"] - 1.0)],
+            foreach=False,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        for parameter, state, new in zip(parameters, states, values.split(sizes), strict=True):
+            _scatter(_local(parameter), state["index"], new)
+
+    def _scratch_like(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Two buffers of `flat`'s length, kept from step to step: fresh pages would cost more than the arithmetic."""
+        kind = flat.device, flat.dtype
+        if kind not in self._scratch or self._scratch[kind].shape[1] < flat.numel():
+            self._scratch[kind] = torch.empty(2, flat.numel(), dtype=flat.dtype, device=flat.device)
+        values, gradients = self._scratch[kind][:, : flat.numel()]
+        return values, gradients
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scale the active gradients so that their joint norm is at most `max_norm`; returns the norm before.
+        """Scale the gradients so that the joint norm of the active ones is at most `max_norm`; returns it from before.
 
-        Inactive gradients, even infinite ones, neither count nor change. Sharded parameters (DTensor) give the norm
-        over all shards.
+        Inactive gradients, even infinite ones, do not count. Sharded parameters (DTensor) give the norm over all
+        shards.
         """
-        squares = []
-        sharded = False
-        for gradient, index, is_sharded in self._active_gradients():
-            squares.append(_gather(gradient, index).float().square().sum())
-            sharded |= is_sharded
-        total = torch.stack(squares).sum() if squares else torch.zeros(())
-        if sharded:
-            torch.distributed.all_reduce(total)
-        norm = total.sqrt()
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        if bool(scale < 1):
-            for gradient, index, _ in self._active_gradients():
-                if index is None:
-                    gradient.mul_(scale)
-                else:
-                    gradient.view(-1).index_put_((index,), (_gather(gradient, index) * scale).to(gradient.dtype))
+        moving = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms = [
+            torch.linalg.vector_norm(_select(_local(p.grad), self.state[p]["index"]), dtype=torch.float32)
+            for p in moving
+        ]
+        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        if any(_local(p) is not p for p in moving):
+            square = norm.square()
+            torch.distributed.all_reduce(square)
+            norm = square.sqrt()
+        if moving:
+            torch._foreach_mul_([_local(p.grad) for p in moving], (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
-
-    def _active_gradients(self) -> Any:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    gradient = _local(parameter.grad)
-                    yield gradient, self.state[parameter]["index"], gradient is not parameter.grad
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the `moments` (with master values) and of the `index`."""
@@ -217,7 +264,48 @@ class MaskedAdamW(torch.optim.Optimizer):
             group["betas"] = tuple(group["betas"])
 
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+def _active(parameter: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Flat positions of the active elements of this rank's shard; None where all are active."""
+    local = _local(parameter)
+    if mask is None:
+        return None
+    mask = _local(mask)
+    if mask.shape != local.shape:
+        raise ValueError(f"mask of shape {tuple(mask.shape)} on a parameter of shape {tuple(local.shape)}")
+    if bool(mask.all()):
+        return None
+    index = mask.reshape(-1).nonzero().squeeze(1).to(local.device)
+    return index.int() if local.numel() < 2**31 else index
+
+
+def _side_by_side(
+    parameters: list[nn.Parameter], indices: list[Tensor | None]
+) -> Iterator[list[tuple[nn.Parameter, Tensor | None]]]:
+    """Runs of neighbours of one device and dtype, each of at most a chunk's elements (or of one parameter)."""
+    members: list[tuple[nn.Parameter, Tensor | None]] = []
+    size = 0
+    for parameter, index in zip(parameters, indices, strict=True):
+        local, length = _local(parameter), _length(parameter, index)
+        room = CHUNK.get(local.device.type, CHUNK["cuda"])
+        if members and (_kind(members[0][0]) != _kind(parameter) or size + length > room):
+            yield members
+            members, size = [], 0
+        members.append((parameter, index))
+        size += length
+    if members:
+        yield members
+
+
+def _kind(parameter: Tensor) -> tuple[torch.device, torch.dtype]:
+    return parameter.device, parameter.dtype
+
+
+def _compute_dtype(local: Tensor) -> torch.dtype:
+    return torch.float64 if local.dtype == torch.float64 else torch.float32
+
+
+def _length(parameter: Tensor, index: Tensor | None) -> int:
+    return _local(parameter).numel() if index is None else index.numel()
 
 
 def _local(tensor: Any) -> Tensor:
@@ -227,7 +315,23 @@ def _local(tensor: Any) -> Tensor:
     return local
 
 
-def _gather(tensor: Tensor, index: Tensor | None) -> Tensor:
-    """The active elements as a flat tensor (a view of the whole where all are active)."""
-    flat = tensor.view(-1)
+def _select(tensor: Tensor, index: Tensor | None) -> Tensor:
+    """The active elements, flat."""
+    flat = tensor.reshape(-1)
     return flat if index is None else flat.index_select(0, index)
+
+
+def _gather(tensor: Tensor, index: Tensor | None, out: Tensor) -> None:
+    """Copy the active elements into `out`, in `out`'s dtype."""
+    if index is None or tensor.dtype != out.dtype:
+        out.copy_(_select(tensor, index))
+    else:
+        torch.index_select(tensor.reshape(-1), 0, index, out=out)
+
+
+def _scatter(tensor: Tensor, index: Tensor | None, values: Tensor) -> None:
+    """Write the active elements back; nothing else is touched."""
+    if index is None:
+        tensor.view(-1).copy_(values)
+    else:
+        tensor.view(-1).index_put_((index,), values.to(tensor.dtype))

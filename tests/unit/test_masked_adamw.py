@@ -124,13 +124,32 @@ def test_resuming_from_a_state_dict_is_exact_and_another_mask_is_refused() -> No
         other.load_state_dict(half[1].state_dict())
 
 
-def test_a_parameter_without_gradient_is_left_alone() -> None:
-    still, moving = parameter(1), parameter(2)
-    start = still.detach().clone()
-    optimizer = MaskedAdamW([{"params": [still, moving], "masks": [None, None]}], weight_decay=0.5)
-    moving.grad = gradient(0)
+def test_parameters_that_skip_steps_keep_their_own_count() -> None:
+    ours, theirs = [parameter(1), parameter(2)], [parameter(1), parameter(2)]
+    masks = [mask_of(3, 0.5), mask_of(4, 0.5)]
+    start = ours[0].detach().clone()
+    masked = MaskedAdamW([{"params": ours, "masks": masks}], weight_decay=0.5)
+    stock = torch.optim.AdamW(theirs, weight_decay=0.5, foreach=False)
+    for step, moving in enumerate([(1,), (0, 1), (0,), (0, 1)]):
+        for number in range(2):
+            value = gradient(step + 10 * number) if number in moving else None
+            ours[number].grad, theirs[number].grad = value, value
+        masked.step()
+        stock.step()
+        assert step > 0 or torch.equal(ours[0], start)
+    for mine, other, mask in zip(ours, theirs, masks, strict=True):
+        assert torch.equal(mine[mask], other[mask])
+
+
+def test_a_group_added_later_keeps_its_mask() -> None:
+    first, later, mask = parameter(1), parameter(2), mask_of(3, 0.5)
+    start = later.detach().clone()
+    optimizer = MaskedAdamW([first], lr=0.1)
+    optimizer.add_param_group({"params": [later], "masks": [mask]})
+    later.grad = gradient(0)
     optimizer.step()
-    assert torch.equal(still, start)
+    assert torch.equal(later[~mask], start[~mask])
+    assert not torch.equal(later[mask], start[mask])
 
 
 def test_lora_plus_gives_b_its_own_rate() -> None:
