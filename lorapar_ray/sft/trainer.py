@@ -41,7 +41,11 @@ class Stage1Trainer(SafetensorsCheckpoints, SFTTrainer):
         self._validation = validation
         self._clock = time.monotonic()
         self._tokens_before: float = 0
+        # Over a sharded base transformers allows no checkpoint of the optimiser's state, since that would be sharded
+        # too. Ours belongs to the adapter, which is whole on every worker.
+        options["args"].save_only_model = getattr(options["model"], "is_distributed_loading_by_transformers", False)
         super().__init__(**options)
+        self.args.save_only_model = False
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """The joint norm of the active elements, from before they are scaled down to `max_grad_norm`."""

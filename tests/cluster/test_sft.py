@@ -7,6 +7,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from lorapar_ray.partition import load_regions, stage_mask
 from lorapar_ray.runs import RunDirectory
@@ -17,6 +19,8 @@ from tests.tiny_run import metrics, save_tiny_student
 pytestmark = pytest.mark.cluster
 LOSS_TOLERANCE = 2e-5
 """Relative, per step, in float32 (measured: below 2e-6); the additions run in another order."""
+EXPORT_TOLERANCE = 1e-4
+"""Absolute, on logits in float32: the export adds and takes away the part that the residual base lacks."""
 TWO_WORKERS = {"workers": 2, "resources": {"cpus": 0.5}}
 
 
@@ -82,3 +86,33 @@ def test_a_killed_worker_ends_in_the_same_adapter(student: Path, tmp_path: Path)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for key, value in weights(undisturbed[1].sft / "adapter").items():
         assert torch.equal(weights(disturbed[1].sft / "adapter")[key], value), key
+
+
+def test_the_export_leaves_the_residual_base_behind(student: Path, tmp_path: Path) -> None:
+    config, run = ready_run(student, tmp_path / "run", init="pissa", epochs=2, learning_rate=1e-3)
+    train_stage1(config, run)
+    ids = torch.arange(100, 132).view(2, 16)
+
+    def logits(base: Path, adapter: Path) -> torch.Tensor:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        with torch.no_grad():
+            found: torch.Tensor = PeftModel.from_pretrained(model, str(adapter))(ids).logits
+        return found
+
+    trained = logits(run.adapter / "base", run.sft / "trained")
+    torch.testing.assert_close(logits(student, run.sft / "adapter"), trained, rtol=1e-3, atol=EXPORT_TOLERANCE)
+    assert (logits(run.adapter / "base", run.adapter) - trained).abs().max() > 10 * EXPORT_TOLERANCE
+
+
+def test_a_validation_split_stops_early_and_keeps_the_best(student: Path, tmp_path: Path) -> None:
+    steady = {"schedule": "constant", "learning_rate": 0.3, "validation": 0.3, "validate_every": 1}
+    config, run = ready_run(student, tmp_path / "run", epochs=20, patience=2, **steady)
+    train_stage1(config, run)
+    losses = {line["step"]: line["loss"] for line in metrics(run.root, "sft_validation")}
+    best = min(losses, key=lambda step: losses[step])
+    assert max(losses) == best + 2 < 40, losses
+    config, rerun = ready_run(student, tmp_path / "rerun", max_steps=best, keep="last", **steady)
+    train_stage1(config, rerun)
+    for key, value in weights(rerun.sft / "adapter").items():
+        assert torch.equal(weights(run.sft / "adapter")[key], value), key
+    assert len(list((run.metrics / "tensorboard").rglob("events.out.tfevents.*"))) == 1
