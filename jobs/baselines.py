@@ -60,10 +60,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", nargs="*", type=int, default=[1])
     parser.add_argument("--stage", choices=["label", "score", "partition", "sft", "grpo", "evaluate"])
+    parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="overrides for every variant")
     arguments = parser.parse_args()
     for seed in arguments.seeds:
         for name in arguments.only:
-            config = load_config(arguments.config, [*VARIANTS[name], f"seed={seed}", *local(arguments)])
+            config = load_config(arguments.config, [*VARIANTS[name], f"seed={seed}", *local(arguments), *arguments.set])
             print(f"{name}, seed {seed}", flush=True)
             execute(config, RunDirectory((arguments.out / f"{name}-{seed}").absolute()), arguments.stage)
     table = "\n".join(rows_of(arguments.out))

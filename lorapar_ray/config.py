@@ -377,6 +377,11 @@ class Config(Section):
     def _parts_fit_together(self) -> Config:
         if len(set(self.order)) != len(self.order):
             raise ValueError("order: each stage at most once; for two SFT epochs set sft.epochs to 2")
+        if self.model.quantization is not None and self.adapter.init in ("pissa", "pissa_fast", "olora"):
+            raise ValueError(
+                f"adapter.init: {self.adapter.init} takes part of the weights out of the base, which 4 bits cannot "
+                "follow; leave model.quantization out or set adapter.init to default or gaussian"
+            )
         if self.adapter.method != "lora":
             if self.order != ["sft"] or self.sft.masked:
                 raise ValueError(

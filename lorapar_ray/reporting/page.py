@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +58,16 @@ def render(config: Config, data: RunData, figures: dict[str, str]) -> str:
             partition=data.partition,
             samples=_spread(data.samples),
             accuracy=[_result(name, result) for name, result in data.accuracy.items()],
-            verdicts=verdicts(data.accuracy),
+            verdicts=verdicts({n: data.accuracy[n] for n in ("base", *config.order) if n in data.accuracy}),
             versions=versions,
         )
     )
 
 
 def verdicts(accuracy: dict[str, dict[str, Any]]) -> list[str]:
-    """What the intervals allow one to say about each step, a sentence each."""
+    """What the intervals allow one to say about each step from one model to the next, a sentence each."""
     said = []
-    for before, after in (("base", "sft"), ("sft", "grpo")):
-        if before not in accuracy or after not in accuracy:
-            continue
+    for before, after in pairwise(accuracy):
         (low, high), (new_low, new_high) = accuracy[before]["interval"], accuracy[after]["interval"]
         change = 100 * (accuracy[after]["accuracy"] - accuracy[before]["accuracy"])
         names = f"{MODELS[before]} → {MODELS[after]}: {change:+.1f} points"

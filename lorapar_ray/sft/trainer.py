@@ -8,7 +8,8 @@ does not depend on how the rows were spread over workers, and files without pick
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,11 @@ class Stage1Trainer(SafetensorsCheckpoints, SFTTrainer):
         super().log(logs, start_time)
         if self.is_world_process_zero():
             append_line(self._lines, {"step": self.state.global_step, **line})
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Nothing to defer: the sharded base has no gradients."""
+        yield
 
     def _sync_replicated_trainable_parameters(self, model: Any) -> None:
         """Over a sharded base the adapter is whole on every worker, outside DDP: average its gradients once a step."""

@@ -71,3 +71,10 @@ def test_without_masks_there_is_nothing_to_score(tmp_path: Path) -> None:
     assert not run.scores.exists() and not run.partition.exists() and not run.adapter.exists()
     masked = config.model_copy(update={"sft": config.sft.model_copy(update={"masked": True})})
     assert "score" in pending(masked, run)
+
+
+def test_a_residual_base_in_four_bits_is_refused() -> None:
+    model = {"path": "student", "quantization": "nf4"}
+    with pytest.raises(ValueError, match=r"adapter\.init: pissa takes part of the weights out of the base"):
+        config_of(model=model, adapter={"init": "pissa"})
+    config_of(model=model, adapter={"init": "gaussian"})
