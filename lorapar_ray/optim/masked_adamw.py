@@ -5,14 +5,14 @@ Masking the gradient under a stock AdamW freezes nothing: weight decay and stale
 whatever decay, momentum, clipping or loss scaling do; and the optimiser's memory is the active share of AdamW's.
 
 How a step runs: the active elements of several parameters are gathered side by side into one flat chunk, torch's own
-AdamW steps the chunk, and the values are scattered back. An adapter has hundreds of small matrices; a handful of flat
-chunks costs a handful of kernels.
+AdamW kernel steps the chunk, and the values are scattered back. An adapter has hundreds of small matrices; a handful of
+flat chunks costs a handful of kernels. Where every element is active, the kernel steps the parameters themselves.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-CHUNK = {"cpu": 2**20, "cuda": 2**26}
-"""Active elements stepped at once: what stays in a CPU's cache; on a GPU as many as possible, to launch few kernels."""
+from lorapar_ray.optim.active import (
+    active_length,
+    active_positions,
+    compute_dtype,
+    gather,
+    local_shard,
+    padded,
+    scatter,
+    shard_groups,
+    side_by_side,
+    split_flat,
+)
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -55,19 +66,23 @@ def trainable_share(masks: Mapping[str, Tensor]) -> float:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Parameters that are stepped together: one device, one dtype, their state side by side in flat buffers."""
+    """Parameters that are stepped together: of one kind, their state side by side in flat buffers."""
 
     parameters: list[nn.Parameter]
     flat: dict[str, Tensor]
-    """`exp_avg`, `exp_avg_sq` and, below float32, `master`; each parameter's state holds its own slice of them."""
+    """`exp_avg`, `exp_avg_sq` and, below float32, `master`, of a length that is a multiple of LANES; each parameter's
+    state holds its own slice of them."""
 
 
 class MaskedAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) on the active elements of each parameter.
 
-    In float32 and float64 every active element takes the same bits as under `torch.optim.AdamW(foreach=False)`: the
-    same function runs on the gathered elements. Parameters of lower precision are stepped through float32 master
-    values, which stock AdamW does not keep.
+    In float32 and float64 every active element takes the same bits as under `torch.optim.AdamW(fused=True)`, or with
+    `fused=False` as under `torch.optim.AdamW(foreach=False)`: the same function runs on the gathered elements. One
+    exception: on a CPU torch's fused kernel rounds the last elements of a tensor whose length is no multiple of LANES
+    differently from the rest, and which elements are the last is not the same here. There a step may differ by the
+    rounding of a few operations, as torch's own two ways do. Parameters of lower precision are stepped through float32
+    master values, which stock AdamW does not keep.
 
     State per parameter: `step`, `index` (flat positions, int32 where they fit; none if all are active), and flat
     `exp_avg`, `exp_avg_sq` and, below float32, `master`, all of the active length.
@@ -80,11 +95,14 @@ class MaskedAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        *,
+        fused: bool = True,
     ) -> None:
         """`params`: groups with `params` and `masks` (bool tensors in the parameters' shapes, None: all active).
 
         A sharded parameter (DTensor) takes its whole mask, or a DTensor mask of the same placements. State is kept, and
-        by `state_dict` saved, for this rank's shard.
+        by `state_dict` saved, for this rank's shard. `fused` picks torch's kernel: one pass over memory, or (False) a
+        sequence of elementary operations, slower by several times.
 
         Raises:
             ValueError: a setting out of range, or masks that do not fit their parameters.
@@ -93,6 +111,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             raise ValueError(
                 f"need lr, eps, weight_decay >= 0 and betas in [0, 1), got {lr}, {eps}, {weight_decay}, {betas}"
             )
+        self._fused = fused
         self._chunks: list[list[Chunk]] = []
         self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -110,19 +129,19 @@ class MaskedAdamW(torch.optim.Optimizer):
         masks = [None] * len(parameters) if masks is None else masks
         if len(masks) != len(parameters):
             raise ValueError(f"{len(parameters)} parameters but {len(masks)} masks in one group")
-        indices = [_active(parameter, mask) for parameter, mask in zip(parameters, masks, strict=True)]
-        self._chunks.append([self._make_chunk(members) for members in _side_by_side(parameters, indices)])
+        indices = [active_positions(parameter, mask) for parameter, mask in zip(parameters, masks, strict=True)]
+        self._chunks.append([self._make_chunk(members) for members in side_by_side(parameters, indices)])
 
     def _make_chunk(self, members: list[tuple[nn.Parameter, Tensor | None]]) -> Chunk:
-        local = _local(members[0][0])
-        sizes = [_length(parameter, index) for parameter, index in members]
-        dtype = _compute_dtype(local)
-        flat = {name: torch.zeros(sum(sizes), dtype=dtype, device=local.device) for name in MOMENTS}
-        if dtype != local.dtype:
-            flat["master"] = torch.empty(sum(sizes), dtype=dtype, device=local.device)
-            for (parameter, index), values in zip(members, flat["master"].split(sizes), strict=True):
-                _gather(_local(parameter), index, values)
-        slices = {name: buffer.split(sizes) for name, buffer in flat.items()}
+        local = local_shard(members[0][0])
+        sizes = [active_length(parameter, index) for parameter, index in members]
+        dtype = compute_dtype(local)
+        names = (*MOMENTS, "master") if dtype != local.dtype else MOMENTS
+        flat = {name: torch.zeros(padded(sum(sizes)), dtype=dtype, device=local.device) for name in names}
+        slices = {name: split_flat(buffer, sizes) for name, buffer in flat.items()}
+        if "master" in flat:
+            for (parameter, index), values in zip(members, slices["master"], strict=True):
+                gather(local_shard(parameter), index, values)
         for number, (parameter, index) in enumerate(members):
             self.state[parameter] = {
                 "step": 0,
@@ -146,10 +165,18 @@ class MaskedAdamW(torch.optim.Optimizer):
                     self._step_together(moving, chunk.flat, group)
                 else:
                     for parameter in moving:
-                        state = self.state[parameter]
-                        own = {name: state[name] for name in chunk.flat}
-                        self._step_together([parameter], own, group)
+                        self._step_alone(parameter, tuple(chunk.flat), group)
         return loss
+
+    def _step_alone(self, parameter: nn.Parameter, names: tuple[str, ...], group: dict[str, Any]) -> None:
+        """Step one parameter of a chunk whose others stand still or are at another step."""
+        state = self.state[parameter]
+        own = {name: state[name].new_zeros(padded(state[name].numel())) for name in names}
+        for name, buffer in own.items():
+            buffer[: state[name].numel()] = state[name]
+        self._step_together([parameter], own, group)
+        for name, buffer in own.items():
+            state[name].copy_(buffer[: state[name].numel()])
 
     def _step_together(self, parameters: list[nn.Parameter], flat: dict[str, Tensor], group: dict[str, Any]) -> None:
         """Step parameters at the same step count, whose state lies side by side in `flat`."""
@@ -159,23 +186,51 @@ class MaskedAdamW(torch.optim.Optimizer):
         moments = flat["exp_avg"]
         if moments.numel() == 0:
             return
+        if "master" not in flat and all(state["index"] is None for state in states):
+            shards = [local_shard(parameter) for parameter in parameters]
+            sizes = [local.numel() for local in shards]
+            first, second = (
+                [part.view_as(local) for part, local in zip(split_flat(flat[name], sizes), shards, strict=True)]
+                for name in MOMENTS
+            )
+            gradients = [local_shard(parameter.grad) for parameter in parameters]
+            self._kernel(shards, gradients, first, second, states[0]["step"], group)
+            return
         sizes = [state["exp_avg"].numel() for state in states]
-        values, gradients = self._scratch_like(moments)
-        for parameter, state, out in zip(parameters, states, gradients.split(sizes), strict=True):
-            _gather(_local(parameter.grad), state["index"], out)
+        values, gradient = self._scratch_like(moments)
+        for parameter, state, out in zip(parameters, states, split_flat(gradient, sizes), strict=True):
+            gather(local_shard(parameter.grad), state["index"], out)
+        gradient[sum(sizes) :].zero_()
         if "master" in flat:
             values = flat["master"]
         else:
-            for parameter, state, out in zip(parameters, states, values.split(sizes), strict=True):
-                _gather(_local(parameter), state["index"], out)
+            for parameter, state, out in zip(parameters, states, split_flat(values, sizes), strict=True):
+                gather(local_shard(parameter), state["index"], out)
+            values[sum(sizes) :].zero_()
+        self._kernel([values], [gradient], [moments], [flat["exp_avg_sq"]], states[0]["step"], group)
+        for parameter, state, new in zip(parameters, states, split_flat(values, sizes), strict=True):
+            scatter(local_shard(parameter), state["index"], new)
+
+    def _kernel(
+        self,
+        values: list[Tensor],
+        gradients: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        step: int,
+        group: dict[str, Any],
+    ) -> None:
+        """torch's own AdamW, in place, for tensors that take their `step`-th step (from 1)."""
+        before = torch.full((), step - 1.0, device=values[0].device if self._fused else "cpu")
         adamw(
-            [values],
-            [gradients],
-            [moments],
-            [flat["exp_avg_sq"]],
+            values,
+            gradients,
+            exp_avgs,
+            exp_avg_sqs,
             [],
-            [torch.tensor(states[0]["step"] - 1.0)],
+            [before.clone() for _ in values],
             foreach=False,
+            fused=self._fused,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -184,8 +239,6 @@ class MaskedAdamW(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-        for parameter, state, new in zip(parameters, states, values.split(sizes), strict=True):
-            _scatter(_local(parameter), state["index"], new)
 
     def _scratch_like(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """Two buffers of `flat`'s length, kept from step to step: fresh pages would cost more than the arithmetic."""
@@ -202,21 +255,34 @@ class MaskedAdamW(torch.optim.Optimizer):
         Inactive gradients, even infinite ones, do not count. Sharded parameters (DTensor) give the norm over all
         shards, replicas counted once; every rank must call this.
         """
-        moving = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         squares: dict[tuple[Any, ...], Tensor] = {}
-        for p in moving:
-            gradient = _local(p.grad)
-            active = _select(gradient, self.state[p]["index"])
-            norm = torch.linalg.vector_norm(active, dtype=_compute_dtype(gradient))
-            groups = _shard_groups(p)
-            squares[groups] = squares[groups] + norm.square() if groups in squares else norm.square()
+        moving: list[Tensor] = []
+        for chunk in (chunk for chunks in self._chunks for chunk in chunks):
+            parameters = [parameter for parameter in chunk.parameters if parameter.grad is not None]
+            if parameters:
+                moving += [local_shard(parameter.grad) for parameter in parameters]
+                square = self._active_norm(parameters, chunk.flat["exp_avg"]).square()
+                groups = shard_groups(parameters[0])
+                squares[groups] = squares[groups] + square if groups in squares else square
         for groups, square in squares.items():
             for group in groups:
                 torch.distributed.all_reduce(square, group=group)
         total = sum(squares.values(), start=torch.zeros(())).sqrt()
         if moving:
-            torch._foreach_mul_([_local(p.grad) for p in moving], (max_norm / (total + 1e-6)).clamp(max=1.0))
+            torch._foreach_mul_(moving, (max_norm / (total + 1e-6)).clamp(max=1.0))
         return total
+
+    def _active_norm(self, parameters: list[nn.Parameter], flat: Tensor) -> Tensor:
+        """Joint norm of the active gradients of parameters of one chunk, whose moments are `flat`."""
+        indices = [self.state[parameter]["index"] for parameter in parameters]
+        if all(index is None for index in indices):
+            norms = torch._foreach_norm([local_shard(p.grad) for p in parameters], dtype=flat.dtype)
+            return torch.linalg.vector_norm(torch.stack(norms))
+        sizes = [self.state[parameter]["exp_avg"].numel() for parameter in parameters]
+        gradients = self._scratch_like(flat)[1][: sum(sizes)]
+        for parameter, index, out in zip(parameters, indices, gradients.split(sizes), strict=True):
+            gather(local_shard(parameter.grad), index, out)
+        return torch.linalg.vector_norm(gradients)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the `moments` (with master values) and of the `index`."""
@@ -267,93 +333,3 @@ class MaskedAdamW(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({name: value for name, value in saved.items() if name != "params"})
             group["betas"] = tuple(group["betas"])
-
-
-def _active(parameter: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Flat positions of the active elements of this rank's shard; None where all are active."""
-    local = _local(parameter)
-    if mask is None:
-        return None
-    if local is not parameter and not hasattr(mask, "to_local") and mask.shape == parameter.shape:
-        mask = _shard_like(mask.to(local.device), parameter)
-    mask = _local(mask)
-    if mask.shape != local.shape:
-        raise ValueError(f"mask of shape {tuple(mask.shape)} on a parameter of shape {tuple(local.shape)}")
-    if bool(mask.all()):
-        return None
-    index = mask.reshape(-1).nonzero().squeeze(1).to(local.device)
-    return index.int() if local.numel() < 2**31 else index
-
-
-def _side_by_side(
-    parameters: list[nn.Parameter], indices: list[Tensor | None]
-) -> Iterator[list[tuple[nn.Parameter, Tensor | None]]]:
-    """Runs of neighbours of one device and dtype, each of at most a chunk's elements (or of one parameter)."""
-    members: list[tuple[nn.Parameter, Tensor | None]] = []
-    size = 0
-    for parameter, index in zip(parameters, indices, strict=True):
-        local, length = _local(parameter), _length(parameter, index)
-        room = CHUNK.get(local.device.type, CHUNK["cuda"])
-        if members and (_kind(members[0][0]) != _kind(parameter) or size + length > room):
-            yield members
-            members, size = [], 0
-        members.append((parameter, index))
-        size += length
-    if members:
-        yield members
-
-
-def _kind(parameter: Tensor) -> tuple[torch.device, torch.dtype]:
-    return parameter.device, parameter.dtype
-
-
-def _compute_dtype(local: Tensor) -> torch.dtype:
-    return torch.float64 if local.dtype == torch.float64 else torch.float32
-
-
-def _length(parameter: Tensor, index: Tensor | None) -> int:
-    return _local(parameter).numel() if index is None else index.numel()
-
-
-def _local(tensor: Any) -> Tensor:
-    """This rank's shard of a DTensor, else the tensor itself."""
-    shard = getattr(tensor, "to_local", None)
-    local: Tensor = shard() if shard is not None else tensor
-    return local
-
-
-def _shard_like(mask: Tensor, parameter: Any) -> Tensor:
-    """A whole mask cut as its sharded parameter is: every rank takes its part, without a word to the others."""
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(mask, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
-def _shard_groups(parameter: Any) -> tuple[Any, ...]:
-    """The process groups over which a DTensor's shards are spread; none for an ordinary or a replicated tensor."""
-    if not hasattr(parameter, "to_local"):
-        return ()
-    mesh = parameter.device_mesh
-    return tuple(mesh.get_group(dim) for dim, placed in enumerate(parameter.placements) if placed.is_shard())
-
-
-def _select(tensor: Tensor, index: Tensor | None) -> Tensor:
-    """The active elements, flat."""
-    flat = tensor.reshape(-1)
-    return flat if index is None else flat.index_select(0, index)
-
-
-def _gather(tensor: Tensor, index: Tensor | None, out: Tensor) -> None:
-    """Copy the active elements into `out`, in `out`'s dtype."""
-    if index is None or tensor.dtype != out.dtype:
-        out.copy_(_select(tensor, index))
-    else:
-        torch.index_select(tensor.reshape(-1), 0, index, out=out)
-
-
-def _scatter(tensor: Tensor, index: Tensor | None, values: Tensor) -> None:
-    """Write the active elements back; nothing else is touched."""
-    if index is None:
-        tensor.view(-1).copy_(values)
-    else:
-        tensor.view(-1).index_put_((index,), values.to(tensor.dtype))

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lorapar_ray.optim import MaskedAdamW, learning_rate_factor, masked_param_groups, trainable_share
 
-SHAPE = (7, 5)
+SHAPE = (8, 6)  # a multiple of LANES, as adapters are
 
 
 def parameter(seed: int, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
@@ -33,15 +33,16 @@ def gradient(step: int) -> torch.Tensor:
     betas=st.tuples(st.floats(0, 0.99), st.floats(0.5, 0.9999)),
     steps=st.integers(1, 8),
     seed=st.integers(0, 50),
+    fused=st.booleans(),
 )
 def test_active_elements_match_adamw_and_inactive_keep_their_bits(
-    share: float, lr: float, decay: float, betas: tuple[float, float], steps: int, seed: int
+    share: float, lr: float, decay: float, betas: tuple[float, float], steps: int, seed: int, fused: bool
 ) -> None:
     ours, theirs, mask = parameter(seed), parameter(seed), mask_of(seed + 1, share)
     start = ours.detach().clone()
     options: dict[str, Any] = {"lr": lr, "weight_decay": decay, "betas": betas}
-    masked = MaskedAdamW([{"params": [ours], "masks": [mask]}], **options)
-    stock = torch.optim.AdamW([theirs], foreach=False, **options)
+    masked = MaskedAdamW([{"params": [ours], "masks": [mask]}], fused=fused, **options)
+    stock = torch.optim.AdamW([theirs], fused=fused, foreach=False, **options)
     for step in range(steps):
         ours.grad, theirs.grad = gradient(step), gradient(step)
         masked.step()
@@ -85,7 +86,7 @@ def test_bfloat16_parameters_follow_their_float32_masters() -> None:
     reference = torch.nn.Parameter(ours.detach().float())
     start = ours.detach().clone()
     masked = MaskedAdamW([{"params": [ours], "masks": [mask]}], lr=1e-3)
-    stock = torch.optim.AdamW([reference], lr=1e-3, foreach=False)
+    stock = torch.optim.AdamW([reference], lr=1e-3, fused=True)
     for step in range(20):
         small = gradient(step).bfloat16()
         ours.grad, reference.grad = small, small.float()
@@ -129,7 +130,7 @@ def test_parameters_that_skip_steps_keep_their_own_count() -> None:
     masks = [mask_of(3, 0.5), mask_of(4, 0.5)]
     start = ours[0].detach().clone()
     masked = MaskedAdamW([{"params": ours, "masks": masks}], weight_decay=0.5)
-    stock = torch.optim.AdamW(theirs, weight_decay=0.5, foreach=False)
+    stock = torch.optim.AdamW(theirs, weight_decay=0.5, fused=True)
     for step, moving in enumerate([(1,), (0, 1), (0,), (0, 1)]):
         for number in range(2):
             value = gradient(step + 10 * number) if number in moving else None
@@ -197,7 +198,7 @@ def test_whole_loops_match_adamw_whatever_is_switched_on(
     start = {name: parameter(seed + 100 + i, dtype) for i, name in enumerate(names)}
     ours = {name: torch.nn.Parameter(value.detach().clone()) for name, value in start.items()}
     wide = torch.promote_types(dtype, torch.float32)
-    theirs = {name: torch.nn.Parameter(value.detach()[masks[name]].to(wide)) for name, value in start.items()}
+    theirs = {name: torch.nn.Parameter(value.detach().clone().to(wide)) for name, value in start.items()}
 
     def masked() -> tuple[MaskedAdamW, LambdaLR]:
         groups = masked_param_groups(ours, masks, lr=0.05, weight_decay=0.1, lora_plus_ratio=ratio)
@@ -206,7 +207,7 @@ def test_whole_loops_match_adamw_whatever_is_switched_on(
 
     rates = {name: 0.05 * (ratio if ".lora_B." in name else 1.0) for name in names}
     groups = [{"params": [theirs[name]], "lr": rates[name], "weight_decay": 0.1} for name in names]
-    stock = torch.optim.AdamW(groups, foreach=False)
+    stock = torch.optim.AdamW(groups, fused=True)
     stock_schedule = LambdaLR(stock, lambda step: 1 / (1 + step))
     optimizer, schedule = masked()
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
@@ -219,21 +220,21 @@ def test_whole_loops_match_adamw_whatever_is_switched_on(
         for i, name in enumerate(names):
             value = torch.randn(SHAPE, generator=torch.Generator().manual_seed(7000 + 100 * step + i)).to(dtype)
             ours[name].grad = torch.where(masks[name], value * scale, torch.full_like(value, 1e30))
-            theirs[name].grad = value[masks[name]].to(wide)
+            theirs[name].grad = (value * masks[name]).to(wide)
         scaler.scale(torch.zeros(()))  # the scaler makes its scale when it is first used
         scaler.unscale_(optimizer)
         norm = optimizer.clip_grad_norm_(max_norm)
-        together = torch.cat([theirs[name].grad for name in names]).norm()
+        together = torch.cat([theirs[name].grad.flatten() for name in names]).norm()
         torch.testing.assert_close(norm.double(), together.double(), rtol=1e-5, atol=1e-9)
         for name in names:  # one definition of the scaling factor, so that what is compared is the stepping
-            theirs[name].grad = (ours[name].grad[masks[name]]).to(wide)
+            theirs[name].grad = torch.where(masks[name], ours[name].grad, 0).to(wide)
         scaler.step(optimizer)
         scaler.update(scale)
         stock.step()
         schedule.step()
         stock_schedule.step()
     for name in names:
-        assert torch.equal(ours[name][masks[name]], theirs[name].to(dtype)), name
+        assert torch.equal(ours[name][masks[name]], theirs[name][masks[name]].to(dtype)), name
         assert torch.equal(ours[name][~masks[name]], start[name][~masks[name]]), name
 
 
@@ -260,3 +261,19 @@ def test_an_empty_mask_is_a_parameter_at_rest() -> None:
         optimizer.step()
     assert torch.equal(ours, start)
     assert optimizer.state_bytes() == {"moments": 0, "index": 0}
+
+
+@settings(max_examples=20, deadline=None)
+@given(shape=st.tuples(st.integers(1, 9), st.integers(1, 9)), seed=st.integers(0, 50))
+def test_odd_lengths_differ_by_rounding_only(shape: tuple[int, int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    start, mask = torch.randn(shape, generator=generator), torch.rand(shape, generator=generator) < 0.5
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    masked = MaskedAdamW([{"params": [ours], "masks": [mask]}], lr=0.1)
+    stock = torch.optim.AdamW([theirs], lr=0.1, fused=True)
+    for _ in range(5):
+        ours.grad = theirs.grad = torch.randn(shape, generator=generator)
+        masked.step()
+        stock.step()
+    torch.testing.assert_close(ours[mask], theirs[mask], rtol=1e-5, atol=1e-6)
+    assert torch.equal(ours[~mask], start[~mask])
