@@ -280,20 +280,30 @@ class GrpoConfig(Section):
     max_prompt_length: PositiveInt = 256
     max_completion_length: PositiveInt = 256
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: float = 1.0
+    """Only 1: the learner computes no renormalised probabilities, so ratios of truncated samples would be wrong."""
     stop: list[str] = []
     rewards: Annotated[list[RewardConfig], Field(min_length=1)] = [RewardConfig(name="numeric_answer")]
     reward_time_limit_s: Annotated[float, Field(gt=0)] = 5.0
     reward_memory_mb: PositiveInt = 1024
+    reward_workers: PositiveInt = 1
+    reward_resources: Resources = Resources(cpus=0)
+    overlong_cache: Optional0 = 0
+    """DAPO's soft punishment: completions within this many tokens of the limit lose up to 1; 0 turns it off."""
     loss: Literal["dapo", "grpo", "dr_grpo", "bnpo", "gspo", "cispo"] = "dapo"
     clip_low: Annotated[float, Field(ge=0)] = 0.2
     clip_high: Annotated[float, Field(ge=0)] = 0.28
     kl_beta: Annotated[float, Field(ge=0)] = 0.0
     importance_cap: Annotated[float, Field(gt=0)] | None = 2.0
     """Truncated importance sampling against the sampler's own log-probabilities; None turns it off."""
+    sequence_ratio_bounds: tuple[float, float] | None = None
+    """Leave out completions whose mean learner/sampler ratio lies outside; None keeps all."""
     advantage_scale: Literal["group", "batch", "none"] = "group"
     mask_truncated: bool = False
     refill_limit: Optional0 = 2
     """Further sampling rounds per step to replace groups whose rewards are all equal."""
+    curriculum: Literal["none", "solve_rate"] = "none"
+    """`solve_rate`: from the second epoch on, prompts solved about half of the time come first."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-6
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Fraction = 0.1
@@ -304,14 +314,27 @@ class GrpoConfig(Section):
     checkpoint_every: PositiveInt = 10
     max_staleness: Optional0 = 0
     """Versions a sample's policy may lag behind the learner's; 0 is strictly on-policy."""
+    drain: bool = False
+    """Let completions in flight end before a new policy is served, instead of going on under it."""
     sync: Literal["merged", "adapter"] = "merged"
     canary_tolerance: Annotated[float, Field(gt=0)] = 0.5
     """Largest mean absolute log-probability gap (nats) between learner and engine on the canary tokens."""
     rollout_actors: PositiveInt = 1
+    rollout_time_limit_s: Annotated[float, Field(gt=0)] = 900.0
+    """An engine that takes longer over one request hangs, and is replaced."""
     learners: PositiveInt = 1
+    sharding: Literal["none", "fsdp2"] = "none"
+    """`fsdp2`: cut the frozen base over the learners, for a base that does not fit one device."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = []
     rollout_engine: EngineConfig = EngineConfig()
     rollout_resources: Resources = Resources()
     learner_resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _whole_distribution(self) -> GrpoConfig:
+        if self.top_p != 1:
+            raise ValueError("top_p: must be 1; the learner's ratios would be those of another distribution")
+        return self
 
 
 class EvaluateConfig(Section):

@@ -59,6 +59,7 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
         samples=str((run.metrics / "samples.jsonl").resolve()),
         steps=steps,
         coordinator=name,
+        run=config.name,
         seed=config.seed,
     )
     require("grpo", settings.rollout_actors, settings.rollout_resources)

@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 from lorapar_ray.config import TeacherConfig
-from lorapar_ray.engines.settings import engine_arguments, engine_environment
+from lorapar_ray.engines.settings import engine_arguments, engine_environment, platform_arguments
 from lorapar_ray.errors import UserError
 from lorapar_ray.models import resolve_model
 
@@ -30,7 +30,7 @@ class HostedTeacher:
         model = resolve_model(self._config.model)
         self._tokenizer = AutoTokenizer.from_pretrained(model)
         arguments = engine_arguments(model, self._config.engine, seed=seed, trust_remote_code=False)
-        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**{**platform_arguments(), **arguments}))
         self._asked = 0
 
     async def ask(self, prompt: str, choices: list[str]) -> list[float]:
