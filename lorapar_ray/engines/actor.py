@@ -6,7 +6,7 @@ import asyncio
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,8 +199,14 @@ def start_engine(
     trust_remote_code: bool = False,
     sync: str = "merged",
     max_lora_rank: int | None = None,
+    actor: type[EngineActor] = EngineActor,
+    environment: Mapping[str, str] | None = None,
 ) -> Any:
-    """Create the actor and begin starting its engine; returns the handle (await `handle.start.remote()`)."""
+    """Create the actor and begin starting its engine; returns the handle (await `handle.start.remote()`).
+
+    Args:
+        actor, environment: another kind of engine, and variables it needs beside the usual ones.
+    """
     import ray
 
     from lorapar_ray.engines.settings import engine_arguments, engine_environment
@@ -209,13 +215,13 @@ def start_engine(
     if sync == "adapter":
         allowed = next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= (max_lora_rank or 8))
         arguments |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": allowed}
-    actor = ray.remote(EngineActor).options(
+    remote = ray.remote(actor).options(
         num_cpus=resources.cpus,
         num_gpus=resources.gpus,
         max_concurrency=1000,
-        runtime_env={"env_vars": engine_environment(engine, resources)},
+        runtime_env={"env_vars": {**engine_environment(engine, resources), **(environment or {})}},
     )
-    return actor.remote(arguments, sync)
+    return remote.remote(arguments, sync)
 
 
 def _spill(adapter: bytes, config: str) -> Path:

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from lorapar_ray.adapters import adapter_parameters, load_adapter
 from lorapar_ray.config import EngineConfig, Resources
+from lorapar_ray.engines.actor import start_engine
 from lorapar_ray.engines.policy import PolicySender
-from lorapar_ray.engines.settings import engine_arguments, engine_environment
 from lorapar_ray.grpo.batches import Canary
 from lorapar_ray.grpo.engine_pool import EnginePool, PolicyMismatch
 from lorapar_ray.grpo.logprobs import token_logprobs
@@ -59,14 +59,10 @@ def cluster() -> Iterator[None]:
 
 
 def engine_of(student: Path, fault: Path) -> Any:
-    import ray
-
-    settings, resources = EngineConfig(**ENGINE), Resources()
-    arguments = engine_arguments(str(student), settings, seed=0, trust_remote_code=False)
-    arguments |= {"worker_extension_cls": "tests.e2e.faulty_engine.FaultyLoader"}
-    environment = {**engine_environment(settings, resources), FAULT: str(fault)}
-    actor = ray.remote(FaultyEngine).options(num_cpus=1, max_concurrency=100, runtime_env={"env_vars": environment})
-    return actor.remote(arguments, "merged")
+    settings = EngineConfig(**ENGINE, extra={"worker_extension_cls": "tests.e2e.faulty_engine.FaultyLoader"})
+    return start_engine(
+        str(student), settings, Resources(), seed=0, actor=FaultyEngine, environment={FAULT: str(fault)}
+    )
 
 
 def test_a_policy_that_is_not_the_learners_is_caught_and_a_hanging_engine_replaced(
