@@ -18,6 +18,7 @@ import os
 import shutil
 import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -229,7 +230,7 @@ def trl(config: Config, adapter: str, prompts: list[str], steps: int) -> tuple[f
             callbacks=[Clock()],
         )
         trainer.train()
-    steady = [later - earlier for earlier, later in zip(marks, marks[1:], strict=False)]
+    steady = [later - earlier for earlier, later in pairwise(marks)]
     return PROMPTS * GROUP / statistics.median(steady), statistics.median(lengths[1:])
 
 
