@@ -135,6 +135,14 @@ def phases(axis: Any, run: RunData) -> None:
     axis.legend(fontsize=8)
 
 
+def idle(axis: Any, run: RunData) -> None:
+    """Share of its time that each side of stage 2 waits for the other."""
+    _curve(axis, run.grpo, "idle/learner", SHARED, "learner")
+    _curve(axis, run.grpo, "idle/engines", SYSTEM2, "rollout engines")
+    axis.set(title="Stage 2: idle share", xlabel="step", ylabel="share of the time", ylim=(0, 1))
+    axis.legend(fontsize=8)
+
+
 def accuracies(axis: Any, run: RunData) -> None:
     """Greedy accuracy with its 95 % interval, overall and by task."""
     first = next(iter(run.accuracy.values()))

@@ -132,6 +132,20 @@ def test_an_epoch_visits_every_prompt_once() -> None:
     assert sorted(stream.take(10)) == sorted(stream.take(10)) == list(range(10))
 
 
+def test_an_epoch_by_solve_rate_begins_with_what_is_solved_half_of_the_time() -> None:
+    stream = PromptStream(6, seed=1, by_solve_rate=True)
+    rates = [0.0, 0.5, 1.0, 0.4, 0.9, 0.55]
+    for index in stream.take(6):
+        stream.observe(index, rates[index])
+    resumed = PromptStream(6, seed=1, by_solve_rate=True)
+    begun = stream.take(2)
+    resumed.restore(json.loads(json.dumps(stream.state([]))))
+    order = begun + stream.take(4)
+    assert order[:4] == [1, 5, 3, 4] and set(order[4:]) == {0, 2}
+    stream.observe(1, 0.0)  # the running epoch is not rearranged
+    assert resumed.take(4) == order[2:]
+
+
 def test_trees_of_tensors_come_back(tmp_path: Path) -> None:
     tree = {"a": torch.arange(3), "b": {0: {"x": torch.tensor(2.5), "n": 3}}, "c": [1, None, "s", torch.ones(2, 2)]}
     save_tree(tmp_path / "t.safetensors", tree)
