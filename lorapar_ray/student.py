@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorapar_ray.config import ModelConfig
+from lorapar_ray.config import Config, ModelConfig
 from lorapar_ray.errors import UserError
 from lorapar_ray.models import resolve_model
 from lorapar_ray.runs import RunDirectory
@@ -86,13 +86,21 @@ def device() -> Any:
     return get_device()
 
 
-def trained_adapter(run: RunDirectory, stage: str) -> Path:
-    """The adapter that `stage` left for the next one, relative to `base_path`.
+def load_tokenizer(path: str, model: ModelConfig) -> Any:
+    """The student's tokenizer; it pads with its end-of-sequence token if it has no other."""
+    from lorapar_ray.datasets.chat import load_encoder
 
-    For a residual base this is `<stage>/trained`, since `<stage>/adapter` is exported for the original base.
+    return load_encoder(path, None, model.trust_remote_code).tokenizer
+
+
+def starting_adapter(config: Config, run: RunDirectory, stage: str) -> Path:
+    """The adapter that `stage` starts from, relative to `base_path`: the one before it in `order` left it.
+
+    For a residual base a stage's own is `<stage>/trained`, since `<stage>/adapter` is exported for the original base.
     """
-    folder = {"score": run.adapter, "sft": run.sft, "grpo": run.grpo}[stage]
-    if stage == "score":
-        return folder
+    place = config.order.index(stage) if stage in config.order else 0  # type: ignore[arg-type]
+    if place == 0:
+        return run.adapter
+    folder = {"sft": run.sft, "grpo": run.grpo}[config.order[place - 1]]
     trained = folder / "trained"
     return trained if trained.is_dir() else folder / "adapter"

@@ -40,12 +40,19 @@ def boolq(record: Record) -> Triple:
 
 
 def mawps(record: Record) -> Triple:
-    """Instruction form (`instruction`, `answer`), or `sQuestion`/`lSolutions` of the original release."""
-    if "instruction" in record:
-        answer = _number(record["answer"])
-        return record["instruction"], answer, answer
+    """Instruction form (`instruction`, `answer`), `original_text`/`ans`, or the original `sQuestion`/`lSolutions`."""
+    for question, solution in (("instruction", "answer"), ("original_text", "ans")):
+        if question in record:
+            answer = _number(record[solution])
+            return record[question], answer, answer
     answer = _number(record["lSolutions"][0])
     return record["sQuestion"], answer, answer
+
+
+def svamp(record: Record) -> Triple:
+    """`Body`, `Question` and a numeric `Answer`."""
+    answer = _number(record["Answer"])
+    return f"{record['Body'].strip().removesuffix('.')}. {record['Question'].strip()}", answer, answer
 
 
 def mmlu(record: Record) -> Triple:
@@ -84,6 +91,7 @@ NAMED: dict[str, NamedDataset] = {
     "gsm8k": NamedDataset("openai/gsm8k", gsm8k, "main"),
     "boolq": NamedDataset("google/boolq", boolq),
     "mawps": NamedDataset("mwpt5/MAWPS", mawps),
+    "svamp": NamedDataset("ChilleD/SVAMP", svamp),
     "mmlu": NamedDataset("cais/mmlu", mmlu, "all"),
     "dolly": NamedDataset("databricks/databricks-dolly-15k", dolly),
     "openplatypus": NamedDataset("garage-bAInd/Open-Platypus", alpaca),

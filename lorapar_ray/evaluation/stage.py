@@ -16,6 +16,7 @@ from lorapar_ray.engines.actor import start_engine
 from lorapar_ray.engines.policy import Policy, read_policy
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.accuracy import accuracy
+from lorapar_ray.evaluation.generator import same_length, start_generator
 from lorapar_ray.grpo.rewards import get_reward
 from lorapar_ray.models import resolve_model
 from lorapar_ray.progress import console, progress
@@ -37,20 +38,23 @@ def evaluate_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
     rows = read_table(run.data / "test.parquet")
     if not rows:
         raise UserError("data.test: no rows to evaluate on; give at least one source")
-    policies = {name: _policy(run, name) for name in config.evaluate.models}
-    todo = [name for name in policies if not (run.eval / f"{name}.json").is_file()]
-    if todo:
-        _answer_all(config, run, rows, {name: policies[name] for name in todo})
+    adapters = {name: _adapter(run, name) for name in config.evaluated}
+    todo = {name: folder for name, folder in adapters.items() if not (run.eval / f"{name}.json").is_file()}
+    if todo and config.adapter.method == "lora":
+        policies = {name: None if folder is None else read_policy(folder, version=0) for name, folder in todo.items()}
+        _answer_all(config, run, rows, policies)
+    elif todo:
+        _answer_without_engine(config, run, rows, todo)
     return {"n": len(rows)}
 
 
-def _policy(run: RunDirectory, name: str) -> Policy | None:
+def _adapter(run: RunDirectory, name: str) -> Path | None:
     if name == "base":
         return None
     folder: Path = {"sft": run.sft, "grpo": run.grpo}[name] / "adapter"
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"evaluate.models: '{name}' needs '{folder}'; run `lorapar {name}` first or leave it out")
-    return read_policy(folder, version=0)
+    return folder
 
 
 def _answer_all(
@@ -87,6 +91,42 @@ def _answer_all(
                 _write(config, run, name, rows, texts, time.monotonic() - start)
     finally:
         ray.kill(actor)
+
+
+def _answer_without_engine(
+    config: Config, run: RunDirectory, rows: list[dict[str, Any]], adapters: dict[str, Path | None]
+) -> None:
+    """The base and adapters that no engine serves (learnt prompts, IA3), by transformers on a Ray actor."""
+    import ray
+
+    settings = config.evaluate
+    require("evaluate", 1, settings.resources)
+    model = resolve_model(config.model.path)
+    encoder = load_encoder(model, config.model.system_prompt, config.model.trust_remote_code)
+    prompts = [encoder.prompt_ids(row["prompt"]) for row in rows]
+    actor = start_generator(config.model, model, settings.resources)
+    done: dict[str, Any] = {"n": 0, "name": "loading the model"}
+    try:
+        with progress("evaluate", len(rows) * len(adapters), lambda: (done["n"], done["name"])):
+            for name, folder in adapters.items():
+                ray.get(actor.load.remote(None if folder is None else str(folder.resolve())))
+                done["name"] = name
+                start = time.monotonic()
+                texts = [""] * len(prompts)
+                for part in same_length(prompts, settings.engine.max_num_seqs):
+                    answers = ray.get(actor.greedy.remote([prompts[row] for row in part], settings.max_new_tokens))
+                    for row, ids in zip(part, answers, strict=True):
+                        texts[row] = _until(decode(encoder, ids), settings.stop)
+                    done["n"] += len(part)
+                _write(config, run, name, rows, texts, time.monotonic() - start)
+    finally:
+        ray.kill(actor)
+
+
+def _until(text: str, stop: list[str]) -> str:
+    """`text` up to the first of the stop strings, as an engine cuts it."""
+    ends = [place for each in stop if (place := text.find(each)) >= 0]
+    return text[: min(ends)] if ends else text
 
 
 def _greedy(ray: Any, actor: Any, encoder: Encoder, config: Config, rows: list[dict[str, Any]]) -> list[str]:

@@ -21,7 +21,7 @@ from lorapar_ray.grpo.learner import GrpoJob, learn_worker
 from lorapar_ray.progress import console, progress
 from lorapar_ray.runs import RunDirectory, atomic_path
 from lorapar_ray.sft.stage import export_plain
-from lorapar_ray.student import RESIDUAL_INITS, base_path, trained_adapter
+from lorapar_ray.student import RESIDUAL_INITS, base_path, starting_adapter
 from lorapar_ray.workers import require, run_workers
 
 CANARIES = 4
@@ -41,7 +41,7 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
     encoder = load_encoder(base, config.model.system_prompt, config.model.trust_remote_code)
     labelled = labelled_rows(run, settings.systems, "grpo.systems")
     rows = _prompts(encoder, run, labelled, settings.max_prompt_length)
-    start_from = trained_adapter(run, "sft")
+    start_from = starting_adapter(config, run, "grpo")
     residual = config.adapter.init in RESIDUAL_INITS
     out = run.grpo / ("trained" if residual else "adapter")
     steps = settings.steps or max(1, len(rows) // settings.prompts_per_step)

@@ -37,11 +37,11 @@ def masked_param_groups(
 
     Args:
         parameters, masks: by adapter key; a mask is bool in its parameter's shape.
-        lora_plus_ratio: learning rate of the B matrices over that of the A matrices (LoRA+, arXiv 2402.12354).
+        lora_plus_ratio: learning rate of the B matrices over that of the others (LoRA+, arXiv 2402.12354).
     """
     groups = []
-    for letter, rate in (("A", lr), ("B", lr * lora_plus_ratio)):
-        keys = [key for key in sorted(parameters) if f".lora_{letter}." in key]
+    for is_b, rate in ((False, lr), (True, lr * lora_plus_ratio)):
+        keys = [key for key in sorted(parameters) if (".lora_B." in key) == is_b]
         if keys:
             group = {"params": [parameters[key] for key in keys], "masks": [masks[key] for key in keys]}
             groups.append({**group, "lr": rate, "weight_decay": weight_decay})
@@ -82,6 +82,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
     ) -> None:
         """`params`: groups with `params` and `masks` (bool tensors in the parameters' shapes, None: all active).
+
+        A sharded parameter (DTensor) takes its whole mask, or a DTensor mask of the same placements. State is kept, and
+        by `state_dict` saved, for this rank's shard.
 
         Raises:
             ValueError: a setting out of range, or masks that do not fit their parameters.
@@ -197,21 +200,23 @@ class MaskedAdamW(torch.optim.Optimizer):
         """Scale the gradients so that the joint norm of the active ones is at most `max_norm`; returns it from before.
 
         Inactive gradients, even infinite ones, do not count. Sharded parameters (DTensor) give the norm over all
-        shards.
+        shards, replicas counted once; every rank must call this.
         """
         moving = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norms = [
-            torch.linalg.vector_norm(_select(_local(p.grad), self.state[p]["index"]), dtype=torch.float32)
-            for p in moving
-        ]
-        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-        if any(_local(p) is not p for p in moving):
-            square = norm.square()
-            torch.distributed.all_reduce(square)
-            norm = square.sqrt()
+        squares: dict[tuple[Any, ...], Tensor] = {}
+        for p in moving:
+            gradient = _local(p.grad)
+            active = _select(gradient, self.state[p]["index"])
+            norm = torch.linalg.vector_norm(active, dtype=_compute_dtype(gradient))
+            groups = _shard_groups(p)
+            squares[groups] = squares[groups] + norm.square() if groups in squares else norm.square()
+        for groups, square in squares.items():
+            for group in groups:
+                torch.distributed.all_reduce(square, group=group)
+        total = sum(squares.values(), start=torch.zeros(())).sqrt()
         if moving:
-            torch._foreach_mul_([_local(p.grad) for p in moving], (max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+            torch._foreach_mul_([_local(p.grad) for p in moving], (max_norm / (total + 1e-6)).clamp(max=1.0))
+        return total
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the `moments` (with master values) and of the `index`."""
@@ -269,6 +274,8 @@ def _active(parameter: Tensor, mask: Tensor | None) -> Tensor | None:
     local = _local(parameter)
     if mask is None:
         return None
+    if local is not parameter and not hasattr(mask, "to_local") and mask.shape == parameter.shape:
+        mask = _shard_like(mask.to(local.device), parameter)
     mask = _local(mask)
     if mask.shape != local.shape:
         raise ValueError(f"mask of shape {tuple(mask.shape)} on a parameter of shape {tuple(local.shape)}")
@@ -313,6 +320,21 @@ def _local(tensor: Any) -> Tensor:
     shard = getattr(tensor, "to_local", None)
     local: Tensor = shard() if shard is not None else tensor
     return local
+
+
+def _shard_like(mask: Tensor, parameter: Any) -> Tensor:
+    """A whole mask cut as its sharded parameter is: every rank takes its part, without a word to the others."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(mask, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _shard_groups(parameter: Any) -> tuple[Any, ...]:
+    """The process groups over which a DTensor's shards are spread; none for an ordinary or a replicated tensor."""
+    if not hasattr(parameter, "to_local"):
+        return ()
+    mesh = parameter.device_mesh
+    return tuple(mesh.get_group(dim) for dim, placed in enumerate(parameter.placements) if placed.is_shard())
 
 
 def _select(tensor: Tensor, index: Tensor | None) -> Tensor:

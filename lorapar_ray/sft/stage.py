@@ -12,8 +12,10 @@ from lorapar_ray.datasets.chat import load_encoder
 from lorapar_ray.datasets.labelled import encode_rows, labelled_rows
 from lorapar_ray.progress import progress
 from lorapar_ray.runs import RunDirectory, write_json
-from lorapar_ray.sft.worker import SftJob, steps_in, train_worker
-from lorapar_ray.student import RESIDUAL_INITS, base_path, trained_adapter
+from lorapar_ray.sft.batches import split_validation, steps_in
+from lorapar_ray.sft.tracking import require_trackers
+from lorapar_ray.sft.worker import SftJob, train_worker
+from lorapar_ray.student import RESIDUAL_INITS, base_path, starting_adapter
 from lorapar_ray.workers import run_workers
 
 
@@ -21,17 +23,19 @@ def train_stage1(config: Config, run: RunDirectory) -> dict[str, Any]:
     """SFT of the stage 1 elements on the rows of `sft.systems`; writes `sft/adapter`.
 
     Raises:
-        UserError: no labelled row belongs to those Systems, or a prompt is longer than `sft.max_length`.
+        UserError: no labelled row belongs to those Systems, a prompt is longer than `sft.max_length`, or a tracker of
+            `sft.report_to` is not installed.
     """
+    require_trackers(config.sft.report_to)
     rows = labelled_rows(run, config.sft.systems, "sft.systems")
     regions = run.partition / "regions.safetensors" if config.sft.masked else None
-    residual = config.adapter.init in RESIDUAL_INITS
+    residual = config.adapter.method == "lora" and config.adapter.init in RESIDUAL_INITS
     out = run.sft / ("trained" if residual else "adapter")
-    job = _job(config, run, config.sft, rows, "sft", trained_adapter(run, "score"), out, regions)
-    _run(job, config.sft, len(rows), "sft", run)
+    job, trained_on = _job(config, run, config.sft, rows, "sft", starting_adapter(config, run, "sft"), out, regions)
+    _run(job, config.sft, trained_on, "sft", run)
     if residual:
         export_plain(run.adapter, out, run.sft / "adapter", config.model.path)
-    return {"examples": len(rows), "steps": steps_in(config.sft, len(rows), config.sft.workers)}
+    return {"examples": trained_on, "steps": steps_in(config.sft, trained_on)}
 
 
 def warm_up(config: Config, run: RunDirectory, adapter: Path, rows: list[dict[str, Any]]) -> None:
@@ -43,9 +47,11 @@ def warm_up(config: Config, run: RunDirectory, adapter: Path, rows: list[dict[st
             "schedule": "constant",
             "warmup_ratio": 0.0,
             "checkpoint_every": 10**9,
+            "validation": 0.0,
+            "patience": None,
         }
     )
-    job = _job(config, run, settings, rows, "warmup", adapter, run.adapter, None)
+    job, _ = _job(config, run, settings, rows, "warmup", adapter, run.adapter, None)
     _run(job, settings, len(rows), "warmup", run)
 
 
@@ -67,13 +73,18 @@ def _job(
     adapter_in: Path,
     adapter_out: Path,
     regions: Path | None,
-) -> SftJob:
+) -> tuple[SftJob, int]:
+    """The job, and how many rows it trains on."""
     base = base_path(config.model, run)
     encoder = load_encoder(base, config.model.system_prompt, config.model.trust_remote_code)
     examples = run.work / name / "examples.json"
-    write_json(examples, encode_rows(encoder, rows, settings.max_length))
-    return SftJob(
+    encoded = encode_rows(encoder, rows, settings.max_length)
+    train, validation = split_validation(len(encoded), settings.validation, config.seed)
+    write_json(examples, {"train": [encoded[i] for i in train], "validation": [encoded[i] for i in validation]})
+    job = SftJob(
+        name=f"{config.name}-{name}",
         model=config.model.model_dump(mode="json"),
+        adapter=config.adapter.model_dump(mode="json"),
         settings=settings.model_dump(mode="json"),
         base=base,
         adapter_in=str(adapter_in.resolve()),
@@ -85,10 +96,11 @@ def _job(
         workers=settings.workers,
         seed=config.seed,
     )
+    return job, len(train)
 
 
 def _run(job: SftJob, settings: SftConfig, examples: int, name: str, run: RunDirectory) -> None:
-    total = steps_in(settings, examples, settings.workers)
+    total = steps_in(settings, examples)
     with progress(name, total, lambda: _poll(Path(job.metrics))):
         run_workers(
             train_worker,
@@ -108,4 +120,4 @@ def _poll(metrics: Path) -> tuple[int, str]:
     if not lines:
         return 0, ""
     last = json.loads(lines[-1])
-    return last["step"], f"loss {last['loss']:.3f}"
+    return last["step"], f"loss {last['loss']:.3f} · {last['tokens_per_s']:.0f} tokens/s"

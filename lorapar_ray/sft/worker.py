@@ -1,31 +1,34 @@
-"""What one Ray Train worker does in supervised fine-tuning: TRL's trainer around our optimiser.
-
-Left to TRL: batching, DDP, schedule, gradient accumulation, checkpoints with data order and RNG. Ours: which elements
-train (`MaskedAdamW`), clipping that sees those only, and the metrics line per step.
-"""
+"""What one Ray Train worker does in supervised fine-tuning: the model, our optimiser and the trainer, put together."""
 
 from __future__ import annotations
 
 import json
-import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
-from lorapar_ray.config import ModelConfig, SftConfig
+from lorapar_ray.config import AdapterConfig, ModelConfig, SftConfig
+from lorapar_ray.sft.batches import BatchPlan, deal, lay_out, plan_batches
+
+NO_LOSS = -100
 
 
 @dataclass(frozen=True)
 class SftJob:
     """One fine-tuning job, JSON-like so that it travels to the workers."""
 
+    name: str
     model: dict[str, Any]
+    adapter: dict[str, Any]
     settings: dict[str, Any]
     base: str
     adapter_in: str
+    """The LoRA to start from; other methods start fresh from the seed."""
     adapter_out: str
     examples: str
-    """JSON file: list of {input_ids, response_start}."""
+    """JSON file: {train, validation}, lists of {input_ids, response_start}."""
     regions: str | None
     """`regions.safetensors`, or None to train every element."""
     checkpoints: str
@@ -37,97 +40,134 @@ class SftJob:
         return asdict(self)
 
 
-def steps_in(settings: SftConfig, examples: int, workers: int) -> int:
-    """Optimiser steps of a job, as TRL's trainer counts them."""
-    if settings.max_steps is not None:
-        return settings.max_steps
-    per_worker = -(-examples // workers)
-    micro = -(-per_worker // micro_batch(settings, workers))
-    per_epoch = max(1, -(-micro // accumulation(settings, workers)))
-    return max(1, -int(-settings.epochs * per_epoch // 1))
-
-
-def micro_batch(settings: SftConfig, workers: int) -> int:
-    """Examples per forward pass on one worker."""
-    return max(1, min(settings.micro_batch_size, settings.batch_size // workers))
-
-
-def accumulation(settings: SftConfig, workers: int) -> int:
-    """Forward passes per optimiser step."""
-    return max(1, settings.batch_size // (workers * micro_batch(settings, workers)))
-
-
 def train_worker(payload: dict[str, Any]) -> None:
     """Train on this worker's share; rank 0 writes the adapter (a Ray Train function)."""
+    import ray.train
     import torch
-    from trl import SFTTrainer
 
-    from lorapar_ray.adapters import adapter_parameters, load_adapter, save_adapter
-    from lorapar_ray.datasets.chat import load_encoder
-    from lorapar_ray.optim import MaskedAdamW, masked_param_groups
-    from lorapar_ray.partition import load_regions, stage_mask
-    from lorapar_ray.student import load_base
+    from lorapar_ray.adapters import save_adapter, save_method
+    from lorapar_ray.optim import trainable_share
+    from lorapar_ray.sft.checkpoint import last_checkpoint
+    from lorapar_ray.sft.tracking import keep_lines_until, point_trackers
+    from lorapar_ray.sft.trainer import Stage1Trainer, ValidateAtTheEnd
+    from lorapar_ray.student import load_tokenizer
 
     job = SftJob(**payload)
     settings = SftConfig.model_validate(job.settings)
-    model_config = ModelConfig.model_validate(job.model)
+    rank, metrics = ray.train.get_context().get_world_rank(), Path(job.metrics)
+    point_trackers(metrics.with_name("tensorboard") / job.name)
     torch.manual_seed(job.seed)
-    model = load_adapter(load_base(model_config, job.base), Path(job.adapter_in), trainable=True)
-    tokenizer = load_encoder(job.base, None, model_config.trust_remote_code).tokenizer
-    parameters = adapter_parameters(model)
-    masks = (
-        {key: torch.ones_like(parameter, dtype=torch.bool) for key, parameter in parameters.items()}
-        if job.regions is None
-        else stage_mask(load_regions(Path(job.regions))[0], stage=1)
-    )
-    optimizer = MaskedAdamW(
-        masked_param_groups(
-            parameters,
-            masks,
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            lora_plus_ratio=settings.lora_plus_ratio,
-        ),
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-    )
-    recorder = _recorder(job, optimizer, masks, settings.max_grad_norm)
-    trainer = SFTTrainer(
+    model = _load(job, settings)
+    parameters, masks = _active(job, model)
+    tokenizer = load_tokenizer(job.base, ModelConfig.model_validate(job.model))
+    examples = json.loads(Path(job.examples).read_text())
+    plan = plan_batches([len(each["input_ids"]) for each in examples["train"]], settings, job.workers, job.seed)
+    before = {key: parameter.data for key, parameter in parameters.items()}
+    trainer = Stage1Trainer(
+        metrics=metrics,
+        active_share=trainable_share(masks),
+        validation=_validation(examples["validation"], settings, job.workers, rank, tokenizer.eos_token_id),
         model=model,
-        args=_arguments(job, settings),
-        train_dataset=_dataset(job.examples),
+        args=_arguments(job, settings, plan),
+        train_dataset=_dataset(examples["train"], plan, settings.packing, tokenizer.eos_token_id),
+        eval_dataset=_never_read() if examples["validation"] else None,
         processing_class=tokenizer,
-        optimizers=(optimizer, None),
-        callbacks=[recorder],
+        optimizers=(_optimizer(settings, parameters, masks), None),
+        callbacks=[ValidateAtTheEnd(), *_early_stopping(settings)] if examples["validation"] else [],
     )
-    trainer.train(resume_from_checkpoint=_last_checkpoint(Path(job.checkpoints)))
-    if trainer.is_world_process_zero():
-        save_adapter(trainer.accelerator.unwrap_model(trainer.model), Path(job.adapter_out))
+    for key, parameter in parameters.items():
+        parameter.data = before[key]  # over a 4-bit base TRL rounds the adapter to bfloat16; ours stays in float32
+    found = last_checkpoint(Path(job.checkpoints), job.workers)
+    if rank == 0:
+        for file in (metrics, metrics.with_name(f"{metrics.stem}_validation.jsonl")):
+            keep_lines_until(file, 0 if found is None else found[1])
+    trainer.train(resume_from_checkpoint=None if found is None else found[0])
+    if rank == 0:
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        (save_adapter if job.adapter["method"] == "lora" else save_method)(trained, Path(job.adapter_out))
 
 
-def _arguments(job: SftJob, settings: SftConfig) -> Any:
+def _load(job: SftJob, settings: SftConfig) -> Any:
+    """The student with the adapter that trains."""
+    import torch
+
+    from lorapar_ray.adapters import attach_method, load_adapter
+    from lorapar_ray.sharding import shard_base
+    from lorapar_ray.student import device, load_base
+
+    adapter = AdapterConfig.model_validate(job.adapter)
+    sharded = settings.sharding == "fsdp2"
+    base = load_base(ModelConfig.model_validate(job.model), job.base, on=torch.device("cpu") if sharded else device())
+    if adapter.method != "lora":
+        return attach_method(base, adapter.method, virtual_tokens=adapter.virtual_tokens, seed=job.seed)
+    model = load_adapter(base, Path(job.adapter_in), trainable=True)
+    if sharded:
+        shard_base(model, device())
+        # transformers' word for a model that owns its placement: no DDP around it, no second sharding
+        model.is_distributed_loading_by_transformers = True
+    return model
+
+
+def _active(job: SftJob, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(parameters, masks) by name: LoRA's A and B under a stage's region, or whatever the method trains, whole."""
+    import torch
+
+    from lorapar_ray.adapters import adapter_parameters
+    from lorapar_ray.partition import load_regions, stage_mask
+
+    if job.adapter["method"] == "lora":
+        parameters = adapter_parameters(model)
+    else:
+        parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
+    if job.regions is not None:
+        return parameters, stage_mask(load_regions(Path(job.regions))[0], stage=1)
+    return parameters, {key: torch.ones(value.shape, dtype=torch.bool) for key, value in parameters.items()}
+
+
+def _optimizer(settings: SftConfig, parameters: dict[str, Any], masks: dict[str, Any]) -> Any:
+    from lorapar_ray.optim import MaskedAdamW, masked_param_groups
+
+    groups = masked_param_groups(
+        parameters,
+        masks,
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        lora_plus_ratio=settings.lora_plus_ratio,
+    )
+    return MaskedAdamW(groups, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
+
+
+def _arguments(job: SftJob, settings: SftConfig, plan: BatchPlan) -> Any:
     import torch
     from trl import SFTConfig as TrlConfig
 
+    validated = settings.validation > 0
+    every = settings.validate_every if validated else settings.checkpoint_every
     return TrlConfig(
         output_dir=job.checkpoints,
-        per_device_train_batch_size=micro_batch(settings, job.workers),
-        gradient_accumulation_steps=accumulation(settings, job.workers),
+        run_name=job.name,
+        per_device_train_batch_size=plan.micro_batch,
+        gradient_accumulation_steps=plan.accumulation,
+        train_sampling_strategy="sequential",  # the plan has shuffled already
+        max_steps=plan.steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.schedule,
         warmup_steps=settings.warmup_ratio,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        max_grad_norm=0.0,  # ours clips the active elements only, right before the step
+        max_grad_norm=settings.max_grad_norm,
         gradient_checkpointing=settings.gradient_checkpointing,
+        packing=settings.packing,
         max_length=settings.max_length,
         dataset_kwargs={"skip_prepare_dataset": True},
         logging_steps=1,
         logging_first_step=True,
         save_strategy="steps",
-        save_steps=settings.checkpoint_every,
+        save_steps=every,
         save_total_limit=2,
+        eval_strategy="steps" if validated else "no",
+        eval_steps=every if validated else None,
+        metric_for_best_model="loss" if validated else None,
+        greater_is_better=False if validated else None,
+        load_best_model_at_end=validated and settings.keep == "best",
         seed=job.seed,
         data_seed=job.seed,
         bf16=False,  # the base already is in the dtype the config names; the adapter stays in float32
@@ -140,73 +180,53 @@ def _arguments(job: SftJob, settings: SftConfig) -> Any:
     )
 
 
-def _dataset(path: str) -> Any:
+def _dataset(examples: list[dict[str, Any]], plan: BatchPlan, packing: bool, filler: int) -> Any:
     from datasets import Dataset
 
-    examples = json.loads(Path(path).read_text())
-    return Dataset.from_list(
-        [
-            {
-                "input_ids": example["input_ids"],
-                "labels": [-100] * example["response_start"] + example["input_ids"][example["response_start"] :],
-            }
-            for example in examples
-        ]
-    )
+    distinct = list(dict.fromkeys(plan.rows))
+    position = {row: number for number, row in enumerate(distinct)}
+    table = Dataset.from_list([_row([examples[each] for each in row], packing, filler) for row in distinct])
+    return table.select([position[row] for row in plan.rows])
 
 
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end (the trainer writes its state file last)."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return str(max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if found else None
+def _row(examples: list[dict[str, Any]], packing: bool, filler: int) -> dict[str, Any]:
+    """Examples end to end; with none, two tokens without a loss, to keep a worker in step with the others."""
+    if not examples:
+        examples = [{"input_ids": [filler, filler], "response_start": 2}]
+    ids = [example["input_ids"] for example in examples]
+    starts = [example["response_start"] for example in examples]
+    row = {
+        "input_ids": [token for each in ids for token in each],
+        "labels": [
+            token for each, start in zip(ids, starts, strict=True) for token in [NO_LOSS] * start + each[start:]
+        ],
+    }
+    return row | ({"seq_lengths": [len(each) for each in ids]} if packing else {})
 
 
-def _recorder(job: SftJob, optimizer: Any, masks: dict[str, Any], max_grad_norm: float) -> Any:
-    """A trainer callback: clips the active gradient before each step, and writes one metrics line after it."""
-    from transformers import TrainerCallback
-
-    from lorapar_ray.optim import trainable_share
-
-    share = trainable_share(masks)
-
-    class Recorder(TrainerCallback):
-        def __init__(self) -> None:
-            self.grad_norm = 0.0
-            self.tokens = 0.0
-            self.clock = time.monotonic()
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.is_world_process_zero:
-                _keep_lines_until(Path(job.metrics), state.global_step)
-            self.clock = time.monotonic()
-
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.grad_norm = float(optimizer.clip_grad_norm_(max_grad_norm))
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-            if not state.is_world_process_zero or "loss" not in logs:
-                return
-            now = time.monotonic()
-            seconds, self.clock = now - self.clock, now
-            tokens, self.tokens = logs.get("num_tokens", self.tokens) - self.tokens, logs.get("num_tokens", self.tokens)
-            line = {
-                "step": state.global_step,
-                "loss": float(logs["loss"]),
-                "learning_rate": logs.get("learning_rate"),
-                "grad_norm": self.grad_norm,
-                "tokens_per_s": tokens / seconds if seconds > 0 else None,
-                "active_share": share,
-                "seconds": seconds,
-            }
-            with Path(job.metrics).open("a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    return Recorder()
+def _validation(
+    examples: Sequence[dict[str, Any]], settings: SftConfig, workers: int, rank: int, filler: int
+) -> list[list[dict[str, Any]]]:
+    """This worker's micro-batches of the validation rows; every worker has as many."""
+    lengths = [len(example["input_ids"]) for example in examples]
+    rows = lay_out(range(len(examples)), lengths, settings.max_length if settings.packing else None)
+    size = settings.micro_batch_size
+    count = workers * ceil(len(rows) / (workers * size))
+    dealt = deal(rows, count, size)
+    return [
+        [_row([examples[each] for each in row], settings.packing, filler) for row in dealt[k * size : (k + 1) * size]]
+        for k in range(rank, count, workers)
+    ]
 
 
-def _keep_lines_until(metrics: Path, step: int) -> None:
-    """Drop the lines of steps that a restart from a checkpoint will do again."""
-    metrics.parent.mkdir(parents=True, exist_ok=True)
-    lines = metrics.read_text().splitlines() if metrics.is_file() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    metrics.write_text("".join(line + "\n" for line in kept))
+def _never_read() -> Any:
+    """The trainer wants to see that there is a validation set before it validates; it measures on its own rows."""
+    from datasets import Dataset
+
+    return Dataset.from_list([{"input_ids": [0], "labels": [NO_LOSS]}])
+
+
+def _early_stopping(settings: SftConfig) -> list[Any]:
+    from transformers import EarlyStoppingCallback
+
+    return [] if settings.patience is None else [EarlyStoppingCallback(early_stopping_patience=settings.patience)]

@@ -45,6 +45,8 @@ def refused(stage: str, config: dict[str, Any], folder: Path, *culprits: str, **
         ("partition", {"alpha": -0.1}, ["'partition.alpha'", "-0.1"]),
         ("data", {"train": []}, ["'data.train'"]),
         ("label", {"strategy": "vote", "teachers": []}, ["at least one teacher"]),
+        ("adapter", {"method": "ia3"}, ["adapter.method", "nothing to partition", "order to [sft]"]),
+        ("sft", {"patience": 2}, ["'sft'", "patience", "sft.validation above 0"]),
     ],
 )
 def test_fields(

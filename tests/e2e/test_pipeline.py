@@ -12,9 +12,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lorapar_ray.adapters import adapter_parameters, attach_lora, save_adapter
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.partition import load_regions, stage_mask
 from lorapar_ray.runs import STAGES
+from lorapar_ray.sft.stage import export_plain
 from tests.e2e.conftest import FinishedRun
 from tests.tiny_run import ROOT, lorapar, metrics
 
@@ -58,26 +60,54 @@ def test_a_stage_changes_its_region_and_not_one_bit_outside(
     assert moved > 0.9 * sum(int(active.sum()) for active in mask.values())
 
 
-@pytest.mark.parametrize("stage", ["sft", "grpo"])
-def test_adapters_say_the_same_in_stock_peft_and_stock_vllm(finished: FinishedRun, stage: str) -> None:
-    adapter = finished.run / stage / "adapter"
+@pytest.fixture(scope="module")
+def pissa(finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    """A PiSSA adapter after some training, exported for the original base; and log-probabilities on its residual."""
+    folder = tmp_path_factory.mktemp("pissa")
     base = AutoModelForCausalLM.from_pretrained(finished.student, dtype=torch.float32)
-    plain = base(torch.tensor([TOKENS])).logits.log_softmax(-1)[0, :-1]
-    tuned = PeftModel.from_pretrained(base, str(adapter))(torch.tensor([TOKENS])).logits.log_softmax(-1)[0, :-1]
-    ours = tuned.gather(1, torch.tensor(TOKENS[1:])[:, None])[:, 0]
-    script = [
-        sys.executable,
-        Path(__file__).with_name("vllm_logprobs.py"),
-        finished.student,
-        adapter,
-        json.dumps(TOKENS),
-    ]
+    model = attach_lora(base, rank=4, alpha=8, init="pissa")
+    save_adapter(model, folder / "initial")
+    with torch.no_grad():
+        for number, parameter in enumerate(adapter_parameters(model).values()):
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+            parameter.add_(0.1 * parameter.std() * noise)
+    save_adapter(model, folder / "trained")
+    export_plain(folder / "initial", folder / "trained", folder / "adapter", str(finished.student))
+    return folder / "adapter", logprobs(model)
+
+
+@pytest.fixture(scope="module")
+def served(finished: FinishedRun, pissa: tuple[Path, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Log-probabilities by stock vLLM: one engine, a stock LoRA request for each adapter."""
+    adapters = {"sft": finished.run / "sft/adapter", "grpo": finished.run / "grpo/adapter", "pissa": pissa[0]}
+    script = Path(__file__).with_name("vllm_logprobs.py")
+    command = [sys.executable, script, finished.student, json.dumps(TOKENS), *adapters.values()]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    done = subprocess.run(list(map(str, script)), capture_output=True, text=True, env=os.environ | settings, cwd=ROOT)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | settings, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
-    theirs = torch.tensor(json.loads(done.stdout.strip().splitlines()[-1]))
-    assert (ours - theirs).abs().max() < TOLERANCE
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    return {name: torch.tensor(values) for name, values in zip(adapters, found, strict=True)}
+
+
+@pytest.mark.parametrize("name", ["sft", "grpo", "pissa"])
+def test_adapters_say_the_same_in_stock_peft_and_stock_vllm(
+    name: str, finished: FinishedRun, pissa: tuple[Path, torch.Tensor], served: dict[str, torch.Tensor]
+) -> None:
+    adapter = pissa[0] if name == "pissa" else finished.run / name / "adapter"
+    base = AutoModelForCausalLM.from_pretrained(finished.student, dtype=torch.float32)
+    plain = logprobs(base)
+    tuned = logprobs(PeftModel.from_pretrained(base, str(adapter)))
+    assert (tuned - served[name]).abs().max() < TOLERANCE
     assert (plain - tuned).abs().max() > 10 * TOLERANCE
+    if name == "pissa":
+        assert (tuned - pissa[1]).abs().max() < TOLERANCE
+
+
+def logprobs(model: torch.nn.Module) -> torch.Tensor:
+    """Of each token of TOKENS after the first."""
+    with torch.no_grad():
+        rows = model(torch.tensor([TOKENS])).logits.log_softmax(-1)[0, :-1]
+    return rows.gather(1, torch.tensor(TOKENS[1:])[:, None])[:, 0]
 
 
 def test_the_served_policy_was_proved_at_every_step(finished: FinishedRun) -> None:

@@ -62,6 +62,7 @@ def test_named_readers_on_records_of_their_published_form() -> None:
         "gsm8k": ({"question": "q", "answer": "1+1=<<1+1=2>>2\n#### 2"}, ("q", "1+1=2\n#### 2", "2")),
         "boolq": ({"passage": "p", "question": "is it", "answer": True}, ("p\n\nQuestion: is it?", "yes", "yes")),
         "mawps": ({"instruction": "q", "answer": "4.0"}, ("q", "4", "4")),
+        "svamp": ({"Body": "b.", "Question": "q?", "Answer": 51.0}, ("b. q?", "51", "51")),
         "mmlu": (
             {"question": "q", "choices": ["w", "x", "y", "z"], "answer": 2},
             ("q\nA. w\nB. x\nC. y\nD. z\nAnswer with the letter only.", "C", "C"),
@@ -74,6 +75,7 @@ def test_named_readers_on_records_of_their_published_form() -> None:
     assert records.keys() == NAMED.keys()
     for name, (record, expected) in records.items():
         assert NAMED[name].convert(record) == expected
+    assert NAMED["mawps"].convert({"original_text": "q", "ans": 2.5}) == ("q", "2.5", "2.5")
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the benchmark data folder beside the checkout")

@@ -176,3 +176,87 @@ def test_schedules_warm_up_and_decay() -> None:
     assert factors[-1] == pytest.approx(1 / 8)
     assert learning_rate_factor(5, 10, warmup_ratio=0.0, kind="cosine") == pytest.approx(0.5)
     assert learning_rate_factor(9, 10, warmup_ratio=0.0, kind="constant") == 1.0
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shares=st.lists(st.sampled_from([0.0, 0.2, 0.7, 1.0]), min_size=1, max_size=5),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    max_norm=st.floats(1e-3, 10),
+    scale=st.sampled_from([1.0, 2.0**10]),
+    ratio=st.sampled_from([1.0, 16.0]),
+    cut=st.integers(1, 5),
+    seed=st.integers(0, 50),
+)
+def test_whole_loops_match_adamw_whatever_is_switched_on(
+    shares: list[float], dtype: torch.dtype, max_norm: float, scale: float, ratio: float, cut: int, seed: int
+) -> None:
+    """Loss scaling, clipping, a schedule, LoRA+ rates, decay and a resume half-way, over several parameters at once."""
+    names = [f"layer{i}.lora_{letter}.weight" for i in range(len(shares)) for letter in "AB"]
+    masks = {name: mask_of(seed + i, shares[i // 2]) for i, name in enumerate(names)}
+    start = {name: parameter(seed + 100 + i, dtype) for i, name in enumerate(names)}
+    ours = {name: torch.nn.Parameter(value.detach().clone()) for name, value in start.items()}
+    wide = torch.promote_types(dtype, torch.float32)
+    theirs = {name: torch.nn.Parameter(value.detach()[masks[name]].to(wide)) for name, value in start.items()}
+
+    def masked() -> tuple[MaskedAdamW, LambdaLR]:
+        groups = masked_param_groups(ours, masks, lr=0.05, weight_decay=0.1, lora_plus_ratio=ratio)
+        optimizer = MaskedAdamW(groups)
+        return optimizer, LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+    rates = {name: 0.05 * (ratio if ".lora_B." in name else 1.0) for name in names}
+    groups = [{"params": [theirs[name]], "lr": rates[name], "weight_decay": 0.1} for name in names]
+    stock = torch.optim.AdamW(groups, foreach=False)
+    stock_schedule = LambdaLR(stock, lambda step: 1 / (1 + step))
+    optimizer, schedule = masked()
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
+    for step in range(6):
+        if step == cut:
+            saved = optimizer.state_dict(), schedule.state_dict()
+            optimizer, schedule = masked()
+            optimizer.load_state_dict(saved[0])
+            schedule.load_state_dict(saved[1])
+        for i, name in enumerate(names):
+            value = torch.randn(SHAPE, generator=torch.Generator().manual_seed(7000 + 100 * step + i)).to(dtype)
+            ours[name].grad = torch.where(masks[name], value * scale, torch.full_like(value, 1e30))
+            theirs[name].grad = value[masks[name]].to(wide)
+        scaler.scale(torch.zeros(()))  # the scaler makes its scale when it is first used
+        scaler.unscale_(optimizer)
+        norm = optimizer.clip_grad_norm_(max_norm)
+        together = torch.cat([theirs[name].grad for name in names]).norm()
+        torch.testing.assert_close(norm.double(), together.double(), rtol=1e-5, atol=1e-9)
+        for name in names:  # one definition of the scaling factor, so that what is compared is the stepping
+            theirs[name].grad = (ours[name].grad[masks[name]]).to(wide)
+        scaler.step(optimizer)
+        scaler.update(scale)
+        stock.step()
+        schedule.step()
+        stock_schedule.step()
+    for name in names:
+        assert torch.equal(ours[name][masks[name]], theirs[name].to(dtype)), name
+        assert torch.equal(ours[name][~masks[name]], start[name][~masks[name]]), name
+
+
+def test_an_overflow_under_loss_scaling_skips_the_step_whole() -> None:
+    ours, mask = parameter(1), mask_of(2, 0.5)
+    start = ours.detach().clone()
+    optimizer = MaskedAdamW([{"params": [ours], "masks": [mask]}], lr=0.1, weight_decay=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.zeros(()))
+    ours.grad = torch.full(SHAPE, float("inf"))
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(ours, start)
+    assert scaler.get_scale() == 2.0
+
+
+def test_an_empty_mask_is_a_parameter_at_rest() -> None:
+    ours = parameter(1)
+    start = ours.detach().clone()
+    optimizer = MaskedAdamW([{"params": [ours], "masks": [torch.zeros(SHAPE, dtype=torch.bool)]}], weight_decay=0.9)
+    for step in range(3):
+        ours.grad = gradient(step)
+        assert float(optimizer.clip_grad_norm_(1.0)) == 0.0
+        optimizer.step()
+    assert torch.equal(ours, start)
+    assert optimizer.state_bytes() == {"moments": 0, "index": 0}

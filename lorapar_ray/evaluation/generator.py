@@ -1,0 +1,85 @@
+"""Greedy answers by transformers' own `generate`, in a Ray actor: for adapters that no engine serves.
+
+vLLM serves LoRA only. A learnt prompt or prefix changes what the model reads, not its weights, so it cannot be merged
+either. Slower than an engine by several times, and the same question gets the same answer up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lorapar_ray.config import ModelConfig, Resources
+from lorapar_ray.workers import worker_environment
+
+
+class Generator:
+    """The base, with or without a PEFT adapter of any kind."""
+
+    def __init__(self, model: dict[str, Any], base: str) -> None:
+        self._settings = ModelConfig.model_validate(model)
+        self._base = base
+        self._model: Any = None
+
+    def load(self, adapter: str | None) -> None:
+        """Answer with `adapter` (a directory as PEFT saves it; None: the bare base) from now on."""
+        from peft import PeftModel
+
+        from lorapar_ray.student import load_base
+
+        base = load_base(self._settings, self._base)
+        self._model = (base if adapter is None else PeftModel.from_pretrained(base, adapter)).eval()
+
+    def greedy(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """The most likely continuation of each prompt, token ids up to and without the end of sequence.
+
+        Prompts of one length are answered together, without padding: PEFT puts learnt prompts before the padding and
+        counts it as positions, which gives other answers than the model's own.
+        """
+        import torch
+
+        from lorapar_ray.student import load_tokenizer
+
+        tokenizer = load_tokenizer(self._base, self._settings)
+        device = next(self._model.parameters()).device
+        answers: dict[int, list[int]] = {}
+        for rows in same_length(prompts, len(prompts)):
+            ids = torch.tensor([prompts[row] for row in rows], device=device)
+            with torch.no_grad():
+                out = self._model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            for row, tokens in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
+                answers[row] = _answer(tokens, tokenizer.eos_token_id)
+        return [answers[row] for row in range(len(prompts))]
+
+
+def same_length(prompts: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]:
+    """Positions of prompts in groups of one length and at most `most` members, shortest first."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for row, prompt in enumerate(prompts):
+        groups[len(prompt)].append(row)
+    for _, rows in sorted(groups.items()):
+        yield from (rows[start : start + most] for start in range(0, len(rows), most))
+
+
+def start_generator(model: ModelConfig, base: str, resources: Resources) -> Any:
+    """Create the actor (its model is loaded by `load`)."""
+    import ray
+
+    actor = ray.remote(Generator).options(
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus,
+        runtime_env={"env_vars": worker_environment(resources)},
+    )
+    return actor.remote(model.model_dump(mode="json"), base)
+
+
+def _answer(ids: list[int], end: int) -> list[int]:
+    return ids[: ids.index(end)] if end in ids else ids

@@ -1,0 +1,57 @@
+"""Where the curves of a run go: our own metrics file always, TensorBoard, W&B and MLflow by config."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lorapar_ray.errors import UserError
+
+PROJECT = "lorapar_ray"
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Fail before any worker starts, not after.
+
+    Raises:
+        UserError: a tracker's package is not installed.
+    """
+    for name in names:
+        if find_spec(name) is None:
+            raise UserError(f"sft.report_to: '{name}' is not installed; pip install {name}, or take it off the list")
+
+
+def point_trackers(folder: Path) -> None:
+    """Tell the trackers, by their own environment variables, where this job's curves belong; the user's choice wins."""
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder)
+    os.environ.setdefault("WANDB_PROJECT", PROJECT)
+    os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", PROJECT)
+
+
+def memory_mib() -> float:
+    """Peak memory of this process: allocated on its GPU, or resident on a machine without one."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def append_line(file: Path, line: dict[str, Any]) -> None:
+    """Add one JSON line."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lines:
+        lines.write(json.dumps(line) + "\n")
+
+
+def keep_lines_until(file: Path, step: int) -> None:
+    """Drop the lines of steps that a restart from a checkpoint will do again, and a line cut off by a kill."""
+    if file.is_file():
+        whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        file.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))

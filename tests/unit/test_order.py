@@ -1,0 +1,73 @@
+"""The order of the training stages, and what a run without a partition leaves out."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorapar_ray.config import Config
+from lorapar_ray.errors import UserError
+from lorapar_ray.pipeline import PIPELINE, pending, run_stage, stages_of
+from lorapar_ray.runs import STAGES, RunDirectory
+from lorapar_ray.student import starting_adapter
+from tests.tiny_run import tiny_config
+
+
+def config_of(**changes: Any) -> Config:
+    return Config.model_validate({**tiny_config(Path("student")), "label": {"strategy": "random"}, **changes})
+
+
+@pytest.mark.parametrize(
+    ("order", "stages", "models"),
+    [
+        (["sft", "grpo"], STAGES, ["base", "sft", "grpo"]),
+        (
+            ["grpo", "sft"],
+            ("label", "score", "partition", "grpo", "sft", "evaluate", "report"),
+            ["base", "grpo", "sft"],
+        ),
+        (["sft"], ("label", "score", "partition", "sft", "evaluate", "report"), ["base", "sft"]),
+    ],
+)
+def test_stages_follow_the_order(order: list[str], stages: tuple[str, ...], models: list[str], tmp_path: Path) -> None:
+    config = config_of(order=order)
+    assert stages_of(config) == stages
+    assert config.evaluated == models
+    assert pending(config, RunDirectory(tmp_path)) == list(stages)
+
+
+def test_each_stage_starts_where_the_one_before_ended(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    forward, backward = config_of(), config_of(order=["grpo", "sft"])
+    assert [starting_adapter(forward, run, stage) for stage in ("sft", "grpo")] == [run.adapter, run.sft / "adapter"]
+    assert [starting_adapter(backward, run, stage) for stage in ("grpo", "sft")] == [run.adapter, run.grpo / "adapter"]
+    (run.grpo / "trained").mkdir(parents=True)  # relative to a residual base
+    assert starting_adapter(backward, run, "sft") == run.grpo / "trained"
+    assert "grpo" in PIPELINE["sft"].needs(backward) and "grpo" not in PIPELINE["sft"].needs(forward)
+
+
+def test_a_stage_outside_the_order_is_refused(tmp_path: Path) -> None:
+    config, run = config_of(order=["sft"]), RunDirectory(tmp_path / "run")
+    run.open(config)
+    with pytest.raises(UserError, match=r"grpo: not in this run's order \[sft\]"):
+        run_stage(config, run, "grpo")
+
+
+def test_a_stage_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"set sft\.epochs to 2"):
+        config_of(order=["sft", "sft"])
+
+
+def test_without_masks_there_is_nothing_to_score(tmp_path: Path) -> None:
+    """Prompt tuning through label, score and partition: no Ray, no adapter, no regions, all of them done."""
+    config = config_of(order=["sft"], sft={"masked": False}, adapter={"method": "prompt_tuning"})
+    assert not config.partitioned
+    assert config_of(order=["sft"], grpo={"masked": False}).partitioned
+    run = RunDirectory(tmp_path / "run")
+    run.open(config)
+    for name in ("label", "score", "partition"):
+        run_stage(config, run, name)
+    assert pending(config, run) == ["sft", "evaluate", "report"]
+    assert not run.scores.exists() and not run.partition.exists() and not run.adapter.exists()
+    masked = config.model_copy(update={"sft": config.sft.model_copy(update={"masked": True})})
+    assert "score" in pending(masked, run)

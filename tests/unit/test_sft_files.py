@@ -1,0 +1,63 @@
+"""What stage 1 leaves on disk while it runs: checkpoints without pickle, metrics lines, trackers."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lorapar_ray.errors import UserError
+from lorapar_ray.sft.checkpoint import STATE, last_checkpoint, rng_state, set_rng_state
+from lorapar_ray.sft.tracking import append_line, keep_lines_until, require_trackers
+from lorapar_ray.tensortree import load_tree, save_tree
+
+
+def draw() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def test_every_generator_goes_on_from_a_file(tmp_path: Path) -> None:
+    draw()
+    np.random.randn()  # leaves half of a pair behind, which belongs to the state too
+    save_tree(tmp_path / "rng.safetensors", rng_state())
+    first = draw(), np.random.randn()
+    draw()
+    set_rng_state(load_tree(tmp_path / "rng.safetensors"))
+    assert (draw(), np.random.randn()) == first
+
+
+def checkpoint(folder: Path, step: int, ranks: int, state: str | None = None) -> None:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    for rank in range(ranks):
+        save_tree(path / f"rng-{rank}.safetensors", {})
+    (path / STATE).write_text(json.dumps({"global_step": step}) if state is None else state)
+
+
+def test_only_whole_checkpoints_are_resumed_from(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path, workers=2) is None
+    checkpoint(tmp_path, 8, ranks=2)
+    checkpoint(tmp_path, 10, ranks=2)
+    checkpoint(tmp_path, 12, ranks=1)  # killed before the other worker wrote its state
+    checkpoint(tmp_path, 14, ranks=2, state='{"global_st')  # killed while the last file was written
+    assert last_checkpoint(tmp_path, workers=2) == (str(tmp_path / "checkpoint-10"), 10)
+
+
+def test_lines_of_steps_to_be_done_again_go(tmp_path: Path) -> None:
+    file = tmp_path / "metrics" / "sft.jsonl"
+    keep_lines_until(file, 0)
+    for step in (1, 2, 3):
+        append_line(file, {"step": step})
+    with file.open("a") as lines:
+        lines.write('{"step": 4, "lo')
+    keep_lines_until(file, 2)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
+
+
+def test_a_missing_tracker_is_named_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorapar_ray.sft.tracking.find_spec", lambda name: None if name == "wandb" else object())
+    require_trackers(["tensorboard", "mlflow"])
+    with pytest.raises(UserError, match=r"sft.report_to: 'wandb' is not installed; pip install wandb"):
+        require_trackers(["tensorboard", "wandb"])
