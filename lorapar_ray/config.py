@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -108,32 +109,58 @@ class EngineConfig(Section):
 
 
 class TeacherConfig(Section):
-    """One voter: hosted here on Ray Serve, or a remote OpenAI-compatible endpoint."""
+    """One voter: hosted here on Ray Serve, a remote OpenAI-compatible endpoint, or a Python class of the user's."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
-    kind: Literal["serve", "remote"] = "serve"
+    kind: Literal["serve", "remote", "python"] = "serve"
+    """`python`: `model` is `module:Class`, see `lorapar_ray.labeling.teachers`."""
     model: str
+    revision: str | None = None
+    """Hub revision of a hosted model; for a remote one, any word that changes when the endpoint's model does. Cached
+    votes belong to it."""
     engine: EngineConfig = EngineConfig()
     resources: Resources = Resources()
+    """Of one replica. `gpus` below 1 shares a GPU; with `engine.tensor_parallel` N it is N."""
     replicas: PositiveInt = 1
     max_replicas: PositiveInt | None = None
     """Autoscale between `replicas` and this; None keeps `replicas`."""
-    max_ongoing_requests: PositiveInt = 64
-    """Per replica: enough to keep the engine's batch full, few enough that callers are pushed back."""
+    max_ongoing_requests: PositiveInt | None = None
+    """Per replica: enough to keep the engine's batch full, few enough that callers are pushed back. None: half as many
+    again as `engine.max_num_seqs`, so that the next batch waits beside the engine and not across the cluster."""
     use_chat_template: bool | None = None
     """None: if the tokenizer has one."""
     example_order: Literal["system1_first", "system2_first"] = "system1_first"
     thinking_tokens: Optional0 = 0
     """Free text a reasoning model may write before the constrained choice."""
     base_url: str | None = None
+    endpoint: Literal["completions", "chat"] = "completions"
+    """Remote only. `chat` for services without text completion; the choice is the last token that is one."""
+    extra_body: dict[str, Any] = {}
+    """Added to every request of a remote teacher, such as `{structured_outputs: {choice: ["1", "2"]}}` for vLLM's
+    server; for a Python class to read as it likes."""
     api_key_env: str | None = None
     requests_per_second: Annotated[float, Field(gt=0)] | None = None
+    """Remote only: of all asking workers together."""
     cost_per_million_tokens: Annotated[float, Field(ge=0)] = 0.0
+    cost_per_hour: Annotated[float, Field(ge=0)] = 0.0
+    """Of one hosted replica."""
+
+    @property
+    def ongoing_requests(self) -> int:
+        """What one replica holds at once, waiting or computing."""
+        return self.max_ongoing_requests or -(-3 * self.engine.max_num_seqs // 2)
 
     @model_validator(mode="after")
-    def _remote_needs_url(self) -> TeacherConfig:
+    def _fields_fit_kind(self) -> TeacherConfig:
         if (self.kind == "remote") != (self.base_url is not None):
             raise ValueError("base_url belongs to kind: remote, and only there")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas: {self.max_replicas} is below replicas ({self.replicas})")
+        gpus, ranks = self.resources.gpus, self.engine.tensor_parallel
+        if gpus and gpus != ranks and not (gpus < 1 and ranks == 1):
+            raise ValueError(
+                f"resources.gpus: {gpus:g} for engine.tensor_parallel {ranks}; give each rank a GPU, or one a fraction"
+            )
         return self
 
 
@@ -143,6 +170,34 @@ class VoteExample(Section):
     question: str
     answer: str
     system: System
+
+
+class VotePrompt(Section):
+    """The text of the voting prompt, in the order it is read; `{names}` are filled in, `{{` is a plain brace."""
+
+    role: str = "Act as the language model {student}. "
+    """Left out by strategy `single`."""
+    task: str = "Decide which System a question belongs to."
+    definition: str = "System {system}: {meaning}."
+    question: str = "Question: {question}\nAnswer: {answer}"
+    choice: str = "System:"
+    """The last words of the prompt; the number of a System is the next token."""
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> VotePrompt:
+        needed = {"role": {"student"}, "definition": {"system", "meaning"}, "question": {"question", "answer"}}
+        for name, text in self.model_dump().items():
+            try:
+                found = {field for _, field, _, _ in Formatter().parse(text) if field is not None}
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}; write a plain brace twice") from error
+            wanted = needed.get(name, set())
+            if not found <= wanted or (name != "role" and found != wanted):
+                names = " and ".join(f"{{{field}}}" for field in sorted(wanted)) or "no {name}"
+                raise ValueError(f"{name}: takes {names}, got {text!r}")
+        if not self.choice.strip() or self.choice != self.choice.rstrip():
+            raise ValueError("choice: must end in a word, since a space and the number follow")
+        return self
 
 
 class LabelConfig(Section):
@@ -155,6 +210,7 @@ class LabelConfig(Section):
         1: "the student answers at once, from recall, reading comprehension or one simple inference",
         2: "the student has to reason in several steps: multi-step logic, chaining information, complex inference",
     }
+    """What Systems 1..K mean; two in the paper, up to nine here."""
     examples: list[VoteExample] = [
         VoteExample(question="What is the capital of France?", answer="Paris", system=1),
         VoteExample(
@@ -163,20 +219,33 @@ class LabelConfig(Section):
             system=2,
         ),
     ]
+    prompt: VotePrompt = VotePrompt()
     calibration: Literal["none", "content_free", "swapped_definitions", "batch"] = "content_free"
-    """How a teacher's bias is removed. `batch` divides out its median over a sample of the questions themselves, so
-    that every teacher splits them about evenly: for small teachers whose bias drowns their judgement."""
+    """How a teacher's bias is removed. `content_free` divides out how it labels questions that say nothing;
+    `swapped_definitions` asks K times, so that each meaning goes by each number once, and averages; `batch` divides out
+    the median over a sample of the questions themselves, so that every teacher splits them about evenly: for small
+    teachers whose bias drowns their judgement."""
+    weights: Literal["equal", "confidence"] = "equal"
+    """`confidence`: a vote counts as much as its calibrated probability."""
     quorum: PositiveInt = 1
     """Teachers that must still answer; with fewer the stage stops and can be resumed."""
     concurrency: PositiveInt = 64
     """Questions in flight per asking worker."""
     workers: PositiveInt = 1
     rows_per_block: PositiveInt = 64
-    """Unit of work that is written, and on resumption skipped, as a whole."""
+    """Questions asked, and stored, as one unit of work."""
     timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """Of one request, the wait for a place in a hosted engine included."""
     retries: Optional0 = 2
+    backoff_s: Annotated[float, Field(gt=0)] = 1.0
+    """Before the first retry; doubled for each further one. An endpoint's own Retry-After goes before it."""
+    give_up_after: PositiveInt = 16
+    """Questions in a row that a teacher may fail, retries and all, before it abstains from the rest of the run."""
     sequential: bool = False
-    """Ask no further teacher once the majority is decided; teachers are asked in the order given."""
+    """Ask no further teacher once the majority is decided; the cheapest are asked first, by `cost_per_million_tokens`
+    and `cost_per_hour`, else in the order given."""
+    cache: str | None = None
+    """A file of votes that several runs share; None: one of the run's own."""
     resources: Resources = Resources(cpus=0.5)
 
     @model_validator(mode="after")
@@ -190,6 +259,12 @@ class LabelConfig(Section):
             raise ValueError(f"teachers: strategy {self.strategy} takes exactly one teacher")
         if self.strategy != "random" and self.quorum > len(self.teachers):
             raise ValueError(f"quorum: {self.quorum} is more than the {len(self.teachers)} teachers")
+        systems = sorted(self.definitions)
+        if systems != list(range(1, len(systems) + 1)) or not 2 <= len(systems) <= 9:
+            raise ValueError(f"definitions: Systems must be numbered 1 to K with K from 2 to 9, got {systems}")
+        for example in self.examples:
+            if example.system not in self.definitions:
+                raise ValueError(f"examples: System {example.system} has no definition")
         return self
 
 
