@@ -280,11 +280,19 @@ class AdapterConfig(Section):
     alpha: Annotated[float, Field(gt=0)] = 16.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Literal["qkv", "gud", "qkvgud"] | list[str] = "qkvgud"
-    init: Literal["default", "gaussian", "pissa", "pissa_fast", "olora"] = "default"
+    init: Literal["default", "gaussian", "pissa", "pissa_fast", "olora", "adapter"] = "default"
+    path: str | None = None
+    """For init: adapter: the directory of a LoRA adapter to go on from; its rank, alpha and targets are its own."""
     init_std: Annotated[float, Field(gt=0)] = 0.01
     warmup_steps: Optional0 = 8
     """For init: default (B = 0): SFT steps on both Systems before scoring, else every score would be zero."""
     warmup_learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+
+    @model_validator(mode="after")
+    def _path_belongs_to_its_init(self) -> AdapterConfig:
+        if (self.init == "adapter") != (self.path is not None):
+            raise ValueError("path: belongs to init: adapter, and only there")
+        return self
 
 
 class ScoreConfig(Section):

@@ -70,7 +70,7 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
         "seed": config.seed,
         "model": base,
         "trust_remote_code": config.model.trust_remote_code,
-        "lora_rank": config.adapter.rank,
+        "lora_rank": json.loads((start_from / "adapter_config.json").read_text())["r"],
     }
     coordinator = ray.remote(Coordinator).options(name=name, num_cpus=0, max_concurrency=1000).remote(plan)
     try:
