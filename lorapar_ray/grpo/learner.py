@@ -6,7 +6,6 @@ of wrapping the model; every rank then takes the same step and holds the same po
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from lorapar_ray.grpo.loss import policy_loss
 from lorapar_ray.grpo.packing import PackedRows, additive_mask, can_share_prompts, group_by_prompt, pack
 from lorapar_ray.grpo.tracking import Curves
 from lorapar_ray.optim.schedule import learning_rate_factor
+from lorapar_ray.sft.tracking import append_line, keep_lines_until
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def learn_worker(payload: dict[str, Any]) -> None:
     canaries = learner.canaries() if leads or learner.sharded else []
     if leads:
         ray.get(coordinator.resume.remote(step, stream))
-        _keep_lines_until(Path(job.metrics), step)
-        _keep_lines_until(Path(job.samples), step)
+        keep_lines_until(Path(job.metrics), step)
+        keep_lines_until(Path(job.samples), step)
         curves = Curves(learner.settings.report_to, job.run, Path(job.metrics).with_name("tensorboard") / "grpo")
         ray.get(coordinator.publish.remote(learner.policy(step), canaries))
     while step < job.steps:
@@ -95,8 +95,9 @@ def learn_worker(payload: dict[str, Any]) -> None:
                 "prompts": batch.prompts,
             }
             line |= {"learner_tokens_per_s": batch.tokens / clock.seconds["learn"], "idle/learner": waited / seconds}
-            _append(Path(job.metrics), [line])
-            _append(Path(job.samples), [{"step": step, **example} for example in batch.examples])
+            append_line(Path(job.metrics), line)
+            for example in batch.examples:
+                append_line(Path(job.samples), {"step": step, **example})
             curves.write(line, step)
             if step % learner.settings.checkpoint_every == 0 and step < job.steps:
                 learner.save(step, ray.get(coordinator.checkpoint.remote(step - 1)))
@@ -314,16 +315,3 @@ def _sum_over_ranks(gradients: list[Tensor]) -> None:
     for gradient in gradients:
         gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
         start += gradient.numel()
-
-
-def _append(path: Path, lines: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-
-def _keep_lines_until(path: Path, step: int) -> None:
-    """Drop the lines of steps that a restart from a checkpoint will do again."""
-    if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in lines))

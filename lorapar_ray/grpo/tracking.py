@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PROJECT = "lorapar_ray"
+from lorapar_ray.sft.tracking import PROJECT
+
 Write = Callable[[Mapping[str, float], int], None]
 
 
@@ -15,11 +16,7 @@ class Curves:
     """Writes a step's figures to every tracker of the run."""
 
     def __init__(self, names: Sequence[str], run: str, folder: Path) -> None:
-        """Take the trackers' names (`tensorboard`, `wandb`, `mlflow`), the run's name and TensorBoard's folder.
-
-        Raises:
-            ImportError: a tracker is not installed.
-        """
+        """Take the trackers' names (`tensorboard`, `wandb`, `mlflow`), the run's name and TensorBoard's folder."""
         makers = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
         self._writers: list[Write] = [_ray_metrics(run), *(makers[name](run, folder) for name in names)]
 
