@@ -1,4 +1,4 @@
-"""A real Ray job on a cluster started with `ray start --head`: it finishes a run that was labelled, scored and tuned."""
+"""A real Ray job on a cluster started with `ray start --head` finishes a run that was labelled, scored and tuned."""
 
 import json
 import os
