@@ -45,12 +45,14 @@ def test_every_kind_of_process_may_die(finished: FinishedRun, tmp_path: Path) ->
     process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=log, stderr=log)
     root, pause, deadline = psutil.Process(process.pid), threading.Event(), time.monotonic() + 480
     killed: list[str] = []
+    orphans: list[psutil.Process] = []
     try:
         while process.poll() is None:
             assert time.monotonic() < deadline, "the run hangs"
             done = len(metrics(run, "grpo"))
             for after, what in VICTIMS.items():
                 if what not in killed and done >= after and (victim := find(root, what)) is not None:
+                    orphans += victim.children(recursive=True)
                     os.kill(victim.pid, signal.SIGKILL)
                     killed.append(what)
                     break
@@ -60,6 +62,7 @@ def test_every_kind_of_process_may_die(finished: FinishedRun, tmp_path: Path) ->
         log.close()
     assert process.returncode == 0, (tmp_path / "log").read_text()[-3000:]
     assert killed == list(VICTIMS.values())
+    assert not [orphan for orphan in orphans if orphan.is_running()], "engines outlive their actors"
     lines = metrics(run, "grpo")
     assert [line["policy_version"] for line in lines] == list(range(1, STEPS + 1))
     assert max(line["engines_replaced"] for line in lines) == 2
