@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -108,32 +109,58 @@ class EngineConfig(Section):
 
 
 class TeacherConfig(Section):
-    """One voter: hosted here on Ray Serve, or a remote OpenAI-compatible endpoint."""
+    """One voter: hosted here on Ray Serve, a remote OpenAI-compatible endpoint, or a Python class of the user's."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
-    kind: Literal["serve", "remote"] = "serve"
+    kind: Literal["serve", "remote", "python"] = "serve"
+    """`python`: `model` is `module:Class`, see `lorapar_ray.labeling.teachers`."""
     model: str
+    revision: str | None = None
+    """Hub revision of a hosted model; for a remote one, any word that changes when the endpoint's model does. Cached
+    votes belong to it."""
     engine: EngineConfig = EngineConfig()
     resources: Resources = Resources()
+    """Of one replica. `gpus` below 1 shares a GPU; with `engine.tensor_parallel` N it is N."""
     replicas: PositiveInt = 1
     max_replicas: PositiveInt | None = None
     """Autoscale between `replicas` and this; None keeps `replicas`."""
-    max_ongoing_requests: PositiveInt = 64
-    """Per replica: enough to keep the engine's batch full, few enough that callers are pushed back."""
+    max_ongoing_requests: PositiveInt | None = None
+    """Per replica: enough to keep the engine's batch full, few enough that callers are pushed back. None: half as many
+    again as `engine.max_num_seqs`, so that the next batch waits beside the engine and not across the cluster."""
     use_chat_template: bool | None = None
     """None: if the tokenizer has one."""
     example_order: Literal["system1_first", "system2_first"] = "system1_first"
     thinking_tokens: Optional0 = 0
     """Free text a reasoning model may write before the constrained choice."""
     base_url: str | None = None
+    endpoint: Literal["completions", "chat"] = "completions"
+    """Remote only. `chat` for services without text completion; the choice is the last token that is one."""
+    extra_body: dict[str, Any] = {}
+    """Added to every request of a remote teacher, such as `{structured_outputs: {choice: ["1", "2"]}}` for vLLM's
+    server; for a Python class to read as it likes."""
     api_key_env: str | None = None
     requests_per_second: Annotated[float, Field(gt=0)] | None = None
+    """Remote only: of all asking workers together."""
     cost_per_million_tokens: Annotated[float, Field(ge=0)] = 0.0
+    cost_per_hour: Annotated[float, Field(ge=0)] = 0.0
+    """Of one hosted replica."""
+
+    @property
+    def ongoing_requests(self) -> int:
+        """What one replica holds at once, waiting or computing."""
+        return self.max_ongoing_requests or -(-3 * self.engine.max_num_seqs // 2)
 
     @model_validator(mode="after")
-    def _remote_needs_url(self) -> TeacherConfig:
+    def _fields_fit_kind(self) -> TeacherConfig:
         if (self.kind == "remote") != (self.base_url is not None):
             raise ValueError("base_url belongs to kind: remote, and only there")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas: {self.max_replicas} is below replicas ({self.replicas})")
+        gpus, ranks = self.resources.gpus, self.engine.tensor_parallel
+        if gpus and gpus != ranks and not (gpus < 1 and ranks == 1):
+            raise ValueError(
+                f"resources.gpus: {gpus:g} for engine.tensor_parallel {ranks}; give each rank a GPU, or one a fraction"
+            )
         return self
 
 
@@ -143,6 +170,34 @@ class VoteExample(Section):
     question: str
     answer: str
     system: System
+
+
+class VotePrompt(Section):
+    """The text of the voting prompt, in the order it is read; `{names}` are filled in, `{{` is a plain brace."""
+
+    role: str = "Act as the language model {student}. "
+    """Left out by strategy `single`."""
+    task: str = "Decide which System a question belongs to."
+    definition: str = "System {system}: {meaning}."
+    question: str = "Question: {question}\nAnswer: {answer}"
+    choice: str = "System:"
+    """The last words of the prompt; the number of a System is the next token."""
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> VotePrompt:
+        needed = {"role": {"student"}, "definition": {"system", "meaning"}, "question": {"question", "answer"}}
+        for name, text in self.model_dump().items():
+            try:
+                found = {field for _, field, _, _ in Formatter().parse(text) if field is not None}
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}; write a plain brace twice") from error
+            wanted = needed.get(name, set())
+            if not found <= wanted or (name != "role" and found != wanted):
+                names = " and ".join(f"{{{field}}}" for field in sorted(wanted)) or "no {name}"
+                raise ValueError(f"{name}: takes {names}, got {text!r}")
+        if not self.choice.strip() or self.choice != self.choice.rstrip():
+            raise ValueError("choice: must end in a word, since a space and the number follow")
+        return self
 
 
 class LabelConfig(Section):
@@ -155,6 +210,7 @@ class LabelConfig(Section):
         1: "the student answers at once, from recall, reading comprehension or one simple inference",
         2: "the student has to reason in several steps: multi-step logic, chaining information, complex inference",
     }
+    """What Systems 1..K mean; two in the paper, up to nine here."""
     examples: list[VoteExample] = [
         VoteExample(question="What is the capital of France?", answer="Paris", system=1),
         VoteExample(
@@ -163,20 +219,33 @@ class LabelConfig(Section):
             system=2,
         ),
     ]
+    prompt: VotePrompt = VotePrompt()
     calibration: Literal["none", "content_free", "swapped_definitions", "batch"] = "content_free"
-    """How a teacher's bias is removed. `batch` divides out its median over a sample of the questions themselves, so
-    that every teacher splits them about evenly: for small teachers whose bias drowns their judgement."""
+    """How a teacher's bias is removed. `content_free` divides out how it labels questions that say nothing;
+    `swapped_definitions` asks K times, so that each meaning goes by each number once, and averages; `batch` divides out
+    the median over a sample of the questions themselves, so that every teacher splits them about evenly: for small
+    teachers whose bias drowns their judgement."""
+    weights: Literal["equal", "confidence"] = "equal"
+    """`confidence`: a vote counts as much as its calibrated probability."""
     quorum: PositiveInt = 1
     """Teachers that must still answer; with fewer the stage stops and can be resumed."""
     concurrency: PositiveInt = 64
     """Questions in flight per asking worker."""
     workers: PositiveInt = 1
     rows_per_block: PositiveInt = 64
-    """Unit of work that is written, and on resumption skipped, as a whole."""
+    """Questions asked, and stored, as one unit of work."""
     timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """Of one request, the wait for a place in a hosted engine included."""
     retries: Optional0 = 2
+    backoff_s: Annotated[float, Field(gt=0)] = 1.0
+    """Before the first retry; doubled for each further one. An endpoint's own Retry-After goes before it."""
+    give_up_after: PositiveInt = 16
+    """Questions in a row that a teacher may fail, retries and all, before it abstains from the rest of the run."""
     sequential: bool = False
-    """Ask no further teacher once the majority is decided; teachers are asked in the order given."""
+    """Ask no further teacher once the majority is decided; the cheapest are asked first, by `cost_per_million_tokens`
+    and `cost_per_hour`, else in the order given."""
+    cache: str | None = None
+    """A file of votes that several runs share; None: one of the run's own."""
     resources: Resources = Resources(cpus=0.5)
 
     @model_validator(mode="after")
@@ -190,6 +259,12 @@ class LabelConfig(Section):
             raise ValueError(f"teachers: strategy {self.strategy} takes exactly one teacher")
         if self.strategy != "random" and self.quorum > len(self.teachers):
             raise ValueError(f"quorum: {self.quorum} is more than the {len(self.teachers)} teachers")
+        systems = sorted(self.definitions)
+        if systems != list(range(1, len(systems) + 1)) or not 2 <= len(systems) <= 9:
+            raise ValueError(f"definitions: Systems must be numbered 1 to K with K from 2 to 9, got {systems}")
+        for example in self.examples:
+            if example.system not in self.definitions:
+                raise ValueError(f"examples: System {example.system} has no definition")
         return self
 
 
@@ -205,11 +280,19 @@ class AdapterConfig(Section):
     alpha: Annotated[float, Field(gt=0)] = 16.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Literal["qkv", "gud", "qkvgud"] | list[str] = "qkvgud"
-    init: Literal["default", "gaussian", "pissa", "pissa_fast", "olora"] = "default"
+    init: Literal["default", "gaussian", "pissa", "pissa_fast", "olora", "adapter"] = "default"
+    path: str | None = None
+    """For init: adapter: the directory of a LoRA adapter to go on from; its rank, alpha and targets are its own."""
     init_std: Annotated[float, Field(gt=0)] = 0.01
     warmup_steps: Optional0 = 8
     """For init: default (B = 0): SFT steps on both Systems before scoring, else every score would be zero."""
     warmup_learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+
+    @model_validator(mode="after")
+    def _path_belongs_to_its_init(self) -> AdapterConfig:
+        if (self.init == "adapter") != (self.path is not None):
+            raise ValueError("path: belongs to init: adapter, and only there")
+        return self
 
 
 class ScoreConfig(Section):
@@ -310,20 +393,30 @@ class GrpoConfig(Section):
     max_prompt_length: PositiveInt = 256
     max_completion_length: PositiveInt = 256
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: float = 1.0
+    """Only 1: the learner computes no renormalised probabilities, so ratios of truncated samples would be wrong."""
     stop: list[str] = []
     rewards: Annotated[list[RewardConfig], Field(min_length=1)] = [RewardConfig(name="numeric_answer")]
     reward_time_limit_s: Annotated[float, Field(gt=0)] = 5.0
     reward_memory_mb: PositiveInt = 1024
+    reward_workers: PositiveInt = 1
+    reward_resources: Resources = Resources(cpus=0)
+    overlong_cache: Optional0 = 0
+    """DAPO's soft punishment: completions within this many tokens of the limit lose up to 1; 0 turns it off."""
     loss: Literal["dapo", "grpo", "dr_grpo", "bnpo", "gspo", "cispo"] = "dapo"
     clip_low: Annotated[float, Field(ge=0)] = 0.2
     clip_high: Annotated[float, Field(ge=0)] = 0.28
     kl_beta: Annotated[float, Field(ge=0)] = 0.0
     importance_cap: Annotated[float, Field(gt=0)] | None = 2.0
     """Truncated importance sampling against the sampler's own log-probabilities; None turns it off."""
+    sequence_ratio_bounds: tuple[float, float] | None = None
+    """Leave out completions whose mean learner/sampler ratio lies outside; None keeps all."""
     advantage_scale: Literal["group", "batch", "none"] = "group"
     mask_truncated: bool = False
     refill_limit: Optional0 = 2
     """Further sampling rounds per step to replace groups whose rewards are all equal."""
+    curriculum: Literal["none", "solve_rate"] = "none"
+    """`solve_rate`: from the second epoch on, prompts solved about half of the time come first."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-6
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Fraction = 0.1
@@ -334,14 +427,27 @@ class GrpoConfig(Section):
     checkpoint_every: PositiveInt = 10
     max_staleness: Optional0 = 0
     """Versions a sample's policy may lag behind the learner's; 0 is strictly on-policy."""
+    drain: bool = False
+    """Let completions in flight end before a new policy is served, instead of going on under it."""
     sync: Literal["merged", "adapter"] = "merged"
     canary_tolerance: Annotated[float, Field(gt=0)] = 0.5
     """Largest mean absolute log-probability gap (nats) between learner and engine on the canary tokens."""
     rollout_actors: PositiveInt = 1
+    rollout_time_limit_s: Annotated[float, Field(gt=0)] = 900.0
+    """An engine that takes longer over one request hangs, and is replaced."""
     learners: PositiveInt = 1
+    sharding: Literal["none", "fsdp2"] = "none"
+    """`fsdp2`: cut the frozen base over the learners, for a base that does not fit one device."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = []
     rollout_engine: EngineConfig = EngineConfig()
     rollout_resources: Resources = Resources()
     learner_resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _whole_distribution(self) -> GrpoConfig:
+        if self.top_p != 1:
+            raise ValueError("top_p: must be 1; the learner's ratios would be those of another distribution")
+        return self
 
 
 class EvaluateConfig(Section):

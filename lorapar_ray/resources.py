@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorapar_ray.config import Config, Resources
+from lorapar_ray.config import Config, Resources, TeacherConfig
 
 
 def resources_of(config: Config) -> dict[str, str]:
@@ -10,9 +10,11 @@ def resources_of(config: Config) -> dict[str, str]:
     grpo, evaluate = config.grpo, config.evaluate
     asked = {
         "label": _join(
-            *(_each(t.replicas, f"{t.name}", t.resources) for t in config.label.teachers if t.kind == "serve"),
-            *(f"{t.name} (remote)" for t in config.label.teachers if t.kind == "remote"),
-            _each(config.label.workers, "asking worker", config.label.resources) if config.label.teachers else "",
+            *(_teacher(teacher) for teacher in config.label.teachers),
+            _each(config.label.workers, "asking worker", config.label.resources)
+            + f", {config.label.workers * config.label.concurrency} questions in flight"
+            if config.label.teachers
+            else "",
         ),
         "score": _each(config.score.workers, "worker", config.score.resources),
         "sft": _each(config.sft.workers, "worker", config.sft.resources),
@@ -23,6 +25,20 @@ def resources_of(config: Config) -> dict[str, str]:
         "evaluate": _each(1, "engine", evaluate.resources),
     }
     return {stage: asked.get(stage) or "this process only" for stage in (*asked, "partition", "report")}
+
+
+def _teacher(teacher: TeacherConfig) -> str:
+    """What one teacher asks for: replicas with their placement, or somebody else's machine."""
+    if teacher.kind == "remote":
+        limit = f", at most {teacher.requests_per_second:g} requests/s" if teacher.requests_per_second else ""
+        return f"{teacher.name} (remote, {teacher.endpoint} at {teacher.base_url}{limit})"
+    if teacher.kind == "python":
+        return f"{teacher.name} ({teacher.model}, in the asking worker)"
+    ranks, most = teacher.engine.tensor_parallel, teacher.max_replicas or teacher.replicas
+    text = _each(teacher.replicas, teacher.name, teacher.resources)
+    if most != teacher.replicas:
+        text = text.replace(f"{teacher.replicas} ×", f"{teacher.replicas} to {most} ×", 1)
+    return text[:-1] + (f", tensor parallel {ranks}" if ranks > 1 else "") + f", {teacher.ongoing_requests} requests)"
 
 
 def _each(count: int, what: str, resources: Resources) -> str:

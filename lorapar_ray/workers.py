@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +54,28 @@ def run_workers(
             worker_runtime_env={"env_vars": worker_environment(resources)},
         ),
     )
-    interrupt = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit()
+        _in_a_thread(trainer.fit)
     except TrainingFailedError as error:
         raise _user_error(error) or error from error
-    except SystemExit:  # how Ray Train's own Ctrl-C handler ends the driver, once it has stopped the group
-        raise KeyboardInterrupt from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, interrupt)
+
+
+def _in_a_thread(work: Callable[[], Any]) -> None:
+    """Do `work` beside the main thread and wait for it there, interruptibly.
+
+    On the main thread Ray Train would take over Ctrl-C and end the process with a status of its own. Here Ctrl-C is the
+    usual KeyboardInterrupt; the group ends with the Ray session.
+    """
+    outcome: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="ray-train").start()
+    outcome.result()
 
 
 def worker_environment(resources: Resources) -> dict[str, str]:

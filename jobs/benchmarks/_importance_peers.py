@@ -77,6 +77,7 @@ def by_opacus(model: Any, batches: list[dict[str, Tensor]]) -> GradSums:
     parameters = adapter_parameters(model)
     sums = GradSums.zeros(dict(parameters))
     sampled = GradSampleModule(model, loss_reduction="sum", strict=False)
+    model.train()  # Opacus records nothing in evaluation mode; the benchmark's adapter has no dropout
     try:
         for batch in batches:
             losses = example_losses(model, batch)
@@ -89,5 +90,6 @@ def by_opacus(model: Any, batches: list[dict[str, Tensor]]) -> GradSums:
                 parameter.grad = None
             sums.n += len(losses)
     finally:
+        model.eval()
         sampled.to_standard_module()
     return sums

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,17 @@ from lorapar_ray.workers import require, worker_environment
 
 
 def make_adapter(config: Config, run: RunDirectory, target: Path) -> None:
-    """Attach a fresh adapter to the student and save it to `target`, on a machine with `score.resources`.
+    """Attach the config's adapter to the student and save it to `target`, on a machine with `score.resources`.
 
     Raises:
-        UserError: the model has none of the target modules.
+        UserError: the model has none of the target modules, or `adapter.path` holds no LoRA adapter.
     """
     import ray
+
+    adapter = config.adapter.model_dump(mode="json")
+    if config.adapter.path is not None:
+        require_lora(Path(config.adapter.path))
+        adapter["path"] = str(Path(config.adapter.path).resolve())
 
     if not (target / "adapter_config.json").is_file():
         require("score", 1, config.score.resources)
@@ -27,11 +33,11 @@ def make_adapter(config: Config, run: RunDirectory, target: Path) -> None:
             "num_gpus": config.score.resources.gpus,
             "runtime_env": {"env_vars": worker_environment(config.score.resources)},
         }
-        task = ray.remote(_initialise).options(**options)
+        task = ray.remote(initialise).options(**options)
         problem = ray.get(
             task.remote(
                 config.model.model_dump(mode="json"),
-                config.adapter.model_dump(mode="json"),
+                adapter,
                 base_path(config.model, run),
                 str(target.resolve()),
                 config.seed,
@@ -41,14 +47,34 @@ def make_adapter(config: Config, run: RunDirectory, target: Path) -> None:
             raise UserError(problem)
 
 
-def _initialise(model: dict[str, Any], adapter: dict[str, Any], base: str, target: str, seed: int) -> str | None:
-    """Attach a fresh adapter and save it to `target` (a Ray task); returns the message of a user's error."""
-    from lorapar_ray.adapters import attach_lora, save_adapter
+def require_lora(folder: Path) -> None:
+    """Check an adapter directory of the user's.
+
+    Raises:
+        UserError: it is missing, holds no safetensors, or another kind of adapter.
+    """
+    settings = folder / "adapter_config.json"
+    if not settings.is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"adapter.path '{folder}': needs adapter_config.json and adapter_model.safetensors, as PEFT saves them"
+        )
+    kind = json.loads(settings.read_text()).get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"adapter.path '{folder}': holds a {kind} adapter; only LoRA has elements to score and cut")
+
+
+def initialise(model: dict[str, Any], adapter: dict[str, Any], base: str, target: str, seed: int) -> str | None:
+    """Attach an adapter and save it to `target` (a Ray task); returns the message of a user's error."""
+    from lorapar_ray.adapters import attach_lora, load_adapter, save_adapter
 
     settings = AdapterConfig.model_validate(adapter)
+    student = load_base(ModelConfig.model_validate(model), base)
+    if settings.path is not None:
+        save_adapter(load_adapter(student, Path(settings.path)), Path(target))
+        return None
     try:
         peft_model = attach_lora(
-            load_base(ModelConfig.model_validate(model), base),
+            student,
             rank=settings.rank,
             alpha=settings.alpha,
             dropout=settings.dropout,

@@ -40,11 +40,17 @@ def boolq(record: Record) -> Triple:
 
 
 def mawps(record: Record) -> Triple:
-    """Instruction form (`instruction`, `answer`), `original_text`/`ans`, or the original `sQuestion`/`lSolutions`."""
-    for question, solution in (("instruction", "answer"), ("original_text", "ans")):
+    """Any of its published forms: `instruction`, `Question` or `original_text` with the number itself, or
+    `sQuestion`/`lSolutions` of the original release."""
+    for question, result in (("instruction", "answer"), ("original_text", "ans")):
         if question in record:
-            answer = _number(record[solution])
+            answer = _number(record[result])
             return record[question], answer, answer
+    if "Question" in record:  # numbers are left out of the text and listed beside it
+        text, answer = str(record["Question"]), _number(record["Answer"])
+        for index, value in enumerate(str(record["Numbers"]).split()):
+            text = re.sub(rf"\b(?:number|N_?0*){index}\b", _number(value), text)
+        return text, answer, answer
     answer = _number(record["lSolutions"][0])
     return record["sQuestion"], answer, answer
 

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from lorapar_ray.config import Config, Source
 from lorapar_ray.datasets.rows import Row, write_rows
+from lorapar_ray.datasets.seen import SeenTexts, seen_texts
 from lorapar_ray.datasets.sources import read_source
+from lorapar_ray.datasets.tables import reject_table
 from lorapar_ray.errors import UserError
-from lorapar_ray.runs import RunDirectory, atomic_path
+from lorapar_ray.runs import RunDirectory
 
 
 def prepare(config: Config, run: RunDirectory) -> dict[str, int]:
     """Write `data/train.parquet` and `data/test.parquet`.
 
     A training row whose prompt is also a test row's, or appeared before, goes to `rejects/prepare.parquet`: a model
-    must not be tested on what it was trained on. Memory grows with a 16-byte digest per row, not with the text.
+    must not be tested on what it was trained on. So does a row that a benchmark was published without an answer.
+    Memory does not grow with the rows: what was seen is kept on disk.
 
     Returns:
         counts of `train`, `test` and `rejected` rows.
@@ -29,40 +28,33 @@ def prepare(config: Config, run: RunDirectory) -> dict[str, int]:
     Raises:
         UserError: see `read_source`; or two rows share an id, or no training row is left.
     """
-    seen: set[bytes] = set()
-    rejected: list[dict[str, str]] = []
+    with seen_texts(3) as (prompts, *ids), reject_table(run.rejects / "prepare.parquet") as rejects:
 
-    def fresh(part: str, sources: list[Source]) -> Iterator[Row]:
-        ids: set[bytes] = set()
-        for index, source in enumerate(sources):
-            for row in read_source(source, f"data.{part}[{index}]"):
-                if (key := _key(row.id)) in ids:
-                    raise UserError(f"data.{part}[{index}]: id '{row.id}' appears twice; ids must be unique")
-                ids.add(key)
-                if (key := _key(row.prompt)) in seen:
-                    rejected.append(_reject(row, part))
-                    continue
-                seen.add(key)
-                yield _instructed(row, config.data.instruction)
+        def fresh(part: str, sources: list[Source], ids: SeenTexts) -> Iterator[Row]:
+            for index, source in enumerate(sources):
+                for row in read_source(source, f"data.{part}[{index}]"):
+                    if not ids.add(row.id):
+                        raise UserError(f"data.{part}[{index}]: id '{row.id}' appears twice; ids must be unique")
+                    if not row.answer.strip():
+                        rejects.add(_reject(row, "no answer in the published data"))
+                    elif prompts.add(row.prompt):
+                        yield _instructed(row, config.data.instruction)
+                    elif part == "test":
+                        rejects.add(_reject(row, "duplicate prompt"))
+                    else:
+                        rejects.add(_reject(row, "prompt also in the test rows, or a duplicate"))
 
-    counts = {"test": write_rows(run.data / "test.parquet", fresh("test", config.data.test))}
-    counts["train"] = write_rows(run.data / "train.parquet", fresh("train", config.data.train))
-    if counts["train"] == 0:
-        raise UserError("data.train: every row is a duplicate or also in data.test; nothing is left to train on")
-    if rejected:
-        with atomic_path(run.rejects / "prepare.parquet") as draft:
-            pq.write_table(pa.Table.from_pylist(rejected), draft)
-    return counts | {"rejected": len(rejected)}
-
-
-def _key(text: str) -> bytes:
-    return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
+        counts = {"test": write_rows(run.data / "test.parquet", fresh("test", config.data.test, ids[0]))}
+        counts["train"] = write_rows(run.data / "train.parquet", fresh("train", config.data.train, ids[1]))
+        if counts["train"] == 0:
+            raise UserError("data.train: every row is a duplicate or also in data.test; nothing is left to train on")
+        counts["rejected"] = rejects.count
+    return counts
 
 
 def _instructed(row: Row, instruction: str | None) -> Row:
     return row if instruction is None else Row(**{**asdict(row), "prompt": f"{row.prompt}\n{instruction}"})
 
 
-def _reject(row: Row, part: str) -> dict[str, str]:
-    reason = "duplicate prompt" if part == "test" else "prompt also in the test rows, or a duplicate"
+def _reject(row: Row, reason: str) -> dict[str, str]:
     return {"id": row.id, "stage": "prepare", "reason": reason, "row": json.dumps(asdict(row), ensure_ascii=False)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from lorapar_ray.config import FileSource, NamedSource, ReasoningGymSource, Source
 from lorapar_ray.datasets.named import NAMED
+from lorapar_ray.datasets.records import read_records
 from lorapar_ray.datasets.rows import Row
 from lorapar_ray.errors import UserError
 
@@ -72,7 +72,7 @@ def _reasoning_gym(source: ReasoningGymSource, where: str) -> Iterator[Row]:
 
 def _file(source: FileSource, where: str) -> Iterator[Row]:
     column = {name: source.fields.get(name, name) for name in ("id", "prompt", "context", "response", "answer")}
-    for index, record in enumerate(_records(source.path, where)):
+    for index, record in enumerate(read_records(source.path, where)):
         answer = _text(record.get(column["answer"]))
         response = _text(record.get(column["response"])) or answer
         prompt = _text(record.get(column["prompt"]))
@@ -93,11 +93,11 @@ def _file(source: FileSource, where: str) -> Iterator[Row]:
 def _named(source: NamedSource, where: str) -> Iterator[Row]:
     spec = NAMED[source.reader]
     if source.path is not None:
-        records = _records(source.path, where)
-        origin = source.path
+        records = read_records(source.path, where)
+        origin, part = source.path, Path(source.path).name.partition(".")[0]
     else:
         records = _hub_records(spec.hub_name, spec.hub_config, source.split, where)
-        origin = spec.hub_name
+        origin, part = spec.hub_name, source.split
     for index, record in enumerate(records):
         try:
             prompt, response, answer = spec.convert(record)
@@ -106,9 +106,7 @@ def _named(source: NamedSource, where: str) -> Iterator[Row]:
                 f"{where}: '{origin}' row {index} is not in the format of {source.reader} ({error!r}); "
                 "use reader: file with a field mapping"
             ) from error
-        if not answer.strip():
-            raise UserError(_lacks(where, origin, index, "answer", "answer"))
-        yield Row(f"{source.reader}-{source.split}-{index}", prompt, response, answer, source.reader)
+        yield Row(f"{source.reader}-{part}-{index}", prompt, response, answer, source.reader)
 
 
 def _hub_records(name: str, config: str | None, split: str, where: str) -> Iterator[dict[str, Any]]:
@@ -122,42 +120,6 @@ def _hub_records(name: str, config: str | None, split: str, where: str) -> Itera
             f"{where}: cannot read '{name}' split '{split}' from the hub ({type(error).__name__}); "
             "check the network or give a local file as path"
         ) from error
-
-
-def _records(path: str, where: str) -> Iterator[dict[str, Any]]:
-    """Rows of a JSONL (also gzipped), JSON list or Parquet file, one at a time."""
-    import gzip
-
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f"{where}: no such file '{path}'; paths are relative to the working directory")
-    if file.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        for batch in pq.ParquetFile(file).iter_batches():
-            yield from batch.to_pylist()
-        return
-    if file.suffix == ".json":
-        loaded = _json(file.read_text(encoding="utf-8"), where, path, 0)
-        if not isinstance(loaded, list):
-            raise UserError(f"{where}: '{path}' is not a list of rows; give JSONL, a JSON list or Parquet")
-        yield from loaded
-        return
-    opener = gzip.open if file.suffix == ".gz" else open
-    with opener(file, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines):
-            if line.strip():
-                record = _json(line, where, path, number)
-                if not isinstance(record, dict):
-                    raise UserError(f"{where}: '{path}' line {number + 1} is not a JSON object")
-                yield record
-
-
-def _json(text: str, where: str, path: str, line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: '{path}' line {line + 1} is not JSON ({error.msg})") from error
 
 
 def _text(value: Any) -> str:

@@ -6,24 +6,14 @@ import asyncio
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorapar_ray.config import EngineConfig, Resources
-
-
-@dataclass(frozen=True)
-class Policy:
-    """One version of the adapter on its way to an engine: files as bytes, so that it travels as one Ray object."""
-
-    version: int
-    tensors: bytes
-    """`adapter_model.safetensors`"""
-    config: str
-    """`adapter_config.json`"""
-    digest: str
-    """SHA-256 of `tensors`."""
+from lorapar_ray.engines.policy import Policy, PolicyReceiver
 
 
 @dataclass(frozen=True)
@@ -36,7 +26,7 @@ class Completion:
     finished: bool
     """False if it was cut at the length limit."""
     version: int
-    """Policy version when sampling began; -1 is the base model."""
+    """Policy version when sampling began; -1 is the base model. A policy that arrived meanwhile wrote the rest."""
 
 
 class EngineActor:
@@ -49,52 +39,77 @@ class EngineActor:
         self._version = -1
         self._lora: Any = None
         self._requests = 0
+        self._receiver = PolicyReceiver()
+        self._open = asyncio.Event()
+        self._open.set()
 
     async def start(self) -> dict[str, int]:
-        """Start the engine, once; returns process ids of this actor (for tests that kill it)."""
+        """Start the engine, once; returns this actor's process id."""
         if self._engine is None:
             from vllm import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
 
-            extension = "lorapar_ray.engines.policy_loader.PolicyLoader"
-            settings = AsyncEngineArgs(worker_extension_cls=extension, **self._arguments)
-            self._engine = AsyncLLM.from_engine_args(settings)
+            from lorapar_ray.engines.settings import platform_arguments
+
+            loader = {"worker_extension_cls": "lorapar_ray.engines.policy_loader.PolicyLoader"}
+            arguments = {**platform_arguments(), **loader, **self._arguments}
+            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         return {"pid": os.getpid()}
 
     async def load_policy(self, policy: Policy | None) -> str:
-        """Serve `policy` (None: the base) from the next step on; returns the digest of what was loaded."""
+        """Serve `policy` (None: the base) from the next engine step on; returns the digest of what was loaded.
+
+        Requests in flight go on under it (drain them first where that is not wanted); new ones wait until it is there.
+        Key-value entries are salted with the version, so none of another policy's is ever found.
+        """
+        self._open.clear()
+        try:
+            return await self._load(policy)
+        finally:
+            self._open.set()
+
+    async def _load(self, policy: Policy | None) -> str:
         if policy is None:
-            digest = "base"
             self._lora = None
-            if self._sync == "merged":
-                digest = (await self._rpc("lorapar_load_policy", None))[0]
+            digest = (await self._rpc("lorapar_load_policy", None))[0] if self._sync == "merged" else "base"
             self._version = -1
         else:
-            folder = _spill(policy)
+            folder = _spill(self._receiver.adapter(policy), policy.config)
             try:
                 if self._sync == "merged":
                     digest = (await self._rpc("lorapar_load_policy", str(folder)))[0]
                 else:
-                    digest = await self._load_lora(folder, policy)
+                    digest = await self._load_lora(folder, policy.version)
             finally:
                 if self._sync == "merged":
                     shutil.rmtree(folder, ignore_errors=True)
             self._version = policy.version
-        await self._engine.reset_prefix_cache()
+        await self._forget()
         return digest
 
-    async def _load_lora(self, folder: Path, policy: Policy) -> str:
+    def _salt(self) -> str:
+        """What keeps one policy's key-value entries from another's prompts."""
+        return f"policy {self._version}"
+
+    async def _forget(self) -> None:
+        """Free the entries that no later prompt can match; does nothing while requests are in flight."""
+        with self._alive():
+            await self._engine.reset_prefix_cache()
+
+    async def _load_lora(self, folder: Path, version: int) -> str:
         import hashlib
 
         from vllm.lora.request import LoRARequest
 
         previous = self._lora
         # the name carries the version: a re-used adapter name may be answered from stale key-value entries
-        self._lora = LoRARequest(f"policy-{policy.version}", policy.version + 1, str(folder))
-        await self._engine.add_lora(self._lora)
-        if previous is not None:
-            await self._engine.remove_lora(previous.lora_int_id)
-            shutil.rmtree(previous.lora_path, ignore_errors=True)
+        lora = LoRARequest(f"policy-{version}", version + 1, str(folder))
+        with self._alive():
+            await self._engine.add_lora(lora)
+            self._lora = lora
+            if previous is not None:
+                await self._engine.remove_lora(previous.lora_int_id)
+                shutil.rmtree(previous.lora_path, ignore_errors=True)
         return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
 
     async def generate(self, prompts: list[list[int]], sampling: dict[str, Any]) -> list[list[Completion]]:
@@ -104,6 +119,7 @@ class EngineActor:
     async def _complete(self, prompt_ids: list[int], sampling: dict[str, Any], index: int) -> list[Completion]:
         from vllm import SamplingParams
 
+        await self._open.wait()
         version = self._version
         seed = sampling.get("seed")
         own = {**sampling, "seed": None if seed is None else seed + index, "logprobs": 0}
@@ -122,30 +138,56 @@ class EngineActor:
         """Log-probabilities of `token_ids[start:]` under the served policy."""
         from vllm import SamplingParams
 
+        await self._open.wait()
         output = await self._run(token_ids, SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0))
         pairs = list(zip(output.prompt_logprobs, token_ids, strict=True))[start:]
         return [entry[token].logprob for entry, token in pairs]
 
+    async def cache_gap(self, token_ids: list[int]) -> float:
+        """Mean absolute difference, in nats, between decoding after `token_ids` and computing the same tokens afresh.
+
+        Decoding reads the prefix cache, as rollouts do; prompt log-probabilities never do. So entries that another
+        policy left behind show up here.
+        """
+        [done] = await self._complete(token_ids, {"max_tokens": 4, "temperature": 1.0, "seed": 0}, 0)
+        afresh = await self.score([*token_ids, *done.token_ids], len(token_ids))
+        return sum(abs(a - b) for a, b in zip(done.logprobs, afresh, strict=True)) / len(afresh)
+
+    async def leave(self) -> None:
+        """End this actor and the engine's processes, which may no longer listen."""
+        import psutil
+
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+        os._exit(0)
+
     async def _run(self, prompt_ids: list[int], params: Any) -> Any:
         from vllm.sampling_params import RequestOutputKind
-        from vllm.v1.engine.exceptions import EngineDeadError
 
         params.output_kind = RequestOutputKind.FINAL_ONLY  # one output with all n completions, none in between
         self._requests += 1
         last = None
-        try:
-            stream = self._engine.generate(
-                {"prompt_token_ids": prompt_ids}, params, request_id=str(self._requests), lora_request=self._lora
-            )
+        prompt = {"prompt_token_ids": prompt_ids, "cache_salt": self._salt()}
+        with self._alive():
+            stream = self._engine.generate(prompt, params, request_id=str(self._requests), lora_request=self._lora)
             async for output in stream:
                 last = output
-        except EngineDeadError:
-            os._exit(1)  # a live actor around a dead engine would answer for ever with errors; let Ray replace it
         return last
 
     async def _rpc(self, method: str, *args: Any) -> list[Any]:
-        answers: list[Any] = await self._engine.collective_rpc(method, args=args)
+        with self._alive():
+            answers: list[Any] = await self._engine.collective_rpc(method, args=args)
         return answers
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Leave with a dead engine: a live actor around it would answer for ever with errors; its owner replaces it."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            yield
+        except EngineDeadError:
+            os._exit(1)
 
 
 def start_engine(
@@ -157,8 +199,14 @@ def start_engine(
     trust_remote_code: bool = False,
     sync: str = "merged",
     max_lora_rank: int | None = None,
+    actor: type[EngineActor] = EngineActor,
+    environment: Mapping[str, str] | None = None,
 ) -> Any:
-    """Create the actor and begin starting its engine; returns the handle (await `handle.start.remote()`)."""
+    """Create the actor and begin starting its engine; returns the handle (await `handle.start.remote()`).
+
+    Args:
+        actor, environment: another kind of engine, and variables it needs beside the usual ones.
+    """
     import ray
 
     from lorapar_ray.engines.settings import engine_arguments, engine_environment
@@ -167,27 +215,19 @@ def start_engine(
     if sync == "adapter":
         allowed = next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= (max_lora_rank or 8))
         arguments |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": allowed}
-    actor = ray.remote(EngineActor).options(
+    remote = ray.remote(actor).options(
         num_cpus=resources.cpus,
         num_gpus=resources.gpus,
         max_concurrency=1000,
-        runtime_env={"env_vars": engine_environment(engine, resources)},
+        runtime_env={"env_vars": {**engine_environment(engine, resources), **(environment or {})}},
     )
-    return actor.remote(arguments, sync)
+    return remote.remote(arguments, sync)
 
 
-def _spill(policy: Policy) -> Path:
-    """Write a policy where every process of this machine can map it; complete before its name exists."""
+def _spill(adapter: bytes, config: str) -> Path:
+    """Write an adapter where every process of this machine can map it; complete before its name is told."""
     shared = Path("/dev/shm")
     root = Path(tempfile.mkdtemp(prefix="lorapar-", dir=shared if shared.is_dir() else None))
-    (root / "adapter_model.safetensors").write_bytes(policy.tensors)
-    (root / "adapter_config.json").write_text(policy.config)
+    (root / "adapter_model.safetensors").write_bytes(adapter)
+    (root / "adapter_config.json").write_text(config)
     return root
-
-
-def read_policy(adapter: Path, version: int) -> Policy:
-    """An adapter directory as a policy."""
-    import hashlib
-
-    tensors = (adapter / "adapter_model.safetensors").read_bytes()
-    return Policy(version, tensors, (adapter / "adapter_config.json").read_text(), hashlib.sha256(tensors).hexdigest())

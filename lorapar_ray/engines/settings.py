@@ -33,6 +33,17 @@ def engine_arguments(model_path: str, engine: EngineConfig, *, seed: int, trust_
     }
 
 
+def platform_arguments() -> dict[str, Any]:
+    """Arguments that only the machine on which the engine runs can know; the others take precedence.
+
+    vLLM's CPU key-value blocks hold 128 tokens by default, and only whole blocks are shared between prompts: most of a
+    short prompt would be computed again for each of its completions, and for each question behind the same preamble.
+    """
+    from vllm.platforms import current_platform
+
+    return {"block_size": 32} if current_platform.is_cpu() else {}
+
+
 def engine_environment(engine: EngineConfig, resources: Resources) -> dict[str, str]:
     """Environment of an engine's process.
 

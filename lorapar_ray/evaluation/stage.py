@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.chat import Encoder, decode, load_encoder
 from lorapar_ray.datasets.rows import read_table
-from lorapar_ray.engines.actor import Policy, read_policy, start_engine
+from lorapar_ray.engines.actor import start_engine
+from lorapar_ray.engines.policy import Policy, read_policy
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.accuracy import accuracy
 from lorapar_ray.evaluation.generator import same_length, start_generator

@@ -31,13 +31,6 @@ def group_advantages(rewards_N: Tensor, group_size: int, scale: Literal["group",
     return centred.view(-1)
 
 
-def zero_variance_groups(rewards_N: Tensor, group_size: int) -> Tensor:
-    """For each group, whether all its rewards are equal, [N / group_size] bool: nothing to learn there."""
-    grouped = rewards_N.view(-1, group_size)
-    return (grouped == grouped[:, :1]).all(dim=1)
-
-
-def overlong_penalty(lengths_N: Tensor, max_length: int, cache: int) -> Tensor:
+def overlong_penalty(length: int, max_length: int, cache: int) -> float:
     """Soft overlong punishment (DAPO, arXiv 2503.14476, eq. 13): 0 up to max_length − cache, then linearly to −1."""
-    excess = lengths_N.float() - (max_length - cache)
-    return -(excess / cache).clamp(0.0, 1.0)
+    return -min(1.0, max(0.0, (length - (max_length - cache)) / cache))

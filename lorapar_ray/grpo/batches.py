@@ -11,6 +11,8 @@ from typing import Any
 
 from lorapar_ray.config import GrpoConfig
 from lorapar_ray.engines.actor import Completion
+from lorapar_ray.grpo.advantages import group_advantages, overlong_penalty
+from lorapar_ray.grpo.rewards import RewardBatch
 
 EXAMPLES_PER_STEP = 2
 
@@ -24,11 +26,30 @@ class Group:
     texts: list[str]
     rewards: list[float] = field(default_factory=list)
     parts: dict[str, list[float | None]] = field(default_factory=dict)
+    failures: int = 0
+    """Samples on which a reward failed."""
+    reward_seconds: float = 0.0
+
+    def take(self, scored: RewardBatch, settings: GrpoConfig) -> None:
+        """Fill in what the reward workers found, and the overlong penalty if there is one."""
+        self.rewards, self.parts, self.failures = scored.total, scored.parts, sum(scored.failures.values())
+        if settings.overlong_cache:
+            lengths = [len(done.token_ids) for done in self.completions]
+            limits = settings.max_completion_length, settings.overlong_cache
+            penalties = [overlong_penalty(length, *limits) for length in lengths]
+            self.rewards = [reward + penalty for reward, penalty in zip(self.rewards, penalties, strict=True)]
+            self.parts = {**self.parts, "overlong": list(penalties)}
 
     @property
     def spread(self) -> float:
         """Standard deviation of the rewards: 0 means the group has no advantage to learn from."""
         return pstdev(self.rewards)
+
+    @property
+    def solved(self) -> float:
+        """Mean of the first reward (the one for a right answer, by convention), in [0, 1]."""
+        values = [value or 0.0 for value in next(iter(self.parts.values()))]
+        return min(1.0, max(0.0, fmean(values)))
 
 
 @dataclass(frozen=True)
@@ -78,36 +99,20 @@ def canary_gap(canaries: Sequence[Canary], scored: Sequence[Sequence[float]]) ->
     return fmean(gaps) if gaps else 0.0
 
 
-def score_groups(rewards: Any, groups: Sequence[Group]) -> int:
-    """Fill in the groups' rewards from a `RewardPool`; returns how many samples a reward failed on."""
-    flat = [(group, text) for group in groups for text in group.texts]
-    columns = {key: [group.row[key] for group, _ in flat] for key in ("answer", "response")}
-    result = rewards.score([group.row["prompt"] for group, _ in flat], [text for _, text in flat], columns)
-    start = 0
-    for group in groups:
-        stop = start + len(group.texts)
-        group.rewards = result.total[start:stop]
-        group.parts = {name: values[start:stop] for name, values in result.parts.items()}
-        start = stop
-    return sum(result.failures.values())
-
-
 def make_batch(
     groups: Sequence[Group],
     dropped: Sequence[Group],
-    failures: int,
     settings: GrpoConfig,
     prompts: list[int],
+    step: int,
     seconds: dict[str, float],
 ) -> Batch:
     """Advantages per group, metrics over every sampled group, and a few completions to read.
 
     Metrics count the dropped groups too: a reward averaged over groups that happen to differ says nothing about the
-    policy.
+    policy. `step` is the version that will train on the batch; `prompts` are all that were drawn for it.
     """
     import torch
-
-    from lorapar_ray.grpo.advantages import group_advantages
 
     samples: list[Sample] = []
     if groups:
@@ -122,14 +127,19 @@ def make_batch(
     everything = [*groups, *dropped]
     lengths = [len(done.token_ids) for group in everything for done in group.completions]
     finished = [done.finished for group in everything for done in group.completions]
+    lag = [step - done.version for group in everything for done in group.completions]
     metrics = {
         "reward": fmean(reward for group in everything for reward in group.rewards),
         "reward_std": fmean(group.spread for group in everything),
         "completion_length": fmean(lengths),
         "truncated_share": 1 - fmean(finished),
         "zero_variance_share": len(dropped) / len(everything),
-        "reward_failures": float(failures),
+        "reward_failures": float(sum(group.failures for group in everything)),
         "groups": float(len(everything)),
+        "staleness": fmean(lag),
+        "staleness_max": float(max(lag)),
+        "rollout_tokens_per_s": sum(lengths) / max(1e-9, seconds.get("rollout", 0.0)),
+        "seconds/reward": fmean(group.reward_seconds for group in everything),
         **{f"seconds/{phase}": spent for phase, spent in seconds.items()},
     }
     for name in everything[0].parts:

@@ -1,9 +1,8 @@
 """Between rollout engines and learners: who samples what under which policy, and what each learner gets.
 
-One asynchronous task per optimiser step samples the step's groups and scores them. A step may begin as soon as a policy
-at most `max_staleness` versions old is being served: 0 is strictly on-policy, 1 or more overlaps sampling with training
-and bounds the queue to that many finished steps. An engine that dies is replaced, brought to the current policy, and
-its prompts are asked again.
+One asynchronous task per optimiser step samples the step's groups and scores each as it comes in. A step may begin as
+soon as a policy at most `max_staleness` versions old is being served: 0 is strictly on-policy, 1 or more overlaps
+sampling with training and bounds the queue to that many finished steps.
 """
 
 from __future__ import annotations
@@ -15,53 +14,44 @@ from collections.abc import Callable
 from typing import Any
 
 from lorapar_ray.config import GrpoConfig
-from lorapar_ray.engines.actor import Policy, start_engine
-from lorapar_ray.errors import UserError
-from lorapar_ray.grpo.batches import Batch, Canary, Clock, Group, canary_gap, make_batch, score_groups, share_of
+from lorapar_ray.engines.actor import start_engine
+from lorapar_ray.engines.policy import Policy
+from lorapar_ray.grpo.batches import Batch, Canary, Clock, Group, make_batch, share_of
+from lorapar_ray.grpo.engine_pool import EnginePool, PolicyMismatch
 from lorapar_ray.grpo.prompts import PromptStream
-from lorapar_ray.grpo.rewards import RewardPool, RewardSpec
-
-ENGINE_REPLACEMENTS = 5
-"""Dead engines replaced over a run before it stops: more than that is a broken setup, not bad luck."""
-
-
-class PolicyMismatch(UserError):
-    """An engine does not serve the policy it was sent: nothing sampled from it may be trained on."""
+from lorapar_ray.grpo.rewards.actor import RewardWorkers
 
 
 class Coordinator:
-    """Async Ray actor; owns the rollout engines, the reward processes and the prompt stream."""
+    """Async Ray actor; owns the rollout engines, the reward workers and the prompt stream."""
 
-    def __init__(self, plan: dict[str, Any]) -> None:
+    def __init__(self, plan: dict[str, Any], engine: Callable[[], Any] | None = None) -> None:
         """Take the plan: `settings` (GrpoConfig), `rows` (id, prompt, response, answer, prompt_ids), `steps`, `seed`,
-        `model` (path), `trust_remote_code` and `lora_rank`, all JSON-like."""
+        `model` (path), `trust_remote_code` and `lora_rank`, all JSON-like; and how to make an engine, if not by it."""
         from lorapar_ray.datasets.chat import load_encoder
 
         self._plan = plan
         self._settings = GrpoConfig.model_validate(plan["settings"])
         self._rows: list[dict[str, Any]] = plan["rows"]
         self._tokenizer = load_encoder(plan["model"], None, plan["trust_remote_code"]).tokenizer
-        self._stream = PromptStream(len(self._rows), plan["seed"])
-        self._engines: list[Any] = []
-        self._load: list[int] = []
-        self._replaced = 0
-        self._replacing = asyncio.Lock()
-        self._policy: Policy | None = None
+        self._stream = self._fresh_stream()
+        self._engines = EnginePool(
+            engine or self._new_engine,
+            self._settings.rollout_actors,
+            tolerance=self._settings.canary_tolerance,
+            time_limit_s=self._settings.rollout_time_limit_s,
+        )
+        self._rewards = RewardWorkers(self._settings)
         self._steps: dict[int, asyncio.Task[Batch]] = {}
         self._drawn: dict[int, list[int]] = {}
         self._first_step = 0
         self._mismatch: PolicyMismatch | None = None
-        self._rewards = RewardPool(
-            [RewardSpec(reward.name, reward.weight) for reward in self._settings.rewards],
-            time_limit_s=self._settings.reward_time_limit_s,
-            memory_limit_mb=self._settings.reward_memory_mb,
-        )
+        self._marked_at = time.monotonic()
+        self._marked_busy_s = 0.0
 
     async def start(self) -> list[dict[str, int]]:
         """Start every rollout engine; returns their process ids."""
-        self._engines = [self._new_engine() for _ in range(self._settings.rollout_actors)]
-        self._load = [0] * len(self._engines)
-        return list(await asyncio.gather(*(engine.start.remote() for engine in self._engines)))
+        return await self._engines.start()
 
     async def resume(self, step: int, stream: dict[str, Any] | None) -> None:
         """Begin (again) at `step`: forget every unfinished step, and continue the prompts where the checkpoint was."""
@@ -72,7 +62,7 @@ class Coordinator:
         self._steps.clear()
         self._drawn.clear()
         self._first_step = step
-        self._stream = PromptStream(len(self._rows), self._plan["seed"])
+        self._stream = self._fresh_stream()
         if stream is not None:
             self._stream.restore(stream)
 
@@ -80,23 +70,33 @@ class Coordinator:
         """Serve `policy` on every engine and check that they do; sampling that waited for it begins.
 
         Returns:
-            seconds of the sync and the largest canary gap (mean absolute log-probability difference in nats).
+            seconds and bytes of the sync, the largest canary gap (mean absolute log-probability difference in nats),
+            the engines' idle share since the last sync, engines replaced so far, and finished steps in the queue.
 
         Raises:
-            PolicyMismatch: an engine loaded other bytes, or its log-probabilities are off by more than
-                `grpo.canary_tolerance`.
+            PolicyMismatch: see `EnginePool.publish`.
         """
+        if self._settings.drain:
+            await asyncio.gather(*self._steps.values(), return_exceptions=True)
         start = time.monotonic()
-        self._policy = policy
+        idle = 1.0 - self._engines.busy_share(self._marked_at, self._marked_busy_s)
+        self._marked_at, self._marked_busy_s = start, self._engines.busy_seconds()
         try:
-            gaps = await asyncio.gather(*(self._serve(slot, policy, canaries) for slot in range(len(self._engines))))
+            gap = await self._engines.publish(policy, canaries)
         except PolicyMismatch as mismatch:
             self._mismatch = mismatch
             raise
         for step in range(max(self._first_step, policy.version), policy.version + self._settings.max_staleness + 1):
             if step not in self._steps and step < self._plan["steps"]:
                 self._steps[step] = asyncio.create_task(self._sample(step))
-        return {"seconds/sync": time.monotonic() - start, "canary_gap": max(gaps)}
+        return {
+            "seconds/sync": time.monotonic() - start,
+            "sync_bytes": float(len(policy.tensors)),
+            "canary_gap": gap,
+            "idle/engines": idle,
+            "engines_replaced": float(self._engines.replaced),
+            "queue_depth": float(sum(task.done() for task in self._steps.values())),
+        }
 
     async def batch(self, step: int, rank: int, world: int) -> Batch:
         """This rank's share of a step's samples: whole groups, dealt out by length so that ranks carry equal weight."""
@@ -110,12 +110,9 @@ class Coordinator:
         return self._stream.state([index for at, drawn in sorted(self._drawn.items()) if at > step for index in drawn])
 
     async def stop(self) -> None:
-        """End reward processes and engines."""
-        import ray
-
-        self._rewards.close()
-        for engine in self._engines:
-            ray.kill(engine)
+        """End reward workers and engines."""
+        self._rewards.stop()
+        await self._engines.stop()
 
     async def _sample(self, step: int) -> Batch:
         """Sample and score one step's groups; those whose rewards are all equal teach nothing and are refilled."""
@@ -123,20 +120,19 @@ class Coordinator:
         clock = Clock()
         groups: list[Group] = []
         dropped: list[Group] = []
-        failures = 0
+        self._drawn[step] = []
         for attempt in range(settings.refill_limit + 1):
-            missing = settings.prompts_per_step - len(groups)
-            indices = self._stream.take(missing)
-            self._drawn.setdefault(step, []).extend(indices)
+            indices = self._stream.take(settings.prompts_per_step - len(groups))
+            self._drawn[step] += indices
             with clock.phase("rollout"):
                 sampled = await asyncio.gather(*(self._group(index, step, attempt) for index in indices))
-            with clock.phase("reward"):
-                failures += await asyncio.to_thread(score_groups, self._rewards, sampled)
+            for index, group in zip(indices, sampled, strict=True):
+                self._stream.observe(index, group.solved)
             groups += [group for group in sampled if group.spread > 0]
             dropped += [group for group in sampled if group.spread == 0]
             if len(groups) == settings.prompts_per_step:
                 break
-        return make_batch(groups, dropped, failures, settings, self._drawn[step], clock.seconds)
+        return make_batch(groups, dropped, settings, self._drawn[step], step, clock.seconds)
 
     async def _group(self, index: int, step: int, attempt: int) -> Group:
         row = self._rows[index]
@@ -147,60 +143,18 @@ class Coordinator:
             "stop": list(self._settings.stop),
             "seed": zlib.crc32(f"{self._plan['seed']}/{step}/{attempt}/{index}".encode()),
         }
-        completions = await self._on_some_engine(lambda engine: engine.generate.remote([row["prompt_ids"]], sampling))
-        return Group(row=row, completions=completions[0], texts=[self._decode(c.token_ids) for c in completions[0]])
+        [completions] = await self._engines.run(lambda engine: engine.generate.remote([row["prompt_ids"]], sampling))
+        group = Group(row=row, completions=completions, texts=[self._decode(c.token_ids) for c in completions])
+        columns = {key: [row[key]] * len(group.texts) for key in ("answer", "response")}
+        start = time.monotonic()
+        group.take(await self._rewards.score([row["prompt"]] * len(group.texts), group.texts, columns), self._settings)
+        group.reward_seconds = time.monotonic() - start
+        return group
 
-    async def _on_some_engine(self, call: Callable[[Any], Any]) -> Any:
-        """Run `call` on the least loaded engine; if that dies, on its replacement."""
-        import ray
-
-        while True:
-            slot = min(range(len(self._engines)), key=self._load.__getitem__)
-            engine = self._engines[slot]
-            self._load[slot] += 1
-            try:
-                return await call(engine)
-            except ray.exceptions.RayActorError:
-                await self._replace(slot, engine)
-            finally:
-                self._load[slot] -= 1
-
-    async def _replace(self, slot: int, dead: Any) -> None:
-        """Start another engine in `slot` and bring it to the current policy; one caller does it, the others wait."""
-        async with self._replacing:
-            if self._engines[slot] is not dead:
-                return
-            self._replaced += 1
-            if self._replaced > ENGINE_REPLACEMENTS:
-                raise RuntimeError(f"{self._replaced} rollout engines died; see the Ray logs of EngineActor")
-            fresh = self._new_engine()
-            await fresh.start.remote()
-            if self._policy is not None:
-                await fresh.load_policy.remote(self._policy)
-            self._engines[slot] = fresh
-
-    async def _serve(self, slot: int, policy: Policy, canaries: list[Canary]) -> float:
-        import ray
-
-        while True:
-            engine = self._engines[slot]
-            try:
-                loaded = await engine.load_policy.remote(policy)
-                if loaded != policy.digest:
-                    raise PolicyMismatch(
-                        f"rollout engine {slot} loaded {loaded[:9]} as policy {policy.version}, not {policy.digest[:9]}"
-                    )
-                scored = await asyncio.gather(*(engine.score.remote(c.token_ids, c.start) for c in canaries))
-            except ray.exceptions.RayActorError:
-                await self._replace(slot, engine)
-                continue
-            gap = canary_gap(canaries, scored)
-            if gap > self._settings.canary_tolerance:
-                raise PolicyMismatch(
-                    f"rollout engine {slot} does not serve policy {policy.version}: its log-probabilities of the "
-                    f"canary tokens are {gap:.3f} nats off (grpo.canary_tolerance {self._settings.canary_tolerance:g})"
-                )
-            return gap
+    def _fresh_stream(self) -> PromptStream:
+        return PromptStream(
+            len(self._rows), self._plan["seed"], by_solve_rate=self._settings.curriculum == "solve_rate"
+        )
 
     def _new_engine(self) -> Any:
         settings = self._settings

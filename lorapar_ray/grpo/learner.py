@@ -6,8 +6,6 @@ of wrapping the model; every rank then takes the same step and holds the same po
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,16 +14,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save
 from torch import Tensor
 
 from lorapar_ray.config import GrpoConfig, ModelConfig
-from lorapar_ray.engines.actor import Policy
+from lorapar_ray.engines.policy import Policy, PolicySender
 from lorapar_ray.grpo.batches import Batch, Canary, Clock, Sample
 from lorapar_ray.grpo.logprobs import token_logprobs
 from lorapar_ray.grpo.loss import policy_loss
 from lorapar_ray.grpo.packing import PackedRows, additive_mask, can_share_prompts, group_by_prompt, pack
+from lorapar_ray.grpo.tracking import Curves
 from lorapar_ray.optim.schedule import learning_rate_factor
+from lorapar_ray.sft.tracking import append_line, keep_lines_until
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,8 @@ class GrpoJob:
     steps: int
     coordinator: str
     """Name of the coordinator actor."""
+    run: str
+    """Name of the run, for trackers."""
     seed: int
 
     def payload(self) -> dict[str, Any]:
@@ -64,11 +65,14 @@ def learn_worker(payload: dict[str, Any]) -> None:
     coordinator = ray.get_actor(job.coordinator)
     learner = Learner(job)
     step, stream = learner.restore()
-    if rank == 0:
+    leads = rank == 0
+    canaries = learner.canaries() if leads or learner.sharded else []
+    if leads:
         ray.get(coordinator.resume.remote(step, stream))
-        _keep_lines_until(Path(job.metrics), step)
-        _keep_lines_until(Path(job.samples), step)
-        published = ray.get(coordinator.publish.remote(learner.policy(step), learner.canaries()))
+        keep_lines_until(Path(job.metrics), step)
+        keep_lines_until(Path(job.samples), step)
+        curves = Curves(learner.settings.report_to, job.run, Path(job.metrics).with_name("tensorboard") / "grpo")
+        ray.get(coordinator.publish.remote(learner.policy(step), canaries))
     while step < job.steps:
         start = time.monotonic()
         if world > 1:
@@ -78,17 +82,26 @@ def learn_worker(payload: dict[str, Any]) -> None:
         clock = Clock()
         with clock.phase("learn"):
             metrics = learner.step(batch, step, world)
+            canaries = learner.canaries() if leads or learner.sharded else []
         step += 1
-        if rank == 0:
-            published = ray.get(coordinator.publish.remote(learner.policy(step), learner.canaries()))
+        if leads:
+            published = ray.get(coordinator.publish.remote(learner.policy(step), canaries))
+            seconds = time.monotonic() - start
             line = {"step": step, "policy_version": step, **batch.metrics, **metrics, **published}
-            line |= {"seconds/learn": clock.seconds["learn"], "seconds/wait": waited}
-            line["seconds"] = time.monotonic() - start
-            _append(Path(job.metrics), [line])
-            _append(Path(job.samples), [{"step": step, **example} for example in batch.examples])
+            line |= {
+                "seconds/learn": clock.seconds["learn"],
+                "seconds/wait": waited,
+                "seconds": seconds,
+                "prompts": batch.prompts,
+            }
+            line |= {"learner_tokens_per_s": batch.tokens / clock.seconds["learn"], "idle/learner": waited / seconds}
+            append_line(Path(job.metrics), line)
+            for example in batch.examples:
+                append_line(Path(job.samples), {"step": step, **example})
+            curves.write(line, step)
             if step % learner.settings.checkpoint_every == 0 and step < job.steps:
                 learner.save(step, ray.get(coordinator.checkpoint.remote(step - 1)))
-    if rank == 0:
+    if leads:
         learner.finish()
 
 
@@ -100,13 +113,18 @@ class Learner:
         from lorapar_ray.datasets.chat import load_encoder
         from lorapar_ray.optim import MaskedAdamW, masked_param_groups
         from lorapar_ray.partition import load_regions, stage_mask
-        from lorapar_ray.student import load_base
+        from lorapar_ray.sharding import shard_base
+        from lorapar_ray.student import device, load_base
 
         self.job = job
         self.settings = GrpoConfig.model_validate(job.settings)
         model = ModelConfig.model_validate(job.model)
         torch.manual_seed(job.seed)
-        self.model = load_adapter(load_base(model, job.base), Path(job.adapter_in), trainable=True)
+        self.sharded = self.settings.sharding == "fsdp2"
+        base = load_base(model, job.base, on=torch.device("cpu") if self.sharded else device())
+        self.model = load_adapter(base, Path(job.adapter_in), trainable=True)
+        if self.sharded:
+            shard_base(self.model, device())
         self.model.eval()  # no dropout: the learner's policy is the one that was sampled from
         self.pad_id = load_encoder(job.base, None, model.trust_remote_code).tokenizer.pad_token_id
         self.parameters = adapter_parameters(self.model)
@@ -117,6 +135,8 @@ class Learner:
             if job.regions is None
             else stage_mask(load_regions(Path(job.regions))[0], stage=2)
         )
+        config = (Path(job.adapter_in) / "adapter_config.json").read_text()
+        self.sender = PolicySender(config, None if job.regions is None else masks)
         settings = self.settings
         self.optimizer = MaskedAdamW(
             masked_param_groups(self.parameters, masks, lr=settings.learning_rate, weight_decay=settings.weight_decay),
@@ -138,7 +158,8 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=False)
         totals: dict[str, float] = {}
         shared = can_share_prompts(self.model.config)
-        for micro in micro_batches(group_by_prompt(batch.samples, shared), settings.micro_batch_size):
+        micros = list(micro_batches(group_by_prompt(batch.samples, shared), settings.micro_batch_size))
+        for micro in micros:
             loss, metrics = self._loss(micro, batch)
             loss.backward()
             totals["loss"] = totals.get("loss", 0.0) + float(loss.detach())
@@ -148,6 +169,7 @@ class Learner:
                     totals[key] = combine(totals.get(key, value), value)
                 else:
                     totals[key] = totals.get(key, 0.0) + value * sum(map(len, micro)) / len(batch.samples)
+        self._keep_company(len(micros))
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -156,6 +178,19 @@ class Learner:
         grad_norm = self.optimizer.clip_grad_norm_(settings.max_grad_norm)
         self.optimizer.step()
         return {**totals, "learning_rate": rate, "grad_norm": float(grad_norm)}
+
+    def _keep_company(self, passes: int) -> None:
+        """Where the base is cut over the learners, each pass needs every rank: make as many as the busiest one."""
+        if not self.sharded:
+            return
+        from lorapar_ray.sharding import most_of_any_rank
+
+        ids = torch.tensor([self.job.canaries[0][0]], device=self.device)
+        for _ in range(most_of_any_rank(passes, self.device) - passes):
+            if self.settings.kl_beta > 0:
+                with torch.no_grad():
+                    self.model(input_ids=ids, use_cache=False)
+            (self.model(input_ids=ids, use_cache=False).logits.sum() * 0.0).backward()
 
     def _loss(self, groups: list[list[Sample]], batch: Batch) -> tuple[Tensor, dict[str, float]]:
         settings = self.settings
@@ -178,6 +213,7 @@ class Learner:
             kl_beta=settings.kl_beta,
             sampling_logprobs_BT=rows.sampling_logprobs_BT,
             tis_cap=settings.importance_cap,
+            sequence_mask_bounds=settings.sequence_ratio_bounds,
             entropy_BT=entropy_BT,
         )
         # dapo is normalised by the step's tokens already; the others are means over the sequences they are given
@@ -222,10 +258,8 @@ class Learner:
         return result
 
     def policy(self, version: int) -> Policy:
-        """The current adapter, ready to be sent."""
-        tensors = save({key: parameter.detach().cpu().contiguous() for key, parameter in self.parameters.items()})
-        config = (Path(self.job.adapter_in) / "adapter_config.json").read_text()
-        return Policy(version, tensors, config, hashlib.sha256(tensors).hexdigest())
+        """The current adapter, ready to be sent: whole the first time, then what may have changed."""
+        return self.sender.policy(version, self.parameters)
 
     def save(self, step: int, stream: dict[str, Any]) -> None:
         """Checkpoint after `step` steps: adapter, optimiser, RNG, and where the prompts stand."""
@@ -281,16 +315,3 @@ def _sum_over_ranks(gradients: list[Tensor]) -> None:
     for gradient in gradients:
         gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
         start += gradient.numel()
-
-
-def _append(path: Path, lines: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-
-def _keep_lines_until(path: Path, step: int) -> None:
-    """Drop the lines of steps that a restart from a checkpoint will do again."""
-    if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in lines))

@@ -21,6 +21,7 @@ from lorapar_ray.grpo.learner import GrpoJob, learn_worker
 from lorapar_ray.progress import console, progress
 from lorapar_ray.runs import RunDirectory, atomic_path
 from lorapar_ray.sft.stage import export_plain
+from lorapar_ray.sft.tracking import require_trackers
 from lorapar_ray.student import RESIDUAL_INITS, base_path, starting_adapter
 from lorapar_ray.workers import require, run_workers
 
@@ -37,6 +38,7 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
     import ray
 
     settings = config.grpo
+    require_trackers(settings.report_to, "grpo.report_to")
     base = base_path(config.model, run)
     encoder = load_encoder(base, config.model.system_prompt, config.model.trust_remote_code)
     labelled = labelled_rows(run, settings.systems, "grpo.systems")
@@ -59,6 +61,7 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
         samples=str((run.metrics / "samples.jsonl").resolve()),
         steps=steps,
         coordinator=name,
+        run=config.name,
         seed=config.seed,
     )
     require("grpo", settings.rollout_actors, settings.rollout_resources)
@@ -69,7 +72,7 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
         "seed": config.seed,
         "model": base,
         "trust_remote_code": config.model.trust_remote_code,
-        "lora_rank": config.adapter.rank,
+        "lora_rank": json.loads((start_from / "adapter_config.json").read_text())["r"],
     }
     coordinator = ray.remote(Coordinator).options(name=name, num_cpus=0, max_concurrency=1000).remote(plan)
     try:

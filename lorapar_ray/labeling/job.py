@@ -1,32 +1,42 @@
-"""Stage `label`: teachers on Ray Serve, questions through Ray Data, every row in labels or rejects exactly once.
+"""Stage `label`: teachers asked through Ray Data, every row in labels or rejects exactly once.
 
-Questions are cut into fixed blocks. A block whose votes are on disk is never asked again, so an interruption costs at
-most the blocks in flight.
+    data/train.parquet ─► pending questions ─► asking workers (Ray Data) ─► vote store ─► labels, rejects, summary
+                              ▲                    └─► Serve, endpoints         │
+                              └──────────── what is known already ◄─────────────┘
+
+Everything streams: neither the driver nor a worker holds more than some blocks of questions. The vote store is the one
+thing that a resumed run, a further teacher or another calibration goes on from.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
-import logging
-import random
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
+from uuid import uuid4
 
 from lorapar_ray.config import Config
-from lorapar_ray.datasets.rows import Row, iterate_rows
 from lorapar_ray.errors import UserError
-from lorapar_ray.labeling.asker import Asker, read_votes, write_table
-from lorapar_ray.labeling.prompts import CONTENT_FREE
-from lorapar_ray.labeling.summary import render, summarise
-from lorapar_ray.labeling.votes import Vote, average_log_probs, majority
+from lorapar_ray.labeling.asker import Asker, read_result
+from lorapar_ray.labeling.calibration import ask_probes, measured_bias, probes, unanswered
+from lorapar_ray.labeling.keys import teacher_keys
+from lorapar_ray.labeling.output import write_labels, write_random_labels
+from lorapar_ray.labeling.panel import Panel
+from lorapar_ray.labeling.pending import write_pending
+from lorapar_ray.labeling.remote import secret
+from lorapar_ray.labeling.serving import require_room, start_teachers, stop_teachers
+from lorapar_ray.labeling.store import VoteStore as VoteStore  # re-exported: a benchmark times it
+from lorapar_ray.labeling.summary import Session, render
+from lorapar_ray.labeling.teachers import python_class
+from lorapar_ray.labeling.voting import Keys
 from lorapar_ray.progress import console, progress
-from lorapar_ray.runs import RunDirectory, atomic_path, write_json
+from lorapar_ray.runs import RunDirectory, write_json
 
-BATCH_CALIBRATION_ROWS = 48
+OBJECT_STORE_BYTES = 256 * 2**20
 
 
 def label(config: Config, run: RunDirectory) -> dict[str, Any]:
@@ -35,196 +45,171 @@ def label(config: Config, run: RunDirectory) -> dict[str, Any]:
     Raises:
         UserError: fewer teachers than `label.quorum` answer; what was voted so far is kept.
     """
-    rows = list(iterate_rows(run.data / "train.parquet"))
     if config.label.strategy == "random":
-        votes: dict[str, list[dict[str, Any]]] = {}
-        bias: dict[str, list[float]] = {}
-        seconds = 0.0
+        summary = write_random_labels(config, run)
     else:
-        start = time.monotonic()
-        votes, bias = _collect(config, run, rows)
-        seconds = time.monotonic() - start
-    labels, rejects = [], []
-    for row in rows:
-        found = [Vote(**vote) for vote in votes.get(row.id, [])]
-        system, agreement, confidence = _random_system(config, row), 1.0, 1.0
-        if config.label.strategy != "random":
-            decision = majority(found)
-            if decision is None:
-                rejects.append(_reject(row))
-                continue
-            system, agreement, confidence = decision.system, decision.agreement, decision.confidence
-        decided = {"system": system, "agreement": agreement, "confidence": confidence}
-        labels.append({**vars(row), **decided, "votes": [vars(vote) for vote in found]})
-    if not labels:
-        raise UserError("label: no question got a single vote; look at the teachers with --verbose")
-    if rejects:
-        with atomic_path(run.rejects / "label.parquet") as draft:
-            write_table(draft, rejects)
-    with atomic_path(run.labels / "part-00000.parquet") as draft:
-        write_table(draft, labels)
-    summary = summarise(config.label, labels, len(rejects), bias, seconds)
+        voting = _Voting(config, run)
+        try:
+            voting.collect()
+            summary = write_labels(config, run, voting.store, voting.keys, voting.bias, voting.session)
+        finally:
+            voting.store.close()
     write_json(run.labels / "summary.json", summary)
     console.print(render(summary))
-    return {"labelled": len(labels), "unlabelled": len(rejects)}
+    return {"labelled": summary["rows"], "unlabelled": summary["rejected"]}
 
 
-def _collect(
-    config: Config, run: RunDirectory, rows: list[Row]
-) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[float]]]:
-    """(votes by row id, bias by teacher); asks whatever is not on disk yet."""
-    work = run.work / "label"
-    size = config.label.rows_per_block
-    stems = [work / f"block-{index:05d}" for index in range(-(-len(rows) // size))]
-    for index, stem in enumerate(stems):
-        if not stem.with_suffix(".json").is_file():
-            part = rows[index * size : (index + 1) * size]
-            write_json(stem.with_suffix(".json"), [vars(row) for row in part])
-    bias_file = work / "bias.json"
-    pending = [stem for stem in stems if not Path(f"{stem}.votes.json").is_file()]
-    if pending:
-        _ask_pending(config, rows, pending, len(stems), bias_file)
-    votes = {entry["id"]: entry["votes"] for stem in stems for entry in read_votes(stem)}
-    return votes, json.loads(bias_file.read_text())
-
-
-def _ask_pending(config: Config, rows: list[Row], pending: list[Path], total: int, bias_file: Path) -> None:
-    apps = {t.name: f"lorapar-{config.name}-{t.name}" for t in config.label.teachers if t.kind == "serve"}
-
-    def poll() -> tuple[int, str]:
-        left = sum(not Path(f"{stem}.votes.json").is_file() for stem in pending)
-        return total - left, "blocks" if bias_file.is_file() else "blocks, starting teachers"
-
-    try:
-        with progress("label", total, poll):
-            running = _start_teachers(config, apps)
-            asker = Asker(config.label.model_dump(mode="json"), running, _student(config), {})
-            bias = asyncio.run(_measure(config, asker, rows))
-            if not bias_file.is_file():  # one run, one calibration: a resumed run goes on with the first
-                write_json(bias_file, bias)
-            _run_job(config, running, pending, json.loads(bias_file.read_text()))
-    finally:
-        if apps:
-            _stop_teachers(apps)
-    missing = [stem for stem in pending if not Path(f"{stem}.votes.json").is_file()]
-    if missing:
-        raise UserError(f"label: {len(missing)} blocks of questions got no answer; run the same command to ask again")
-
-
-def _start_teachers(config: Config, apps: dict[str, str]) -> dict[str, str]:
-    """Deploy every hosted teacher, all at once, and wait until each runs or has failed; returns those that run.
-
-    Raises:
-        UserError: fewer than the quorum run.
-    """
-    if not apps:
-        return {}
-    from ray import serve
-    from ray.serve.config import HTTPOptions
-
-    from lorapar_ray.labeling.teachers import target
-    from lorapar_ray.models import resolve_model
-    from lorapar_ray.workers import require
-
-    hosted = [teacher for teacher in config.label.teachers if teacher.kind == "serve"]
-    for teacher in hosted:
-        resolve_model(teacher.model)  # a wrong path should be one line here, not a replica that never starts
-        require("label", teacher.replicas, teacher.resources)
-    logging.getLogger("ray.serve").setLevel(logging.getLogger("ray").getEffectiveLevel())  # its own default is INFO
-    serve.start(http_options=HTTPOptions(host="127.0.0.1", location="NoServer"))
-    targets = [target(teacher, apps[teacher.name], config.seed) for teacher in hosted]
-    serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-    waiting, running = dict(apps), {}
-    while waiting:
-        status = serve.status().applications
-        for name, app in list(waiting.items()):
-            state = status[app].status if app in status else None
-            if state == "RUNNING":
-                running[name] = waiting.pop(name)
-            elif state in ("DEPLOY_FAILED", "UNHEALTHY"):
-                console.print(f"  [yellow]teacher {name} could not start and abstains[/]: {status[app].message[:300]}")
-                waiting.pop(name)
-        time.sleep(0.5)
-    remote = len(config.label.teachers) - len(hosted)
-    if len(running) + remote < config.label.quorum:
-        raise UserError(
-            f"label: {len(running) + remote} of {len(config.label.teachers)} teachers run, label.quorum is "
-            f"{config.label.quorum}; see --verbose, then run the same command again"
-        )
-    return running
-
-
-def _stop_teachers(apps: dict[str, str]) -> None:
-    """Free the teachers' resources; Serve itself stays if somebody else's applications run on it."""
-    from ray import serve
-
-    if set(serve.status().applications) <= set(apps.values()):
-        serve.shutdown()
-        return
-    for app in apps.values():
-        serve.delete(app)
-
-
-async def _measure(config: Config, asker: Asker, rows: list[Row]) -> dict[str, list[float]]:
-    """Check that the quorum answers, and measure each teacher's bias as `label.calibration` says."""
-    probes = [(text, "N/A") for text in CONTENT_FREE]
-    if config.label.calibration == "batch":
-        sample = random.Random(f"{config.seed}/bias").sample(rows, min(len(rows), BATCH_CALIBRATION_ROWS))
-        probes = [(row.prompt, row.answer) for row in sample]
-    bias: dict[str, list[float]] = {}
-    answering = 0
-    for teacher in config.label.teachers:
-        asked = await asyncio.gather(*(asker.log_probs(teacher, *probe) for probe in probes))
-        answers = [answer for answer in asked if answer is not None]
-        answering += bool(answers)
-        if not answers:
-            console.print(f"  [yellow]teacher {teacher.name} does not answer and abstains[/]")
-        elif config.label.calibration == "batch":
-            bias[teacher.name] = [median(column) for column in zip(*answers, strict=True)]
-        elif config.label.calibration == "content_free":
-            bias[teacher.name] = average_log_probs(answers)
-    if answering < config.label.quorum:
-        raise UserError(
-            f"label: {answering} of {len(config.label.teachers)} teachers answer, label.quorum is "
-            f"{config.label.quorum}; mend them and run the same command again"
-        )
-    return bias
-
-
-def _run_job(config: Config, apps: dict[str, str], pending: list[Path], bias: dict[str, list[float]]) -> None:
-    """Ask the pending blocks through Ray Data."""
-    import ray
-
-    from lorapar_ray.workers import require
-
-    settings = config.label
-    require("label", settings.workers, settings.resources)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # ours counts blocks on disk, which survive a restart
-    # Ray Data takes CPUs that Serve holds for its own and waits for them for ever, unless told what it may use
-    limits = {"cpu": settings.workers * settings.resources.cpus + 1, "object_store_memory": 256 * 2**20}
-    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(**limits)
-    blocks = ray.data.from_items([{"block": str(stem.resolve())} for stem in pending], override_num_blocks=len(pending))
-    blocks.map_batches(
-        Asker,
-        fn_constructor_args=(settings.model_dump(mode="json"), apps, _student(config), bias),
-        batch_size=1,
-        concurrency=settings.workers,
-        num_cpus=settings.resources.cpus,
-    ).materialize()
-
-
-def _student(config: Config) -> str:
+def student_name(config: Config) -> str:
+    """The model that teachers play: as the config names it, else the last part of the student's path."""
     return config.label.student_name or config.model.path.removeprefix("package:").rstrip("/").rsplit("/", 1)[-1]
 
 
-def _random_system(config: Config, row: Row) -> int:
-    """A seeded draw that depends on the row's id alone."""
-    systems = sorted(config.label.definitions)
-    number = hashlib.sha256(f"{config.seed}/{row.id}".encode()).digest()[0]
-    return systems[number % len(systems)]
+@dataclass
+class _Voting:
+    """One process's part in collecting the votes of a run."""
+
+    config: Config
+    run: RunDirectory
+    bias: dict[str, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        label = self.config.label
+        for teacher in label.teachers:
+            if teacher.kind == "python":
+                python_class(teacher)
+        self.student = student_name(self.config)
+        self.secrets = {t.name: key for t in label.teachers if (key := secret(t)) is not None}
+        self.keys: Keys = {t.name: teacher_keys(label, t, self.student) for t in label.teachers}
+        self.rows = self.run.data / "train.parquet"
+        self.work = self.run.work / "label"
+        self.store = VoteStore(Path(label.cache) if label.cache else self.run.work / "votes.sqlite")
+        self.session = Session(run=_run_id(self.work / "run.json"))
+        self.probes = probes(label, self.rows, self.config.seed)
+
+    def collect(self) -> None:
+        """Ask whatever is not stored yet."""
+        label = self.config.label
+        if not any(unanswered(label, self.keys, self.store, self.probes).values()):
+            self._calibrate()
+            if not self._pending([teacher.name for teacher in label.teachers]).blocks:
+                return  # every vote is stored: no teacher needs to start
+        require_room(self.config)
+        start = time.monotonic()
+        self.left = self._total()
+        try:
+            with progress("label", self._total(), self._poll):
+                apps, dead = start_teachers(self.config)
+                dead |= asyncio.run(self._ask_probes(apps, dead))
+                self._check_quorum(dead)
+                self._calibrate()
+                self.session.starting_s = time.monotonic() - start
+                pending = self._pending([name for name in self.keys if name not in dead])
+                self.left = pending.questions
+                asking = time.monotonic()
+                for result in self._results(pending.blocks, apps, dead):
+                    self._absorb(result)
+                    self._check_quorum(result["dead"])
+                self.session.asking_s = time.monotonic() - asking
+        finally:
+            stop_teachers(self.config)
+
+    def _total(self) -> int:
+        import pyarrow.parquet as pq
+
+        rows: int = pq.ParquetFile(self.rows).metadata.num_rows
+        return rows
+
+    def _poll(self) -> tuple[int, str]:
+        remark = f"questions, {self.session.votes} votes" if self.session.starting_s else "questions, starting teachers"
+        return self._total() - self.left, remark
+
+    def _pending(self, living: list[str]) -> Any:
+        target = self.work / "pending.parquet"
+        return write_pending(target, self.rows, self.store, self.config.label, self.keys, self.bias, living)
+
+    async def _ask_probes(self, apps: dict[str, str], dead: dict[str, str]) -> dict[str, str]:
+        label = self.config.label
+        panel = Panel(label, apps, self.secrets, self.student, self.session.run, dead)
+        silent = await ask_probes(panel, label, self.keys, self.store, self.probes)
+        for name, reason in silent.items():
+            if name not in dead:
+                console.print(f"  [yellow]teacher {name} does not answer and abstains[/]: {reason}")
+        return silent
+
+    def _check_quorum(self, dead: dict[str, str]) -> None:
+        self.session.dead |= dead
+        label = self.config.label
+        living = len(label.teachers) - len(dead)
+        if living < label.quorum:
+            reasons = "; ".join(f"{name}: {' '.join(reason.split())[:100]}" for name, reason in dead.items())
+            raise UserError(
+                f"label: {living} of {len(label.teachers)} teachers answer, label.quorum is {label.quorum} ({reasons})"
+                "; mend them and run the same command again, votes so far are kept"
+            )
+
+    def _calibrate(self) -> None:
+        """One run, one calibration: a resumed run goes on with the first, and adds teachers that answer only now."""
+        file = self.work / "bias.json"
+        known = json.loads(file.read_text()) if file.is_file() else {}
+        self.bias = measured_bias(self.config.label, self.keys, self.store, self.probes) | known
+        write_json(file, self.bias)
+
+    def _absorb(self, result: Any) -> None:
+        self.store.add(
+            (
+                (question, key, answer)
+                for question, name, answers in result["answers"]
+                for key, answer in zip(self.keys[name], answers, strict=True)
+            ),
+            ((self.session.run, question, name, reason) for question, name, reason in result["failures"]),
+        )
+        self.session.votes += len(result["answers"])
+        self.left -= result["questions"]
+
+    def _results(self, blocks: int, apps: dict[str, str], dead: dict[str, str]) -> Iterator[Any]:
+        """Ask the pending blocks through Ray Data; results come in whatever order they are finished."""
+        if not blocks:
+            return
+        import ray
+        from ray.data import ActorPoolStrategy, DataContext
+
+        label = self.config.label
+        context = DataContext.get_current()
+        context.enable_progress_bars = False  # ours counts stored questions, which survive a restart
+        context.execution_options.preserve_order = False
+        # Ray Data takes CPUs that Serve holds for its own and waits for them for ever, unless told what it may use
+        limits = {"cpu": label.workers * label.resources.cpus + 1, "object_store_memory": OBJECT_STORE_BYTES}
+        context.execution_options.resource_limits = context.execution_options.resource_limits.copy(**limits)
+        # so many blocks at once that the next one is there before the last question of one is answered
+        at_once = -(-label.concurrency // label.rows_per_block) + 1
+        asked = ray.data.from_items([{"block": block} for block in range(blocks)], override_num_blocks=blocks)
+        asked = asked.map_batches(
+            Asker,
+            fn_constructor_args=(
+                label.model_dump(mode="json"),
+                str((self.work / "pending.parquet").resolve()),
+                apps,
+                self.secrets,
+                self.student,
+                self.bias,
+                self.session.run,
+                dead,
+            ),
+            batch_size=1,
+            compute=ActorPoolStrategy(
+                size=label.workers, max_concurrent_calls_per_actor=at_once, max_tasks_in_flight_per_actor=2 * at_once
+            ),
+            num_cpus=label.resources.cpus,
+            num_gpus=label.resources.gpus or None,
+        )
+        for batch in asked.iter_batches(batch_size=None, prefetch_batches=0):
+            for text in batch["result"]:
+                yield read_result(text)
 
 
-def _reject(row: Row) -> dict[str, str]:
-    text = json.dumps(vars(row), ensure_ascii=False)
-    return {"id": row.id, "stage": "label", "reason": "no teacher answered", "row": text}
+def _run_id(file: Path) -> str:
+    """Names this run's votes in a store that others may share; the same for every process that resumes it."""
+    if not file.is_file():
+        write_json(file, {"run": uuid4().hex})
+    run: str = json.loads(file.read_text())["run"]
+    return run

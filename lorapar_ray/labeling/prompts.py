@@ -6,49 +6,63 @@ comes last and the text ends in `System:`, so that the answer is one token and n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from lorapar_ray.config import VoteExample
+from lorapar_ray.config import LabelConfig, TeacherConfig, VoteExample
 
 CONTENT_FREE = ("N/A", "[question]", "…")
 """Questions that say nothing: how a teacher labels them is its bias (contextual calibration, arXiv 2102.09690)."""
 
 
 def voting_prompt(
-    question: str,
-    answer: str,
-    *,
-    definitions: Mapping[int, str],
-    examples: Sequence[VoteExample],
-    student: str | None,
+    question: str, answer: str, *, label: LabelConfig, teacher: TeacherConfig, student: str, rotation: int = 0
 ) -> str:
-    """The text up to and including `System:`.
+    """The text up to and including `System:` (or whatever `label.prompt.choice` says).
 
     Args:
-        definitions: what each System means, in the order they are to be read.
-        examples: worked examples, in the order they are to be read.
-        student: the model the teacher plays; None leaves the role out (strategy `single`).
+        student: the model the teacher plays; strategy `single` leaves the role out.
+        rotation: how far the Systems' numbers are moved: at 0 System 1 goes by 1, at 1 it goes by 2, the last one by 1.
+            Meanings are read in the order of their numbers, so both the number and the place change.
     """
-    role = f"Act as the language model {student}. " if student else ""
-    kinds = "\n".join(f"System {system}: {meaning}." for system, meaning in definitions.items())
+    text = label.prompt
+    number = dict(zip(sorted(label.definitions), numbers(label, rotation), strict=True))
+    role = text.role.format(student=student) if label.strategy != "single" else ""
+    kinds = "\n".join(
+        text.definition.format(system=number[system], meaning=label.definitions[system])
+        for system in sorted(number, key=number.__getitem__)
+    )
+    examples: Sequence[VoteExample] = sorted(label.examples, key=lambda example: number[example.system])
+    if teacher.example_order == "system2_first":
+        examples = examples[::-1]
+
+    def block(question: str, answer: str) -> str:
+        return f"{text.question.format(question=question, answer=answer)}\n{text.choice}"
+
     blocks = [
-        f"{role}Decide which System a question belongs to.\n{kinds}",
-        *(_block(example.question, example.answer) + f" {example.system}" for example in examples),
-        _block(question, answer),
+        f"{role}{text.task.format()}\n{kinds}",
+        *(f"{block(example.question, example.answer)} {number[example.system]}" for example in examples),
+        block(question, answer),
     ]
     return "\n\n".join(blocks)
 
 
-def with_template(prompt: str, tokenizer: Any, use: bool | None) -> str:
-    """The prompt inside the tokenizer's chat template (if it has one, or as `use` says), `System:` left open."""
+def numbers(label: LabelConfig, rotation: int) -> list[int]:
+    """The number that each System (in order) goes by in a rotated prompt."""
+    count = len(label.definitions)
+    return [(index + rotation) % count + 1 for index in range(count)]
+
+
+def rotations(label: LabelConfig) -> range:
+    """The prompts a teacher is asked for one question: K for `swapped_definitions`, else the plain one."""
+    return range(len(label.definitions) if label.calibration == "swapped_definitions" else 1)
+
+
+def with_template(prompt: str, tokenizer: Any, use: bool | None, choice: str) -> str:
+    """The prompt inside the tokenizer's chat template (if it has one, or as `use` says), its last words left open."""
     if not (tokenizer.chat_template is not None if use is None else use):
         return prompt
-    asked, ending = prompt.removesuffix("System:").rstrip(), "System:"
+    asked = prompt.removesuffix(choice).rstrip()
     message = [{"role": "user", "content": asked}]
     opened: str = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    return opened + ending
-
-
-def _block(question: str, answer: str) -> str:
-    return f"Question: {question}\nAnswer: {answer}\nSystem:"
+    return opened + choice

@@ -16,6 +16,7 @@ from matplotlib import pyplot as plt
 from lorapar_ray.reporting.data import MODELS, RunData
 
 SYSTEM1, SYSTEM2, SHARED, QUIET, INK = "#e07a3f", "#3a6ea5", "#6b4c9a", "#c9ced6", "#2b2f36"
+SYSTEM_COLOURS = (SYSTEM1, SYSTEM2, SHARED, "#5b9a68", "#c2a33a", "#8a8f98", "#b0567a", "#4aa3a2", "#7a5c3e")
 
 STYLE = {
     "figure.facecolor": "white",
@@ -46,7 +47,7 @@ def label_split(axis: Any, run: RunData) -> None:
     rows = {"majority": run.labels["split"]} | {name: t["split"] for name, t in run.labels["teachers"].items()}
     names = list(rows)[::-1]
     left = [0.0] * len(names)
-    for system, colour in (("1", SYSTEM1), ("2", SYSTEM2)):
+    for system, colour in zip(run.labels["split"], SYSTEM_COLOURS, strict=False):
         widths = [100 * rows[name][system] / max(1, sum(rows[name].values())) for name in names]
         bars = axis.barh(names, widths, left=left, color=colour, label=f"System {system}", height=0.6)
         axis.bar_label(bars, [str(rows[name][system]) for name in names], label_type="center", color="white")
@@ -60,6 +61,7 @@ def confidence(axis: Any, run: RunData) -> None:
     assert run.labels is not None
     edges, counts = (run.labels["confidence_histogram"][key] for key in ("edges", "counts"))
     axis.bar(edges[:-1], counts, width=edges[1] - edges[0], align="edge", color=SHARED, edgecolor="white")
+    axis.set_xlim(edges[0], 1)
     axis.set(title="How sure the teachers are", xlabel="probability of the chosen System", ylabel="votes")
 
 
@@ -68,9 +70,11 @@ def tasks(axis: Any, run: RunData) -> None:
     assert run.labels is not None
     table = run.labels["by_task"]
     names = list(table)[::-1]
-    ones = [100 * table[name]["1"] / max(1, sum(table[name].values())) for name in names]
-    axis.barh(names, ones, color=SYSTEM1, height=0.6, label="System 1")
-    axis.barh(names, [100 - one for one in ones], left=ones, color=SYSTEM2, height=0.6, label="System 2")
+    left = [0.0] * len(names)
+    for system, colour in zip(run.labels["split"], SYSTEM_COLOURS, strict=False):
+        widths = [100 * table[name][system] / max(1, sum(table[name].values())) for name in names]
+        axis.barh(names, widths, left=left, color=colour, height=0.6, label=f"System {system}")
+        left = [start + width for start, width in zip(left, widths, strict=True)]
     axis.set(title="Labels by the generator's own task", xlabel="% of questions", xlim=(0, 100))
 
 
@@ -132,6 +136,14 @@ def phases(axis: Any, run: RunData) -> None:
         axis.bar([line["step"] for line in run.grpo], values, bottom=bottom, color=colour, label=name, width=0.9)
         bottom = [b + v for b, v in zip(bottom, values, strict=True)]
     axis.set(title="Stage 2: seconds of a step", xlabel="step", ylabel="s")
+    axis.legend(fontsize=8)
+
+
+def idle(axis: Any, run: RunData) -> None:
+    """Share of its time that each side of stage 2 waits for the other."""
+    _curve(axis, run.grpo, "idle/learner", SHARED, "learner")
+    _curve(axis, run.grpo, "idle/engines", SYSTEM2, "rollout engines")
+    axis.set(title="Stage 2: idle share", xlabel="step", ylabel="share of the time", ylim=(0, 1))
     axis.legend(fontsize=8)
 
 

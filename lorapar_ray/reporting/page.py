@@ -106,7 +106,7 @@ def _drawable(data: RunData) -> dict[str, charts.Draw]:
     if data.sft:
         draws["sft_loss"] = charts.sft_loss
     if data.grpo:
-        grpo = (charts.reward, charts.length, charts.ratio, charts.gaps, charts.phases)
+        grpo = (charts.reward, charts.length, charts.ratio, charts.gaps, charts.phases, charts.idle)
         draws |= {draw.__name__: draw for draw in grpo}
     return draws
 

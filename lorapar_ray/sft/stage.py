@@ -26,7 +26,7 @@ def train_stage1(config: Config, run: RunDirectory) -> dict[str, Any]:
         UserError: no labelled row belongs to those Systems, a prompt is longer than `sft.max_length`, or a tracker of
             `sft.report_to` is not installed.
     """
-    require_trackers(config.sft.report_to)
+    require_trackers(config.sft.report_to, "sft.report_to")
     rows = labelled_rows(run, config.sft.systems, "sft.systems")
     regions = run.partition / "regions.safetensors" if config.sft.masked else None
     residual = config.adapter.method == "lora" and config.adapter.init in RESIDUAL_INITS

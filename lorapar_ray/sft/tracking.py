@@ -14,15 +14,15 @@ from lorapar_ray.errors import UserError
 PROJECT = "lorapar_ray"
 
 
-def require_trackers(names: Sequence[str]) -> None:
-    """Fail before any worker starts, not after.
+def require_trackers(names: Sequence[str], field: str) -> None:
+    """Fail before any worker starts, not after; `field` of the config asked for them.
 
     Raises:
         UserError: a tracker's package is not installed.
     """
     for name in names:
         if find_spec(name) is None:
-            raise UserError(f"sft.report_to: '{name}' is not installed; pip install {name}, or take it off the list")
+            raise UserError(f"{field}: '{name}' is not installed; pip install {name}, or take it off the list")
 
 
 def point_trackers(folder: Path) -> None:
@@ -47,7 +47,7 @@ def append_line(file: Path, line: dict[str, Any]) -> None:
     """Add one JSON line."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as lines:
-        lines.write(json.dumps(line) + "\n")
+        lines.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def keep_lines_until(file: Path, step: int) -> None:

@@ -78,6 +78,20 @@ def test_workers_and_sharding_change_nothing(
     assert [len(finished_units(run, system)) for system in (1, 2)] == [5, 5]
 
 
+def test_a_run_resumed_on_another_number_of_workers_gives_the_same_scores(
+    alone: list[Scores], student: Path, tmp_path: Path
+) -> None:
+    config, run = make_run(student, tmp_path / "run")
+    score_stage(config, run)
+    lost = [unit for system in (1, 2) for unit in finished_units(run, system)[1::2]]
+    for unit in lost:
+        unit.unlink()
+    config, _ = make_run(student, tmp_path / "run", workers=3, resources={"cpus": 0.5})
+    score_stage(config, run)
+    assert all(unit.is_file() for unit in lost)
+    same(scores_of(run), alone)
+
+
 def test_a_killed_worker_is_replaced_and_counts_nothing_twice(
     alone: list[Scores], student: Path, tmp_path: Path
 ) -> None:

@@ -4,25 +4,28 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import threading
 import time
 from collections.abc import Callable
-from itertools import chain
+from contextlib import closing
 from pathlib import Path
 
-import pyarrow.parquet as pq
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from lorapar_ray.datasets.rows import read_table
+from lorapar_ray.labeling.store import question_key
 from lorapar_ray.runs import STAGES
 from tests.e2e.conftest import FinishedRun
 from tests.tiny_run import ROOT, command, lorapar, metrics
 
 pytestmark = pytest.mark.e2e
 OUTPUTS = {
-    "label": ("data", "labels", "rejects", "work/label"),
+    "label": ("data", "labels", "rejects", "work/label", "work/votes.sqlite"),
     "score": ("scores", "adapter", "work/score", "work/warmup"),
     "sft": ("sft",),
     "grpo": ("grpo",),
@@ -38,6 +41,7 @@ def copy_before(finished: FinishedRun, stage: str, target: Path) -> Path:
     (target / "manifest.json").write_text(json.dumps(manifest))
     for folder in OUTPUTS[stage]:
         shutil.rmtree(target / folder, ignore_errors=True)
+        (target / folder).unlink(missing_ok=True)
     (target / "metrics" / f"{stage}.jsonl").unlink(missing_ok=True)
     return target
 
@@ -66,19 +70,59 @@ def weights(adapter: Path) -> dict[str, torch.Tensor]:
     return load_file(adapter / "adapter_model.safetensors")
 
 
-def test_questions_voted_on_are_not_asked_again(finished: FinishedRun, tmp_path: Path) -> None:
+def stored_votes(run: Path) -> dict[tuple[bytes, bytes], float]:
+    """Every answer in the run's vote store with its latency, by (question, teacher); one asked again gets another."""
+    if not (run / "work" / "votes.sqlite").is_file():
+        return {}
+    with closing(sqlite3.connect(run / "work" / "votes.sqlite", timeout=30)) as store:
+        try:
+            return {(q, t): s for q, t, s in store.execute("SELECT question, teacher, latency_s FROM answers")}
+        except sqlite3.OperationalError:  # the store is being made
+            return {}
+
+
+def kill_descendant(root: int, name: str) -> None:
+    """`kill -9` on the process below `root` whose title begins with `name`."""
+    found = [p for p in psutil.Process(root).children(recursive=True) if " ".join(p.cmdline()).startswith(name)]
+    assert len(found) == 1, (name, found)
+    found[0].kill()
+
+
+def test_labelling_survives_kill_9_on_a_replica_an_engine_and_the_driver(finished: FinishedRun, tmp_path: Path) -> None:
     run = copy_before(finished, "label", tmp_path / "run")
-    command_line = ("label", "-c", finished.config, "-d", run, "--set", "label.rows_per_block=2")
-    blocks = run / "work" / "label"
-    stop_when(lambda: any(blocks.glob("*.votes.json")), signal.SIGKILL, *command_line)
-    there = {path: path.stat().st_mtime_ns for path in blocks.glob("*.votes.json")}
-    again = lorapar(*command_line)
+    changes = {"calibration": "content_free", "rows_per_block": 2, "concurrency": 2}
+    changed = [item for key, value in changes.items() for item in ("--set", f"label.{key}={value}")]
+    arguments = ("label", "-c", finished.config, "-d", run, *changed)
+    victims: list[int] = []
+
+    def killed_and_recovered() -> bool:
+        """Kills a replica and the other one's engine in mid-run; true once both teachers vote again."""
+        votes = stored_votes(run)
+        if not victims and len(votes) > 20:
+            (driver,) = [p.pid for p in psutil.process_iter(["cmdline"]) if str(run) in (p.info["cmdline"] or [])]
+            kill_descendant(driver, "ray::ServeReplica:lorapar-tiny-a:a")
+            (engine,) = engines_of(driver, "ray::ServeReplica:lorapar-tiny-b:b")
+            engine.kill()
+            victims.append(len(votes))
+        return bool(victims) and len(votes) > victims[0] + 16
+
+    stop_when(killed_and_recovered, signal.SIGKILL, *arguments)
+    before = stored_votes(run)
+    assert len(before) < 2 * 48, "labelling was over before it could be killed"
+    again = lorapar(*arguments)
     assert again.returncode == 0, again.stderr
-    assert len(there) < len(list(blocks.glob("*.votes.json")))
-    assert there == {path: path.stat().st_mtime_ns for path in there}
-    labelled = [pq.read_table(path).column("id").to_pylist() for path in (run / "labels").glob("*.parquet")]
-    asked = pq.read_table(run / "data" / "train.parquet").column("id").to_pylist()
-    assert sorted(chain.from_iterable(labelled)) == sorted(asked)
+    after = stored_votes(run)
+    probe = question_key("N/A", "N/A")  # the one question that a resumed run asks again: are you there?
+    assert all(after[key] == seconds for key, seconds in before.items() if key[0] != probe)
+    rows = read_table(run / "labels")
+    assert sorted(row["id"] for row in rows) == sorted(row["id"] for row in read_table(run / "data" / "train.parquet"))
+    assert all([vote["teacher"] for vote in row["votes"]] == ["a", "b"] for row in rows)
+
+
+def engines_of(root: int, replica: str) -> list[psutil.Process]:
+    """vLLM's own processes below a Serve replica."""
+    parents = [p for p in psutil.Process(root).children(recursive=True) if " ".join(p.cmdline()).startswith(replica)]
+    return [p for parent in parents for p in parent.children() if "EngineCore" in " ".join(p.cmdline())]
 
 
 def test_scoring_goes_on_with_the_units_that_are_there(finished: FinishedRun, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The pipeline as a real Ray job on a cluster started with `ray start --head`."""
+"""A real Ray job on a cluster started with `ray start --head` finishes a run that was labelled, scored and tuned."""
 
 import json
 import os
@@ -12,7 +12,8 @@ import pytest
 
 from lorapar_ray.runs import STAGES
 from tests.e2e.conftest import FinishedRun
-from tests.tiny_run import ROOT, tiny_config, write_config
+from tests.e2e.test_interruption import copy_before
+from tests.tiny_run import ROOT
 
 pytestmark = pytest.mark.e2e
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -25,11 +26,8 @@ def free_port() -> int:
     return port
 
 
-def test_ray_job_submit_runs_the_pipeline(finished: FinishedRun, tmp_path: Path) -> None:
-    config = tiny_config(finished.student)
-    config |= {"label": {"strategy": "random"}, "name": "job"}
-    config["grpo"] |= {"steps": 2}
-    path = write_config(tmp_path / "job.yaml", config)
+def test_ray_job_submit_finishes_the_pipeline(finished: FinishedRun, tmp_path: Path) -> None:
+    run = copy_before(finished, "grpo", tmp_path / "run")
     port, dashboard = free_port(), free_port()
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "disabled"}
@@ -48,14 +46,14 @@ def test_ray_job_submit_runs_the_pipeline(finished: FinishedRun, tmp_path: Path)
                 sys.executable,
                 "jobs/pipeline.py",
                 "--config",
-                str(path),
+                str(finished.config),
                 "--run-dir",
-                str(tmp_path / "run"),
+                str(run),
             ]
             done = subprocess.run(submit, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
         finally:
             head.terminate()
             head.wait(60)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    stages = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]
+    stages = json.loads((run / "manifest.json").read_text())["stages"]
     assert {name: stages[name]["status"] for name in STAGES} == dict.fromkeys(STAGES, "done")

@@ -21,6 +21,8 @@ from lorapar_ray.adapters import (
     save_adapter,
     to_plain_lora,
 )
+from lorapar_ray.adapters.job import initialise, require_lora
+from lorapar_ray.config import AdapterConfig, ModelConfig
 from lorapar_ray.errors import UserError
 from tests.unit.tiny_models import CONFIGS, tiny
 
@@ -120,3 +122,23 @@ def test_residual_inits_export_as_plain_lora_on_the_original_base(init: str, tmp
     weights = dict(merged_weights(original.state_dict(), state, scaling=lora_scaling(plain)))
     original.load_state_dict({**original.state_dict(), **weights})
     torch.testing.assert_close(original(TOKENS).logits, model(TOKENS).logits, atol=5e-5, rtol=1e-3)
+
+
+def test_an_adapter_of_the_users_is_gone_on_from(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path / "base")
+    trained = attach_lora(tiny(), rank=4, alpha=32, targets="qkv")
+    randomise(trained)
+    save_adapter(trained, tmp_path / "theirs")
+    settings = AdapterConfig(init="adapter", path=str(tmp_path / "theirs")).model_dump(mode="json")
+    model = ModelConfig(path=str(tmp_path / "base"), dtype="float32").model_dump(mode="json")
+    assert initialise(model, settings, str(tmp_path / "base"), str(tmp_path / "ours"), seed=0) is None
+    ours, theirs = read_adapter_state(tmp_path / "ours"), adapter_state(trained)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    require_lora(tmp_path / "theirs")
+    with pytest.raises(UserError, match=r"adapter.path '.*base': needs adapter_config.json"):
+        require_lora(tmp_path / "base")
+    config = tmp_path / "theirs" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"LORA"', '"IA3"'))
+    with pytest.raises(UserError, match="holds a IA3 adapter"):
+        require_lora(tmp_path / "theirs")

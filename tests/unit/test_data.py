@@ -2,6 +2,7 @@
 
 import errno
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from lorapar_ray.config import load_config
 from lorapar_ray.datasets.named import NAMED
 from lorapar_ray.datasets.prepare import prepare
+from lorapar_ray.datasets.records import read_records
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation import accuracy, wilson_interval
@@ -80,15 +82,119 @@ def test_named_readers_on_records_of_their_published_form() -> None:
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the benchmark data folder beside the checkout")
 @pytest.mark.parametrize(
-    ("reader", "file", "count"),
-    [("gsm8k", "gsm8k/train.jsonl", 7473), ("dolly", "dolly15k/databricks-dolly-15k.jsonl.gz", 15011)],
+    ("source", "file", "count", "first"),
+    [
+        ("gsm8k", "gsm8k/train.jsonl", 7473, ("Natalia sold clips", "72")),
+        ("dolly", "dolly15k/databricks-dolly-15k.jsonl.gz", 15011, ("", "")),
+        ("boolq", "llm_adapters/boolq/train.json", 9427, ("Please answer the following question with true", "true")),
+        ("mawps", "llm_adapters/mawps/trainset.json", 1898, ("A waiter had 22 customers", "2")),
+        ("mawps", "llm_adapters/mawps/test.json", 238, ("Nicole found an orange", "1.8333333333333335")),
+        ("mmlu", "mmlu/mmlu_val.jsonl.gz", 1531, ("The cyclic subgroup of Z_24", "A")),
+        ("codealpaca", "codealpaca/code_alpaca_20k.jsonl.gz", 20022, ("Read the code below", "def sum_two")),
+        (
+            {"prompt": "Question", "context": "Body", "answer": "Answer", "id": "ID"},
+            "svamp/SVAMP.json",
+            1000,
+            (
+                "Each pack of dvds costs 76 dollars. If there is a discount of 25 dollars on each pack\n\nHow much",
+                "51.0",
+            ),
+        ),
+        (
+            {"prompt": "question", "response": "rationale", "answer": "correct"},
+            "aqua/test.json",
+            254,
+            ("A car is being driven", "A"),
+        ),
+        (
+            {"prompt": "instruction", "response": "output"},
+            "llm_adapters/openbookqa/test.json",
+            500,
+            ("Please choose", "answer2"),
+        ),
+        (
+            {"prompt": "text", "answer": "code", "id": "task_id"},
+            "mbpp/mbpp.jsonl",
+            974,
+            ("Write a function to find the minimum cost path", "R = 3"),
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "/" in value else "",
 )
-def test_real_benchmark_files_are_read_whole(reader: str, file: str, count: int, tmp_path: Path) -> None:
-    source = {"reader": reader, "path": str(SHARED / file)}
+def test_real_benchmark_files_are_read_whole(
+    source: str | dict[str, str], file: str, count: int, first: tuple[str, str], tmp_path: Path
+) -> None:
+    reader = {"reader": source} if isinstance(source, str) else {"reader": "file", "fields": source}
+    source = {**reader, "path": str(SHARED / file)}
     path = tmp_path / "c.yaml"
     path.write_text(json.dumps({"name": "t", "model": {"path": "a/b"}, "data": {"train": [source]}}))
     counts = prepare(load_config(path), RunDirectory(tmp_path / "run"))
     assert counts["train"] + counts["rejected"] == count
+    row = read_table(tmp_path / "run" / "data" / "train.parquet")[0]
+    assert row["prompt"].startswith(first[0]) and row["answer"].startswith(first[1])
+    assert row["response"] and row["id"]
+
+
+def test_a_benchmarks_own_gaps_are_rejected_and_a_users_are_an_error(tmp_path: Path) -> None:
+    rows = [{"instruction": "i", "output": "o"}, {"instruction": "gap", "output": " "}]
+    path = tmp_path / "c.yaml"
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {"reader": "codealpaca", "path": str(tmp_path / "rows.jsonl")}
+    path.write_text(json.dumps({"name": "t", "model": {"path": "a/b"}, "data": {"train": [source]}}))
+    run = RunDirectory(tmp_path / "run")
+    assert prepare(load_config(path), run) == {"train": 1, "test": 0, "rejected": 1}
+    assert read_table(run.rejects / "prepare.parquet")[0]["reason"] == "no answer in the published data"
+
+
+def test_json_lists_and_jsonl_are_streamed_whatever_their_name(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i} [{{, ]", "answer": "x" * (i % 300), "n": [i, {"k": None}]} for i in range(2000)]
+    listed, lines = tmp_path / "list.json", tmp_path / "lines.json"
+    listed.write_text("\n " + json.dumps(rows, indent=1))
+    lines.write_text("\n\n".join(map(json.dumps, rows)))
+    assert list(read_records(str(listed), "w")) == rows == list(read_records(str(lines), "w"))
+    (tmp_path / "empty.json").write_text("[ ]")
+    assert list(read_records(str(tmp_path / "empty.json"), "w")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "culprit"),
+    [
+        ('[{"a": 1},\n {"a": }]', "line 2 is not JSON"),
+        ('[{"a": 1}', "the list does not end"),
+        ('{"a": 1}\n{"b"\n', "line 2 is not JSON"),
+        ('{"a": 1}\n[2]\n', "row 2 is not a JSON object"),
+    ],
+)
+def test_a_broken_file_is_one_line_with_the_place(text: str, culprit: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(UserError, match=rf"data\.train\[0\].*rows\.json.*{culprit}"):
+        list(read_records(str(tmp_path / "rows.json"), "data.train[0]"))
+
+
+def test_reading_and_preparing_hold_a_few_rows_and_not_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorapar_ray.datasets.rows.ROWS_PER_WRITE", 256)
+
+    def peak(count: int) -> int:
+        source = tmp_path / f"{count}.json"
+        with source.open("w") as file:
+            file.write("[")
+            file.writelines(
+                json.dumps({"prompt": f"{i} {'q' * 200}", "answer": "1"}) + ("," if i < count - 1 else "]")
+                for i in range(count)
+            )
+        config = load_config(write_config(tmp_path, [{"prompt": "q", "answer": "1"}], [{"prompt": "t", "answer": "1"}]))
+        train = [config.data.train[0].model_copy(update={"path": str(source)})]
+        config = config.model_copy(update={"data": config.data.model_copy(update={"train": train})})
+        tracemalloc.start()
+        assert prepare(config, RunDirectory(tmp_path / f"run-{count}"))["train"] == count
+        held = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return held
+
+    few = peak(2_000)
+    assert peak(8_000) < 1.2 * few
 
 
 def test_changing_a_setting_redoes_its_stage_and_what_follows(tmp_path: Path) -> None:
@@ -132,6 +238,20 @@ def test_a_resumed_prompt_stream_goes_on_as_if_it_never_stopped(takes: list[int]
 def test_an_epoch_visits_every_prompt_once() -> None:
     stream = PromptStream(10, seed=1)
     assert sorted(stream.take(10)) == sorted(stream.take(10)) == list(range(10))
+
+
+def test_an_epoch_by_solve_rate_begins_with_what_is_solved_half_of_the_time() -> None:
+    stream = PromptStream(6, seed=1, by_solve_rate=True)
+    rates = [0.0, 0.5, 1.0, 0.4, 0.9, 0.55]
+    for index in stream.take(6):
+        stream.observe(index, rates[index])
+    resumed = PromptStream(6, seed=1, by_solve_rate=True)
+    begun = stream.take(2)
+    resumed.restore(json.loads(json.dumps(stream.state([]))))
+    order = begun + stream.take(4)
+    assert order[:4] == [1, 5, 3, 4] and set(order[4:]) == {0, 2}
+    stream.observe(1, 0.0)  # the running epoch is not rearranged
+    assert resumed.take(4) == order[2:]
 
 
 def test_trees_of_tensors_come_back(tmp_path: Path) -> None:

@@ -58,6 +58,6 @@ def test_lines_of_steps_to_be_done_again_go(tmp_path: Path) -> None:
 
 def test_a_missing_tracker_is_named_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorapar_ray.sft.tracking.find_spec", lambda name: None if name == "wandb" else object())
-    require_trackers(["tensorboard", "mlflow"])
+    require_trackers(["tensorboard", "mlflow"], "sft.report_to")
     with pytest.raises(UserError, match=r"sft.report_to: 'wandb' is not installed; pip install wandb"):
-        require_trackers(["tensorboard", "wandb"])
+        require_trackers(["tensorboard", "wandb"], "sft.report_to")

@@ -1,0 +1,149 @@
+"""The other ways to get the same votes: vLLM offline in one process, and Ray's own two batch processors.
+
+All are given the same prompts as token ids, the same engine settings and the same constrained single token, and
+report when each vote came in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from lorapar_ray.config import EngineConfig, Resources
+from lorapar_ray.engines.settings import engine_arguments, engine_environment
+
+Arrivals = list[tuple[float, int]]
+"""(wall-clock seconds, votes that came in then)."""
+BATCH = 16
+
+
+def offline(
+    model: str, engine: EngineConfig, resources: Resources, prompts: list[list[int]], choices: list[int]
+) -> float:
+    """Votes per second of `vllm.LLM.generate`, in a process of its own; the first quarter warms up."""
+    task = {"model": model, "engine": engine.model_dump(), "prompts": prompts, "choices": choices}
+    environment = os.environ | engine_environment(engine, resources)
+    done = subprocess.run(
+        [sys.executable, __file__], input=json.dumps(task), env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    return float(done.stdout.splitlines()[-1])
+
+
+def _offline_process() -> None:
+    from vllm import LLM, SamplingParams
+
+    task = json.load(sys.stdin)
+    arguments = engine_arguments(
+        task["model"], EngineConfig.model_validate(task["engine"]), seed=0, trust_remote_code=False
+    )
+    llm = LLM(**arguments)
+    params = SamplingParams(**sampling(task["choices"]))
+    prompts = [{"prompt_token_ids": ids} for ids in task["prompts"]]
+    warm = len(prompts) // 4
+    llm.generate(prompts[:warm], params, use_tqdm=False)
+    start = time.perf_counter()
+    llm.generate(prompts[warm:], params, use_tqdm=False)
+    print((len(prompts) - warm) / (time.perf_counter() - start))
+
+
+def sampling(choices: Sequence[int]) -> dict[str, Any]:
+    """One token among the choices, with the log-probability of each."""
+    return {"max_tokens": 1, "temperature": 1.0, "allowed_token_ids": list(choices), "logprobs": len(choices)}
+
+
+def engine_processor(
+    model: str, engine: EngineConfig, resources: Resources, prompts: list[list[int]], choices: list[int]
+) -> Arrivals:
+    """Ray Data's `vLLMEngineProcessorConfig`: an engine inside a Ray Data actor."""
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+    config = vLLMEngineProcessorConfig(
+        model_source=model,
+        engine_kwargs=_without_model(model, engine),
+        placement_group_config={"bundle_per_worker": {"CPU": resources.cpus}},
+        runtime_env={"env_vars": engine_environment(engine, resources)},
+        batch_size=BATCH,
+        concurrency=1,
+        chat_template_stage=False,
+        tokenize_stage=False,
+        detokenize_stage=False,
+        log_engine_metrics=False,
+    )
+    params = sampling(choices)
+    processor = build_processor(
+        config,
+        preprocess=lambda row: {"prompt": "", "tokenized_prompt": list(row["ids"]), "sampling_params": params},
+        postprocess=lambda row: {"token": row["generated_tokens"][0]},
+    )
+    return _arrivals(processor, prompts)
+
+
+def serve_processor(
+    model: str, engine: EngineConfig, resources: Resources, prompts: list[list[int]], choices: list[int]
+) -> Arrivals:
+    """Ray Data's `ServeDeploymentProcessorConfig` over a deployment of `ray.serve.llm`."""
+    from ray import serve
+    from ray.data.llm import ServeDeploymentProcessorConfig, build_processor
+    from ray.serve.config import HTTPOptions
+    from ray.serve.llm import LLMConfig, build_llm_deployment
+    from ray.serve.llm.openai_api_models import CompletionRequest
+
+    serve.start(http_options=HTTPOptions(host="127.0.0.1", location="NoServer"))
+    config = LLMConfig(
+        model_loading_config={"model_id": "teacher", "model_source": model},
+        accelerator_config={"kind": "cpu"},
+        placement_group_config={"bundle_per_worker": {"CPU": resources.cpus}},
+        deployment_config={"num_replicas": 1, "max_ongoing_requests": 3 * engine.max_num_seqs // 2},
+        engine_kwargs=_without_model(model, engine),
+        runtime_env={"env_vars": engine_environment(engine, resources)},
+        log_engine_metrics=False,
+    )
+    app = build_llm_deployment(config)
+    serve.run(app, name="peer", route_prefix=None)
+    deployment = next(iter(serve.status().applications["peer"].deployments))
+    processor = build_processor(
+        ServeDeploymentProcessorConfig(
+            deployment_name=deployment,
+            app_name="peer",
+            dtype_mapping={"CompletionRequest": CompletionRequest},
+            batch_size=BATCH,
+            concurrency=1,
+        ),
+        preprocess=lambda row: {
+            "method": "completions",
+            "dtype": "CompletionRequest",
+            "request_kwargs": {"model": "teacher", "prompt": list(map(int, row["ids"])), **sampling(choices)},
+        },
+        postprocess=lambda row: {"token": row["choices"][0]["text"]},
+    )
+    try:
+        return _arrivals(processor, prompts)
+    finally:
+        serve.shutdown()
+
+
+def _arrivals(processor: Any, prompts: list[list[int]]) -> Arrivals:
+    import ray
+
+    blocks = -(-len(prompts) // BATCH)
+    questions = ray.data.from_items([{"ids": ids} for ids in prompts], override_num_blocks=blocks)
+    found: Arrivals = []
+    for batch in processor(questions).iter_batches(batch_size=None, prefetch_batches=0):
+        found.append((time.time(), len(batch["token"])))
+    return found
+
+
+def _without_model(model: str, engine: EngineConfig) -> dict[str, Any]:
+    arguments = engine_arguments(model, engine, seed=0, trust_remote_code=False)
+    return {key: value for key, value in arguments.items() if key != "model"}
+
+
+if __name__ == "__main__":
+    _offline_process()

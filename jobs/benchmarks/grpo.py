@@ -1,0 +1,238 @@
+"""Stage 2 beside TRL's GRPOTrainer, and its rollout engine beside vLLM alone.
+
+    python jobs/benchmarks/grpo.py [--quick] [--model MODEL] --json FILE
+
+Samples per second: our stage 2 as users run it (Ray, vLLM engine, Ray Train learner, policy proved at every step) and
+TRL's trainer with transformers' generation, its only path on a machine without a GPU: same model in bfloat16, same rank
+8 adapter on QKVGUD, same prompts, 8 prompts × 8 completions a step, same limit of tokens, strictly on-policy. Start-up
+and the first step are left out on both sides; mean lengths are printed, since samples end where they end. Tokens per
+second: the engine inside its Ray actor, asked as stage 2 asks it, beside `vllm.LLM` with the same settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import time
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from _rows import Row, print_table, write_rows
+
+from lorapar_ray.adapters.job import make_adapter
+from lorapar_ray.config import Config
+from lorapar_ray.datasets.labelled import labelled_rows
+from lorapar_ray.engines.actor import start_engine
+from lorapar_ray.engines.settings import engine_arguments, engine_environment, platform_arguments
+from lorapar_ray.grpo.stage import train_stage2
+from lorapar_ray.models import resolve_model
+from lorapar_ray.pipeline import run_stage
+from lorapar_ray.runs import RunDirectory
+from lorapar_ray.session import ray_session
+
+PROMPTS, GROUP, TOKENS = 8, 8, 48
+ENGINE = {"max_model_len": 512, "max_num_seqs": 64, "enforce_eager": True}
+RATE = 1e-5
+
+
+def main() -> None:
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="3 steps of each instead of 8")
+    parser.add_argument("--model", default="package:smollm2-135m-instruct")
+    parser.add_argument("--json", type=Path, required=True, help="where the rows go")
+    arguments = parser.parse_args()
+    steps = 3 if arguments.quick else 8
+    with TemporaryDirectory() as folder:
+        config, run = prepare(arguments.model, steps + 1, Path(folder) / "run")
+        with ray_session():
+            make_adapter(config, run, run.adapter)
+            shutil.copytree(run.adapter, run.sft / "adapter")
+            prompts = [row["prompt"] for row in labelled_rows(run, config.grpo.systems, "grpo.systems")]
+            ours, our_length = stage2(config, run)
+            engine_speed = engine_tokens(config)
+        theirs, their_length = apart(trl, config, str(run.adapter), prompts, steps)
+        [vllm_speed] = apart(vllm_alone, config)
+    rows = [
+        Row("GRPO vs TRL", ours, theirs, "samples/s", ours / theirs, "≥ 2", ours >= 2 * theirs),
+        Row("mean completion length", our_length, their_length, "tokens", our_length / their_length, "–", None),
+        Row(
+            "rollout engine vs vLLM alone",
+            engine_speed,
+            vllm_speed,
+            "tokens/s",
+            engine_speed / vllm_speed,
+            "≥ 0.95",
+            engine_speed >= 0.95 * vllm_speed,
+        ),
+    ]
+    print_table(rows)
+    write_rows(arguments.json, rows)
+
+
+def prepare(model: str, steps: int, folder: Path) -> tuple[Config, RunDirectory]:
+    """A run that has reached stage 2, with a fresh adapter and no partition."""
+    questions = {"reader": "reasoning_gym", "task": "chain_sum", "options": {"max_terms": 3}}
+    config = Config.model_validate(
+        {
+            "name": "benchmark",
+            "model": {"path": model, "system_prompt": ""},
+            "data": {"train": [{**questions, "rows": 256, "seed": 1}]},
+            "adapter": {"rank": 8, "alpha": 16, "init": "gaussian"},
+            "grpo": {
+                "systems": [1, 2],
+                "masked": False,
+                "steps": steps,
+                "prompts_per_step": PROMPTS,
+                "group_size": GROUP,
+                "max_completion_length": TOKENS,
+                "micro_batch_size": 16,
+                "learning_rate": RATE,
+                "refill_limit": 0,
+                "rewards": [{"name": "numeric_answer"}, {"name": "reference_overlap"}],
+                "rollout_engine": ENGINE,
+                "rollout_resources": {"cpus": 1, "threads": 2},
+                "learner_resources": {"cpus": 1, "threads": 2},
+            },
+        }
+    )
+    run = RunDirectory(folder)
+    run.open(config)
+    run_stage(config, run, "label")
+    return config, run
+
+
+def stage2(config: Config, run: RunDirectory) -> tuple[float, float]:
+    """(samples per second of a step, mean completion length)."""
+    train_stage2(config, run)
+    lines = [json.loads(line) for line in (run.metrics / "grpo.jsonl").read_text().splitlines()][1:]
+    return PROMPTS * GROUP / median(lines, "seconds"), median(lines, "completion_length")
+
+
+def median(lines: list[dict[str, Any]], key: str) -> float:
+    return statistics.median(line[key] for line in lines)
+
+
+def engine_tokens(config: Config) -> float:
+    """Tokens per second of the engine in its actor."""
+    import ray
+
+    settings, model = config.grpo, resolve_model(config.model.path)
+    engine = start_engine(model, settings.rollout_engine, settings.rollout_resources, seed=0)
+    ray.get(engine.start.remote())
+    sampling = {"n": GROUP, "temperature": 1.0, "max_tokens": TOKENS, "seed": 0, "ignore_eos": True}
+    speeds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        ray.get([engine.generate.remote([prompt], sampling) for prompt in token_prompts()])
+        speeds.append(PROMPTS * GROUP * TOKENS / (time.perf_counter() - start))
+    ray.kill(engine)
+    return statistics.median(speeds[1:])
+
+
+def token_prompts() -> list[list[int]]:
+    return [[5 + 17 * place % 4000 + number for place in range(48)] for number in range(PROMPTS)]
+
+
+def apart(work: Any, *arguments: Any) -> tuple[float, ...]:
+    """`work` in a process of its own, so that no library's memory or threads meet another's."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_send, args=(theirs, work, *arguments))
+    process.start()
+    theirs.close()
+    try:
+        result: tuple[float, ...] = ours.recv()
+    except EOFError:
+        raise SystemExit(f"{work.__name__} ended without a result") from None
+    process.join()
+    return result
+
+
+def _send(pipe: Any, work: Any, *arguments: Any) -> None:
+    pipe.send(work(*arguments))
+    pipe.close()
+    os._exit(0)  # engines' threads may abort an orderly exit; the result is out
+
+
+def vllm_alone(config: Config) -> tuple[float, ...]:
+    """Tokens per second of `vllm.LLM` with the engine's own settings."""
+    settings = config.grpo
+    os.environ |= engine_environment(settings.rollout_engine, settings.rollout_resources)
+    from vllm import LLM, SamplingParams
+
+    model = resolve_model(config.model.path)
+    arguments = engine_arguments(model, settings.rollout_engine, seed=0, trust_remote_code=False)
+    llm = LLM(**{**platform_arguments(), **arguments})
+    params = SamplingParams(n=GROUP, temperature=1.0, max_tokens=TOKENS, seed=0, ignore_eos=True, logprobs=0)
+    speeds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        llm.generate([{"prompt_token_ids": ids} for ids in token_prompts()], params, use_tqdm=False)
+        speeds.append(PROMPTS * GROUP * TOKENS / (time.perf_counter() - start))
+    return (statistics.median(speeds[1:]),)
+
+
+def trl(config: Config, adapter: str, prompts: list[str], steps: int) -> tuple[float, ...]:
+    """(samples per second of a step, mean completion length) of TRL's trainer."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from lorapar_ray.adapters import load_adapter
+    from lorapar_ray.grpo.rewards import get_reward
+    from lorapar_ray.student import load_base
+
+    torch.set_num_threads(config.grpo.learner_resources.compute_threads)
+    marks: list[float] = []
+    lengths: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            marks.append(time.perf_counter())
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+            if "completions/mean_length" in logs:
+                lengths.append(logs["completions/mean_length"])
+
+    model = resolve_model(config.model.path)
+    answers = get_reward("numeric_answer"), get_reward("reference_overlap")
+    chats = [{"prompt": [{"role": "user", "content": prompt}], "answer": "0", "response": "0"} for prompt in prompts]
+    with TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(
+            model=load_adapter(load_base(config.model, model, on=torch.device("cpu")), Path(adapter)),
+            reward_funcs=list(answers),
+            train_dataset=Dataset.from_list(chats),
+            processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
+            args=GRPOConfig(
+                output_dir=folder,
+                per_device_train_batch_size=16,
+                gradient_accumulation_steps=PROMPTS * GROUP // 16,
+                num_generations=GROUP,
+                max_completion_length=TOKENS,
+                learning_rate=RATE,
+                max_steps=steps + 1,
+                logging_steps=1,
+                beta=0.0,
+                bf16=False,
+                use_cpu=not torch.cuda.is_available(),
+                report_to="none",
+                disable_tqdm=True,
+                save_strategy="no",
+            ),
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    steady = [later - earlier for earlier, later in pairwise(marks)]
+    return PROMPTS * GROUP / statistics.median(steady), statistics.median(lengths[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""Votes per second of the whole Ray path, against vLLM offline and Ray's own batch processors; then without engines.
+
+    python jobs/benchmarks/labeling.py [--quick] --json FILE
+
+First, one real teacher (SmolLM2-135M-Instruct out of its package), the same voting prompts over generated questions,
+the same engine settings: `lorapar label` (Serve replica, Ray Data, vote store) beside `vllm.LLM.generate` in one
+process, which is the limit, `ServeDeploymentProcessorConfig` over `ray.serve.llm`, and `vLLMEngineProcessorConfig`.
+Rates are of the last three quarters of the votes, so that nobody's start counts.
+
+Second, five simulated teachers of fixed latency: rows per second against latency × concurrency, memory of the driver
+and of the asking worker between the first fifth and the end, and the majority's accuracy against the binomial's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+from _labeling_peers import Arrivals, engine_processor, offline, serve_processor
+from _rows import Row, print_table, write_rows
+
+from lorapar_ray.config import Config, EngineConfig, Resources
+from lorapar_ray.datasets.prepare import prepare
+from lorapar_ray.datasets.rows import iterate_rows, read_table
+from lorapar_ray.labeling import job, label
+from lorapar_ray.labeling.hosted import choice_tokens
+from lorapar_ray.labeling.prompts import voting_prompt, with_template
+from lorapar_ray.labeling.simulated import true_system
+from lorapar_ray.labeling.store import VoteStore
+from lorapar_ray.labeling.votes import binomial_majority_accuracy
+from lorapar_ray.models import resolve_model
+from lorapar_ray.runs import RunDirectory
+from lorapar_ray.session import ray_session
+
+MODEL = "package:smollm2-135m-instruct"
+ENGINE = EngineConfig(max_model_len=1024, max_num_seqs=32, enforce_eager=True)
+RESOURCES = Resources(cpus=1, threads=2)
+LATENCY_S, CONCURRENCY, TEACHERS, ACCURACY = 0.25, 128, 5, 0.7
+OF_THE_LIMIT, OF_THE_LATENCY, GROWTH_MIB = 0.9, 0.9, 32.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer questions: minutes")
+    parser.add_argument("--json", type=Path, required=True, help="where the rows go")
+    parser.add_argument("--only", choices=["engines", "plumbing"], help="one of the two parts")
+    arguments = parser.parse_args()
+    rows: list[Row] = []
+    if arguments.only != "plumbing":
+        rows += engines(160 if arguments.quick else 512)
+    if arguments.only != "engines":
+        rows += plumbing(10_000 if arguments.quick else 100_000)
+    print_table(rows)
+    write_rows(arguments.json, rows)
+
+
+def engines(questions: int) -> list[Row]:
+    """The whole path with one real teacher, beside its peers."""
+    with tempfile.TemporaryDirectory(prefix="labeling-") as folder:
+        run = RunDirectory(Path(folder))
+        source = {"reader": "reasoning_gym", "task": "gsm_symbolic", "rows": questions, "seed": 1}
+        teacher = {
+            "name": "teacher",
+            "model": MODEL,
+            "engine": ENGINE.model_dump(),
+            "resources": RESOURCES.model_dump(),
+        }
+        config = voting(source, [teacher], rows_per_block=16, concurrency=48)
+        prepare(config, run)
+        prompts, choices = tokenised(config, run)
+        model = resolve_model(MODEL)
+        limit = offline(model, ENGINE, RESOURCES, prompts, choices)
+        with ray_session(), arrivals() as ours:
+            label(config, run)
+        with ray_session():
+            served = serve_processor(model, ENGINE, RESOURCES, prompts, choices)
+        with ray_session():
+            processed = engine_processor(model, ENGINE, RESOURCES, prompts, choices)
+        peers = {"Ray Data ServeDeploymentProcessor": served, "Ray Data vLLMEngineProcessor": processed}
+        return [
+            comparison("vLLM offline, one process", rate(ours), limit, OF_THE_LIMIT),
+            *(comparison(name, rate(ours), rate(found), 1.0) for name, found in peers.items()),
+        ]
+
+
+def plumbing(rows: int) -> list[Row]:
+    """Everything but engines: simulated teachers of fixed latency."""
+    with tempfile.TemporaryDirectory(prefix="labeling-") as folder:
+        run, path = RunDirectory(Path(folder) / "run"), Path(folder) / "rows.jsonl"
+        with path.open("w") as file:
+            for i in range(rows):
+                file.write(json.dumps({"prompt": f"What is {i} plus {i * 7 % 1000}?", "answer": str(i)}) + "\n")
+        teachers = [
+            {
+                "name": f"simulated-{index}",
+                "kind": "python",
+                "model": "lorapar_ray.labeling.simulated:SimulatedTeacher",
+                "extra_body": {"latency_s": LATENCY_S, "accuracy": ACCURACY},
+            }
+            for index in range(TEACHERS)
+        ]
+        source = {"reader": "file", "path": str(path)}
+        config = voting(source, teachers, rows_per_block=64, concurrency=CONCURRENCY)
+        prepare(config, run)
+        with ray_session(), memory_over_votes() as held, arrivals(held) as found:
+            label(config, run)
+        right = [row["system"] == true_system(row["prompt"], row["answer"]) for row in read_table(run.labels)]
+    allowed, expected = CONCURRENCY / LATENCY_S, binomial_majority_accuracy(ACCURACY, TEACHERS)
+    accuracy, error = sum(right) / rows, 3.3 * (expected * (1 - expected) / rows) ** 0.5
+    speed = rate(found) / TEACHERS
+    growth = held.growth_mib(rows * TEACHERS)
+    what = f"{rows:,} rows, {TEACHERS} simulated teachers"
+    return [
+        Row(
+            f"{what}: {LATENCY_S} s latency, {CONCURRENCY} questions in flight",
+            speed,
+            allowed,
+            "rows/s",
+            speed / allowed,
+            f"≥ {OF_THE_LATENCY}",
+            speed >= OF_THE_LATENCY * allowed,
+        ),
+        Row(
+            f"{what}: memory added after a fifth",
+            growth,
+            None,
+            "MiB",
+            None,
+            f"≤ {GROWTH_MIB:.0f} MiB",
+            growth <= GROWTH_MIB,
+        ),
+        Row(
+            f"{what}: majority's accuracy, binomial's as peer",
+            accuracy,
+            expected,
+            "share",
+            accuracy / expected,
+            f"± {error:.4f}",
+            abs(accuracy - expected) <= error,
+        ),
+    ]
+
+
+def voting(source: dict[str, Any], teachers: list[dict[str, Any]], **settings: Any) -> Config:
+    return Config.model_validate(
+        {
+            "name": "benchmark",
+            "model": {"path": MODEL},
+            "data": {"train": [source]},
+            "label": {"teachers": teachers, "resources": {"cpus": 0.5}, **settings},
+        }
+    )
+
+
+def tokenised(config: Config, run: RunDirectory) -> tuple[list[list[int]], list[int]]:
+    """(token ids of every voting prompt, ids of the choices), as the hosted teacher makes them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(MODEL))
+    settings, prompts = config.label, []
+    choices: list[int] = []
+    for row in iterate_rows(run.data / "train.parquet"):
+        prompt = voting_prompt(
+            row.prompt, row.answer, label=settings, teacher=settings.teachers[0], student=job.student_name(config)
+        )
+        text = with_template(prompt, tokenizer, None, settings.prompt.choice)
+        ids, choices = choice_tokens(tokenizer, text, [str(system) for system in sorted(settings.definitions)])
+        prompts.append(ids)
+    return prompts, choices
+
+
+class Held:
+    """Private memory of the driver and of the asking workers as votes come in."""
+
+    def __init__(self) -> None:
+        self.votes = 0
+        self.samples: list[tuple[int, float]] = []
+
+    def sample(self) -> None:
+        driver, total = psutil.Process(), 0
+        for process in [driver, *driver.children(recursive=True)]:
+            try:
+                if process == driver or "Asker" in " ".join(process.cmdline()):
+                    memory = process.memory_info()
+                    total += memory.rss - memory.shared
+            except psutil.NoSuchProcess:
+                continue
+        self.samples.append((self.votes, total / 2**20))
+
+    def growth_mib(self, votes: int) -> float:
+        """From the mean of the second fifth of the votes to the highest of the last."""
+        early = [mib for seen, mib in self.samples if votes / 5 <= seen < 2 * votes / 5]
+        late = [mib for seen, mib in self.samples if seen >= 4 * votes / 5]
+        return max(late) - sum(early) / len(early)
+
+
+@contextmanager
+def memory_over_votes() -> Iterator[Held]:
+    held, done = Held(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            held.sample()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield held
+    finally:
+        done.set()
+        watcher.join()
+
+
+@contextmanager
+def arrivals(held: Held | None = None) -> Iterator[Arrivals]:
+    """When votes reach the driver's store, while the block runs; those of the calibration left out."""
+    found: Arrivals = []
+
+    class TimedStore(VoteStore):
+        def add(self, answers: Any, failures: Any = ()) -> None:
+            stored = list(answers)
+            super().add(stored, failures)
+            if len(stored) > 1:
+                found.append((time.time(), len(stored)))
+            if held is not None:
+                held.votes += len(stored)
+
+    plain, job.VoteStore = job.VoteStore, TimedStore  # type: ignore[misc]
+    try:
+        yield found
+    finally:
+        job.VoteStore = plain  # type: ignore[misc]
+
+
+def rate(found: Arrivals) -> float:
+    """Votes per second after the first quarter has come in."""
+    total, seen = sum(count for _, count in found), 0
+    for index, (start, count) in enumerate(found):
+        seen += count
+        if seen >= total / 4:
+            return (total - seen) / (found[-1][0] - start) if index < len(found) - 1 else float("nan")
+    return float("nan")
+
+
+def comparison(name: str, ours: float, peer: float, goal: float) -> Row:
+    return Row(
+        f"one teacher, votes of the whole path vs {name}",
+        ours,
+        peer,
+        "votes/s",
+        ours / peer,
+        f"≥ {goal:g}" if goal < 1 else "> 1",
+        ours >= goal * peer,
+    )
+
+
+if __name__ == "__main__":
+    main()

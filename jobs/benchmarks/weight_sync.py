@@ -1,0 +1,127 @@
+"""What it takes to serve a new policy: bytes and milliseconds of `merged`, `adapter` and a push of the full weights.
+
+    python jobs/benchmarks/weight_sync.py [--quick] [--model MODEL] --json FILE
+
+One vLLM engine in a Ray actor, as stage 2 has it; a rank 8 adapter on QKVGUD, 40 % of whose elements change, as at
+θ = 0.9. `merged` and `adapter` send the changes and are timed from the learner's parameters to the engine's answer,
+digest and file included. The full push is what libraries without LoRA support do: every weight of the model, merged by
+the sender, travels and is loaded. A step's time, for the share a sync has of it, is that of one GRPO step's rollouts
+(8 prompts × 8 completions × 64 tokens) on the same engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import ray
+import torch
+from _full_push import FullPushEngine
+from _rows import Row, print_table, write_rows
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lorapar_ray.adapters import adapter_state, attach_lora, lora_scaling, merged_weights, save_adapter
+from lorapar_ray.config import EngineConfig, Resources
+from lorapar_ray.engines.actor import start_engine
+from lorapar_ray.engines.policy import PolicySender
+from lorapar_ray.models import resolve_model
+from lorapar_ray.session import ray_session
+
+ACTIVE = 0.4
+GOAL_SHARE = 0.02
+PROMPTS, GROUP, TOKENS = 8, 8, 64
+ENGINE = EngineConfig(max_model_len=512, max_num_seqs=64, enforce_eager=True)
+RESOURCES = Resources(cpus=1, threads=2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three rounds instead of ten")
+    parser.add_argument("--model", default="package:smollm2-135m-instruct")
+    parser.add_argument("--json", type=Path, required=True, help="where the rows go")
+    arguments = parser.parse_args()
+    rounds = 3 if arguments.quick else 10
+    model = resolve_model(arguments.model)
+    with ray_session(), TemporaryDirectory() as scratch:
+        adapter = Path(scratch) / "adapter"
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        peft_model = attach_lora(base, rank=8, alpha=16, init="gaussian")
+        save_adapter(peft_model, adapter)
+        config, state = (adapter / "adapter_config.json").read_text(), adapter_state(peft_model)
+        measured = {sync: measure(model, sync, config, state, rounds) for sync in ("merged", "adapter")}
+        full = push_everything(model, config, state, rounds, Path(scratch))
+    rows = []
+    for sync, (seconds, size, rollout) in measured.items():
+        rows.append(row(f"{sync}: bytes", size / 2**20, full[1] / 2**20, "MiB", "changed elements only", True))
+        rows.append(row(f"{sync}: time", seconds * 1e3, full[0] * 1e3, "ms", "–", None))
+        share = seconds / (seconds + rollout)
+        goal = f"≤ {GOAL_SHARE:g}"
+        rows.append(Row(f"{sync}: share of a step's rollouts", share, None, "", None, goal, share <= GOAL_SHARE))
+        rows.append(Row(f"{sync}: a step's rollouts", rollout, None, "s", None, "–", None))
+    print_table(rows)
+    write_rows(arguments.json, rows)
+
+
+def row(name: str, ours: float, peer: float, unit: str, goal: str, met: bool | None) -> Row:
+    return Row(f"{name} vs full weights", ours, peer, unit, ours / peer, goal, met)
+
+
+def measure(
+    model: str, sync: str, config: str, state: dict[str, torch.Tensor], rounds: int
+) -> tuple[float, int, float]:
+    """(median seconds of a sync, its bytes, seconds of a step's rollouts afterwards)."""
+    engine = start_engine(model, ENGINE, RESOURCES, seed=0, sync=sync, max_lora_rank=8)
+    ray.get(engine.start.remote())
+    generator = torch.Generator().manual_seed(0)
+    masks = {key: torch.rand(value.shape, generator=generator) < ACTIVE for key, value in state.items()}
+    sender = PolicySender(config, masks)
+    ray.get(engine.load_policy.remote(sender.policy(0, state)))
+    size, times = 0, []
+    for version in range(1, rounds + 1):
+        state = {key: value + 1e-3 * masks[key] for key, value in state.items()}
+        start = time.perf_counter()
+        policy = sender.policy(version, state)
+        loaded = ray.get(engine.load_policy.remote(ray.put(policy)))
+        times.append(time.perf_counter() - start)
+        if loaded != policy.digest:
+            raise SystemExit(f"{sync}: the engine loaded another policy")
+        size = len(policy.tensors)
+    prompts = [[5 + 17 * place % 4000 + number for place in range(64)] for number in range(PROMPTS)]
+    sampling = {"n": GROUP, "temperature": 1.0, "max_tokens": TOKENS, "seed": 0, "ignore_eos": True}
+    start = time.perf_counter()
+    ray.get(engine.generate.remote(prompts, sampling))
+    rollout = time.perf_counter() - start
+    ray.kill(engine)
+    return statistics.median(times), size, rollout
+
+
+def push_everything(
+    model: str, config: str, state: dict[str, torch.Tensor], rounds: int, scratch: Path
+) -> tuple[float, int]:
+    """(median seconds, bytes) of merging on the sender's side, sending every weight and loading all of them."""
+    settings = ENGINE.model_copy(update={"extra": {"worker_extension_cls": "_full_push.FullLoader"}})
+    engine = start_engine(model, settings, RESOURCES, seed=0, actor=FullPushEngine)
+    ray.get(engine.start.remote())
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(Path(model).glob("*.safetensors")):
+        weights |= load_file(file)
+    scaling, times, size = lora_scaling(json.loads(config)), [], 0
+    for _ in range(rounds):
+        start = time.perf_counter()
+        merged = {**weights, **dict(merged_weights(weights, state, scaling=scaling))}
+        file = scratch / "full.safetensors"
+        save_file(merged, file)
+        size = file.stat().st_size
+        ray.get(engine.push.remote(ray.put(file.read_bytes())))
+        times.append(time.perf_counter() - start)
+    ray.kill(engine)
+    return statistics.median(times), size
+
+
+if __name__ == "__main__":
+    main()

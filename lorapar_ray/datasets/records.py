@@ -1,0 +1,106 @@
+"""Records of a local file, one at a time: JSONL, a JSON list or Parquet, JSON also gzipped. Memory holds one record."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from lorapar_ray.errors import UserError
+
+CHUNK = 1 << 16
+
+
+def read_records(path: str, where: str) -> Iterator[dict[str, Any]]:
+    """Stream the records of a file.
+
+    A file whose first character is `[` is a JSON list, whatever it is called; any other is JSONL.
+
+    Args:
+        where: the config field the path came from, for error messages.
+
+    Raises:
+        UserError: no such file, not of these forms, or a record that is no object.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"{where}: no such file '{path}'; paths are relative to the working directory")
+    if file.suffix == ".parquet":
+        yield from _parquet(file, where)
+        return
+    opener = gzip.open if file.suffix == ".gz" else open
+    with opener(file, "rt", encoding="utf-8") as text:
+        try:
+            first = _first_character(text)
+            for number, record in enumerate(_listed(text) if first == "[" else _lines(text), start=1):
+                if not isinstance(record, dict):
+                    raise UserError(f"{where}: '{path}' row {number} is not a JSON object")
+                yield record
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: '{path}' line {error.lineno} is not JSON ({error.msg})") from error
+        except (UnicodeDecodeError, gzip.BadGzipFile) as error:
+            raise UserError(f"{where}: '{path}' is neither JSON nor Parquet text ({error}); check the file") from error
+
+
+def _parquet(file: Path, where: str) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        opened = pq.ParquetFile(file)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{where}: '{file}' is not a Parquet file ({error})") from error
+    for batch in opened.iter_batches(batch_size=1024):
+        yield from batch.to_pylist()
+
+
+def _first_character(text: TextIO) -> str:
+    while (character := text.read(1)).isspace():
+        pass
+    text.seek(0)
+    return character
+
+
+def _lines(text: TextIO) -> Iterator[Any]:
+    for number, line in enumerate(text, start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                error.lineno = number
+                raise
+
+
+def _listed(text: TextIO) -> Iterator[Any]:
+    """The elements of a JSON list, decoded as they come in."""
+    decoder = json.JSONDecoder()
+    buffer, lines, started, ended = "", 1, False, False
+    while not ended:
+        chunk = text.read(CHUNK)
+        buffer += chunk
+        while buffer:
+            stripped = buffer.lstrip(" \t\r\n" if not started else " \t\r\n,")
+            lines += buffer[: len(buffer) - len(stripped)].count("\n")
+            buffer = stripped
+            if not started:
+                buffer, started = buffer[1:], True
+                continue
+            if buffer.startswith("]"):
+                ended = True
+                break
+            try:
+                element, end = decoder.raw_decode(buffer)
+                if end == len(buffer) and chunk:
+                    break  # a number or word may go on in the next chunk
+            except json.JSONDecodeError as error:
+                if chunk:
+                    break  # the element is not all there yet
+                error.lineno += lines - 1
+                raise
+            yield element
+            lines += buffer[:end].count("\n")
+            buffer = buffer[end:]
+        if not chunk and not ended:
+            raise json.JSONDecodeError("the list does not end", "", 0)

@@ -1,0 +1,40 @@
+"""A set of texts that lives on disk: telling duplicates apart must not fill the memory with a million questions."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class SeenTexts:
+    """Digests of texts, white space aside."""
+
+    def __init__(self, path: Path) -> None:
+        self._database = sqlite3.connect(path, isolation_level=None)
+        # it is thrown away with the process: no need to survive a crash
+        self._database.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;")
+        self._database.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
+
+    def add(self, text: str) -> bool:
+        """Remember a text; False if it was there already."""
+        key = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
+        return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (key,)).rowcount == 1
+
+    def close(self) -> None:
+        self._database.close()
+
+
+@contextmanager
+def seen_texts(count: int) -> Iterator[list[SeenTexts]]:
+    """Some empty sets, removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix="lorapar-seen-") as folder:
+        sets = [SeenTexts(Path(folder) / str(index)) for index in range(count)]
+        try:
+            yield sets
+        finally:
+            for each in sets:
+                each.close()

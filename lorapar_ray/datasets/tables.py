@@ -1,0 +1,59 @@
+"""Parquet tables written row by row, a chunk in memory at a time; and the reject table every stage writes alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lorapar_ray.datasets.rows import ROWS_PER_WRITE
+
+REJECT_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "stage", "reason", "row")])
+
+
+class TableWriter:
+    """A Parquet file that grows by chunks."""
+
+    def __init__(self, file: Path, schema: pa.Schema) -> None:
+        self._writer = pq.ParquetWriter(file, schema)
+        self._schema = schema
+        self._rows: list[dict[str, Any]] = []
+        self.count = 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row."""
+        self.count += 1
+        self._rows.append(row)
+        if len(self._rows) == ROWS_PER_WRITE:
+            self._flush()
+
+    def close(self) -> None:
+        """Write what is left and the file's footer."""
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
+            self._rows.clear()
+
+
+@contextmanager
+def reject_table(target: Path) -> Iterator[TableWriter]:
+    """`target` appears when the block ends well, and only if a row was added; an older one does not stay."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.draft")
+    try:
+        table = TableWriter(draft, REJECT_SCHEMA)
+        yield table
+        table.close()
+        if table.count:
+            draft.replace(target)
+        else:
+            target.unlink(missing_ok=True)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -1,0 +1,130 @@
+"""A policy on its way from the learner to the engines: the adapter whole, or only what a step could have changed.
+
+With a partition a step moves the stage's own elements and nothing else, so after the first, whole policy only those
+values travel, side by side, and the receiver puts them into the adapter it has. Either way the digest is that of the
+whole adapter file, so a receiver that missed a version or mixed two up cannot arrive at it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+MASK = "mask."
+"""Prefix of the bit-packed masks that a whole policy carries beside the adapter."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One version of the adapter, as bytes, so that it travels as one Ray object."""
+
+    version: int
+    kind: Literal["whole", "changes"]
+    tensors: bytes
+    """safetensors. `whole`: the adapter's float32 tensors and, if only some elements ever change, their packed masks;
+    `changes`: per key the active elements' values, flat."""
+    config: str
+    """`adapter_config.json`"""
+    digest: str
+    """SHA-256 of the adapter file (see `adapter_bytes`) that the receiver must arrive at."""
+
+
+class PolicyError(RuntimeError):
+    """The receiver cannot make the adapter that was sent: it missed the whole policy, or its bytes differ."""
+
+
+class PolicySender:
+    """Turns the learner's parameters into policies."""
+
+    def __init__(self, config: str, masks: Mapping[str, Tensor] | None = None) -> None:
+        """`masks`: bool, by adapter key, of the elements that may ever change; None: all of them."""
+        self._config = config
+        self._masks = None if masks is None else {key: mask.reshape(-1).cpu() for key, mask in masks.items()}
+        self._sent_whole = False
+
+    def policy(self, version: int, parameters: Mapping[str, Tensor]) -> Policy:
+        """The parameters (float32, by adapter key) as version `version`; whole the first time."""
+        state = {key: value.detach().float().cpu().contiguous() for key, value in parameters.items()}
+        digest = hashlib.sha256(adapter_bytes(state)).hexdigest()
+        if self._masks is None or not self._sent_whole:
+            kind: Literal["whole", "changes"] = "whole"
+            packed = {f"{MASK}{key}": pack_bits(mask) for key, mask in (self._masks or {}).items()}
+            tensors = save({**state, **packed})
+            self._sent_whole = True
+        else:
+            kind = "changes"
+            tensors = save({key: value.reshape(-1)[self._masks[key]] for key, value in state.items()})
+        return Policy(version, kind, tensors, self._config, digest)
+
+
+class PolicyReceiver:
+    """Turns policies back into adapters; keeps the last one, to apply changes to."""
+
+    def __init__(self) -> None:
+        self._state: dict[str, Tensor] = {}
+        self._masks: dict[str, Tensor] = {}
+        self._last: Policy | None = None
+
+    def adapter(self, policy: Policy) -> bytes:
+        """The adapter file of `policy`.
+
+        Raises:
+            PolicyError: changes came before any whole policy, or the result does not have the policy's digest.
+        """
+        tensors = load(policy.tensors)
+        if policy.kind == "whole":
+            self._state = {key: value for key, value in tensors.items() if not key.startswith(MASK)}
+            self._masks = {
+                key: unpack_bits(tensors[f"{MASK}{key}"], value.numel())
+                for key, value in self._state.items()
+                if f"{MASK}{key}" in tensors
+            }
+        else:
+            if self._state.keys() != tensors.keys():
+                raise PolicyError(f"policy {policy.version} holds changes to an adapter that was never received")
+            for key, values in tensors.items():
+                self._state[key].view(-1)[self._masks[key]] = values
+        blob = adapter_bytes(self._state)
+        found = hashlib.sha256(blob).hexdigest()
+        if found != policy.digest:
+            raise PolicyError(f"policy {policy.version} arrived as {found[:9]}, was sent as {policy.digest[:9]}")
+        self._last = policy
+        return blob
+
+    def whole(self) -> Policy | None:
+        """The last policy received, as a whole one for somebody who has none; None if there is none."""
+        if self._last is None:
+            return None
+        packed = {f"{MASK}{key}": pack_bits(mask) for key, mask in self._masks.items()}
+        last = self._last
+        return Policy(last.version, "whole", save({**self._state, **packed}), last.config, last.digest)
+
+
+def adapter_bytes(state: Mapping[str, Tensor]) -> bytes:
+    """`adapter_model.safetensors` of an adapter: the same tensors are always the same bytes."""
+    blob: bytes = save({key: state[key] for key in sorted(state)}, metadata={"format": "pt"})
+    return blob
+
+
+def read_policy(adapter: Path, version: int) -> Policy:
+    """An adapter directory as a whole policy."""
+    state = load((adapter / "adapter_model.safetensors").read_bytes())
+    return PolicySender((adapter / "adapter_config.json").read_text()).policy(version, state)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """A flat bool mask as uint8, eight elements a byte."""
+    bits = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, count: int) -> Tensor:
+    """The first `count` elements of what `pack_bits` packed."""
+    return ((packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).bool().view(-1)[:count]

@@ -1,0 +1,97 @@
+"""How much each teacher leans towards a System whatever it is asked, so that it can be divided out."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+import pyarrow.parquet as pq
+
+from lorapar_ray.config import LabelConfig, TeacherConfig
+from lorapar_ray.datasets.rows import iterate_rows
+from lorapar_ray.labeling.panel import Failure, Panel
+from lorapar_ray.labeling.prompts import CONTENT_FREE
+from lorapar_ray.labeling.store import Answer, VoteStore, question_key
+from lorapar_ray.labeling.votes import average_log_probs, balanced
+from lorapar_ray.labeling.voting import Keys
+
+BATCH_CALIBRATION_ROWS = 48
+
+Probe = tuple[str, str]
+"""A question and its answer."""
+ARE_YOU_THERE: Probe = (CONTENT_FREE[0], "N/A")
+
+
+def probes(label: LabelConfig, rows: Path, seed: int) -> list[Probe]:
+    """What every teacher is asked before the rest: does it answer at all, and how does it lean?
+
+    For `batch` that is a sample of the questions themselves, whose votes are needed anyway.
+    """
+    if label.calibration != "batch":
+        return [(text, "N/A") for text in CONTENT_FREE]
+    count = pq.ParquetFile(rows).metadata.num_rows
+    drawn = random.Random(f"{seed}/bias").sample(range(count), min(count, BATCH_CALIBRATION_ROWS))
+    wanted = set(drawn)
+    found = {i: (row.prompt, row.answer) for i, row in enumerate(iterate_rows(rows)) if i in wanted}
+    return [found[index] for index in drawn]
+
+
+def unanswered(label: LabelConfig, keys: Keys, store: VoteStore, asked: Sequence[Probe]) -> dict[str, list[Probe]]:
+    """By teacher, the probes of which no answer is stored."""
+    known = store.answers([question_key(*probe) for probe in asked])
+    return {
+        teacher.name: [
+            probe
+            for probe in asked
+            if not all(key in known.get(question_key(*probe), {}) for key in keys[teacher.name])
+        ]
+        for teacher in label.teachers
+    }
+
+
+async def ask_probes(
+    panel: Panel, label: LabelConfig, keys: Keys, store: VoteStore, asked: Sequence[Probe]
+) -> dict[str, str]:
+    """Ask for what `unanswered` says and store it; returns the teachers that do not answer now, and why.
+
+    A teacher with nothing left to answer is asked one question that says nothing: is it there?
+    """
+    waiting = unanswered(label, keys, store, asked)
+
+    async def ask(teacher: TeacherConfig, probe: Probe) -> list[Answer] | Failure:
+        outcome = await panel.ask(teacher, *probe)
+        if not isinstance(outcome, Failure):
+            question = question_key(*probe)
+            store.add((question, key, answer) for key, answer in zip(keys[teacher.name], outcome, strict=True))
+        return outcome
+
+    async def one(teacher: TeacherConfig) -> str | None:
+        outcomes = await asyncio.gather(*(ask(teacher, probe) for probe in waiting[teacher.name] or [ARE_YOU_THERE]))
+        failed = [outcome.reason for outcome in outcomes if isinstance(outcome, Failure)]
+        return failed[0] if len(failed) == len(outcomes) else None
+
+    reasons = await asyncio.gather(*(one(teacher) for teacher in label.teachers))
+    return {teacher.name: why for teacher, why in zip(label.teachers, reasons, strict=True) if why is not None}
+
+
+def measured_bias(label: LabelConfig, keys: Keys, store: VoteStore, asked: Sequence[Probe]) -> dict[str, list[float]]:
+    """By teacher the log-probabilities to divide out; empty for calibrations that need none."""
+    if label.calibration not in ("content_free", "batch"):
+        return {}
+    digests = [question_key(*probe) for probe in asked]
+    known = store.answers(digests)
+    bias: dict[str, list[float]] = {}
+    for teacher in label.teachers:
+        own = keys[teacher.name]
+        complete: list[Mapping[bytes, Answer]] = [
+            known[digest] for digest in digests if digest in known and all(key in known[digest] for key in own)
+        ]
+        answers = [balanced([found[key].log_probs for key in own]) for found in complete]
+        if answers and label.calibration == "batch":
+            bias[teacher.name] = [median(column) for column in zip(*answers, strict=True)]
+        elif answers:
+            bias[teacher.name] = average_log_probs(answers)
+    return bias

@@ -1,0 +1,149 @@
+"""A teacher on Ray Serve: one replica around one vLLM engine.
+
+Why not `ray.serve.llm`: its `LLMServer` speaks the OpenAI protocol, so every vote would be parsed from a request model,
+detokenised and written into a response with log-probabilities keyed by token text, where `1` and ` 1` collide. Here a
+vote is one constrained token and comes back as the log-probabilities of exactly the K choice tokens. Placement,
+autoscaling and limits are Serve's own in both cases. `jobs/benchmarks/labeling.py` measures one beside the other.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from lorapar_ray.config import TeacherConfig
+from lorapar_ray.engines.settings import engine_arguments, engine_environment, platform_arguments
+from lorapar_ray.errors import UserError
+from lorapar_ray.models import resolve_model
+
+GPU_MEMORY_SHARE = 0.9
+"""Of what a teacher is given of a GPU, the part its engine fills; vLLM's own default for a whole one."""
+
+
+class HostedTeacher:
+    """A Serve replica around one vLLM engine. Only the choice is decoded: one token per vote."""
+
+    def __init__(self, teacher: dict[str, Any], choice: str, seed: int) -> None:
+        """Start the engine; `choice` are the last words of every prompt (`label.prompt.choice`)."""
+        from transformers import AutoTokenizer
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._config = TeacherConfig.model_validate(teacher)
+        self._choice = choice
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model(self._config.model), revision=self._config.revision
+        )
+        arguments = {**platform_arguments(), **teacher_engine_arguments(self._config, seed)}
+        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        self._choice_ids: dict[str, list[int]] = {}
+        self._asked = 0
+
+    async def ask(self, prompt: str, choices: list[str]) -> tuple[list[float], int]:
+        """(log-probabilities of the choices as the next token, tokens read and written)."""
+        from vllm import SamplingParams
+
+        from lorapar_ray.labeling.prompts import with_template
+
+        text = with_template(prompt, self._tokenizer, self._config.use_chat_template, self._choice)
+        thought = 0
+        if self._config.thinking_tokens:
+            text, thought = await self._think(text)
+        prompt_ids, choice_ids = self._tokens(text, choices)
+        params = SamplingParams(max_tokens=1, temperature=1.0, allowed_token_ids=choice_ids, logprobs=len(choice_ids))
+        output = await self._run({"prompt_token_ids": prompt_ids}, params)
+        table = output.outputs[0].logprobs[0]
+        log_probs = [table[token].logprob if token in table else -math.inf for token in choice_ids]
+        return log_probs, len(prompt_ids) + 1 + thought
+
+    async def check_health(self) -> None:
+        """Serve asks now and then: an idle replica whose engine has died is replaced before it is asked."""
+        await self._engine.check_health()
+
+    def _tokens(self, text: str, choices: list[str]) -> tuple[list[int], list[int]]:
+        """As `choice_tokens`, with one tokenisation where the choices are known already."""
+        plain = not text.startswith(self._tokenizer.bos_token or "\0")
+        key = "\0".join(choices)
+        if key in self._choice_ids:
+            ids = self._tokenizer(f"{text} {choices[0]}", add_special_tokens=plain)["input_ids"]
+            if ids[-1] == self._choice_ids[key][0]:
+                return ids[:-1], self._choice_ids[key]
+        prompt_ids, self._choice_ids[key] = choice_tokens(self._tokenizer, text, choices)
+        return prompt_ids, self._choice_ids[key]
+
+    async def _think(self, text: str) -> tuple[str, int]:
+        """Let a reasoning model write first; the choice is asked for after what it wrote. (text, tokens)"""
+        from vllm import SamplingParams
+
+        opened = text.removesuffix(self._choice)
+        params = SamplingParams(max_tokens=self._config.thinking_tokens, temperature=0.6, seed=0)
+        output = await self._run({"prompt": opened}, params)
+        tokens = len(output.prompt_token_ids) + len(output.outputs[0].token_ids)
+        return f"{opened}{output.outputs[0].text}\n{self._choice}", tokens
+
+    async def _run(self, prompt: dict[str, Any], params: Any) -> Any:
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        self._asked += 1
+        last = None
+        try:
+            async for output in self._engine.generate(prompt, params, request_id=str(self._asked)):
+                last = output
+        except EngineDeadError:
+            os._exit(1)  # Serve replaces a dead replica; one with a dead engine would fail every request
+        return last
+
+
+def choice_tokens(tokenizer: Any, text: str, choices: list[str]) -> tuple[list[int], list[int]]:
+    """(ids of `text` and whatever all choices begin with, the one token by which each choice differs).
+
+    Raises:
+        UserError: some choice is more than one token for this tokenizer.
+    """
+    plain = not text.startswith(tokenizer.bos_token or "\0")
+    encoded = [tokenizer(f"{text} {choice}", add_special_tokens=plain)["input_ids"] for choice in choices]
+    prefix = encoded[0][:-1]
+    if any(ids[:-1] != prefix for ids in encoded) or len({ids[-1] for ids in encoded}) != len(choices):
+        raise UserError(f"label.definitions: the choices {', '.join(choices)} are not one token each for a teacher")
+    return prefix, [ids[-1] for ids in encoded]
+
+
+def teacher_engine_arguments(teacher: TeacherConfig, seed: int) -> dict[str, Any]:
+    """Keyword arguments of the teacher's `vllm.AsyncEngineArgs`; teachers that share a GPU fill their part of it."""
+    shared: dict[str, Any] = {}
+    if 0 < teacher.resources.gpus < 1:
+        shared = {"gpu_memory_utilization": round(GPU_MEMORY_SHARE * teacher.resources.gpus, 4)}
+    own = {"revision": teacher.revision, "tokenizer_revision": teacher.revision} if teacher.revision else {}
+    arguments = engine_arguments(resolve_model(teacher.model), teacher.engine, seed=seed, trust_remote_code=False)
+    return shared | own | arguments
+
+
+def deployment_options(teacher: TeacherConfig) -> dict[str, Any]:
+    """Serve's options: how many replicas, what each asks Ray for, how much each takes on."""
+    scaling: dict[str, Any] = {"num_replicas": teacher.replicas}
+    if teacher.max_replicas is not None:
+        full = min(teacher.engine.max_num_seqs, teacher.ongoing_requests)
+        bounds = {"min_replicas": teacher.replicas, "max_replicas": teacher.max_replicas}
+        scaling = {"autoscaling_config": {**bounds, "target_ongoing_requests": full}}
+    return {
+        "name": teacher.name,
+        "max_ongoing_requests": teacher.ongoing_requests,
+        "ray_actor_options": {
+            "num_cpus": teacher.resources.cpus,
+            "num_gpus": teacher.resources.gpus,
+            "runtime_env": {"env_vars": engine_environment(teacher.engine, teacher.resources)},
+        },
+        "health_check_timeout_s": 120,
+        **scaling,
+    }
+
+
+def target(teacher: TeacherConfig, app: str, choice: str, seed: int) -> Any:
+    """What `serve.run_many` should run for a hosted teacher."""
+    from ray import serve
+
+    deployment = serve.deployment(HostedTeacher).options(**deployment_options(teacher))
+    return serve.RunTarget(deployment.bind(teacher.model_dump(mode="json"), choice, seed), name=app, route_prefix=None)

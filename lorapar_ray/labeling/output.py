@@ -1,0 +1,107 @@
+"""Labels and rejects from stored answers, streamed: a row at a time in, a chunk at a time out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+
+from lorapar_ray.config import Config
+from lorapar_ray.datasets.rows import ROW_SCHEMA, ROWS_PER_WRITE, Row, iterate_rows
+from lorapar_ray.datasets.tables import TableWriter, reject_table
+from lorapar_ray.errors import UserError
+from lorapar_ray.labeling.pending import answered_rows
+from lorapar_ray.labeling.store import Answer, VoteStore, question_key
+from lorapar_ray.labeling.summary import Session, Tally
+from lorapar_ray.labeling.votes import Decision, Vote, majority
+from lorapar_ray.labeling.voting import Keys, votes_of
+from lorapar_ray.runs import RunDirectory, atomic_path
+
+VOTE = pa.struct(
+    [("teacher", pa.string()), ("system", pa.int64()), ("confidence", pa.float64()), ("latency_s", pa.float64())]
+)
+LABEL_SCHEMA = pa.schema(
+    [
+        *ROW_SCHEMA,
+        ("system", pa.int64()),
+        ("agreement", pa.float64()),
+        ("confidence", pa.float64()),
+        ("votes", pa.list_(VOTE)),
+    ]
+)
+
+
+def write_labels(
+    config: Config, run: RunDirectory, store: VoteStore, keys: Keys, bias: Mapping[str, list[float]], session: Session
+) -> dict[str, Any]:
+    """Decide every question by its stored votes; returns the summary.
+
+    Raises:
+        UserError: no question has a vote.
+    """
+    tally = Tally(config.label, bias, config.seed, session.run)
+    with _tables(run) as (labels, rejects):
+        for chunk, found in answered_rows(run.data / "train.parquet", store, ROWS_PER_WRITE):
+            questions = [question_key(row.prompt, row.answer) for row in chunk]
+            failures = store.failures(session.run, questions)
+            for row, question, known in zip(chunk, questions, found, strict=True):
+                votes = votes_of(config.label, keys, known, bias)
+                voted = {vote.teacher for vote in votes}
+                failed = {name: why for name, why in failures.get(question, {}).items() if name not in voted}
+                decision = majority(votes, config.label.weights)
+                if decision is None:
+                    rejects.add(_reject(row, failed))
+                    tally.abstain(failed)
+                else:
+                    labels.add(_labelled(row, decision, votes))
+                    tally.add(row, decision.system, votes, _by_teacher(keys, known), failed)
+        if not labels.count:
+            raise UserError("label: no question got a single vote; look at the teachers with --verbose")
+        return tally.summary(rejects.count, session)
+
+
+def write_random_labels(config: Config, run: RunDirectory) -> dict[str, Any]:
+    """Strategy `random`: a seeded draw for every question."""
+    tally = Tally(config.label, {}, config.seed)
+    with _tables(run) as (labels, _):
+        for row in iterate_rows(run.data / "train.parquet"):
+            decision = Decision(random_system(config, row), 1.0, 1.0)
+            labels.add(_labelled(row, decision, []))
+            tally.add(row, decision.system, [], {})
+        return tally.summary(0, Session())
+
+
+def random_system(config: Config, row: Row) -> int:
+    """A seeded draw that depends on the row's id alone."""
+    number = hashlib.sha256(f"{config.seed}/{row.id}".encode()).digest()[0]
+    return sorted(config.label.definitions)[number % len(config.label.definitions)]
+
+
+def _by_teacher(keys: Keys, known: Mapping[bytes, Answer]) -> dict[str, list[Answer]]:
+    return {name: [known[key] for key in own] for name, own in keys.items() if all(key in known for key in own)}
+
+
+def _labelled(row: Row, decision: Decision, votes: list[Vote]) -> dict[str, Any]:
+    return {**vars(row), **vars(decision), "votes": [vars(vote) for vote in votes]}
+
+
+def _reject(row: Row, reasons: Mapping[str, str]) -> dict[str, str]:
+    why = "; ".join(f"{teacher}: {reason}" for teacher, reason in reasons.items())
+    text = json.dumps(vars(row), ensure_ascii=False)
+    return {"id": row.id, "stage": "label", "reason": f"no teacher answered ({why or 'none was asked'})", "row": text}
+
+
+@contextmanager
+def _tables(run: RunDirectory) -> Iterator[tuple[TableWriter, TableWriter]]:
+    """The tables of labels and rejects; both appear when the block ends well, the rejects only if there are any."""
+    with (
+        atomic_path(run.labels / "part-00000.parquet") as draft,
+        reject_table(run.rejects / "label.parquet") as rejects,
+    ):
+        labels = TableWriter(draft, LABEL_SCHEMA)
+        yield labels, rejects
+        labels.close()

@@ -1,0 +1,100 @@
+"""The teachers of one process, asked one question at a time: retries, abstentions, and giving up on a dead teacher."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lorapar_ray.config import LabelConfig, TeacherConfig
+from lorapar_ray.labeling.prompts import numbers, rotations, voting_prompt
+from lorapar_ray.labeling.store import Answer
+from lorapar_ray.labeling.teachers import Refused, Teacher, connect
+from lorapar_ray.labeling.votes import normalised
+
+REASON_LENGTH = 160
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a teacher abstains from a question."""
+
+    reason: str
+
+
+class Panel:
+    """Every teacher of the config, connected, with its health."""
+
+    def __init__(
+        self,
+        label: LabelConfig,
+        apps: Mapping[str, str],
+        keys: Mapping[str, str],
+        student: str,
+        run: str = "",
+        dead: Mapping[str, str] | None = None,
+    ) -> None:
+        """Connect.
+
+        Args:
+            apps: Serve application of each hosted teacher that runs; others abstain.
+            keys: secret of each remote teacher that has one.
+            student: the model they play.
+            run: written into every answer, see `Answer.run`.
+            dead: teachers not to ask, and why.
+        """
+        self._label = label
+        self._student = student
+        self._run = run
+        self._teachers: dict[str, Teacher | None] = {t.name: connect(label, t, apps, keys) for t in label.teachers}
+        self._failed_in_a_row = dict.fromkeys(self._teachers, 0)
+        absent = {name: "it could not start" for name, teacher in self._teachers.items() if teacher is None}
+        self.dead = absent | dict(dead or {})
+        """Teachers given up, and why."""
+
+    @property
+    def quorum_lost(self) -> bool:
+        return len(self._teachers) - len(self.dead) < self._label.quorum
+
+    async def ask(self, teacher: TeacherConfig, question: str, answer: str) -> list[Answer] | Failure:
+        """The teacher's answers, one per rotation; or why there is none after the retries."""
+        asked = await asyncio.gather(*(self._ask(teacher, question, answer, r) for r in rotations(self._label)))
+        good = [each for each in asked if isinstance(each, Answer)]
+        if len(good) == len(asked):
+            self._failed_in_a_row[teacher.name] = 0
+            return good
+        failure = next(each for each in asked if isinstance(each, Failure))
+        if teacher.name not in self.dead:
+            self._failed_in_a_row[teacher.name] += 1
+            if self._failed_in_a_row[teacher.name] >= self._label.give_up_after:
+                self.dead[teacher.name] = f"{self._label.give_up_after} failures in a row, the last: {failure.reason}"
+        return failure
+
+    async def _ask(self, teacher: TeacherConfig, question: str, answer: str, rotation: int) -> Answer | Failure:
+        label = self._label
+        prompt = voting_prompt(question, answer, label=label, teacher=teacher, student=self._student, rotation=rotation)
+        own_numbers = numbers(label, rotation)
+        choices = [str(number) for number in sorted(own_numbers)]
+        reason = ""
+        for attempt in range(label.retries + 1):
+            voter = self._teachers[teacher.name]
+            if voter is None or teacher.name in self.dead:
+                return Failure(self.dead[teacher.name])
+            try:
+                asked = await voter.ask(prompt, choices)
+                by_number = normalised(asked.log_probs)
+                by_system = [by_number[number - 1] for number in own_numbers]
+                return Answer(by_system, asked.tokens, asked.latency_s, self._run)
+            except Refused as error:
+                return Failure(_reason(error))
+            except Exception as error:  # whatever breaks in a teacher, its vote abstains and the summary counts it
+                reason = _reason(error)
+                if attempt < label.retries:
+                    await asyncio.sleep(label.backoff_s * 2**attempt)
+        return Failure(reason)
+
+
+def _reason(error: Exception) -> str:
+    """One short line: Ray's errors carry the whole of a remote traceback."""
+    cause = getattr(error, "cause", None) or error
+    return " ".join(f"{type(cause).__name__}: {cause}".split())[:REASON_LENGTH]

@@ -1,0 +1,158 @@
+"""A teacher behind an OpenAI-compatible endpoint: text completions, or chat where there is nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from typing import Any
+
+from lorapar_ray.config import TeacherConfig
+from lorapar_ray.errors import UserError
+from lorapar_ray.labeling.teachers import Asked, Refused
+
+RETRY_STATUS = (408, 409, 425, 429, 500, 502, 503, 504)
+COMPLETION_ALTERNATIVES, CHAT_ALTERNATIVES = 5, 20
+"""Alternatives per token that services of either kind return at most."""
+CHAT_WORDS = 8
+"""Tokens a chat model may spend on words around its choice."""
+
+
+class RemoteTeacher:
+    """Asks an endpoint no faster than its rate limit, and pauses all requests when it asks for a pause."""
+
+    def __init__(
+        self, teacher: TeacherConfig, choice: str, timeout_s: float, requests_per_second: float | None, key: str | None
+    ) -> None:
+        import httpx
+
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
+        self._client = httpx.AsyncClient(
+            base_url=str(teacher.base_url), headers=headers, timeout=timeout_s, limits=limits
+        )
+        self._config = teacher
+        self._choice = choice
+        self._timeout_s = timeout_s
+        self._gap_s = 1 / requests_per_second if requests_per_second else 0.0
+        self._free_at = 0.0
+
+    async def ask(self, prompt: str, choices: list[str]) -> Asked:
+        """Log-probabilities of the choices among the endpoint's top alternatives.
+
+        Raises:
+            ConnectionError: a status worth trying again.
+            Refused: any other status that is none of success.
+            ValueError: an answer in which no choice can be found.
+        """
+        if self._config.endpoint == "chat":
+            return await self._chat(prompt, choices)
+        thought = 0
+        if self._config.thinking_tokens:
+            opened = prompt.removesuffix(self._choice)
+            free = {"prompt": opened, "max_tokens": self._config.thinking_tokens, "temperature": 0.6}
+            written, _ = await self._post("/completions", free)
+            prompt, thought = f"{opened}{written['choices'][0]['text']}\n{self._choice}", _tokens(written)
+        body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": COMPLETION_ALTERNATIVES}
+        answer, latency_s = await self._post("/completions", body)
+        table = _part(answer, "choices", 0, "logprobs", "top_logprobs", 0)
+        if not isinstance(table, dict):
+            raise ValueError("the answer has no log-probabilities")
+        return Asked(choice_log_probs(table.items(), choices), _tokens(answer) + thought, latency_s)
+
+    async def _chat(self, prompt: str, choices: list[str]) -> Asked:
+        """The last token that is a choice: a chat model may write words, or a whole train of thought, before it."""
+        body = {
+            "messages": [{"role": "user", "content": f"{prompt} (answer with the number only)"}],
+            "max_tokens": self._config.thinking_tokens + CHAT_WORDS,
+            "temperature": 0,
+            "logprobs": True,
+            "top_logprobs": CHAT_ALTERNATIVES,
+        }
+        answer, latency_s = await self._post("/chat/completions", body)
+        positions = _part(answer, "choices", 0, "logprobs", "content")
+        chosen = [place for place in positions if str(place["token"]).strip() in choices]
+        if not chosen:
+            raise ValueError("no choice in the answer")
+        table = [(each["token"], each["logprob"]) for each in chosen[-1]["top_logprobs"]]
+        return Asked(choice_log_probs(table, choices), _tokens(answer), latency_s)
+
+    async def _post(self, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        """(the JSON answered, seconds it took)"""
+        await self._wait_for_turn()
+        start = time.monotonic()
+        request = self._client.post(path, json={"model": self._config.model, **body, **self._config.extra_body})
+        response = await asyncio.wait_for(request, self._timeout_s)  # httpx limits each read, not the whole
+        if response.status_code == 429:
+            self._pause(response.headers.get("retry-after"))
+        if response.status_code in RETRY_STATUS:
+            raise ConnectionError(f"status {response.status_code}")
+        if not response.is_success:
+            raise Refused(f"status {response.status_code}: {' '.join(response.text.split())[:120]}")
+        answer = response.json()
+        if not isinstance(answer, dict):
+            raise ValueError("the answer is no JSON object")
+        return answer, time.monotonic() - start
+
+    async def _wait_for_turn(self) -> None:
+        now = asyncio.get_running_loop().time()
+        turn = max(self._free_at, now)
+        self._free_at = turn + self._gap_s
+        await asyncio.sleep(turn - now)
+
+    def _pause(self, retry_after: str | None) -> None:
+        """Nobody asks before the endpoint wants to be asked again (seconds; a date is left to the caller's backoff)."""
+        if retry_after is not None and retry_after.replace(".", "", 1).isdigit():
+            now = asyncio.get_running_loop().time()
+            self._free_at = max(self._free_at, now + min(float(retry_after), self._timeout_s))
+
+
+def choice_log_probs(alternatives: Any, choices: list[str]) -> list[float]:
+    """Of each choice, among (token, log-probability) pairs; the likelier where two tokens read the same.
+
+    A choice that is not there is less likely than all that are: it gets the least of them minus one nat.
+
+    Raises:
+        ValueError: none is there.
+    """
+    found: dict[str, float] = {}
+    for token, value in alternatives:
+        name = str(token).strip()
+        found[name] = max(float(value), found.get(name, float("-inf")))
+    if not any(choice in found for choice in choices):
+        raise ValueError("no choice among the alternatives")
+    floor = min(found.values()) - 1.0
+    return [found.get(choice, floor) for choice in choices]
+
+
+def secret(teacher: TeacherConfig) -> str | None:
+    """The key that the config names, from this process's environment.
+
+    Raises:
+        UserError: the variable is not set.
+    """
+    if teacher.api_key_env is None:
+        return None
+    key = os.environ.get(teacher.api_key_env)
+    if not key:
+        raise UserError(f"teacher '{teacher.name}': environment variable {teacher.api_key_env} is not set; export it")
+    return key
+
+
+def _tokens(answer: dict[str, Any]) -> int:
+    usage = answer.get("usage")
+    return int(usage.get("total_tokens") or 0) if isinstance(usage, dict) else 0
+
+
+def _part(answer: Any, *path: str | int) -> Any:
+    """A value deep inside an answer.
+
+    Raises:
+        ValueError: something on the way is not there.
+    """
+    for step in path:
+        try:
+            answer = answer[step]
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"the answer has no '{step}'") from error
+    return answer

@@ -1,0 +1,92 @@
+"""Start and stop the hosted teachers on Ray Serve."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from lorapar_ray.config import Config
+from lorapar_ray.errors import UserError
+from lorapar_ray.progress import console
+
+
+def applications(config: Config) -> dict[str, str]:
+    """Name of each hosted teacher's Serve application."""
+    return {t.name: f"lorapar-{config.name}-{t.name}" for t in config.label.teachers if t.kind == "serve"}
+
+
+def start_teachers(config: Config) -> tuple[dict[str, str], dict[str, str]]:
+    """Deploy every hosted teacher, all at once, and wait until each runs or has failed.
+
+    Returns:
+        application of each that runs, and why the others do not.
+
+    Raises:
+        UserError: a model that is not there, or a cluster too small for all of them and the asking workers.
+    """
+    apps = applications(config)
+    if not apps:
+        return {}, {}
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    from lorapar_ray.labeling.hosted import target
+    from lorapar_ray.models import resolve_model
+
+    hosted = [teacher for teacher in config.label.teachers if teacher.kind == "serve"]
+    for teacher in hosted:
+        resolve_model(teacher.model)  # a wrong path should be one line here, not a replica that never starts
+    logging.getLogger("ray.serve").setLevel(logging.getLogger("ray").getEffectiveLevel())  # its own default is INFO
+    serve.start(http_options=HTTPOptions(host="127.0.0.1", location="NoServer"))
+    targets = [target(teacher, apps[teacher.name], config.label.prompt.choice, config.seed) for teacher in hosted]
+    serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    waiting, running, failed = dict(apps), {}, {}
+    while waiting:
+        status = serve.status().applications
+        for name, app in list(waiting.items()):
+            state = status[app].status if app in status else None
+            if state == "RUNNING":
+                running[name] = waiting.pop(name)
+            elif state in ("DEPLOY_FAILED", "UNHEALTHY"):
+                failed[name] = "it could not start: " + " ".join(status[app].message.split())[:300]
+                console.print(f"  [yellow]teacher {name} abstains[/]: {failed[name]}", markup=True)
+                waiting.pop(name)
+        time.sleep(0.5)
+    return running, failed
+
+
+def require_room(config: Config) -> None:
+    """Fail at once, instead of waiting for ever, when the cluster cannot hold the teachers and the asking workers.
+
+    Raises:
+        UserError: names the resource, what is wanted and what the cluster has.
+    """
+    import ray
+
+    label, total = config.label, ray.cluster_resources()
+    hosted = [teacher for teacher in label.teachers if teacher.kind == "serve"]
+    wanted = {
+        "CPU": sum(t.replicas * t.resources.cpus for t in hosted) + label.workers * label.resources.cpus,
+        "GPU": sum(t.replicas * t.resources.gpus for t in hosted) + label.workers * label.resources.gpus,
+    }
+    for kind, amount in wanted.items():
+        if amount > total.get(kind, 0.0) + 1e-9:
+            raise UserError(
+                f"label: {len(hosted)} hosted teachers and {label.workers} asking workers ask for {amount:g} {kind} "
+                f"but the cluster has {total.get(kind, 0.0):g}; lower label.teachers' resources or replicas, or add "
+                "nodes"
+            )
+
+
+def stop_teachers(config: Config) -> None:
+    """Free the teachers' resources; Serve itself stays if somebody else's applications run on it."""
+    apps = applications(config)
+    if not apps:
+        return
+    from ray import serve
+
+    if set(serve.status().applications) <= set(apps.values()):
+        serve.shutdown()
+        return
+    for app in apps.values():
+        serve.delete(app)

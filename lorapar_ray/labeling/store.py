@@ -1,0 +1,126 @@
+"""Every answer a teacher ever gave, on disk: what a resumed run goes on from, what a further teacher need not repeat.
+
+One SQLite file that only the driver writes, a block of questions at a time, so a kill at any point loses the blocks in
+flight and nothing else. Answers are kept as the teacher gave them (log-probabilities before calibration): another
+calibration or weighting asks nobody again. Memory does not grow with the rows.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+from lorapar_ray.errors import UserError
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS answers (
+    question BLOB, teacher BLOB, log_probs TEXT, tokens INTEGER, latency_s REAL, run TEXT,
+    PRIMARY KEY (question, teacher)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS failures (
+    run TEXT, question BLOB, teacher TEXT, reason TEXT, PRIMARY KEY (run, question, teacher)
+) WITHOUT ROWID;
+"""
+LOOKED_UP_AT_ONCE = 400
+WAIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a teacher answered to one prompt."""
+
+    log_probs: list[float]
+    """Of each System, before calibration."""
+    tokens: int
+    """Read and written by the teacher, the cached ones among them."""
+    latency_s: float
+    run: str = ""
+    """Which run asked for it."""
+
+
+def question_key(prompt: str, answer: str) -> bytes:
+    """Digest of a question with its answer: both are in the voting prompt."""
+    return blake2b(f"{prompt}\0{answer}".encode(), digest_size=16).digest()
+
+
+class VoteStore:
+    """Answers by (question, teacher key); see `lorapar_ray.labeling.keys` for the latter."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create the file.
+
+        Raises:
+            UserError: it cannot be opened, or is something else.
+        """
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._clear_errors():
+            self._database = sqlite3.connect(path, timeout=WAIT_S)
+            self._database.executescript(TABLES)
+
+    def answers(self, questions: Sequence[bytes]) -> dict[bytes, dict[bytes, Answer]]:
+        """What is known about some questions: {question: {teacher key: answer}}."""
+        found: dict[bytes, dict[bytes, Answer]] = {}
+        columns = "question, teacher, log_probs, tokens, latency_s, run"
+        for part in _parts(questions):
+            query = f"SELECT {columns} FROM answers WHERE question IN ({_marks(part)})"
+            with self._clear_errors():
+                for question, teacher, log_probs, *rest in self._database.execute(query, part):
+                    found.setdefault(question, {})[teacher] = Answer(json.loads(log_probs), *rest)
+        return found
+
+    def add(
+        self, answers: Iterable[tuple[bytes, bytes, Answer]], failures: Iterable[tuple[str, bytes, str, str]] = ()
+    ) -> None:
+        """Store (question, teacher key, answer) and (run, question, teacher name, reason), all or nothing."""
+        with self._clear_errors(), self._database:
+            self._database.executemany(
+                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?)",
+                (
+                    (question, teacher, json.dumps(found.log_probs), found.tokens, found.latency_s, found.run)
+                    for question, teacher, found in answers
+                ),
+            )
+            self._database.executemany("INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?)", failures)
+
+    def failures(self, run: str, questions: Sequence[bytes]) -> dict[bytes, dict[str, str]]:
+        """Why teachers failed on some questions: {question: {teacher name: reason}}; they may have answered later."""
+        found: dict[bytes, dict[str, str]] = {}
+        for part in _parts(questions):
+            query = f"SELECT question, teacher, reason FROM failures WHERE run = ? AND question IN ({_marks(part)})"
+            with self._clear_errors():
+                for question, teacher, reason in self._database.execute(query, [run, *part]):
+                    found.setdefault(question, {})[teacher] = reason
+        return found
+
+    def close(self) -> None:
+        """Release the file."""
+        self._database.close()
+
+    @contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if "full" in str(error):
+                raise UserError(
+                    f"no space left on the disk of '{self._path}'; free some and run the same command again"
+                ) from error
+            raise UserError(f"label.cache: '{self._path}' cannot be used ({error}); name another file") from error
+        except sqlite3.DatabaseError as error:
+            raise UserError(
+                f"label.cache: '{self._path}' is not a vote cache ({error}); delete it or name another"
+            ) from error
+
+
+def _parts(questions: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
+    return (questions[start : start + LOOKED_UP_AT_ONCE] for start in range(0, len(questions), LOOKED_UP_AT_ONCE))
+
+
+def _marks(part: Sequence[bytes]) -> str:
+    return ",".join("?" * len(part))

@@ -1,0 +1,95 @@
+"""Learners of stage 2: several, and several with the base cut between them, take the step that one takes."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorapar_ray.adapters.job import make_adapter
+from lorapar_ray.config import Config, Resources
+from lorapar_ray.grpo.batches import Batch, Sample, share_of
+from lorapar_ray.grpo.learner import GrpoJob, learn_worker
+from lorapar_ray.runs import RunDirectory
+from lorapar_ray.workers import run_workers
+from tests.tiny_run import metrics, save_tiny_student, tiny_config
+
+pytestmark = pytest.mark.cluster
+STEPS = 2
+
+
+def batch(step: int) -> Batch:
+    """Three groups of unequal lengths, drawn at random."""
+    draw = random.Random(step)
+    samples = []
+    for group in range(3):
+        prompt = [draw.randrange(5, 4000) for _ in range(6 + 3 * group)]
+        for number in range(4):
+            tokens = [draw.randrange(5, 4000) for _ in range(2 + 2 * number + group)]
+            advantage = (1.5, -0.5, 0.25, -1.25)[number]
+            samples.append(Sample(prompt, tokens, [-8.0] * len(tokens), advantage, finished=True, version=step))
+    tokens = sum(len(sample.token_ids) for sample in samples)
+    return Batch(samples, tokens, len(samples), metrics={"reward": 0.0}, examples=[], prompts=[])
+
+
+class ScriptedCoordinator:
+    """A fake: hands out batches made beforehand instead of sampling them."""
+
+    def resume(self, step: int, stream: Any) -> None: ...
+
+    def publish(self, policy: Any, canaries: list[Any]) -> dict[str, float]:
+        return {"canaries": float(len(canaries))}
+
+    def batch(self, step: int, rank: int, world: int) -> Batch:
+        return share_of(batch(step), rank, world)
+
+
+@pytest.fixture(scope="module")
+def run(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, RunDirectory]:
+    root = tmp_path_factory.mktemp("learners")
+    plain = tiny_config(save_tiny_student(root / "student"))
+    plain["adapter"] = {"rank": 4, "alpha": 8, "init": "gaussian", "init_std": 0.05}
+    config, run = Config.model_validate(plain), RunDirectory(root / "run")
+    make_adapter(config, run, run.adapter)
+    return config, run
+
+
+def learn(run: tuple[Config, RunDirectory], folder: Path, learners: int, **grpo: Any) -> dict[str, torch.Tensor]:
+    """The adapter after STEPS steps by so many learners."""
+    import ray
+
+    config, directory = run
+    coordinator = ray.remote(ScriptedCoordinator).options(name=f"scripted-{folder.name}", num_cpus=0).remote()
+    job = GrpoJob(
+        model=config.model.model_dump(mode="json"),
+        settings={**config.grpo.model_dump(mode="json"), "checkpoint_every": 100, **grpo},
+        base=config.model.path,
+        adapter_in=str(directory.adapter),
+        adapter_out=str(folder / "adapter"),
+        regions=None,
+        canaries=[[[5, 6, 7, 8], 2]],
+        checkpoints=str(folder / "checkpoints"),
+        metrics=str(folder / "metrics" / "grpo.jsonl"),
+        samples=str(folder / "metrics" / "samples.jsonl"),
+        steps=STEPS,
+        coordinator=f"scripted-{folder.name}",
+        run="test",
+        seed=0,
+    )
+    resources = Resources(cpus=1 / learners)
+    run_workers(learn_worker, job.payload(), name="grpo", workers=learners, resources=resources, storage=folder / "ray")
+    ray.kill(coordinator)
+    assert [line["canaries"] for line in metrics(folder, "grpo")] == [1.0] * STEPS
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def test_learners_together_take_the_step_of_one(run: tuple[Config, RunDirectory], tmp_path: Path) -> None:
+    alone = learn(run, tmp_path / "alone", 1, kl_beta=0.05)
+    before = load_file(run[1].adapter / "adapter_model.safetensors")
+    assert all(not torch.equal(alone[key], value) for key, value in before.items())
+    for name, sharding in (("two", "none"), ("cut", "fsdp2")):
+        together = learn(run, tmp_path / name, 2, kl_beta=0.05, sharding=sharding)
+        for key, value in alone.items():
+            torch.testing.assert_close(together[key], value, rtol=1e-3, atol=1e-6)

@@ -1,0 +1,106 @@
+"""The proof of the served policy: every way in which an engine could serve another one is injected, and is caught."""
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lorapar_ray.adapters import adapter_parameters, load_adapter
+from lorapar_ray.config import EngineConfig, Resources
+from lorapar_ray.engines.actor import start_engine
+from lorapar_ray.engines.policy import PolicySender
+from lorapar_ray.grpo.batches import Canary
+from lorapar_ray.grpo.engine_pool import EnginePool, PolicyMismatch
+from lorapar_ray.grpo.logprobs import token_logprobs
+from lorapar_ray.session import ray_session
+from tests.e2e.conftest import FinishedRun
+from tests.e2e.faulty_engine import FAULT, FaultyEngine
+from tests.tiny_run import ENGINE
+
+pytestmark = pytest.mark.e2e
+TOLERANCE = 1e-3
+TOKENS = [5 + 37 * k % 4000 for k in range(80)]
+START = 64
+SAMPLING = {"n": 2, "temperature": 1.0, "max_tokens": 8, "seed": 0}
+
+
+class Source:
+    """The learner's side: an adapter that moves, and its own log-probabilities of the canary tokens."""
+
+    def __init__(self, finished: FinishedRun) -> None:
+        base = AutoModelForCausalLM.from_pretrained(finished.student, dtype=torch.float32)
+        adapter = finished.run / "grpo" / "adapter"
+        self.model = load_adapter(base, adapter)
+        self.parameters = adapter_parameters(self.model)
+        self.sender = PolicySender((adapter / "adapter_config.json").read_text())
+        self.version = -1
+
+    @torch.no_grad()
+    def next(self) -> tuple[Any, list[Canary]]:
+        self.version += 1
+        generator = torch.Generator().manual_seed(self.version)
+        for parameter in self.parameters.values():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        ids = torch.tensor([TOKENS])
+        logits = self.model(input_ids=ids).logits[:, START - 1 : -1]
+        logprobs, _ = token_logprobs(logits, ids[:, START:])
+        return self.sender.policy(self.version, self.parameters), [Canary(TOKENS, START, logprobs[0].tolist())]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with ray_session():
+        yield
+
+
+def engine_of(student: Path, fault: Path) -> Any:
+    settings = EngineConfig(**ENGINE, extra={"worker_extension_cls": "tests.e2e.faulty_engine.FaultyLoader"})
+    return start_engine(
+        str(student), settings, Resources(), seed=0, actor=FaultyEngine, environment={FAULT: str(fault)}
+    )
+
+
+def test_a_policy_that_is_not_the_learners_is_caught_and_a_hanging_engine_replaced(
+    cluster: None, finished: FinishedRun, tmp_path: Path
+) -> None:
+    fault = tmp_path / "fault"
+    fault.write_text("none")
+    source = Source(finished)
+
+    async def go() -> None:
+        pool = EnginePool(lambda: engine_of(finished.student, fault), 1, tolerance=TOLERANCE, time_limit_s=120)
+        [told] = await pool.start()
+        assert await pool.publish(*source.next()) < TOLERANCE
+        for kind in ("stale", "half", "wrong", "scale", "digest", "cache"):
+            fault.write_text(kind)
+            if kind == "cache":  # the entries that will be stale are made under the fault
+                await pool.publish(*source.next())
+            with pytest.raises(PolicyMismatch, match=r"serve policy|loaded another"):
+                await pool.publish(*source.next())
+            fault.write_text("none")
+            assert await pool.publish(*source.next()) < TOLERANCE, kind
+        stop_the_engine_of(told["pid"])
+        pool._time_limit_s = 5.0
+        [completions] = await pool.run(lambda engine: engine.generate.remote([TOKENS], SAMPLING))
+        assert pool.replaced == 1
+        assert [done.version for done in completions] == [source.version] * 2
+        pool._time_limit_s = 120.0
+        assert await pool.publish(*source.next()) < TOLERANCE
+        await pool.stop()
+
+    asyncio.run(go())
+
+
+def stop_the_engine_of(pid: int) -> None:
+    """Freeze an actor's engine: a process that neither dies nor answers."""
+    import signal
+
+    import psutil
+
+    for child in psutil.Process(pid).children(recursive=True):
+        os.kill(child.pid, signal.SIGSTOP)

@@ -1,0 +1,74 @@
+"""Stage 2 loses each kind of process it has, by `kill -9`, and goes on: no version is skipped, no prompt is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.conftest import FinishedRun
+from tests.e2e.test_interruption import copy_before
+from tests.tiny_run import ROOT, command, metrics
+
+pytestmark = pytest.mark.e2e
+STEPS = 10
+VICTIMS = {  # by finished steps: part of the command line of what is killed then
+    1: "ray::EngineActor",
+    3: "VLLM::EngineCore",
+    5: "lorapar_ray.grpo.rewards.worker",
+    6: "ray::RewardActor",
+    7: "ray::RayTrainWorker",
+}
+
+
+def find(root: psutil.Process, what: str) -> psutil.Process | None:
+    """A live descendant by its command line."""
+    for process in root.children(recursive=True):
+        try:
+            if what in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+        except psutil.NoSuchProcess:
+            continue
+    return None
+
+
+def test_every_kind_of_process_may_die(finished: FinishedRun, tmp_path: Path) -> None:
+    run = copy_before(finished, "grpo", tmp_path / "run")
+    changes = (f"steps={STEPS}", "max_staleness=1", "refill_limit=0", "checkpoint_every=1")
+    arguments = ["grpo", "-c", finished.config, "-d", run, *(f"--set=grpo.{change}" for change in changes)]
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=log, stderr=log)
+    root, pause, deadline = psutil.Process(process.pid), threading.Event(), time.monotonic() + 480
+    killed: list[str] = []
+    orphans: list[psutil.Process] = []
+    try:
+        while process.poll() is None:
+            assert time.monotonic() < deadline, "the run hangs"
+            done = len(metrics(run, "grpo"))
+            for after, what in VICTIMS.items():
+                if what not in killed and done >= after and (victim := find(root, what)) is not None:
+                    orphans += victim.children(recursive=True)
+                    os.kill(victim.pid, signal.SIGKILL)
+                    killed.append(what)
+                    break
+            pause.wait(0.2)
+    finally:
+        process.kill()
+        log.close()
+    assert process.returncode == 0, (tmp_path / "log").read_text()[-3000:]
+    assert killed == list(VICTIMS.values())
+    assert not [orphan for orphan in orphans if orphan.is_running()], "engines outlive their actors"
+    lines = metrics(run, "grpo")
+    assert [line["policy_version"] for line in lines] == list(range(1, STEPS + 1))
+    assert max(line["engines_replaced"] for line in lines) == 2
+    assert all(line["staleness_max"] <= 1 for line in lines)
+    drawn = [prompt for line in lines for prompt in line["prompts"]]
+    prompts = json.loads((run / "manifest.json").read_text())["stages"]["grpo"]["prompts"]
+    assert len(drawn) == 2 * STEPS
+    for epoch in (drawn[:prompts], drawn[prompts:]):
+        assert len(set(epoch)) == len(epoch)
