@@ -21,14 +21,16 @@ class Generator:
         self._settings = ModelConfig.model_validate(model)
         self._base = base
         self._model: Any = None
+        self._tokenizer: Any = None
 
     def load(self, adapter: str | None) -> None:
         """Answer with `adapter` (a directory as PEFT saves it; None: the bare base) from now on."""
         from peft import PeftModel
 
-        from lorapar_ray.student import load_base
+        from lorapar_ray.student import load_base, load_tokenizer
 
         base = load_base(self._settings, self._base)
+        self._tokenizer = load_tokenizer(self._base, self._settings)
         self._model = (base if adapter is None else PeftModel.from_pretrained(base, adapter)).eval()
 
     def greedy(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
@@ -39,9 +41,7 @@ class Generator:
         """
         import torch
 
-        from lorapar_ray.student import load_tokenizer
-
-        tokenizer = load_tokenizer(self._base, self._settings)
+        tokenizer = self._tokenizer
         device = next(self._model.parameters()).device
         answers: dict[int, list[int]] = {}
         for rows in same_length(prompts, len(prompts)):
