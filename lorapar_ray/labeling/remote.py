@@ -9,6 +9,7 @@ from typing import Any
 
 from lorapar_ray.config import TeacherConfig
 from lorapar_ray.errors import UserError
+from lorapar_ray.labeling.prompts import with_thought
 from lorapar_ray.labeling.teachers import Asked, Refused
 
 RETRY_STATUS = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -52,7 +53,8 @@ class RemoteTeacher:
             opened = prompt.removesuffix(self._choice)
             free = {"prompt": opened, "max_tokens": self._config.thinking_tokens, "temperature": 0.6}
             written, _ = await self._post("/completions", free)
-            prompt, thought = f"{opened}{written['choices'][0]['text']}\n{self._choice}", _tokens(written)
+            text = str(_part(written, "choices", 0, "text"))
+            prompt, thought = with_thought(opened, text, self._choice), _tokens(written)
         body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": COMPLETION_ALTERNATIVES}
         answer, latency_s = await self._post("/completions", body)
         table = _part(answer, "choices", 0, "logprobs", "top_logprobs", 0)

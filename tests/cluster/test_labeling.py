@@ -224,7 +224,7 @@ def test_endpoints_that_answer_429_500_garbage_or_never(cluster: None, run: RunD
             for name in ("good", "busy", "broken", "garbled", "silent", "forbidden")
         ]
         teachers += [{"name": "chat", "kind": "remote", "model": "chat", "base_url": url, "endpoint": "chat"}]
-        changes = {"timeout_s": 1.0, "retries": 2, "quorum": 3, "calibration": "content_free"}
+        changes = {"timeout_s": 2.5, "retries": 2, "quorum": 3, "calibration": "content_free"}
         summary = labelled(settings(tmp_path, teachers, rows=24, **changes), run)
     assert complete(run) and summary["rows"] == 24
     found = summary["teachers"]
@@ -286,7 +286,7 @@ class Endpoint(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         model = body["model"]
         if model == "silent":
-            time.sleep(8)
+            time.sleep(20)
         if model == "busy" and self.lottery.random() < 0.3:
             self._send(429, b"slow down", {"Retry-After": "0.05"})
         elif model == "broken":

@@ -90,7 +90,7 @@ def kill_descendant(root: int, name: str) -> None:
 
 def test_labelling_survives_kill_9_on_a_replica_an_engine_and_the_driver(finished: FinishedRun, tmp_path: Path) -> None:
     run = copy_before(finished, "label", tmp_path / "run")
-    changes = {"calibration": "content_free", "rows_per_block": 2, "concurrency": 2}
+    changes = {"calibration": "content_free", "rows_per_block": 2, "concurrency": 2, "teachers.1.thinking_tokens": 4}
     changed = [item for key, value in changes.items() for item in ("--set", f"label.{key}={value}")]
     arguments = ("label", "-c", finished.config, "-d", run, *changed)
     victims: list[int] = []

@@ -20,7 +20,7 @@ from lorapar_ray.labeling.histogram import Durations
 from lorapar_ray.labeling.hosted import deployment_options, teacher_engine_arguments
 from lorapar_ray.labeling.keys import teacher_keys
 from lorapar_ray.labeling.pending import PendingBlocks, write_pending
-from lorapar_ray.labeling.prompts import numbers, rotations, voting_prompt, with_template
+from lorapar_ray.labeling.prompts import numbers, rotations, voting_prompt, with_template, with_thought
 from lorapar_ray.labeling.remote import choice_log_probs
 from lorapar_ray.labeling.store import Answer, VoteStore, question_key
 from lorapar_ray.labeling.summary import Session, Tally, render
@@ -198,6 +198,12 @@ def test_the_prompt_is_the_users_to_replace() -> None:
     for bad in ({"question": "only {question}"}, {"task": "{who}"}, {"definition": "{"}, {"choice": "Art: "}):
         with pytest.raises(ValidationError, match=next(iter(bad))):
             panel("a", prompt=bad)
+
+
+def test_a_thought_is_closed_before_the_choice_is_asked_for() -> None:
+    assert with_thought("q<think>\n", "hm", "System:") == "q<think>\nhm</think>\nSystem:"
+    assert with_thought("q<think>\n", "hm</think> two", "System:") == "q<think>\nhm</think> two\nSystem:"
+    assert with_thought("q\n", "plain", "System:") == "q\nplain\nSystem:"
 
 
 class _Chat:
