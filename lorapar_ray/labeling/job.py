@@ -71,6 +71,8 @@ class _Voting:
     config: Config
     run: RunDirectory
     bias: dict[str, list[float]] = field(default_factory=dict)
+    left: int = 0
+    """Questions that still wait for a vote."""
 
     def __post_init__(self) -> None:
         label = self.config.label
