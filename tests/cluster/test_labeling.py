@@ -16,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -133,6 +134,8 @@ def test_kill_9_on_the_driver_costs_only_the_blocks_in_flight(run: RunDirectory,
     wait_for(lambda: stored(run) > 70)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(30)
+    worker = int(log.read_text().splitlines()[-1].split()[0])
+    wait_for(lambda: not psutil.pid_exists(worker))  # it goes on asking until it sees that its driver is gone
     asked, kept = sum(noted(log).values()), stored(run)
     assert 70 < kept < 2 * ROWS and not (run.labels / "summary.json").exists()
     again = lorapar(*arguments)

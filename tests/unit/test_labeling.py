@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lorapar_ray.config import LabelConfig, TeacherConfig
+from lorapar_ray.config import LabelConfig, TeacherConfig, load_config
 from lorapar_ray.datasets.rows import Row, write_rows
 from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.calibration import measured_bias
@@ -21,9 +21,10 @@ from lorapar_ray.labeling.hosted import deployment_options, teacher_engine_argum
 from lorapar_ray.labeling.keys import teacher_keys
 from lorapar_ray.labeling.pending import PendingBlocks, write_pending
 from lorapar_ray.labeling.prompts import numbers, rotations, voting_prompt, with_template, with_thought
-from lorapar_ray.labeling.remote import choice_log_probs
+from lorapar_ray.labeling.remote import choice_log_probs, secret
 from lorapar_ray.labeling.store import Answer, VoteStore, question_key
 from lorapar_ray.labeling.summary import Session, Tally, render
+from lorapar_ray.labeling.teachers import python_class
 from lorapar_ray.labeling.votes import (
     Agreement,
     Vote,
@@ -38,6 +39,9 @@ from lorapar_ray.labeling.votes import (
     number_bias,
 )
 from lorapar_ray.labeling.voting import vote_of, votes_of, whom_to_ask
+from lorapar_ray.resources import resources_of
+
+QUICKSTART = Path(__file__).parents[2] / "jobs" / "configs" / "quickstart.yaml"
 
 
 def vote(teacher: str, system: int, confidence: float = 0.8) -> Vote:
@@ -340,6 +344,34 @@ def test_placement_and_scaling_come_from_the_config() -> None:
             teacher(resources={"gpus": gpus}, engine={"tensor_parallel": ranks})
     with pytest.raises(ValidationError, match="max_replicas"):
         teacher(replicas=3, max_replicas=2)
+
+
+def test_what_a_teacher_lacks_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="teacher 'a': no class 'simulated:a'"):
+        python_class(panel("a").teachers[0])
+    monkeypatch.delenv("LORAPAR_NO_SUCH_KEY", raising=False)
+    remote = {"name": "far", "kind": "remote", "model": "m", "base_url": "http://127.0.0.1:1"}
+    teacher = TeacherConfig.model_validate({**remote, "api_key_env": "LORAPAR_NO_SUCH_KEY"})
+    with pytest.raises(UserError, match="teacher 'far': environment variable LORAPAR_NO_SUCH_KEY is not set"):
+        secret(teacher)
+    monkeypatch.setenv("LORAPAR_NO_SUCH_KEY", "s3cret")
+    assert secret(teacher) == "s3cret" and secret(TeacherConfig.model_validate(remote)) is None
+
+
+def test_dry_run_says_what_each_teacher_asks_for() -> None:
+    config = load_config(QUICKSTART)
+    teachers = [
+        {"name": "big", "model": "o/n", "max_replicas": 4, "engine": {"tensor_parallel": 2}, "resources": {"gpus": 2}},
+        {"name": "far", "kind": "remote", "model": "m", "base_url": "http://host/v1", "requests_per_second": 5},
+        {"name": "own", "kind": "python", "model": "module:Class"},
+    ]
+    label = LabelConfig.model_validate({"teachers": teachers, "workers": 2})
+    said = resources_of(config.model_copy(update={"label": label}))["label"]
+    assert said == (
+        "1 to 4 × big (1 CPU + 2 GPU, tensor parallel 2, 96 requests), "
+        "far (remote, completions at http://host/v1, at most 5 requests/s), "
+        "own (module:Class, in the asking worker), 2 × asking worker (0.5 CPU), 128 questions in flight"
+    )
 
 
 def test_percentiles_of_a_stream_are_those_of_the_list() -> None:
