@@ -43,7 +43,7 @@ from lorapar_ray.session import ray_session
 MODEL = "package:smollm2-135m-instruct"
 ENGINE = EngineConfig(max_model_len=1024, max_num_seqs=32, enforce_eager=True)
 RESOURCES = Resources(cpus=1, threads=2)
-LATENCY_S, CONCURRENCY, TEACHERS, ACCURACY = 0.25, 128, 5, 0.7
+LATENCY_S, CONCURRENCY, TEACHERS, ACCURACY = 0.2, 128, 5, 0.7
 OF_THE_LIMIT, OF_THE_LATENCY, GROWTH_MIB = 0.9, 0.9, 32.0
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import pyarrow.parquet as pq
+
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.asker import Asker, read_result
@@ -84,7 +86,8 @@ class _Voting:
         self.keys: Keys = {t.name: teacher_keys(label, t, self.student) for t in label.teachers}
         self.rows = self.run.data / "train.parquet"
         self.work = self.run.work / "label"
-        self.store = VoteStore(Path(label.cache) if label.cache else self.run.work / "votes.sqlite")
+        self.total: int = pq.ParquetFile(self.rows).metadata.num_rows
+        self.store = VoteStore(Path(label.cache).expanduser() if label.cache else self.run.work / "votes.sqlite")
         self.session = Session(run=_run_id(self.work / "run.json"))
         self.probes = probes(label, self.rows, self.config.seed)
 
@@ -97,9 +100,9 @@ class _Voting:
                 return  # every vote is stored: no teacher needs to start
         require_room(self.config)
         start = time.monotonic()
-        self.left = self._total()
+        self.left = self.total
         try:
-            with progress("label", self._total(), self._poll):
+            with progress("label", self.total, self._poll):
                 apps, dead = start_teachers(self.config)
                 dead |= asyncio.run(self._ask_probes(apps, dead))
                 self._check_quorum(dead)
@@ -115,15 +118,9 @@ class _Voting:
         finally:
             stop_teachers(self.config)
 
-    def _total(self) -> int:
-        import pyarrow.parquet as pq
-
-        rows: int = pq.ParquetFile(self.rows).metadata.num_rows
-        return rows
-
     def _poll(self) -> tuple[int, str]:
         remark = f"questions, {self.session.votes} votes" if self.session.starting_s else "questions, starting teachers"
-        return self._total() - self.left, remark
+        return self.total - self.left, remark
 
     def _pending(self, living: list[str]) -> Any:
         target = self.work / "pending.parquet"

@@ -10,9 +10,10 @@ from typing import Any
 from lorapar_ray.config import TeacherConfig
 from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.prompts import with_thought
-from lorapar_ray.labeling.teachers import Asked, Refused
+from lorapar_ray.labeling.teachers import Asked, Refused, ShutOut
 
 RETRY_STATUS = (408, 409, 425, 429, 500, 502, 503, 504)
+SHUT_OUT_STATUS = (401, 402, 403, 404)
 COMPLETION_ALTERNATIVES, CHAT_ALTERNATIVES = 5, 20
 """Alternatives per token that services of either kind return at most."""
 CHAT_WORDS = 8
@@ -90,7 +91,8 @@ class RemoteTeacher:
         if response.status_code in RETRY_STATUS:
             raise ConnectionError(f"status {response.status_code}")
         if not response.is_success:
-            raise Refused(f"status {response.status_code}: {' '.join(response.text.split())[:120]}")
+            kind = ShutOut if response.status_code in SHUT_OUT_STATUS else Refused
+            raise kind(f"status {response.status_code}: {' '.join(response.text.split())[:120]}")
         answer = response.json()
         if not isinstance(answer, dict):
             raise ValueError("the answer is no JSON object")

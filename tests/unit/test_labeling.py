@@ -1,5 +1,6 @@
 """Votes, prompts, the vote store, who is asked next, and summaries."""
 
+import asyncio
 import json
 import math
 from collections import Counter
@@ -19,12 +20,13 @@ from lorapar_ray.labeling.calibration import measured_bias
 from lorapar_ray.labeling.histogram import Durations
 from lorapar_ray.labeling.hosted import deployment_options, teacher_engine_arguments
 from lorapar_ray.labeling.keys import teacher_keys
+from lorapar_ray.labeling.panel import Panel
 from lorapar_ray.labeling.pending import PendingBlocks, write_pending
 from lorapar_ray.labeling.prompts import numbers, rotations, voting_prompt, with_template, with_thought
 from lorapar_ray.labeling.remote import choice_log_probs, secret
 from lorapar_ray.labeling.store import Answer, VoteStore, question_key
 from lorapar_ray.labeling.summary import Session, Tally, render
-from lorapar_ray.labeling.teachers import python_class
+from lorapar_ray.labeling.teachers import Asked, Refused, ShutOut, python_class
 from lorapar_ray.labeling.votes import (
     Agreement,
     Vote,
@@ -356,6 +358,41 @@ def test_what_a_teacher_lacks_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
         secret(teacher)
     monkeypatch.setenv("LORAPAR_NO_SUCH_KEY", "s3cret")
     assert secret(teacher) == "s3cret" and secret(TeacherConfig.model_validate(remote)) is None
+
+
+class Moody:
+    """Fault injection: fails as its name says."""
+
+    def __init__(self, teacher: TeacherConfig) -> None:
+        self._name = teacher.name
+
+    async def ask(self, prompt: str, choices: list[str]) -> Asked:
+        if self._name == "well":
+            return Asked([-0.1, -2.0], 7, 0.01)
+        raise {"picky": Refused, "locked": ShutOut, "down": ConnectionError}[self._name](f"{self._name}!")
+
+
+def test_a_teacher_is_given_up_for_its_own_failures_and_not_for_the_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    names, slept = ("well", "picky", "locked", "down"), []
+    teachers = [{"name": name, "kind": "python", "model": f"{__name__}:Moody"} for name in names]
+    label = LabelConfig.model_validate({"teachers": teachers, "give_up_after": 3, "retries": 2, "quorum": 3})
+
+    async def no_sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    async def ask_all() -> Panel:
+        asked = Panel(label, {}, {}, "student")
+        for question in range(5):
+            for teacher in label.teachers:
+                found = await asked.ask(teacher, f"q{question}", "1")
+                assert isinstance(found, list) == (teacher.name == "well")
+        return asked
+
+    monkeypatch.setattr("lorapar_ray.labeling.panel.asyncio.sleep", no_sleep)
+    asked = asyncio.run(ask_all())
+    assert set(asked.dead) == {"locked", "down"} and asked.quorum_lost
+    assert asked.dead["down"] == "3 failures in a row, the last: ConnectionError: down!"
+    assert slept == [1.0, 2.0] * 3  # only what may mend itself is tried again, and nothing once it is given up
 
 
 def test_dry_run_says_what_each_teacher_asks_for() -> None:
