@@ -53,11 +53,12 @@ def unanswered(label: LabelConfig, keys: Keys, store: VoteStore, asked: Sequence
 
 
 async def ask_probes(
-    panel: Panel, label: LabelConfig, keys: Keys, store: VoteStore, asked: Sequence[Probe]
+    panel: Panel, label: LabelConfig, keys: Keys, store: VoteStore, asked: Sequence[Probe], ready: list[str]
 ) -> dict[str, str]:
     """Ask for what `unanswered` says and store it; returns the teachers that do not answer now, and why.
 
-    A teacher with nothing left to answer is asked one question that says nothing: is it there?
+    A teacher with nothing left to answer is asked one question that says nothing: is it there? Each teacher that is
+    through is appended to `ready`.
     """
     waiting = unanswered(label, keys, store, asked)
 
@@ -70,6 +71,7 @@ async def ask_probes(
 
     async def one(teacher: TeacherConfig) -> str | None:
         outcomes = await asyncio.gather(*(ask(teacher, probe) for probe in waiting[teacher.name] or [ARE_YOU_THERE]))
+        ready.append(teacher.name)
         failed = [outcome.reason for outcome in outcomes if isinstance(outcome, Failure)]
         return failed[0] if len(failed) == len(outcomes) else None
 
