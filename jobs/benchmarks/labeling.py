@@ -75,15 +75,15 @@ def engines(questions: int) -> list[Row]:
         }
         config = voting(source, [teacher], rows_per_block=16, concurrency=48)
         prepare(config, run)
-        prompts, choices = tokenised(config, run)
+        texts, prompts, choices = tokenised(config, run)
         model = resolve_model(MODEL)
         limit = offline(model, ENGINE, RESOURCES, prompts, choices)
         with ray_session(), arrivals() as ours:
             label(config, run)
         with ray_session():
-            served = serve_processor(model, ENGINE, RESOURCES, prompts, choices)
+            served = serve_processor(model, ENGINE, RESOURCES, texts, choices)
         with ray_session():
-            processed = engine_processor(model, ENGINE, RESOURCES, prompts, choices)
+            processed = engine_processor(model, ENGINE, RESOURCES, texts, choices)
         peers = {"Ray Data ServeDeploymentProcessor": served, "Ray Data vLLMEngineProcessor": processed}
         return [
             comparison("vLLM offline, one process", rate(ours), limit, OF_THE_LIMIT),
@@ -160,12 +160,14 @@ def voting(source: dict[str, Any], teachers: list[dict[str, Any]], **settings: A
     )
 
 
-def tokenised(config: Config, run: RunDirectory) -> tuple[list[list[int]], list[int]]:
-    """(token ids of every voting prompt, ids of the choices), as the hosted teacher makes them."""
+def tokenised(config: Config, run: RunDirectory) -> tuple[list[str], list[list[int]], list[int]]:
+    """(every voting prompt, its token ids, ids of the choices), as the hosted teacher makes them."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(MODEL))
-    settings, prompts = config.label, []
+    settings = config.label
+    texts: list[str] = []
+    prompts: list[list[int]] = []
     choices: list[int] = []
     for row in iterate_rows(run.data / "train.parquet"):
         prompt = voting_prompt(
@@ -173,8 +175,9 @@ def tokenised(config: Config, run: RunDirectory) -> tuple[list[list[int]], list[
         )
         text = with_template(prompt, tokenizer, None, settings.prompt.choice)
         ids, choices = choice_tokens(tokenizer, text, [str(system) for system in sorted(settings.definitions)])
+        texts.append(text)
         prompts.append(ids)
-    return prompts, choices
+    return texts, prompts, choices
 
 
 class Held:

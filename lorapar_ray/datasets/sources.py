@@ -63,7 +63,8 @@ def _reasoning_gym(source: ReasoningGymSource, where: str) -> Iterator[Row]:
         raise UserError(f"{where}: reasoning_gym refuses task '{source.task}' with its options: {error}") from error
     for index, item in enumerate(questions):
         metadata = item["metadata"]
-        measured = {key: metadata[key] for key in metadata.get("difficulty", {}) if key in metadata}
+        knobs = metadata.get("difficulty", {})  # most tasks name their settings here, a few give one number
+        measured = {k: metadata[k] for k in knobs if k in metadata} if isinstance(knobs, dict) else {"level": knobs}
         yield Row(
             id=f"{source.task}-{source.seed}-{index}",
             prompt=str(item["question"]),

@@ -146,6 +146,13 @@ def test_a_benchmarks_own_gaps_are_rejected_and_a_users_are_an_error(tmp_path: P
     assert read_table(run.rejects / "prepare.parquet")[0]["reason"] == "no answer in the published data"
 
 
+def test_generated_questions_whose_difficulty_is_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    source = {"reader": "reasoning_gym", "task": "gsm_symbolic", "rows": 3, "seed": 1}
+    path.write_text(json.dumps({"name": "t", "model": {"path": "a/b"}, "data": {"train": [source]}}))
+    assert prepare(load_config(path), RunDirectory(tmp_path / "run"))["train"] == 3
+
+
 def test_any_hub_data_set_is_streamed_with_a_field_mapping(tmp_path: Path) -> None:
     folder = tmp_path / "set"  # what the hub client reads from its servers it also reads from a directory
     folder.mkdir()
