@@ -175,8 +175,10 @@ def tokenised(config: Config, run: RunDirectory) -> tuple[list[str], list[list[i
         )
         text = with_template(prompt, tokenizer, None, settings.prompt.choice)
         ids, choices = choice_tokens(tokenizer, text, [str(system) for system in sorted(settings.definitions)])
-        texts.append(text)
+        texts.append(tokenizer.decode(ids))
         prompts.append(ids)
+    if tokenizer(texts)["input_ids"] != prompts:
+        raise SystemExit("the peers would be asked other tokens than we are")
     return texts, prompts, choices
 
 
