@@ -26,12 +26,14 @@ ARE_YOU_THERE: Probe = (CONTENT_FREE[0], "N/A")
 
 
 def probes(label: LabelConfig, rows: Path, seed: int) -> list[Probe]:
-    """What every teacher is asked before the rest: does it answer at all, and how does it lean?
+    """What every teacher is asked before the rest, to see how it leans; empty where calibration does not measure.
 
     For `batch` that is a sample of the questions themselves, whose votes are needed anyway.
     """
-    if label.calibration != "batch":
+    if label.calibration == "content_free":
         return [(text, "N/A") for text in CONTENT_FREE]
+    if label.calibration != "batch":
+        return []
     count = pq.ParquetFile(rows).metadata.num_rows
     drawn = random.Random(f"{seed}/bias").sample(range(count), min(count, BATCH_CALIBRATION_ROWS))
     wanted = set(drawn)
@@ -80,9 +82,7 @@ async def ask_probes(
 
 
 def measured_bias(label: LabelConfig, keys: Keys, store: VoteStore, asked: Sequence[Probe]) -> dict[str, list[float]]:
-    """By teacher the log-probabilities to divide out; empty for calibrations that need none."""
-    if label.calibration not in ("content_free", "batch"):
-        return {}
+    """By teacher the log-probabilities to divide out; empty without probes."""
     digests = [question_key(*probe) for probe in asked]
     known = store.answers(digests)
     bias: dict[str, list[float]] = {}

@@ -203,6 +203,11 @@ def test_from_three_to_five_teachers_only_the_new_two_are_asked(
     new = noted(log) - asked
     assert {teacher for teacher, question in new if question != "N/A"} == {"d", "e"}
     assert (second["votes_asked"], second["votes_from_cache"], second["votes"]) == (80, 120, 200)
+    (run.work / "label" / "run.json").unlink()
+    config["label"] |= {"weights": "confidence", "sequential": True}
+    before = noted(log)
+    third = labelled(config, run)
+    assert third["votes_asked"] == 0 and noted(log) == before, "what is only counted anew needs no teacher"
 
 
 def test_sequential_voting_saves_votes_and_says_so(

@@ -314,7 +314,7 @@ def test_bias_is_measured_from_stored_answers(tmp_path: Path) -> None:
     bias = measured_bias(label, keys, store, probes)
     assert set(bias) == {"a"}
     assert bias["a"] == pytest.approx(average_log_probs([answer(-1.0).log_probs, answer(-2.0).log_probs]))
-    assert measured_bias(panel("a", "b"), keys, store, probes) == {}
+    assert measured_bias(panel("a", "b"), keys, store, []) == {}
 
 
 def test_choices_are_found_among_an_endpoints_alternatives() -> None:
