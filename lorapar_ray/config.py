@@ -73,6 +73,17 @@ class FileSource(Section):
     rows: PositiveInt | None = None
 
 
+class HubSource(Section):
+    """Any data set of the hub, streamed; `fields` as for a file."""
+
+    reader: Literal["hub"]
+    name: str
+    config: str | None = None
+    split: str = "train"
+    fields: dict[Literal["id", "prompt", "context", "response", "answer"], str] = {}
+    rows: PositiveInt | None = None
+
+
 class NamedSource(Section):
     """A known benchmark: from its hub name, or from a local file of the same format when `path` is given."""
 
@@ -82,7 +93,7 @@ class NamedSource(Section):
     rows: PositiveInt | None = None
 
 
-Source = Annotated[ReasoningGymSource | FileSource | NamedSource, Field(discriminator="reader")]
+Source = Annotated[ReasoningGymSource | FileSource | HubSource | NamedSource, Field(discriminator="reader")]
 
 
 class DataConfig(Section):

@@ -1,7 +1,7 @@
 """The other ways to get the same votes: vLLM offline in one process, and Ray's own two batch processors.
 
-All are given the same prompts as token ids, the same engine settings and the same constrained single token, and
-report when each vote came in.
+All are given the same prompts, the same engine settings and the same constrained single token, and report when each
+vote came in. Offline gets them as token ids, the processors as text, as `lorapar label`'s own replicas do.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def sampling(choices: Sequence[int]) -> dict[str, Any]:
 
 
 def engine_processor(
-    model: str, engine: EngineConfig, resources: Resources, prompts: list[list[int]], choices: list[int]
+    model: str, engine: EngineConfig, resources: Resources, texts: list[str], choices: list[int]
 ) -> Arrivals:
     """Ray Data's `vLLMEngineProcessorConfig`: an engine inside a Ray Data actor."""
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
@@ -79,14 +79,14 @@ def engine_processor(
     params = sampling(choices)
     processor = build_processor(
         config,
-        preprocess=lambda row: {"prompt": "", "tokenized_prompt": list(row["ids"]), "sampling_params": params},
+        preprocess=lambda row: {"prompt": row["text"], "sampling_params": params},
         postprocess=lambda row: {"token": row["generated_tokens"][0]},
     )
-    return _arrivals(processor, prompts)
+    return _arrivals(processor, texts)
 
 
 def serve_processor(
-    model: str, engine: EngineConfig, resources: Resources, prompts: list[list[int]], choices: list[int]
+    model: str, engine: EngineConfig, resources: Resources, texts: list[str], choices: list[int]
 ) -> Arrivals:
     """Ray Data's `ServeDeploymentProcessorConfig` over a deployment of `ray.serve.llm`."""
     from ray import serve
@@ -119,21 +119,21 @@ def serve_processor(
         preprocess=lambda row: {
             "method": "completions",
             "dtype": "CompletionRequest",
-            "request_kwargs": {"model": "teacher", "prompt": list(map(int, row["ids"])), **sampling(choices)},
+            "request_kwargs": {"model": "teacher", "prompt": row["text"], **sampling(choices)},
         },
         postprocess=lambda row: {"token": row["choices"][0]["text"]},
     )
     try:
-        return _arrivals(processor, prompts)
+        return _arrivals(processor, texts)
     finally:
         serve.shutdown()
 
 
-def _arrivals(processor: Any, prompts: list[list[int]]) -> Arrivals:
+def _arrivals(processor: Any, texts: list[str]) -> Arrivals:
     import ray
 
-    blocks = -(-len(prompts) // BATCH)
-    questions = ray.data.from_items([{"ids": ids} for ids in prompts], override_num_blocks=blocks)
+    blocks = -(-len(texts) // BATCH)
+    questions = ray.data.from_items([{"text": text} for text in texts], override_num_blocks=blocks)
     found: Arrivals = []
     for batch in processor(questions).iter_batches(batch_size=None, prefetch_batches=0):
         found.append((time.time(), len(batch["token"])))

@@ -43,7 +43,7 @@ from lorapar_ray.session import ray_session
 MODEL = "package:smollm2-135m-instruct"
 ENGINE = EngineConfig(max_model_len=1024, max_num_seqs=32, enforce_eager=True)
 RESOURCES = Resources(cpus=1, threads=2)
-LATENCY_S, CONCURRENCY, TEACHERS, ACCURACY = 0.25, 128, 5, 0.7
+LATENCY_S, CONCURRENCY, TEACHERS, ACCURACY = 0.2, 128, 5, 0.7
 OF_THE_LIMIT, OF_THE_LATENCY, GROWTH_MIB = 0.9, 0.9, 32.0
 
 
@@ -75,15 +75,15 @@ def engines(questions: int) -> list[Row]:
         }
         config = voting(source, [teacher], rows_per_block=16, concurrency=48)
         prepare(config, run)
-        prompts, choices = tokenised(config, run)
+        texts, prompts, choices = tokenised(config, run)
         model = resolve_model(MODEL)
         limit = offline(model, ENGINE, RESOURCES, prompts, choices)
         with ray_session(), arrivals() as ours:
             label(config, run)
         with ray_session():
-            served = serve_processor(model, ENGINE, RESOURCES, prompts, choices)
+            served = serve_processor(model, ENGINE, RESOURCES, texts, choices)
         with ray_session():
-            processed = engine_processor(model, ENGINE, RESOURCES, prompts, choices)
+            processed = engine_processor(model, ENGINE, RESOURCES, texts, choices)
         peers = {"Ray Data ServeDeploymentProcessor": served, "Ray Data vLLMEngineProcessor": processed}
         return [
             comparison("vLLM offline, one process", rate(ours), limit, OF_THE_LIMIT),
@@ -160,12 +160,14 @@ def voting(source: dict[str, Any], teachers: list[dict[str, Any]], **settings: A
     )
 
 
-def tokenised(config: Config, run: RunDirectory) -> tuple[list[list[int]], list[int]]:
-    """(token ids of every voting prompt, ids of the choices), as the hosted teacher makes them."""
+def tokenised(config: Config, run: RunDirectory) -> tuple[list[str], list[list[int]], list[int]]:
+    """(every voting prompt, its token ids, ids of the choices), as the hosted teacher makes them."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(MODEL))
-    settings, prompts = config.label, []
+    settings = config.label
+    texts: list[str] = []
+    prompts: list[list[int]] = []
     choices: list[int] = []
     for row in iterate_rows(run.data / "train.parquet"):
         prompt = voting_prompt(
@@ -173,8 +175,11 @@ def tokenised(config: Config, run: RunDirectory) -> tuple[list[list[int]], list[
         )
         text = with_template(prompt, tokenizer, None, settings.prompt.choice)
         ids, choices = choice_tokens(tokenizer, text, [str(system) for system in sorted(settings.definitions)])
+        texts.append(tokenizer.decode(ids))
         prompts.append(ids)
-    return prompts, choices
+    if tokenizer(texts)["input_ids"] != prompts:
+        raise SystemExit("the peers would be asked other tokens than we are")
+    return texts, prompts, choices
 
 
 class Held:

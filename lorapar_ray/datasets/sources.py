@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lorapar_ray.config import FileSource, NamedSource, ReasoningGymSource, Source
+from lorapar_ray.config import FileSource, HubSource, NamedSource, ReasoningGymSource, Source
 from lorapar_ray.datasets.named import NAMED
 from lorapar_ray.datasets.records import read_records
 from lorapar_ray.datasets.rows import Row
@@ -37,12 +37,16 @@ def _rows(source: Source, where: str) -> Iterator[Row]:
         return _reasoning_gym(source, where)
     if isinstance(source, NamedSource):
         return _named(source, where)
+    if isinstance(source, HubSource):
+        return _hub(source, where)
     return _file(source, where)
 
 
 def _describe(source: Source) -> str:
     if isinstance(source, ReasoningGymSource):
         return source.task
+    if isinstance(source, HubSource):
+        return source.name
     return source.path or source.reader if isinstance(source, NamedSource) else source.path
 
 
@@ -59,7 +63,8 @@ def _reasoning_gym(source: ReasoningGymSource, where: str) -> Iterator[Row]:
         raise UserError(f"{where}: reasoning_gym refuses task '{source.task}' with its options: {error}") from error
     for index, item in enumerate(questions):
         metadata = item["metadata"]
-        measured = {key: metadata[key] for key in metadata.get("difficulty", {}) if key in metadata}
+        knobs = metadata.get("difficulty", {})  # most tasks name their settings here, a few give one number
+        measured = {k: metadata[k] for k in knobs if k in metadata} if isinstance(knobs, dict) else {"level": knobs}
         yield Row(
             id=f"{source.task}-{source.seed}-{index}",
             prompt=str(item["question"]),
@@ -71,22 +76,34 @@ def _reasoning_gym(source: ReasoningGymSource, where: str) -> Iterator[Row]:
 
 
 def _file(source: FileSource, where: str) -> Iterator[Row]:
-    column = {name: source.fields.get(name, name) for name in ("id", "prompt", "context", "response", "answer")}
-    for index, record in enumerate(read_records(source.path, where)):
+    return _mapped(read_records(source.path, where), source.fields, where, source.path, Path(source.path).stem)
+
+
+def _hub(source: HubSource, where: str) -> Iterator[Row]:
+    records = _hub_records(source.name, source.config, source.split, where)
+    return _mapped(records, source.fields, where, source.name, source.name.rsplit("/", 1)[-1])
+
+
+def _mapped(
+    records: Iterator[dict[str, Any]], fields: Mapping[Any, str], where: str, origin: str, task: str
+) -> Iterator[Row]:
+    """Rows of records whose columns `fields` names; a column that is not mapped goes by our own name."""
+    column = {name: fields.get(name, name) for name in ("id", "prompt", "context", "response", "answer")}
+    for index, record in enumerate(records):
         answer = _text(record.get(column["answer"]))
         response = _text(record.get(column["response"])) or answer
         prompt = _text(record.get(column["prompt"]))
         if not prompt:
-            raise UserError(_lacks(where, source.path, index, "prompt", column["prompt"]))
+            raise UserError(_lacks(where, origin, index, "prompt", column["prompt"]))
         if not (answer or response):
-            raise UserError(_lacks(where, source.path, index, "answer", column["answer"]))
+            raise UserError(_lacks(where, origin, index, "answer", column["answer"]))
         context = _text(record.get(column["context"]))
         yield Row(
-            id=_text(record.get(column["id"])) or f"{Path(source.path).stem}-{index}",
+            id=_text(record.get(column["id"])) or f"{task}-{index}",
             prompt=f"{context}\n\n{prompt}" if context else prompt,
             response=response,
             answer=answer or response,
-            task=Path(source.path).stem,
+            task=task,
         )
 
 

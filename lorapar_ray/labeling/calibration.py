@@ -26,12 +26,14 @@ ARE_YOU_THERE: Probe = (CONTENT_FREE[0], "N/A")
 
 
 def probes(label: LabelConfig, rows: Path, seed: int) -> list[Probe]:
-    """What every teacher is asked before the rest: does it answer at all, and how does it lean?
+    """What every teacher is asked before the rest, to see how it leans; empty where calibration does not measure.
 
     For `batch` that is a sample of the questions themselves, whose votes are needed anyway.
     """
-    if label.calibration != "batch":
+    if label.calibration == "content_free":
         return [(text, "N/A") for text in CONTENT_FREE]
+    if label.calibration != "batch":
+        return []
     count = pq.ParquetFile(rows).metadata.num_rows
     drawn = random.Random(f"{seed}/bias").sample(range(count), min(count, BATCH_CALIBRATION_ROWS))
     wanted = set(drawn)
@@ -53,11 +55,12 @@ def unanswered(label: LabelConfig, keys: Keys, store: VoteStore, asked: Sequence
 
 
 async def ask_probes(
-    panel: Panel, label: LabelConfig, keys: Keys, store: VoteStore, asked: Sequence[Probe]
+    panel: Panel, label: LabelConfig, keys: Keys, store: VoteStore, asked: Sequence[Probe], ready: list[str]
 ) -> dict[str, str]:
     """Ask for what `unanswered` says and store it; returns the teachers that do not answer now, and why.
 
-    A teacher with nothing left to answer is asked one question that says nothing: is it there?
+    A teacher with nothing left to answer is asked one question that says nothing: is it there? Each teacher that is
+    through is appended to `ready`.
     """
     waiting = unanswered(label, keys, store, asked)
 
@@ -70,6 +73,7 @@ async def ask_probes(
 
     async def one(teacher: TeacherConfig) -> str | None:
         outcomes = await asyncio.gather(*(ask(teacher, probe) for probe in waiting[teacher.name] or [ARE_YOU_THERE]))
+        ready.append(teacher.name)
         failed = [outcome.reason for outcome in outcomes if isinstance(outcome, Failure)]
         return failed[0] if len(failed) == len(outcomes) else None
 
@@ -78,9 +82,7 @@ async def ask_probes(
 
 
 def measured_bias(label: LabelConfig, keys: Keys, store: VoteStore, asked: Sequence[Probe]) -> dict[str, list[float]]:
-    """By teacher the log-probabilities to divide out; empty for calibrations that need none."""
-    if label.calibration not in ("content_free", "batch"):
-        return {}
+    """By teacher the log-probabilities to divide out; empty without probes."""
     digests = [question_key(*probe) for probe in asked]
     known = store.answers(digests)
     bias: dict[str, list[float]] = {}

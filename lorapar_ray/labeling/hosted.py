@@ -15,10 +15,13 @@ from typing import Any
 from lorapar_ray.config import TeacherConfig
 from lorapar_ray.engines.settings import engine_arguments, engine_environment, platform_arguments
 from lorapar_ray.errors import UserError
+from lorapar_ray.labeling.prompts import with_template, with_thought
 from lorapar_ray.models import resolve_model
 
 GPU_MEMORY_SHARE = 0.9
 """Of what a teacher is given of a GPU, the part its engine fills; vLLM's own default for a whole one."""
+ROOM_FOR_CHOICE = 16
+"""Tokens kept free behind a thought for the words that ask for the choice."""
 
 
 class HostedTeacher:
@@ -44,8 +47,6 @@ class HostedTeacher:
         """(log-probabilities of the choices as the next token, tokens read and written)."""
         from vllm import SamplingParams
 
-        from lorapar_ray.labeling.prompts import with_template
-
         text = with_template(prompt, self._tokenizer, self._config.use_chat_template, self._choice)
         thought = 0
         if self._config.thinking_tokens:
@@ -63,10 +64,9 @@ class HostedTeacher:
 
     def _tokens(self, text: str, choices: list[str]) -> tuple[list[int], list[int]]:
         """As `choice_tokens`, with one tokenisation where the choices are known already."""
-        plain = not text.startswith(self._tokenizer.bos_token or "\0")
         key = "\0".join(choices)
         if key in self._choice_ids:
-            ids = self._tokenizer(f"{text} {choices[0]}", add_special_tokens=plain)["input_ids"]
+            ids = self._tokenizer(f"{text} {choices[0]}", add_special_tokens=self._needs_bos(text))["input_ids"]
             if ids[-1] == self._choice_ids[key][0]:
                 return ids[:-1], self._choice_ids[key]
         prompt_ids, self._choice_ids[key] = choice_tokens(self._tokenizer, text, choices)
@@ -77,10 +77,18 @@ class HostedTeacher:
         from vllm import SamplingParams
 
         opened = text.removesuffix(self._choice)
-        params = SamplingParams(max_tokens=self._config.thinking_tokens, temperature=0.6, seed=0)
-        output = await self._run({"prompt": opened}, params)
-        tokens = len(output.prompt_token_ids) + len(output.outputs[0].token_ids)
-        return f"{opened}{output.outputs[0].text}\n{self._choice}", tokens
+        prompt_ids = self._tokenizer(opened, add_special_tokens=self._needs_bos(opened))["input_ids"]
+        room = self._config.engine.max_model_len - len(prompt_ids) - ROOM_FOR_CHOICE
+        tokens = max(1, min(self._config.thinking_tokens, room))
+        output = await self._run(
+            {"prompt_token_ids": prompt_ids}, SamplingParams(max_tokens=tokens, temperature=0.6, seed=0)
+        )
+        written = output.outputs[0]
+        return with_thought(opened, written.text, self._choice), len(prompt_ids) + len(written.token_ids)
+
+    def _needs_bos(self, text: str) -> bool:
+        """Whether the tokenizer should add its special tokens: a chat template has written its own."""
+        return not text.startswith(self._tokenizer.bos_token or "\0")
 
     async def _run(self, prompt: dict[str, Any], params: Any) -> Any:
         from vllm.sampling_params import RequestOutputKind

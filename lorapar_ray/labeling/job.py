@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import pyarrow.parquet as pq
+
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.asker import Asker, read_result
@@ -71,6 +73,8 @@ class _Voting:
     config: Config
     run: RunDirectory
     bias: dict[str, list[float]] = field(default_factory=dict)
+    left: int = 0
+    """Questions that still wait for a vote."""
 
     def __post_init__(self) -> None:
         label = self.config.label
@@ -82,7 +86,8 @@ class _Voting:
         self.keys: Keys = {t.name: teacher_keys(label, t, self.student) for t in label.teachers}
         self.rows = self.run.data / "train.parquet"
         self.work = self.run.work / "label"
-        self.store = VoteStore(Path(label.cache) if label.cache else self.run.work / "votes.sqlite")
+        self.total: int = pq.ParquetFile(self.rows).metadata.num_rows
+        self.store = VoteStore(Path(label.cache).expanduser() if label.cache else self.run.work / "votes.sqlite")
         self.session = Session(run=_run_id(self.work / "run.json"))
         self.probes = probes(label, self.rows, self.config.seed)
 
@@ -95,16 +100,17 @@ class _Voting:
                 return  # every vote is stored: no teacher needs to start
         require_room(self.config)
         start = time.monotonic()
-        self.left = self._total()
         try:
-            with progress("label", self._total(), self._poll):
+            ready: list[str] = []
+            with progress("teachers", len(label.teachers), lambda: (len(ready), "starting and calibrating")):
                 apps, dead = start_teachers(self.config)
-                dead |= asyncio.run(self._ask_probes(apps, dead))
-                self._check_quorum(dead)
-                self._calibrate()
-                self.session.starting_s = time.monotonic() - start
-                pending = self._pending([name for name in self.keys if name not in dead])
-                self.left = pending.questions
+                dead |= asyncio.run(self._ask_probes(apps, dead, ready))
+            self._check_quorum(dead)
+            self._calibrate()
+            self.session.starting_s = time.monotonic() - start
+            pending = self._pending([name for name in self.keys if name not in dead])
+            self.left = pending.questions
+            with progress("label", self.total, lambda: (self.total - self.left, f"{self.session.votes} votes")):
                 asking = time.monotonic()
                 for result in self._results(pending.blocks, apps, dead):
                     self._absorb(result)
@@ -113,24 +119,14 @@ class _Voting:
         finally:
             stop_teachers(self.config)
 
-    def _total(self) -> int:
-        import pyarrow.parquet as pq
-
-        rows: int = pq.ParquetFile(self.rows).metadata.num_rows
-        return rows
-
-    def _poll(self) -> tuple[int, str]:
-        remark = f"questions, {self.session.votes} votes" if self.session.starting_s else "questions, starting teachers"
-        return self._total() - self.left, remark
-
     def _pending(self, living: list[str]) -> Any:
         target = self.work / "pending.parquet"
         return write_pending(target, self.rows, self.store, self.config.label, self.keys, self.bias, living)
 
-    async def _ask_probes(self, apps: dict[str, str], dead: dict[str, str]) -> dict[str, str]:
+    async def _ask_probes(self, apps: dict[str, str], dead: dict[str, str], ready: list[str]) -> dict[str, str]:
         label = self.config.label
         panel = Panel(label, apps, self.secrets, self.student, self.session.run, dead)
-        silent = await ask_probes(panel, label, self.keys, self.store, self.probes)
+        silent = await ask_probes(panel, label, self.keys, self.store, self.probes, ready)
         for name, reason in silent.items():
             if name not in dead:
                 console.print(f"  [yellow]teacher {name} does not answer and abstains[/]: {reason}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lorapar_ray.config import LabelConfig, TeacherConfig
 from lorapar_ray.labeling.prompts import numbers, rotations, voting_prompt
 from lorapar_ray.labeling.store import Answer
-from lorapar_ray.labeling.teachers import Refused, Teacher, connect
+from lorapar_ray.labeling.teachers import Refused, ShutOut, Teacher, connect
 from lorapar_ray.labeling.votes import normalised
 
 REASON_LENGTH = 160
@@ -20,6 +20,8 @@ class Failure:
     """Why a teacher abstains from a question."""
 
     reason: str
+    by_question: bool = False
+    """It is the question that the teacher refuses: no sign of ill health."""
 
 
 class Panel:
@@ -64,7 +66,7 @@ class Panel:
             self._failed_in_a_row[teacher.name] = 0
             return good
         failure = next(each for each in asked if isinstance(each, Failure))
-        if teacher.name not in self.dead:
+        if teacher.name not in self.dead and not failure.by_question:
             self._failed_in_a_row[teacher.name] += 1
             if self._failed_in_a_row[teacher.name] >= self._label.give_up_after:
                 self.dead[teacher.name] = f"{self._label.give_up_after} failures in a row, the last: {failure.reason}"
@@ -86,7 +88,7 @@ class Panel:
                 by_system = [by_number[number - 1] for number in own_numbers]
                 return Answer(by_system, asked.tokens, asked.latency_s, self._run)
             except Refused as error:
-                return Failure(_reason(error))
+                return Failure(_reason(error), by_question=not isinstance(error, ShutOut))
             except Exception as error:  # whatever breaks in a teacher, its vote abstains and the summary counts it
                 reason = _reason(error)
                 if attempt < label.retries:

@@ -66,3 +66,9 @@ def with_template(prompt: str, tokenizer: Any, use: bool | None, choice: str) ->
     message = [{"role": "user", "content": asked}]
     opened: str = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     return opened + choice
+
+
+def with_thought(opened: str, thought: str, choice: str) -> str:
+    """The prompt, what was thought about it, and the words that ask for the choice; an open <think> is closed."""
+    unfinished = "<think>" in opened + thought and "</think>" not in thought
+    return f"{opened}{thought}{'</think>' if unfinished else ''}\n{choice}"

@@ -9,9 +9,11 @@ from typing import Any
 
 from lorapar_ray.config import TeacherConfig
 from lorapar_ray.errors import UserError
-from lorapar_ray.labeling.teachers import Asked, Refused
+from lorapar_ray.labeling.prompts import with_thought
+from lorapar_ray.labeling.teachers import Asked, Refused, ShutOut
 
 RETRY_STATUS = (408, 409, 425, 429, 500, 502, 503, 504)
+SHUT_OUT_STATUS = (401, 402, 403, 404)
 COMPLETION_ALTERNATIVES, CHAT_ALTERNATIVES = 5, 20
 """Alternatives per token that services of either kind return at most."""
 CHAT_WORDS = 8
@@ -52,7 +54,8 @@ class RemoteTeacher:
             opened = prompt.removesuffix(self._choice)
             free = {"prompt": opened, "max_tokens": self._config.thinking_tokens, "temperature": 0.6}
             written, _ = await self._post("/completions", free)
-            prompt, thought = f"{opened}{written['choices'][0]['text']}\n{self._choice}", _tokens(written)
+            text = str(_part(written, "choices", 0, "text"))
+            prompt, thought = with_thought(opened, text, self._choice), _tokens(written)
         body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": COMPLETION_ALTERNATIVES}
         answer, latency_s = await self._post("/completions", body)
         table = _part(answer, "choices", 0, "logprobs", "top_logprobs", 0)
@@ -88,7 +91,8 @@ class RemoteTeacher:
         if response.status_code in RETRY_STATUS:
             raise ConnectionError(f"status {response.status_code}")
         if not response.is_success:
-            raise Refused(f"status {response.status_code}: {' '.join(response.text.split())[:120]}")
+            kind = ShutOut if response.status_code in SHUT_OUT_STATUS else Refused
+            raise kind(f"status {response.status_code}: {' '.join(response.text.split())[:120]}")
         answer = response.json()
         if not isinstance(answer, dict):
             raise ValueError("the answer is no JSON object")

@@ -47,7 +47,11 @@ class Teacher(Protocol):
 
 
 class Refused(Exception):
-    """An answer that no retry would change: a wrong key, an unknown model, a prompt that is too long."""
+    """An answer that no retry would change, to this question: a prompt that is too long, or not liked."""
+
+
+class ShutOut(Refused):
+    """An answer that no question of ours would change: a wrong key, an unknown model."""
 
 
 class ServedTeacher:

@@ -16,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -133,6 +134,8 @@ def test_kill_9_on_the_driver_costs_only_the_blocks_in_flight(run: RunDirectory,
     wait_for(lambda: stored(run) > 70)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(30)
+    worker = int(log.read_text().splitlines()[-1].split()[0])
+    wait_for(lambda: not psutil.pid_exists(worker))  # it goes on asking until it sees that its driver is gone
     asked, kept = sum(noted(log).values()), stored(run)
     assert 70 < kept < 2 * ROWS and not (run.labels / "summary.json").exists()
     again = lorapar(*arguments)
@@ -200,6 +203,11 @@ def test_from_three_to_five_teachers_only_the_new_two_are_asked(
     new = noted(log) - asked
     assert {teacher for teacher, question in new if question != "N/A"} == {"d", "e"}
     assert (second["votes_asked"], second["votes_from_cache"], second["votes"]) == (80, 120, 200)
+    (run.work / "label" / "run.json").unlink()
+    config["label"] |= {"weights": "confidence", "sequential": True}
+    before = noted(log)
+    third = labelled(config, run)
+    assert third["votes_asked"] == 0 and noted(log) == before, "what is only counted anew needs no teacher"
 
 
 def test_sequential_voting_saves_votes_and_says_so(
@@ -224,7 +232,7 @@ def test_endpoints_that_answer_429_500_garbage_or_never(cluster: None, run: RunD
             for name in ("good", "busy", "broken", "garbled", "silent", "forbidden")
         ]
         teachers += [{"name": "chat", "kind": "remote", "model": "chat", "base_url": url, "endpoint": "chat"}]
-        changes = {"timeout_s": 1.0, "retries": 2, "quorum": 3, "calibration": "content_free"}
+        changes = {"timeout_s": 2.5, "retries": 2, "quorum": 3, "calibration": "content_free"}
         summary = labelled(settings(tmp_path, teachers, rows=24, **changes), run)
     assert complete(run) and summary["rows"] == 24
     found = summary["teachers"]
@@ -286,7 +294,7 @@ class Endpoint(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         model = body["model"]
         if model == "silent":
-            time.sleep(8)
+            time.sleep(20)
         if model == "busy" and self.lottery.random() < 0.3:
             self._send(429, b"slow down", {"Retry-After": "0.05"})
         elif model == "broken":

@@ -21,11 +21,10 @@ from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.labeling.store import question_key
 from lorapar_ray.runs import STAGES
 from tests.e2e.conftest import FinishedRun
-from tests.tiny_run import ROOT, command, lorapar, metrics
+from tests.tiny_run import ROOT, command, lorapar, metrics, save_tiny_student, tiny_config, write_config
 
 pytestmark = pytest.mark.e2e
 OUTPUTS = {
-    "label": ("data", "labels", "rejects", "work/label", "work/votes.sqlite"),
     "score": ("scores", "adapter", "work/score", "work/warmup"),
     "sft": ("sft",),
     "grpo": ("grpo",),
@@ -41,7 +40,6 @@ def copy_before(finished: FinishedRun, stage: str, target: Path) -> Path:
     (target / "manifest.json").write_text(json.dumps(manifest))
     for folder in OUTPUTS[stage]:
         shutil.rmtree(target / folder, ignore_errors=True)
-        (target / folder).unlink(missing_ok=True)
     (target / "metrics" / f"{stage}.jsonl").unlink(missing_ok=True)
     return target
 
@@ -88,11 +86,12 @@ def kill_descendant(root: int, name: str) -> None:
     found[0].kill()
 
 
-def test_labelling_survives_kill_9_on_a_replica_an_engine_and_the_driver(finished: FinishedRun, tmp_path: Path) -> None:
-    run = copy_before(finished, "label", tmp_path / "run")
-    changes = {"calibration": "content_free", "rows_per_block": 2, "concurrency": 2}
+def test_labelling_survives_kill_9_on_a_replica_an_engine_and_the_driver(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "tiny.yaml", tiny_config(save_tiny_student(tmp_path / "student")))
+    run = tmp_path / "run"
+    changes = {"calibration": "content_free", "rows_per_block": 2, "concurrency": 2, "teachers.1.thinking_tokens": 4}
     changed = [item for key, value in changes.items() for item in ("--set", f"label.{key}={value}")]
-    arguments = ("label", "-c", finished.config, "-d", run, *changed)
+    arguments = ("label", "-c", config, "-d", run, *changed)
     victims: list[int] = []
 
     def killed_and_recovered() -> bool:

@@ -5,6 +5,8 @@ import json
 import tracemalloc
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
@@ -144,6 +146,27 @@ def test_a_benchmarks_own_gaps_are_rejected_and_a_users_are_an_error(tmp_path: P
     run = RunDirectory(tmp_path / "run")
     assert prepare(load_config(path), run) == {"train": 1, "test": 0, "rejected": 1}
     assert read_table(run.rejects / "prepare.parquet")[0]["reason"] == "no answer in the published data"
+
+
+def test_generated_questions_whose_difficulty_is_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    source = {"reader": "reasoning_gym", "task": "gsm_symbolic", "rows": 3, "seed": 1}
+    path.write_text(json.dumps({"name": "t", "model": {"path": "a/b"}, "data": {"train": [source]}}))
+    assert prepare(load_config(path), RunDirectory(tmp_path / "run"))["train"] == 3
+
+
+def test_any_hub_data_set_is_streamed_with_a_field_mapping(tmp_path: Path) -> None:
+    folder = tmp_path / "set"  # what the hub client reads from its servers it also reads from a directory
+    folder.mkdir()
+    pq.write_table(pa.table({"q": ["one?", "two?", "three?"], "a": ["1", "2", "3"]}), folder / "train.parquet")
+    path = tmp_path / "c.yaml"
+    source = {"reader": "hub", "name": str(folder), "fields": {"prompt": "q", "answer": "a"}, "rows": 2}
+    path.write_text(json.dumps({"name": "t", "model": {"path": "a/b"}, "data": {"train": [source]}}))
+    run = RunDirectory(tmp_path / "run")
+    assert prepare(load_config(path), run)["train"] == 2
+    assert [row["answer"] for row in read_table(run.data / "train.parquet")] == ["1", "2"]
+    with pytest.raises(UserError, match=r"data\.train\[0\]: cannot read .*nowhere.* from the hub"):
+        prepare(load_config(path, [f"data.train.0.name={tmp_path}/nowhere/x"]), RunDirectory(tmp_path / "other"))
 
 
 def test_json_lists_and_jsonl_are_streamed_whatever_their_name(tmp_path: Path) -> None:

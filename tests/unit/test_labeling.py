@@ -1,5 +1,6 @@
 """Votes, prompts, the vote store, who is asked next, and summaries."""
 
+import asyncio
 import json
 import math
 from collections import Counter
@@ -12,18 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lorapar_ray.config import LabelConfig, TeacherConfig
+from lorapar_ray.config import LabelConfig, TeacherConfig, load_config
 from lorapar_ray.datasets.rows import Row, write_rows
 from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.calibration import measured_bias
 from lorapar_ray.labeling.histogram import Durations
 from lorapar_ray.labeling.hosted import deployment_options, teacher_engine_arguments
 from lorapar_ray.labeling.keys import teacher_keys
+from lorapar_ray.labeling.panel import Panel
 from lorapar_ray.labeling.pending import PendingBlocks, write_pending
-from lorapar_ray.labeling.prompts import numbers, rotations, voting_prompt, with_template
-from lorapar_ray.labeling.remote import choice_log_probs
+from lorapar_ray.labeling.prompts import numbers, rotations, voting_prompt, with_template, with_thought
+from lorapar_ray.labeling.remote import choice_log_probs, secret
 from lorapar_ray.labeling.store import Answer, VoteStore, question_key
 from lorapar_ray.labeling.summary import Session, Tally, render
+from lorapar_ray.labeling.teachers import Asked, Refused, ShutOut, python_class
 from lorapar_ray.labeling.votes import (
     Agreement,
     Vote,
@@ -38,6 +41,9 @@ from lorapar_ray.labeling.votes import (
     number_bias,
 )
 from lorapar_ray.labeling.voting import vote_of, votes_of, whom_to_ask
+from lorapar_ray.resources import resources_of
+
+QUICKSTART = Path(__file__).parents[2] / "jobs" / "configs" / "quickstart.yaml"
 
 
 def vote(teacher: str, system: int, confidence: float = 0.8) -> Vote:
@@ -200,6 +206,12 @@ def test_the_prompt_is_the_users_to_replace() -> None:
             panel("a", prompt=bad)
 
 
+def test_a_thought_is_closed_before_the_choice_is_asked_for() -> None:
+    assert with_thought("q<think>\n", "hm", "System:") == "q<think>\nhm</think>\nSystem:"
+    assert with_thought("q<think>\n", "hm</think> two", "System:") == "q<think>\nhm</think> two\nSystem:"
+    assert with_thought("q\n", "plain", "System:") == "q\nplain\nSystem:"
+
+
 class _Chat:
     chat_template = "…"
 
@@ -302,7 +314,7 @@ def test_bias_is_measured_from_stored_answers(tmp_path: Path) -> None:
     bias = measured_bias(label, keys, store, probes)
     assert set(bias) == {"a"}
     assert bias["a"] == pytest.approx(average_log_probs([answer(-1.0).log_probs, answer(-2.0).log_probs]))
-    assert measured_bias(panel("a", "b"), keys, store, probes) == {}
+    assert measured_bias(panel("a", "b"), keys, store, []) == {}
 
 
 def test_choices_are_found_among_an_endpoints_alternatives() -> None:
@@ -334,6 +346,69 @@ def test_placement_and_scaling_come_from_the_config() -> None:
             teacher(resources={"gpus": gpus}, engine={"tensor_parallel": ranks})
     with pytest.raises(ValidationError, match="max_replicas"):
         teacher(replicas=3, max_replicas=2)
+
+
+def test_what_a_teacher_lacks_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="teacher 'a': no class 'simulated:a'"):
+        python_class(panel("a").teachers[0])
+    monkeypatch.delenv("LORAPAR_NO_SUCH_KEY", raising=False)
+    remote = {"name": "far", "kind": "remote", "model": "m", "base_url": "http://127.0.0.1:1"}
+    teacher = TeacherConfig.model_validate({**remote, "api_key_env": "LORAPAR_NO_SUCH_KEY"})
+    with pytest.raises(UserError, match="teacher 'far': environment variable LORAPAR_NO_SUCH_KEY is not set"):
+        secret(teacher)
+    monkeypatch.setenv("LORAPAR_NO_SUCH_KEY", "s3cret")
+    assert secret(teacher) == "s3cret" and secret(TeacherConfig.model_validate(remote)) is None
+
+
+class Moody:
+    """Fault injection: fails as its name says."""
+
+    def __init__(self, teacher: TeacherConfig) -> None:
+        self._name = teacher.name
+
+    async def ask(self, prompt: str, choices: list[str]) -> Asked:
+        if self._name == "well":
+            return Asked([-0.1, -2.0], 7, 0.01)
+        raise {"picky": Refused, "locked": ShutOut, "down": ConnectionError}[self._name](f"{self._name}!")
+
+
+def test_a_teacher_is_given_up_for_its_own_failures_and_not_for_the_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    names, slept = ("well", "picky", "locked", "down"), []
+    teachers = [{"name": name, "kind": "python", "model": f"{__name__}:Moody"} for name in names]
+    label = LabelConfig.model_validate({"teachers": teachers, "give_up_after": 3, "retries": 2, "quorum": 3})
+
+    async def no_sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    async def ask_all() -> Panel:
+        asked = Panel(label, {}, {}, "student")
+        for question in range(5):
+            for teacher in label.teachers:
+                found = await asked.ask(teacher, f"q{question}", "1")
+                assert isinstance(found, list) == (teacher.name == "well")
+        return asked
+
+    monkeypatch.setattr("lorapar_ray.labeling.panel.asyncio.sleep", no_sleep)
+    asked = asyncio.run(ask_all())
+    assert set(asked.dead) == {"locked", "down"} and asked.quorum_lost
+    assert asked.dead["down"] == "3 failures in a row, the last: ConnectionError: down!"
+    assert slept == [1.0, 2.0] * 3  # only what may mend itself is tried again, and nothing once it is given up
+
+
+def test_dry_run_says_what_each_teacher_asks_for() -> None:
+    config = load_config(QUICKSTART)
+    teachers = [
+        {"name": "big", "model": "o/n", "max_replicas": 4, "engine": {"tensor_parallel": 2}, "resources": {"gpus": 2}},
+        {"name": "far", "kind": "remote", "model": "m", "base_url": "http://host/v1", "requests_per_second": 5},
+        {"name": "own", "kind": "python", "model": "module:Class"},
+    ]
+    label = LabelConfig.model_validate({"teachers": teachers, "workers": 2})
+    said = resources_of(config.model_copy(update={"label": label}))["label"]
+    assert said == (
+        "1 to 4 × big (1 CPU + 2 GPU, tensor parallel 2, 96 requests), "
+        "far (remote, completions at http://host/v1, at most 5 requests/s), "
+        "own (module:Class, in the asking worker), 2 × asking worker (0.5 CPU), 128 questions in flight"
+    )
 
 
 def test_percentiles_of_a_stream_are_those_of_the_list() -> None:

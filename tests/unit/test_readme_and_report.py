@@ -3,8 +3,12 @@
 import re
 from pathlib import Path
 
-from lorapar_ray.config import load_config
+from lorapar_ray.config import LabelConfig, load_config
+from lorapar_ray.datasets.rows import Row
 from lorapar_ray.importance import TokenizedExample, collate
+from lorapar_ray.labeling.store import Answer
+from lorapar_ray.labeling.summary import Session, Tally
+from lorapar_ray.labeling.votes import Vote
 from lorapar_ray.reporting import write_report
 from lorapar_ray.reporting.page import verdicts
 from lorapar_ray.runs import RunDirectory, write_json
@@ -58,6 +62,27 @@ def test_what_a_model_wrote_cannot_run_in_the_report(tmp_path: Path) -> None:
     assert (run.report / "overview.png").stat().st_size > 10_000
     assert write_report(load_config(QUICKSTART), run).read_text() == first
     assert not re.findall(r'(?:src|href)="https?:', first)
+
+
+def test_the_vote_of_three_systems_is_in_the_report_with_its_cost_and_latency(tmp_path: Path) -> None:
+    run, evil = RunDirectory(tmp_path), "<script>alert(1)</script>"
+    teachers = [{"name": n, "model": "m", "cost_per_million_tokens": 1e4} for n in ("first", "second")]
+    label = LabelConfig.model_validate(
+        {"teachers": teachers, "definitions": {1: "a", 2: "b", 3: "c"}, "examples": [], "sequential": True}
+    )
+    tally = Tally(label, {"first": [-0.5, -1.5, -2.5]}, seed=0, run="now")
+    for i in range(9):
+        votes = [Vote("first", 1 + i % 3, 0.7, 0.2), *([Vote("second", 2, 0.5, 0.2)] if i % 2 else [])]
+        answers = {vote.teacher: [Answer([-1.0, -1.1, -1.2], 50, 0.25, "now")] for vote in votes}
+        tally.add(Row(str(i), f"{evil} {i}", "1", "1", "task"), votes[0].system, votes, answers)
+    session = Session("now", votes=13, starting_s=5.0, asking_s=2.0, dead={"second": "16 failures in a row"})
+    write_json(run.labels / "summary.json", tally.summary(0, session))
+    page = write_report(load_config(QUICKSTART), run).read_text()
+    assert evil not in page and "of the 2 questions the teachers disagree on" in page
+    assert "13 of 18 possible votes were asked for; 650 tokens, about 6.50 in cost" in page
+    assert "1: +1.00 2: +0.00 3: -1.00" in page and "0.25 / 0.25 / 0.25" in page
+    assert "teacher second was given up: 16 failures in a row" in page
+    assert page.count("System 3") >= 1
 
 
 def test_verdicts_say_no_more_than_the_intervals_do() -> None:
