@@ -50,6 +50,7 @@ def stop_when(condition: Callable[[], bool], sent: signal.Signals, *arguments: s
         command(*arguments),
         cwd=ROOT,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
