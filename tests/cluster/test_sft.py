@@ -22,6 +22,7 @@ LOSS_TOLERANCE = 2e-5
 """Relative, per step, in float32 (measured: below 2e-6); the additions run in another order."""
 EXPORT_TOLERANCE = 1e-4
 """Absolute, on logits in float32: the export adds and takes away the part that the residual base lacks."""
+MEASURED = {"epochs": 2, "validation": 0.2, "validate_every": 2, "keep": "last"}
 TWO_WORKERS = {"workers": 2, "resources": {"cpus": 0.5}}
 
 
@@ -33,7 +34,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """Two epochs by one worker in one forward pass a step."""
-    config, run = ready_run(student, tmp_path_factory.mktemp("alone"), epochs=2, micro_batch_size=8)
+    config, run = ready_run(student, tmp_path_factory.mktemp("alone"), micro_batch_size=8, **MEASURED)
     train_stage1(config, run)
     return run
 
@@ -47,13 +48,14 @@ def alone(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactory
     ],
 )
 def test_the_layout_changes_no_loss(alone: RunDirectory, student: Path, tmp_path: Path, sft: dict[str, Any]) -> None:
-    config, run = ready_run(student, tmp_path / "run", epochs=2, **sft)
+    config, run = ready_run(student, tmp_path / "run", **MEASURED, **sft)
     train_stage1(config, run)
     ours, theirs = metrics(run.root, "sft"), metrics(alone.root, "sft")
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, len(theirs) + 1))
     for name, tolerance in (("loss", LOSS_TOLERANCE), ("grad_norm", 1e-3)):
         for mine, other in zip(ours, theirs, strict=True):
             assert mine[name] == pytest.approx(other[name], rel=tolerance)
+    assert validation_losses(run) == pytest.approx(validation_losses(alone), rel=LOSS_TOLERANCE)
     before, after, reference = weights(run.adapter), weights(run.sft / "adapter"), weights(alone.sft / "adapter")
     mask = stage_mask(load_regions(run.partition / "regions.safetensors")[0], stage=1)
     for key, active in mask.items():
@@ -62,7 +64,7 @@ def test_the_layout_changes_no_loss(alone: RunDirectory, student: Path, tmp_path
         torch.testing.assert_close(after[key], reference[key], rtol=1e-2, atol=1e-3)
 
 
-def test_a_killed_worker_ends_in_the_same_adapter(student: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_ends_in_the_same_adapter(cluster: None, student: Path, tmp_path: Path) -> None:
     """With dropout, so that the generators' states count; the kill falls between two checkpoints."""
     options = {**TWO_WORKERS, "epochs": 3, "micro_batch_size": 2, "checkpoint_every": 2}
     undisturbed, disturbed = (ready_run(student, tmp_path / name, dropout=0.2, **options) for name in ("a", "b"))
@@ -112,14 +114,10 @@ def test_a_validation_split_stops_early_and_keeps_the_best(
     losses = validation_losses(stopped)
     best = min(losses, key=lambda step: losses[step])
     assert max(losses) == best + 2 < 40, losses
-    config, run = ready_run(
-        student, tmp_path, init="pissa", max_steps=best, keep="last", learning_rate=0.05, **STEADY, **TWO_WORKERS
-    )
+    config, run = ready_run(student, tmp_path, init="pissa", max_steps=best, keep="last", learning_rate=0.05, **STEADY)
     train_stage1(config, run)
-    for step, loss in validation_losses(run).items():
-        assert loss == pytest.approx(losses[step], rel=1e-3)
     for key, value in weights(run.sft / "trained").items():
-        torch.testing.assert_close(weights(stopped.sft / "trained")[key], value, rtol=1e-2, atol=5e-3)
+        assert torch.equal(weights(stopped.sft / "trained")[key], value), key
     assert len(list((run.metrics / "tensorboard").rglob("events.out.tfevents.*"))) == 1
 
 
