@@ -56,7 +56,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: list[Row] = []
     if arguments.only != "plumbing":
-        rows += engines(160 if arguments.quick else 512)
+        rows += engines(128 if arguments.quick else 512)
     if arguments.only != "engines":
         rows += plumbing(10_000 if arguments.quick else FULL)
     print_table(rows)
@@ -79,17 +79,18 @@ def engines(questions: int) -> list[Row]:
         texts, prompts, choices = tokenised(config, run)
         model = resolve_model(MODEL)
         limit = offline(model, ENGINE, RESOURCES, prompts, choices)
-        with ray_session(), arrivals() as ours:
+        with ray_session(), arrivals() as found:
             label(config, run)
-        with ray_session():
-            served = serve_processor(model, ENGINE, RESOURCES, texts, choices)
-        with ray_session():
-            processed = engine_processor(model, ENGINE, RESOURCES, texts, choices)
-        peers = {"Ray Data ServeDeploymentProcessor": served, "Ray Data vLLMEngineProcessor": processed}
-        return [
-            comparison("vLLM offline, one process", rate(ours), limit, OF_THE_LIMIT),
-            *(comparison(name, rate(ours), rate(found), 1.0) for name, found in peers.items()),
-        ]
+        ours, rows = rate(found), []
+        rows.append(comparison("vLLM offline, one process", ours, limit, OF_THE_LIMIT))
+        for name, peer in (
+            ("Ray Data ServeDeploymentProcessor over ray.serve.llm", serve_processor),
+            ("Ray Data vLLMEngineProcessor", engine_processor),
+        ):
+            print(rows[-1], flush=True)
+            with ray_session():
+                rows.append(comparison(name, ours, rate(peer(model, ENGINE, RESOURCES, texts, choices)), 1.0))
+        return rows
 
 
 def plumbing(rows: int) -> list[Row]:
