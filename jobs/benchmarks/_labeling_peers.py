@@ -20,6 +20,8 @@ from lorapar_ray.engines.settings import engine_arguments, engine_environment
 Arrivals = list[tuple[float, int]]
 """(wall-clock seconds, votes that came in then)."""
 BATCH = 16
+RESULT = "votes per second: "
+"""Marks the line that matters among what an engine prints."""
 
 
 def offline(
@@ -31,9 +33,10 @@ def offline(
     done = subprocess.run(
         [sys.executable, __file__], input=json.dumps(task), env=environment, capture_output=True, text=True, check=False
     )
-    if done.returncode:
+    found = [line.removeprefix(RESULT) for line in done.stdout.splitlines() if line.startswith(RESULT)]
+    if not found:
         raise SystemExit(done.stderr[-2000:])
-    return float(done.stdout.splitlines()[-1])
+    return float(found[-1])
 
 
 def _offline_process() -> None:
@@ -50,7 +53,7 @@ def _offline_process() -> None:
     llm.generate(prompts[:warm], params, use_tqdm=False)
     start = time.perf_counter()
     llm.generate(prompts[warm:], params, use_tqdm=False)
-    print((len(prompts) - warm) / (time.perf_counter() - start))
+    print(f"{RESULT}{(len(prompts) - warm) / (time.perf_counter() - start)}", flush=True)
 
 
 def sampling(choices: Sequence[int]) -> dict[str, Any]:
