@@ -98,6 +98,14 @@ def serve_processor(
     from ray.serve.llm import LLMConfig, build_llm_deployment
     from ray.serve.llm.openai_api_models import CompletionRequest
 
+    class VoteRequest:
+        """Makes a `CompletionRequest` of a row's fields, in which Ray Data has turned lists into arrays."""
+
+        def __new__(cls, **fields: Any) -> Any:
+            return CompletionRequest(
+                **{name: value.tolist() if hasattr(value, "tolist") else value for name, value in fields.items()}
+            )
+
     serve.start(http_options=HTTPOptions(host="127.0.0.1", location="NoServer"))
     config = LLMConfig(
         model_loading_config={"model_id": "teacher", "model_source": model},
@@ -115,13 +123,13 @@ def serve_processor(
         ServeDeploymentProcessorConfig(
             deployment_name=deployment,
             app_name="peer",
-            dtype_mapping={"CompletionRequest": CompletionRequest},
+            dtype_mapping={"VoteRequest": VoteRequest},
             batch_size=BATCH,
             concurrency=1,
         ),
         preprocess=lambda row: {
             "method": "completions",
-            "dtype": "CompletionRequest",
+            "dtype": "VoteRequest",
             "request_kwargs": {"model": "teacher", "prompt": row["text"], **sampling(choices)},
         },
         postprocess=lambda row: {"token": row["choices"][0]["text"]},
