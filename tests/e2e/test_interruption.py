@@ -82,7 +82,7 @@ def stored_votes(run: Path) -> dict[tuple[bytes, bytes], float]:
 
 def kill_descendant(root: int, name: str) -> None:
     """`kill -9` on the process below `root` whose title begins with `name`."""
-    found = [p for p in psutil.Process(root).children(recursive=True) if " ".join(p.cmdline()).startswith(name)]
+    found = [p for p in psutil.Process(root).children(recursive=True) if title(p).startswith(name)]
     assert len(found) == 1, (name, found)
     found[0].kill()
 
@@ -121,8 +121,16 @@ def test_labelling_survives_kill_9_on_a_replica_an_engine_and_the_driver(tmp_pat
 
 def engines_of(root: int, replica: str) -> list[psutil.Process]:
     """vLLM's own processes below a Serve replica."""
-    parents = [p for p in psutil.Process(root).children(recursive=True) if " ".join(p.cmdline()).startswith(replica)]
-    return [p for parent in parents for p in parent.children() if "EngineCore" in " ".join(p.cmdline())]
+    parents = [p for p in psutil.Process(root).children(recursive=True) if title(p).startswith(replica)]
+    return [p for parent in parents for p in parent.children() if "EngineCore" in title(p)]
+
+
+def title(process: psutil.Process) -> str:
+    """A process's command line, or what it calls itself; empty once it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
 
 
 def test_scoring_goes_on_with_the_units_that_are_there(finished: FinishedRun, tmp_path: Path) -> None:
