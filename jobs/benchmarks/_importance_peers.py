@@ -86,7 +86,7 @@ def by_opacus(model: Any, batches: list[dict[str, Tensor]]) -> GradSums:
                 gradients: Tensor = parameter.grad_sample  # type: ignore[attr-defined]
                 sums.first[key] += gradients.sum(0)
                 sums.second[key] += gradients.square_().sum(0)
-                del parameter.grad_sample  # type: ignore[attr-defined]
+                parameter.grad_sample = None  # type: ignore[attr-defined]
                 parameter.grad = None
             sums.n += len(losses)
     finally:

@@ -20,6 +20,8 @@ from lorapar_ray.engines.settings import engine_arguments, engine_environment
 Arrivals = list[tuple[float, int]]
 """(wall-clock seconds, votes that came in then)."""
 BATCH = 16
+RESULT = "votes per second: "
+"""Marks the line that matters among what an engine prints."""
 
 
 def offline(
@@ -31,9 +33,10 @@ def offline(
     done = subprocess.run(
         [sys.executable, __file__], input=json.dumps(task), env=environment, capture_output=True, text=True, check=False
     )
-    if done.returncode:
+    found = [line.removeprefix(RESULT) for line in done.stdout.splitlines() if line.startswith(RESULT)]
+    if not found:
         raise SystemExit(done.stderr[-2000:])
-    return float(done.stdout.splitlines()[-1])
+    return float(found[-1])
 
 
 def _offline_process() -> None:
@@ -50,7 +53,7 @@ def _offline_process() -> None:
     llm.generate(prompts[:warm], params, use_tqdm=False)
     start = time.perf_counter()
     llm.generate(prompts[warm:], params, use_tqdm=False)
-    print((len(prompts) - warm) / (time.perf_counter() - start))
+    print(f"{RESULT}{(len(prompts) - warm) / (time.perf_counter() - start)}", flush=True)
 
 
 def sampling(choices: Sequence[int]) -> dict[str, Any]:
@@ -95,6 +98,14 @@ def serve_processor(
     from ray.serve.llm import LLMConfig, build_llm_deployment
     from ray.serve.llm.openai_api_models import CompletionRequest
 
+    class VoteRequest:
+        """Makes a `CompletionRequest` of a row's fields, in which Ray Data has turned lists into arrays."""
+
+        def __new__(cls, **fields: Any) -> Any:
+            return CompletionRequest(
+                **{name: value.tolist() if hasattr(value, "tolist") else value for name, value in fields.items()}
+            )
+
     serve.start(http_options=HTTPOptions(host="127.0.0.1", location="NoServer"))
     config = LLMConfig(
         model_loading_config={"model_id": "teacher", "model_source": model},
@@ -112,13 +123,13 @@ def serve_processor(
         ServeDeploymentProcessorConfig(
             deployment_name=deployment,
             app_name="peer",
-            dtype_mapping={"CompletionRequest": CompletionRequest},
+            dtype_mapping={"VoteRequest": VoteRequest},
             batch_size=BATCH,
             concurrency=1,
         ),
         preprocess=lambda row: {
             "method": "completions",
-            "dtype": "CompletionRequest",
+            "dtype": "VoteRequest",
             "request_kwargs": {"model": "teacher", "prompt": row["text"], **sampling(choices)},
         },
         postprocess=lambda row: {"token": row["choices"][0]["text"]},

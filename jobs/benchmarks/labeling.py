@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import tempfile
 import threading
 import time
@@ -44,6 +45,8 @@ MODEL = "package:smollm2-135m-instruct"
 ENGINE = EngineConfig(max_model_len=1024, max_num_seqs=32, enforce_eager=True)
 RESOURCES = Resources(cpus=1, threads=2)
 LATENCY_S, CONCURRENCY, TEACHERS, ACCURACY = 0.2, 128, 5, 0.7
+FULL = 100_000
+LOGICAL_CPUS = 8
 OF_THE_LIMIT, OF_THE_LATENCY, GROWTH_MIB = 0.9, 0.9, 32.0
 
 
@@ -55,9 +58,9 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: list[Row] = []
     if arguments.only != "plumbing":
-        rows += engines(160 if arguments.quick else 512)
+        rows += engines(128 if arguments.quick else 512)
     if arguments.only != "engines":
-        rows += plumbing(10_000 if arguments.quick else 100_000)
+        rows += plumbing(10_000 if arguments.quick else FULL)
     print_table(rows)
     write_rows(arguments.json, rows)
 
@@ -78,17 +81,38 @@ def engines(questions: int) -> list[Row]:
         texts, prompts, choices = tokenised(config, run)
         model = resolve_model(MODEL)
         limit = offline(model, ENGINE, RESOURCES, prompts, choices)
-        with ray_session(), arrivals() as ours:
+        with ray_session(), arrivals() as found:
             label(config, run)
-        with ray_session():
-            served = serve_processor(model, ENGINE, RESOURCES, texts, choices)
-        with ray_session():
-            processed = engine_processor(model, ENGINE, RESOURCES, texts, choices)
-        peers = {"Ray Data ServeDeploymentProcessor": served, "Ray Data vLLMEngineProcessor": processed}
-        return [
-            comparison("vLLM offline, one process", rate(ours), limit, OF_THE_LIMIT),
-            *(comparison(name, rate(ours), rate(found), 1.0) for name, found in peers.items()),
-        ]
+        ours, rows = rate(found), []
+        rows.append(comparison("vLLM offline, one process", ours, limit, OF_THE_LIMIT))
+        for name, peer in (
+            ("Ray Data ServeDeploymentProcessor over ray.serve.llm", serve_processor),
+            ("Ray Data vLLMEngineProcessor", engine_processor),
+        ):
+            print(rows[-1], flush=True)
+            with roomy_ray():
+                rows.append(comparison(name, ours, rate(peer(model, ENGINE, RESOURCES, texts, choices)), 1.0))
+        return rows
+
+
+@contextmanager
+def roomy_ray() -> Iterator[None]:
+    """A local Ray with CPUs to spare on paper: the processors' own stages ask for whole ones beside the engine's."""
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        ray.init(
+            address="local",
+            num_cpus=LOGICAL_CPUS,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=folder,
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def plumbing(rows: int) -> list[Row]:
@@ -134,8 +158,8 @@ def plumbing(rows: int) -> list[Row]:
             None,
             "MiB",
             None,
-            f"≤ {GROWTH_MIB:.0f} MiB",
-            growth <= GROWTH_MIB,
+            f"≤ {GROWTH_MIB:.0f} MiB" if rows >= FULL else "– (too few rows to have warmed up)",
+            growth <= GROWTH_MIB if rows >= FULL else None,
         ),
         Row(
             f"{what}: majority's accuracy, binomial's as peer",

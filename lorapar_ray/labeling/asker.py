@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lorapar_ray.config import LabelConfig, TeacherConfig
+from lorapar_ray.config import LabelConfig
 from lorapar_ray.labeling.panel import Failure, Panel
 from lorapar_ray.labeling.pending import PendingBlocks, Question
 from lorapar_ray.labeling.store import Answer
@@ -74,18 +74,18 @@ class Asker:
             names = whom_to_ask(self._label, votes, available)
             if not names:
                 break
-            asked = await asyncio.gather(*(self._vote(self._teachers[name], question) for name in names))
+            asked = await asyncio.gather(
+                *(self._panel.ask(self._teachers[name], question.prompt, question.answer) for name in names)
+            )
             for name, outcome in zip(names, asked, strict=True):
                 if isinstance(outcome, Failure):
                     failed[name] = outcome
                 else:
                     found[name] = outcome
-                    votes.append(vote_of(name, outcome, self._bias.get(name)))
+                    if self._label.sequential:
+                        votes.append(vote_of(name, outcome, self._bias.get(name)))
             available = [name for name in available if name not in names]
         return found, failed
-
-    async def _vote(self, teacher: TeacherConfig, question: Question) -> list[Answer] | Failure:
-        return await self._panel.ask(teacher, question.prompt, question.answer)
 
 
 def read_result(text: str) -> Mapping[str, Any]:

@@ -59,8 +59,8 @@ async def ask_probes(
 ) -> dict[str, str]:
     """Ask for what `unanswered` says and store it; returns the teachers that do not answer now, and why.
 
-    A teacher with nothing left to answer is asked one question that says nothing: is it there? Each teacher that is
-    through is appended to `ready`.
+    A teacher that has answered some before is also asked one question that says nothing: is it there, and only dislikes
+    what is left? Each teacher that is through is appended to `ready`.
     """
     waiting = unanswered(label, keys, store, asked)
 
@@ -72,7 +72,10 @@ async def ask_probes(
         return outcome
 
     async def one(teacher: TeacherConfig) -> str | None:
-        outcomes = await asyncio.gather(*(ask(teacher, probe) for probe in waiting[teacher.name] or [ARE_YOU_THERE]))
+        own = waiting[teacher.name]
+        if not own or len(own) < len(asked):
+            own = [*own, ARE_YOU_THERE]
+        outcomes = await asyncio.gather(*(ask(teacher, probe) for probe in own))
         ready.append(teacher.name)
         failed = [outcome.reason for outcome in outcomes if isinstance(outcome, Failure)]
         return failed[0] if len(failed) == len(outcomes) else None

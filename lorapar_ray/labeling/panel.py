@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lorapar_ray.config import LabelConfig, TeacherConfig
-from lorapar_ray.labeling.prompts import numbers, rotations, voting_prompt
+from lorapar_ray.labeling.prompts import numbers, prompt_opening, question_block, rotations
 from lorapar_ray.labeling.store import Answer
 from lorapar_ray.labeling.teachers import Refused, ShutOut, Teacher, connect
 from lorapar_ray.labeling.votes import normalised
@@ -46,9 +46,12 @@ class Panel:
             dead: teachers not to ask, and why.
         """
         self._label = label
-        self._student = student
         self._run = run
         self._teachers: dict[str, Teacher | None] = {t.name: connect(label, t, apps, keys) for t in label.teachers}
+        self._openings = {
+            t.name: [prompt_opening(label, t, student, r) for r in rotations(label)] for t in label.teachers
+        }
+        self._choices = [str(system) for system in sorted(label.definitions)]
         self._failed_in_a_row = dict.fromkeys(self._teachers, 0)
         absent = {name: "it could not start" for name, teacher in self._teachers.items() if teacher is None}
         self.dead = absent | dict(dead or {})
@@ -60,7 +63,11 @@ class Panel:
 
     async def ask(self, teacher: TeacherConfig, question: str, answer: str) -> list[Answer] | Failure:
         """The teacher's answers, one per rotation; or why there is none after the retries."""
-        asked = await asyncio.gather(*(self._ask(teacher, question, answer, r) for r in rotations(self._label)))
+        ways = self._openings[teacher.name]
+        if len(ways) == 1:  # no task for what is one call: a vote without an engine costs tens of microseconds
+            asked = [await self._ask(teacher, question, answer, 0)]
+        else:
+            asked = await asyncio.gather(*(self._ask(teacher, question, answer, r) for r in range(len(ways))))
         good = [each for each in asked if isinstance(each, Answer)]
         if len(good) == len(asked):
             self._failed_in_a_row[teacher.name] = 0
@@ -74,16 +81,15 @@ class Panel:
 
     async def _ask(self, teacher: TeacherConfig, question: str, answer: str, rotation: int) -> Answer | Failure:
         label = self._label
-        prompt = voting_prompt(question, answer, label=label, teacher=teacher, student=self._student, rotation=rotation)
+        prompt = self._openings[teacher.name][rotation] + question_block(label, question, answer)
         own_numbers = numbers(label, rotation)
-        choices = [str(number) for number in sorted(own_numbers)]
         reason = ""
         for attempt in range(label.retries + 1):
             voter = self._teachers[teacher.name]
             if voter is None or teacher.name in self.dead:
                 return Failure(self.dead[teacher.name])
             try:
-                asked = await voter.ask(prompt, choices)
+                asked = await voter.ask(prompt, self._choices)
                 by_number = normalised(asked.log_probs)
                 by_system = [by_number[number - 1] for number in own_numbers]
                 return Answer(by_system, asked.tokens, asked.latency_s, self._run)

@@ -18,7 +18,12 @@ CONTENT_FREE = ("N/A", "[question]", "…")
 def voting_prompt(
     question: str, answer: str, *, label: LabelConfig, teacher: TeacherConfig, student: str, rotation: int = 0
 ) -> str:
-    """The text up to and including `System:` (or whatever `label.prompt.choice` says).
+    """The text up to and including `System:` (or whatever `label.prompt.choice` says); see `prompt_opening`."""
+    return prompt_opening(label, teacher, student, rotation) + question_block(label, question, answer)
+
+
+def prompt_opening(label: LabelConfig, teacher: TeacherConfig, student: str, rotation: int = 0) -> str:
+    """What all questions have in common: role, task, definitions, examples.
 
     Args:
         student: the model the teacher plays; strategy `single` leaves the role out.
@@ -35,16 +40,19 @@ def voting_prompt(
     examples: Sequence[VoteExample] = sorted(label.examples, key=lambda example: number[example.system])
     if teacher.example_order == "system2_first":
         examples = examples[::-1]
-
-    def block(question: str, answer: str) -> str:
-        return f"{text.question.format(question=question, answer=answer)}\n{text.choice}"
-
     blocks = [
         f"{role}{text.task.format()}\n{kinds}",
-        *(f"{block(example.question, example.answer)} {number[example.system]}" for example in examples),
-        block(question, answer),
+        *(
+            f"{question_block(label, example.question, example.answer)} {number[example.system]}"
+            for example in examples
+        ),
     ]
-    return "\n\n".join(blocks)
+    return "".join(f"{block}\n\n" for block in blocks)
+
+
+def question_block(label: LabelConfig, question: str, answer: str) -> str:
+    """What follows the opening."""
+    return f"{label.prompt.question.format(question=question, answer=answer)}\n{label.prompt.choice}"
 
 
 def numbers(label: LabelConfig, rotation: int) -> list[int]:

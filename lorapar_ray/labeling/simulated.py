@@ -10,7 +10,6 @@ A question's true System is its digest's parity (`true_system`), which no prompt
 from __future__ import annotations
 
 import asyncio
-import random
 from hashlib import blake2b
 from math import log
 
@@ -37,7 +36,8 @@ class SimulatedTeacher:
         """Log-odds of two for a right choice or a wrong one; the prompt must be the default one."""
         await asyncio.sleep(self._latency_s)
         question, answer = asked_about(prompt)
-        draw = random.Random(f"{self._name}\0{question}").random()
+        digest = blake2b(f"{self._name}\0{question}".encode(), digest_size=8).digest()
+        draw = int.from_bytes(digest) / 2**64
         right = true_system(question, answer)
         chosen = right if draw < self._accuracy else 3 - right
         return Asked([log(0.88 if int(choice) == chosen else 0.12) for choice in choices], TOKENS, self._latency_s)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from lorapar_ray.config import LabelConfig, TeacherConfig, load_config
 from lorapar_ray.datasets.rows import Row, write_rows
 from lorapar_ray.errors import UserError
-from lorapar_ray.labeling.calibration import measured_bias
+from lorapar_ray.labeling.calibration import ask_probes, measured_bias
 from lorapar_ray.labeling.histogram import Durations
 from lorapar_ray.labeling.hosted import deployment_options, teacher_engine_arguments
 from lorapar_ray.labeling.keys import teacher_keys
@@ -393,6 +393,25 @@ def test_a_teacher_is_given_up_for_its_own_failures_and_not_for_the_questions(mo
     assert set(asked.dead) == {"locked", "down"} and asked.quorum_lost
     assert asked.dead["down"] == "3 failures in a row, the last: ConnectionError: down!"
     assert slept == [1.0, 2.0] * 3  # only what may mend itself is tried again, and nothing once it is given up
+
+
+def test_a_probe_that_a_teacher_refused_before_does_not_silence_it(tmp_path: Path) -> None:
+    teachers = [{"name": name, "kind": "python", "model": f"{__name__}:Moody"} for name in ("well", "down")]
+    label = LabelConfig.model_validate({"teachers": teachers, "retries": 0})
+    keys, store = {"well": [b"w"], "down": [b"d"]}, VoteStore(tmp_path / "votes.sqlite")
+    probes = [("long", "1"), ("short", "1")]
+    store.add((question_key("short", "1"), key, answer(1.0)) for key in (b"w", b"d"))
+
+    class RefusesLong(Moody):
+        async def ask(self, prompt: str, choices: list[str]) -> Asked:
+            if "Question: long" in prompt:
+                raise Refused("too long")
+            return await super().ask(prompt, choices)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(f"{__name__}.Moody", RefusesLong)
+        silent = asyncio.run(ask_probes(Panel(label, {}, {}, "s"), label, keys, store, probes, []))
+    assert list(silent) == ["down"]
 
 
 def test_dry_run_says_what_each_teacher_asks_for() -> None:
