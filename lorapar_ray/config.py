@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from lorapar_ray.errors import UserError
 
 System = int
+JUDGE = "judge"
+"""The reward that asks teachers."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Optional0 = Annotated[int, Field(ge=0)]
@@ -198,17 +200,26 @@ class VotePrompt(Section):
     def _names_are_known(self) -> VotePrompt:
         needed = {"role": {"student"}, "definition": {"system", "meaning"}, "question": {"question", "answer"}}
         for name, text in self.model_dump().items():
-            try:
-                found = {field for _, field, _, _ in Formatter().parse(text) if field is not None}
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}; write a plain brace twice") from error
+            found = _fields_of(text, name)
             wanted = needed.get(name, set())
             if not found <= wanted or (name != "role" and found != wanted):
                 names = " and ".join(f"{{{field}}}" for field in sorted(wanted)) or "no {name}"
                 raise ValueError(f"{name}: takes {names}, got {text!r}")
-        if not self.choice.strip() or self.choice != self.choice.rstrip():
-            raise ValueError("choice: must end in a word, since a space and the number follow")
+        _require_last_words(self.choice)
         return self
+
+
+def _fields_of(text: str, name: str) -> set[str]:
+    """The `{names}` in a template."""
+    try:
+        return {field for _, field, _, _ in Formatter().parse(text) if field is not None}
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; write a plain brace twice") from error
+
+
+def _require_last_words(choice: str) -> None:
+    if not choice.strip() or choice != choice.rstrip():
+        raise ValueError("choice: must end in a word, since a space and the number follow")
 
 
 class LabelConfig(Section):
@@ -392,6 +403,30 @@ class RewardConfig(Section):
     weight: float = 1.0
 
 
+class JudgeConfig(Section):
+    """The reward `judge`: teachers of `label.teachers` grade completions; 0 is the lowest grade, 1 the best."""
+
+    teachers: list[str] = []
+    """By name; empty: all of them. The mean of those that answer counts."""
+    grades: Annotated[int, Field(ge=2, le=9)] = 5
+    prompt: str = (
+        "Grade an answer to a question from 1 (wrong or useless) to {grades} (right and clear).\n\n"
+        "Question: {question}\nReference answer: {answer}\nAnswer to grade: {completion}"
+    )
+    choice: str = "Grade:"
+    """The last word of the prompt; the grade is the next token."""
+    time_limit_s: Annotated[float, Field(gt=0)] = 60.0
+    """For one teacher's grade, retries included."""
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> JudgeConfig:
+        found = _fields_of(self.prompt, "prompt")
+        if "completion" not in found or not found <= {"question", "answer", "completion", "grades"}:
+            raise ValueError("prompt: takes {question}, {answer}, {grades} and, always, {completion}")
+        _require_last_words(self.choice)
+        return self
+
+
 class GrpoConfig(Section):
     """Stage 2: GRPO of the System 2 region on System 2 prompts, starting from stage 1's adapter."""
 
@@ -408,6 +443,8 @@ class GrpoConfig(Section):
     """Only 1: the learner computes no renormalised probabilities, so ratios of truncated samples would be wrong."""
     stop: list[str] = []
     rewards: Annotated[list[RewardConfig], Field(min_length=1)] = [RewardConfig(name="numeric_answer")]
+    judge: JudgeConfig = JudgeConfig()
+    """How the reward `judge` grades; needs `label.teachers`."""
     reward_time_limit_s: Annotated[float, Field(gt=0)] = 5.0
     reward_memory_mb: PositiveInt = 1024
     reward_workers: PositiveInt = 1
@@ -441,6 +478,8 @@ class GrpoConfig(Section):
     drain: bool = False
     """Let completions in flight end before a new policy is served, instead of going on under it."""
     sync: Literal["merged", "adapter"] = "merged"
+    """`merged`: engines serve base + s·BA as plain weights; `adapter`: vLLM's own LoRA. The default is what was
+    measured to be faster on a CPU, where LoRA kernels slow every decoding step (`jobs/benchmarks/weight_sync.py`)."""
     canary_tolerance: Annotated[float, Field(gt=0)] = 0.5
     """Largest mean absolute log-probability gap (nats) between learner and engine on the canary tokens."""
     rollout_actors: PositiveInt = 1
@@ -450,6 +489,8 @@ class GrpoConfig(Section):
     sharding: Literal["none", "fsdp2"] = "none"
     """`fsdp2`: cut the frozen base over the learners, for a base that does not fit one device."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+    rollout_placement: Literal["pack", "spread"] = "pack"
+    """Engines on few nodes or on many; see `lorapar_ray/grpo/placement.py` also for sharing GPUs with learners."""
     rollout_engine: EngineConfig = EngineConfig()
     rollout_resources: Resources = Resources()
     learner_resources: Resources = Resources()
@@ -459,6 +500,23 @@ class GrpoConfig(Section):
         if self.top_p != 1:
             raise ValueError("top_p: must be 1; the learner's ratios would be those of another distribution")
         return self
+
+    @model_validator(mode="after")
+    def _one_engine_a_gpu(self) -> GrpoConfig:
+        engine, learner = self.rollout_resources.gpus, self.learner_resources.gpus
+        left = 1 - engine
+        shared = max(self.rollout_actors, self.learners) > 1 and 0 < engine < 1 and 0 < learner < 1
+        if shared and not (engine > 0.5 and left / 2 + 1e-9 < learner <= left + 1e-9):
+            raise ValueError(
+                f"rollout_resources.gpus: {engine:g} beside learners' {learner:g}; to put one engine and one learner "
+                "on each GPU give engines more than 0.5 and learners the rest"
+            )
+        return self
+
+    @property
+    def judged(self) -> bool:
+        """Whether teachers grade completions."""
+        return any(reward.name == JUDGE for reward in self.rewards)
 
 
 class EvaluateConfig(Section):
@@ -499,6 +557,12 @@ class Config(Section):
                 f"adapter.init: {self.adapter.init} takes part of the weights out of the base, which 4 bits cannot "
                 "follow; leave model.quantization out or set adapter.init to default or gaussian"
             )
+        known = {teacher.name for teacher in self.label.teachers}
+        if self.grpo.judged and (not known or not set(self.grpo.judge.teachers) <= known):
+            raise ValueError(
+                f"grpo.judge: the reward {JUDGE} asks teachers of label.teachers by name; there "
+                + (f"are {', '.join(sorted(known))}" if known else "are none")
+            )
         if self.adapter.method != "lora":
             if self.order != ["sft"] or self.sft.masked:
                 raise ValueError(
@@ -516,6 +580,12 @@ class Config(Section):
     def partitioned(self) -> bool:
         """Whether any stage trains a region only; if none does there is nothing to score and to cut."""
         return any({"sft": self.sft.masked, "grpo": self.grpo.masked}[stage] for stage in self.order)
+
+    @property
+    def judges(self) -> list[TeacherConfig]:
+        """The teachers that grade completions in stage 2."""
+        chosen = self.grpo.judge.teachers
+        return [each for each in self.label.teachers if self.grpo.judged and (not chosen or each.name in chosen)]
 
     @property
     def evaluated(self) -> list[str]:
@@ -537,6 +607,8 @@ class Config(Section):
         decided = {"seed": self.seed, **{name: everything[name] for name in sections}}
         if stage in ("score", "partition"):
             decided["partitioned"] = self.partitioned
+        if stage == "grpo" and self.grpo.judged:
+            decided["judges"] = [judge.model_dump(mode="json") for judge in self.judges]
         if stage == "evaluate":
             decided["models"] = self.evaluated
         return decided

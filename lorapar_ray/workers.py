@@ -39,14 +39,13 @@ def run_workers(
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    require(name, workers, resources)
-    bundle: dict[str, float] = {"CPU": resources.cpus}
-    if resources.gpus:
-        bundle["GPU"] = resources.gpus
+    require(name, workers=(workers, resources))
     trainer = TorchTrainer(
         function,
         train_loop_config=argument,
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=resources.gpus > 0, resources_per_worker=bundle),
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=resources.gpus > 0, resources_per_worker=bundle(resources)
+        ),
         run_config=RunConfig(
             name=f"{name}-{os.getpid()}",
             storage_path=str(storage.resolve()),
@@ -83,8 +82,11 @@ def worker_environment(resources: Resources) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(resources.compute_threads), "TOKENIZERS_PARALLELISM": "false"}
 
 
-def require(name: str, workers: int, resources: Resources) -> None:
-    """Fail at once, instead of waiting for ever, when the cluster can never hold what `name` asks for.
+def require(stage: str, **groups: tuple[int, Resources]) -> None:
+    """Fail at once, instead of waiting for ever, when the cluster can never hold what `stage` asks for.
+
+    Args:
+        groups: by the setting that says how many, that number and what each asks for; all run at the same time.
 
     Raises:
         UserError: names the resource, what is wanted and what the cluster has.
@@ -92,13 +94,20 @@ def require(name: str, workers: int, resources: Resources) -> None:
     import ray
 
     total = ray.cluster_resources()
-    wanted = {"CPU": workers * resources.cpus, "GPU": workers * resources.gpus}
-    for kind, amount in wanted.items():
+    for kind, each in (("CPU", "cpus"), ("GPU", "gpus")):
+        wanted = {name: (count, getattr(resources, each)) for name, (count, resources) in groups.items()}
+        amount = sum(count * size for count, size in wanted.values())
         if amount > total.get(kind, 0.0) + 1e-9:
+            parts = ", ".join(f"{name} {count} × {size:g}" for name, (count, size) in wanted.items() if size)
             raise UserError(
-                f"{name}: asks for {amount:g} {kind} ({workers} × {amount / workers:g}) but the cluster has "
-                f"{total.get(kind, 0.0):g}; lower {name}.workers or its resources, or add nodes"
+                f"{stage}: asks for {amount:g} {kind} ({parts}) but the cluster has {total.get(kind, 0.0):g}; "
+                f"lower {stage}.{next(iter(groups))} or the resources, or add nodes"
             )
+
+
+def bundle(resources: Resources) -> dict[str, float]:
+    """What one process asks for, in Ray's words."""
+    return {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
 
 
 def _user_error(error: Any) -> UserError | None:

@@ -95,6 +95,7 @@ def plan_of(engines: int, prompts: int, staleness: int, steps: int) -> dict[str,
         "model": resolve_model(MODEL),
         "trust_remote_code": False,
         "lora_rank": 8,
+        "judge": None,
     }
 
 

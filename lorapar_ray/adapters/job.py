@@ -27,7 +27,7 @@ def make_adapter(config: Config, run: RunDirectory, target: Path) -> None:
         adapter["path"] = str(Path(config.adapter.path).resolve())
 
     if not (target / "adapter_config.json").is_file():
-        require("score", 1, config.score.resources)
+        require("score", workers=(1, config.score.resources))
         options = {
             "num_cpus": config.score.resources.cpus,
             "num_gpus": config.score.resources.gpus,

@@ -199,19 +199,24 @@ def start_engine(
     trust_remote_code: bool = False,
     sync: str = "merged",
     max_lora_rank: int | None = None,
+    place: Any = None,
     actor: type[EngineActor] = EngineActor,
     environment: Mapping[str, str] | None = None,
 ) -> Any:
     """Create the actor and begin starting its engine; returns the handle (await `handle.start.remote()`).
 
     Args:
+        place: a placement group with a bundle for this engine; None: anywhere.
         actor, environment: another kind of engine, and variables it needs beside the usual ones.
     """
     import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    from lorapar_ray.engines.settings import engine_arguments, engine_environment
+    from lorapar_ray.engines.settings import engine_arguments, engine_environment, memory_share
 
-    arguments = engine_arguments(model_path, engine, seed=seed, trust_remote_code=trust_remote_code)
+    arguments = memory_share(resources) | engine_arguments(
+        model_path, engine, seed=seed, trust_remote_code=trust_remote_code
+    )
     if sync == "adapter":
         allowed = next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= (max_lora_rank or 8))
         arguments |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": allowed}
@@ -219,6 +224,7 @@ def start_engine(
         num_cpus=resources.cpus,
         num_gpus=resources.gpus,
         max_concurrency=1000,
+        scheduling_strategy=None if place is None else PlacementGroupSchedulingStrategy(place),
         runtime_env={"env_vars": {**engine_environment(engine, resources), **(environment or {})}},
     )
     return remote.remote(arguments, sync)

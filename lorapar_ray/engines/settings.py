@@ -6,6 +6,9 @@ from typing import Any
 
 from lorapar_ray.config import EngineConfig, Resources
 
+GPU_MEMORY_SHARE = 0.9
+"""Of what an engine is given of a GPU, the part it fills; vLLM's own default for a whole one."""
+
 
 def engine_arguments(model_path: str, engine: EngineConfig, *, seed: int, trust_remote_code: bool) -> dict[str, Any]:
     """Keyword arguments of `vllm.AsyncEngineArgs`.
@@ -31,6 +34,13 @@ def engine_arguments(model_path: str, engine: EngineConfig, *, seed: int, trust_
         "hf_overrides": {"head_dtype": "float32"},
         **engine.extra,
     }
+
+
+def memory_share(resources: Resources) -> dict[str, Any]:
+    """Arguments of an engine that shares its GPU: it fills its part and leaves the rest; `engine.extra` goes before."""
+    if not 0 < resources.gpus < 1:
+        return {}
+    return {"gpu_memory_utilization": round(GPU_MEMORY_SHARE * resources.gpus, 4)}
 
 
 def platform_arguments() -> dict[str, Any]:

@@ -63,7 +63,7 @@ def _answer_all(
     import ray
 
     settings = config.evaluate
-    require("evaluate", 1, settings.resources)
+    require("evaluate", resources=(1, settings.resources))
     model = resolve_model(config.model.path)
     encoder = load_encoder(model, config.model.system_prompt, config.model.trust_remote_code)
     actor = start_engine(
@@ -100,7 +100,7 @@ def _answer_without_engine(
     import ray
 
     settings = config.evaluate
-    require("evaluate", 1, settings.resources)
+    require("evaluate", resources=(1, settings.resources))
     model = resolve_model(config.model.path)
     encoder = load_encoder(model, config.model.system_prompt, config.model.trust_remote_code)
     prompts = [encoder.prompt_ids(row["prompt"]) for row in rows]

@@ -20,17 +20,25 @@ from lorapar_ray.grpo.batches import Batch, Canary, Clock, Group, make_batch, sh
 from lorapar_ray.grpo.engine_pool import EnginePool, PolicyMismatch
 from lorapar_ray.grpo.prompts import PromptStream
 from lorapar_ray.grpo.rewards.actor import RewardWorkers
+from lorapar_ray.grpo.rewards.judge import Judge
 
 
 class Coordinator:
     """Async Ray actor; owns the rollout engines, the reward workers and the prompt stream."""
 
-    def __init__(self, plan: dict[str, Any], engine: Callable[[], Any] | None = None) -> None:
-        """Take the plan: `settings` (GrpoConfig), `rows` (id, prompt, response, answer, prompt_ids), `steps`, `seed`,
-        `model` (path), `trust_remote_code` and `lora_rank`, all JSON-like; and how to make an engine, if not by it."""
+    def __init__(self, plan: dict[str, Any], engine: Callable[[], Any] | None = None, place: Any = None) -> None:
+        """Take the plan and what it cannot say.
+
+        Args:
+            plan: `settings` (GrpoConfig), `rows` (id, prompt, response, answer, prompt_ids), `steps`, `seed`, `model`
+                (path), `trust_remote_code`, `lora_rank` and `judge` (see `judging`; None without one), all JSON-like.
+            engine: how to make an engine, if not by the plan.
+            place: the engines' placement group.
+        """
         from lorapar_ray.datasets.chat import load_encoder
 
         self._plan = plan
+        self._place = place
         self._settings = GrpoConfig.model_validate(plan["settings"])
         self._rows: list[dict[str, Any]] = plan["rows"]
         self._tokenizer = load_encoder(plan["model"], None, plan["trust_remote_code"]).tokenizer
@@ -41,7 +49,8 @@ class Coordinator:
             tolerance=self._settings.canary_tolerance,
             time_limit_s=self._settings.rollout_time_limit_s,
         )
-        self._rewards = RewardWorkers(self._settings)
+        judge = None if plan["judge"] is None else Judge(**plan["judge"])
+        self._rewards = RewardWorkers(self._settings, judge)
         self._steps: dict[int, asyncio.Task[Batch]] = {}
         self._drawn: dict[int, list[int]] = {}
         self._first_step = 0
@@ -166,6 +175,7 @@ class Coordinator:
             trust_remote_code=self._plan["trust_remote_code"],
             sync=settings.sync,
             max_lora_rank=self._plan["lora_rank"],
+            place=self._place,
         )
 
     def _decode(self, token_ids: list[int]) -> str:

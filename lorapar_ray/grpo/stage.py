@@ -18,12 +18,14 @@ from lorapar_ray.datasets.labelled import labelled_rows
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.coordinator import Coordinator
 from lorapar_ray.grpo.learner import GrpoJob, learn_worker
+from lorapar_ray.grpo.placement import reserved
+from lorapar_ray.grpo.rewards.judge import judging
 from lorapar_ray.progress import console, progress
 from lorapar_ray.runs import RunDirectory, atomic_path
 from lorapar_ray.sft.stage import export_plain
 from lorapar_ray.sft.tracking import require_trackers
 from lorapar_ray.student import RESIDUAL_INITS, base_path, starting_adapter
-from lorapar_ray.workers import require, run_workers
+from lorapar_ray.workers import run_workers
 
 CANARIES = 4
 STOP_LIMIT_S = 30
@@ -64,7 +66,6 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
         run=config.name,
         seed=config.seed,
     )
-    require("grpo", settings.rollout_actors, settings.rollout_resources)
     plan = {
         "settings": job.settings,
         "rows": rows,
@@ -74,9 +75,10 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
         "trust_remote_code": config.model.trust_remote_code,
         "lora_rank": json.loads((start_from / "adapter_config.json").read_text())["r"],
     }
-    coordinator = ray.remote(Coordinator).options(name=name, num_cpus=0, max_concurrency=1000).remote(plan)
-    try:
-        with progress("grpo", steps, lambda: _poll(Path(job.metrics))):
+    actor = ray.remote(Coordinator).options(name=name, num_cpus=0, max_concurrency=1000)
+    with progress("grpo", steps, lambda: _poll(Path(job.metrics))), reserved(config) as place, judging(config) as judge:
+        coordinator = actor.remote({**plan, "judge": judge}, place=place)
+        try:
             ray.get(coordinator.start.remote())
             run_workers(
                 learn_worker,
@@ -86,8 +88,8 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
                 resources=settings.learner_resources,
                 storage=run.work / "ray",
             )
-    finally:
-        _stop(coordinator)
+        finally:
+            _stop(coordinator)
     if residual:
         export_plain(run.adapter, out, run.grpo / "adapter", config.model.path)
     shutil.rmtree(job.checkpoints, ignore_errors=True)

@@ -13,13 +13,11 @@ import os
 from typing import Any
 
 from lorapar_ray.config import TeacherConfig
-from lorapar_ray.engines.settings import engine_arguments, engine_environment, platform_arguments
+from lorapar_ray.engines.settings import engine_arguments, engine_environment, memory_share, platform_arguments
 from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.prompts import with_template, with_thought
 from lorapar_ray.models import resolve_model
 
-GPU_MEMORY_SHARE = 0.9
-"""Of what a teacher is given of a GPU, the part its engine fills; vLLM's own default for a whole one."""
 ROOM_FOR_CHOICE = 16
 """Tokens kept free behind a thought for the words that ask for the choice."""
 
@@ -121,12 +119,9 @@ def choice_tokens(tokenizer: Any, text: str, choices: list[str]) -> tuple[list[i
 
 def teacher_engine_arguments(teacher: TeacherConfig, seed: int) -> dict[str, Any]:
     """Keyword arguments of the teacher's `vllm.AsyncEngineArgs`; teachers that share a GPU fill their part of it."""
-    shared: dict[str, Any] = {}
-    if 0 < teacher.resources.gpus < 1:
-        shared = {"gpu_memory_utilization": round(GPU_MEMORY_SHARE * teacher.resources.gpus, 4)}
     own = {"revision": teacher.revision, "tokenizer_revision": teacher.revision} if teacher.revision else {}
     arguments = engine_arguments(resolve_model(teacher.model), teacher.engine, seed=seed, trust_remote_code=False)
-    return shared | own | arguments
+    return memory_share(teacher.resources) | own | arguments
 
 
 def deployment_options(teacher: TeacherConfig) -> dict[str, Any]:

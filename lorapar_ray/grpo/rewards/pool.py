@@ -32,7 +32,19 @@ class RewardBatch:
     parts: dict[str, list[float | None]]
     """By reward; None where it failed."""
     failures: dict[str, int]
-    """Samples lost by cause: `raised`, `timeout`, `crashed`."""
+    """Samples lost by cause: `raised`, `timeout`, `crashed`, and the name of a reward found elsewhere."""
+
+
+def with_part(
+    scored: RewardBatch, name: str, weight: float, values: list[float | None], order: list[str]
+) -> RewardBatch:
+    """A batch with one more reward, found elsewhere; parts are put into `order`."""
+    failed = sum(value is None for value in values)
+    return RewardBatch(
+        [total + weight * (value or 0.0) for total, value in zip(scored.total, values, strict=True)],
+        {each: {**scored.parts, name: values}[each] for each in order},
+        scored.failures | ({name: failed} if failed else {}),
+    )
 
 
 class RewardPool:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from lorapar_ray.config import JUDGE
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.rewards import functions
 
@@ -34,7 +35,7 @@ def get_reward(name: str) -> RewardFunction:
         return found
     module, separator, function = name.partition(":")
     if not separator:
-        raise UserError(f"grpo.rewards: '{name}' is unknown; use {', '.join(NAMES)} or module:function")
+        raise UserError(f"grpo.rewards: '{name}' is unknown; use {', '.join((*NAMES, JUDGE))} or module:function")
     try:
         loaded: Any = getattr(import_module(module), function)
     except (ImportError, AttributeError) as error:

@@ -1,0 +1,60 @@
+"""Where stage 2's processes go: engines in a placement group of their own, learners in the one that Ray Train makes.
+
+The group keeps each engine's place for as long as the stage runs, so a replaced engine finds its GPUs free whatever
+else the cluster does, and after the loss of a node Ray moves the place to another. Learners reserve theirs as a group
+too.
+
+Separate GPUs: whole numbers on both sides. Colocated, one engine and one learner on each GPU: give engines more than
+half of a GPU and learners the rest. Two engines then never fit one GPU, and each learner fills up what an engine left.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lorapar_ray.config import Config
+from lorapar_ray.errors import UserError
+from lorapar_ray.workers import bundle, require
+
+RESERVE_LIMIT_S = 600
+"""For a cluster that has to free its nodes first."""
+
+
+@contextmanager
+def reserved(config: Config, limit_s: float = RESERVE_LIMIT_S) -> Iterator[Any]:
+    """A placement group with one bundle for each rollout engine, all ranks of a tensor-parallel one on one node; None
+    if engines ask Ray for nothing.
+
+    Raises:
+        UserError: the cluster can never hold engines, learners, reward workers and judges together, or no room was free
+            in time (a bundle may also be larger than every node).
+    """
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    settings = config.grpo
+    engines, resources = settings.rollout_actors, settings.rollout_resources
+    require(
+        "grpo",
+        rollout_actors=(engines, resources),
+        learners=(settings.learners, settings.learner_resources),
+        reward_workers=(settings.reward_workers, settings.reward_resources),
+        **{f"judge.{each.name}": (each.replicas, each.resources) for each in config.judges if each.kind == "serve"},
+    )
+    if not any(bundle(resources).values()):
+        yield None  # nothing to keep a place for
+        return
+    group = placement_group([bundle(resources)] * engines, strategy=settings.rollout_placement.upper())
+    deadline = time.monotonic() + limit_s
+    try:
+        while not group.wait(min(limit_s, 5)):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"grpo: no room for {engines} rollout engines of {bundle(resources)}, each on a single node, "
+                    f"within {limit_s:g} s; lower grpo.rollout_actors or grpo.rollout_resources, or see `ray status`"
+                )
+        yield group
+    finally:
+        remove_placement_group(group)

@@ -1,0 +1,105 @@
+"""The reward `judge`: the labelling teachers grade completions.
+
+A grade is one constrained token, and the reward is the expected grade under the teacher's probabilities, so that a
+small teacher's hunch still ranks the completions of a group. What a teacher adds to every grade cancels in the group's
+advantages. The judge runs in the coordinator: unlike other rewards it executes nobody's code, and each question to a
+teacher has a time limit. A completion may of course try to talk its judge into a better grade; put a verifiable reward
+beside it where there is one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import exp
+from typing import Any
+
+from lorapar_ray.config import Config, JudgeConfig, LabelConfig, VotePrompt
+from lorapar_ray.errors import UserError
+from lorapar_ray.labeling.remote import secret
+from lorapar_ray.labeling.serving import start_teachers, stop_teachers
+from lorapar_ray.labeling.teachers import Refused, Teacher, connect
+from lorapar_ray.labeling.votes import normalised
+
+
+class Judge:
+    """Teachers that grade, connected; lives in one event loop."""
+
+    def __init__(
+        self, settings: dict[str, Any], label: dict[str, Any], apps: Mapping[str, str], keys: Mapping[str, str]
+    ) -> None:
+        """Take a JudgeConfig, the LabelConfig of its teachers (both as JSON), and what `connect` needs."""
+        self._settings = JudgeConfig.model_validate(settings)
+        self._label = LabelConfig.model_validate(label)
+        found = (connect(self._label, teacher, apps, keys) for teacher in self._label.teachers)
+        self._teachers = [teacher for teacher in found if teacher is not None]
+        self._choices = [str(grade) for grade in range(1, self._settings.grades + 1)]
+
+    async def grades(
+        self, questions: Sequence[str], completions: Sequence[str], answers: Sequence[str]
+    ) -> list[float | None]:
+        """Mean grade of each completion in [0, 1] over the teachers that answered; None where none did."""
+        every = zip(questions, completions, answers, strict=True)
+        return list(await asyncio.gather(*(self._grade(*each) for each in every)))
+
+    async def _grade(self, question: str, completion: str, answer: str) -> float | None:
+        grades = self._settings.grades
+        text = self._settings.prompt.format(question=question, answer=answer, completion=completion, grades=grades)
+        prompt = f"{text}\n{self._settings.choice}"
+        asked = await asyncio.gather(*(self._ask(teacher, prompt) for teacher in self._teachers))
+        given = [grade for grade in asked if grade is not None]
+        return sum(given) / len(given) if given else None
+
+    async def _ask(self, teacher: Teacher, prompt: str) -> float | None:
+        try:
+            async with asyncio.timeout(self._settings.time_limit_s):
+                return expected_grade(await self._persist(teacher, prompt))
+        except Exception:  # whatever breaks in a teacher costs its grade, and is counted
+            return None
+
+    async def _persist(self, teacher: Teacher, prompt: str) -> list[float]:
+        for attempt in range(self._label.retries):
+            try:
+                return (await teacher.ask(prompt, self._choices)).log_probs
+            except Refused:
+                raise
+            except Exception:
+                await asyncio.sleep(self._label.backoff_s * 2**attempt)
+        return (await teacher.ask(prompt, self._choices)).log_probs
+
+
+def expected_grade(log_probs: Sequence[float]) -> float:
+    """Mean of the grades 0, 1/(K−1), …, 1 under the log-probabilities of K grades, up to a common constant."""
+    shares = [exp(value) for value in normalised(log_probs)]
+    return sum(share * grade for grade, share in enumerate(shares)) / (len(shares) - 1)
+
+
+@contextmanager
+def judging(config: Config) -> Iterator[dict[str, Any] | None]:
+    """Host the judge's teachers while the block runs; gives what `Judge` takes, or None if there is no judge.
+
+    Raises:
+        UserError: none of them runs.
+    """
+    if not config.grpo.judged:
+        yield None
+        return
+    settings, teachers = config.grpo.judge, config.judges
+    prompt = VotePrompt(choice=settings.choice)
+    label = config.label.model_copy(update={"teachers": teachers, "prompt": prompt, "timeout_s": settings.time_limit_s})
+    panel = config.model_copy(update={"name": f"{config.name}-judge", "label": label})
+    keys = {each.name: key for each in teachers if (key := secret(each)) is not None}
+    try:
+        apps, failed = start_teachers(panel)
+        if len(failed) == len(teachers):
+            reasons = "; ".join(f"{name}: {' '.join(reason.split())[:100]}" for name, reason in failed.items())
+            raise UserError(f"grpo.judge: no teacher runs ({reasons}); mend them and run the same command again")
+        yield {
+            "settings": settings.model_dump(mode="json"),
+            "label": label.model_dump(mode="json"),
+            "apps": apps,
+            "keys": keys,
+        }
+    finally:
+        stop_teachers(panel)

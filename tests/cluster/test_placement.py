@@ -1,0 +1,103 @@
+"""Where stage 2's engines and learners land; the GPUs are a number that Ray is told, the actors and groups are real."""
+
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from lorapar_ray.config import Config, EngineConfig
+from lorapar_ray.engines.actor import EngineActor, start_engine
+from lorapar_ray.errors import UserError
+from lorapar_ray.grpo.placement import reserved
+
+pytestmark = pytest.mark.cluster
+GPUS = 3
+
+
+@pytest.fixture(scope="module")
+def gpus() -> Iterator[None]:
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        ray.init(address="local", num_cpus=8, num_gpus=GPUS, include_dashboard=False, _temp_dir=folder)
+        yield
+        ray.shutdown()
+
+
+class Where(EngineActor):
+    """An engine that says where it is instead of starting."""
+
+    def gpus(self) -> list[int]:
+        import ray
+
+        return [int(gpu) for gpu in ray.get_gpu_ids()]
+
+
+def config(engines: int, gpus: float, learners: int = 1, learner_gpus: float = 0.0) -> Config:
+    grpo = {
+        "rollout_actors": engines,
+        "rollout_resources": {"cpus": 1, "gpus": gpus},
+        "learners": learners,
+        "learner_resources": {"cpus": 0.5, "gpus": learner_gpus},
+    }
+    source = {"reader": "file", "path": "rows.jsonl"}
+    return Config.model_validate({"name": "x", "model": {"path": "m"}, "data": {"train": [source]}, "grpo": grpo})
+
+
+def engine(tree: Config, place: Any) -> Any:
+    return start_engine("m", EngineConfig(), tree.grpo.rollout_resources, seed=0, place=place, actor=Where)
+
+
+def test_engines_and_learners_share_gpus_one_of_each_on_each(gpus: None) -> None:
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    tree = config(GPUS, 0.6, GPUS, 0.4)
+    with reserved(tree) as place:
+        engines = [engine(tree, place) for _ in range(GPUS)]
+        found = ray.get([each.gpus.remote() for each in engines])
+        train = placement_group([{"CPU": 0.5, "GPU": 0.4}] * GPUS)  # as Ray Train makes it
+        options = {"num_cpus": 0.5, "num_gpus": 0.4, "scheduling_strategy": PlacementGroupSchedulingStrategy(train)}
+        actors = [ray.remote(Where).options(**options).remote({}, "merged") for _ in range(GPUS)]
+        learners = ray.get([each.gpus.remote() for each in actors])
+        remove_placement_group(train)
+    assert sorted(found) == sorted(learners) == [[gpu] for gpu in range(GPUS)]
+
+
+def test_a_lost_engine_finds_its_place_free(gpus: None) -> None:
+    import ray
+
+    tree = config(1, 2)
+    with reserved(tree, limit_s=60) as place:
+        lost = engine(tree, place)
+        assert len(ray.get(lost.gpus.remote())) == 2
+        rival = ray.remote(Where).options(num_gpus=2).remote({}, "merged")
+        waiting = rival.gpus.remote()
+        ray.kill(lost)
+        assert len(ray.get(engine(tree, place).gpus.remote(), timeout=60)) == 2
+        assert not ray.wait([waiting], timeout=1)[0]
+    assert len(ray.get(waiting, timeout=60)) == 2
+    ray.kill(rival)
+
+
+def test_no_room_is_said_at_once_or_after_the_limit(gpus: None) -> None:
+    import ray
+
+    with (
+        pytest.raises(UserError, match=r"grpo: asks for 4 GPU \(rollout_actors 1 × 2, learners 1 × 2\).*has 3"),
+        reserved(config(1, 2, 1, 2)),
+    ):
+        pass
+    hog = ray.remote(Where).options(num_gpus=2).remote({}, "merged")
+    ray.get(hog.gpus.remote())
+    with pytest.raises(UserError, match="grpo: no room for 1 rollout engines"), reserved(config(1, 2), limit_s=1):
+        pass
+    ray.kill(hog)
+
+
+@pytest.mark.parametrize(("engine_gpus", "learner_gpus"), [(0.5, 0.5), (0.8, 0.1), (0.7, 0.4)])
+def test_shares_that_may_meet_on_one_gpu_are_refused(engine_gpus: float, learner_gpus: float) -> None:
+    with pytest.raises(ValueError, match=r"give engines more than 0\.5 and learners the rest"):
+        config(2, engine_gpus, 2, learner_gpus)
