@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 LOCK := requirements/cpu.txt
+# Test files at once: much of their time is processes starting, on one core each.
+JOBS ?= 2
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .PHONY: quickstart test lint setup lock clean
@@ -11,7 +13,7 @@ quickstart: setup
 	$(BIN)/lorapar run jobs/configs/quickstart.yaml
 
 test: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

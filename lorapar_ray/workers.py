@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 from lorapar_ray.config import Resources
 from lorapar_ray.errors import UserError
+from lorapar_ray.runs import write_json
 
 RESTARTS = 2
 """How often a worker group is restarted after losing a worker before the stage gives up (it can still be resumed)."""
@@ -37,12 +39,13 @@ def run_workers(
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
 
     require(name, workers=(workers, resources))
+    refusal = storage.resolve() / f"{name}-{os.getpid()}-refused.json"
+    refusal.unlink(missing_ok=True)
     trainer = TorchTrainer(
-        function,
-        train_loop_config=argument,
+        _work,
+        train_loop_config={"function": function, "argument": argument, "refusal": refusal},
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=resources.gpus > 0, resources_per_worker=bundle(resources)
         ),
@@ -55,8 +58,21 @@ def run_workers(
     )
     try:
         _in_a_thread(trainer.fit)
-    except TrainingFailedError as error:
-        raise _user_error(error) or error from error
+    finally:
+        if refusal.is_file():
+            raise UserError(json.loads(refusal.read_text()))
+
+
+def _work(task: dict[str, Any]) -> None:
+    """Run the function on a worker; what a user has to mend is written down, since a restart would only repeat it."""
+    refusal: Path = task["refusal"]
+    if refusal.is_file():
+        return
+    try:
+        task["function"](task["argument"])
+    except UserError as error:
+        write_json(refusal, str(getattr(error, "cause", error)))  # one that came from an actor carries its traceback
+        raise
 
 
 def _in_a_thread(work: Callable[[], Any]) -> None:
@@ -108,14 +124,3 @@ def require(stage: str, **groups: tuple[int, Resources]) -> None:
 def bundle(resources: Resources) -> dict[str, float]:
     """What one process asks for, in Ray's words."""
     return {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
-
-
-def _user_error(error: Any) -> UserError | None:
-    """The user's error at the bottom of what a worker died of: Ray wraps it, and wraps its message too."""
-    found = None
-    for failure in [error, *getattr(error, "worker_failures", {}).values()]:
-        seen = failure
-        while seen is not None:
-            found = seen if isinstance(seen, UserError) else found
-            seen = getattr(seen, "cause", None) or seen.__cause__
-    return found

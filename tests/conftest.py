@@ -1,5 +1,6 @@
 import os
 
+import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -7,3 +8,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 settings.register_profile("any-machine", deadline=None)  # a busy machine is no failure
 settings.load_profile("any-machine")
+
+FIRST = ("tests/e2e/test_pipeline.py", "tests/cluster", "tests/e2e")
+"""The run that the other end-to-end tests start from is made while another process tests without it."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return next((at for at, start in enumerate(FIRST) if item.nodeid.startswith(start)), len(FIRST))
+
+    items.sort(key=place)

@@ -5,7 +5,7 @@
 First, one real teacher (SmolLM2-135M-Instruct out of its package), the same voting prompts over generated questions,
 the same engine settings: `lorapar label` (Serve replica, Ray Data, vote store) beside `vllm.LLM.generate` in one
 process, which is the limit, `ServeDeploymentProcessorConfig` over `ray.serve.llm`, and `vLLMEngineProcessorConfig`.
-Rates are of the last three quarters of the votes, so that nobody's start counts.
+Ours and offline's rates are of the last three quarters of the votes; nobody's start counts (see `_labeling_peers`).
 
 Second, five simulated teachers of fixed latency: rows per second against latency × concurrency, memory of the driver
 and of the asking worker between the first fifth and the end, and the majority's accuracy against the binomial's.
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
-from _labeling_peers import Arrivals, engine_processor, offline, serve_processor
+from _labeling_peers import engine_processor, offline, serve_processor
 from _rows import Row, print_table, write_rows
 
 from lorapar_ray.config import Config, EngineConfig, Resources
@@ -47,6 +47,8 @@ RESOURCES = Resources(cpus=1, threads=2)
 LATENCY_S, CONCURRENCY, TEACHERS, ACCURACY = 0.2, 128, 5, 0.7
 FULL = 100_000
 LOGICAL_CPUS = 8
+Arrivals = list[tuple[float, int]]
+"""(wall-clock seconds, votes that came in then)."""
 OF_THE_LIMIT, OF_THE_LATENCY, GROWTH_MIB = 0.9, 0.9, 32.0
 
 
@@ -58,7 +60,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: list[Row] = []
     if arguments.only != "plumbing":
-        rows += engines(128 if arguments.quick else 512)
+        rows += engines(192 if arguments.quick else 512)
     if arguments.only != "engines":
         rows += plumbing(10_000 if arguments.quick else FULL)
     print_table(rows)
@@ -91,7 +93,7 @@ def engines(questions: int) -> list[Row]:
         ):
             print(rows[-1], flush=True)
             with roomy_ray():
-                rows.append(comparison(name, ours, rate(peer(model, ENGINE, RESOURCES, texts, choices)), 1.0))
+                rows.append(comparison(name, ours, peer(model, ENGINE, RESOURCES, texts, choices), 1.0))
         return rows
 
 

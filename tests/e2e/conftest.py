@@ -1,8 +1,9 @@
-import subprocess
+import json
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from filelock import FileLock
 
 from tests.tiny_run import lorapar, save_tiny_student, tiny_config, write_config
 
@@ -13,12 +14,20 @@ class FinishedRun(NamedTuple):
     student: Path
     config: Path
     run: Path
-    log: subprocess.CompletedProcess[str]
+    status: int
+    output: str
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    root = tmp_path_factory.mktemp("tiny")
-    student = save_tiny_student(root / "student")
-    config = write_config(root / "tiny.yaml", tiny_config(student))
-    return FinishedRun(student, config, root / "run", lorapar("run", config, "--run-dir", root / "run"))
+def finished(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> FinishedRun:
+    """Made once, also when several processes share the tests; whoever changes it works on a copy."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base if worker_id == "master" else base.parent) / "tiny"
+    root.mkdir(exist_ok=True)
+    outcome = root / "outcome.json"
+    with FileLock(root / "lock"):
+        if not outcome.is_file():
+            config = write_config(root / "tiny.yaml", tiny_config(save_tiny_student(root / "student")))
+            done = lorapar("run", config, "--run-dir", root / "run")
+            outcome.write_text(json.dumps([done.returncode, done.stdout + done.stderr]))
+    return FinishedRun(root / "student", root / "tiny.yaml", root / "run", *json.loads(outcome.read_text()))

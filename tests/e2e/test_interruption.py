@@ -162,14 +162,3 @@ def test_a_policy_that_cannot_be_proved_stops_the_run(finished: FinishedRun, tmp
     (line,) = [line for line in stopped.stderr.splitlines() if line.startswith("lorapar:")]
     assert "does not serve policy 0" in line and "canary" in line
     assert metrics(run, "grpo") == []
-
-
-def test_grpo_goes_on_from_its_checkpoint(finished: FinishedRun, tmp_path: Path) -> None:
-    run = copy_before(finished, "grpo", tmp_path / "run")
-    stop_when(lambda: len(metrics(run, "grpo")) >= 2, signal.SIGKILL, "grpo", "-c", finished.config, "-d", run)
-    again = lorapar("grpo", "-c", finished.config, "-d", run)
-    assert again.returncode == 0, again.stderr
-    assert [line["policy_version"] for line in metrics(run, "grpo")] == [1, 2, 3, 4]
-    ours, theirs = weights(run / "grpo" / "adapter"), weights(finished.run / "grpo" / "adapter")
-    assert ours.keys() == theirs.keys()
-    assert any(not torch.equal(ours[key], weights(run / "sft" / "adapter")[key]) for key in ours)

@@ -1,4 +1,7 @@
-"""A real Ray job on a cluster started with `ray start --head` finishes a run that was labelled, scored and tuned."""
+"""A real Ray job on a cluster started with `ray start --head` finishes a run that was labelled, scored and tuned.
+
+Its stage 2 is graded by one of the labelling teachers, on Ray Serve.
+"""
 
 import json
 import os
@@ -13,7 +16,7 @@ import pytest
 from lorapar_ray.runs import STAGES
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.test_interruption import copy_before
-from tests.tiny_run import ROOT
+from tests.tiny_run import ROOT, metrics
 
 pytestmark = pytest.mark.e2e
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -32,7 +35,7 @@ def test_ray_job_submit_finishes_the_pipeline(finished: FinishedRun, tmp_path: P
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "disabled"}
     with tempfile.TemporaryDirectory(prefix="lorapar-job-", ignore_cleanup_errors=True) as temporary:
-        start = [RAY, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2", "--block"]
+        start = [RAY, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=3", "--block"]
         start += [f"--dashboard-port={dashboard}", f"--temp-dir={temporary}", "--disable-usage-stats"]
         head = subprocess.Popen(start, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
@@ -49,11 +52,17 @@ def test_ray_job_submit_finishes_the_pipeline(finished: FinishedRun, tmp_path: P
                 str(finished.config),
                 "--run-dir",
                 str(run),
+                "--set",
+                "grpo.rewards=[{name: judge}, {name: tests.e2e.rewards:letters}]",
+                "--set",
+                "grpo.judge.teachers=[a]",
             ]
             done = subprocess.run(submit, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
         finally:
             head.terminate()
             head.wait(60)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    lines = metrics(run, "grpo")
+    assert len(lines) == 4 and all(0 < line["reward/judge"] < 1 and line["reward_failures"] == 0 for line in lines)
     stages = json.loads((run / "manifest.json").read_text())["stages"]
     assert {name: stages[name]["status"] for name in STAGES} == dict.fromkeys(STAGES, "done")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ TOLERANCE = 2e-4
 
 
 def test_every_stage_finishes(finished: FinishedRun) -> None:
-    assert finished.log.returncode == 0, finished.log.stdout + finished.log.stderr
+    assert finished.status == 0, finished.output
     stages = json.loads((finished.run / "manifest.json").read_text())["stages"]
     assert {name: stages[name]["status"] for name in STAGES} == dict.fromkeys(STAGES, "done")
     page = (finished.run / "report" / "index.html").read_text()
@@ -131,9 +132,10 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(finished: FinishedRun, tmp_
     assert not (tmp_path / "new").exists()
 
 
-def test_recutting_at_another_theta_needs_no_scoring(finished: FinishedRun) -> None:
-    before = (finished.run / "partition" / "regions.safetensors").read_bytes()
-    shown = lorapar("partition", "-c", finished.config, "-d", finished.run, "--theta", "0.5,0.9", timeout=120)
+def test_recutting_at_another_theta_needs_no_scoring(finished: FinishedRun, tmp_path: Path) -> None:
+    run = shutil.copytree(finished.run, tmp_path / "run")
+    shown = lorapar("partition", "-c", finished.config, "-d", run, "--theta", "0.5,0.9", timeout=120)
     assert shown.returncode == 0, shown.stderr
     assert "θ 0.5" in shown.stdout and "θ 0.9" in shown.stdout
-    assert (finished.run / "partition" / "regions.safetensors").read_bytes() == before
+    recut, before = (folder / "partition" / "regions.safetensors" for folder in (run, finished.run))
+    assert recut.read_bytes() == before.read_bytes()
