@@ -120,8 +120,7 @@ def run(plan: dict[str, Any], engines: Engines, training: float) -> tuple[list[f
         ray.get(coordinator.publish.remote(sender.policy(step + 1, parameters), []))
         marks.append(time.monotonic())
         sizes.append(process.memory_info().rss)
-    ray.get(coordinator.stop.remote())
-    ray.kill(coordinator)
+    ray.kill(coordinator)  # and with it the reward workers it owns
     engines.stop()
     return marks, sizes
 

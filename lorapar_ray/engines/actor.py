@@ -54,6 +54,7 @@ class EngineActor:
             loader = {"worker_extension_cls": "lorapar_ray.engines.policy_loader.PolicyLoader"}
             arguments = {**platform_arguments(), **loader, **self._arguments}
             self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+            await self._rpc("lorapar_prepare")
         return {"pid": os.getpid()}
 
     async def load_policy(self, policy: Policy | None) -> str:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lorapar_ray.adapters.merge import lora_scaling, merged_weights
+from lorapar_ray.engines.cpu import lighten
 
 
 class PolicyLoader:
@@ -25,6 +26,13 @@ class PolicyLoader:
 
     model_runner: Any
     model_config: Any
+
+    def lorapar_prepare(self) -> None:
+        """Called once when the engine has started."""
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            lighten(self.model_runner)
 
     def lorapar_load_policy(self, adapter: str | None) -> str:
         """Serve base + adapter, or the bare base for None.

@@ -1,0 +1,73 @@
+"""What vLLM's CPU path computes more than once, replaced on one engine's own objects; runs inside vLLM's worker.
+
+Two things, together nearly half of a decoding step of a small model:
+
+- Seeded sampling draws a random number for every entry of the vocabulary, for every sequence by itself (and once more
+  for the whole batch). One number for each sequence against the cumulative distribution samples the same distribution.
+- A float32 output head over bfloat16 weights casts all of its weights at every step. Here the cast ones are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Generators = dict[int, torch.Generator]
+
+
+def lighten(model_runner: Any) -> None:
+    """Replace both on a model runner; what this version of vLLM does not have is left alone."""
+    sampler = getattr(getattr(model_runner, "sampler", None), "topk_topp_sampler", None)
+    if sampler is not None and getattr(sampler, "logprobs_mode", None) == "processed_logprobs":
+        sampler.forward = sample_and_logprobs
+    processor = getattr(getattr(model_runner, "model", None), "logits_processor", None)
+    processor = getattr(processor, "base_layer", processor)  # with LoRA another layer is around it
+    if getattr(processor, "head_dtype", None) == torch.float32 and hasattr(processor, "_apply_head"):
+        processor._apply_head = Float32Head()
+
+
+def sample_and_logprobs(
+    logits_BV: Tensor, generators: Generators, k: Tensor | None, p: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One token per row and the log-probabilities it was drawn from; in place of `TopKTopPSampler.forward`.
+
+    Args:
+        generators: of the rows that have a seed of their own.
+        k, p: top-k and top-p by row, or None.
+    """
+    if k is not None or p is not None:
+        from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+        logits_BV = apply_top_k_top_p(logits_BV, k, p)
+    logprobs_BV = logits_BV.log_softmax(dim=-1, dtype=torch.float32)
+    return draw(logprobs_BV, generators), logprobs_BV
+
+
+def draw(logprobs_BV: Tensor, generators: Generators) -> Tensor:
+    """Sample each row by the inverse of its cumulative distribution, in float64: one random number a row."""
+    cumulative_BV = logprobs_BV.exp().cumsum(dim=-1, dtype=torch.float64)
+    uniform_B = torch.rand(len(logprobs_BV), dtype=torch.float64)
+    for row, generator in generators.items():
+        uniform_B[row] = torch.rand((), generator=generator, dtype=torch.float64)
+    wanted_B1 = (uniform_B * cumulative_BV[:, -1]).unsqueeze(1)
+    token_B1 = torch.searchsorted(cumulative_BV, wanted_B1, right=True)  # right: never a token of probability 0
+    return token_B1.squeeze(1).clamp(max=cumulative_BV.shape[1] - 1)
+
+
+class Float32Head:
+    """In place of `LogitsProcessor._apply_head`: casts the head's weights when they have changed only."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[int, int] | None = None
+        self._weight: Tensor = torch.empty(0)
+
+    def __call__(self, lm_head: Any, hidden_states: Tensor, embedding_bias: Tensor | None) -> Tensor:
+        weight: Tensor = lm_head.weight
+        seen = weight.data_ptr(), weight._version
+        if seen != self._seen:
+            self._weight, self._seen = weight.float(), seen
+        bias = None if embedding_bias is None else embedding_bias.float()
+        return functional.linear(hidden_states.float(), self._weight, bias)
