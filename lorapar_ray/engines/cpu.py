@@ -23,7 +23,7 @@ def lighten(model_runner: Any) -> None:
     sampler = getattr(getattr(model_runner, "sampler", None), "topk_topp_sampler", None)
     if sampler is not None and getattr(sampler, "logprobs_mode", None) == "processed_logprobs":
         sampler.forward = sample_and_logprobs
-    processor = getattr(getattr(model_runner, "model", None), "logits_processor", None)
+    processor: Any = getattr(getattr(model_runner, "model", None), "logits_processor", None)
     processor = getattr(processor, "base_layer", processor)  # with LoRA another layer is around it
     if getattr(processor, "head_dtype", None) == torch.float32 and hasattr(processor, "_apply_head"):
         processor._apply_head = Float32Head()

@@ -59,7 +59,8 @@ def cluster() -> Iterator[None]:
 
 
 def engine_of(student: Path, fault: Path) -> Any:
-    settings = EngineConfig(**ENGINE, extra={"worker_extension_cls": "tests.e2e.faulty_engine.FaultyLoader"})
+    extra = {"worker_extension_cls": "tests.e2e.faulty_engine.FaultyLoader", "max_num_batched_tokens": 256}
+    settings = EngineConfig(**ENGINE, extra=extra)
     return start_engine(
         str(student), settings, Resources(), seed=0, actor=FaultyEngine, environment={FAULT: str(fault)}
     )
@@ -90,10 +91,21 @@ def test_a_policy_that_is_not_the_learners_is_caught_and_a_hanging_engine_replac
         assert pool.replaced == 1
         assert [done.version for done in completions] == [source.version] * 2
         pool._time_limit_s = 120.0
+        await many_seeded_prompts(pool)
         assert await pool.publish(*source.next()) < TOLERANCE
         await pool.stop()
 
     asyncio.run(go())
+
+
+async def many_seeded_prompts(pool: EnginePool) -> None:
+    """More than fit in one step, each with a seed: the same completions whatever is computed beside them."""
+    prompts = [[7 + (n * k) % 4000 for k in range(1, 101)] for n in range(1, 9)]
+    [together, again] = [await pool.run(lambda engine: engine.generate.remote(prompts, SAMPLING)) for _ in range(2)]
+    assert together == again
+    [[first, second]] = await pool.run(lambda engine: engine.generate.remote(prompts[:1], SAMPLING))
+    assert [first.token_ids, second.token_ids] == [done.token_ids for done in together[0]]
+    assert first.token_ids != second.token_ids
 
 
 def stop_the_engine_of(pid: int) -> None:
