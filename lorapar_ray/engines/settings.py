@@ -48,8 +48,8 @@ def platform_arguments() -> dict[str, Any]:
 
     vLLM's CPU key-value blocks hold 128 tokens by default, and only whole blocks are shared between prompts: most of a
     short prompt would be computed again for each of its completions, and for each question behind the same preamble.
-    Prompts are not computed in parts there: behind the first part vLLM turns a request's own random generator back by an
-    offset, which CPU generators do not have, and the engine dies.
+    Prompts are not computed in parts there: behind the first part vLLM turns a request's own random generator back by
+    an offset, which CPU generators do not have, and the engine dies.
     """
     from vllm.platforms import current_platform
 
