@@ -5,8 +5,8 @@
 One vLLM engine in a Ray actor, as stage 2 has it; a rank 8 adapter on QKVGUD, 40 % of whose elements change, as at
 θ = 0.9. `merged` and `adapter` send the changes and are timed from the learner's parameters to the engine's answer,
 digest and file included. The full push is what libraries without LoRA support do: every weight of the model, merged by
-the sender, travels and is loaded. A step's time, for the share a sync has of it, is that of one GRPO step's rollouts
-(8 prompts × 8 completions × 64 tokens) on the same engine.
+the sender, travels and is loaded. The share a sync has of a step is taken of its rollouts alone (8 prompts × 8
+completions × 64 tokens on the same engine), as if learning took no time.
 """
 
 from __future__ import annotations

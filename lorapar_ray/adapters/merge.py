@@ -37,4 +37,5 @@ def merged_weights(
             continue
         base = base_weights[base_name(key)]
         down, up = adapter_state[key].float(), adapter_state[key.replace(".lora_A.", ".lora_B.")].float()
-        yield base_name(key), (base.float() + scaling * (up @ down)).to(base.dtype)
+        merged = base.to(torch.float32, copy=True).addmm_(up, down, alpha=scaling)
+        yield base_name(key), merged.to(base.dtype)
