@@ -227,10 +227,10 @@ class Held:
         self.samples.append((self.votes, total / 2**20))
 
     def growth_mib(self, votes: int) -> float:
-        """From the mean of the second fifth of the votes to the highest of the last."""
+        """From the mean of the second fifth of the votes to that of the last."""
         early = [mib for seen, mib in self.samples if votes / 5 <= seen < 2 * votes / 5]
         late = [mib for seen, mib in self.samples if seen >= 4 * votes / 5]
-        return max(late) - sum(early) / len(early)
+        return sum(late) / len(late) - sum(early) / len(early)
 
 
 @contextmanager
