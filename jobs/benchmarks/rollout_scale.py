@@ -6,8 +6,8 @@ Engines and learner sleep (see `_simulated_cluster`); coordinator, queue, reward
 real, all on this machine. Work grows with the engines: each decodes 16 sequences at once and gets 4 or 16 groups of 8 a
 step, so that its slots are filled two or eight times over; lengths are log-normal up to four medians. The learner takes
 two thirds of the mean generation time of a step. Ideal: a step takes the larger of its generation work spread evenly
-over all slots, and its training. The peer of each row is that ideal. Memory: resident bytes of the coordinator's process
-after a tenth of 10,000 steps and at their end.
+over all slots, and its training. The peer of each row is that ideal. Memory: resident bytes of the coordinator's
+process after a tenth of 10,000 steps and at their end.
 
 No scheduler reaches the ideal at staleness 1 with few fillings: a sequence begun under version v must be trained on at
 v + 1 at the latest, so two steps take at least one training and the longest way through an engine.
