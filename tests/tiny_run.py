@@ -63,7 +63,7 @@ def tiny_config(student: Path) -> dict[str, Any]:
             "resources": {"cpus": 0.25},
         },
         "adapter": {"rank": 4, "alpha": 8, "warmup_steps": 2},
-        "score": {"examples_per_system": 12, "batch_size": 4, "unit_size": 4, "max_length": 128, "workers": 2},
+        "score": {"examples_per_system": 12, "batch_size": 4, "unit_size": 4, "max_length": 128},
         "partition": {"theta": 0.9, "alpha": 0.5, "beta": 0.5},
         "sft": {
             "epochs": 2,
@@ -72,7 +72,6 @@ def tiny_config(student: Path) -> dict[str, Any]:
             "learning_rate": 1e-3,
             "weight_decay": 0.1,
             "max_length": 128,
-            "workers": 2,
             "checkpoint_every": 2,
         },
         "grpo": {

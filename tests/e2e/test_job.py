@@ -31,12 +31,13 @@ def free_port() -> int:
 
 def test_ray_job_submit_finishes_the_pipeline(finished: FinishedRun, tmp_path: Path) -> None:
     run = copy_before(finished, "grpo", tmp_path / "run")
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "disabled"}
     with tempfile.TemporaryDirectory(prefix="lorapar-job-", ignore_cleanup_errors=True) as temporary:
         start = [RAY, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=3", "--block"]
         start += [f"--dashboard-port={dashboard}", f"--temp-dir={temporary}", "--disable-usage-stats"]
+        start += [f"--dashboard-agent-listen-port={agent}"]  # another Ray on this machine has the default one
         head = subprocess.Popen(start, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
             assert head.stdout is not None

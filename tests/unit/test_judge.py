@@ -41,7 +41,7 @@ def tree(*teachers: dict[str, Any], judges: tuple[str, ...] = (), **settings: An
             "name": "judged",
             "model": {"path": "m"},
             "data": {"train": [{"reader": "file", "path": "rows.jsonl"}]},
-            "label": {"strategy": "vote", "teachers": teachers, "backoff_s": 0.01},
+            "label": {"strategy": "vote", "teachers": teachers, "quorum": len(teachers), "backoff_s": 0.01},
             "grpo": {
                 "rewards": [{"name": "judge", "weight": 2.0}, {"name": "numeric_answer"}],
                 "judge": {"teachers": judges, "time_limit_s": 1.0, **settings},

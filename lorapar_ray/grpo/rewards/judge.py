@@ -86,8 +86,8 @@ def judging(config: Config) -> Iterator[dict[str, Any] | None]:
         yield None
         return
     settings, teachers = config.grpo.judge, config.judges
-    prompt = VotePrompt(choice=settings.choice)
-    label = config.label.model_copy(update={"teachers": teachers, "prompt": prompt, "timeout_s": settings.time_limit_s})
+    own = {"strategy": "vote", "quorum": 1, "prompt": VotePrompt(choice=settings.choice)}
+    label = config.label.model_copy(update={**own, "teachers": teachers, "timeout_s": settings.time_limit_s})
     panel = config.model_copy(update={"name": f"{config.name}-judge", "label": label})
     keys = {each.name: key for each in teachers if (key := secret(each)) is not None}
     try:
