@@ -84,7 +84,7 @@ def prepare(model: str, steps: int, folder: Path) -> tuple[Config, RunDirectory]
     config = Config.model_validate(
         {
             "name": "benchmark",
-            "model": {"path": model, "system_prompt": ""},
+            "model": {"path": model},  # the template's own system prompt, as TRL has it
             "data": {"train": [{"reader": "file", "path": str(questions)}]},
             "adapter": {"rank": 8, "alpha": 16, "init": "gaussian"},
             "grpo": {
