@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapar_ray.config import EngineConfig, Resources
-from lorapar_ray.engines.settings import engine_arguments, engine_environment
+from lorapar_ray.engines.settings import engine_arguments, engine_environment, platform_arguments
 
 BATCH = 16
 RESULT = "votes per second: "
@@ -45,10 +45,7 @@ def _offline_process() -> None:
     from vllm import LLM, SamplingParams
 
     task = json.load(sys.stdin)
-    arguments = engine_arguments(
-        task["model"], EngineConfig.model_validate(task["engine"]), seed=0, trust_remote_code=False
-    )
-    llm = LLM(**arguments)
+    llm = LLM(model=task["model"], **_without_model(task["model"], EngineConfig.model_validate(task["engine"])))
     params = SamplingParams(**sampling(task["choices"]))
     prompts = [{"prompt_token_ids": ids} for ids in task["prompts"]]
     warm = len(prompts) // 4
@@ -165,7 +162,8 @@ def _rows_of(processor: Any, texts: list[str]) -> list[dict[str, Any]]:
 
 
 def _without_model(model: str, engine: EngineConfig) -> dict[str, Any]:
-    arguments = engine_arguments(model, engine, seed=0, trust_remote_code=False)
+    """What an engine of ours is started with, blocks of the key-value cache included, but for the model."""
+    arguments = {**platform_arguments(), **engine_arguments(model, engine, seed=0, trust_remote_code=False)}
     return {key: value for key, value in arguments.items() if key != "model"}
 
 
