@@ -1,9 +1,10 @@
 """The other ways to get the same votes: vLLM offline in one process, and Ray's own two batch processors.
 
-All are given the same prompts, the same engine settings and the same constrained single token. Offline gets them as
-token ids, the processors as text, as `lorapar label`'s own replicas do. Nobody's start counts: each reports votes per
-second from the moment its engine took the first of the counted prompts, after a quarter of them has warmed it up where
-the engine outlives a call.
+All are given the same prompts, the same engine settings and the same constrained single token. Offline, being the limit,
+also gets what our engines add for the platform (smaller blocks of the key-value cache on a CPU); the processors keep
+vLLM's defaults there, as their users have them. Offline gets the prompts as token ids, the processors as text, as our own
+replicas do. Nobody's start counts: each reports votes per second from the moment its engine took the first of the
+counted prompts, after a quarter of them has warmed it up where the engine outlives a call.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def _offline_process() -> None:
     from vllm import LLM, SamplingParams
 
     task = json.load(sys.stdin)
-    llm = LLM(model=task["model"], **_without_model(task["model"], EngineConfig.model_validate(task["engine"])))
+    settings = _without_model(task["model"], EngineConfig.model_validate(task["engine"]))
+    llm = LLM(model=task["model"], **platform_arguments(), **settings)
     params = SamplingParams(**sampling(task["choices"]))
     prompts = [{"prompt_token_ids": ids} for ids in task["prompts"]]
     warm = len(prompts) // 4
@@ -162,8 +164,7 @@ def _rows_of(processor: Any, texts: list[str]) -> list[dict[str, Any]]:
 
 
 def _without_model(model: str, engine: EngineConfig) -> dict[str, Any]:
-    """What an engine of ours is started with, blocks of the key-value cache included, but for the model."""
-    arguments = {**platform_arguments(), **engine_arguments(model, engine, seed=0, trust_remote_code=False)}
+    arguments = engine_arguments(model, engine, seed=0, trust_remote_code=False)
     return {key: value for key, value in arguments.items() if key != "model"}
 
 
