@@ -46,8 +46,9 @@ def _offline_process() -> None:
     from vllm import LLM, SamplingParams
 
     task = json.load(sys.stdin)
-    settings = _without_model(task["model"], EngineConfig.model_validate(task["engine"]))
-    llm = LLM(model=task["model"], **platform_arguments(), **settings)
+    engine = EngineConfig.model_validate(task["engine"])
+    arguments = engine_arguments(task["model"], engine, seed=0, trust_remote_code=False)
+    llm = LLM(**platform_arguments(), **arguments)
     params = SamplingParams(**sampling(task["choices"]))
     prompts = [{"prompt_token_ids": ids} for ids in task["prompts"]]
     warm = len(prompts) // 4

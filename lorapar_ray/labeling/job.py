@@ -27,9 +27,9 @@ from lorapar_ray.labeling.asker import Asker, read_result
 from lorapar_ray.labeling.calibration import ask_probes, measured_bias, probes, unanswered
 from lorapar_ray.labeling.keys import teacher_keys
 from lorapar_ray.labeling.output import write_labels, write_random_labels
-from lorapar_ray.labeling.panel import Panel
+from lorapar_ray.labeling.panel import Panel, reasons
 from lorapar_ray.labeling.pending import write_pending
-from lorapar_ray.labeling.remote import secret
+from lorapar_ray.labeling.remote import secrets
 from lorapar_ray.labeling.serving import require_room, start_teachers, stop_teachers
 from lorapar_ray.labeling.store import VoteStore as VoteStore  # re-exported: a benchmark times it
 from lorapar_ray.labeling.summary import Session, render
@@ -82,7 +82,7 @@ class _Voting:
             if teacher.kind == "python":
                 python_class(teacher)
         self.student = student_name(self.config)
-        self.secrets = {t.name: key for t in label.teachers if (key := secret(t)) is not None}
+        self.secrets = secrets(label.teachers)
         self.keys: Keys = {t.name: teacher_keys(label, t, self.student) for t in label.teachers}
         self.rows = self.run.data / "train.parquet"
         self.work = self.run.work / "label"
@@ -137,10 +137,9 @@ class _Voting:
         label = self.config.label
         living = len(label.teachers) - len(dead)
         if living < label.quorum:
-            reasons = "; ".join(f"{name}: {' '.join(reason.split())[:100]}" for name, reason in dead.items())
             raise UserError(
-                f"label: {living} of {len(label.teachers)} teachers answer, label.quorum is {label.quorum} ({reasons})"
-                "; mend them and run the same command again, votes so far are kept"
+                f"label: {living} of {len(label.teachers)} teachers answer, label.quorum is {label.quorum} "
+                f"({reasons(dead)}); mend them and run the same command again, votes so far are kept"
             )
 
     def _calibrate(self) -> None:

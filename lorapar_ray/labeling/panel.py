@@ -102,6 +102,11 @@ class Panel:
         return Failure(reason)
 
 
+def reasons(dead: Mapping[str, str]) -> str:
+    """Why each teacher was given up, in a few words each."""
+    return "; ".join(f"{name}: {' '.join(reason.split())[:100]}" for name, reason in dead.items())
+
+
 def _reason(error: Exception) -> str:
     """One short line: Ray's errors carry the whole of a remote traceback."""
     cause = getattr(error, "cause", None) or error

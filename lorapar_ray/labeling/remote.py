@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from lorapar_ray.config import TeacherConfig
@@ -127,6 +128,11 @@ def choice_log_probs(alternatives: Any, choices: list[str]) -> list[float]:
         raise ValueError("no choice among the alternatives")
     floor = min(found.values()) - 1.0
     return [found.get(choice, floor) for choice in choices]
+
+
+def secrets(teachers: Iterable[TeacherConfig]) -> dict[str, str]:
+    """The key of each teacher that has one, by name; see `secret`."""
+    return {teacher.name: key for teacher in teachers if (key := secret(teacher)) is not None}
 
 
 def secret(teacher: TeacherConfig) -> str | None:

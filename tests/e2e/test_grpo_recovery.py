@@ -81,4 +81,5 @@ def test_every_kind_of_process_may_die(finished: FinishedRun, tmp_path: Path) ->
     for epoch in (drawn[:prompts], drawn[prompts:]):
         assert len(set(epoch)) == len(epoch)
     ours, start = (load_file(run / name / "adapter" / "adapter_model.safetensors") for name in ("grpo", "sft"))
+    assert ours.keys() == start.keys()
     assert any(not torch.equal(ours[key], start[key]) for key in ours)

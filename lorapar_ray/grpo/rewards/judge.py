@@ -17,7 +17,8 @@ from typing import Any
 
 from lorapar_ray.config import Config, JudgeConfig, LabelConfig, VotePrompt
 from lorapar_ray.errors import UserError
-from lorapar_ray.labeling.remote import secret
+from lorapar_ray.labeling.panel import reasons
+from lorapar_ray.labeling.remote import secrets
 from lorapar_ray.labeling.serving import start_teachers, stop_teachers
 from lorapar_ray.labeling.teachers import Refused, Teacher, connect
 from lorapar_ray.labeling.votes import normalised
@@ -89,12 +90,13 @@ def judging(config: Config) -> Iterator[dict[str, Any] | None]:
     own = {"strategy": "vote", "quorum": 1, "prompt": VotePrompt(choice=settings.choice)}
     label = config.label.model_copy(update={**own, "teachers": teachers, "timeout_s": settings.time_limit_s})
     panel = config.model_copy(update={"name": f"{config.name}-judge", "label": label})
-    keys = {each.name: key for each in teachers if (key := secret(each)) is not None}
+    keys = secrets(teachers)
     try:
         apps, failed = start_teachers(panel)
         if len(failed) == len(teachers):
-            reasons = "; ".join(f"{name}: {' '.join(reason.split())[:100]}" for name, reason in failed.items())
-            raise UserError(f"grpo.judge: no teacher runs ({reasons}); mend them and run the same command again")
+            raise UserError(
+                f"grpo.judge: no teacher runs ({reasons(failed)}); mend them and run the same command again"
+            )
         yield {
             "settings": settings.model_dump(mode="json"),
             "label": label.model_dump(mode="json"),
