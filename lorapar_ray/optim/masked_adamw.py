@@ -6,7 +6,8 @@ whatever decay, momentum, clipping or loss scaling do; and the optimiser's memor
 
 How a step runs: the active elements of several parameters are gathered side by side into one flat chunk, torch's own
 AdamW kernel steps the chunk, and the values are scattered back. An adapter has hundreds of small matrices; a handful of
-flat chunks costs a handful of kernels. Where every element is active, the kernel steps the parameters themselves.
+flat chunks costs a handful of kernels. Where every element is active, the kernel steps the parameters themselves; where
+a CPU holds float32, gathering, stepping and scattering are one loop (`one_pass`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from lorapar_ray.optim.active import (
     active_length,
@@ -32,6 +32,8 @@ from lorapar_ray.optim.active import (
     side_by_side,
     split_flat,
 )
+from lorapar_ray.optim.kernel import torch_adamw
+from lorapar_ray.optim.one_pass import fits, one_pass
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -78,11 +80,11 @@ class MaskedAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) on the active elements of each parameter.
 
     In float32 and float64 every active element takes the same bits as under `torch.optim.AdamW(fused=True)`, or with
-    `fused=False` as under `torch.optim.AdamW(foreach=False)`: the same function runs on the gathered elements. One
-    exception: on a CPU torch's fused kernel rounds the last elements of a tensor whose length is no multiple of LANES
-    differently from the rest, and which elements are the last is not the same here. There a step may differ by the
-    rounding of a few operations, as torch's own two ways do. Parameters of lower precision are stepped through float32
-    master values, which stock AdamW does not keep.
+    `fused=False` as under `torch.optim.AdamW(foreach=False)`: the same function runs on the gathered elements, or a
+    loop that was seen to give its bits. One exception: on a CPU torch's fused kernel rounds the last elements of a
+    tensor whose length is no multiple of LANES differently from the rest, and which elements are the last is not the
+    same here. There a step may differ by the rounding of a few operations, as torch's own two ways do. Parameters of
+    lower precision are stepped through float32 master values, which stock AdamW does not keep.
 
     State per parameter: `step`, `index` (flat positions, int32 where they fit; none if all are active), and flat
     `exp_avg`, `exp_avg_sq` and, below float32, `master`, all of the active length.
@@ -186,59 +188,36 @@ class MaskedAdamW(torch.optim.Optimizer):
         moments = flat["exp_avg"]
         if moments.numel() == 0:
             return
-        if "master" not in flat and all(state["index"] is None for state in states):
+        number, indices = states[0]["step"], [state["index"] for state in states]
+        if "master" not in flat:
             shards = [local_shard(parameter) for parameter in parameters]
-            sizes = [local.numel() for local in shards]
-            first, second = (
-                [part.view_as(local) for part, local in zip(split_flat(flat[name], sizes), shards, strict=True)]
-                for name in MOMENTS
-            )
             gradients = [local_shard(parameter.grad) for parameter in parameters]
-            self._kernel(shards, gradients, first, second, states[0]["step"], group)
-            return
+            if all(index is None for index in indices):
+                sizes = [local.numel() for local in shards]
+                first, second = (
+                    [part.view_as(local) for part, local in zip(split_flat(flat[name], sizes), shards, strict=True)]
+                    for name in MOMENTS
+                )
+                torch_adamw(shards, gradients, first, second, number, group, fused=self._fused)
+                return
+            step = one_pass() if self._fused and fits(shards, gradients, indices) else None
+            if step is not None:
+                step(shards, gradients, indices, moments, flat["exp_avg_sq"], number, group)
+                return
         sizes = [state["exp_avg"].numel() for state in states]
         values, gradient = self._scratch_like(moments)
-        for parameter, state, out in zip(parameters, states, split_flat(gradient, sizes), strict=True):
-            gather(local_shard(parameter.grad), state["index"], out)
+        for parameter, index, out in zip(parameters, indices, split_flat(gradient, sizes), strict=True):
+            gather(local_shard(parameter.grad), index, out)
         gradient[sum(sizes) :].zero_()
         if "master" in flat:
             values = flat["master"]
         else:
-            for parameter, state, out in zip(parameters, states, split_flat(values, sizes), strict=True):
-                gather(local_shard(parameter), state["index"], out)
+            for parameter, index, out in zip(parameters, indices, split_flat(values, sizes), strict=True):
+                gather(local_shard(parameter), index, out)
             values[sum(sizes) :].zero_()
-        self._kernel([values], [gradient], [moments], [flat["exp_avg_sq"]], states[0]["step"], group)
-        for parameter, state, new in zip(parameters, states, split_flat(values, sizes), strict=True):
-            scatter(local_shard(parameter), state["index"], new)
-
-    def _kernel(
-        self,
-        values: list[Tensor],
-        gradients: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        step: int,
-        group: dict[str, Any],
-    ) -> None:
-        """torch's own AdamW, in place, for tensors that take their `step`-th step (from 1)."""
-        before = torch.full((), step - 1.0, device=values[0].device if self._fused else "cpu")
-        adamw(
-            values,
-            gradients,
-            exp_avgs,
-            exp_avg_sqs,
-            [],
-            [before.clone() for _ in values],
-            foreach=False,
-            fused=self._fused,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        torch_adamw([values], [gradient], [moments], [flat["exp_avg_sq"]], number, group, fused=self._fused)
+        for parameter, index, new in zip(parameters, indices, split_flat(values, sizes), strict=True):
+            scatter(local_shard(parameter), index, new)
 
     def _scratch_like(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """Two buffers of `flat`'s length, kept from step to step: fresh pages would cost more than the arithmetic."""

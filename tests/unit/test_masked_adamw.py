@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.optim.lr_scheduler import LambdaLR
 
 from lorapar_ray.optim import MaskedAdamW, learning_rate_factor, masked_param_groups, trainable_share
+from lorapar_ray.optim.one_pass import one_pass
 
 SHAPE = (8, 6)  # a multiple of LANES, as adapters are
 
@@ -49,6 +50,30 @@ def test_active_elements_match_adamw_and_inactive_keep_their_bits(
         stock.step()
     assert torch.equal(ours[mask], theirs[mask])
     assert torch.equal(ours[~mask], start[~mask])
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_one_pass_and_torchs_kernel_give_the_same_bits(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters longer than a block, whole ones between masked ones, and more threads' ranges than parameters."""
+    if compiled and one_pass() is None:
+        pytest.skip("numba is not installed, or torch rounds another way on this machine")
+    if not compiled:
+        monkeypatch.setattr("lorapar_ray.optim.masked_adamw.one_pass", lambda: None)
+    generator = torch.Generator().manual_seed(0)
+    shapes, shares = [(16, 1000), (64, 48), (16, 16), (8, 900)], [0.4, 1.0, 0.0, 0.1]
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    masks = [torch.rand(shape, generator=generator) < share for shape, share in zip(shapes, shares, strict=True)]
+    ours, theirs = ([torch.nn.Parameter(value.clone()) for value in start] for _ in range(2))
+    masked = MaskedAdamW([{"params": ours, "masks": masks}], lr=0.01, weight_decay=0.1)
+    stock = torch.optim.AdamW(theirs, lr=0.01, weight_decay=0.1, fused=True)
+    for _ in range(4):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = other.grad = torch.randn(mine.shape, generator=generator)
+        masked.step()
+        stock.step()
+    for mine, other, mask, value in zip(ours, theirs, masks, start, strict=True):
+        assert torch.equal(mine[mask], other[mask])
+        assert torch.equal(mine[~mask], value[~mask])
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

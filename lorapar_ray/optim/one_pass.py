@@ -1,0 +1,189 @@
+"""AdamW on the active elements of a CPU's float32 parameters, in one pass over memory.
+
+torch would gather, step and scatter in passes of their own, the first and the last on one core each. Here numba (which
+vLLM brings) compiles one loop that moves a block of active elements into the nearest cache, steps it and puts it back,
+on all of torch's threads. numba's cache of compiled code would be pickles, so it compiles anew: 3 s in a process.
+
+The arithmetic is that of torch's fused kernel, operation by operation and with its fused multiply-adds, which are the
+compiler's choice and may differ in another build of torch. So the first use compares the two; where a bit differs, or
+numba is missing, `one_pass` says so and `MaskedAdamW` takes torch's kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorapar_ray.optim.kernel import torch_adamw
+
+BLOCK = 2048
+"""Elements stepped at once by one core: their values and gradients take half of its nearest cache."""
+PARTS = 4
+"""Ranges a thread gets: more than one, so that a core that is held up holds up the others less."""
+
+Step = Callable[..., None]
+
+
+def fits(values: Sequence[Tensor], gradients: Sequence[Tensor], indices: Sequence[Tensor | None]) -> bool:
+    """Whether `one_pass` takes such tensors."""
+    return all(
+        tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
+        for tensor in (*values, *gradients)
+    ) and all(index is None or index.dtype == torch.int32 for index in indices)
+
+
+@cache
+def one_pass() -> Step | None:
+    """The compiled step, or None where it is not to be had or does not give the bits of torch's fused kernel.
+
+    Called as `step(values, gradients, indices, exp_avg, exp_avg_sq, number, group)`: parameters and gradients in full
+    (see `fits`), positions of their active elements (None: all), the moments of the active elements side by side, the
+    number of this step (from 1) and a parameter group's settings. Works in place.
+    """
+    try:
+        compiled = _compile()
+    except ImportError:
+        return None
+
+    def step(
+        values: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        indices: Sequence[Tensor | None],
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        number: int,
+        group: dict[str, Any],
+    ) -> None:
+        lengths = [v.numel() if index is None else index.numel() for v, index in zip(values, indices, strict=True)]
+        compiled(
+            np.concatenate([[0], np.cumsum(lengths)]),
+            _addresses(values),
+            _addresses(gradients),
+            _addresses(indices),
+            exp_avg.numpy(),
+            exp_avg_sq.numpy(),
+            *_factors(number, group),
+        )
+
+    return step if _same_bits(step) else None
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> np.ndarray[Any, Any]:
+    return np.array([0 if tensor is None else tensor.data_ptr() for tensor in tensors], dtype=np.uint64)
+
+
+def _factors(number: int, group: dict[str, Any]) -> tuple[Any, ...]:
+    """What is the same for every element, worked out in double precision as torch does."""
+    (beta1, beta2), rate = group["betas"], float(group["lr"])
+    toward = np.float32(1 - beta1)
+    near = bool(toward < 0.5)  # torch interpolates from the nearer end
+    return (
+        near,
+        toward if near else toward - np.float32(1),
+        np.float32(beta2),
+        np.float32(1 - beta2),
+        np.float32(math.sqrt(1 - beta2**number)),
+        np.float32(group["eps"]),
+        np.float32(1 - rate * group["weight_decay"]),
+        np.float32(-rate / (1 - beta1**number)),
+    )
+
+
+def _same_bits(step: Step) -> bool:
+    """Three steps of random elements, against torch."""
+    generator = torch.Generator().manual_seed(0)
+    group = {"betas": (0.9, 0.999), "lr": 1e-2, "eps": 1e-8, "weight_decay": 0.1}
+    start = torch.randn(4096, generator=generator)
+    ours, theirs = ([start.clone(), torch.zeros(4096), torch.zeros(4096)] for _ in range(2))
+    for number in (1, 2, 3):
+        gradient = torch.randn(4096, generator=generator)
+        step([ours[0]], [gradient], [None], ours[1], ours[2], number, group)
+        torch_adamw([theirs[0]], [gradient], [theirs[1]], [theirs[2]], number, group, fused=True)
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _compile() -> Step:
+    import numba
+    from numba import types
+    from numba.extending import intrinsic
+
+    def pointer_to(element: Any) -> Any:
+        @intrinsic
+        def pointer(_: Any, address: Any) -> Any:
+            signature = types.CPointer(element)(types.uint64)
+
+            def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+                return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+            return signature, build
+
+        return pointer
+
+    floats, positions = pointer_to(types.float32), pointer_to(types.int32)
+
+    @intrinsic
+    def fma(_: Any, a: Any, b: Any, c: Any) -> Any:
+        signature = types.float32(types.float32, types.float32, types.float32)
+        return signature, lambda context, builder, signature, arguments: builder.fma(*arguments)
+
+    @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
+    def step_range(
+        start: Any, stop: Any, ends: Any, values: Any, gradients: Any, indices: Any, exp_avg: Any, exp_avg_sq: Any,
+        near: Any, toward: Any, beta2: Any, share2: Any, correction2: Any, eps: Any, keep: Any, rate: Any,
+    ) -> None:  # fmt: skip
+        x, g = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+        member = np.searchsorted(ends, start, side="right") - 1
+        at = start
+        while at < stop:
+            while ends[member + 1] <= at:
+                member += 1
+            value, gradient = floats(values[member]), floats(gradients[member])
+            everything, position = indices[member] == 0, positions(indices[member])
+            first, end = ends[member], min(stop, ends[member + 1])
+            while at < end:
+                n, own = min(BLOCK, end - at), at - first
+                if everything:
+                    for i in range(n):
+                        g[i] = gradient[own + i]
+                        x[i] = value[own + i]
+                else:
+                    for i in range(n):
+                        k = np.int64(position[own + i])
+                        g[i] = gradient[k]
+                        x[i] = value[k]
+                m, v = exp_avg[at : at + n], exp_avg_sq[at : at + n]
+                for i in range(n):
+                    m[i] = fma(toward, g[i] - m[i], m[i] if near else g[i])
+                    v[i] = fma(share2 * g[i], g[i], v[i] * beta2)
+                    x[i] = x[i] * keep + rate * m[i] / (np.sqrt(v[i]) / correction2 + eps)
+                if everything:
+                    for i in range(n):
+                        value[own + i] = x[i]
+                else:
+                    for i in range(n):
+                        value[np.int64(position[own + i])] = x[i]
+                at += n
+
+    @numba.njit(parallel=True)  # type: ignore[untyped-decorator]
+    def step_parts(
+        parts: Any, ends: Any, values: Any, gradients: Any, indices: Any, exp_avg: Any, exp_avg_sq: Any,
+        near: Any, toward: Any, beta2: Any, share2: Any, correction2: Any, eps: Any, keep: Any, rate: Any,
+    ) -> None:  # fmt: skip
+        for part in numba.prange(parts):
+            step_range(
+                ends[-1] * part // parts, ends[-1] * (part + 1) // parts, ends, values, gradients, indices,
+                exp_avg, exp_avg_sq, near, toward, beta2, share2, correction2, eps, keep, rate,
+            )  # fmt: skip
+
+    def run(*arguments: Any) -> None:
+        threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+        numba.set_num_threads(threads)
+        step_parts(PARTS * threads, *arguments)
+
+    return run
