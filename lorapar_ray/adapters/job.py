@@ -85,18 +85,18 @@ def initialise(model: dict[str, Any], adapter: dict[str, Any], base: str, target
         )
     except UserError as error:
         return str(error)
-    if settings.init in RESIDUAL_INITS:
-        with atomic_path(Path(target) / "base") as draft:
-            _save_residual(peft_model, base, draft)
-    save_adapter(peft_model, Path(target))
+    with atomic_path(Path(target)) as draft:
+        save_adapter(peft_model, draft)
+        if settings.init in RESIDUAL_INITS:
+            _save_residual(peft_model, base, draft / "base")  # takes the adapter out of the model: last
     return None
 
 
-def _save_residual(peft_model: Any, base: str, draft: Path) -> None:
+def _save_residual(peft_model: Any, base: str, folder: Path) -> None:
     """The residual base with its tokenizer, as a directory that transformers and vLLM read."""
     from transformers import AutoTokenizer
 
     from lorapar_ray.adapters import residual_base
 
-    residual_base(peft_model).save_pretrained(draft)
-    AutoTokenizer.from_pretrained(base).save_pretrained(draft)
+    residual_base(peft_model).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)

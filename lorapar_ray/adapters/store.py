@@ -47,12 +47,20 @@ def read_adapter_state(folder: Path) -> dict[str, Tensor]:
 
 
 def load_adapter(base_model: Any, folder: Path, trainable: bool = True) -> Any:
-    """`base_model` as a PeftModel with the adapter of `folder`, weights in float32."""
+    """`base_model` as a PeftModel with the adapter of `folder`, weights in float32.
+
+    Raises:
+        UserError: there is no adapter, or it lacks some of the model's elements, which PEFT would draw at random.
+    """
     from peft import PeftModel
 
-    read_adapter_state(folder)
+    state = read_adapter_state(folder)
     peft_model = PeftModel.from_pretrained(base_model, str(folder), is_trainable=trainable)
-    for parameter in adapter_parameters(peft_model).values():
+    parameters = adapter_parameters(peft_model)
+    missing = [key for key in parameters if key not in state]
+    if missing:
+        raise UserError(f"'{folder / WEIGHTS}' lacks {len(missing)} tensors, '{missing[0]}' first; save it again")
+    for parameter in parameters.values():
         parameter.data = parameter.data.float()
     return peft_model
 

@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from lorapar_ray.adapters import (
     adapter_state,
@@ -24,6 +28,7 @@ from lorapar_ray.adapters import (
 from lorapar_ray.adapters.job import initialise, require_lora
 from lorapar_ray.config import AdapterConfig, ModelConfig
 from lorapar_ray.errors import UserError
+from lorapar_ray.student import load_base
 from tests.unit.tiny_models import CONFIGS, tiny
 
 TOKENS = torch.arange(3, 19).view(2, 8)
@@ -122,6 +127,32 @@ def test_residual_inits_export_as_plain_lora_on_the_original_base(init: str, tmp
     weights = dict(merged_weights(original.state_dict(), state, scaling=lora_scaling(plain)))
     original.load_state_dict({**original.state_dict(), **weights})
     torch.testing.assert_close(original(TOKENS).logits, model(TOKENS).logits, atol=5e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "pissa", "olora"])
+def test_an_adapter_is_made_with_the_base_it_belongs_to(init: str, tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path / "base")
+    words = Tokenizer(WordLevel({"[PAD]": 0, "a": 1}, unk_token="[PAD]"))
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]").save_pretrained(tmp_path / "base")
+    settings = AdapterConfig(init=init, rank=4, alpha=8).model_dump(mode="json")
+    model = ModelConfig(path=str(tmp_path / "base"), dtype="float32")
+    made = tmp_path / "adapter"
+    assert initialise(model.model_dump(mode="json"), settings, str(tmp_path / "base"), str(made), seed=0) is None
+    assert (made / "base").is_dir() == (init != "gaussian")
+    residual = load_base(model, str(made / "base" if init != "gaussian" else tmp_path / "base"))
+    whole = load_adapter(residual, made)
+    if init != "gaussian":
+        torch.testing.assert_close(whole(TOKENS).logits, tiny()(TOKENS).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_an_adapter_that_lacks_tensors_is_refused(tmp_path: Path) -> None:
+    model = attach_lora(tiny(), rank=4, alpha=8)
+    save_adapter(model, tmp_path / "adapter")
+    state = read_adapter_state(tmp_path / "adapter")
+    state.pop(min(state))
+    save_file(state, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match="missing"), pytest.raises(UserError, match="lacks 1 tensors"):
+        load_adapter(tiny(), tmp_path / "adapter")
 
 
 def test_an_adapter_of_the_users_is_gone_on_from(tmp_path: Path) -> None:
