@@ -6,7 +6,7 @@ on all of torch's threads. numba's cache of compiled code would be pickles, so i
 
 The arithmetic is that of torch's fused kernel, operation by operation and with its fused multiply-adds, which are the
 compiler's choice and may differ in another build of torch. So the first use compares the two; where a bit differs, or
-numba is missing, `one_pass` says so and `MaskedAdamW` takes torch's kernel.
+numba is missing, `one_pass` gives None and `MaskedAdamW` takes torch's kernel.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from lorapar_ray.adapters import (
 from lorapar_ray.adapters.job import initialise, require_lora
 from lorapar_ray.config import AdapterConfig, ModelConfig
 from lorapar_ray.errors import UserError
-from lorapar_ray.student import load_base
+from lorapar_ray.student import RESIDUAL_INITS, load_base
 from tests.unit.tiny_models import CONFIGS, tiny
 
 TOKENS = torch.arange(3, 19).view(2, 8)
@@ -136,12 +136,11 @@ def test_an_adapter_is_made_with_the_base_it_belongs_to(init: str, tmp_path: Pat
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]").save_pretrained(tmp_path / "base")
     settings = AdapterConfig(init=init, rank=4, alpha=8).model_dump(mode="json")
     model = ModelConfig(path=str(tmp_path / "base"), dtype="float32")
-    made = tmp_path / "adapter"
+    made, residual = tmp_path / "adapter", init in RESIDUAL_INITS
     assert initialise(model.model_dump(mode="json"), settings, str(tmp_path / "base"), str(made), seed=0) is None
-    assert (made / "base").is_dir() == (init != "gaussian")
-    residual = load_base(model, str(made / "base" if init != "gaussian" else tmp_path / "base"))
-    whole = load_adapter(residual, made)
-    if init != "gaussian":
+    assert (made / "base").is_dir() == residual
+    whole = load_adapter(load_base(model, str((made if residual else tmp_path) / "base")), made)
+    if residual:
         torch.testing.assert_close(whole(TOKENS).logits, tiny()(TOKENS).logits, atol=2e-5, rtol=1e-4)
 
 
