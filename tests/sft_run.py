@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
-from lorapar_ray.adapters import adapter_state, attach_lora, residual_base, save_adapter
+from lorapar_ray.adapters import read_adapter_state
+from lorapar_ray.adapters.job import initialise
 from lorapar_ray.config import Config
 from lorapar_ray.importance import GradSums, score
 from lorapar_ray.partition import assign_regions, keep_top, save_regions
@@ -28,21 +28,15 @@ def ready_run(
     plain |= {
         "data": {**plain["data"], "train": rows},
         "label": {"strategy": "random"},
-        "adapter": {"rank": 4, "alpha": 8, "dropout": dropout, "init": init},
+        "adapter": {"rank": 4, "alpha": 8, "dropout": dropout, "init": init, "init_std": 0.05},
         "sft": {**BASE, **sft},
     }
     config, run = Config.model_validate(plain), RunDirectory(folder)
     run.open(config)
     run_stage(config, run, "label")
-    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
-    peft_model = attach_lora(model, rank=4, alpha=8, dropout=dropout, init=init, seed=config.seed, init_std=0.05)
-    save_adapter(peft_model, run.adapter)
-    state = adapter_state(peft_model)
-    if init != "gaussian":
-        residual_base(peft_model).save_pretrained(run.adapter / "base")
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(student).save_pretrained(run.adapter / "base")
+    model, adapter = config.model.model_dump(mode="json"), config.adapter.model_dump(mode="json")
+    assert initialise(model, adapter, str(student), str(run.adapter), config.seed) is None
+    state = read_adapter_state(run.adapter)
     scores = [score("random", state, GradSums.zeros(state), seed=seed) for seed in (1, 2)]
     kept = [keep_top(each, THETA) for each in scores]
     regions = assign_regions(*kept, *scores, alpha=1.0, beta=1.0)
