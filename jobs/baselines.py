@@ -54,8 +54,8 @@ LOCAL = {"mawps": "llm_adapters/mawps/{split}set.json", "svamp": "svamp/SVAMP.js
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("jobs/configs/mawps-svamp.yaml"))
-    parser.add_argument("--data", type=Path, help="folder with local copies of the sets; without it, the hub")
+    parser.add_argument("--config", type=Path, default=Path("jobs/configs/arithmetic.yaml"))
+    parser.add_argument("--data", type=Path, help="folder with local copies of MAWPS and SVAMP; without it, the hub")
     parser.add_argument("--out", type=Path, default=Path("runs/baselines"))
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", nargs="*", type=int, default=[1])

@@ -19,10 +19,10 @@ from torch import Tensor
 from lorapar_ray.config import GrpoConfig, ModelConfig
 from lorapar_ray.engines.policy import Policy, PolicySender
 from lorapar_ray.grpo.batches import Batch, Canary, Clock, Sample
-from lorapar_ray.grpo.logprobs import token_logprobs
 from lorapar_ray.grpo.loss import policy_loss
-from lorapar_ray.grpo.packing import PackedRows, additive_mask, can_share_prompts, group_by_prompt, pack
+from lorapar_ray.grpo.packing import PackedRows, can_share_prompts, group_by_prompt, pack, packed_logprobs
 from lorapar_ray.grpo.tracking import Curves
+from lorapar_ray.logprobs import token_logprobs
 from lorapar_ray.optim.schedule import learning_rate_factor
 from lorapar_ray.sft.tracking import append_line, keep_lines_until
 
@@ -195,7 +195,7 @@ class Learner:
     def _loss(self, groups: list[list[Sample]], batch: Batch) -> tuple[Tensor, dict[str, float]]:
         settings = self.settings
         rows = pack(groups, self.pad_id, self.device)
-        logprobs_BT, entropy_BT = self._logprobs(rows)
+        logprobs_BT, entropy_BT = packed_logprobs(self.model, rows, temperature=settings.temperature)
         reference_BT = None
         if settings.kl_beta > 0:
             reference_BT = self._reference_logprobs(rows)
@@ -220,25 +220,13 @@ class Learner:
         share = 1.0 if settings.loss == "dapo" else sum(map(len, groups)) / batch.count
         return output.loss * share, output.metrics
 
-    def _logprobs(self, rows: PackedRows) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropy of the completion tokens, float32, [B, T]."""
-        logits_RKV = self.model(
-            input_ids=rows.input_ids_RW,
-            position_ids=rows.position_ids_RW,
-            attention_mask=additive_mask(rows.visible_RWW, self.model.dtype),
-            logits_to_keep=rows.input_ids_RW.shape[1] - rows.first,
-            use_cache=False,
-        ).logits
-        logits = (logits_RKV[row, source_T] for row, source_T in zip(rows.row_B, rows.source_BT, strict=True))
-        return token_logprobs(logits, rows.token_ids_BT, temperature=self.settings.temperature)
-
     @torch.no_grad()
     def _reference_logprobs(self, rows: PackedRows) -> Tensor:
         """Log-probabilities under the stage 1 adapter, by swapping its values in and out of the same model."""
         current = {key: parameter.detach().clone() for key, parameter in self.parameters.items()}
         try:
             self._assign(self.reference)
-            return self._logprobs(rows)[0]
+            return packed_logprobs(self.model, rows, temperature=self.settings.temperature)[0]
         finally:
             self._assign(current)
 

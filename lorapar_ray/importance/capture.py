@@ -21,6 +21,7 @@ from lorapar_ray.adapters.keys import ADAPTER, adapter_parameters
 from lorapar_ray.errors import UserError
 from lorapar_ray.importance.batching import IGNORE
 from lorapar_ray.importance.sums import GradSums
+from lorapar_ray.logprobs import logits_at
 
 
 def gradient_sums(peft_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> GradSums:
@@ -62,7 +63,7 @@ def example_losses(model: Any, inputs: Mapping[str, Tensor], segments: Tensor | 
     labelled = targets != IGNORE
     if segments is not None:
         labelled &= segments == torch.roll(segments, -1, dims=1)  # no example predicts the next one's first token
-    logits = _logits_at(labelled, model, {key: value for key, value in inputs.items() if key != "labels"})
+    logits = logits_at(labelled, model, {key: value for key, value in inputs.items() if key != "labels"})
     token_losses = functional.cross_entropy(logits.float(), targets[labelled], reduction="none")
     if segments is None:
         owner, count = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels), len(labels)
@@ -72,26 +73,6 @@ def example_losses(model: Any, inputs: Mapping[str, Tensor], segments: Tensor | 
     if (tokens == 0).any():
         raise ValueError("an example has no labelled token; is its response empty or cut off by max_length?")
     return torch.zeros(count, device=labels.device).index_add(0, owner[labelled], token_losses) / tokens
-
-
-def _logits_at(wanted: Tensor, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Logits [N, vocabulary] at the N positions where `wanted` [B, T] is true.
-
-    The rest never gets any: over a large vocabulary they would take most of the memory and much of the time.
-    """
-
-    def select(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        hidden = arguments[0]
-        return (hidden[wanted][None],) if hidden.shape[:2] == wanted.shape else None
-
-    head = model.get_output_embeddings()
-    handle = None if head is None else head.register_forward_pre_hook(select)
-    try:
-        logits: Tensor = model(**inputs, use_cache=False).logits
-    finally:
-        if handle is not None:
-            handle.remove()
-    return logits[wanted] if logits.shape[:2] == wanted.shape else logits[0]
 
 
 class _Tap(torch.autograd.Function):

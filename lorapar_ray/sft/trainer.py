@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from lorapar_ray.sft.checkpoint import SafetensorsCheckpoints
+from lorapar_ray.sft.head import score_labels_only
 from lorapar_ray.sft.tracking import append_line, memory_mib
 
 
@@ -47,6 +48,8 @@ class Stage1Trainer(SafetensorsCheckpoints, SFTTrainer):
         options["args"].save_only_model = getattr(options["model"], "is_distributed_loading_by_transformers", False)
         super().__init__(**options)
         self.args.save_only_model = False
+        if self.args.device.type == "cpu":
+            score_labels_only(self.model.get_base_model())
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """The joint norm of the active elements, from before they are scaled down to `max_grad_norm`."""

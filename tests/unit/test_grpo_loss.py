@@ -6,14 +6,16 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from lorapar_ray import logprobs
 from lorapar_ray.grpo.advantages import group_advantages, overlong_penalty
 from lorapar_ray.grpo.batches import Sample
 from lorapar_ray.grpo.learner import micro_batches
-from lorapar_ray.grpo.logprobs import token_logprobs
 from lorapar_ray.grpo.loss import policy_loss
-from lorapar_ray.grpo.packing import additive_mask, group_by_prompt, pack
+from lorapar_ray.grpo.packing import attention_mask, can_share_prompts, group_by_prompt, pack, packed_logprobs
+from lorapar_ray.logprobs import token_logprobs
 from tests.unit.tiny_models import tiny
 
 B, T, LOW, HIGH, LENGTH, TOKENS = 6, 9, 0.2, 0.28, 12, 31
@@ -152,41 +154,47 @@ def samples() -> list[Sample]:
     ]
 
 
+def test_token_logprobs_have_autograds_gradients_slice_by_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(logprobs.SLICE, "cpu", 14)  # two rows at a time of the five
+    logits, tokens, weight = torch.randn(5, 7), torch.tensor([1, 2, 3, 6, 0]), torch.randn(5)
+    ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    (token_logprobs(ours, tokens, temperature=0.7)[0] * weight).sum().backward()
+    ((plain / 0.7).log_softmax(-1)[range(5), tokens] * weight).sum().backward()
+    torch.testing.assert_close(ours.grad, plain.grad, atol=1e-6, rtol=1e-5)
+    assert torch.equal(ours, logits)
+
+
 def test_a_prompt_computed_once_gives_the_same_logprobs_and_gradients() -> None:
     results = []
     for shared in (True, False):
         model = tiny()
-        groups = group_by_prompt(samples(), shared)
-        rows = pack(groups, pad_id=0, device=torch.device("cpu"))
-        logits = model(
-            input_ids=rows.input_ids_RW,
-            position_ids=rows.position_ids_RW,
-            attention_mask=additive_mask(rows.visible_RWW, torch.float32),
-            logits_to_keep=rows.input_ids_RW.shape[1] - rows.first,
-        ).logits
-        logprobs, _ = token_logprobs(
-            (logits[row, at] for row, at in zip(rows.row_B, rows.source_BT, strict=True)), rows.token_ids_BT
-        )
-        (logprobs * rows.mask_BT).sum().backward()
-        results.append((logprobs * rows.mask_BT, model.get_input_embeddings().weight.grad, rows))
-    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-4, rtol=1e-3)
-    assert results[0][2].input_ids_RW.shape[0] == 3
+        rows = pack(group_by_prompt(samples(), shared), pad_id=0, device=torch.device("cpu"))
+        found, entropy = packed_logprobs(model, rows, temperature=0.9)
+        found.sum().backward()
+        results.append((found, entropy, model.get_input_embeddings().weight.grad, rows))
+    ours, plain = results
+    torch.testing.assert_close(ours[:2], plain[:2], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours[2], plain[2], atol=1e-4, rtol=1e-3)
+    assert ours[3].input_ids_RW.shape[0] == 3
+    assert attention_mask(plain[3].segment_RW, torch.float32).shape == (9, 14)  # the model's own masks apply
 
 
-def test_one_sample_alone_matches_the_plain_model() -> None:
-    sample, model = samples()[0], tiny()
+@pytest.mark.parametrize("window", [None, 4])
+def test_one_sample_alone_matches_the_plain_model(window: int | None) -> None:
+    sample, model = samples()[0], tiny() if window is None else sliding(window)
+    assert can_share_prompts(model.config) == (window is None)
     ids = torch.tensor([sample.prompt_ids + sample.token_ids])
     plain = model(ids).logits[:, len(sample.prompt_ids) - 1 : -1]
     expected, _ = token_logprobs(plain, torch.tensor([sample.token_ids]))
-    rows = pack([[sample]], 0, torch.device("cpu"))
-    logits = model(
-        input_ids=rows.input_ids_RW,
-        position_ids=rows.position_ids_RW,
-        attention_mask=additive_mask(rows.visible_RWW, torch.float32),
-    ).logits[:, rows.first :]
-    ours, _ = token_logprobs([logits[0, rows.source_BT[0]]], rows.token_ids_BT)
+    ours, _ = packed_logprobs(model, pack([[sample]], 0, torch.device("cpu")), temperature=1.0)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+def sliding(window: int) -> Any:
+    """Layers that see the last `window` tokens only."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return MistralForCausalLM(MistralConfig(vocab_size=96, num_key_value_heads=2, sliding_window=window, **sizes))
 
 
 def test_micro_batches_keep_groups_whole() -> None:
