@@ -18,7 +18,8 @@ from pathlib import Path
 
 import yaml
 
-from lorapar_ray.config import Config, load_config
+from lorapar_ray.config import Config
+from lorapar_ray.config_file import load_config
 from lorapar_ray.evaluation import wilson_interval
 from lorapar_ray.pipeline import inputs_digest, is_done, run_stage, stages_of
 from lorapar_ray.runs import RunDirectory

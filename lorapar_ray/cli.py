@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from lorapar_ray.config import Config, load_config
+from lorapar_ray.config import Config
+from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
 from lorapar_ray.runs import RunDirectory
 

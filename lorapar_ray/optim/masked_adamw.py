@@ -160,7 +160,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group, chunks in zip(self.param_groups, self._chunks, strict=True):
-            for chunk in chunks:
+            for chunk in () if self._step_in_one_pass(group) else chunks:
                 moving = [parameter for parameter in chunk.parameters if parameter.grad is not None]
                 together = len(moving) == len(chunk.parameters)
                 if together and len({self.state[parameter]["step"] for parameter in moving}) == 1:
@@ -169,6 +169,29 @@ class MaskedAdamW(torch.optim.Optimizer):
                     for parameter in moving:
                         self._step_alone(parameter, tuple(chunk.flat), group)
         return loss
+
+    def _step_in_one_pass(self, group: dict[str, Any]) -> bool:
+        """Step a whole group at once, where its parameters are such as `one_pass` takes; tells whether they were."""
+        parameters = group["params"]
+        states = [self.state[parameter] for parameter in parameters]
+        indices = [state["index"] for state in states]
+        gradients = [parameter.grad for parameter in parameters]
+        if (
+            not self._fused
+            or all(index is None for index in indices)
+            or any(gradient is None for gradient in gradients)
+            or len({state["step"] for state in states}) > 1
+        ):
+            return False
+        values, gradients = ([local_shard(each) for each in tensors] for tensors in (parameters, gradients))
+        step = one_pass() if fits(values, gradients, indices) else None
+        if step is None:
+            return False
+        for state in states:
+            state["step"] += 1
+        moments = ([state[name] for state in states] for name in MOMENTS)
+        step(values, gradients, indices, *moments, states[0]["step"], group)
+        return True
 
     def _step_alone(self, parameter: nn.Parameter, names: tuple[str, ...], group: dict[str, Any]) -> None:
         """Step one parameter of a chunk whose others stand still or are at another step."""
@@ -199,10 +222,6 @@ class MaskedAdamW(torch.optim.Optimizer):
                     for name in MOMENTS
                 )
                 torch_adamw(shards, gradients, first, second, number, group, fused=self._fused)
-                return
-            step = one_pass() if self._fused and fits(shards, gradients, indices) else None
-            if step is not None:
-                step(shards, gradients, indices, moments, flat["exp_avg_sq"], number, group)
                 return
         sizes = [state["exp_avg"].numel() for state in states]
         values, gradient = self._scratch_like(moments)

@@ -42,9 +42,9 @@ def fits(values: Sequence[Tensor], gradients: Sequence[Tensor], indices: Sequenc
 def one_pass() -> Step | None:
     """The compiled step, or None where it is not to be had or does not give the bits of torch's fused kernel.
 
-    Called as `step(values, gradients, indices, exp_avg, exp_avg_sq, number, group)`: parameters and gradients in full
-    (see `fits`), positions of their active elements (None: all), the moments of the active elements side by side, the
-    number of this step (from 1) and a parameter group's settings. Works in place.
+    Called as `step(values, gradients, indices, exp_avgs, exp_avg_sqs, number, group)`: parameters and gradients in
+    full (see `fits`), positions of their active elements (None: all), the moments of the active elements, the number of
+    this step (from 1) and a parameter group's settings. Works in place.
     """
     try:
         compiled = _compile()
@@ -55,19 +55,14 @@ def one_pass() -> Step | None:
         values: Sequence[Tensor],
         gradients: Sequence[Tensor],
         indices: Sequence[Tensor | None],
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
         number: int,
         group: dict[str, Any],
     ) -> None:
-        lengths = [v.numel() if index is None else index.numel() for v, index in zip(values, indices, strict=True)]
         compiled(
-            np.concatenate([[0], np.cumsum(lengths)]),
-            _addresses(values),
-            _addresses(gradients),
-            _addresses(indices),
-            exp_avg.numpy(),
-            exp_avg_sq.numpy(),
+            np.cumsum([0, *(moment.numel() for moment in exp_avgs)]),
+            *(_addresses(tensors) for tensors in (values, gradients, indices, exp_avgs, exp_avg_sqs)),
             *_factors(number, group),
         )
 
@@ -103,7 +98,7 @@ def _same_bits(step: Step) -> bool:
     ours, theirs = ([start.clone(), torch.zeros(4096), torch.zeros(4096)] for _ in range(2))
     for number in (1, 2, 3):
         gradient = torch.randn(4096, generator=generator)
-        step([ours[0]], [gradient], [None], ours[1], ours[2], number, group)
+        step([ours[0]], [gradient], [None], [ours[1]], [ours[2]], number, group)
         torch_adamw([theirs[0]], [gradient], [theirs[1]], [theirs[2]], number, group, fused=True)
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
@@ -134,7 +129,7 @@ def _compile() -> Step:
 
     @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
     def step_range(
-        start: Any, stop: Any, ends: Any, values: Any, gradients: Any, indices: Any, exp_avg: Any, exp_avg_sq: Any,
+        start: Any, stop: Any, ends: Any, values: Any, gradients: Any, indices: Any, exp_avgs: Any, exp_avg_sqs: Any,
         near: Any, toward: Any, beta2: Any, share2: Any, correction2: Any, eps: Any, keep: Any, rate: Any,
     ) -> None:  # fmt: skip
         x, g = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
@@ -144,6 +139,7 @@ def _compile() -> Step:
             while ends[member + 1] <= at:
                 member += 1
             value, gradient = floats(values[member]), floats(gradients[member])
+            exp_avg, exp_avg_sq = floats(exp_avgs[member]), floats(exp_avg_sqs[member])
             everything, position = indices[member] == 0, positions(indices[member])
             first, end = ends[member], min(stop, ends[member + 1])
             while at < end:
@@ -157,11 +153,12 @@ def _compile() -> Step:
                         k = np.int64(position[own + i])
                         g[i] = gradient[k]
                         x[i] = value[k]
-                m, v = exp_avg[at : at + n], exp_avg_sq[at : at + n]
                 for i in range(n):
-                    m[i] = fma(toward, g[i] - m[i], m[i] if near else g[i])
-                    v[i] = fma(share2 * g[i], g[i], v[i] * beta2)
-                    x[i] = x[i] * keep + rate * m[i] / (np.sqrt(v[i]) / correction2 + eps)
+                    m, v = exp_avg[own + i], exp_avg_sq[own + i]
+                    m = fma(toward, g[i] - m, m if near else g[i])
+                    v = fma(share2 * g[i], g[i], v * beta2)
+                    x[i] = x[i] * keep + rate * m / (np.sqrt(v) / correction2 + eps)
+                    exp_avg[own + i], exp_avg_sq[own + i] = m, v
                 if everything:
                     for i in range(n):
                         value[own + i] = x[i]
@@ -172,13 +169,13 @@ def _compile() -> Step:
 
     @numba.njit(parallel=True)  # type: ignore[untyped-decorator]
     def step_parts(
-        parts: Any, ends: Any, values: Any, gradients: Any, indices: Any, exp_avg: Any, exp_avg_sq: Any,
+        parts: Any, ends: Any, values: Any, gradients: Any, indices: Any, exp_avgs: Any, exp_avg_sqs: Any,
         near: Any, toward: Any, beta2: Any, share2: Any, correction2: Any, eps: Any, keep: Any, rate: Any,
     ) -> None:  # fmt: skip
         for part in numba.prange(parts):
             step_range(
                 ends[-1] * part // parts, ends[-1] * (part + 1) // parts, ends, values, gradients, indices,
-                exp_avg, exp_avg_sq, near, toward, beta2, share2, correction2, eps, keep, rate,
+                exp_avgs, exp_avg_sqs, near, toward, beta2, share2, correction2, eps, keep, rate,
             )  # fmt: skip
 
     def run(*arguments: Any) -> None:

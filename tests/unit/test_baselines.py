@@ -7,7 +7,8 @@ from types import ModuleType
 
 import pytest
 
-from lorapar_ray.config import Config, load_config
+from lorapar_ray.config import Config
+from lorapar_ray.config_file import load_config
 from lorapar_ray.pipeline import is_done, run_stage
 from lorapar_ray.runs import RunDirectory
 from tests.tiny_run import ROOT, tiny_config

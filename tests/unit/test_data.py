@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorapar_ray.config import load_config
+from lorapar_ray.config_file import load_config
 from lorapar_ray.datasets.named import NAMED
 from lorapar_ray.datasets.prepare import prepare
 from lorapar_ray.datasets.records import read_records

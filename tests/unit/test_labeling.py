@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lorapar_ray.config import LabelConfig, TeacherConfig, load_config
+from lorapar_ray.config import LabelConfig, TeacherConfig
+from lorapar_ray.config_file import load_config
 from lorapar_ray.datasets.rows import Row, write_rows
 from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.calibration import ask_probes, measured_bias

@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from lorapar_ray.config import LabelConfig, load_config
+from lorapar_ray.config import LabelConfig
+from lorapar_ray.config_file import load_config
 from lorapar_ray.datasets.rows import Row
 from lorapar_ray.importance import TokenizedExample, collate
 from lorapar_ray.labeling.store import Answer
