@@ -212,17 +212,16 @@ class MaskedAdamW(torch.optim.Optimizer):
         if moments.numel() == 0:
             return
         number, indices = states[0]["step"], [state["index"] for state in states]
-        if "master" not in flat:
+        if "master" not in flat and all(index is None for index in indices):
             shards = [local_shard(parameter) for parameter in parameters]
             gradients = [local_shard(parameter.grad) for parameter in parameters]
-            if all(index is None for index in indices):
-                sizes = [local.numel() for local in shards]
-                first, second = (
-                    [part.view_as(local) for part, local in zip(split_flat(flat[name], sizes), shards, strict=True)]
-                    for name in MOMENTS
-                )
-                torch_adamw(shards, gradients, first, second, number, group, fused=self._fused)
-                return
+            sizes = [local.numel() for local in shards]
+            first, second = (
+                [part.view_as(local) for part, local in zip(split_flat(flat[name], sizes), shards, strict=True)]
+                for name in MOMENTS
+            )
+            torch_adamw(shards, gradients, first, second, number, group, fused=self._fused)
+            return
         sizes = [state["exp_avg"].numel() for state in states]
         values, gradient = self._scratch_like(moments)
         for parameter, index, out in zip(parameters, indices, split_flat(gradient, sizes), strict=True):

@@ -150,9 +150,10 @@ def test_resuming_from_a_state_dict_is_exact_and_another_mask_is_refused() -> No
         other.load_state_dict(half[1].state_dict())
 
 
-def test_parameters_that_skip_steps_keep_their_own_count() -> None:
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_parameters_that_skip_steps_keep_their_own_count(share: float) -> None:
     ours, theirs = [parameter(1), parameter(2)], [parameter(1), parameter(2)]
-    masks = [mask_of(3, 0.5), mask_of(4, 0.5)]
+    masks = [mask_of(3, share), mask_of(4, share)]
     start = ours[0].detach().clone()
     masked = MaskedAdamW([{"params": ours, "masks": masks}], weight_decay=0.5)
     stock = torch.optim.AdamW(theirs, weight_decay=0.5, fused=True)
