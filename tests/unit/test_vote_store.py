@@ -1,0 +1,90 @@
+"""Answers that are kept: over processes, teachers and prompts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorapar_ray.config import LabelConfig
+from lorapar_ray.errors import UserError
+from lorapar_ray.labeling.calibration import measured_bias
+from lorapar_ray.labeling.keys import teacher_keys
+from lorapar_ray.labeling.pending import PendingBlocks, write_pending
+from lorapar_ray.labeling.store import VoteStore, question_key
+from lorapar_ray.labeling.votes import (
+    average_log_probs,
+)
+from tests.unit.votes import answer, panel, rows_file
+
+
+def test_a_store_keeps_answers_over_processes_and_says_what_it_is_not(tmp_path: Path) -> None:
+    store = VoteStore(tmp_path / "votes.sqlite")
+    keys = [question_key(f"q{i}", "a") for i in range(1000)]
+    store.add(((key, b"teacher", answer(1.0, "first")) for key in keys), [("first", keys[0], "b", "TimeoutError")])
+    store.close()
+    again = VoteStore(tmp_path / "votes.sqlite")
+    found = again.answers([*keys, question_key("unknown", "a")])
+    assert len(found) == 1000 and found[keys[-1]] == {b"teacher": answer(1.0, "first")}
+    assert again.failures("first", keys) == {keys[0]: {"b": "TimeoutError"}} and again.failures("other", keys) == {}
+    (tmp_path / "text").write_text("no database " * 100)
+    with pytest.raises(UserError, match=r"label\.cache: .*text' is not a vote cache"):
+        VoteStore(tmp_path / "text")
+
+
+def test_a_cached_vote_belongs_to_a_teacher_its_weights_and_the_prompt(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+
+    def key(label: dict[str, Any] | None = None, **teacher: Any) -> bytes:
+        config = LabelConfig.model_validate(
+            {"teachers": [{"name": "a", "model": str(model), **teacher}], "calibration": "none", **(label or {})}
+        )
+        (found,) = teacher_keys(config, config.teachers[0], "student")
+        return found
+
+    before = key()
+    assert before == key(replicas=3, max_ongoing_requests=7, resources={"cpus": 4})
+    assert before == key({"concurrency": 5, "quorum": 1, "retries": 9, "sequential": True, "weights": "confidence"})
+    others = [
+        key(name="b"),
+        key(use_chat_template=False),
+        key(thinking_tokens=32),
+        key(engine={"dtype": "float32"}),
+        key(example_order="system2_first"),
+        key({"definitions": {1: "x", 2: "y"}}),
+        key({"prompt": {"task": "Which?"}}),
+        key({"strategy": "single"}),
+    ]
+    (model / "config.json").write_text('{"retrained": true}')
+    others.append(key())
+    assert len({before, *others}) == len(others) + 1
+
+
+def test_five_teachers_after_three_ask_only_the_new_two(tmp_path: Path) -> None:
+    names = ["a", "b", "c", "d", "e"]
+    three, five = panel(*names[:3], rows_per_block=8), panel(*names, rows_per_block=8)
+    keys = {teacher.name: teacher_keys(five, teacher, "s") for teacher in five.teachers}
+    rows, store = rows_file(tmp_path, 20), VoteStore(tmp_path / "votes.sqlite")
+    target = tmp_path / "pending.parquet"
+    first = write_pending(target, rows, store, three, keys, {}, names[:3])
+    assert (first.blocks, first.questions) == (3, 20)
+    digests = [question_key(f"q{i}", "1") for i in range(20)]
+    store.add((digest, keys[name][0], answer(1.0)) for digest in digests for name in names[:3])
+    assert write_pending(target, rows, store, three, keys, {}, names[:3]).blocks == 0
+    assert write_pending(target, rows, store, five, keys, {}, names).questions == 20
+    question = PendingBlocks(str(target)).read(2)[0]
+    assert (question.prompt, sorted(question.known)) == ("q16", ["a", "b", "c"])
+    sequential = panel(*names, sequential=True)  # three of five have already agreed
+    assert write_pending(target, rows, store, sequential, keys, {}, names).questions == 0
+
+
+def test_bias_is_measured_from_stored_answers(tmp_path: Path) -> None:
+    label = panel("a", "b", calibration="content_free")
+    keys, probes = {"a": [b"a"], "b": [b"b"]}, [("N/A", "N/A"), ("…", "N/A")]
+    store = VoteStore(tmp_path / "votes.sqlite")
+    store.add((question_key(*probe), b"a", answer(odds)) for probe, odds in zip(probes, (-1.0, -2.0), strict=True))
+    bias = measured_bias(label, keys, store, probes)
+    assert set(bias) == {"a"}
+    assert bias["a"] == pytest.approx(average_log_probs([answer(-1.0).log_probs, answer(-2.0).log_probs]))
+    assert measured_bias(panel("a", "b"), keys, store, []) == {}
