@@ -22,8 +22,8 @@ from torch import Tensor
 
 from lorapar_ray.optim.kernel import torch_adamw
 
-BLOCK = 2048
-"""Elements stepped at once by one core: their values and gradients take half of its nearest cache."""
+BLOCK = 64
+"""Elements stepped at once by one core: a few vectors of them, so that fetching the next ones overlaps arithmetic."""
 PARTS = 4
 """Ranges a thread gets: more than one, so that a core that is held up holds up the others less."""
 
