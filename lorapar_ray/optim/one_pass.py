@@ -11,8 +11,10 @@ numba is missing, `one_pass` gives None and `MaskedAdamW` takes torch's kernel.
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -66,7 +68,27 @@ def one_pass() -> Step | None:
             *_factors(number, group),
         )
 
-    return step if _same_bits(step) else None
+    with _openmp_as_it_was():
+        return step if _same_bits(step) else None
+
+
+@contextmanager
+def _openmp_as_it_was() -> Iterator[None]:
+    """Keep torch's threads as they are while numba starts its own.
+
+    Both are OpenMP's. numba sets their number anew and lets teams nest, upon which the matrix products inside torch's
+    parallel attention open teams of their own: eight times slower.
+    """
+    threads, openmp = torch.get_num_threads(), ctypes.CDLL(None)
+    nested = openmp.omp_get_nested() if hasattr(openmp, "omp_get_nested") else None
+    levels = openmp.omp_get_max_active_levels() if nested is not None else None
+    try:
+        yield
+    finally:
+        if nested is not None:
+            openmp.omp_set_nested(nested)
+            openmp.omp_set_max_active_levels(levels)
+        torch.set_num_threads(threads)
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> np.ndarray[Any, Any]:

@@ -1,5 +1,7 @@
 """MaskedAdamW against torch's AdamW on active elements, and bit for bit against nothing at all elsewhere."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -74,6 +76,21 @@ def test_one_pass_and_torchs_kernel_give_the_same_bits(compiled: bool, monkeypat
     for mine, other, mask, value in zip(ours, theirs, masks, start, strict=True):
         assert torch.equal(mine[mask], other[mask])
         assert torch.equal(mine[~mask], value[~mask])
+
+
+def test_the_compiled_pass_leaves_torchs_threads_as_they_are() -> None:
+    """numba lets OpenMP's teams nest when it starts its own, which makes torch's attention eight times slower."""
+    code = """
+import ctypes, torch
+from lorapar_ray.optim.one_pass import one_pass
+torch.set_num_threads(1)
+openmp = ctypes.CDLL(None)
+before = openmp.omp_get_nested(), openmp.omp_get_max_active_levels()
+one_pass()
+assert (openmp.omp_get_nested(), openmp.omp_get_max_active_levels()) == before
+assert torch.get_num_threads() == 1
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
