@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SLICE = {"cpu": 2**22, "cuda": 2**28}
+SLICE = {"cpu": 2**22, "cuda": 2**26}
 """Logits that are float32 at once: what a CPU's cache holds; on a GPU few kernels matter more."""
 
 Positions = Tensor | tuple[Tensor, Tensor]

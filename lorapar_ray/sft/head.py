@@ -15,8 +15,7 @@ from torch.nn import functional
 from trl.trainer.utils import FusedCausalLMOutput
 
 from lorapar_ray.logprobs import head_sees, token_logprobs
-
-NO_LOSS = -100
+from lorapar_ray.sft.batches import NO_LOSS
 
 
 def score_labels_only(base: Any) -> None:

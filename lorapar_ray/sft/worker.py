@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapar_ray.config import AdapterConfig, ModelConfig, SftConfig
-from lorapar_ray.sft.batches import BatchPlan, deal, lay_out, plan_batches
-
-NO_LOSS = -100
+from lorapar_ray.sft.batches import NO_LOSS, BatchPlan, deal, lay_out, plan_batches
 
 
 @dataclass(frozen=True)
