@@ -124,7 +124,7 @@ def _bucketed(
     batches: list[list[int]] = []
     window = BUCKET_STEPS * settings.batch_size
     for start in range(0, len(order), window):
-        near = sorted(order[start : start + window], key=lambda example: (lengths[example], example))
+        near = sorted(order[start : start + window], key=lambda example: lengths[example])  # stable: ties stay shuffled
         batches += _cut(near, settings)
     generator.shuffle(batches)
     return batches
