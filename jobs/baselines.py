@@ -77,6 +77,8 @@ def local(arguments: argparse.Namespace) -> Iterator[str]:
     """Overrides that read the sets from `--data`."""
     if arguments.data is not None:
         data = load_config(arguments.config).data
+        if not {source.reader for source in (*data.train, *data.test)} <= LOCAL.keys():
+            raise SystemExit(f"--data: only {' and '.join(LOCAL)} lie in a folder; {arguments.config} reads others")
         for part, sources in (("train", data.train), ("test", data.test)):
             for index, source in enumerate(sources):
                 path = arguments.data / LOCAL[source.reader].format(split=getattr(source, "split", "train"))

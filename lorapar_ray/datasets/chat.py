@@ -12,6 +12,9 @@ from typing import Any
 
 from lorapar_ray.errors import UserError
 
+NO_LOSS = -100
+"""Label of a token that is not trained on."""
+
 
 @dataclass(frozen=True)
 class Encoder:

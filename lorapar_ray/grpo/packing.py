@@ -102,7 +102,7 @@ def packed_logprobs(model: Any, rows: PackedRows, *, temperature: float) -> tupl
     inputs = {
         "input_ids": rows.input_ids_RW,
         "position_ids": rows.position_ids_RW,
-        "attention_mask": attention_mask(rows.segment_RW, model.dtype),
+        "attention_mask": attention_mask(rows, model.dtype),
     }
     real_BT = rows.mask_BT.bool()
     row_N = rows.row_B[:, None].expand_as(rows.source_BT)[real_BT]
@@ -112,13 +112,14 @@ def packed_logprobs(model: Any, rows: PackedRows, *, temperature: float) -> tupl
     return logprobs_BT, entropy_BT
 
 
-def attention_mask(segment_RW: Tensor, dtype: torch.dtype) -> Tensor:
-    """[R, W], the model's usual one, where no row holds more than one completion; else [R, 1, W, W], additive.
+def attention_mask(rows: PackedRows, dtype: torch.dtype) -> Tensor:
+    """[R, W], the model's usual one, where each row holds one completion; else [R, 1, W, W], additive.
 
     There a completion sees the prompt and itself: 0 where visible, elsewhere the dtype's lowest value (finite, so that
     padding rows stay finite).
     """
-    if int(segment_RW.max()) <= 1:
+    segment_RW = rows.segment_RW
+    if len(rows.row_B) == len(segment_RW):
         return (segment_RW >= 0).long()
     seen_RW = segment_RW[:, None, :]
     visible_RWW = ((segment_RW[:, :, None] == seen_RW) | (seen_RW == 0)).tril() & (seen_RW >= 0)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-IGNORE = -100
+from lorapar_ray.datasets.chat import NO_LOSS
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def collate(
         "input_ids": torch.full(shape, pad_id),
         "attention_mask": torch.zeros(shape, dtype=torch.long),
         "position_ids": torch.zeros(shape, dtype=torch.long),
-        "labels": torch.full(shape, IGNORE),
+        "labels": torch.full(shape, NO_LOSS),
     }
     for row, example in enumerate(examples):
         length = len(example.input_ids)

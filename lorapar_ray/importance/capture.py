@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lorapar_ray.adapters.keys import ADAPTER, adapter_parameters
+from lorapar_ray.datasets.chat import NO_LOSS
 from lorapar_ray.errors import UserError
-from lorapar_ray.importance.batching import IGNORE
 from lorapar_ray.importance.sums import GradSums
 from lorapar_ray.logprobs import logits_at
 
@@ -59,8 +59,8 @@ def gradient_sums(peft_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> G
 def example_losses(model: Any, inputs: Mapping[str, Tensor], segments: Tensor | None = None) -> Tensor:
     """Mean cross-entropy over each example's labelled tokens, float32, [examples]."""
     labels = inputs["labels"]
-    targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE)  # column t predicts token t + 1
-    labelled = targets != IGNORE
+    targets = functional.pad(labels[:, 1:], (0, 1), value=NO_LOSS)  # column t predicts token t + 1
+    labelled = targets != NO_LOSS
     if segments is not None:
         labelled &= segments == torch.roll(segments, -1, dims=1)  # no example predicts the next one's first token
     logits = logits_at(labelled, model, {key: value for key, value in inputs.items() if key != "labels"})

@@ -15,8 +15,6 @@ from math import ceil
 
 from lorapar_ray.config import SftConfig
 
-NO_LOSS = -100
-"""Label of a token that is not trained on."""
 BUCKET_STEPS = 50
 """With length bucketing: steps whose examples are sorted together before they are cut into batches."""
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 from trl.trainer.utils import FusedCausalLMOutput
 
+from lorapar_ray.datasets.chat import NO_LOSS
 from lorapar_ray.logprobs import head_sees, token_logprobs
-from lorapar_ray.sft.batches import NO_LOSS
 
 
 def score_labels_only(base: Any) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lorapar_ray.config import AdapterConfig, ModelConfig, SftConfig
-from lorapar_ray.sft.batches import NO_LOSS, BatchPlan, deal, lay_out, plan_batches
+from lorapar_ray.datasets.chat import NO_LOSS
+from lorapar_ray.sft.batches import BatchPlan, deal, lay_out, plan_batches
 
 
 @dataclass(frozen=True)

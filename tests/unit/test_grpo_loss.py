@@ -176,7 +176,7 @@ def test_a_prompt_computed_once_gives_the_same_logprobs_and_gradients() -> None:
     torch.testing.assert_close(ours[:2], plain[:2], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(ours[2], plain[2], atol=1e-4, rtol=1e-3)
     assert ours[3].input_ids_RW.shape[0] == 3
-    assert attention_mask(plain[3].segment_RW, torch.float32).shape == (9, 14)  # the model's own masks apply
+    assert attention_mask(plain[3], torch.float32).shape == (9, 14)  # the model's own masks apply
 
 
 @pytest.mark.parametrize("window", [None, 4])
