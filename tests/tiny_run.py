@@ -99,7 +99,7 @@ def write_config(path: Path, config: dict[str, Any]) -> Path:
     return path
 
 
-def lorapar(*arguments: str | Path, timeout: float = 540, **environment: str) -> subprocess.CompletedProcess[str]:
+def lorapar(*arguments: str | Path, timeout: float = 1000, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the CLI as a user would; output is captured."""
     return subprocess.run(
         command(*arguments), cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=timeout

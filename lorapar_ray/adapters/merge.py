@@ -32,10 +32,13 @@ def merged_weights(
         base_weights: base tensors [out, in] by checkpoint name; only the adapted ones are read.
         adapter_state: A [r, in] and B [out, r] by adapter key.
     """
+    wide: dict[torch.Size, Tensor] = {}  # fresh memory for each product would cost more than the product
     for key in sorted(adapter_state):
         if ".lora_A." not in key:
             continue
         base = base_weights[base_name(key)]
         down, up = adapter_state[key].float(), adapter_state[key.replace(".lora_A.", ".lora_B.")].float()
-        merged = base.to(torch.float32, copy=True).addmm_(up, down, alpha=scaling)
-        yield base_name(key), merged.to(base.dtype)
+        if base.shape not in wide:
+            wide[base.shape] = torch.empty_like(base, dtype=torch.float32)
+        merged = wide[base.shape].copy_(base).addmm_(up, down, alpha=scaling)
+        yield base_name(key), merged.to(base.dtype, copy=True)

@@ -15,6 +15,9 @@ from typing import Any
 from lorapar_ray.config import EngineConfig, Resources
 from lorapar_ray.engines.policy import Policy, PolicyReceiver
 
+WATCH_S = 1.0
+"""Between two looks at whether the engine lives."""
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -42,6 +45,7 @@ class EngineActor:
         self._receiver = PolicyReceiver()
         self._open = asyncio.Event()
         self._open.set()
+        self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> dict[str, int]:
         """Start the engine, once; returns this actor's process id."""
@@ -54,6 +58,7 @@ class EngineActor:
             loader = {"worker_extension_cls": "lorapar_ray.engines.policy_loader.PolicyLoader"}
             arguments = {**platform_arguments(), **loader, **self._arguments}
             self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+            self._watch = asyncio.create_task(self._leave_with_the_engine())
             await self._rpc("lorapar_prepare")
         return {"pid": os.getpid()}
 
@@ -179,6 +184,12 @@ class EngineActor:
         with self._alive():
             answers: list[Any] = await self._engine.collective_rpc(method, args=args)
         return answers
+
+    async def _leave_with_the_engine(self) -> None:
+        """Leave once the engine is dead: vLLM never answers a call to its workers that was under way at that moment."""
+        while not self._engine.errored:
+            await asyncio.sleep(WATCH_S)
+        os._exit(1)
 
     @contextmanager
     def _alive(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ policy before it is asked anything, and whatever was asked of the lost one is as
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,8 +16,8 @@ from lorapar_ray.engines.policy import Policy, PolicyReceiver
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.batches import Canary, canary_gap
 
-REPLACEMENTS = 5
-"""Engines replaced over a run before it stops: more than that is a broken setup, not bad luck."""
+LOSSES = 5
+"""Engines lost in one place between two policies before the run stops: that is a broken setup, not bad luck."""
 LEAVE_LIMIT_S = 10.0
 """What a hanging engine's actor is given to end its own children before it is killed."""
 
@@ -41,7 +42,8 @@ class EnginePool:
         self._load: list[int] = []
         self._busy_since: list[float] = []
         self._busy_s = 0.0
-        self._replacing = asyncio.Lock()
+        self._replacing: list[asyncio.Lock] = []
+        self._losses: list[int] = []
         self._replaced = 0
         self._current = PolicyReceiver()
 
@@ -50,6 +52,8 @@ class EnginePool:
         self._engines = [self._start() for _ in range(self._size)]
         self._load = [0] * self._size
         self._busy_since = [0.0] * self._size
+        self._replacing = [asyncio.Lock() for _ in range(self._size)]
+        self._losses = [0] * self._size
         return list(await asyncio.gather(*(engine.start.remote() for engine in self._engines)))
 
     async def run(self, call: Callable[[Any], Any]) -> Any:
@@ -108,25 +112,33 @@ class EnginePool:
                         f"rollout engine {slot} does not serve policy {policy.version}: {what} are {gap:.3f} nats off "
                         f"(grpo.canary_tolerance {self._tolerance:g})"
                     )
+            self._losses[slot] = 0
             return max(gaps.values())
 
     async def _replace(self, slot: int, lost: Any, hangs: bool) -> None:
         """Start another engine in `slot` and bring it to the current policy; one caller does it, the others wait."""
-        import ray
-
-        async with self._replacing:
+        async with self._replacing[slot]:
             if self._engines[slot] is not lost:
                 return
-            self._replaced += 1
-            if self._replaced > REPLACEMENTS:
-                raise RuntimeError(f"{self._replaced} rollout engines were lost; see the Ray logs of EngineActor")
             if hangs:
                 await _end(lost)
-            fresh = self._start()
-            await fresh.start.remote()
-            if (policy := self._current.whole()) is not None:
-                await fresh.load_policy.remote(ray.put(policy))
-            self._engines[slot] = fresh
+            self._engines[slot] = await self._successor(slot)
+
+    async def _successor(self, slot: int) -> Any:
+        """A new engine that serves the current policy; another one if it dies before it does."""
+        import ray
+
+        while True:
+            self._replaced += 1
+            self._losses[slot] += 1
+            if self._losses[slot] > LOSSES:
+                raise RuntimeError(f"rollout engine {slot} was lost {LOSSES} times; see the Ray logs of EngineActor")
+            engine = self._start()
+            with contextlib.suppress(ray.exceptions.RayActorError):
+                await engine.start.remote()
+                if (policy := self._current.whole()) is not None:
+                    await engine.load_policy.remote(ray.put(policy))
+                return engine
 
     @property
     def replaced(self) -> int:
@@ -170,8 +182,6 @@ async def _awaited(reference: Any) -> Any:
 
 async def _end(engine: Any) -> None:
     """Ask an engine's actor to end its children and itself; kill it if it does not."""
-    import contextlib
-
     import ray
 
     with contextlib.suppress(Exception):

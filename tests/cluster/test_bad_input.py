@@ -27,7 +27,7 @@ def refused(stage: str, config: dict[str, Any], folder: Path, *culprits: str, **
     """Run a stage; it must end with one line that names every culprit."""
     path = write_config(folder / "config.yaml", config)
     arguments = (stage, path) if stage == "run" else (stage, "-c", path)
-    done = lorapar(*arguments, "-d", folder / "run", timeout=200, **environment)
+    done = lorapar(*arguments, "-d", folder / "run", timeout=500, **environment)
     lines = [line for line in done.stderr.splitlines() if line.startswith("lorapar:")]
     assert done.returncode == 2, done.stderr[-1500:]
     assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr[-1500:]

@@ -2,10 +2,12 @@
 
 import asyncio
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -90,8 +92,10 @@ def test_a_policy_that_is_not_the_learners_is_caught_and_a_hanging_engine_replac
         [completions] = await pool.run(lambda engine: engine.generate.remote([TOKENS], SAMPLING))
         assert pool.replaced == 1
         assert [done.version for done in completions] == [source.version] * 2
-        pool._time_limit_s = 120.0
+        pool._time_limit_s = 3600.0
         await many_seeded_prompts(pool)
+        await kill_while_it_loads(pool, source)
+        assert pool.replaced == 2
         assert await pool.publish(*source.next()) < TOLERANCE
         await pool.stop()
 
@@ -106,16 +110,23 @@ async def many_seeded_prompts(pool: EnginePool) -> None:
     assert len({tuple(tokens) for group in together for tokens in group}) == 2 * len(prompts)
 
 
+async def kill_while_it_loads(pool: EnginePool, source: Source) -> None:
+    """An engine that dies during a call to its workers, which vLLM leaves without an answer."""
+    [told] = await asyncio.gather(*(engine.start.remote() for engine in pool._engines))
+    stop_the_engine_of(told["pid"])
+    publishing = asyncio.create_task(pool.publish(*source.next()))
+    await asyncio.sleep(1.0)
+    assert not publishing.done()
+    stop_the_engine_of(told["pid"], signal.SIGKILL)
+    assert await publishing < TOLERANCE
+
+
 async def sampled(pool: EnginePool, prompts: list[list[int]]) -> list[list[list[int]]]:
     groups = await pool.run(lambda engine: engine.generate.remote(prompts, SAMPLING))
     return [[done.token_ids for done in group] for group in groups]
 
 
-def stop_the_engine_of(pid: int) -> None:
-    """Freeze an actor's engine: a process that neither dies nor answers."""
-    import signal
-
-    import psutil
-
+def stop_the_engine_of(pid: int, how: int = signal.SIGSTOP) -> None:
+    """Freeze an actor's engine, so that it neither dies nor answers, or end it."""
     for child in psutil.Process(pid).children(recursive=True):
-        os.kill(child.pid, signal.SIGSTOP)
+        os.kill(child.pid, how)

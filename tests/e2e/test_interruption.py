@@ -54,13 +54,13 @@ def stop_when(condition: Callable[[], bool], sent: signal.Signals, *arguments: s
         stderr=subprocess.PIPE,
         text=True,
     )
-    pause, deadline = threading.Event(), time.monotonic() + 300
+    pause, deadline = threading.Event(), time.monotonic() + 600
     while not condition():
         assert process.poll() is None, "the stage ended before it could be killed"
         assert time.monotonic() < deadline, "the stage never got that far"
         pause.wait(0.1)
     os.killpg(process.pid, sent)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     return process.returncode, errors
 
 
@@ -94,7 +94,7 @@ def test_labelling_survives_kill_9_on_a_replica_and_on_an_engine(tmp_path: Path)
     process = subprocess.Popen(
         command("label", "-c", config, "-d", run, *changed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    pause, deadline = threading.Event(), time.monotonic() + 300
+    pause, deadline = threading.Event(), time.monotonic() + 600
     while len(before := stored_votes(run)) <= 20:
         assert process.poll() is None and time.monotonic() < deadline, "labelling never got that far"
         pause.wait(0.1)

@@ -58,7 +58,7 @@ def test_ray_job_submit_finishes_the_pipeline(finished: FinishedRun, tmp_path: P
                 "--set",
                 "grpo.judge.teachers=[a]",
             ]
-            done = subprocess.run(submit, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+            done = subprocess.run(submit, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1000)
         finally:
             head.terminate()
             head.wait(60)

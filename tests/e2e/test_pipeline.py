@@ -119,13 +119,13 @@ def test_the_served_policy_was_proved_at_every_step(finished: FinishedRun) -> No
 
 
 def test_a_second_run_has_nothing_to_do(finished: FinishedRun) -> None:
-    again = lorapar("run", finished.config, "--run-dir", finished.run, timeout=60)
+    again = lorapar("run", finished.config, "--run-dir", finished.run, timeout=300)
     assert again.returncode == 0
     assert "nothing to do" in again.stdout
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(finished: FinishedRun, tmp_path: Path) -> None:
-    shown = lorapar("run", finished.config, "--run-dir", tmp_path / "new", "--dry-run", timeout=60)
+    shown = lorapar("run", finished.config, "--run-dir", tmp_path / "new", "--dry-run", timeout=300)
     assert shown.returncode == 0
     assert "rollout_actors: 1" in shown.stdout
     assert "1 × rollout engine (1 CPU), 1 × learner (1 CPU)" in shown.stdout
