@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from statistics import fmean, pstdev
+from math import sqrt
+from statistics import fmean
 from typing import Any
 
 from lorapar_ray.config import GrpoConfig
@@ -43,7 +44,10 @@ class Group:
     @property
     def spread(self) -> float:
         """Standard deviation of the rewards: 0 means the group has no advantage to learn from."""
-        return pstdev(self.rewards)
+        if min(self.rewards) == max(self.rewards):
+            return 0.0  # not a rounding error of the mean
+        mean = fmean(self.rewards)
+        return sqrt(fmean((reward - mean) ** 2 for reward in self.rewards))
 
     @property
     def solved(self) -> float:

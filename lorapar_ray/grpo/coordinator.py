@@ -11,16 +11,26 @@ import asyncio
 import time
 import zlib
 from collections.abc import Callable
+from math import ceil
 from typing import Any
 
 from lorapar_ray.config import GrpoConfig
-from lorapar_ray.engines.actor import start_engine
+from lorapar_ray.engines.actor import Completion, start_engine
 from lorapar_ray.engines.policy import Policy
 from lorapar_ray.grpo.batches import Batch, Canary, Clock, Group, make_batch, share_of
 from lorapar_ray.grpo.engine_pool import EnginePool, PolicyMismatch
 from lorapar_ray.grpo.prompts import PromptStream
 from lorapar_ray.grpo.rewards.actor import RewardWorkers
 from lorapar_ray.grpo.rewards.judge import Judge
+
+FILLINGS = 3
+"""Sequences an engine holds, in fillings of its batch. A group ends with its longest sequence, so that most of those
+in flight are down to a few; what is held back goes to the engine that is done first."""
+
+
+def groups_at_once(settings: GrpoConfig) -> int:
+    """Groups an engine holds at most."""
+    return ceil(FILLINGS * settings.rollout_engine.max_num_seqs / settings.group_size)
 
 
 class Coordinator:
@@ -46,6 +56,7 @@ class Coordinator:
         self._engines = EnginePool(
             engine or self._new_engine,
             self._settings.rollout_actors,
+            at_once=groups_at_once(self._settings),
             tolerance=self._settings.canary_tolerance,
             time_limit_s=self._settings.rollout_time_limit_s,
         )
@@ -153,7 +164,7 @@ class Coordinator:
             "seed": zlib.crc32(f"{self._plan['seed']}/{step}/{attempt}/{index}".encode()),
         }
         [completions] = await self._engines.run(lambda engine: engine.generate.remote([row["prompt_ids"]], sampling))
-        group = Group(row=row, completions=completions, texts=[self._decode(c.token_ids) for c in completions])
+        group = Group(row=row, completions=completions, texts=self._decode(completions))
         columns = {key: [row[key]] * len(group.texts) for key in ("answer", "response")}
         start = time.monotonic()
         group.take(await self._rewards.score([row["prompt"]] * len(group.texts), group.texts, columns), self._settings)
@@ -178,6 +189,7 @@ class Coordinator:
             place=self._place,
         )
 
-    def _decode(self, token_ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
-        return text
+    def _decode(self, completions: list[Completion]) -> list[str]:
+        ids = [completion.token_ids for completion in completions]
+        texts: list[str] = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return texts

@@ -29,13 +29,22 @@ class PolicyMismatch(UserError):
 class EnginePool:
     """Asynchronous; lives in one event loop."""
 
-    def __init__(self, start: Callable[[], Any], size: int, *, tolerance: float, time_limit_s: float) -> None:
-        """Take how to make an engine's handle, how many, the largest canary gap in nats, and a request's time limit.
+    def __init__(
+        self, start: Callable[[], Any], size: int, *, at_once: int, tolerance: float, time_limit_s: float
+    ) -> None:
+        """Take how to run the engines.
 
-        A handle has `start`, `load_policy`, `generate`, `score`, `cache_gap` and `leave` as `EngineActor` has.
+        Args:
+            start: makes an engine's handle, with `start`, `load_policy`, `generate`, `score`, `cache_gap` and `leave`
+                as `EngineActor` has them.
+            size: how many engines.
+            at_once: requests an engine holds; later ones wait for whichever engine has room first.
+            tolerance: the largest canary gap, in nats.
+            time_limit_s: for one request.
         """
         self._start = start
         self._size = size
+        self._room = asyncio.Semaphore(size * at_once)
         self._tolerance = tolerance
         self._time_limit_s = time_limit_s
         self._engines: list[Any] = []
@@ -57,19 +66,20 @@ class EnginePool:
         return list(await asyncio.gather(*(engine.start.remote() for engine in self._engines)))
 
     async def run(self, call: Callable[[Any], Any]) -> Any:
-        """`call(engine)` on the least loaded engine; if that is lost, on another."""
-        while True:
-            slot = min(range(self._size), key=self._load.__getitem__)
-            engine = self._engines[slot]
-            self._begin(slot)
-            try:
-                return await asyncio.wait_for(_awaited(call(engine)), self._time_limit_s)
-            except Exception as error:
-                if not _lost(error):
-                    raise
-                await self._replace(slot, engine, hangs=isinstance(error, TimeoutError))
-            finally:
-                self._end(slot)
+        """`call(engine)` on the least loaded engine, in the order asked; if that is lost, on another."""
+        async with self._room:
+            while True:
+                slot = min(range(self._size), key=self._load.__getitem__)
+                engine = self._engines[slot]
+                self._begin(slot)
+                try:
+                    return await asyncio.wait_for(_awaited(call(engine)), self._time_limit_s)
+                except Exception as error:
+                    if not _lost(error):
+                        raise
+                    await self._replace(slot, engine, hangs=isinstance(error, TimeoutError))
+                finally:
+                    self._end(slot)
 
     async def publish(self, policy: Policy, canaries: Sequence[Canary]) -> float:
         """Serve `policy` on every engine and check that they do; returns the largest canary gap.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lorapar_ray.config import LabelConfig, TeacherConfig
 from lorapar_ray.labeling.prompts import numbers, prompt_opening, question_block, rotations
 from lorapar_ray.labeling.store import Answer
-from lorapar_ray.labeling.teachers import Refused, ShutOut, Teacher, connect
+from lorapar_ray.labeling.teachers import Refused, ShutOut, Teacher, connect, persist
 from lorapar_ray.labeling.votes import normalised
 
 REASON_LENGTH = 160
@@ -83,23 +83,21 @@ class Panel:
         label = self._label
         prompt = self._openings[teacher.name][rotation] + question_block(label, question, answer)
         own_numbers = numbers(label, rotation)
-        reason = ""
-        for attempt in range(label.retries + 1):
-            voter = self._teachers[teacher.name]
-            if voter is None or teacher.name in self.dead:
-                return Failure(self.dead[teacher.name])
-            try:
-                asked = await voter.ask(prompt, self._choices)
-                by_number = normalised(asked.log_probs)
-                by_system = [by_number[number - 1] for number in own_numbers]
-                return Answer(by_system, asked.tokens, asked.latency_s, self._run)
-            except Refused as error:
-                return Failure(_reason(error), by_question=not isinstance(error, ShutOut))
-            except Exception as error:  # whatever breaks in a teacher, its vote abstains and the summary counts it
-                reason = _reason(error)
-                if attempt < label.retries:
-                    await asyncio.sleep(label.backoff_s * 2**attempt)
-        return Failure(reason)
+        voter = self._teachers[teacher.name]
+        if voter is None or self._given_up(teacher):
+            return Failure(self.dead[teacher.name])
+        try:
+            asked = await persist(voter, prompt, self._choices, label, lambda: self._given_up(teacher))
+        except Refused as error:
+            return Failure(_reason(error), by_question=not isinstance(error, ShutOut))
+        except Exception as error:  # whatever breaks in a teacher, its vote abstains and the summary counts it
+            return Failure(_reason(error))
+        by_number = normalised(asked.log_probs)
+        by_system = [by_number[number - 1] for number in own_numbers]
+        return Answer(by_system, asked.tokens, asked.latency_s, self._run)
+
+    def _given_up(self, teacher: TeacherConfig) -> bool:
+        return teacher.name in self.dead
 
 
 def reasons(dead: Mapping[str, str]) -> str:

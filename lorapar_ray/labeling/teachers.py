@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
@@ -52,6 +52,31 @@ class Refused(Exception):
 
 class ShutOut(Refused):
     """An answer that no question of ours would change: a wrong key, an unknown model."""
+
+
+async def persist(
+    teacher: Teacher, prompt: str, choices: list[str], label: LabelConfig, given_up: Callable[[], bool] = lambda: False
+) -> Asked:
+    """Ask until there is an answer: after each failure again, up to `label.retries` times, waiting longer each time.
+
+    Args:
+        given_up: whether the teacher has meanwhile been found dead, so that asking again is in vain.
+
+    Raises:
+        Refused: at once.
+        Exception: the last failure.
+    """
+    attempt = 0
+    while True:
+        try:
+            return await teacher.ask(prompt, choices)
+        except Refused:
+            raise
+        except Exception:
+            if attempt == label.retries or given_up():
+                raise
+        await asyncio.sleep(label.backoff_s * 2**attempt)
+        attempt += 1
 
 
 class ServedTeacher:

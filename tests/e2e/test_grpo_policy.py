@@ -76,7 +76,9 @@ def test_a_policy_that_is_not_the_learners_is_caught_and_a_hanging_engine_replac
     source = Source(finished)
 
     async def go() -> None:
-        pool = EnginePool(lambda: engine_of(finished.student, fault), 1, tolerance=TOLERANCE, time_limit_s=120)
+        pool = EnginePool(
+            lambda: engine_of(finished.student, fault), 1, at_once=8, tolerance=TOLERANCE, time_limit_s=120
+        )
         [told] = await pool.start()
         assert await pool.publish(*source.next()) < TOLERANCE
         for kind in ("stale", "half", "wrong", "scale", "digest", "cache"):

@@ -36,9 +36,9 @@ class Engine:
         return self.name
 
 
-def pool_of(fates: Iterable[str], size: int) -> EnginePool:
+def pool_of(fates: Iterable[str], size: int, at_once: int = 4) -> EnginePool:
     engines = (Engine(name, dies) for name, dies in enumerate(fates))
-    return EnginePool(lambda: next(engines), size, tolerance=0.1, time_limit_s=60)
+    return EnginePool(lambda: next(engines), size, at_once=at_once, tolerance=0.1, time_limit_s=60)
 
 
 def ask(pool: EnginePool, times: int) -> list[int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
+import asyncio
+from collections import deque
 from collections.abc import Sequence
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.config import JUDGE
@@ -14,19 +16,29 @@ if TYPE_CHECKING:
     from lorapar_ray.config import GrpoConfig
 
 
+Group = tuple[list[str], list[str], dict[str, list[Any]]]
+"""Prompts, completions and the rows' further columns of one call of the rewards."""
+
+AT_ONCE = 16
+"""Groups in one message to a worker at most: the first has to wait for the last."""
+
+
 class RewardActor:
     """One worker; a sample that breaks the process inside costs itself only (see `RewardPool`)."""
 
     def __init__(self, specs: Sequence[RewardSpec], time_limit_s: float, memory_limit_mb: int) -> None:
         self._pool = RewardPool(list(specs), time_limit_s=time_limit_s, memory_limit_mb=memory_limit_mb)
 
-    def score(self, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]) -> RewardBatch:
-        """As `RewardPool.score`."""
-        return self._pool.score(prompts, completions, columns)
+    def score(self, groups: list[Group]) -> list[RewardBatch]:
+        """As `RewardPool.score`, one group after the other."""
+        return [self._pool.score(*group) for group in groups]
 
 
 class RewardWorkers:
-    """Deals completions out to `grpo.reward_workers` actors in turn."""
+    """Deals groups out to `grpo.reward_workers` actors; what comes while all are busy travels together later.
+
+    Lives in one event loop.
+    """
 
     def __init__(self, settings: GrpoConfig, judge: Judge | None = None) -> None:
         import ray
@@ -38,18 +50,45 @@ class RewardWorkers:
         specs = [RewardSpec(reward.name, reward.weight) for reward in settings.rewards if reward.name != JUDGE]
         limits = settings.reward_time_limit_s, settings.reward_memory_mb
         self._actors = [actor.remote(specs, *limits) for _ in range(settings.reward_workers)]
-        self._turn = itertools.cycle(self._actors)
+        self._idle = deque(self._actors)
+        self._waiting: deque[tuple[Group, asyncio.Future[RewardBatch]]] = deque()
+        self._working: set[asyncio.Task[None]] = set()
         self._judge = judge
         self._weights = {reward.name: reward.weight for reward in settings.rewards}
 
     async def score(self, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]) -> RewardBatch:
-        """As `RewardPool.score`, on the worker whose turn it is, while the judge, if there is one, grades."""
-        scoring = next(self._turn).score.remote(prompts, completions, columns)
+        """As `RewardPool.score`, on the first worker that is free, while the judge, if there is one, grades."""
+        scoring: asyncio.Future[RewardBatch] = asyncio.get_running_loop().create_future()
+        self._waiting.append(((prompts, completions, columns), scoring))
+        self._deal()
         if self._judge is None:
-            scored: RewardBatch = await scoring
-            return scored
+            return await scoring
         grades = await self._judge.grades(prompts, completions, columns["answer"])
         return with_part(await scoring, JUDGE, self._weights[JUDGE], grades, list(self._weights))
+
+    def _deal(self) -> None:
+        """Give every idle worker its part of what waits."""
+        while self._idle and self._waiting:
+            part = min(AT_ONCE, ceil(len(self._waiting) / len(self._idle)))
+            work = self._work(self._idle.popleft(), [self._waiting.popleft() for _ in range(part)])
+            task = asyncio.create_task(work)
+            self._working.add(task)
+            task.add_done_callback(self._working.discard)
+
+    async def _work(self, worker: Any, asked: list[tuple[Group, asyncio.Future[RewardBatch]]]) -> None:
+        wanted = [(group, scoring) for group, scoring in asked if not scoring.done()]  # the rest was cancelled
+        try:
+            scored = await worker.score.remote([group for group, _ in wanted])
+        except Exception as error:
+            for _, scoring in wanted:
+                if not scoring.done():
+                    scoring.set_exception(error)
+        else:
+            for (_, scoring), batch in zip(wanted, scored, strict=True):
+                if not scoring.done():
+                    scoring.set_result(batch)
+        self._idle.append(worker)
+        self._deal()
 
     def stop(self) -> None:
         """End the workers."""

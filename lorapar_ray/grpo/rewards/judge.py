@@ -20,7 +20,7 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.panel import reasons
 from lorapar_ray.labeling.remote import secrets
 from lorapar_ray.labeling.serving import start_teachers, stop_teachers
-from lorapar_ray.labeling.teachers import Refused, Teacher, connect
+from lorapar_ray.labeling.teachers import Teacher, connect, persist
 from lorapar_ray.labeling.votes import normalised
 
 
@@ -55,19 +55,10 @@ class Judge:
     async def _ask(self, teacher: Teacher, prompt: str) -> float | None:
         try:
             async with asyncio.timeout(self._settings.time_limit_s):
-                return expected_grade(await self._persist(teacher, prompt))
+                asked = await persist(teacher, prompt, self._choices, self._label)
+                return expected_grade(asked.log_probs)
         except Exception:  # whatever breaks in a teacher costs its grade, and is counted
             return None
-
-    async def _persist(self, teacher: Teacher, prompt: str) -> list[float]:
-        for attempt in range(self._label.retries):
-            try:
-                return (await teacher.ask(prompt, self._choices)).log_probs
-            except Refused:
-                raise
-            except Exception:
-                await asyncio.sleep(self._label.backoff_s * 2**attempt)
-        return (await teacher.ask(prompt, self._choices)).log_probs
 
 
 def expected_grade(log_probs: Sequence[float]) -> float:
