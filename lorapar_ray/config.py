@@ -18,6 +18,8 @@ JUDGE = "judge"
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Optional0 = Annotated[int, Field(ge=0)]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+"""`auto`: bfloat16 where the device that computes has it, else float32 (see `lorapar_ray.precision`)."""
 
 
 class Section(BaseModel):
@@ -44,7 +46,7 @@ class ModelConfig(Section):
     """The student: the model whose adapter is labelled for, scored and trained."""
 
     path: str
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Dtype = "auto"
     trust_remote_code: bool = False
     system_prompt: str | None = None
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -106,7 +108,7 @@ class DataConfig(Section):
 class EngineConfig(Section):
     """Settings of one vLLM engine, for teachers, rollouts and evaluation alike."""
 
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Dtype = "auto"
     max_model_len: PositiveInt = 1024
     max_num_seqs: PositiveInt = 64
     tensor_parallel: PositiveInt = 1

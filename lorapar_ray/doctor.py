@@ -80,9 +80,12 @@ def _vllm() -> Finding:
 def _device() -> Finding:
     import torch
 
+    from lorapar_ray.precision import torch_dtype
+
     if torch.cuda.is_available():
         return Finding("device", True, f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}")
-    return Finding("device", True, f"CPU ({torch.backends.cpu.get_cpu_capability()}); no GPU")
+    dtype = str(torch_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+    return Finding("device", True, f"CPU ({torch.backends.cpu.get_cpu_capability()}), computes in {dtype}; no GPU")
 
 
 def _cores() -> Finding:

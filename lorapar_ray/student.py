@@ -8,6 +8,7 @@ from typing import Any
 from lorapar_ray.config import Config, ModelConfig
 from lorapar_ray.errors import UserError
 from lorapar_ray.models import resolve_model
+from lorapar_ray.precision import torch_dtype
 from lorapar_ray.runs import RunDirectory
 
 RESIDUAL_INITS = ("pissa", "pissa_fast", "olora")
@@ -31,7 +32,6 @@ def load_base(model: ModelConfig, path: str, on: Any = None) -> Any:
     Raises:
         UserError: `model.quantization` without bitsandbytes.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {}
@@ -39,7 +39,7 @@ def load_base(model: ModelConfig, path: str, on: Any = None) -> Any:
         options = {"quantization_config": _quantization(model), "device_map": {"": on or device()}}
     base = AutoModelForCausalLM.from_pretrained(
         path,
-        dtype=getattr(torch, model.dtype),
+        dtype=torch_dtype(model.dtype, device()),
         attn_implementation=model.attention,
         trust_remote_code=model.trust_remote_code,
         use_safetensors=True,
@@ -58,7 +58,6 @@ def _quantization(model: ModelConfig) -> Any:
     """The settings of QLoRA (arXiv 2305.14314, section 3): normal-float 4 with quantised constants."""
     from importlib.util import find_spec
 
-    import torch
     from transformers import BitsAndBytesConfig
 
     if find_spec("bitsandbytes") is None:
@@ -67,7 +66,7 @@ def _quantization(model: ModelConfig) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type=model.quantization,
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, model.dtype),
+        bnb_4bit_compute_dtype=torch_dtype(model.dtype, device()),
     )
 
 

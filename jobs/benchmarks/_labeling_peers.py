@@ -21,6 +21,7 @@ from typing import Any
 
 from lorapar_ray.config import EngineConfig, Resources
 from lorapar_ray.engines.settings import engine_arguments, engine_environment, platform_arguments
+from lorapar_ray.precision import engine_dtype
 
 BATCH = 16
 RESULT = "votes per second: "
@@ -165,7 +166,7 @@ def _rows_of(processor: Any, texts: list[str]) -> list[dict[str, Any]]:
 
 
 def _without_model(model: str, engine: EngineConfig) -> dict[str, Any]:
-    arguments = engine_arguments(model, engine, seed=0, trust_remote_code=False)
+    arguments = {"dtype": engine_dtype(), **engine_arguments(model, engine, seed=0, trust_remote_code=False)}
     return {key: value for key, value in arguments.items() if key != "model"}
 
 

@@ -3,7 +3,7 @@
     python jobs/benchmarks/grpo.py [--quick] [--model MODEL] --json FILE
 
 Samples per second: our stage 2 as users run it (Ray, vLLM engine, Ray Train learner, policy proved at every step) and
-TRL's trainer with transformers' generation, its only path on a machine without a GPU: same model in bfloat16, same rank
+TRL's trainer with transformers' generation, its only path on a machine without a GPU: same model and dtype, same rank
 8 adapter on QKVGUD, same prompts, 8 prompts × 8 completions a step, same limit of tokens, strictly on-policy. The
 reward is overlap with a sentence, so that nearly every group has a spread and both learn from all of it. Start-up and
 the first step are left out on both sides; mean lengths are printed, since samples end where they end. Tokens per

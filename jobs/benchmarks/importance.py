@@ -3,7 +3,7 @@
     python jobs/benchmarks/importance.py [--quick] [--model MODEL] [--rows FILE] [--device DEVICE] --json FILE
 
 Every way differentiates the same examples and the same loss (mean cross-entropy over an example's response tokens) on
-the same model, bfloat16 under a float32 rank 8 adapter on QKVGUD:
+the same model under a float32 rank 8 adapter on QKVGUD:
 - plain LoRA: forward and backward of the same padded batches into `.grad`, the floor under any scorer;
 - one by one: a backward per example, unpadded, squares summed afterwards, the way of the paper's public script;
 - Opacus: per-example gradients of a batch held side by side on every parameter (`pip install lorapar-ray[bench]`);
@@ -38,6 +38,7 @@ from lorapar_ray.adapters import attach_lora
 from lorapar_ray.datasets.chat import load_encoder
 from lorapar_ray.importance import GradSums, TokenizedExample, collate, gradient_sums
 from lorapar_ray.models import resolve_model
+from lorapar_ray.precision import torch_dtype
 
 SHAPES = {
     "smollm2-135m": {
@@ -156,12 +157,13 @@ def agree(name: str, ours: Any, theirs: Any) -> None:
 
 
 def load(name: str | None, shape: str, quick: bool, device: str) -> Any:
+    dtype = torch_dtype("auto", torch.device(device))
     if name is not None:
-        return AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype)
     config = LlamaConfig(**{**SHAPES[shape], **({"num_hidden_layers": 2} if quick else {})})
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def read_examples(arguments: argparse.Namespace) -> list[TokenizedExample]:

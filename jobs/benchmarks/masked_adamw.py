@@ -7,7 +7,7 @@ elements active, drawn at random. The stock optimisers step the whole adapter: t
 mask. All of them take turns within a round, and the median round counts. The state's bytes are what `state_dict` would
 hold; our index (4 bytes an active element) is counted in a row of its own.
 
-The whole SFT step (forward, backward, clipping, update) is that of a Llama of SmolLM2-135M's shape in bfloat16 with a
+The whole SFT step (forward, backward, clipping, update) is that of a Llama of SmolLM2-135M's shape with a
 rank 8 adapter, 8 rows of 64 tokens: masked at 40 % against every element under fused AdamW and torch's own clipping.
 """
 
@@ -26,6 +26,7 @@ from torch import nn
 
 from lorapar_ray.adapters import adapter_parameters, attach_lora
 from lorapar_ray.optim import MaskedAdamW, masked_param_groups
+from lorapar_ray.precision import torch_dtype
 
 LAYERS, HIDDEN, INTERMEDIATE = 32, 4096, 11008
 SMOLLM2 = {
@@ -63,7 +64,7 @@ def whole_step(rounds: int, device: torch.device) -> Row:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(LlamaConfig(**SMOLLM2), dtype=torch.bfloat16).to(device)
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**SMOLLM2), dtype=torch_dtype("auto", device)).to(device)
     model = attach_lora(base, rank=8, alpha=16, init="gaussian")
     parameters = adapter_parameters(model)
     masks = {key: torch.rand(value.shape, device=device) < 0.4 for key, value in parameters.items()}

@@ -30,6 +30,7 @@ from lorapar_ray.config import EngineConfig, Resources
 from lorapar_ray.engines.actor import start_engine
 from lorapar_ray.engines.policy import PolicySender
 from lorapar_ray.models import resolve_model
+from lorapar_ray.precision import torch_dtype
 from lorapar_ray.session import ray_session
 
 ACTIVE = 0.4
@@ -49,7 +50,7 @@ def main() -> None:
     model = resolve_model(arguments.model)
     with ray_session(), TemporaryDirectory() as scratch:
         adapter = Path(scratch) / "adapter"
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype("auto", torch.device("cpu")))
         peft_model = attach_lora(base, rank=8, alpha=16, init="gaussian")
         save_adapter(peft_model, adapter)
         config, state = (adapter / "adapter_config.json").read_text(), adapter_state(peft_model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lorapar_ray.config import EngineConfig, Resources
+from lorapar_ray.precision import engine_dtype
 
 GPU_MEMORY_SHARE = 0.9
 """Of what an engine is given of a GPU, the part it fills; vLLM's own default for a whole one."""
@@ -20,7 +21,7 @@ def engine_arguments(model_path: str, engine: EngineConfig, *, seed: int, trust_
     """
     return {
         "model": model_path,
-        "dtype": engine.dtype,
+        **({} if engine.dtype == "auto" else {"dtype": engine.dtype}),
         "max_model_len": engine.max_model_len,
         "max_num_seqs": engine.max_num_seqs,
         "tensor_parallel_size": engine.tensor_parallel,
@@ -53,7 +54,8 @@ def platform_arguments() -> dict[str, Any]:
     """
     from vllm.platforms import current_platform
 
-    return {"block_size": 32, "enable_chunked_prefill": False} if current_platform.is_cpu() else {}
+    cpu = {"block_size": 32, "enable_chunked_prefill": False} if current_platform.is_cpu() else {}
+    return {"dtype": engine_dtype(), **cpu}
 
 
 def engine_environment(engine: EngineConfig, resources: Resources) -> dict[str, str]:

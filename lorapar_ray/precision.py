@@ -1,0 +1,36 @@
+"""What `dtype: auto` means on the machine that computes.
+
+A CPU that cannot multiply bfloat16 numbers (x86 without AVX-512, as in many laptops) emulates it, a hundred times
+slower than float32 (0.9 and 110 GFLOPS on two cores of such an AMD EPYC). Everywhere else bfloat16 halves memory and
+traffic.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def torch_dtype(dtype: str, device: Any) -> Any:
+    """A config's `dtype` as a torch.dtype, for computing on `device` (a torch.device)."""
+    import torch
+
+    if dtype == "auto":
+        native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else cpu_has_bfloat16()
+        return torch.bfloat16 if native else torch.float32
+    return getattr(torch, dtype)
+
+
+def engine_dtype() -> str:
+    """`auto` for a vLLM engine on this machine; asks vLLM, since touching a GPU here would keep vLLM from forking."""
+    import torch
+    from vllm.platforms import current_platform
+
+    native = cpu_has_bfloat16() if current_platform.is_cpu() else torch.bfloat16 in current_platform.supported_dtypes
+    return "bfloat16" if native else "float32"
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether torch's matrix products on this CPU compute in bfloat16 instead of emulating it."""
+    import torch
+
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,0 +1,30 @@
+"""What `dtype: auto` comes to; which of the two this CPU can do is taken as a fact."""
+
+import pytest
+import torch
+
+from lorapar_ray import precision
+from lorapar_ray.config import EngineConfig
+from lorapar_ray.engines.settings import engine_arguments, platform_arguments
+from lorapar_ray.precision import engine_dtype, torch_dtype
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_what_the_cpu_can_multiply(
+    native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: native)
+    assert torch_dtype("auto", CPU) == expected
+    assert engine_dtype() == str(expected).removeprefix("torch.")
+    assert torch_dtype("bfloat16", CPU) == torch.bfloat16
+
+
+def test_an_engine_takes_the_dtype_it_is_told_and_else_the_machines() -> None:
+    def dtype(engine: EngineConfig) -> str:
+        merged = {**platform_arguments(), **engine_arguments("m", engine, seed=0, trust_remote_code=False)}
+        return str(merged["dtype"])
+
+    assert dtype(EngineConfig(dtype="float16")) == "float16"
+    assert dtype(EngineConfig()) == engine_dtype()
