@@ -7,8 +7,8 @@ elements active, drawn at random. The stock optimisers step the whole adapter: t
 mask. All of them take turns within a round, and the median round counts. The state's bytes are what `state_dict` would
 hold; our index (4 bytes an active element) is counted in a row of its own.
 
-The whole SFT step (forward, backward, clipping, update) is that of a Llama of SmolLM2-135M's shape with a
-rank 8 adapter, 8 rows of 64 tokens: masked at 40 % against every element under fused AdamW and torch's own clipping.
+The whole SFT step (forward, backward, clipping, update) is that of a Llama of SmolLM2-135M's shape with a rank 8
+adapter, 8 rows of 64 tokens: masked at 40 % against every element under fused AdamW and torch's own clipping.
 """
 
 from __future__ import annotations

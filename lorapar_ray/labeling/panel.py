@@ -86,15 +86,19 @@ class Panel:
         voter = self._teachers[teacher.name]
         if voter is None or self._given_up(teacher):
             return Failure(self.dead[teacher.name])
+
+        async def vote() -> Answer:
+            asked = await voter.ask(prompt, self._choices)
+            by_number = normalised(asked.log_probs)
+            by_system = [by_number[number - 1] for number in own_numbers]
+            return Answer(by_system, asked.tokens, asked.latency_s, self._run)
+
         try:
-            asked = await persist(voter, prompt, self._choices, label, lambda: self._given_up(teacher))
+            return await persist(vote, label, lambda: self._given_up(teacher))
         except Refused as error:
             return Failure(_reason(error), by_question=not isinstance(error, ShutOut))
         except Exception as error:  # whatever breaks in a teacher, its vote abstains and the summary counts it
-            return Failure(_reason(error))
-        by_number = normalised(asked.log_probs)
-        by_system = [by_number[number - 1] for number in own_numbers]
-        return Answer(by_system, asked.tokens, asked.latency_s, self._run)
+            return Failure(self.dead.get(teacher.name) or _reason(error))
 
     def _given_up(self, teacher: TeacherConfig) -> bool:
         return teacher.name in self.dead

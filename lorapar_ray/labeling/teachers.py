@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from lorapar_ray.config import LabelConfig, TeacherConfig
 from lorapar_ray.errors import UserError
@@ -54,9 +54,12 @@ class ShutOut(Refused):
     """An answer that no question of ours would change: a wrong key, an unknown model."""
 
 
+T = TypeVar("T")
+
+
 async def persist(
-    teacher: Teacher, prompt: str, choices: list[str], label: LabelConfig, given_up: Callable[[], bool] = lambda: False
-) -> Asked:
+    ask: Callable[[], Awaitable[T]], label: LabelConfig, given_up: Callable[[], bool] = lambda: False
+) -> T:
     """Ask until there is an answer: after each failure again, up to `label.retries` times, waiting longer each time.
 
     Args:
@@ -69,13 +72,15 @@ async def persist(
     attempt = 0
     while True:
         try:
-            return await teacher.ask(prompt, choices)
+            return await ask()
         except Refused:
             raise
         except Exception:
-            if attempt == label.retries or given_up():
+            if attempt == label.retries:
                 raise
-        await asyncio.sleep(label.backoff_s * 2**attempt)
+            await asyncio.sleep(label.backoff_s * 2**attempt)
+            if given_up():
+                raise
         attempt += 1
 
 

@@ -61,6 +61,44 @@ def test_engines_lost_together_are_replaced_in_their_own_places() -> None:
     assert pool.replaced == 8
 
 
+def test_what_is_over_an_engines_limit_goes_to_whichever_has_room_first() -> None:
+    pool = pool_of(["lives", "lives"], 2, at_once=1)
+
+    async def answer(engine: Engine, wait: asyncio.Event, slow: bool) -> int:
+        if slow:
+            await wait.wait()
+        return engine.name
+
+    async def go() -> list[int]:
+        await pool.start()
+        wait = asyncio.Event()
+        slow = asyncio.create_task(pool.run(lambda engine: answer(engine, wait, True)))
+        await asyncio.sleep(0)
+        fast = [await pool.run(lambda engine: answer(engine, wait, False)) for _ in range(3)]
+        wait.set()
+        return [await slow, *fast]
+
+    assert asyncio.run(go()) == [0, 1, 1, 1]
+
+
+def test_an_engine_never_holds_more_than_its_limit() -> None:
+    pool = pool_of(["lives", "lives"], 2, at_once=3)
+    holding, most = [0, 0], [0, 0]
+
+    async def answer(engine: Engine) -> None:
+        holding[engine.name] += 1
+        most[engine.name] = max(most[engine.name], holding[engine.name])
+        await asyncio.sleep(0.001)
+        holding[engine.name] -= 1
+
+    async def go() -> None:
+        await pool.start()
+        await asyncio.gather(*(pool.run(answer) for _ in range(20)))
+
+    asyncio.run(go())
+    assert most == [3, 3]
+
+
 @pytest.mark.parametrize("when", ["start", "generate"])
 def test_an_engine_that_is_lost_again_and_again_ends_the_run(when: str) -> None:
     pool = pool_of(["generate"] + [when] * LOSSES + ["lives"], 1)

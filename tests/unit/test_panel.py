@@ -12,7 +12,7 @@ from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.calibration import ask_probes
 from lorapar_ray.labeling.hosted import deployment_options, teacher_engine_arguments
-from lorapar_ray.labeling.panel import Panel
+from lorapar_ray.labeling.panel import Failure, Panel
 from lorapar_ray.labeling.remote import secret
 from lorapar_ray.labeling.store import VoteStore, question_key
 from lorapar_ray.labeling.teachers import Asked, Refused, ShutOut, python_class
@@ -91,6 +91,23 @@ def test_a_teacher_is_given_up_for_its_own_failures_and_not_for_the_questions(mo
     assert set(asked.dead) == {"locked", "down"} and asked.quorum_lost
     assert asked.dead["down"] == "3 failures in a row, the last: ConnectionError: down!"
     assert slept == [1.0, 2.0] * 3  # only what may mend itself is tried again, and nothing once it is given up
+
+
+def test_an_answer_that_is_none_is_asked_for_again_and_then_abstains() -> None:
+    teachers = [{"name": name, "kind": "python", "model": f"{__name__}:Moody"} for name in ("well", "down")]
+    label = LabelConfig.model_validate({"teachers": teachers, "retries": 2, "backoff_s": 0.001})
+    times = []
+
+    class OneShort(Moody):
+        async def ask(self, prompt: str, choices: list[str]) -> Asked:
+            times.append(prompt)
+            return Asked([-0.1], 7, 0.01)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(f"{__name__}.Moody", OneShort)
+        found = asyncio.run(Panel(label, {}, {}, "student").ask(label.teachers[0], "q", "1"))
+    assert isinstance(found, Failure) and found.reason.startswith("IndexError") and not found.by_question
+    assert len(times) == 3
 
 
 def test_a_probe_that_a_teacher_refused_before_does_not_silence_it(tmp_path: Path) -> None:

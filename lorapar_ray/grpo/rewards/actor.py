@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from lorapar_ray.config import GrpoConfig
 
 
-Group = tuple[list[str], list[str], dict[str, list[Any]]]
+Request = tuple[list[str], list[str], dict[str, list[Any]]]
 """Prompts, completions and the rows' further columns of one call of the rewards."""
 
 AT_ONCE = 16
-"""Groups in one message to a worker at most: the first has to wait for the last."""
+"""Requests in one message to a worker at most: the first has to wait for the last."""
 
 
 class RewardActor:
@@ -29,13 +29,13 @@ class RewardActor:
     def __init__(self, specs: Sequence[RewardSpec], time_limit_s: float, memory_limit_mb: int) -> None:
         self._pool = RewardPool(list(specs), time_limit_s=time_limit_s, memory_limit_mb=memory_limit_mb)
 
-    def score(self, groups: list[Group]) -> list[RewardBatch]:
-        """As `RewardPool.score`, one group after the other."""
-        return [self._pool.score(*group) for group in groups]
+    def score(self, requests: list[Request]) -> list[RewardBatch]:
+        """As `RewardPool.score`, one request after the other."""
+        return [self._pool.score(*request) for request in requests]
 
 
 class RewardWorkers:
-    """Deals groups out to `grpo.reward_workers` actors; what comes while all are busy travels together later.
+    """Deals requests out to `grpo.reward_workers` actors; what comes while all are busy travels together later.
 
     Lives in one event loop.
     """
@@ -51,7 +51,7 @@ class RewardWorkers:
         limits = settings.reward_time_limit_s, settings.reward_memory_mb
         self._actors = [actor.remote(specs, *limits) for _ in range(settings.reward_workers)]
         self._idle = deque(self._actors)
-        self._waiting: deque[tuple[Group, asyncio.Future[RewardBatch]]] = deque()
+        self._waiting: deque[tuple[Request, asyncio.Future[RewardBatch]]] = deque()
         self._working: set[asyncio.Task[None]] = set()
         self._judge = judge
         self._weights = {reward.name: reward.weight for reward in settings.rewards}
@@ -75,10 +75,10 @@ class RewardWorkers:
             self._working.add(task)
             task.add_done_callback(self._working.discard)
 
-    async def _work(self, worker: Any, asked: list[tuple[Group, asyncio.Future[RewardBatch]]]) -> None:
-        wanted = [(group, scoring) for group, scoring in asked if not scoring.done()]  # the rest was cancelled
+    async def _work(self, worker: Any, asked: list[tuple[Request, asyncio.Future[RewardBatch]]]) -> None:
+        wanted = [(request, scoring) for request, scoring in asked if not scoring.done()]  # the rest was cancelled
         try:
-            scored = await worker.score.remote([group for group, _ in wanted])
+            scored = await worker.score.remote([request for request, _ in wanted])
         except Exception as error:
             for _, scoring in wanted:
                 if not scoring.done():

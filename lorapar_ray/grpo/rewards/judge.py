@@ -55,7 +55,7 @@ class Judge:
     async def _ask(self, teacher: Teacher, prompt: str) -> float | None:
         try:
             async with asyncio.timeout(self._settings.time_limit_s):
-                asked = await persist(teacher, prompt, self._choices, self._label)
+                asked = await persist(lambda: teacher.ask(prompt, self._choices), self._label)
                 return expected_grade(asked.log_probs)
         except Exception:  # whatever breaks in a teacher costs its grade, and is counted
             return None
