@@ -1,7 +1,7 @@
 """The rollout engines of a run: who is asked next, who has died or hangs, and which policy all of them serve.
 
-An engine that dies, or does not answer within its time limit, is replaced; its successor is brought to the current
-policy before it is asked anything, and whatever was asked of the lost one is asked again.
+An engine that dies, or does not answer within its time limit, is rebuilt beside the others, which go on: whatever it
+was asked is asked of them. Its successor is asked nothing before it has proved that it serves the current policy.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ LOSSES = 5
 """Engines lost in one place between two policies before the run stops: that is a broken setup, not bad luck."""
 LEAVE_LIMIT_S = 10.0
 """What a hanging engine's actor is given to end its own children before it is killed."""
+REBUILD_LIMIT_S = 1800.0
+"""How long the run waits while it has no engine at all; a cluster may have to add a node first."""
 
 
 class PolicyMismatch(UserError):
@@ -48,28 +50,27 @@ class EnginePool:
         self._tolerance = tolerance
         self._time_limit_s = time_limit_s
         self._engines: list[Any] = []
-        self._load: list[int] = []
-        self._busy_since: list[float] = []
+        self._load = [0] * size
+        self._busy_since = [0.0] * size
         self._busy_s = 0.0
-        self._replacing: list[asyncio.Lock] = []
-        self._losses: list[int] = []
+        self._rebuilding: dict[int, asyncio.Task[None]] = {}
+        self._losses = [0] * size
+        self._gaps = [0.0] * size
         self._replaced = 0
         self._current = PolicyReceiver()
+        self._canaries: Sequence[Canary] = ()
+        self._published = 0
 
     async def start(self) -> list[dict[str, int]]:
         """Start every engine; returns what each says of itself."""
         self._engines = [self._start() for _ in range(self._size)]
-        self._load = [0] * self._size
-        self._busy_since = [0.0] * self._size
-        self._replacing = [asyncio.Lock() for _ in range(self._size)]
-        self._losses = [0] * self._size
         return list(await asyncio.gather(*(engine.start.remote() for engine in self._engines)))
 
     async def run(self, call: Callable[[Any], Any]) -> Any:
         """`call(engine)` on the least loaded engine, in the order asked; if that is lost, on another."""
         async with self._room:
             while True:
-                slot = min(range(self._size), key=self._load.__getitem__)
+                slot = min(await self._alive(), key=self._load.__getitem__)
                 engine = self._engines[slot]
                 self._begin(slot)
                 try:
@@ -77,12 +78,15 @@ class EnginePool:
                 except Exception as error:
                     if not _lost(error):
                         raise
-                    await self._replace(slot, engine, hangs=isinstance(error, TimeoutError))
+                    self._rebuild(slot, engine, error)
                 finally:
                     self._end(slot)
 
     async def publish(self, policy: Policy, canaries: Sequence[Canary]) -> float:
         """Serve `policy` on every engine and check that they do; returns the largest canary gap.
+
+        Engines that are being rebuilt are not waited for, unless there is no other: they prove themselves before they
+        are asked anything.
 
         Raises:
             PolicyMismatch: an engine loaded another adapter, or its log-probabilities of the canary tokens are further
@@ -91,64 +95,112 @@ class EnginePool:
         import ray
 
         self._current.adapter(policy)
+        self._canaries = canaries
+        self._published += 1
         message = ray.put(policy)  # one copy for each node, however many engines it has
-        return max(await asyncio.gather(*(self._serve(slot, message, policy, canaries) for slot in range(self._size))))
+        await asyncio.gather(*(self._serve(slot, message, policy) for slot in await self._alive()))
+        return max(self._gaps[slot] for slot in await self._alive())
 
-    async def _serve(self, slot: int, message: Any, policy: Policy, canaries: Sequence[Canary]) -> float:
+    async def _serve(self, slot: int, message: Any, policy: Policy) -> None:
+        engine = self._engines[slot]
+        try:
+            gap = await asyncio.wait_for(self._proved(slot, engine, message, policy), self._time_limit_s)
+        except Exception as error:
+            if not _lost(error):
+                raise
+            self._rebuild(slot, engine, error)
+        else:
+            self._gaps[slot], self._losses[slot] = gap, 0
+
+    async def _proved(self, slot: int, engine: Any, message: Any, policy: Policy) -> float:
+        """Have an engine load the policy and prove it; returns the canary gap."""
+        loaded = await engine.load_policy.remote(message)
+        if loaded != policy.digest:
+            raise PolicyMismatch(
+                f"rollout engine {slot} loaded {loaded[:9]} as policy {policy.version}, not {policy.digest[:9]}"
+            )
+        canaries = self._canaries
+        asked = [engine.score.remote(canary.token_ids, canary.start) for canary in canaries]
+        asked += [engine.cache_gap.remote(canary.token_ids) for canary in canaries[:1]]  # one cache, one look
+        answers = await asyncio.gather(*map(_awaited, asked))
+        scored, cached = answers[: len(canaries)], answers[len(canaries) :]
+        gaps = {
+            "its log-probabilities of the canary tokens": canary_gap(canaries, scored),
+            "the tokens it decodes after a cached prompt": max(cached, default=0.0),
+        }
+        for what, gap in gaps.items():
+            if not gap <= self._tolerance:
+                raise PolicyMismatch(
+                    f"rollout engine {slot} does not serve policy {policy.version}: {what} are {gap:.3f} nats off "
+                    f"(grpo.canary_tolerance {self._tolerance:g})"
+                )
+        return max(gaps.values())
+
+    async def _alive(self) -> list[int]:
+        """The places whose engine can be asked; waits while there is none.
+
+        Raises:
+            RuntimeError: a place lost too many engines, or none could be rebuilt in time.
+        """
+        deadline = time.monotonic() + REBUILD_LIMIT_S
         while True:
-            engine = self._engines[slot]
-            try:
-                loaded = await asyncio.wait_for(_awaited(engine.load_policy.remote(message)), self._time_limit_s)
-                if loaded != policy.digest:
-                    raise PolicyMismatch(
-                        f"rollout engine {slot} loaded {loaded[:9]} as policy {policy.version}, not {policy.digest[:9]}"
-                    )
-                asked = [engine.score.remote(canary.token_ids, canary.start) for canary in canaries]
-                asked += [engine.cache_gap.remote(canary.token_ids) for canary in canaries[:1]]  # one cache, one look
-                answers = await asyncio.wait_for(asyncio.gather(*map(_awaited, asked)), self._time_limit_s)
-            except Exception as error:
-                if not _lost(error):
-                    raise
-                await self._replace(slot, engine, hangs=isinstance(error, TimeoutError))
-                continue
-            scored, cached = answers[: len(canaries)], answers[len(canaries) :]
-            gaps = {
-                "its log-probabilities of the canary tokens": canary_gap(canaries, scored),
-                "the tokens it decodes after a cached prompt": max(cached, default=0.0),
-            }
-            for what, gap in gaps.items():
-                if not gap <= self._tolerance:
-                    raise PolicyMismatch(
-                        f"rollout engine {slot} does not serve policy {policy.version}: {what} are {gap:.3f} nats off "
-                        f"(grpo.canary_tolerance {self._tolerance:g})"
-                    )
-            self._losses[slot] = 0
-            return max(gaps.values())
+            for slot, task in list(self._rebuilding.items()):
+                if task.done():
+                    del self._rebuilding[slot]
+                    task.result()
+            if alive := [slot for slot in range(self._size) if slot not in self._rebuilding]:
+                return alive
+            left = deadline - time.monotonic()
+            done, _ = await asyncio.wait(
+                self._rebuilding.values(), timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                raise RuntimeError(
+                    f"every rollout engine was lost and none could start again within {REBUILD_LIMIT_S:g} s; "
+                    "see `ray status` for the room they need"
+                )
 
-    async def _replace(self, slot: int, lost: Any, hangs: bool) -> None:
-        """Start another engine in `slot` and bring it to the current policy; one caller does it, the others wait."""
-        async with self._replacing[slot]:
-            if self._engines[slot] is not lost:
-                return
-            if hangs:
-                await _end(lost)
-            self._engines[slot] = await self._successor(slot)
+    def _rebuild(self, slot: int, lost: Any, error: Exception) -> None:
+        """Begin to replace the engine of `slot`, unless somebody already has."""
+        if self._engines[slot] is lost and slot not in self._rebuilding:
+            self._rebuilding[slot] = asyncio.create_task(self._replace(slot, lost, error))
 
-    async def _successor(self, slot: int) -> Any:
-        """A new engine that serves the current policy; another one if it dies before it does."""
-        import ray
-
+    async def _replace(self, slot: int, lost: Any, error: Exception) -> None:
+        """Put an engine that serves the current policy into `slot`; another one if it dies before it does."""
         while True:
-            self._replaced += 1
+            if not _dead(error):
+                await _leave(lost)  # else it keeps its place
             self._losses[slot] += 1
             if self._losses[slot] > LOSSES:
-                raise RuntimeError(f"rollout engine {slot} was lost {LOSSES} times; see the Ray logs of EngineActor")
-            engine = self._start()
-            with contextlib.suppress(ray.exceptions.RayActorError):
-                await engine.start.remote()
-                if (policy := self._current.whole()) is not None:
-                    await engine.load_policy.remote(ray.put(policy))
-                return engine
+                raise RuntimeError(
+                    f"rollout engine {slot} was lost {LOSSES} times; see the Ray logs of EngineActor, or raise "
+                    f"grpo.rollout_time_limit_s ({self._time_limit_s:g}) if requests take longer than that"
+                ) from error
+            self._replaced += 1
+            lost = self._start()
+            try:
+                await lost.start.remote()
+                await self._catch_up(slot, lost)
+            except PolicyMismatch:
+                raise
+            except Exception as another:
+                error = another
+            except asyncio.CancelledError:
+                await _leave(lost)
+                raise
+            else:
+                self._engines[slot] = lost
+                return
+
+    async def _catch_up(self, slot: int, engine: Any) -> None:
+        """Bring a fresh engine to the current policy, and to the next if that is published meanwhile."""
+        import ray
+
+        proved = 0
+        while proved != self._published:
+            proved = self._published
+            if (policy := self._current.whole()) is not None:
+                self._gaps[slot] = await self._proved(slot, engine, ray.put(policy), policy)
 
     @property
     def replaced(self) -> int:
@@ -172,7 +224,10 @@ class EnginePool:
 
     async def stop(self) -> None:
         """End every engine."""
-        await asyncio.gather(*(_end(engine) for engine in self._engines))
+        for task in self._rebuilding.values():
+            task.cancel()
+        await asyncio.gather(*self._rebuilding.values(), return_exceptions=True)
+        await asyncio.gather(*(_leave(engine) for engine in self._engines))
 
     def _begin(self, slot: int) -> None:
         if self._load[slot] == 0:
@@ -190,7 +245,7 @@ async def _awaited(reference: Any) -> Any:
     return await reference
 
 
-async def _end(engine: Any) -> None:
+async def _leave(engine: Any) -> None:
     """Ask an engine's actor to end its children and itself; kill it if it does not."""
     import ray
 
@@ -200,7 +255,14 @@ async def _end(engine: Any) -> None:
 
 
 def _lost(error: Exception) -> bool:
-    """Whether an engine died or hangs, as against a request that it refused."""
+    """Whether an engine, or its answer, is gone, as against a request that it refused."""
     import ray
 
-    return isinstance(error, TimeoutError | ray.exceptions.RayActorError)
+    return isinstance(error, TimeoutError | ray.exceptions.RayActorError | ray.exceptions.ObjectLostError)
+
+
+def _dead(error: Exception) -> bool:
+    """Whether Ray knows that the actor has ended; else it may only be out of reach."""
+    import ray
+
+    return isinstance(error, ray.exceptions.ActorDiedError)

@@ -5,8 +5,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
+import torch
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
+from lorapar_ray.engines.policy import Policy, PolicyReceiver, PolicySender
+from lorapar_ray.grpo import engine_pool
 from lorapar_ray.grpo.engine_pool import LOSSES, EnginePool
 
 
@@ -18,26 +21,53 @@ class Remote:
 
 
 class Engine:
-    """Dies at `start`, at `generate`, or not at all."""
+    """Dies at `start` or at `generate`, is out of reach there, fails to start, starts late, or simply `lives`."""
 
-    def __init__(self, name: int, dies: str) -> None:
-        self.name, self.dies = name, dies
+    may_start = asyncio.Event()
+
+    def __init__(self, name: int, fate: str) -> None:
+        self.name, self.fate = name, fate
         self.start, self.generate = Remote(self._start), Remote(self._generate)
+        self.load_policy = Remote(self._load_policy)
+        self.receiver, self.version = PolicyReceiver(), -1
 
     async def _start(self) -> dict[str, int]:
-        if self.dies == "start":
+        if self.fate == "start":
             raise ActorDiedError()
+        if self.fate == "no memory":
+            raise RuntimeError("no free memory on the GPU")
+        if self.fate == "late":
+            await self.may_start.wait()
         return {"pid": self.name}
+
+    async def _load_policy(self, policy: Policy) -> str:
+        self.receiver.adapter(policy)
+        self.version = policy.version
+        return policy.digest
 
     async def _generate(self) -> int:
         await asyncio.sleep(0)
-        if self.dies == "generate":
+        if self.fate == "generate":
             raise ActorDiedError()
+        if self.fate == "out of reach":
+            raise ActorUnavailableError("", None)
         return self.name
 
 
+@pytest.fixture(autouse=True)
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The engines that were told to leave; Ray itself would have to kill them."""
+    names = []
+
+    async def leave(engine: Engine) -> None:
+        names.append(engine.name)
+
+    monkeypatch.setattr(engine_pool, "_leave", leave)
+    return names
+
+
 def pool_of(fates: Iterable[str], size: int, at_once: int = 4) -> EnginePool:
-    engines = (Engine(name, dies) for name, dies in enumerate(fates))
+    engines = (Engine(name, fate) for name, fate in enumerate(fates))
     return EnginePool(lambda: next(engines), size, at_once=at_once, tolerance=0.1, time_limit_s=60)
 
 
@@ -104,3 +134,39 @@ def test_an_engine_that_is_lost_again_and_again_ends_the_run(when: str) -> None:
     pool = pool_of(["generate"] + [when] * LOSSES + ["lives"], 1)
     with pytest.raises(RuntimeError, match=f"rollout engine 0 was lost {LOSSES} times"):
         ask(pool, 1)
+
+
+def test_the_others_go_on_while_one_is_rebuilt() -> None:
+    pool = pool_of(["generate", "lives", "late"], 2)
+    Engine.may_start = asyncio.Event()  # never set
+    assert ask(pool, 6) == [1] * 6
+    assert pool.replaced == 1
+
+
+@pytest.mark.parametrize("fate", ["out of reach", "no memory"])
+def test_an_engine_that_may_live_is_ended_before_its_place_is_taken(fate: str, ended: list[int]) -> None:
+    fates = ["out of reach", "lives"] if fate == "out of reach" else ["generate", "no memory", "lives"]
+    assert ask(pool_of(fates, 1), 2) == [len(fates) - 1] * 2
+    assert ended == [len(fates) - 2]
+
+
+def test_a_policy_is_published_without_the_engine_that_is_being_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.put", lambda value: value)
+    pool = pool_of(["generate", "lives", "late"], 2)
+    parameters = {"m.lora_A.weight": torch.zeros(4)}
+    sender = PolicySender("{}", {key: value == 0 for key, value in parameters.items()})
+
+    async def go() -> None:
+        Engine.may_start = asyncio.Event()
+        await pool.start()
+        await pool.publish(sender.policy(0, parameters), [])
+        assert await pool.run(lambda engine: engine.generate.remote()) == 1
+        await pool.publish(sender.policy(1, parameters), [])
+        assert [engine.version for engine in pool._engines] == [0, 1]
+        Engine.may_start.set()
+        await asyncio.gather(*pool._rebuilding.values())
+        assert [(engine.name, engine.version) for engine in pool._engines] == [(2, 1), (1, 1)]
+        await pool.publish(sender.policy(2, parameters), [])
+        assert [engine.version for engine in pool._engines] == [2, 2]
+
+    asyncio.run(go())
