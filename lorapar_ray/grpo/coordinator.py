@@ -66,6 +66,7 @@ class Coordinator:
         self._drawn: dict[int, list[int]] = {}
         self._first_step = 0
         self._mismatch: PolicyMismatch | None = None
+        self._publishing: asyncio.Task[dict[str, float]] | None = None
         self._marked_at = time.monotonic()
         self._marked_busy_s = 0.0
 
@@ -77,6 +78,9 @@ class Coordinator:
         """Begin (again) at `step`: forget every unfinished step, and continue the prompts where the checkpoint was."""
         if self._mismatch is not None:
             raise self._mismatch  # a restarted learner would only repeat it
+        if self._publishing is not None:  # of the learners before: it must not go on beside these
+            self._publishing.cancel()
+            await asyncio.wait([self._publishing])
         for task in self._steps.values():
             task.cancel()
         self._steps.clear()
@@ -96,6 +100,13 @@ class Coordinator:
         Raises:
             PolicyMismatch: see `EnginePool.publish`.
         """
+        self._publishing = asyncio.create_task(self._publish(policy, canaries))
+        try:
+            return await self._publishing
+        except asyncio.CancelledError:
+            raise RuntimeError(f"policy {policy.version} was given up: the learners have begun again") from None
+
+    async def _publish(self, policy: Policy, canaries: list[Canary]) -> dict[str, float]:
         if self._settings.drain:
             await asyncio.gather(*self._steps.values(), return_exceptions=True)
         start = time.monotonic()
@@ -115,7 +126,7 @@ class Coordinator:
             "canary_gap": gap,
             "idle/engines": idle,
             "engines_replaced": float(self._engines.replaced),
-            "queue_depth": float(sum(task.done() for task in self._steps.values())),
+            "queue_depth": float(sum(self._steps[step].done() for step in self._steps if step >= policy.version)),
         }
 
     async def batch(self, step: int, rank: int, world: int) -> Batch:
@@ -148,8 +159,8 @@ class Coordinator:
                 sampled = await asyncio.gather(*(self._group(index, step, attempt) for index in indices))
             for index, group in zip(indices, sampled, strict=True):
                 self._stream.observe(index, group.solved)
-            groups += [group for group in sampled if group.spread > 0]
-            dropped += [group for group in sampled if group.spread == 0]
+            for group in sampled:
+                (groups if group.spread > 0 else dropped).append(group)
             if len(groups) == settings.prompts_per_step:
                 break
         return make_batch(groups, dropped, settings, self._drawn[step], step, clock.seconds)
