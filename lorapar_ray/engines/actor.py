@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from lorapar_ray.engines.policy import Policy, PolicyReceiver
 
 WATCH_S = 1.0
 """Between two looks at whether the engine lives."""
+PROOF = -1
+"""Priority of what proves a policy: before the sequences (0) that wait for room, since the learner waits for it."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,10 @@ class EngineActor:
         self._sync = sync
         self._engine: Any = None
         self._version = -1
+        self._digest = "base"
+        self._loading = asyncio.Lock()
         self._lora: Any = None
+        self._using: Counter[int] = Counter()
         self._requests = 0
         self._receiver = PolicyReceiver()
         self._open = asyncio.Event()
@@ -65,14 +71,16 @@ class EngineActor:
     async def load_policy(self, policy: Policy | None) -> str:
         """Serve `policy` (None: the base) from the next engine step on; returns the digest of what was loaded.
 
-        Requests in flight go on under it (drain them first where that is not wanted); new ones wait until it is there.
-        Key-value entries are salted with the version, so none of another policy's is ever found.
+        Requests in flight go on, under it (`merged`) or under the one they began with (`adapter`); drain them first
+        where that is not wanted. New ones wait until it is there. Key-value entries are salted with the policy's
+        digest, so none of another policy's is ever found.
         """
-        self._open.clear()
-        try:
-            return await self._load(policy)
-        finally:
-            self._open.set()
+        async with self._loading:  # two learners' policies, where one has died and the other begun, come one by one
+            self._open.clear()
+            try:
+                return await self._load(policy)
+            finally:
+                self._open.set()
 
     async def _load(self, policy: Policy | None) -> str:
         if policy is None:
@@ -90,12 +98,13 @@ class EngineActor:
                 if self._sync == "merged":
                     shutil.rmtree(folder, ignore_errors=True)
             self._version = policy.version
+        self._digest = digest
         await self._forget()
         return digest
 
     def _salt(self) -> str:
         """What keeps one policy's key-value entries from another's prompts."""
-        return f"policy {self._version}"
+        return f"policy {self._digest}"
 
     async def _forget(self) -> None:
         """Free the entries that no later prompt can match; does nothing while requests are in flight."""
@@ -113,23 +122,30 @@ class EngineActor:
         with self._alive():
             await self._engine.add_lora(lora)
             self._lora = lora
-            if previous is not None:
-                await self._engine.remove_lora(previous.lora_int_id)
-                shutil.rmtree(previous.lora_path, ignore_errors=True)
+        if previous is not None and not self._using[previous.lora_int_id]:
+            await self._drop(previous)
         return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+    async def _drop(self, lora: Any) -> None:
+        """Take away an adapter that no request uses any more: vLLM reads it again whenever one still does."""
+        with self._alive():
+            await self._engine.remove_lora(lora.lora_int_id)
+        shutil.rmtree(lora.lora_path, ignore_errors=True)
 
     async def generate(self, prompts: list[list[int]], sampling: dict[str, Any]) -> list[list[Completion]]:
         """Sample `sampling["n"]` completions of every prompt, all in flight together."""
         return list(await asyncio.gather(*(self._complete(ids, sampling, i) for i, ids in enumerate(prompts))))
 
-    async def _complete(self, prompt_ids: list[int], sampling: dict[str, Any], index: int) -> list[Completion]:
+    async def _complete(
+        self, prompt_ids: list[int], sampling: dict[str, Any], index: int, priority: int = 0
+    ) -> list[Completion]:
         from vllm import SamplingParams
 
         await self._open.wait()
         version = self._version
         seed = sampling.get("seed")
         own = {**sampling, "seed": None if seed is None else seed + index, "logprobs": 0}
-        output = await self._run(prompt_ids, SamplingParams(**own))
+        output = await self._run(prompt_ids, SamplingParams(**own), priority)
         return [
             Completion(
                 token_ids=list(choice.token_ids),
@@ -145,7 +161,8 @@ class EngineActor:
         from vllm import SamplingParams
 
         await self._open.wait()
-        output = await self._run(token_ids, SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0))
+        sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0)
+        output = await self._run(token_ids, sampling, priority=PROOF)
         pairs = list(zip(output.prompt_logprobs, token_ids, strict=True))[start:]
         return [entry[token].logprob for entry, token in pairs]
 
@@ -155,7 +172,7 @@ class EngineActor:
         Decoding reads the prefix cache, as rollouts do; prompt log-probabilities never do. So entries that another
         policy left behind show up here.
         """
-        [done] = await self._complete(token_ids, {"max_tokens": 4, "temperature": 1.0, "seed": 0}, 0)
+        [done] = await self._complete(token_ids, {"max_tokens": 4, "temperature": 1.0, "seed": 0}, 0, priority=PROOF)
         afresh = await self.score([*token_ids, *done.token_ids], len(token_ids))
         return sum(abs(a - b) for a, b in zip(done.logprobs, afresh, strict=True)) / len(afresh)
 
@@ -165,19 +182,30 @@ class EngineActor:
 
         for child in psutil.Process().children(recursive=True):
             child.kill()
+        if self._lora is not None:
+            shutil.rmtree(self._lora.lora_path, ignore_errors=True)
         os._exit(0)
 
-    async def _run(self, prompt_ids: list[int], params: Any) -> Any:
+    async def _run(self, prompt_ids: list[int], params: Any, priority: int = 0) -> Any:
         from vllm.sampling_params import RequestOutputKind
 
         params.output_kind = RequestOutputKind.FINAL_ONLY  # one output with all n completions, none in between
         self._requests += 1
-        last = None
+        last, lora = None, self._lora
+        held = -1 if lora is None else lora.lora_int_id
         prompt = {"prompt_token_ids": prompt_ids, "cache_salt": self._salt()}
-        with self._alive():
-            stream = self._engine.generate(prompt, params, request_id=str(self._requests), lora_request=self._lora)
-            async for output in stream:
-                last = output
+        self._using[held] += 1
+        try:
+            with self._alive():
+                stream = self._engine.generate(
+                    prompt, params, request_id=str(self._requests), lora_request=lora, priority=priority
+                )
+                async for output in stream:
+                    last = output
+        finally:
+            self._using[held] -= 1
+        if lora is not None and lora is not self._lora and not self._using[held]:
+            await self._drop(lora)
         return last
 
     async def _rpc(self, method: str, *args: Any) -> list[Any]:
@@ -245,7 +273,8 @@ def start_engine(
 def _spill(adapter: bytes, config: str) -> Path:
     """Write an adapter where every process of this machine can map it; complete before its name is told."""
     shared = Path("/dev/shm")
-    root = Path(tempfile.mkdtemp(prefix="lorapar-", dir=shared if shared.is_dir() else None))
+    roomy = shared.is_dir() and shutil.disk_usage(shared).free > 2 * len(adapter)  # 64 MiB in a plain container
+    root = Path(tempfile.mkdtemp(prefix="lorapar-", dir=shared if roomy else None))
     (root / "adapter_model.safetensors").write_bytes(adapter)
     (root / "adapter_config.json").write_text(config)
     return root

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lorapar_ray.adapters.merge import lora_scaling, merged_weights
+from lorapar_ray.adapters.merge import base_name, lora_scaling, merged_weights
 from lorapar_ray.engines.cpu import lighten
 
 
@@ -44,18 +44,22 @@ class PolicyLoader:
             SHA-256 of the adapter file that was read, or `base`; the sender compares it with what it sent.
         """
         base = BaseWeights(Path(self.model_config.model))
-        touched: set[str] = getattr(self, "_lorapar_touched", set())
+        before: set[str] = getattr(self, "_lorapar_touched", set())
         if adapter is None:
-            self._lorapar_reload((name, base[name]) for name in sorted(touched))
+            self._lorapar_reload((name, base[name]) for name in sorted(before))
             return "base"
         blob = (Path(adapter) / "adapter_model.safetensors").read_bytes()
         state = load_file(Path(adapter) / "adapter_model.safetensors")
         scaling = lora_scaling(json.loads((Path(adapter) / "adapter_config.json").read_text()))
 
+        adapted = {base_name(key) for key in state}
+        stacked = getattr(self.model_runner.model, "packed_modules_mapping", {})
+        touched = with_stacked(adapted | before, stacked) & base.keys()
+
         def weights() -> Iterator[tuple[str, torch.Tensor]]:
-            for name, tensor in merged_weights(base, state, scaling=scaling):
-                touched.add(name)
-                yield name, tensor
+            yield from merged_weights(base, state, scaling=scaling)
+            for name in sorted(touched - adapted):
+                yield name, base[name]
 
         self._lorapar_reload(weights())
         self._lorapar_touched = touched
@@ -63,6 +67,22 @@ class PolicyLoader:
 
     def _lorapar_reload(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         self.model_runner.reload_weights(weights_iterator=weights)
+
+
+def with_stacked(names: Iterable[str], stacked: Mapping[str, Sequence[str]]) -> set[str]:
+    """`names` and the weights that vLLM keeps in one tensor with them: it loads such a tensor whole or leaves holes.
+
+    Args:
+        names: checkpoint names, such as `model.layers.0.self_attn.q_proj.weight`.
+        stacked: vLLM's `packed_modules_mapping`, such as `qkv_proj` to `q_proj`, `k_proj` and `v_proj`.
+    """
+    parts_of = {part: parts for parts in stacked.values() for part in parts}
+    found = set(names)
+    for name in names:
+        module, _, kind = name.rpartition(".")
+        path, _, part = module.rpartition(".")
+        found |= {f"{path}.{other}.{kind}" for other in parts_of.get(part, ())}
+    return found
 
 
 class BaseWeights(Mapping[str, torch.Tensor]):

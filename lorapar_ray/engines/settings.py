@@ -25,6 +25,9 @@ def engine_arguments(model_path: str, engine: EngineConfig, *, seed: int, trust_
         "max_model_len": engine.max_model_len,
         "max_num_seqs": engine.max_num_seqs,
         "tensor_parallel_size": engine.tensor_parallel,
+        # an engine's actor holds all of its GPUs; left to itself vLLM would ask Ray for them once more
+        **({"distributed_executor_backend": "mp"} if engine.tensor_parallel > 1 else {}),
+        "scheduling_policy": "priority",
         "enforce_eager": engine.enforce_eager,
         "seed": seed,
         "trust_remote_code": trust_remote_code,

@@ -43,15 +43,17 @@ class Source:
         self.version = -1
 
     @torch.no_grad()
-    def next(self) -> tuple[Any, list[Canary]]:
+    def next(self, *modules: str) -> tuple[Any, list[Canary]]:
+        """Another policy; with `modules` an adapter of those alone."""
         self.version += 1
         generator = torch.Generator().manual_seed(self.version)
-        for parameter in self.parameters.values():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        sent = {key: it for key, it in self.parameters.items() if not modules or key.split(".")[-3] in modules}
+        for key, parameter in self.parameters.items():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator) * (key in sent))
         ids = torch.tensor([TOKENS])
         logits = self.model(input_ids=ids).logits[:, START - 1 : -1]
         logprobs, _ = token_logprobs(logits, ids[:, START:])
-        return self.sender.policy(self.version, self.parameters), [Canary(TOKENS, START, logprobs[0].tolist())]
+        return self.sender.policy(self.version, sent), [Canary(TOKENS, START, logprobs[0].tolist())]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,7 @@ def test_a_policy_that_is_not_the_learners_is_caught_and_a_hanging_engine_replac
             lambda: engine_of(finished.student, fault), 1, at_once=8, tolerance=TOLERANCE, time_limit_s=120
         )
         [told] = await pool.start()
+        assert await pool.publish(*source.next("q_proj", "v_proj")) < TOLERANCE  # vLLM keeps q, k and v in one tensor
         assert await pool.publish(*source.next()) < TOLERANCE
         for kind in ("stale", "half", "wrong", "scale", "digest", "cache"):
             fault.write_text(kind)
