@@ -23,9 +23,9 @@ def _reward(kind: str) -> Any:
         for completion in completions:
             print("noise on standard output")
             _fails(kind, completion)
-        return [1.0] * len(completions)
+        return [float("nan") if kind == "nan" and completion == "bad" else 1.0 for completion in completions]
 
     return reward
 
 
-raises, hangs, dies, eats = (_reward(kind) for kind in ("raise", "hang", "die", "eat"))
+raises, hangs, dies, eats, divides_by_zero = (_reward(kind) for kind in ("raise", "hang", "die", "eat", "nan"))

@@ -70,7 +70,14 @@ def test_unknown_rewards_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reward", "cause"), [("raises", "raised"), ("hangs", "timeout"), ("dies", "crashed"), ("eats", "raised")]
+    ("reward", "cause"),
+    [
+        ("raises", "raised"),
+        ("hangs", "timeout"),
+        ("dies", "crashed"),
+        ("eats", "raised"),
+        ("divides_by_zero", "not_finite"),
+    ],
 )
 def test_a_bad_sample_costs_itself_only(reward: str, cause: str) -> None:
     specs = [RewardSpec(f"tests.unit.bad_rewards:{reward}"), RewardSpec("numeric_answer", 2.0)]
@@ -79,3 +86,19 @@ def test_a_bad_sample_costs_itself_only(reward: str, cause: str) -> None:
     assert result.parts[specs[0].name] == [1.0, 1.0, None, 1.0]
     assert result.failures == {cause: 1}
     assert result.total == [3.0, 1.0, 0.0, 3.0]
+
+
+def test_a_reward_that_a_worker_cannot_import_is_the_users_error() -> None:
+    pool = RewardPool([RewardSpec("no_such_module:reward")], time_limit_s=5, memory_limit_mb=512)
+    with pool, pytest.raises(UserError, match="'no_such_module:reward' cannot be imported"):
+        pool.score(["q"], ["1"], {"answer": ["1"]})
+
+
+def test_a_start_that_takes_too_long_leaves_no_answer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    with RewardPool([RewardSpec("numeric_answer")], time_limit_s=5, memory_limit_mb=512) as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr("lorapar_ray.grpo.rewards.pool.START_LIMIT_S", 0.0)
+            assert pool.score(["q"], ["1"], {"answer": ["1"]}).failures == {"timeout": 1}
+        for right in ("1", "2"):
+            scored = pool.score(["q"] * 2, ["1", "2"], {"answer": [right] * 2})
+            assert scored.total == [float(right == "1"), float(right == "2")]

@@ -78,7 +78,7 @@ def judging(config: Config) -> Iterator[dict[str, Any] | None]:
         yield None
         return
     settings, teachers = config.grpo.judge, config.judges
-    own = {"strategy": "vote", "quorum": 1, "prompt": VotePrompt(choice=settings.choice)}
+    own = {"strategy": "vote", "quorum": 1, "workers": 1, "prompt": VotePrompt(choice=settings.choice)}
     label = config.label.model_copy(update={**own, "teachers": teachers, "timeout_s": settings.time_limit_s})
     panel = config.model_copy(update={"name": f"{config.name}-judge", "label": label})
     keys = secrets(teachers)

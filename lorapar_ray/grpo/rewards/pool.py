@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +14,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-START_LIMIT_S = 60.0
+from lorapar_ray.errors import UserError
+
+START_LIMIT_S = 300.0
 """A fresh process imports the rewards' modules before it says it is ready; that is not a reward's own time."""
 
 
@@ -32,7 +37,7 @@ class RewardBatch:
     parts: dict[str, list[float | None]]
     """By reward; None where it failed."""
     failures: dict[str, int]
-    """Samples lost by cause: `raised`, `timeout`, `crashed`, and the name of a reward found elsewhere."""
+    """Samples lost by cause: `raised`, `timeout`, `crashed`, `not_finite`, and the name of a reward found elsewhere."""
 
 
 def with_part(
@@ -56,6 +61,7 @@ class RewardPool:
         self._time_limit_s = time_limit_s
         self._memory_limit_mb = memory_limit_mb
         self._process: subprocess.Popen[str] | None = None
+        self._asked = 0
 
     def __enter__(self) -> RewardPool:
         return self
@@ -64,7 +70,11 @@ class RewardPool:
         self.close()
 
     def score(self, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]) -> RewardBatch:
-        """Every reward of every completion; `columns` are the rows' further fields, as TRL passes them."""
+        """Every reward of every completion; `columns` are the rows' further fields, as TRL passes them.
+
+        Raises:
+            UserError: there is no such reward, or it cannot be imported here.
+        """
         failures: Counter[str] = Counter()
         parts = {spec.name: self._part(spec.name, prompts, completions, columns, failures) for spec in self._specs}
         total = [
@@ -76,7 +86,8 @@ class RewardPool:
     def close(self) -> None:
         """End the process."""
         if self._process is not None:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # with whatever the rewards have started
             self._process.wait()
             for stream in (self._process.stdin, self._process.stdout):
                 if stream is not None:
@@ -95,7 +106,9 @@ class RewardPool:
         request = {"reward": name, "prompts": prompts, "completions": completions, "columns": columns}
         values, cause = self._ask(request, len(completions))
         if values is not None:
-            return list(values)
+            if None in values:
+                failures["not_finite"] += values.count(None)
+            return values
         if len(completions) == 1:
             failures[cause] += 1
             return [None]
@@ -106,11 +119,13 @@ class RewardPool:
             halves += self._part(name, prompts[part], completions[part], fields, failures)
         return halves
 
-    def _ask(self, request: dict[str, Any], count: int) -> tuple[list[float] | None, str]:
+    def _ask(self, request: dict[str, Any], count: int) -> tuple[list[float | None] | None, str]:
         """(values, "") or (None, cause)."""
-        process = self._ready()
-        assert process.stdin is not None and process.stdout is not None
+        self._asked += 1
+        request = {"number": self._asked, **request}
         try:
+            process = self._ready()
+            assert process.stdin is not None
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
             line = _read_line(process, self._time_limit_s)
@@ -123,6 +138,9 @@ class RewardPool:
             self.close()
             return None, "crashed"
         answer = json.loads(line)
+        if answer["number"] != self._asked:
+            self.close()  # an answer to something else
+            return None, "crashed"
         values = answer.get("values")
         if values is None or len(values) != count:
             return None, "raised"
@@ -133,8 +151,13 @@ class RewardPool:
             self.close()
             names = [spec.name for spec in self._specs]
             command = [sys.executable, "-m", "lorapar_ray.grpo.rewards.worker", str(self._memory_limit_mb), *names]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            _read_line(self._process, START_LIMIT_S)
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            )
+            said = _read_line(self._process, START_LIMIT_S)
+            if said and json.loads(said) != "ready":
+                self.close()
+                raise UserError(json.loads(said)["error"])
         return self._process
 
 

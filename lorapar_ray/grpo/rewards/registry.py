@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.config import JUDGE
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.rewards import functions
+
+if TYPE_CHECKING:
+    from lorapar_ray.config import GrpoConfig
 
 RewardFunction = Callable[..., list[float]]
 
@@ -41,3 +44,14 @@ def get_reward(name: str) -> RewardFunction:
     except (ImportError, AttributeError) as error:
         raise UserError(f"grpo.rewards: '{name}' cannot be imported ({error}); is it on PYTHONPATH?") from error
     return loaded  # type: ignore[no-any-return]
+
+
+def require_rewards(settings: GrpoConfig) -> None:
+    """Check that every reward of `grpo.rewards` can be had.
+
+    Raises:
+        UserError: see `get_reward`.
+    """
+    for reward in settings.rewards:
+        if reward.name != JUDGE:
+            get_reward(reward.name)

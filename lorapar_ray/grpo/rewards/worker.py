@@ -8,32 +8,41 @@ limited to what the process holds when it is ready plus MEMORY_MB.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import resource
 import sys
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 
 def serve(memory_mb: int, rewards: list[str]) -> None:
-    """Say `ready`, then answer {reward, prompts, completions, columns} with {values} or {error} until input ends."""
+    """Say `ready`, or why not, then answer requests until input ends.
+
+    A request is {number, reward, prompts, completions, columns}, its answer {number, values} or {number, error}; a
+    value that is no finite number comes back as null.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     from lorapar_ray.errors import UserError
     from lorapar_ray.grpo.rewards.registry import get_reward
 
-    for name in rewards:
-        with contextlib.suppress(UserError):  # reported when it is asked for
+    try:
+        for name in rewards:
             get_reward(name)
+    except UserError as error:
+        answers.write(json.dumps({"error": str(error)}) + "\n")
+        answers.flush()
+        return
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + memory_mb * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     answers.write('"ready"\n')
     answers.flush()
     for line in sys.stdin:
-        answers.write(json.dumps(_answer(get_reward, json.loads(line))) + "\n")
+        request = json.loads(line)
+        answers.write(json.dumps({"number": request["number"], **_answer(get_reward, request)}) + "\n")
         answers.flush()
 
 
@@ -41,7 +50,7 @@ def _answer(get_reward: Any, request: dict[str, Any]) -> dict[str, Any]:
     try:
         function = get_reward(request["reward"])
         values = function(request["prompts"], request["completions"], **request["columns"])
-        return {"values": [float(value) for value in values]}
+        return {"values": [float(value) if value is not None and isfinite(value) else None for value in values]}
     except BaseException as error:  # a user's reward may raise anything, SystemExit too
         return {"error": f"{type(error).__name__}: {error}"[:500]}
 
