@@ -34,10 +34,11 @@ def _open(config_path: Path, run_dir: Path | None, overrides: list[str] | None) 
 
 
 def _execute(config: Config, run: RunDirectory, stages: tuple[str, ...], verbose: bool) -> None:
-    from lorapar_ray.pipeline import PIPELINE, pending, run_stage
+    from lorapar_ray.pipeline import PIPELINE, check, pending, run_stage
     from lorapar_ray.progress import console
     from lorapar_ray.session import ray_session
 
+    check(config, stages)
     run.open(config)
     due = pending(config, run, stages)
     needs_ray = any(PIPELINE[name].uses_ray(config) for name in due)

@@ -1,7 +1,7 @@
 """The one typed config tree: YAML in, resolved YAML out, unknown fields refused.
 
-Every field is read by exactly one stage, and `Config.inputs_of(stage)` says which parts decide that stage's output:
-that is what `manifest.json` digests, so that changing `grpo.learning_rate` does not relabel anything.
+`Config.inputs_of(stage)` says which parts decide a stage's output: that is what `manifest.json` digests, so that
+changing `grpo.learning_rate` does not relabel anything.
 """
 
 from __future__ import annotations
@@ -167,12 +167,16 @@ class TeacherConfig(Section):
             raise ValueError("base_url belongs to kind: remote, and only there")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas: {self.max_replicas} is below replicas ({self.replicas})")
-        gpus, ranks = self.resources.gpus, self.engine.tensor_parallel
-        if gpus and gpus != ranks and not (gpus < 1 and ranks == 1):
-            raise ValueError(
-                f"resources.gpus: {gpus:g} for engine.tensor_parallel {ranks}; give each rank a GPU, or one a fraction"
-            )
+        _require_gpu_for_each_rank("resources", self.resources, "engine", self.engine)
         return self
+
+
+def _require_gpu_for_each_rank(place: str, resources: Resources, name: str, engine: EngineConfig) -> None:
+    gpus, ranks = resources.gpus, engine.tensor_parallel
+    if gpus and gpus != ranks and not (gpus < 1 and ranks == 1):
+        raise ValueError(
+            f"{place}.gpus: {gpus:g} for {name}.tensor_parallel {ranks}; give each rank a GPU, or one a fraction"
+        )
 
 
 class VoteExample(Section):
@@ -344,6 +348,13 @@ class PartitionConfig(Section):
     """`random`: sets of the same sizes drawn at random, the paper's baseline."""
 
 
+WARMUP_FIELDS = (
+    *("batch_size", "micro_batch_size", "lora_plus_ratio", "weight_decay", "betas", "max_grad_norm", "max_length"),
+    *("packing", "length_bucketing"),
+)
+"""Those of `sft` that the warm-up goes by too; the others are set for it, or change nothing that it computes."""
+
+
 class SftConfig(Section):
     """Stage 1: supervised fine-tuning of the System 1 region on System 1 rows."""
 
@@ -386,6 +397,19 @@ class SftConfig(Section):
     resources: Resources = Resources()
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
     """TensorBoard's files are in `metrics/tensorboard`."""
+
+    def warmup(self, adapter: AdapterConfig) -> SftConfig:
+        """The settings of the warm-up before scoring: a few steps at a constant rate."""
+        settings = {
+            "max_steps": adapter.warmup_steps,
+            "learning_rate": adapter.warmup_learning_rate,
+            "schedule": "constant",
+            "warmup_ratio": 0.0,
+            "checkpoint_every": 10**9,
+            "validation": 0.0,
+            "patience": None,
+        }
+        return self.model_copy(update=settings)
 
     @model_validator(mode="after")
     def _patience_needs_validation(self) -> SftConfig:
@@ -452,9 +476,13 @@ class GrpoConfig(Section):
     loss: Literal["dapo", "grpo", "dr_grpo", "bnpo", "gspo", "cispo"] = "dapo"
     clip_low: Annotated[float, Field(ge=0)] = 0.2
     clip_high: Annotated[float, Field(ge=0)] = 0.28
+    """Bounds of the ratio to the policy before the update; `cispo` caps the ratio at `clip_high` itself, at least 1. A
+    step is one update, so that ratio is 1: nothing is clipped and `gspo` has the gradient of `grpo`. How far the
+    sampler lags behind (`max_staleness`) is corrected by `importance_cap` and `sequence_ratio_bounds`."""
     kl_beta: Annotated[float, Field(ge=0)] = 0.0
     importance_cap: Annotated[float, Field(gt=0)] | None = 2.0
-    """Truncated importance sampling against the sampler's own log-probabilities; None turns it off."""
+    """Truncated importance sampling against the sampler's own log-probabilities; None turns it off, which
+    `max_staleness` above 0 forbids."""
     sequence_ratio_bounds: tuple[float, float] | None = None
     """Leave out completions whose mean learner/sampler ratio lies outside; None keeps all."""
     advantage_scale: Literal["group", "batch", "none"] = "group"
@@ -500,7 +528,34 @@ class GrpoConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _stale_samples_are_corrected(self) -> GrpoConfig:
+        if self.max_staleness > 0 and self.importance_cap is None:
+            raise ValueError(
+                "importance_cap: nothing else corrects the stale samples of max_staleness above 0; set one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_holds_a_sample(self) -> GrpoConfig:
+        longest, room = self.max_prompt_length + self.max_completion_length, self.rollout_engine.max_model_len
+        if longest > room:
+            raise ValueError(
+                f"rollout_engine.max_model_len: {room} is less than max_prompt_length + max_completion_length "
+                f"({longest}); raise it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cap_keeps_the_ratio(self) -> GrpoConfig:
+        if self.loss == "cispo" and self.clip_high < 1:
+            raise ValueError(
+                f"clip_high: {self.clip_high:g} would shrink every gradient under loss cispo; set 1 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_engine_a_gpu(self) -> GrpoConfig:
+        _require_gpu_for_each_rank("rollout_resources", self.rollout_resources, "rollout_engine", self.rollout_engine)
         engine, learner = self.rollout_resources.gpus, self.learner_resources.gpus
         left = 1 - engine
         shared = max(self.rollout_actors, self.learners) > 1 and 0 < engine < 1 and 0 < learner < 1
@@ -527,6 +582,11 @@ class EvaluateConfig(Section):
     stop: list[str] = []
     engine: EngineConfig = EngineConfig()
     resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _gpu_for_each_rank(self) -> EvaluateConfig:
+        _require_gpu_for_each_rank("resources", self.resources, "engine", self.engine)
+        return self
 
 
 class Config(Section):
@@ -580,6 +640,11 @@ class Config(Section):
         return any({"sft": self.sft.masked, "grpo": self.grpo.masked}[stage] for stage in self.order)
 
     @property
+    def warms_up(self) -> bool:
+        """Whether the adapter takes a few steps before it is scored: with B = 0 every score would be zero."""
+        return self.partitioned and self.adapter.init == "default" and self.adapter.warmup_steps > 0
+
+    @property
     def judges(self) -> list[TeacherConfig]:
         """The teachers that grade completions in stage 2."""
         chosen = self.grpo.judge.teachers
@@ -596,7 +661,7 @@ class Config(Section):
             "label": ("data", "label"),
             "score": ("model", "adapter", "score"),
             "partition": ("partition",),
-            "sft": ("model", "sft"),
+            "sft": ("model", "adapter", "sft"),
             "grpo": ("model", "grpo"),
             "evaluate": ("model", "data", "evaluate"),
             "report": (),
@@ -605,6 +670,8 @@ class Config(Section):
         decided = {"seed": self.seed, **{name: everything[name] for name in sections}}
         if stage in ("score", "partition"):
             decided["partitioned"] = self.partitioned
+        if stage == "score" and self.warms_up:
+            decided["warmup"] = {name: everything["sft"][name] for name in WARMUP_FIELDS}
         if stage == "grpo" and self.grpo.judged:
             decided["judges"] = [judge.model_dump(mode="json") for judge in self.judges]
         if stage == "evaluate":

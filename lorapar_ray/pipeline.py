@@ -57,7 +57,7 @@ def _score(config: Config, run: RunDirectory) -> dict[str, Any]:
         return {}
     samples = [row for system in SYSTEMS for row in scored_rows(config, run, system)]
     if not (run.adapter / "adapter_config.json").is_file():
-        if config.adapter.init == "default" and config.adapter.warmup_steps > 0:
+        if config.warms_up:
             initial = run.work / "score" / "initial"
             make_adapter(config, run, initial)
             warm_up(config, run, initial, samples)
@@ -137,6 +137,20 @@ def stages_of(config: Config) -> tuple[str, ...]:
     return (*rest[:first], *config.order, *rest[first:])
 
 
+def check(config: Config, stages: tuple[str, ...]) -> None:
+    """Find what would end one of `stages` hours after the first has begun.
+
+    Raises:
+        UserError: there is nothing to evaluate on, or a reward cannot be had.
+    """
+    from lorapar_ray.grpo.rewards.registry import require_rewards
+
+    if "evaluate" in stages and not config.data.test:
+        raise UserError("data.test: no source to evaluate on; give at least one, or run the stages one by one")
+    if "grpo" in stages:
+        require_rewards(config.grpo)
+
+
 def pending(config: Config, run: RunDirectory, stages: tuple[str, ...] | None = None) -> list[str]:
     """The stages (None: all of the run's) that would run; once one must, so must every later one that needs it."""
     due: list[str] = []
@@ -212,7 +226,14 @@ def _clear(run: RunDirectory, name: str) -> None:
     """Remove what `name` left for other inputs, partial results included."""
     belongs = {
         "label": (run.labels, run.data, run.rejects, run.work / "label"),
-        "score": (run.scores, run.adapter, run.work / "score", run.work / "warmup", run.metrics / "warmup.jsonl"),
+        "score": (
+            run.scores,
+            run.adapter,
+            run.work / "score",
+            run.work / "warmup",
+            run.metrics / "warmup.jsonl",
+            run.metrics / "tensorboard" / f"{run.manifest()['identity']['name']}-warmup",
+        ),
         "partition": (run.partition,),
         "sft": (
             run.sft,
@@ -221,7 +242,14 @@ def _clear(run: RunDirectory, name: str) -> None:
             run.metrics / "sft_validation.jsonl",
             run.metrics / "tensorboard" / f"{run.manifest()['identity']['name']}-sft",
         ),
-        "grpo": (run.grpo, run.work / "grpo", run.metrics / "grpo.jsonl", run.metrics / "samples.jsonl"),
+        "grpo": (
+            run.grpo,
+            run.work / "grpo",
+            run.rejects / "grpo.parquet",
+            run.metrics / "grpo.jsonl",
+            run.metrics / "samples.jsonl",
+            run.metrics / "tensorboard" / "grpo",
+        ),
         "evaluate": (run.eval,),
         "report": (run.report,),
     }[name]

@@ -78,6 +78,7 @@ def tiny_config(student: Path) -> dict[str, Any]:
             "steps": 4,
             "prompts_per_step": 2,
             "group_size": 4,
+            "max_prompt_length": 128,
             "max_completion_length": 8,
             "learning_rate": 1e-3,
             "schedule": "constant",

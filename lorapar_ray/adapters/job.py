@@ -51,16 +51,24 @@ def require_lora(folder: Path) -> None:
     """Check an adapter directory of the user's.
 
     Raises:
-        UserError: it is missing, holds no safetensors, or another kind of adapter.
+        UserError: it is missing, holds no safetensors, or another kind of adapter, or one whose rank or scale differs
+            between modules.
     """
     settings = folder / "adapter_config.json"
     if not settings.is_file() or not (folder / "adapter_model.safetensors").is_file():
         raise UserError(
             f"adapter.path '{folder}': needs adapter_config.json and adapter_model.safetensors, as PEFT saves them"
         )
-    kind = json.loads(settings.read_text()).get("peft_type")
+    found = json.loads(settings.read_text())
+    kind = found.get("peft_type")
     if kind != "LORA":
         raise UserError(f"adapter.path '{folder}': holds a {kind} adapter; only LoRA has elements to score and cut")
+    for field in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+        if found.get(field):
+            raise UserError(
+                f"adapter.path '{folder}': has {field}; engines serve base + s·BA with one rank and one alpha: give a "
+                "plain LoRA"
+            )
 
 
 def initialise(model: dict[str, Any], adapter: dict[str, Any], base: str, target: str, seed: int) -> str | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lorapar_ray.config import GrpoConfig, ModelConfig
 from lorapar_ray.engines.policy import Policy, PolicySender
 from lorapar_ray.grpo.batches import Batch, Canary, Clock, Sample
-from lorapar_ray.grpo.loss import policy_loss
+from lorapar_ray.grpo.loss import part_weight, policy_loss
 from lorapar_ray.grpo.packing import PackedRows, can_share_prompts, group_by_prompt, pack, packed_logprobs
 from lorapar_ray.grpo.tracking import Curves
 from lorapar_ray.logprobs import token_logprobs
@@ -64,7 +64,7 @@ def learn_worker(payload: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     coordinator = ray.get_actor(job.coordinator)
     learner = Learner(job)
-    step, stream = learner.restore()
+    step, stream = learner.restore(rank, world)
     leads = rank == 0
     canaries = learner.canaries() if leads or learner.sharded else []
     if leads:
@@ -156,28 +156,23 @@ class Learner:
         if batch.count == 0:
             return {"learning_rate": rate, "loss": 0.0, "grad_norm": 0.0}
         self.optimizer.zero_grad(set_to_none=False)
-        totals: dict[str, float] = {}
+        parts: list[tuple[dict[str, float], int]] = []
         shared = can_share_prompts(self.model.config)
         micros = list(micro_batches(group_by_prompt(batch.samples, shared), settings.micro_batch_size))
         for micro in micros:
             loss, metrics = self._loss(micro, batch)
             loss.backward()
-            totals["loss"] = totals.get("loss", 0.0) + float(loss.detach())
-            for key, value in metrics.items():
-                combine = {"max": max, "min": min}.get(key.rsplit("_", 1)[-1])
-                if combine is not None:
-                    totals[key] = combine(totals.get(key, value), value)
-                else:
-                    totals[key] = totals.get(key, 0.0) + value * sum(map(len, micro)) / len(batch.samples)
+            parts.append(({"loss": float(loss.detach()), **metrics}, sum(map(len, micro))))
         self._keep_company(len(micros))
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         if world > 1:
             _sum_over_ranks([parameter.grad for parameter in self.parameters.values() if parameter.grad is not None])
+            parts = _from_all_ranks(parts, world)
         grad_norm = self.optimizer.clip_grad_norm_(settings.max_grad_norm)
         self.optimizer.step()
-        return {**totals, "learning_rate": rate, "grad_norm": float(grad_norm)}
+        return {**step_metrics(parts), "learning_rate": rate, "grad_norm": float(grad_norm)}
 
     def _keep_company(self, passes: int) -> None:
         """Where the base is cut over the learners, each pass needs every rank: make as many as the busiest one."""
@@ -216,9 +211,7 @@ class Learner:
             sequence_mask_bounds=settings.sequence_ratio_bounds,
             entropy_BT=entropy_BT,
         )
-        # dapo is normalised by the step's tokens already; the others are means over the sequences they are given
-        share = 1.0 if settings.loss == "dapo" else sum(map(len, groups)) / batch.count
-        return output.loss * share, output.metrics
+        return output.loss * part_weight(settings.loss, sum(map(len, groups)), batch.count), output.metrics
 
     @torch.no_grad()
     def _reference_logprobs(self, rows: PackedRows) -> Tensor:
@@ -264,11 +257,15 @@ class Learner:
         for old in sorted(Path(self.job.checkpoints).glob("step-*.safetensors"))[:-2]:
             old.unlink()
 
-    def restore(self) -> tuple[int, dict[str, Any] | None]:
-        """Load the newest checkpoint; returns (steps done, prompt stream state)."""
+    def restore(self, rank: int, world: int) -> tuple[int, dict[str, Any] | None]:
+        """Load the checkpoint that is the newest to rank 0; returns (steps done, prompt stream state)."""
         from lorapar_ray.tensortree import load_tree
 
-        found = sorted(Path(self.job.checkpoints).glob("step-*.safetensors"))
+        found = sorted(Path(self.job.checkpoints).glob("step-*.safetensors")) if rank == 0 else []
+        if world > 1:  # another node's view of a shared file system may lag behind
+            names: list[Any] = [[file.name for file in found]]
+            dist.broadcast_object_list(names)
+            found = [Path(self.job.checkpoints) / name for name in names[0]]
         if not found:
             return 0, None
         tree = load_tree(found[-1])
@@ -285,15 +282,44 @@ class Learner:
 
 
 def micro_batches(groups: list[list[Sample]], sequences: int) -> Iterator[list[list[Sample]]]:
-    """Consecutive groups holding at most `sequences` samples together (a larger group comes alone)."""
+    """Consecutive groups holding at most `sequences` samples together; a larger group comes in pieces."""
     part: list[list[Sample]] = []
-    for group in groups:
-        if part and sum(map(len, part)) + len(group) > sequences:
+    for piece in (piece for group in groups for piece in pieces(group, sequences)):
+        if part and sum(map(len, part)) + len(piece) > sequences:
             yield part
             part = []
-        part.append(group)
+        part.append(piece)
     if part:
         yield part
+
+
+def pieces(group: list[Sample], size: int) -> Iterator[list[Sample]]:
+    """A group in parts of at most `size` samples, each of which computes the prompt anew."""
+    for start in range(0, len(group), size):
+        yield group[start : start + size]
+
+
+def step_metrics(parts: list[tuple[dict[str, float], int]]) -> dict[str, float]:
+    """Metrics of a step from those of its parts, each with its number of sequences.
+
+    `loss` adds up, `..._max` and `..._min` are extremes, the others means over the sequences of parts that have them.
+    """
+    found: dict[str, float] = {}
+    for key in {key: None for metrics, _ in parts for key in metrics}:
+        values = [(metrics[key], count) for metrics, count in parts if key in metrics]
+        if key == "loss":
+            found[key] = sum(value for value, _ in values)
+        elif key.endswith(("_max", "_min")):
+            found[key] = (max if key.endswith("_max") else min)(value for value, _ in values)
+        else:
+            found[key] = sum(value * count for value, count in values) / sum(count for _, count in values)
+    return found
+
+
+def _from_all_ranks(parts: list[Any], world: int) -> list[Any]:
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, parts)
+    return [part for each in gathered for part in each]
 
 
 def _sum_over_ranks(gradients: list[Tensor]) -> None:

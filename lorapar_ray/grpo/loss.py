@@ -87,6 +87,15 @@ def policy_loss(
     return LossOutput(_reduce(token_loss_BT, mask_BT, loss_type, max_completion_length, num_tokens_global), metrics)
 
 
+def part_weight(loss_type: LossType, sequences: int, total: int) -> float:
+    """What the loss of `sequences` of a step's `total` sequences counts in the step's loss, the sum over its parts.
+
+    `dapo` and `cispo` are normalised by the step's tokens already; the others are means over what they are given,
+    `bnpo` over the tokens of each part by itself.
+    """
+    return 1.0 if loss_type in ("dapo", "cispo") else sequences / total
+
+
 def _reduce(
     loss_BT: Tensor, mask_BT: Tensor, loss_type: LossType, max_length: int | None, tokens_global: int | None
 ) -> Tensor:

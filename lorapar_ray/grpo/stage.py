@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lorapar_ray.grpo.coordinator import Coordinator
 from lorapar_ray.grpo.learner import GrpoJob, learn_worker
 from lorapar_ray.grpo.placement import reserved
 from lorapar_ray.grpo.rewards.judge import judging
+from lorapar_ray.grpo.rewards.registry import require_rewards
 from lorapar_ray.progress import console, progress
 from lorapar_ray.runs import RunDirectory, atomic_path
 from lorapar_ray.sft.stage import export_plain
@@ -35,12 +37,14 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
     """GRPO of the stage 2 elements on the rows of `grpo.systems`; writes `grpo/adapter`.
 
     Raises:
-        UserError: no labelled row belongs to those Systems, every prompt is too long, or the cluster is too small.
+        UserError: a reward or tracker is unknown, no labelled row belongs to those Systems, every prompt is too long,
+            or the cluster is too small.
     """
     import ray
 
     settings = config.grpo
     require_trackers(settings.report_to, "grpo.report_to")
+    require_rewards(settings)
     base = base_path(config.model, run)
     encoder = load_encoder(base, config.model.system_prompt, config.model.trust_remote_code)
     labelled = labelled_rows(run, settings.systems, "grpo.systems")
@@ -48,7 +52,7 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
     start_from = starting_adapter(config, run, "grpo")
     residual = config.adapter.init in RESIDUAL_INITS
     out = run.grpo / ("trained" if residual else "adapter")
-    steps = settings.steps or max(1, len(rows) // settings.prompts_per_step)
+    steps = settings.steps or ceil(len(rows) / settings.prompts_per_step)
     name = f"lorapar-coordinator-{os.getpid()}"
     job = GrpoJob(
         model=config.model.model_dump(mode="json"),
@@ -130,7 +134,8 @@ def _canary(encoder: Encoder, row: dict[str, Any]) -> list[Any]:
 
 
 def _poll(metrics: Path) -> tuple[int, str]:
-    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    text = metrics.read_text() if metrics.is_file() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()  # the last one may be on its way
     if not lines:
         return 0, "starting engines and learners"
     last = json.loads(lines[-1])

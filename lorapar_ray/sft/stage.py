@@ -40,17 +40,7 @@ def train_stage1(config: Config, run: RunDirectory) -> dict[str, Any]:
 
 def warm_up(config: Config, run: RunDirectory, adapter: Path, rows: list[dict[str, Any]]) -> None:
     """A few unmasked steps on both Systems, in place, so that a zero-B adapter can be scored (method, section 2)."""
-    settings = config.sft.model_copy(
-        update={
-            "max_steps": config.adapter.warmup_steps,
-            "learning_rate": config.adapter.warmup_learning_rate,
-            "schedule": "constant",
-            "warmup_ratio": 0.0,
-            "checkpoint_every": 10**9,
-            "validation": 0.0,
-            "patience": None,
-        }
-    )
+    settings = config.sft.warmup(config.adapter)
     job, _ = _job(config, run, settings, rows, "warmup", adapter, run.adapter, None)
     _run(job, settings, len(rows), "warmup", run)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapar_ray.errors import UserError
+from lorapar_ray.runs import atomic_path
 
 PROJECT = "lorapar_ray"
 
@@ -54,4 +55,5 @@ def keep_lines_until(file: Path, step: int) -> None:
     """Drop the lines of steps that a restart from a checkpoint will do again, and a line cut off by a kill."""
     if file.is_file():
         whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        file.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        with atomic_path(file) as draft:
+            draft.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))

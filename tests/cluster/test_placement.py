@@ -38,6 +38,7 @@ def config(engines: int, gpus: float, learners: int = 1, learner_gpus: float = 0
     grpo = {
         "rollout_actors": engines,
         "rollout_resources": {"cpus": 1, "gpus": gpus},
+        "rollout_engine": {"tensor_parallel": max(1, int(gpus))},
         "learners": learners,
         "learner_resources": {"cpus": 0.5, "gpus": learner_gpus},
     }

@@ -12,8 +12,8 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from lorapar_ray import logprobs
 from lorapar_ray.grpo.advantages import group_advantages, overlong_penalty
 from lorapar_ray.grpo.batches import Sample
-from lorapar_ray.grpo.learner import micro_batches
-from lorapar_ray.grpo.loss import policy_loss
+from lorapar_ray.grpo.learner import micro_batches, step_metrics
+from lorapar_ray.grpo.loss import LossType, part_weight, policy_loss
 from lorapar_ray.grpo.packing import attention_mask, can_share_prompts, group_by_prompt, pack, packed_logprobs
 from lorapar_ray.logprobs import token_logprobs
 from tests.unit.tiny_models import tiny
@@ -197,7 +197,36 @@ def sliding(window: int) -> Any:
     return MistralForCausalLM(MistralConfig(vocab_size=96, num_key_value_heads=2, sliding_window=window, **sizes))
 
 
-def test_micro_batches_keep_groups_whole() -> None:
+def test_micro_batches_keep_groups_whole_unless_they_are_larger() -> None:
     groups = group_by_prompt(samples())
     assert [sum(map(len, part)) for part in micro_batches(groups, 6)] == [6, 3]
-    assert [sum(map(len, part)) for part in micro_batches(groups, 1)] == [3, 3, 3]
+    assert [sum(map(len, part)) for part in micro_batches(groups, 2)] == [2, 1, 2, 1, 2, 1]
+    parts = list(micro_batches(groups, 2))
+    assert [sample for part in parts for piece in part for sample in piece] == samples()
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "gspo", "cispo"])
+def test_the_losses_of_parts_add_up_to_that_of_the_step(loss_type: LossType) -> None:
+    data = tensors()
+    count, tokens = len(data["advantages"]), int(data["mask"].sum())
+
+    def loss(rows: slice) -> torch.Tensor:
+        mask = data["mask"][rows]
+        output = policy_loss(
+            data["logprobs"][rows],
+            data["old"][rows],
+            data["advantages"][rows],
+            mask,
+            loss_type=loss_type,
+            clip_high=5.0,
+            max_completion_length=LENGTH,
+            num_tokens_global=tokens,
+        )
+        return output.loss * part_weight(loss_type, len(mask), count)
+
+    torch.testing.assert_close(loss(slice(0, 1)) + loss(slice(1, None)), loss(slice(None)))
+
+
+def test_metrics_of_parts_are_those_of_the_step() -> None:
+    parts = [({"loss": 1.0, "kl": 1.0, "ratio_max": 2.0, "ratio_min": 0.5}, 1), ({"loss": 0.5, "kl": 4.0}, 2)]
+    assert step_metrics(parts) == {"loss": 1.5, "kl": 3.0, "ratio_max": 2.0, "ratio_min": 0.5}
