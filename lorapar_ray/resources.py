@@ -21,6 +21,7 @@ def resources_of(config: Config) -> dict[str, str]:
         "grpo": _join(
             _each(grpo.rollout_actors, "rollout engine", grpo.rollout_resources),
             _each(grpo.learners, "learner", grpo.learner_resources),
+            _each(grpo.reward_workers, "reward worker", grpo.reward_resources),
             *(_teacher(judge) for judge in config.judges),
         ),
         "evaluate": _each(1, "engine", evaluate.resources),

@@ -61,7 +61,7 @@ def _quantization(model: ModelConfig) -> Any:
     from transformers import BitsAndBytesConfig
 
     if find_spec("bitsandbytes") is None:
-        raise UserError("model.quantization: nf4 needs bitsandbytes; pip install 'lorapar-ray[quantized]'")
+        raise UserError("model.quantization: nf4 needs bitsandbytes; pip install bitsandbytes")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=model.quantization,

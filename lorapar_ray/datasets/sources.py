@@ -54,9 +54,7 @@ def _reasoning_gym(source: ReasoningGymSource, where: str) -> Iterator[Row]:
     try:
         import reasoning_gym
     except ImportError as error:
-        raise UserError(
-            f"{where}: reader reasoning_gym needs its package; pip install 'lorapar-ray[quickstart]'"
-        ) from error
+        raise UserError(f"{where}: reader reasoning_gym needs its package; pip install reasoning-gym") from error
     try:
         questions = reasoning_gym.create_dataset(source.task, size=source.rows, seed=source.seed, **source.options)
     except (ValueError, TypeError, AssertionError) as error:

@@ -24,7 +24,8 @@ from lorapar_ray.runs import RunDirectory, atomic_path, write_json
 from lorapar_ray.workers import require
 
 REWARD_OF = {"numeric": "numeric_answer", "exact": "exact_answer", "option_letter": "option_letter"}
-QUESTIONS_PER_CALL = 64
+FILLINGS = 4
+"""Questions asked at once, in fillings of the engine's batch: enough that it is seldom part empty."""
 
 
 def evaluate_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
@@ -73,6 +74,7 @@ def _answer_all(
         seed=config.seed,
         trust_remote_code=config.model.trust_remote_code,
     )
+    at_once = FILLINGS * settings.engine.max_num_seqs
     done: dict[str, Any] = {"n": 0, "name": "starting the engine"}
     try:
         with progress("evaluate", len(rows) * len(policies), lambda: (done["n"], done["name"])):
@@ -83,9 +85,9 @@ def _answer_all(
                 loaded = ray.get(actor.load_policy.remote(policy))
                 if policy is not None and loaded != policy.digest:
                     raise RuntimeError(f"the engine loaded another adapter than '{name}': {loaded}")
-                texts = []
-                for first in range(0, len(rows), QUESTIONS_PER_CALL):
-                    part = rows[first : first + QUESTIONS_PER_CALL]
+                texts: list[str] = []
+                for first in range(0, len(rows), at_once):
+                    part = rows[first : first + at_once]
                     texts += _greedy(ray, actor, encoder, config, part)
                     done["n"] += len(part)
                 _write(config, run, name, rows, texts, time.monotonic() - start)
