@@ -1,7 +1,7 @@
 """Stage 1 and its baselines in one harness: the same rows, steps and evaluation, a run directory each, one table.
 
     python jobs/baselines.py [--config FILE] [--data FOLDER] [--out FOLDER] [--only NAME ...] [--seeds N ...]
-                             [--stage NAME]
+                             [--stage NAME] [--set SECTION.KEY=VALUE ...]
 
 A variant is the config with a few settings changed (VARIANTS). Labels, adapters and scores that two variants share are
 made once and copied. Finished stages are skipped, so that the command can be stopped and repeated; `--stage sft` runs
@@ -56,7 +56,9 @@ LOCAL = {"mawps": "llm_adapters/mawps/{split}set.json", "svamp": "svamp/SVAMP.js
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("jobs/configs/arithmetic.yaml"))
-    parser.add_argument("--data", type=Path, help="folder with local copies of MAWPS and SVAMP; without it, the hub")
+    parser.add_argument(
+        "--data", type=Path, help="folder with the local copies of MAWPS and SVAMP that the config reads"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/baselines"))
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", nargs="*", type=int, default=[1])
@@ -88,6 +90,8 @@ def local(arguments: argparse.Namespace) -> Iterator[str]:
 def execute(config: Config, run: RunDirectory, last: str | None) -> None:
     """Run the stages up to `last`, taking from sibling runs what they have made of the same inputs."""
     stages = [name for name in stages_of(config) if name != "report"]
+    if last is not None and last not in stages:
+        raise SystemExit(f"--stage {last}: not in the config's order [{', '.join(config.order)}]")
     stages = stages[: stages.index(last) + 1] if last else stages
     run.open(config)
     for name in SHARED:

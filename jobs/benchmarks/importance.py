@@ -6,7 +6,7 @@ Every way differentiates the same examples and the same loss (mean cross-entropy
 the same model under a float32 rank 8 adapter on QKVGUD:
 - plain LoRA: forward and backward of the same padded batches into `.grad`, the floor under any scorer;
 - one by one: a backward per example, unpadded, squares summed afterwards, the way of the paper's public script;
-- Opacus: per-example gradients of a batch held side by side on every parameter (`pip install lorapar-ray[bench]`);
+- Opacus: per-example gradients of a batch held side by side on every parameter (`pip install opacus`);
 - torch.func: `vmap(grad(...))` over the LoRA parameters; eager attention, the only kind that vmap maps here.
 The ways take turns within a round and the median round counts, so that a busy machine slows all of them alike. Before
 anything is timed the sums must agree. Memory is what a way adds to the model at its peak. Without --model the weights
@@ -99,7 +99,7 @@ def compare(model: Any, examples: list[TokenizedExample], rounds: int, device: t
     if find_spec("opacus"):
         peers["Opacus"] = partial(by_opacus, model, batches)
     else:
-        print("Opacus is not installed and left out; pip install 'lorapar-ray[bench]'")
+        print("Opacus is not installed and left out; pip install opacus")
     mapped: dict[str, Way] = {"torch.func vmap(grad)": partial(by_vmap, model, few)}
     for name, way in peers.items() | mapped.items():
         if (theirs := way()) is not None:
