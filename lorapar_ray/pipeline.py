@@ -143,11 +143,11 @@ def check(config: Config, stages: tuple[str, ...]) -> None:
     Raises:
         UserError: there is nothing to evaluate on, or a reward cannot be had.
     """
-    from lorapar_ray.grpo.rewards.registry import require_rewards
-
     if "evaluate" in stages and not config.data.test:
         raise UserError("data.test: no source to evaluate on; give at least one, or run the stages one by one")
     if "grpo" in stages:
+        from lorapar_ray.grpo.rewards.registry import require_rewards
+
         require_rewards(config.grpo)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorapar_ray.config import Config
-from lorapar_ray.datasets.chat import Encoder, decode, load_encoder
+from lorapar_ray.datasets.chat import decode, load_encoder
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.engines.actor import start_engine
 from lorapar_ray.engines.policy import Policy, read_policy
@@ -24,8 +25,8 @@ from lorapar_ray.runs import RunDirectory, atomic_path, write_json
 from lorapar_ray.workers import require
 
 REWARD_OF = {"numeric": "numeric_answer", "exact": "exact_answer", "option_letter": "option_letter"}
-FILLINGS = 4
-"""Questions asked at once, in fillings of the engine's batch: enough that it is seldom part empty."""
+QUESTIONS_PER_CALL = 16
+"""All calls are made at once, so that the engine's batch stays full; they come back, and are counted, one by one."""
 
 
 def evaluate_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
@@ -74,7 +75,8 @@ def _answer_all(
         seed=config.seed,
         trust_remote_code=config.model.trust_remote_code,
     )
-    at_once = FILLINGS * settings.engine.max_num_seqs
+    prompts = [encoder.prompt_ids(row["prompt"]) for row in rows]
+    sampling = {"n": 1, "temperature": 0.0, "max_tokens": settings.max_new_tokens, "stop": list(settings.stop)}
     done: dict[str, Any] = {"n": 0, "name": "starting the engine"}
     try:
         with progress("evaluate", len(rows) * len(policies), lambda: (done["n"], done["name"])):
@@ -85,11 +87,12 @@ def _answer_all(
                 loaded = ray.get(actor.load_policy.remote(policy))
                 if policy is not None and loaded != policy.digest:
                     raise RuntimeError(f"the engine loaded another adapter than '{name}': {loaded}")
-                texts: list[str] = []
-                for first in range(0, len(rows), at_once):
-                    part = rows[first : first + at_once]
-                    texts += _greedy(ray, actor, encoder, config, part)
-                    done["n"] += len(part)
+                asked = {actor.generate.remote(part, sampling): len(part) for part in _batched(prompts)}
+                waiting = list(asked)
+                while waiting:
+                    [answered], waiting = ray.wait(waiting)
+                    done["n"] += asked[answered]
+                texts = [decode(encoder, group[0].token_ids) for call in asked for group in ray.get(call)]
                 _write(config, run, name, rows, texts, time.monotonic() - start)
     finally:
         ray.kill(actor)
@@ -131,15 +134,9 @@ def _until(text: str, stop: list[str]) -> str:
     return text[: min(ends)] if ends else text
 
 
-def _greedy(ray: Any, actor: Any, encoder: Encoder, config: Config, rows: list[dict[str, Any]]) -> list[str]:
-    sampling = {
-        "n": 1,
-        "temperature": 0.0,
-        "max_tokens": config.evaluate.max_new_tokens,
-        "stop": list(config.evaluate.stop),
-    }
-    prompts = [encoder.prompt_ids(row["prompt"]) for row in rows]
-    return [decode(encoder, group[0].token_ids) for group in ray.get(actor.generate.remote(prompts, sampling))]
+def _batched(prompts: list[list[int]]) -> Iterator[list[list[int]]]:
+    for first in range(0, len(prompts), QUESTIONS_PER_CALL):
+        yield prompts[first : first + QUESTIONS_PER_CALL]
 
 
 def _write(

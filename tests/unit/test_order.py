@@ -7,7 +7,7 @@ import pytest
 
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
-from lorapar_ray.pipeline import PIPELINE, pending, run_stage, stages_of
+from lorapar_ray.pipeline import PIPELINE, check, pending, run_stage, stages_of
 from lorapar_ray.runs import STAGES, RunDirectory
 from lorapar_ray.student import starting_adapter
 from tests.tiny_run import tiny_config
@@ -78,3 +78,34 @@ def test_a_residual_base_in_four_bits_is_refused() -> None:
     with pytest.raises(ValueError, match=r"adapter\.init: pissa takes part of the weights out of the base"):
         config_of(model=model, adapter={"init": "pissa"})
     config_of(model=model, adapter={"init": "gaussian"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"data": {"train": tiny_config(Path("student"))["data"]["train"]}}, "data.test: no source to evaluate on"),
+        ({"grpo": {"rewards": [{"name": "brilliance"}]}}, "grpo.rewards: 'brilliance' is unknown"),
+    ],
+)
+def test_what_would_end_a_run_late_ends_it_before_it_begins(changes: dict[str, Any], problem: str) -> None:
+    config = config_of(**changes)
+    with pytest.raises(UserError, match=problem):
+        check(config, stages_of(config))
+    check(config, ("label", "score"))
+
+
+IA3 = {"adapter": {"method": "ia3"}, "sft": {"masked": False}, "order": ["sft"]}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "stage", "decides"),
+    [
+        ({"sft": {"batch_size": 4}}, {"sft": {"batch_size": 8}}, "score", True),  # by the warm-up
+        ({"sft": {"epochs": 1}}, {"sft": {"epochs": 2}}, "score", False),
+        (IA3, {**IA3, "adapter": {"method": "prompt_tuning"}}, "sft", True),
+    ],
+)
+def test_a_stage_knows_the_settings_that_decide_it(
+    before: dict[str, Any], after: dict[str, Any], stage: str, decides: bool
+) -> None:
+    assert (config_of(**before).inputs_of(stage) != config_of(**after).inputs_of(stage)) == decides
