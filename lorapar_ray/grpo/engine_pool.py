@@ -98,13 +98,13 @@ class EnginePool:
         self._canaries = canaries
         self._published += 1
         message = ray.put(policy)  # one copy for each node, however many engines it has
-        await asyncio.gather(*(self._serve(slot, message, policy) for slot in await self._alive()))
+        await asyncio.gather(*(self._serve(slot, message, policy, canaries) for slot in await self._alive()))
         return max(self._gaps[slot] for slot in await self._alive())
 
-    async def _serve(self, slot: int, message: Any, policy: Policy) -> None:
+    async def _serve(self, slot: int, message: Any, policy: Policy, canaries: Sequence[Canary]) -> None:
         engine = self._engines[slot]
         try:
-            gap = await asyncio.wait_for(self._proved(slot, engine, message, policy), self._time_limit_s)
+            gap = await asyncio.wait_for(self._proved(slot, engine, message, policy, canaries), self._time_limit_s)
         except Exception as error:
             if not _lost(error):
                 raise
@@ -112,14 +112,13 @@ class EnginePool:
         else:
             self._gaps[slot], self._losses[slot] = gap, 0
 
-    async def _proved(self, slot: int, engine: Any, message: Any, policy: Policy) -> float:
+    async def _proved(self, slot: int, engine: Any, message: Any, policy: Policy, canaries: Sequence[Canary]) -> float:
         """Have an engine load the policy and prove it; returns the canary gap."""
         loaded = await engine.load_policy.remote(message)
         if loaded != policy.digest:
             raise PolicyMismatch(
                 f"rollout engine {slot} loaded {loaded[:9]} as policy {policy.version}, not {policy.digest[:9]}"
             )
-        canaries = self._canaries
         asked = [engine.score.remote(canary.token_ids, canary.start) for canary in canaries]
         asked += [engine.cache_gap.remote(canary.token_ids) for canary in canaries[:1]]  # one cache, one look
         answers = await asyncio.gather(*map(_awaited, asked))
@@ -198,9 +197,9 @@ class EnginePool:
 
         proved = 0
         while proved != self._published:
-            proved = self._published
+            proved, canaries = self._published, self._canaries
             if (policy := self._current.whole()) is not None:
-                self._gaps[slot] = await self._proved(slot, engine, ray.put(policy), policy)
+                self._gaps[slot] = await self._proved(slot, engine, ray.put(policy), policy, canaries)
 
     @property
     def replaced(self) -> int:

@@ -10,6 +10,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from lorapar_ray.engines.policy import Policy, PolicyReceiver, PolicySender
 from lorapar_ray.grpo import engine_pool
+from lorapar_ray.grpo.batches import Canary
 from lorapar_ray.grpo.engine_pool import LOSSES, EnginePool
 
 
@@ -21,14 +22,14 @@ class Remote:
 
 
 class Engine:
-    """Dies at `start` or at `generate`, is out of reach there, fails to start, starts late, or simply `lives`."""
+    """Dies at `start` or at `generate`, is out of reach there, fails to start, starts or loads late, or `lives`."""
 
-    may_start = asyncio.Event()
+    may_go_on = asyncio.Event()
 
     def __init__(self, name: int, fate: str) -> None:
         self.name, self.fate = name, fate
         self.start, self.generate = Remote(self._start), Remote(self._generate)
-        self.load_policy = Remote(self._load_policy)
+        self.load_policy, self.score, self.cache_gap = map(Remote, (self._load_policy, self._score, self._cache_gap))
         self.receiver, self.version = PolicyReceiver(), -1
 
     async def _start(self) -> dict[str, int]:
@@ -37,13 +38,21 @@ class Engine:
         if self.fate == "no memory":
             raise RuntimeError("no free memory on the GPU")
         if self.fate == "late":
-            await self.may_start.wait()
+            await self.may_go_on.wait()
         return {"pid": self.name}
 
     async def _load_policy(self, policy: Policy) -> str:
         self.receiver.adapter(policy)
         self.version = policy.version
+        if self.fate == "late load":
+            await self.may_go_on.wait()
         return policy.digest
+
+    async def _score(self, token_ids: list[int], start: int) -> list[float]:
+        return [-float(self.version)]
+
+    async def _cache_gap(self, token_ids: list[int]) -> float:
+        return 0.0
 
     async def _generate(self) -> int:
         await asyncio.sleep(0)
@@ -138,7 +147,7 @@ def test_an_engine_that_is_lost_again_and_again_ends_the_run(when: str) -> None:
 
 def test_the_others_go_on_while_one_is_rebuilt() -> None:
     pool = pool_of(["generate", "lives", "late"], 2)
-    Engine.may_start = asyncio.Event()  # never set
+    Engine.may_go_on = asyncio.Event()  # never set
     assert ask(pool, 6) == [1] * 6
     assert pool.replaced == 1
 
@@ -150,23 +159,29 @@ def test_an_engine_that_may_live_is_ended_before_its_place_is_taken(fate: str, e
     assert ended == [len(fates) - 2]
 
 
-def test_a_policy_is_published_without_the_engine_that_is_being_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fate", ["late", "late load"])
+def test_a_policy_is_published_without_the_engine_that_is_being_rebuilt(
+    fate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("ray.put", lambda value: value)
-    pool = pool_of(["generate", "lives", "late"], 2)
+    pool = pool_of(["generate", "lives", fate], 2)
     parameters = {"m.lora_A.weight": torch.zeros(4)}
     sender = PolicySender("{}", {key: value == 0 for key, value in parameters.items()})
 
+    async def publish(version: int) -> None:
+        await pool.publish(sender.policy(version, parameters), [Canary([1, 2], 1, [-float(version)])])
+
     async def go() -> None:
-        Engine.may_start = asyncio.Event()
+        Engine.may_go_on = asyncio.Event()
         await pool.start()
-        await pool.publish(sender.policy(0, parameters), [])
+        await publish(0)
         assert await pool.run(lambda engine: engine.generate.remote()) == 1
-        await pool.publish(sender.policy(1, parameters), [])
+        await publish(1)
         assert [engine.version for engine in pool._engines] == [0, 1]
-        Engine.may_start.set()
+        Engine.may_go_on.set()
         await asyncio.gather(*pool._rebuilding.values())
         assert [(engine.name, engine.version) for engine in pool._engines] == [(2, 1), (1, 1)]
-        await pool.publish(sender.policy(2, parameters), [])
+        await publish(2)
         assert [engine.version for engine in pool._engines] == [2, 2]
 
     asyncio.run(go())
