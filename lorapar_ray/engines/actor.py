@@ -46,6 +46,7 @@ class EngineActor:
         self._digest = "base"
         self._loading = asyncio.Lock()
         self._lora: Any = None
+        self._loads = 0
         self._using: Counter[int] = Counter()
         self._requests = 0
         self._receiver = PolicyReceiver()
@@ -117,8 +118,8 @@ class EngineActor:
         from vllm.lora.request import LoRARequest
 
         previous = self._lora
-        # the name carries the version: a re-used adapter name may be answered from stale key-value entries
-        lora = LoRARequest(f"policy-{version}", version + 1, str(folder))
+        self._loads += 1  # vLLM does not read a number or name again that it knows, whatever lies in the folder by now
+        lora = LoRARequest(f"policy-{version}-{self._loads}", self._loads, str(folder))
         with self._alive():
             await self._engine.add_lora(lora)
             self._lora = lora

@@ -31,6 +31,7 @@ class PolicyLoader:
         """Called once when the engine has started."""
         from vllm.platforms import current_platform
 
+        leave_the_head_alone(self.model_runner.model)
         if current_platform.is_cpu():
             lighten(self.model_runner)
 
@@ -67,6 +68,23 @@ class PolicyLoader:
 
     def _lorapar_reload(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         self.model_runner.reload_weights(weights_iterator=weights)
+
+
+def leave_the_head_alone(model: Any) -> None:
+    """Take off the LoRA that vLLM (`adapter`) puts around every output head; ours adapt no head.
+
+    It takes the adapters of the rows that are sampled for those of a prompt's tokens: prompt log-probabilities fail as
+    soon as another request is in the same step.
+    """
+    processor = getattr(model, "logits_processor", None)
+    plain = getattr(processor, "base_layer", None)
+    if processor is None or plain is None:
+        return
+
+    def logits(hidden: torch.Tensor, head: Any, *others: Any, **named: Any) -> Any:
+        return plain._get_logits(hidden, getattr(head, "base_layer", head), *others, **named)
+
+    processor._get_logits = logits
 
 
 def with_stacked(names: Iterable[str], stacked: Mapping[str, Sequence[str]]) -> set[str]:

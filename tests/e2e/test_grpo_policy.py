@@ -107,6 +107,33 @@ def test_a_policy_that_is_not_the_learners_is_caught_and_a_hanging_engine_replac
     asyncio.run(go())
 
 
+def test_an_adapter_is_swapped_under_requests_that_go_on_with_their_own(cluster: None, finished: FinishedRun) -> None:
+    source = Source(finished)
+    rank = source.model.peft_config["default"].r
+
+    def engine() -> Any:
+        settings = EngineConfig(**ENGINE)
+        return start_engine(str(finished.student), settings, Resources(), seed=0, sync="adapter", max_lora_rank=rank)
+
+    async def go() -> None:
+        pool = EnginePool(engine, 1, at_once=8, tolerance=TOLERANCE, time_limit_s=300)
+        await pool.start()
+        assert await pool.publish(*source.next()) < TOLERANCE
+        sampling = {**SAMPLING, "n": 16, "max_tokens": 170, "ignore_eos": True}
+        sampled = asyncio.create_task(pool.run(lambda engine: engine.generate.remote([TOKENS], sampling)))
+        await asyncio.sleep(0.2)
+        for _ in range(3):
+            await pool.publish(source.next()[0], [])
+        assert not sampled.done()
+        [completions] = await sampled
+        assert [(len(done.token_ids), done.version) for done in completions] == [(170, 0)] * 16
+        assert await pool.publish(*source.next()) < TOLERANCE
+        assert pool.replaced == 0
+        await pool.stop()
+
+    asyncio.run(go())
+
+
 async def many_seeded_prompts(pool: EnginePool) -> None:
     """More than fit in one step, each with a seed: the same tokens whatever is computed beside them."""
     prompts = [[7 + (n * k) % 4000 for k in range(1, 101)] for n in range(1, 9)]
