@@ -32,9 +32,16 @@ class Resources(Section):
     """What one process of a stage asks Ray for."""
 
     cpus: Annotated[float, Field(ge=0)] = 1.0
-    gpus: Annotated[float, Field(ge=0)] = 0.0
+    gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """`auto`: of the GPUs that the cluster has, the share that `lorapar_ray.gpus` gives to such a process; without GPUs
+    that is none. A number is asked of Ray as it is; with 0 the process sees no GPU."""
     threads: PositiveInt | None = None
     """CPU threads to compute with; None: as many as `cpus`. More pays where processes take turns."""
+
+    @property
+    def gpu_count(self) -> float:
+        """GPUs to ask Ray for; `auto` counts as none until `lorapar_ray.gpus.place` has made it a number."""
+        return 0.0 if self.gpus == "auto" else self.gpus
 
     @property
     def compute_threads(self) -> int:
@@ -49,7 +56,8 @@ class ModelConfig(Section):
     dtype: Dtype = "auto"
     trust_remote_code: bool = False
     system_prompt: str | None = None
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """`auto`: `sdpa` on a GPU and `eager` on a CPU, where it is faster for rows of a few hundred tokens."""
     quantization: Literal["nf4"] | None = None
     """Hold the frozen base in 4 bits while scoring and training (QLoRA); needs bitsandbytes. Engines keep `dtype`."""
 
@@ -172,7 +180,7 @@ class TeacherConfig(Section):
 
 
 def _require_gpu_for_each_rank(place: str, resources: Resources, name: str, engine: EngineConfig) -> None:
-    gpus, ranks = resources.gpus, engine.tensor_parallel
+    gpus, ranks = resources.gpu_count, engine.tensor_parallel
     if gpus and gpus != ranks and not (gpus < 1 and ranks == 1):
         raise ValueError(
             f"{place}.gpus: {gpus:g} for {name}.tensor_parallel {ranks}; give each rank a GPU, or one a fraction"
@@ -270,7 +278,7 @@ class LabelConfig(Section):
     and `cost_per_hour`, else in the order given."""
     cache: str | None = None
     """A file of votes that several runs share; None: one of the run's own."""
-    resources: Resources = Resources(cpus=0.5)
+    resources: Resources = Resources(cpus=0.5, gpus=0)
 
     @model_validator(mode="after")
     def _teachers_fit_strategy(self) -> LabelConfig:
@@ -470,7 +478,7 @@ class GrpoConfig(Section):
     reward_time_limit_s: Annotated[float, Field(gt=0)] = 5.0
     reward_memory_mb: PositiveInt = 1024
     reward_workers: PositiveInt = 1
-    reward_resources: Resources = Resources(cpus=0)
+    reward_resources: Resources = Resources(cpus=0, gpus=0)
     overlong_cache: Optional0 = 0
     """DAPO's soft punishment: completions within this many tokens of the limit lose up to 1; 0 turns it off."""
     loss: Literal["dapo", "grpo", "dr_grpo", "bnpo", "gspo", "cispo"] = "dapo"
@@ -503,9 +511,10 @@ class GrpoConfig(Section):
     """Versions a sample's policy may lag behind the learner's; 0 is strictly on-policy."""
     drain: bool = False
     """Let completions in flight end before a new policy is served, instead of going on under it."""
-    sync: Literal["merged", "adapter"] = "merged"
-    """`merged`: engines serve base + s·BA as plain weights; `adapter`: vLLM's own LoRA. The default is what was
-    measured to be faster on a CPU, where LoRA kernels slow every decoding step (`jobs/benchmarks/weight_sync.py`)."""
+    sync: Literal["auto", "merged", "adapter"] = "auto"
+    """`merged`: engines serve base + s·BA as plain weights; `adapter`: vLLM's own LoRA. `auto`: `adapter` on GPUs,
+    where only the adapter is loaded and the base is not rounded again, and `merged` on CPUs, where LoRA kernels slow
+    every decoding step (`jobs/benchmarks/weight_sync.py`)."""
     canary_tolerance: Annotated[float, Field(gt=0)] = 0.5
     """Largest mean absolute log-probability gap (nats) between learner and engine on the canary tokens."""
     rollout_actors: PositiveInt = 1
@@ -556,7 +565,7 @@ class GrpoConfig(Section):
     @model_validator(mode="after")
     def _one_engine_a_gpu(self) -> GrpoConfig:
         _require_gpu_for_each_rank("rollout_resources", self.rollout_resources, "rollout_engine", self.rollout_engine)
-        engine, learner = self.rollout_resources.gpus, self.learner_resources.gpus
+        engine, learner = self.rollout_resources.gpu_count, self.learner_resources.gpu_count
         left = 1 - engine
         shared = max(self.rollout_actors, self.learners) > 1 and 0 < engine < 1 and 0 < learner < 1
         if shared and not (engine > 0.5 and left / 2 + 1e-9 < learner <= left + 1e-9):

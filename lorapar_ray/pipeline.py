@@ -18,6 +18,7 @@ from typing import Any
 
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
+from lorapar_ray.gpus import place
 from lorapar_ray.progress import console
 from lorapar_ray.runs import STAGES, RunDirectory, digest, digest_files
 
@@ -203,7 +204,7 @@ def run_stage(config: Config, run: RunDirectory, name: str) -> None:
     finished = False
     try:
         with _full_disk_is_a_user_error(run):
-            notes = stage.run(config, run)
+            notes = stage.run(_placed(config, name), run)
         finished = True
     finally:
         seconds = round(spent + time.monotonic() - start, 2)
@@ -220,6 +221,14 @@ def run_stage(config: Config, run: RunDirectory, name: str) -> None:
     )
     shutil.rmtree(run.work / "ray", ignore_errors=True)
     console.print(f"[green]✓[/] {name}: {seconds:.0f} s")
+
+
+def _placed(config: Config, name: str) -> Config:
+    """The config with the stage's `gpus: auto` as numbers for the cluster that this process is connected to."""
+    import ray
+
+    gpus = int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0
+    return place(config, name, gpus)
 
 
 def _clear(run: RunDirectory, name: str) -> None:

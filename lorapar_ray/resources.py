@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lorapar_ray.config import Config, Resources, TeacherConfig
+from lorapar_ray.gpus import RULES, without_auto
 
 
 def resources_of(config: Config) -> dict[str, str]:
@@ -11,7 +12,7 @@ def resources_of(config: Config) -> dict[str, str]:
     asked = {
         "label": _join(
             *(_teacher(teacher) for teacher in config.label.teachers),
-            _each(config.label.workers, "asking worker", config.label.resources)
+            _each(config.label.workers, "asking worker", without_auto(config.label.resources))
             + f", {config.label.workers * config.label.concurrency} questions in flight"
             if config.label.teachers
             else "",
@@ -21,12 +22,13 @@ def resources_of(config: Config) -> dict[str, str]:
         "grpo": _join(
             _each(grpo.rollout_actors, "rollout engine", grpo.rollout_resources),
             _each(grpo.learners, "learner", grpo.learner_resources),
-            _each(grpo.reward_workers, "reward worker", grpo.reward_resources),
+            _each(grpo.reward_workers, "reward worker", without_auto(grpo.reward_resources)),
             *(_teacher(judge) for judge in config.judges),
         ),
         "evaluate": _each(1, "engine", evaluate.resources),
     }
-    return {stage: asked.get(stage) or "this process only" for stage in (*asked, "partition", "report")}
+    ruled = {stage: f"{text}; GPU {RULES[stage]}" if "GPU auto" in text else text for stage, text in asked.items()}
+    return {stage: ruled.get(stage) or "this process only" for stage in (*asked, "partition", "report")}
 
 
 def _teacher(teacher: TeacherConfig) -> str:
@@ -44,7 +46,7 @@ def _teacher(teacher: TeacherConfig) -> str:
 
 
 def _each(count: int, what: str, resources: Resources) -> str:
-    gpus = f" + {resources.gpus:g} GPU" if resources.gpus else ""
+    gpus = " + GPU auto" if resources.gpus == "auto" else f" + {resources.gpus:g} GPU" if resources.gpus else ""
     return f"{count} × {what} ({resources.cpus:g} CPU{gpus})"
 
 

@@ -40,7 +40,7 @@ def load_base(model: ModelConfig, path: str, on: Any = None) -> Any:
     base = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=torch_dtype(model.dtype, device()),
-        attn_implementation=model.attention,
+        attn_implementation=attention_of(model, device()),
         trust_remote_code=model.trust_remote_code,
         use_safetensors=True,
         **options,
@@ -52,6 +52,13 @@ def load_base(model: ModelConfig, path: str, on: Any = None) -> Any:
             # bitsandbytes' packed CPU kernel computes in bfloat16 whatever was asked, and gives no gradient.
             module.support_avx512bf16_for_cpu = False
     return base
+
+
+def attention_of(model: ModelConfig, on: Any) -> str:
+    """`model.attention`, with `auto` decided for the device `on`."""
+    if model.attention != "auto":
+        return model.attention
+    return "sdpa" if on.type == "cuda" else "eager"
 
 
 def _quantization(model: ModelConfig) -> Any:

@@ -47,7 +47,7 @@ def run_workers(
         _work,
         train_loop_config={"function": function, "argument": argument, "refusal": refusal},
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=resources.gpus > 0, resources_per_worker=bundle(resources)
+            num_workers=workers, use_gpu=resources.gpu_count > 0, resources_per_worker=bundle(resources)
         ),
         run_config=RunConfig(
             name=f"{name}-{os.getpid()}",
@@ -95,7 +95,13 @@ def _in_a_thread(work: Callable[[], Any]) -> None:
 
 def worker_environment(resources: Resources) -> dict[str, str]:
     """Environment of a process that computes with torch: as many threads as it asked for cores, and no hub look-ups."""
-    return {"OMP_NUM_THREADS": str(resources.compute_threads), "TOKENIZERS_PARALLELISM": "false"}
+    threads = {"OMP_NUM_THREADS": str(resources.compute_threads), "TOKENIZERS_PARALLELISM": "false"}
+    return threads | hidden_gpus(resources)
+
+
+def hidden_gpus(resources: Resources) -> dict[str, str]:
+    """Environment that hides a machine's GPUs from a process that asked for none; Ray alone would show it all."""
+    return {} if resources.gpu_count else {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def require(stage: str, **groups: tuple[int, Resources]) -> None:
@@ -110,7 +116,7 @@ def require(stage: str, **groups: tuple[int, Resources]) -> None:
     import ray
 
     total = ray.cluster_resources()
-    for kind, each in (("CPU", "cpus"), ("GPU", "gpus")):
+    for kind, each in (("CPU", "cpus"), ("GPU", "gpu_count")):
         wanted = {name: (count, getattr(resources, each)) for name, (count, resources) in groups.items()}
         amount = sum(count * size for count, size in wanted.values())
         if amount > total.get(kind, 0.0) + 1e-9:
@@ -123,4 +129,4 @@ def require(stage: str, **groups: tuple[int, Resources]) -> None:
 
 def bundle(resources: Resources) -> dict[str, float]:
     """What one process asks for, in Ray's words."""
-    return {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+    return {"CPU": resources.cpus} | ({"GPU": resources.gpu_count} if resources.gpu_count else {})

@@ -30,7 +30,7 @@ def make_adapter(config: Config, run: RunDirectory, target: Path) -> None:
         require("score", workers=(1, config.score.resources))
         options = {
             "num_cpus": config.score.resources.cpus,
-            "num_gpus": config.score.resources.gpus,
+            "num_gpus": config.score.resources.gpu_count,
             "runtime_env": {"env_vars": worker_environment(config.score.resources)},
         }
         task = ray.remote(initialise).options(**options)

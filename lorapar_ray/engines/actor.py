@@ -263,7 +263,7 @@ def start_engine(
         arguments |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": allowed}
     remote = ray.remote(actor).options(
         num_cpus=resources.cpus,
-        num_gpus=resources.gpus,
+        num_gpus=resources.gpu_count,
         max_concurrency=1000,
         scheduling_strategy=None if place is None else PlacementGroupSchedulingStrategy(place),
         runtime_env={"env_vars": {**engine_environment(engine, resources), **(environment or {})}},

@@ -42,9 +42,9 @@ def engine_arguments(model_path: str, engine: EngineConfig, *, seed: int, trust_
 
 def memory_share(resources: Resources) -> dict[str, Any]:
     """Arguments of an engine that shares its GPU: it fills its part and leaves the rest; `engine.extra` goes before."""
-    if not 0 < resources.gpus < 1:
+    if not 0 < resources.gpu_count < 1:
         return {}
-    return {"gpu_memory_utilization": round(GPU_MEMORY_SHARE * resources.gpus, 4)}
+    return {"gpu_memory_utilization": round(GPU_MEMORY_SHARE * resources.gpu_count, 4)}
 
 
 def platform_arguments() -> dict[str, Any]:

@@ -75,7 +75,7 @@ def start_generator(model: ModelConfig, base: str, resources: Resources) -> Any:
 
     actor = ray.remote(Generator).options(
         num_cpus=resources.cpus,
-        num_gpus=resources.gpus,
+        num_gpus=resources.gpu_count,
         runtime_env={"env_vars": worker_environment(resources)},
     )
     return actor.remote(model.model_dump(mode="json"), base)

@@ -17,6 +17,7 @@ from typing import Any
 from lorapar_ray.config import GrpoConfig
 from lorapar_ray.engines.actor import Completion, start_engine
 from lorapar_ray.engines.policy import Policy
+from lorapar_ray.gpus import sync_of
 from lorapar_ray.grpo.batches import Batch, Canary, Clock, Group, make_batch, share_of
 from lorapar_ray.grpo.engine_pool import EnginePool, PolicyMismatch
 from lorapar_ray.grpo.prompts import PromptStream
@@ -195,7 +196,7 @@ class Coordinator:
             settings.rollout_resources,
             seed=self._plan["seed"],
             trust_remote_code=self._plan["trust_remote_code"],
-            sync=settings.sync,
+            sync=sync_of(settings),
             max_lora_rank=self._plan["lora_rank"],
             place=self._place,
         )

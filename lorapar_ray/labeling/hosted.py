@@ -136,7 +136,7 @@ def deployment_options(teacher: TeacherConfig) -> dict[str, Any]:
         "max_ongoing_requests": teacher.ongoing_requests,
         "ray_actor_options": {
             "num_cpus": teacher.resources.cpus,
-            "num_gpus": teacher.resources.gpus,
+            "num_gpus": teacher.resources.gpu_count,
             "runtime_env": {"env_vars": engine_environment(teacher.engine, teacher.resources)},
         },
         "health_check_timeout_s": 120,

@@ -195,7 +195,7 @@ class _Voting:
                 size=label.workers, max_concurrent_calls_per_actor=at_once, max_tasks_in_flight_per_actor=2 * at_once
             ),
             num_cpus=label.resources.cpus,
-            num_gpus=label.resources.gpus or None,
+            num_gpus=label.resources.gpu_count or None,
         )
         for batch in asked.iter_batches(batch_size=None, prefetch_batches=0):
             for text in batch["result"]:

@@ -67,7 +67,7 @@ def require_room(config: Config) -> None:
     hosted = [teacher for teacher in label.teachers if teacher.kind == "serve"]
     wanted = {
         "CPU": sum(t.replicas * t.resources.cpus for t in hosted) + label.workers * label.resources.cpus,
-        "GPU": sum(t.replicas * t.resources.gpus for t in hosted) + label.workers * label.resources.gpus,
+        "GPU": sum(t.replicas * t.resources.gpu_count for t in hosted) + label.workers * label.resources.gpu_count,
     }
     for kind, amount in wanted.items():
         if amount > total.get(kind, 0.0) + 1e-9:

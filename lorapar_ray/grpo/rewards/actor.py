@@ -45,7 +45,10 @@ class RewardWorkers:
 
         # scoring has no memory: what a dead worker was asked is asked again of its successor, as often as it takes
         actor = ray.remote(RewardActor).options(
-            num_cpus=settings.reward_resources.cpus, max_restarts=-1, max_task_retries=-1
+            num_cpus=settings.reward_resources.cpus,
+            num_gpus=settings.reward_resources.gpu_count,
+            max_restarts=-1,
+            max_task_retries=-1,
         )
         specs = [RewardSpec(reward.name, reward.weight) for reward in settings.rewards if reward.name != JUDGE]
         limits = settings.reward_time_limit_s, settings.reward_memory_mb

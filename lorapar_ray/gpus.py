@@ -1,0 +1,177 @@
+"""What `gpus: auto` means on a cluster with so many GPUs: pure functions from a config to one whose numbers are known.
+
+The rule, a stage at a time, since stages run one after the other:
+
+- No GPU: every process computes on the CPU.
+- Training workers (`score`, `sft`) and the engine of `evaluate`: a GPU for each, one for each rank of a tensor-parallel
+  engine. There are at most as many workers as GPUs: two on one GPU only take turns, and NCCL refuses them.
+- Hosted teachers: a GPU for each replica (for each rank) while they last; else they share what there is evenly.
+- Stage 2: engines, learners and judges have GPUs of their own if there are enough. Else an engine and a learner share
+  each GPU, at most one of each on it, and judges take a part of every GPU.
+- Asking and reward workers: none; they compute nothing on one unless a user's own code does, who then gives a number.
+
+A number in the config is kept as it is, and what it takes is taken off first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil, floor
+from typing import Any, TypeVar
+
+from lorapar_ray.config import Config, GrpoConfig, Resources, Section, TeacherConfig
+
+ENGINE_SHARE = 0.6
+"""Of a GPU that an engine shares with a learner, which gets the rest."""
+MORE_THAN_HALF = 0.51
+"""The least of that on several GPUs: two engines then never fit one."""
+JUDGES_SHARE = 0.2
+"""Of a GPU on which judges are too, all of them together."""
+RULES = {
+    "label": "auto: one for each teacher, or shared evenly",
+    "score": "auto: one each, at most as many workers as GPUs",
+    "sft": "auto: one each, at most as many workers as GPUs",
+    "grpo": f"auto: one each; if too few, an engine ({ENGINE_SHARE:g}) and a learner share one",
+    "evaluate": "auto: one for each rank",
+}
+"""The rule in a few words, for `--dry-run`."""
+
+Part = TypeVar("Part", bound=Section)
+
+
+def place(config: Config, stage: str, gpus: int) -> Config:
+    """The config for running `stage` on a cluster with `gpus` GPUs: every `gpus: auto` of that stage is a number."""
+    if stage == "label":
+        label = config.label
+        taken = label.workers * label.resources.gpu_count
+        teachers = _teachers(label.teachers, gpus - taken)
+        return _with(config, label=_with(label, teachers=teachers, resources=without_auto(label.resources)))
+    if stage == "score":
+        workers, resources = _workers(config.score.workers, config.score.resources, gpus)
+        placed = _with(config, score=_with(config.score, workers=workers, resources=resources))
+        return place(placed, "sft", gpus)  # the warm-up's are stage 1's
+    if stage == "sft":
+        workers, resources = _workers(config.sft.workers, config.sft.resources, gpus)
+        return _with(config, sft=_with(config.sft, workers=workers, resources=resources))
+    if stage == "grpo":
+        return _stage2(config, gpus)
+    if stage == "evaluate":
+        ranks = config.evaluate.engine.tensor_parallel
+        resources = _given(config.evaluate.resources, ranks if gpus else 0)
+        return _with(config, evaluate=_with(config.evaluate, resources=resources))
+    return config
+
+
+def _workers(workers: int, resources: Resources, gpus: int) -> tuple[int, Resources]:
+    """A training group: a GPU each."""
+    if resources.gpus != "auto" or not gpus:
+        return workers, _given(resources, 0)
+    return min(workers, gpus), _given(resources, 1)
+
+
+def _teachers(teachers: Sequence[TeacherConfig], gpus: float) -> list[TeacherConfig]:
+    """Hosted teachers on so many GPUs; the others ask for none."""
+    hosted = [teacher for teacher in teachers if teacher.kind == "serve"]
+    free = gpus - sum(_most(each) * each.resources.gpu_count for each in hosted)
+    asking = [each for each in hosted if each.resources.gpus == "auto"]
+    wide = [each for each in asking if each.engine.tensor_parallel > 1]
+    free -= sum(_most(each) * each.engine.tensor_parallel for each in wide)
+    share = _share(sum(_most(each) for each in asking if each not in wide), free) if gpus > 0 else 0.0
+
+    def placed(teacher: TeacherConfig) -> TeacherConfig:
+        ranks = teacher.engine.tensor_parallel
+        wanted = 0.0 if gpus <= 0 or teacher.kind != "serve" else ranks if ranks > 1 else share
+        return _with(teacher, resources=_given(teacher.resources, wanted))
+
+    return [placed(teacher) for teacher in teachers]
+
+
+def _most(teacher: TeacherConfig) -> int:
+    """Replicas of a teacher at the most."""
+    return teacher.max_replicas or teacher.replicas
+
+
+def _share(processes: int, free: float) -> float:
+    """What each of some processes gets of `free` GPUs: a whole one, or a part such that all of them fit."""
+    if processes <= free:
+        return 1.0
+    whole = floor(free)
+    part = 1.0 / ceil(processes / whole) if whole else max(free, 0.0) / processes
+    return max(0.01, floor(part * 100) / 100)
+
+
+def _stage2(config: Config, gpus: int) -> Config:
+    """Engines, learners and judges."""
+    settings, judges = config.grpo, [each for each in config.judges if each.kind == "serve"]
+    engine, learner = settings.rollout_resources, settings.learner_resources
+    ranks = settings.rollout_engine.tensor_parallel
+    apart = gpus - settings.rollout_actors * _number(engine, ranks) - settings.learners * _number(learner, 1)
+    if not gpus:
+        graded, shares = _teachers(judges, 0), (0.0, 0.0)
+    elif apart >= sum(_most(each) * _number(each.resources, each.engine.tensor_parallel) for each in judges):
+        graded, shares = _teachers(judges, apart), (float(ranks), 1.0)
+    else:
+        graded = _beside(judges, gpus)
+        left = 1.0 - sum(_most(each) * each.resources.gpu_count for each in graded) / gpus
+        shares = _on_one_gpu(engine, learner, ranks, left, several=gpus > 1)
+        settings = _with(
+            settings,
+            rollout_actors=settings.rollout_actors if engine.gpus != "auto" else min(settings.rollout_actors, gpus),
+            learners=settings.learners if learner.gpus != "auto" else min(settings.learners, gpus),
+        )
+    settings = _with(
+        settings,
+        rollout_resources=_given(engine, shares[0]),
+        learner_resources=_given(learner, shares[1]),
+        reward_resources=without_auto(settings.reward_resources),
+    )
+    placed = {each.name: each for each in config.label.teachers} | {each.name: each for each in graded}
+    label = _with(config.label, teachers=list(placed.values()))
+    return _with(config, grpo=settings, label=label)
+
+
+def _number(resources: Resources, auto: int) -> float:
+    """GPUs a process would take if there were enough."""
+    return auto if resources.gpus == "auto" else resources.gpu_count
+
+
+def _on_one_gpu(
+    engine: Resources, learner: Resources, ranks: int, left: float, *, several: bool
+) -> tuple[float, float]:
+    """Shares of a GPU, of which `left` is free, for an engine and a learner; the config may have fixed either."""
+    if ranks > 1:
+        return float(ranks), 1.0  # Ray cannot give a process parts of several GPUs
+    share = max(ENGINE_SHARE * left, MORE_THAN_HALF if several else 0.0)
+    if engine.gpus != "auto":
+        share = engine.gpu_count
+    elif learner.gpus != "auto":
+        share = left - learner.gpu_count
+    rest = left - share
+    return (floor(100 * share) / 100 if share > 0 else 1.0), (floor(100 * rest + 1e-6) / 100 if rest > 0 else 1.0)
+
+
+def _beside(judges: Sequence[TeacherConfig], gpus: int) -> list[TeacherConfig]:
+    """Judges on GPUs that engines and learners use: they share a part of each."""
+    count = sum(_most(each) for each in judges if each.resources.gpus == "auto")
+    share = max(0.01, floor(100 * JUDGES_SHARE / ceil(max(1, count) / gpus)) / 100)
+    return [_with(each, resources=_given(each.resources, share)) for each in judges]
+
+
+def sync_of(settings: GrpoConfig) -> str:
+    """How policies are served: what the config says, else by the (placed) engines' device."""
+    if settings.sync != "auto":
+        return settings.sync
+    return "adapter" if settings.rollout_resources.gpu_count else "merged"
+
+
+def without_auto(resources: Resources) -> Resources:
+    """`auto` of a process that computes nothing on a GPU: none."""
+    return _given(resources, 0)
+
+
+def _given(resources: Resources, gpus: float) -> Resources:
+    return _with(resources, gpus=float(gpus)) if resources.gpus == "auto" else resources
+
+
+def _with(part: Part, **changes: Any) -> Part:
+    return part.model_copy(update=changes)

@@ -1,0 +1,116 @@
+"""What `gpus: auto` becomes on clusters of several sizes, and what a number in the config does to it."""
+
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from lorapar_ray.cli import app
+from lorapar_ray.config import Config
+from lorapar_ray.gpus import place, sync_of
+from lorapar_ray.workers import hidden_gpus
+
+TEACHERS = [{"name": name, "model": "m"} for name in ("a", "b", "c")]
+
+
+def config(**sections: Any) -> Config:
+    source = {"reader": "file", "path": "rows.jsonl"}
+    label = {"teachers": TEACHERS, **sections.pop("label", {})}
+    tree = {"name": "x", "model": {"path": "m"}, "data": {"train": [source]}, "label": label}
+    return Config.model_validate({**tree, **sections})
+
+
+@pytest.mark.parametrize(("gpus", "share"), [(0, 0), (1, 0.33), (2, 0.5), (3, 1), (8, 1)])
+def test_teachers_share_what_there_is(gpus: int, share: float) -> None:
+    label = place(config(), "label", gpus).label
+    assert [teacher.resources.gpus for teacher in label.teachers] == [share] * 3
+    assert label.resources.gpus == 0
+
+
+def test_a_teacher_over_several_gpus_takes_them_first() -> None:
+    wide = {**TEACHERS[0], "engine": {"tensor_parallel": 2}}
+    label = place(config(label={"teachers": [wide, *TEACHERS[1:]]}), "label", 3).label
+    assert [teacher.resources.gpus for teacher in label.teachers] == [2, 0.5, 0.5]
+
+
+def test_numbers_are_kept_and_taken_off() -> None:
+    fixed = [{**TEACHERS[0], "resources": {"gpus": 1}}, TEACHERS[1], {**TEACHERS[2], "resources": {"gpus": 0}}]
+    label = place(config(label={"teachers": fixed}), "label", 2).label
+    assert [teacher.resources.gpus for teacher in label.teachers] == [1, 1, 0]
+
+
+@pytest.mark.parametrize(("gpus", "workers", "each"), [(0, 4, 0), (1, 1, 1), (3, 3, 1), (8, 4, 1)])
+def test_a_training_group_has_a_gpu_for_each_worker(gpus: int, workers: int, each: float) -> None:
+    tree = config(score={"workers": 4}, sft={"workers": 4})
+    score = place(tree, "score", gpus)
+    assert (score.score.workers, score.score.resources.gpus) == (workers, each)
+    assert (score.sft.workers, score.sft.resources.gpus) == (workers, each)  # the warm-up before scoring
+    sft = place(tree, "sft", gpus).sft
+    assert (sft.workers, sft.resources.gpus) == (workers, each)
+
+
+def test_a_number_fixes_the_workers_too() -> None:
+    sft = place(config(sft={"workers": 4, "resources": {"gpus": 0.5}}), "sft", 2).sft
+    assert (sft.workers, sft.resources.gpus) == (4, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "engines", "learners", "sync"),
+    [
+        (0, {}, (1, 0), (1, 0), "merged"),
+        (1, {}, (1, 0.6), (1, 0.4), "adapter"),
+        (2, {}, (1, 1), (1, 1), "adapter"),
+        (2, {"rollout_actors": 2, "learners": 2}, (2, 0.6), (2, 0.4), "adapter"),
+        (2, {"rollout_actors": 4, "learners": 2}, (2, 0.6), (2, 0.4), "adapter"),
+        (4, {"rollout_actors": 3, "learners": 2}, (3, 0.6), (2, 0.4), "adapter"),
+        (3, {"rollout_engine": {"tensor_parallel": 2}}, (1, 2), (1, 1), "adapter"),
+        (1, {"rollout_resources": {"gpus": 0.7}}, (1, 0.7), (1, 0.3), "adapter"),
+        (1, {"rollout_resources": {"gpus": 0}, "sync": "adapter"}, (1, 0), (1, 1), "adapter"),
+        (1, {"learner_resources": {"gpus": 0}}, (1, 1), (1, 0), "adapter"),
+        (1, {"sync": "merged"}, (1, 0.6), (1, 0.4), "merged"),
+    ],
+)
+def test_engines_and_learners_have_gpus_apart_or_share_each(
+    gpus: int,
+    asked: dict[str, Any],
+    engines: tuple[int, float],
+    learners: tuple[int, float],
+    sync: str,
+) -> None:
+    grpo = place(config(grpo=asked), "grpo", gpus).grpo
+    assert (grpo.rollout_actors, grpo.rollout_resources.gpus) == engines
+    assert (grpo.learners, grpo.learner_resources.gpus) == learners
+    assert sync_of(grpo) == sync
+
+
+def test_judges_take_a_part_of_each_gpu() -> None:
+    tree = config(grpo={"rewards": [{"name": "judge"}], "rollout_actors": 2, "learners": 2})
+    placed = place(tree, "grpo", 2)
+    engine, learner = placed.grpo.rollout_resources.gpus, placed.grpo.learner_resources.gpus
+    judges = [judge.resources.gpu_count for judge in placed.judges]
+    assert judges == [0.1] * 3
+    assert isinstance(engine, float) and isinstance(learner, float)
+    assert engine > 0.5  # two engines never fit one GPU, nor two learners beside an engine
+    assert (1 - engine) / 2 < learner and engine + learner + sum(judges) / 2 <= 1
+    apart = place(tree, "grpo", 7)
+    assert [judge.resources.gpu_count for judge in apart.judges] == [1] * 3
+    assert (apart.grpo.rollout_resources.gpus, apart.grpo.learner_resources.gpus) == (1, 1)
+
+
+def test_evaluation_takes_a_gpu_for_each_rank() -> None:
+    tree = config(evaluate={"engine": {"tensor_parallel": 2}})
+    assert place(tree, "evaluate", 2).evaluate.resources.gpus == 2
+    assert place(tree, "evaluate", 0).evaluate.resources.gpus == 0
+
+
+def test_a_process_that_asks_for_none_sees_none() -> None:
+    resources = place(config(sft={"resources": {"gpus": 0}}), "sft", 8).sft.resources
+    assert hidden_gpus(resources) == {"CUDA_VISIBLE_DEVICES": ""}
+    assert hidden_gpus(place(config(), "sft", 8).sft.resources) == {}
+
+
+def test_the_rule_is_shown_before_anything_runs(tmp_path: Any) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(config().to_yaml())
+    shown = CliRunner().invoke(app, ["run", str(file), "--dry-run", "--run-dir", str(tmp_path / "run")])
+    assert "GPU auto: one for each teacher, or shared evenly" in shown.output.replace("\n", " ")
