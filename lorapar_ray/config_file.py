@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,24 +10,30 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from lorapar_ray.config import Config
+from lorapar_ray.config import Config, Section
 from lorapar_ray.errors import UserError
+
+LARGEST_TREE = 100_000
+"""Values in a config, anchors written out: a few lines of anchors can stand for billions."""
+PRIVATE = ("base_url", "extra_body", "api_key_env")
+"""Fields whose values may hold a key, so no message repeats them."""
+NOT_YAML = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
+"""What PyYAML raises: its own errors, and Python's for dates and numbers that are none, or too deep nesting."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config and apply `section.key=value` overrides (values are YAML; lists are indexed by number).
 
     Raises:
-        UserError: no such file, not YAML, or a field that is unknown, of the wrong type or out of range.
+        UserError: no such file, not YAML, a key given twice, or a field that is unknown, of the wrong type or out of
+            range.
     """
-    if not path.is_file():
-        raise UserError(f"config '{path}': no such file")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"config '{path}': not valid YAML ({_one_line(error)})") from error
+    tree = read_yaml(path, f"config '{path}'")
     if not isinstance(tree, dict):
         raise UserError(f"config '{path}': expected a mapping of sections, got {type(tree).__name__}")
+    twice = [key for key, count in Counter(each.partition("=")[0] for each in overrides).items() if count > 1]
+    if twice:
+        raise UserError(f"--set '{twice[0]}': given twice; keep one")
     for override in overrides:
         _apply(tree, override)
     try:
@@ -35,20 +42,121 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"config '{path}': {_first_problem(error)}") from error
 
 
+def read_yaml(path: Path, what: str) -> Any:
+    """The values of a YAML file of the user's, none of them shared between two places.
+
+    Raises:
+        UserError: it is missing, unreadable, not UTF-8, not YAML, or gives a key twice.
+    """
+    if not path.is_file():
+        raise UserError(f"{what}: no such file")
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{what}: cannot be read ({error.strerror})") from error
+    except NOT_YAML as error:
+        raise UserError(f"{what}: not valid YAML ({_one_line(error)})") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML as plain values; an anchor that is used twice gives two copies, so that changing one leaves the other.
+
+    Raises:
+        ValueError: a key is given twice in one mapping, or anchors stand for too much; and `NOT_YAML`.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _require_keys_once(node)
+        return _copied(loader.construct_document(node), [0])
+    finally:
+        loader.dispose()
+
+
+def _require_keys_once(root: yaml.Node) -> None:
+    """PyYAML would keep the last of two equal keys in silence."""
+    seen: set[int] = set()
+    left: list[tuple[yaml.Node, str]] = [(root, "")]
+    while left:
+        node, where = left.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, value in node.value:
+                name = str(key.value) if isinstance(key, yaml.ScalarNode) else ""
+                line = key.start_mark.line + 1
+                if name in lines and name:
+                    raise ValueError(f"'{where}{name}' is given twice, in lines {lines[name]} and {line}; keep one")
+                lines[name] = line
+                left.append((value, f"{where}{name}."))
+        elif isinstance(node, yaml.SequenceNode):
+            left += [(item, f"{where}{index}.") for index, item in enumerate(node.value)]
+
+
+def _copied(value: Any, count: list[int]) -> Any:
+    count[0] += 1
+    if count[0] > LARGEST_TREE:
+        raise ValueError(f"its anchors stand for more than {LARGEST_TREE:,} values")
+    if isinstance(value, dict):
+        return {key: _copied(below, count) for key, below in value.items()}
+    return [_copied(item, count) for item in value] if isinstance(value, list) else value
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise UserError(f"--set '{override}': write it as section.key=value")
+        raise UserError(f"--set '{key}': write it as section.key=value")
+    try:
+        value = parse_yaml(text)
+    except NOT_YAML as error:
+        raise UserError(f"--set '{key}': the value is not valid YAML ({_one_line(error)})") from error
     node: Any = tree
+    section: type[Section] | None = Config
     *parents, leaf = key.split(".")
     try:
         for part in parents:
-            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-        node[int(leaf) if isinstance(node, list) else leaf] = yaml.safe_load(text)
+            place = _place(node, part)
+            if isinstance(node, dict) and place not in node:
+                node[place] = _default(section, part)
+            node, section = node[place], _section(section, part)
+        node[_place(node, leaf)] = value
     except (TypeError, ValueError, IndexError, AttributeError) as error:
-        raise UserError(f"--set '{override}': the config has no '{key}'") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"--set '{override}': the value is not valid YAML") from error
+        raise UserError(f"--set '{key}': the config has no such place") from error
+
+
+def _place(node: Any, part: str) -> Any:
+    """The key or index that `part` of an override means: Systems, for one, are keyed by numbers."""
+    if isinstance(node, list):
+        return int(part)
+    numbered = part.isdecimal() and part not in node and any(isinstance(key, int) for key in node)
+    return int(part) if numbered else part
+
+
+def _section(section: type[Section] | None, field: str) -> type[Section] | None:
+    """The class of a section within a section; None for anything else."""
+    default = None if section is None or field not in section.model_fields else section.model_fields[field].annotation
+    return default if isinstance(default, type) and issubclass(default, Section) else None
+
+
+def _default(section: type[Section] | None, field: str) -> Any:
+    """What stands in for a part of the config that the file leaves out, so that an override changes one value of it.
+
+    Of a section that is what its default sets (`label.resources` has half a CPU); a list or a dict is written out.
+    """
+    if section is None or field not in section.model_fields:
+        return {}
+    default = section.model_fields[field].default
+    if isinstance(default, Section):
+        return default.model_dump(exclude_unset=True)
+    if isinstance(default, list | tuple):
+        return [item.model_dump() if isinstance(item, Section) else item for item in default]
+    return dict(default) if isinstance(default, dict) else {}
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -58,9 +166,12 @@ def _first_problem(error: ValidationError) -> str:
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         return f"unknown field '{where}'; check the spelling{more}"
-    got = "" if first["type"] == "missing" else f", got {first['input']!r}"
-    return f"field '{where}': {first['msg']}{got}"[:300] + more
+    silent = first["type"] == "missing" or isinstance(first["input"], dict | Section)
+    silent = silent or any(part in PRIVATE for part in first["loc"])
+    got = "" if silent else f", got {_one_line(repr(first['input']))}"
+    message = first["msg"].removeprefix("Value error, ")
+    return _one_line(f"field '{where}': {message}{got}", 300) + more
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def _one_line(error: object, length: int = 200) -> str:
+    return " ".join(str(error).split())[:length]

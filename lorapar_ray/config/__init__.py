@@ -1,0 +1,49 @@
+"""The one typed config tree: YAML in, resolved YAML out, unknown fields refused.
+
+Each field says, by `Result` or `Operation`, whether it decides a result or how it is computed (see `marks`).
+"""
+
+from lorapar_ray.config.base import Dtype, Section, System
+from lorapar_ray.config.data import DataConfig, FileSource, HubSource, NamedSource, ReasoningGymSource, Source
+from lorapar_ray.config.engine import EngineConfig, Resources
+from lorapar_ray.config.evaluate import EvaluateConfig
+from lorapar_ray.config.grpo import JUDGE, GrpoConfig, JudgeConfig, RewardConfig
+from lorapar_ray.config.label import LabelConfig, TeacherConfig, VoteExample, VotePrompt
+from lorapar_ray.config.marks import Operation, Result, deciding, result_but_not
+from lorapar_ray.config.model import AdapterConfig, ModelConfig
+from lorapar_ray.config.run import Config
+from lorapar_ray.config.score import PartitionConfig, ScoreConfig
+from lorapar_ray.config.sft import SftConfig
+
+__all__ = [
+    "JUDGE",
+    "AdapterConfig",
+    "Config",
+    "DataConfig",
+    "Dtype",
+    "EngineConfig",
+    "EvaluateConfig",
+    "FileSource",
+    "GrpoConfig",
+    "HubSource",
+    "JudgeConfig",
+    "LabelConfig",
+    "ModelConfig",
+    "NamedSource",
+    "Operation",
+    "PartitionConfig",
+    "ReasoningGymSource",
+    "Resources",
+    "Result",
+    "RewardConfig",
+    "ScoreConfig",
+    "Section",
+    "SftConfig",
+    "Source",
+    "System",
+    "TeacherConfig",
+    "VoteExample",
+    "VotePrompt",
+    "deciding",
+    "result_but_not",
+]

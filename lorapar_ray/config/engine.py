@@ -1,0 +1,60 @@
+"""What a process asks for, and the settings of a vLLM engine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from lorapar_ray.config.base import Dtype, NonNegative, PositiveFloat, PositiveInt, Section
+from lorapar_ray.config.marks import Operation, Result, result_but_not
+
+OPERATIONAL_EXTRA = (
+    *("gpu_memory_utilization", "kv_cache_memory_bytes", "swap_space", "cpu_offload_gb", "block_size"),
+    *("max_num_batched_tokens", "max_num_partial_prefills", "max_parallel_loading_workers", "scheduling_policy"),
+    *("enable_chunked_prefill", "enable_prefix_caching", "async_scheduling", "compilation_config", "cudagraph_mode"),
+    *("pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend", "disable_custom_all_reduce"),
+    *("disable_log_stats", "download_dir", "load_format"),
+)
+"""Arguments of vLLM about memory, batching, caching and placement."""
+
+
+class Resources(Section):
+    """What one process of a stage asks Ray for."""
+
+    cpus: Operation[NonNegative] = 1.0
+    gpus: Operation[NonNegative | Literal["auto"]] = "auto"
+    """`auto`: of the GPUs that the cluster has, the share that `lorapar_ray.gpus` gives to such a process; without GPUs
+    that is none. A number is asked of Ray as it is; with 0 the process sees no GPU."""
+    threads: Operation[PositiveInt | None] = None
+    """CPU threads to compute with; None: as many as `cpus`. More pays where processes take turns."""
+
+    @property
+    def gpu_count(self) -> float:
+        """GPUs to ask Ray for; `auto` counts as none until `lorapar_ray.gpus.place` has made it a number."""
+        return 0.0 if self.gpus == "auto" else self.gpus
+
+    @property
+    def compute_threads(self) -> int:
+        """Threads one process should use."""
+        return self.threads or max(1, round(self.cpus))
+
+
+class EngineConfig(Section):
+    """Settings of one vLLM engine, for teachers, rollouts and evaluation alike."""
+
+    dtype: Result[Dtype] = "auto"
+    max_model_len: Result[PositiveInt] = 1024
+    max_num_seqs: Operation[PositiveInt] = 64
+    tensor_parallel: Operation[PositiveInt] = 1
+    enforce_eager: Operation[bool] = False
+    kv_cache_gib: Operation[PositiveFloat] = 1.0
+    """CPU only: size of the key-value cache. On a GPU set `extra: {gpu_memory_utilization: ...}`."""
+    extra: Annotated[dict[str, Any], result_but_not(*OPERATIONAL_EXTRA)] = {}
+    """Passed to vLLM as they are; those of `OPERATIONAL_EXTRA` say how it runs, any other decides its results."""
+
+
+def require_gpu_for_each_rank(place: str, resources: Resources, name: str, engine: EngineConfig) -> None:
+    gpus, ranks = resources.gpu_count, engine.tensor_parallel
+    if gpus and gpus != ranks and not (gpus < 1 and ranks == 1):
+        raise ValueError(
+            f"{place}.gpus: {gpus:g} for {name}.tensor_parallel {ranks}; give each rank a GPU, or one a fraction"
+        )

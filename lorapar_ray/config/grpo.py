@@ -1,0 +1,197 @@
+"""Stage `grpo`, and the teachers that grade for it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from lorapar_ray.config.base import (
+    Betas,
+    Distinct,
+    Fraction,
+    NonNegative,
+    Optional0,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    StopStrings,
+    System,
+    Tracker,
+    names_in,
+    require_last_words,
+)
+from lorapar_ray.config.engine import EngineConfig, Resources, require_gpu_for_each_rank
+from lorapar_ray.config.marks import Operation, Result, result_but_not
+
+JUDGE = "judge"
+"""The reward that asks teachers."""
+
+
+class RewardConfig(Section):
+    """One reward: a registered name or `module:function`, and its weight in the sum."""
+
+    name: Result[str]
+    weight: Result[float] = 1.0
+
+
+class JudgeConfig(Section):
+    """The reward `judge`: teachers of `label.teachers` grade completions; 0 is the lowest grade, 1 the best."""
+
+    teachers: Result[list[str]] = []
+    """By name; empty: all of them. The mean of those that answer counts."""
+    grades: Result[Annotated[int, Field(ge=2, le=9)]] = 5
+    prompt: Result[str] = (
+        "Grade an answer to a question from 1 (wrong or useless) to {grades} (right and clear).\n\n"
+        "Question: {question}\nReference answer: {answer}\nAnswer to grade: {completion}"
+    )
+    choice: Result[str] = "Grade:"
+    """The last word of the prompt; the grade is the next token."""
+    time_limit_s: Operation[PositiveFloat] = 60.0
+    """For one teacher's grade, retries included."""
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> JudgeConfig:
+        found = names_in(self.prompt, "prompt")
+        if "completion" not in found or not found <= {"question", "answer", "completion", "grades"}:
+            raise ValueError("prompt: takes {question}, {answer}, {grades} and, always, {completion}")
+        require_last_words(self.choice)
+        return self
+
+
+class GrpoConfig(Section):
+    """Stage 2: GRPO of the System 2 region on System 2 prompts, starting from stage 1's adapter."""
+
+    systems: Result[Annotated[Distinct[System], Field(min_length=1)]] = [2]
+    masked: Result[bool] = True
+    steps: Result[PositiveInt | None] = None
+    """None: one pass over the prompts."""
+    prompts_per_step: Result[PositiveInt] = 8
+    group_size: Result[Annotated[int, Field(ge=2)]] = 8
+    max_prompt_length: Result[PositiveInt] = 256
+    max_completion_length: Result[PositiveInt] = 256
+    temperature: Result[PositiveFloat] = 1.0
+    top_p: Result[float] = 1.0
+    """Only 1: the learner computes no renormalised probabilities, so ratios of truncated samples would be wrong."""
+    stop: Result[StopStrings] = []
+    rewards: Result[Annotated[list[RewardConfig], Field(min_length=1)]] = [RewardConfig(name="numeric_answer")]
+    judge: Result[JudgeConfig] = JudgeConfig()
+    """How the reward `judge` grades; needs `label.teachers`."""
+    reward_time_limit_s: Operation[PositiveFloat] = 5.0
+    reward_memory_mb: Operation[PositiveInt] = 1024
+    reward_workers: Operation[PositiveInt] = 1
+    reward_resources: Operation[Resources] = Resources(cpus=0, gpus=0)
+    overlong_cache: Result[Optional0] = 0
+    """DAPO's soft punishment: completions within this many tokens of the limit lose up to 1; 0 turns it off."""
+    loss: Result[Literal["dapo", "grpo", "dr_grpo", "bnpo", "gspo", "cispo"]] = "dapo"
+    clip_low: Result[NonNegative] = 0.2
+    clip_high: Result[NonNegative] = 0.28
+    """Bounds of the ratio to the policy before the update; `cispo` caps the ratio at `clip_high` itself, at least 1. A
+    step is one update, so that ratio is 1: nothing is clipped and `gspo` has the gradient of `grpo`. How far the
+    sampler lags behind (`max_staleness`) is corrected by `importance_cap` and `sequence_ratio_bounds`."""
+    kl_beta: Result[NonNegative] = 0.0
+    importance_cap: Result[PositiveFloat | None] = 2.0
+    """Truncated importance sampling against the sampler's own log-probabilities; None turns it off, which
+    `max_staleness` above 0 forbids."""
+    sequence_ratio_bounds: Result[tuple[NonNegative, PositiveFloat] | None] = None
+    """Leave out completions whose mean learner/sampler ratio lies outside; None keeps all."""
+    advantage_scale: Result[Literal["group", "batch", "none"]] = "group"
+    mask_truncated: Result[bool] = False
+    refill_limit: Result[Optional0] = 2
+    """Further sampling rounds per step to replace groups whose rewards are all equal."""
+    curriculum: Result[Literal["none", "solve_rate"]] = "none"
+    """`solve_rate`: from the second epoch on, prompts solved about half of the time come first."""
+    learning_rate: Result[PositiveFloat] = 5e-6
+    schedule: Result[Literal["cosine", "linear", "constant"]] = "cosine"
+    warmup_ratio: Result[Fraction] = 0.1
+    weight_decay: Result[NonNegative] = 0.1
+    betas: Result[Betas] = (0.9, 0.99)
+    max_grad_norm: Result[PositiveFloat] = 0.1
+    micro_batch_size: Operation[PositiveInt] = 8
+    checkpoint_every: Operation[PositiveInt] = 10
+    max_staleness: Result[Optional0] = 0
+    """Versions a sample's policy may lag behind the learner's; 0 is strictly on-policy."""
+    drain: Result[bool] = False
+    """Let completions in flight end before a new policy is served, instead of going on under it."""
+    sync: Operation[Literal["auto", "merged", "adapter"]] = "auto"
+    """`merged`: engines serve base + s·BA as plain weights; `adapter`: vLLM's own LoRA. `auto`: `adapter` on GPUs,
+    where only the adapter is loaded and the base is not rounded again, and `merged` on CPUs, where LoRA kernels slow
+    every decoding step (`jobs/benchmarks/weight_sync.py`)."""
+    canary_tolerance: Operation[PositiveFloat] = 0.5
+    """Largest mean absolute log-probability gap (nats) between learner and engine on the canary tokens."""
+    rollout_actors: Operation[PositiveInt] = 1
+    rollout_time_limit_s: Operation[PositiveFloat] = 900.0
+    """An engine that takes longer over one request hangs, and is replaced."""
+    learners: Operation[PositiveInt] = 1
+    sharding: Operation[Literal["none", "fsdp2"]] = "none"
+    """`fsdp2`: cut the frozen base over the learners, for a base that does not fit one device."""
+    report_to: Operation[Distinct[Tracker]] = []
+    rollout_placement: Operation[Literal["pack", "spread"]] = "pack"
+    """Engines on few nodes or on many; see `lorapar_ray/grpo/placement.py` also for sharing GPUs with learners."""
+    rollout_engine: Annotated[EngineConfig, result_but_not("max_model_len")] = EngineConfig()
+    """Its `max_model_len` holds every sample, or the config is refused; so it decides nothing."""
+    rollout_resources: Operation[Resources] = Resources()
+    learner_resources: Operation[Resources] = Resources()
+
+    @model_validator(mode="after")
+    def _whole_distribution(self) -> GrpoConfig:
+        if self.top_p != 1:
+            raise ValueError("top_p: must be 1; the learner's ratios would be those of another distribution")
+        return self
+
+    @model_validator(mode="after")
+    def _bounds_enclose_something(self) -> GrpoConfig:
+        bounds = self.sequence_ratio_bounds
+        if bounds is not None and not bounds[0] < bounds[1]:
+            raise ValueError(
+                f"sequence_ratio_bounds: [{bounds[0]:g}, {bounds[1]:g}] is empty; give the lower one first"
+            )
+        if self.overlong_cache > self.max_completion_length:
+            raise ValueError(f"overlong_cache: {self.overlong_cache} is more than max_completion_length")
+        if not any(reward.weight for reward in self.rewards):
+            raise ValueError("rewards: every weight is 0, so no completion would be better than another")
+        return self
+
+    @model_validator(mode="after")
+    def _stale_samples_are_corrected(self) -> GrpoConfig:
+        if self.max_staleness > 0 and self.importance_cap is None:
+            raise ValueError(
+                "importance_cap: nothing else corrects the stale samples of max_staleness above 0; set one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_holds_a_sample(self) -> GrpoConfig:
+        longest, room = self.max_prompt_length + self.max_completion_length, self.rollout_engine.max_model_len
+        if longest > room:
+            raise ValueError(
+                f"rollout_engine.max_model_len: {room} is less than max_prompt_length + max_completion_length "
+                f"({longest}); raise it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cap_keeps_the_ratio(self) -> GrpoConfig:
+        if self.loss == "cispo" and self.clip_high < 1:
+            raise ValueError(
+                f"clip_high: {self.clip_high:g} would shrink every gradient under loss cispo; set 1 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_engine_a_gpu(self) -> GrpoConfig:
+        require_gpu_for_each_rank("rollout_resources", self.rollout_resources, "rollout_engine", self.rollout_engine)
+        engine, learner = self.rollout_resources.gpu_count, self.learner_resources.gpu_count
+        left = 1 - engine
+        shared = max(self.rollout_actors, self.learners) > 1 and 0 < engine < 1 and 0 < learner < 1
+        if shared and not (engine > 0.5 and left / 2 + 1e-9 < learner <= left + 1e-9):
+            raise ValueError(
+                f"rollout_resources.gpus: {engine:g} beside learners' {learner:g}; to put one engine and one learner "
+                "on each GPU give engines more than 0.5 and learners the rest"
+            )
+        return self
+
+    @property
+    def judged(self) -> bool:
+        """Whether teachers grade completions."""
+        return any(reward.name == JUDGE for reward in self.rewards)

@@ -1,0 +1,173 @@
+"""Stage `label`: teachers, what they are asked, and how their votes are counted."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from lorapar_ray.config.base import (
+    NonNegative,
+    Optional0,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    System,
+    Word,
+    names_in,
+    require_last_words,
+)
+from lorapar_ray.config.engine import EngineConfig, Resources, require_gpu_for_each_rank
+from lorapar_ray.config.marks import Operation, Result
+
+
+class TeacherConfig(Section):
+    """One voter: hosted here on Ray Serve, a remote OpenAI-compatible endpoint, or a Python class of the user's."""
+
+    name: Result[Word]
+    kind: Result[Literal["serve", "remote", "python"]] = "serve"
+    """`python`: `model` is `module:Class`, see `lorapar_ray.labeling.teachers`."""
+    model: Result[str]
+    revision: Result[str | None] = None
+    """Hub revision of a hosted model; for a remote one, any word that changes when the endpoint's model does. Cached
+    votes belong to it."""
+    engine: Result[EngineConfig] = EngineConfig()
+    resources: Operation[Resources] = Resources()
+    """Of one replica. `gpus` below 1 shares a GPU; with `engine.tensor_parallel` N it is N."""
+    replicas: Operation[PositiveInt] = 1
+    max_replicas: Operation[PositiveInt | None] = None
+    """Autoscale between `replicas` and this; None keeps `replicas`."""
+    max_ongoing_requests: Operation[PositiveInt | None] = None
+    """Per replica: enough to keep the engine's batch full, few enough that callers are pushed back. None: half as many
+    again as `engine.max_num_seqs`, so that the next batch waits beside the engine and not across the cluster."""
+    use_chat_template: Result[bool | None] = None
+    """None: if the tokenizer has one."""
+    example_order: Result[Literal["system1_first", "system2_first"]] = "system1_first"
+    thinking_tokens: Result[Optional0] = 0
+    """Free text a reasoning model may write before the constrained choice."""
+    base_url: Result[str | None] = None
+    endpoint: Result[Literal["completions", "chat"]] = "completions"
+    """Remote only. `chat` for services without text completion; the choice is the last token that is one."""
+    extra_body: Result[dict[str, Any]] = {}
+    """Added to every request of a remote teacher, such as `{structured_outputs: {choice: ["1", "2"]}}` for vLLM's
+    server; for a Python class to read as it likes."""
+    api_key_env: Operation[str | None] = None
+    requests_per_second: Operation[PositiveFloat | None] = None
+    """Remote only: of all asking workers together."""
+    cost_per_million_tokens: Result[NonNegative] = 0.0
+    cost_per_hour: Result[NonNegative] = 0.0
+    """Of one hosted replica."""
+
+    @property
+    def ongoing_requests(self) -> int:
+        """What one replica holds at once, waiting or computing."""
+        return self.max_ongoing_requests or -(-3 * self.engine.max_num_seqs // 2)
+
+    @model_validator(mode="after")
+    def _fields_fit_kind(self) -> TeacherConfig:
+        if (self.kind == "remote") != (self.base_url is not None):
+            raise ValueError("base_url belongs to kind: remote, and only there")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas: {self.max_replicas} is below replicas ({self.replicas})")
+        require_gpu_for_each_rank("resources", self.resources, "engine", self.engine)
+        return self
+
+
+class VoteExample(Section):
+    """One worked example in the voting prompt."""
+
+    question: Result[str]
+    answer: Result[str]
+    system: Result[System]
+
+
+class VotePrompt(Section):
+    """The text of the voting prompt, in the order it is read; `{names}` are filled in, `{{` is a plain brace."""
+
+    role: Result[str] = "Act as the language model {student}. "
+    """Left out by strategy `single`."""
+    task: Result[str] = "Decide which System a question belongs to."
+    definition: Result[str] = "System {system}: {meaning}."
+    question: Result[str] = "Question: {question}\nAnswer: {answer}"
+    choice: Result[str] = "System:"
+    """The last words of the prompt; the number of a System is the next token."""
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> VotePrompt:
+        needed = {"role": {"student"}, "definition": {"system", "meaning"}, "question": {"question", "answer"}}
+        for name, text in self.model_dump().items():
+            found = names_in(text, name)
+            wanted = needed.get(name, set())
+            if not found <= wanted or (name != "role" and found != wanted):
+                names = " and ".join(f"{{{field}}}" for field in sorted(wanted)) or "no {name}"
+                raise ValueError(f"{name}: takes {names}, got {text!r}")
+        require_last_words(self.choice)
+        return self
+
+
+class LabelConfig(Section):
+    """Stage `label`: which System each training question belongs to (paper, section 3.1)."""
+
+    strategy: Result[Literal["vote", "single", "single_roleplay", "random"]] = "vote"
+    teachers: Result[list[TeacherConfig]] = []
+    student_name: Result[str | None] = None
+    definitions: Result[dict[System, str]] = {
+        1: "the student answers at once, from recall, reading comprehension or one simple inference",
+        2: "the student has to reason in several steps: multi-step logic, chaining information, complex inference",
+    }
+    """What Systems 1..K mean; two in the paper, up to nine here."""
+    examples: Result[list[VoteExample]] = [
+        VoteExample(question="What is the capital of France?", answer="Paris", system=1),
+        VoteExample(
+            question="A shop sells pens at 3 for $2. Tom buys 12 pens and pays with $20. How much change does he get?",
+            answer="12",
+            system=2,
+        ),
+    ]
+    prompt: Result[VotePrompt] = VotePrompt()
+    calibration: Result[Literal["none", "content_free", "swapped_definitions", "batch"]] = "content_free"
+    """How a teacher's bias is removed. `content_free` divides out how it labels questions that say nothing;
+    `swapped_definitions` asks K times, so that each meaning goes by each number once, and averages; `batch` divides out
+    the median over a sample of the questions themselves, so that every teacher splits them about evenly: for small
+    teachers whose bias drowns their judgement."""
+    weights: Result[Literal["equal", "confidence"]] = "equal"
+    """`confidence`: a vote counts as much as its calibrated probability."""
+    quorum: Operation[PositiveInt] = 1
+    """Teachers that must still answer; with fewer the stage stops and can be resumed."""
+    concurrency: Operation[PositiveInt] = 64
+    """Questions in flight per asking worker."""
+    workers: Operation[PositiveInt] = 1
+    rows_per_block: Operation[PositiveInt] = 64
+    """Questions asked, and stored, as one unit of work."""
+    timeout_s: Operation[PositiveFloat] = 120.0
+    """Of one request, the wait for a place in a hosted engine included."""
+    retries: Operation[Optional0] = 2
+    backoff_s: Operation[PositiveFloat] = 1.0
+    """Before the first retry; doubled for each further one. An endpoint's own Retry-After goes before it."""
+    give_up_after: Operation[PositiveInt] = 16
+    """Questions in a row that a teacher may fail, retries and all, before it abstains from the rest of the run."""
+    sequential: Result[bool] = False
+    """Ask no further teacher once the majority is decided; the cheapest are asked first, by `cost_per_million_tokens`
+    and `cost_per_hour`, else in the order given."""
+    cache: Operation[str | None] = None
+    """A file of votes that several runs share; None: one of the run's own."""
+    resources: Operation[Resources] = Resources(cpus=0.5, gpus=0)
+
+    @model_validator(mode="after")
+    def _teachers_fit_strategy(self) -> LabelConfig:
+        names = [t.name for t in self.teachers]
+        if len(set(names)) != len(names):
+            raise ValueError("teachers: two teachers share a name")
+        if self.strategy == "vote" and not self.teachers:
+            raise ValueError("teachers: strategy vote needs at least one teacher")
+        if self.strategy.startswith("single") and len(self.teachers) != 1:
+            raise ValueError(f"teachers: strategy {self.strategy} takes exactly one teacher")
+        if self.strategy != "random" and self.quorum > len(self.teachers):
+            raise ValueError(f"quorum: {self.quorum} is more than the {len(self.teachers)} teachers")
+        systems = sorted(self.definitions)
+        if systems != list(range(1, len(systems) + 1)) or not 2 <= len(systems) <= 9:
+            raise ValueError(f"definitions: Systems must be numbered 1 to K with K from 2 to 9, got {systems}")
+        for example in self.examples:
+            if example.system not in self.definitions:
+                raise ValueError(f"examples: System {example.system} has no definition")
+        return self

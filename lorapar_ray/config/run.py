@@ -1,0 +1,129 @@
+"""The whole tree, and what must hold between its parts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from lorapar_ray.config.base import Section, Seed, Word, unusable
+from lorapar_ray.config.data import DataConfig
+from lorapar_ray.config.evaluate import EvaluateConfig
+from lorapar_ray.config.grpo import JUDGE, GrpoConfig
+from lorapar_ray.config.label import LabelConfig, TeacherConfig
+from lorapar_ray.config.marks import Operation, Result
+from lorapar_ray.config.model import AdapterConfig, ModelConfig
+from lorapar_ray.config.score import PartitionConfig, ScoreConfig
+from lorapar_ray.config.sft import WARMUP_FIELDS, SftConfig
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: Operation[Word]
+    seed: Result[Seed] = 0
+    order: Result[Annotated[list[Literal["sft", "grpo"]], Field(min_length=1)]] = ["sft", "grpo"]
+    """The training stages, each starting where the one before ended; `[sft]` and `[grpo, sft]` are baselines."""
+    model: Result[ModelConfig]
+    data: Result[DataConfig]
+    label: Result[LabelConfig] = LabelConfig(strategy="random")
+    adapter: Result[AdapterConfig] = AdapterConfig()
+    score: Result[ScoreConfig] = ScoreConfig()
+    partition: Result[PartitionConfig] = PartitionConfig()
+    sft: Result[SftConfig] = SftConfig()
+    grpo: Result[GrpoConfig] = GrpoConfig()
+    evaluate: Result[EvaluateConfig] = EvaluateConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _values_are_usable(cls, tree: Any) -> Any:
+        if found := unusable(tree):
+            raise ValueError(f"{'.'.join(found[0])}: {found[1]}")
+        return tree
+
+    @model_validator(mode="after")
+    def _systems_are_defined(self) -> Config:
+        known = sorted(self.label.definitions)
+        for name, systems in (("sft", self.sft.systems), ("grpo", self.grpo.systems)):
+            if unknown := set(systems) - set(known):
+                raise ValueError(
+                    f"{name}.systems: System {min(unknown)} is not in label.definitions ({known[0]} to {known[-1]})"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Config:
+        if len(set(self.order)) != len(self.order):
+            raise ValueError("order: each stage at most once; for two SFT epochs set sft.epochs to 2")
+        if self.model.quantization is not None and self.adapter.init in ("pissa", "pissa_fast", "olora"):
+            raise ValueError(
+                f"adapter.init: {self.adapter.init} takes part of the weights out of the base, which 4 bits cannot "
+                "follow; leave model.quantization out or set adapter.init to default or gaussian"
+            )
+        known = {teacher.name for teacher in self.label.teachers}
+        if self.grpo.judged and (not known or not set(self.grpo.judge.teachers) <= known):
+            raise ValueError(
+                f"grpo.judge: the reward {JUDGE} asks teachers of label.teachers by name; there "
+                + (f"are {', '.join(sorted(known))}" if known else "are none")
+            )
+        if self.adapter.method != "lora":
+            if self.order != ["sft"] or self.sft.masked:
+                raise ValueError(
+                    f"adapter.method: {self.adapter.method} has nothing to partition and no engine samples from it; "
+                    "set order to [sft] and sft.masked to false"
+                )
+            if self.sft.packing or self.sft.gradient_checkpointing or self.sft.sharding != "none":
+                raise ValueError(
+                    f"adapter.method: {self.adapter.method} trains without sft.packing, sft.gradient_checkpointing "
+                    "and sft.sharding; turn them off"
+                )
+        return self
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether any stage trains a region only; if none does there is nothing to score and to cut."""
+        return any({"sft": self.sft.masked, "grpo": self.grpo.masked}[stage] for stage in self.order)
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether the adapter takes a few steps before it is scored: with B = 0 every score would be zero."""
+        return self.partitioned and self.adapter.init == "default" and self.adapter.warmup_steps > 0
+
+    @property
+    def judges(self) -> list[TeacherConfig]:
+        """The teachers that grade completions in stage 2."""
+        chosen = self.grpo.judge.teachers
+        return [each for each in self.label.teachers if self.grpo.judged and (not chosen or each.name in chosen)]
+
+    @property
+    def evaluated(self) -> list[str]:
+        """The models to evaluate."""
+        return ["base", *self.order] if self.evaluate.models is None else list(self.evaluate.models)
+
+    def inputs_of(self, stage: str) -> dict[str, Any]:
+        """The settings (JSON-ready) that decide `stage`'s output, its own and those of the run as a whole."""
+        sections = {
+            "label": ("data", "label"),
+            "score": ("model", "adapter", "score"),
+            "partition": ("partition",),
+            "sft": ("model", "adapter", "sft"),
+            "grpo": ("model", "grpo"),
+            "evaluate": ("model", "data", "evaluate"),
+            "report": (),
+        }[stage]
+        everything = self.model_dump(mode="json")
+        decided = {"seed": self.seed, **{name: everything[name] for name in sections}}
+        if stage in ("score", "partition"):
+            decided["partitioned"] = self.partitioned
+        if stage == "score" and self.warms_up:
+            decided["warmup"] = {name: everything["sft"][name] for name in WARMUP_FIELDS}
+        if stage == "grpo" and self.grpo.judged:
+            decided["judges"] = [judge.model_dump(mode="json") for judge in self.judges]
+        if stage == "evaluate":
+            decided["models"] = self.evaluated
+        return decided
+
+    def to_yaml(self) -> str:
+        """The resolved config, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,40 @@
+"""Stages `score` and `partition`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lorapar_ray.config.base import Fraction, PositiveInt, Section
+from lorapar_ray.config.engine import Resources
+from lorapar_ray.config.marks import Operation, Result
+
+
+class ScoreConfig(Section):
+    """Stage `score`: importance of every LoRA element for each System (paper, section 3.2)."""
+
+    criterion: Result[Literal["taylor2", "taylor1", "fisher", "magnitude", "random"]] = "taylor2"
+    examples_per_system: Result[PositiveInt | None] = 100
+    """None: every labelled row."""
+    batch_size: Operation[PositiveInt] = 8
+    unit_size: Operation[PositiveInt] = 16
+    """Examples per work unit: what is written once, and skipped on resumption."""
+    max_length: Result[PositiveInt] = 512
+    gradient_checkpointing: Operation[bool] = False
+    workers: Operation[PositiveInt] = 1
+    sharding: Operation[Literal["none", "fsdp2"]] = "none"
+    """`fsdp2`: cut the frozen base over the workers, for a base that does not fit one device."""
+    resources: Operation[Resources] = Resources()
+
+
+class PartitionConfig(Section):
+    """Stage `partition`: threshold θ and activation fractions α, β (paper, section 3.3)."""
+
+    theta: Result[Annotated[float, Field(gt=0, le=1)]] = 0.9
+    alpha: Result[Fraction] = 1.0
+    beta: Result[Fraction] = 1.0
+    activation: Result[Literal["importance", "random"]] = "importance"
+    scope: Result[Literal["global", "module_type", "layer"]] = "global"
+    mask: Result[Literal["importance", "random"]] = "importance"
+    """`random`: sets of the same sizes drawn at random, the paper's baseline."""

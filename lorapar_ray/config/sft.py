@@ -1,0 +1,91 @@
+"""Stage `sft`, and the warm-up that goes by it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from lorapar_ray.config.base import (
+    Betas,
+    Distinct,
+    Fraction,
+    NonNegative,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    System,
+    Tracker,
+)
+from lorapar_ray.config.engine import Resources
+from lorapar_ray.config.marks import Operation, Result
+from lorapar_ray.config.model import AdapterConfig
+
+WARMUP_FIELDS = (
+    *("batch_size", "micro_batch_size", "lora_plus_ratio", "weight_decay", "betas", "max_grad_norm", "max_length"),
+    *("packing", "length_bucketing"),
+)
+"""Those of `sft` that the warm-up goes by too; the others are set for it, or change nothing that it computes."""
+
+
+class SftConfig(Section):
+    """Stage 1: supervised fine-tuning of the System 1 region on System 1 rows."""
+
+    systems: Result[Annotated[Distinct[System], Field(min_length=1)]] = [1]
+    masked: Result[bool] = True
+    """False: every element trains, which is plain LoRA (or PiSSA, OLoRA, ... by `adapter.init`)."""
+    epochs: Result[PositiveFloat] = 1.0
+    max_steps: Result[PositiveInt | None] = None
+    batch_size: Result[PositiveInt] = 32
+    """Examples per optimiser step over all workers."""
+    micro_batch_size: Operation[PositiveInt] = 8
+    learning_rate: Result[PositiveFloat] = 2e-4
+    lora_plus_ratio: Result[PositiveFloat] = 1.0
+    """Learning rate of the B matrices over that of the A matrices (LoRA+)."""
+    schedule: Result[Literal["cosine", "linear", "constant"]] = "cosine"
+    warmup_ratio: Result[Fraction] = 0.03
+    weight_decay: Result[NonNegative] = 0.0
+    betas: Result[Betas] = (0.9, 0.999)
+    max_grad_norm: Result[PositiveFloat] = 1.0
+    max_length: Result[PositiveInt] = 512
+    packing: Operation[bool] = False
+    """Lay a step's examples end to end in rows of `max_length` tokens, each attending to itself alone: no padding to
+    compute, the same loss and gradient."""
+    length_bucketing: Result[bool] = False
+    """Draw a step's examples from those of like length, so that less is padded. (Within a step they are sorted by
+    length in any case.)"""
+    gradient_checkpointing: Operation[bool] = False
+    checkpoint_every: Operation[PositiveInt] = 50
+    validation: Result[Annotated[float, Field(ge=0, lt=1)]] = 0.0
+    """Share of the rows that is held out from training to measure the loss on; 0: none."""
+    validate_every: Result[PositiveInt] = 20
+    """Steps between two validations; with a validation split these are the checkpoints too."""
+    patience: Result[PositiveInt | None] = None
+    """Stop after so many validations in a row without a lower loss; None: never."""
+    keep: Result[Literal["best", "last"]] = "best"
+    """With a validation split: the adapter of the lowest validation loss, or of the last step."""
+    workers: Operation[PositiveInt] = 1
+    sharding: Operation[Literal["none", "fsdp2"]] = "none"
+    """`fsdp2`: cut the frozen base over the workers, for a base that does not fit one device."""
+    resources: Operation[Resources] = Resources()
+    report_to: Operation[Distinct[Tracker]] = ["tensorboard"]
+    """TensorBoard's files are in `metrics/tensorboard`."""
+
+    def warmup(self, adapter: AdapterConfig) -> SftConfig:
+        """The settings of the warm-up before scoring: a few steps at a constant rate."""
+        settings = {
+            "max_steps": adapter.warmup_steps,
+            "learning_rate": adapter.warmup_learning_rate,
+            "schedule": "constant",
+            "warmup_ratio": 0.0,
+            "checkpoint_every": 10**9,
+            "validation": 0.0,
+            "patience": None,
+        }
+        return self.model_copy(update=settings)
+
+    @model_validator(mode="after")
+    def _patience_needs_validation(self) -> SftConfig:
+        if self.patience is not None and self.validation == 0:
+            raise ValueError("patience: stopping early needs a validation split; set sft.validation above 0")
+        return self

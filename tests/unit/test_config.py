@@ -1,0 +1,178 @@
+"""The config: every field says whether it decides a result; what cannot be is refused in one line as it is read."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from lorapar_ray.config import Config, EngineConfig, Operation, Result, Section, deciding
+from lorapar_ray.config.marks import mark_of
+from lorapar_ray.config_file import load_config
+from lorapar_ray.errors import UserError
+from tests.tiny_run import tiny_config, write_config
+
+CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
+
+
+def sections(root: type[Section] = Section) -> list[type[Section]]:
+    return [found for each in root.__subclasses__() for found in (each, *sections(each))]
+
+
+def test_every_field_says_whether_it_decides_a_result() -> None:
+    ours = [each for each in sections() if each.__module__.startswith("lorapar_ray.")]
+    assert len(ours) > 15
+    for section in ours:
+        for field in section.model_fields:
+            mark_of(section, field)
+
+
+def test_an_unmarked_field_is_found() -> None:
+    class Careless(Section):
+        marked: Result[int] = 1
+        unmarked: int = 1
+        both: Operation[Result[int]] = 1
+
+    assert mark_of(Careless, "marked").decides
+    for field in ("unmarked", "both"):
+        with pytest.raises(TypeError, match=rf"Careless\.{field}: write it as Result"):
+            mark_of(Careless, field)
+
+
+def test_what_decides_is_taken_out_of_nested_sections_and_lists() -> None:
+    config = load_config(CONFIGS / "quickstart.yaml")
+    found = deciding(config)
+    assert "name" not in found and found["seed"] == config.seed
+    assert found["label"]["teachers"][0]["engine"].keys() == {"dtype", "max_model_len", "extra"}
+    assert "replicas" not in found["label"]["teachers"][0] and "resources" not in found["label"]
+    assert found["grpo"]["rollout_engine"].keys() == {"dtype", "extra"}  # a sample fits, or the config is refused
+    assert found["grpo"]["rewards"] == [each.model_dump() for each in config.grpo.rewards]
+    assert "time_limit_s" not in found["grpo"]["judge"]
+    extra = {"gpu_memory_utilization": 0.5, "quantization": "fp8"}
+    assert deciding(EngineConfig(extra=extra))["extra"] == {"quantization": "fp8"}
+
+
+def tree(**changes: Any) -> dict[str, Any]:
+    plain = {**tiny_config(Path("student")), "label": {"strategy": "random"}}
+    for name, value in changes.items():
+        plain[name] = {**plain[name], **value} if isinstance(value, dict) and name in plain else value
+    return plain
+
+
+TEACHER = {"name": "t", "model": "m/m"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "culprit"),
+    [
+        ({"sft": {"betas": [2, 5]}}, "sft.betas.0"),
+        ({"sft": {"betas": [0.9]}}, "sft.betas.1"),
+        ({"sft": {"learning_rate": float("inf")}}, "sft.learning_rate"),
+        ({"sft": {"epochs": float("nan")}}, "sft.epochs"),
+        ({"sft": {"systems": [3]}}, "sft.systems: System 3"),
+        ({"sft": {"systems": []}}, "sft.systems"),
+        ({"sft": {"systems": [1, 1]}}, "sft.systems"),
+        ({"sft": {"batch_size": 10**30}}, "sft.batch_size"),
+        ({"grpo": {"systems": [3]}}, "grpo.systems: System 3"),
+        ({"grpo": {"systems": [0]}}, "grpo.systems.0"),
+        ({"grpo": {"rewards": [{"name": "length", "weight": float("nan")}]}}, "grpo.rewards.0.weight"),
+        ({"grpo": {"rewards": [{"name": "length", "weight": 0}]}}, "every weight is 0"),
+        ({"grpo": {"sequence_ratio_bounds": [2.0, 0.5]}}, "sequence_ratio_bounds: [2, 0.5] is empty"),
+        ({"grpo": {"sequence_ratio_bounds": [1.0, 1.0]}}, "sequence_ratio_bounds"),
+        ({"grpo": {"betas": [0.9, 1.0]}}, "grpo.betas.1"),
+        ({"grpo": {"overlong_cache": 9}}, "overlong_cache: 9 is more than max_completion_length"),
+        ({"grpo": {"stop": [""]}}, "grpo.stop.0"),
+        ({"grpo": {"importance_cap": float("inf")}}, "grpo.importance_cap"),
+        ({"grpo": {"rollout_engine": {"extra": {"swap_space": float("inf")}}}}, "grpo.rollout_engine.extra.swap_space"),
+        ({"adapter": {"targets": []}}, "adapter.targets"),
+        ({"adapter": {"alpha": float("-inf")}}, "adapter.alpha"),
+        ({"evaluate": {"models": ["base", "base"]}}, "evaluate.models"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),
+        ({"name": ".."}, "name"),
+        ({"name": ".hidden"}, "name"),
+        ({"name": "a/b"}, "name"),
+        ({"name": "x" * 300}, "name"),
+        ({"model": {"path": "a\0b"}}, "model.path"),
+        ({"model": {"path": "a\ud800"}}, "model.path"),
+        ({"label": {"teachers": [{**TEACHER, "requests_per_second": float("inf")}]}}, "requests_per_second"),
+        ({"label": {"strategy": "vote", "teachers": [{**TEACHER, "replicas": 3, "max_replicas": 2}]}}, "max_replicas"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes: dict[str, Any], culprit: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        Config.model_validate(tree(**changes))
+    where = [".".join(map(str, each["loc"])) + " " + each["msg"] for each in error.value.errors()]
+    assert any(culprit in each for each in where), where
+
+
+def loaded(folder: Path, text: str, *overrides: str) -> Config:
+    path = folder / "config.yaml"
+    path.write_text("name: t\nmodel: {path: a/b}\ndata: {train: [{reader: file, path: x}]}\n" + text)
+    return load_config(path, overrides)
+
+
+def test_an_override_changes_one_of_two_places_that_share_an_anchor(tmp_path: Path) -> None:
+    text = "grpo: {rollout_engine: &e {max_num_seqs: 3}}\nevaluate: {engine: *e}\n"
+    config = loaded(tmp_path, text, "evaluate.engine.max_num_seqs=7")
+    assert (config.grpo.rollout_engine.max_num_seqs, config.evaluate.engine.max_num_seqs) == (3, 7)
+    merged = "sft: &s {resources: {cpus: 2}}\nscore: {workers: 2, <<: {resources: {cpus: 3}}}\n"
+    assert loaded(tmp_path, merged).score.resources.cpus == 3
+
+
+def test_an_override_within_defaults_keeps_the_others(tmp_path: Path) -> None:
+    config = loaded(tmp_path, "", "label.definitions.1=at once", "grpo.rewards.0.weight=2", "sft.betas.0=0.5")
+    assert config.label.definitions[1] == "at once" and "several steps" in config.label.definitions[2]
+    assert [(each.name, each.weight) for each in config.grpo.rewards] == [("numeric_answer", 2.0)]
+    assert config.sft.betas == (0.5, 0.999)
+    assert loaded(tmp_path, "", "label.resources.gpus=1").label.resources.cpus == 0.5
+    given = loaded(tmp_path, "label: {definitions: {1: a, 2: b}, strategy: random}\n", "label.definitions.2=c")
+    assert given.label.definitions == {1: "a", 2: "c"}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("sft: {epochs: 3}\nsft: {max_length: 9}\n", "'sft' is given twice, in lines 4 and 5"),
+        ("sft: {epochs: 3, epochs: 4}\n", "'sft.epochs' is given twice"),
+        ("label: {strategy: random, definitions: {1: a, '1': b, 2: c}}\n", "'label.definitions.1' is given twice"),
+        ("sft: &a {b: *a}\n", "not valid YAML"),
+        ("sft: {epochs: 2024-13-45}\n", "not valid YAML"),
+        ("sft: " + "[" * 1500 + "\n", "not valid YAML"),
+        (f"seed: {'9' * 5000}\n", "not valid YAML"),
+        ("a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
+            f"{new}: &{new} [{','.join(['*' + old] * 9)}]\n" for old, new in zip("abcdefg", "bcdefgh", strict=True)
+        ), "anchors stand for more than"),
+        ("3: x\n", "field"),
+    ],
+)  # fmt: skip
+def test_yaml_that_says_two_things_or_nothing_is_one_line(text: str, problem: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        loaded(tmp_path, text)
+    assert problem in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "override", ["sft", "=3", "sft.epochs.x.y=1", "data.train.7.path=x", "sft.epochs={a: 1, a: 2}"]
+)
+def test_an_override_that_fits_nowhere_is_one_line(override: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--set"):
+        loaded(tmp_path, "sft: {epochs: 1}\n", override)
+    with pytest.raises(UserError, match=r"--set 'seed': given twice"):
+        loaded(tmp_path, "", "seed=1", "seed=2")
+
+
+def test_a_file_in_another_encoding_is_one_line_and_a_byte_order_mark_is_none(tmp_path: Path) -> None:
+    path = write_config(tmp_path / "c.yaml", tree())
+    path.write_bytes("\ufeff".encode() + path.read_bytes())
+    assert load_config(path).name == "tiny"
+    path.write_bytes("name: caf\xe9\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"c\.yaml': not UTF-8 at byte 9"):
+        load_config(path)
+
+
+def test_a_message_repeats_no_value_that_may_hold_a_key(tmp_path: Path) -> None:
+    teacher = "{name: t, model: m, base_url: [https://user:s3cret@host], extra_body: {key: s3cret}, kind: remote}"
+    with pytest.raises(UserError) as error:
+        loaded(tmp_path, f"label: {{strategy: vote, teachers: [{teacher}]}}\n")
+    assert "base_url" in str(error.value) and "s3cret" not in str(error.value)
