@@ -125,7 +125,7 @@ def test_an_override_within_defaults_keeps_the_others(tmp_path: Path) -> None:
     assert config.label.definitions[1] == "at once" and "several steps" in config.label.definitions[2]
     assert [(each.name, each.weight) for each in config.grpo.rewards] == [("numeric_answer", 2.0)]
     assert config.sft.betas == (0.5, 0.999)
-    assert loaded(tmp_path, "", "label.resources.gpus=1").label.resources.cpus == 0.5
+    assert loaded(tmp_path, "", "label.resources.threads=3").label.resources.cpus == 0.5
     given = loaded(tmp_path, "label: {definitions: {1: a, 2: b}, strategy: random}\n", "label.definitions.2=c")
     assert given.label.definitions == {1: "a", 2: "c"}
 
