@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import nullcontext
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -130,9 +131,10 @@ def _show_plan(config: Config, run: RunDirectory) -> None:
     from lorapar_ray.pipeline import pending, stages_of
     from lorapar_ray.progress import console
     from lorapar_ray.resources import resources_of
+    from lorapar_ray.text import shown
 
     due, asked = pending(config, run), resources_of(config)
-    print(config.to_yaml())
+    print(shown(config.to_yaml()))
     console.print(f"run directory: {run.root}")
     for name in stages_of(config):
         console.print(f"  {name:<10} {'will run' if name in due else 'done    '}  {asked[name]}")
@@ -142,21 +144,30 @@ def _show_plan(config: Config, run: RunDirectory) -> None:
 def doctor() -> None:
     from lorapar_ray.doctor import examine
     from lorapar_ray.progress import console
+    from lorapar_ray.text import markup
 
     findings = examine()
     for finding in findings:
-        console.print(f"[{'green]✓' if finding.ok else 'red]✗'}[/] {finding.what:<12} {finding.detail}")
+        mark = "[green]✓[/]" if finding.ok else "[red]✗[/]"
+        console.print(f"{mark} {finding.what:<12} {markup(finding.detail)}", markup=True)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
 
 
 def main() -> None:
     """Entry point: a user's error is one line and exit status 2."""
+    from lorapar_ray.redact import remember_environment
+    from lorapar_ray.text import one_line
+
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    remember_environment()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that is not UTF-8 shows escapes, not a traceback
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(standalone_mode=True)
     except UserError as error:
-        print(f"lorapar: {error}", file=sys.stderr)
+        print(f"lorapar: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -12,6 +12,8 @@ from pydantic import ValidationError
 
 from lorapar_ray.config import Config, Section
 from lorapar_ray.errors import UserError
+from lorapar_ray.redact import remember_config
+from lorapar_ray.text import one_line
 
 LARGEST_TREE = 100_000
 """Values in a config, anchors written out: a few lines of anchors can stand for billions."""
@@ -35,7 +37,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     if twice:
         raise UserError(f"--set '{twice[0]}': given twice; keep one")
     for override in overrides:
+        key, _, value = override.partition("=")
+        remember_config({key.rpartition(".")[2]: value})
         _apply(tree, override)
+    remember_config(tree)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -57,7 +62,7 @@ def read_yaml(path: Path, what: str) -> Any:
     except OSError as error:
         raise UserError(f"{what}: cannot be read ({error.strerror})") from error
     except NOT_YAML as error:
-        raise UserError(f"{what}: not valid YAML ({_one_line(error)})") from error
+        raise UserError(f"{what}: not valid YAML ({_yaml_problem(error)})") from error
 
 
 def parse_yaml(text: str) -> Any:
@@ -115,7 +120,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     try:
         value = parse_yaml(text)
     except NOT_YAML as error:
-        raise UserError(f"--set '{key}': the value is not valid YAML ({_one_line(error)})") from error
+        raise UserError(f"--set '{key}': the value is not valid YAML ({_yaml_problem(error)})") from error
     node: Any = tree
     section: type[Section] | None = Config
     *parents, leaf = key.split(".")
@@ -168,10 +173,15 @@ def _first_problem(error: ValidationError) -> str:
         return f"unknown field '{where}'; check the spelling{more}"
     silent = first["type"] == "missing" or isinstance(first["input"], dict | Section)
     silent = silent or any(part in PRIVATE for part in first["loc"])
-    got = "" if silent else f", got {_one_line(repr(first['input']))}"
+    got = "" if silent else f", got {one_line(repr(first['input']), 200)}"
     message = first["msg"].removeprefix("Value error, ")
-    return _one_line(f"field '{where}': {message}{got}", 300) + more
+    return one_line(f"field '{where}': {message}{got}", 300) + more
 
 
-def _one_line(error: object, length: int = 200) -> str:
-    return " ".join(str(error).split())[:length]
+def _yaml_problem(error: Exception) -> str:
+    """What is wrong and where; not PyYAML's own text, which quotes the line, and a key with it."""
+    if not isinstance(error, yaml.YAMLError):
+        return one_line(error, 200)
+    mark = getattr(error, "problem_mark", None)
+    where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return one_line(getattr(error, "problem", None) or type(error).__name__, 160) + where

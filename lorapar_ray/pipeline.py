@@ -192,13 +192,13 @@ def run_stage(config: Config, run: RunDirectory, name: str) -> None:
         if entries.get(need, {}).get("status") != "done":
             raise UserError(f"{name}: stage '{need}' has not finished in '{run.root}'; run `lorapar {need}` first")
     if is_done(config, run, name):
-        console.print(f"[green]✓[/] {name}: done")
+        console.print(f"[green]✓[/] {name}: done", markup=True)
         return
     inputs = inputs_digest(config, run, name)
     if entries.get(name, {}).get("inputs") != inputs:
         _clear(run, name)
         run.record(name, status="started", inputs=inputs)
-    console.print(f"[bold]{name}[/]")
+    console.print(f"[bold]{name}[/]", markup=True)
     start = time.monotonic()
     spent = entries.get(name, {}).get("seconds", 0.0) if entries.get(name, {}).get("inputs") == inputs else 0.0
     finished = False
@@ -220,7 +220,7 @@ def run_stage(config: Config, run: RunDirectory, name: str) -> None:
         **notes,
     )
     shutil.rmtree(run.work / "ray", ignore_errors=True)
-    console.print(f"[green]✓[/] {name}: {seconds:.0f} s")
+    console.print(f"[green]✓[/] {name}: {seconds:.0f} s", markup=True)
 
 
 def _placed(config: Config, name: str) -> Config:

@@ -10,11 +10,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(highlight=False, soft_wrap=True)
+from lorapar_ray.text import shown
+
+
+class SafeConsole(Console):
+    """A console on which foreign text is only text: no markup unless a call asks for it, no control characters, no
+    secrets. With `markup=True` the foreign parts go through `lorapar_ray.text.markup`."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(shown(each) if isinstance(each, str) else each for each in objects), **options)
+
+
+console = SafeConsole(highlight=False, soft_wrap=True, markup=False, emoji=False)
 LOG_EVERY_S = 10.0
 
 
@@ -40,12 +52,12 @@ def progress(what: str, total: int, poll: Callable[[], tuple[int, str]]) -> Iter
 
 def _bar(what: str, total: int, poll: Callable[[], tuple[int, str]], stop: threading.Event) -> None:
     columns = (
-        TextColumn("  {task.description}"),
+        TextColumn("  {task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[remark]}"),
+        TextColumn("{task.fields[remark]}", markup=False),
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(what, total=total, remark="")

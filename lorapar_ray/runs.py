@@ -22,6 +22,7 @@ from typing import Any
 
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
+from lorapar_ray.redact import redact
 
 STAGES = ("label", "score", "partition", "sft", "grpo", "evaluate", "report")
 
@@ -52,7 +53,8 @@ def atomic_path(target: Path) -> Iterator[Path]:
 def write_json(target: Path, value: Any) -> None:
     """Write JSON atomically, keys in the order given."""
     with atomic_path(target) as draft:
-        draft.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        draft.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate as its JSON escape
 
 
 def digest(value: Any) -> str:
@@ -118,7 +120,7 @@ class RunDirectory:
             if known is None:
                 write_json(self.manifest_path, {"identity": identity, "stages": {}})
             with atomic_path(path) as draft:
-                draft.write_text(config.to_yaml())
+                draft.write_text(redact(config.to_yaml()))
         except (NotADirectoryError, FileExistsError, PermissionError) as error:
             raise UserError(f"run directory '{self.root}' cannot be created: {error.strerror}") from error
 

@@ -27,6 +27,7 @@ from lorapar_ray.runs import RunDirectory, atomic_path
 from lorapar_ray.sft.stage import export_plain
 from lorapar_ray.sft.tracking import require_trackers
 from lorapar_ray.student import RESIDUAL_INITS, base_path, starting_adapter
+from lorapar_ray.text import markup
 from lorapar_ray.workers import run_workers
 
 CANARIES = 4
@@ -125,7 +126,8 @@ def _prompts(encoder: Encoder, run: RunDirectory, rows: list[dict[str, Any]], li
         ]
         with atomic_path(run.rejects / "grpo.parquet") as draft:
             pq.write_table(pa.Table.from_pylist(rejects), draft)
-        console.print(f"  [yellow]{len(rejects)} prompts are too long and left out[/]: {run.rejects / 'grpo.parquet'}")
+        file = markup(run.rejects / "grpo.parquet")
+        console.print(f"  [yellow]{len(rejects)} prompts are too long and left out[/]: {file}", markup=True)
     return fitting
 
 

@@ -29,14 +29,16 @@ from lorapar_ray.labeling.keys import teacher_keys
 from lorapar_ray.labeling.output import write_labels, write_random_labels
 from lorapar_ray.labeling.panel import Panel, reasons
 from lorapar_ray.labeling.pending import write_pending
-from lorapar_ray.labeling.remote import secrets
+from lorapar_ray.labeling.secrets import secrets, warn_of_plain_http
 from lorapar_ray.labeling.serving import require_room, start_teachers, stop_teachers
 from lorapar_ray.labeling.store import VoteStore as VoteStore  # re-exported: a benchmark times it
 from lorapar_ray.labeling.summary import Session, render
 from lorapar_ray.labeling.teachers import python_class
 from lorapar_ray.labeling.voting import Keys
 from lorapar_ray.progress import console, progress
+from lorapar_ray.redact import redacted
 from lorapar_ray.runs import RunDirectory, write_json
+from lorapar_ray.text import markup
 
 OBJECT_STORE_BYTES = 256 * 2**20
 
@@ -56,8 +58,9 @@ def label(config: Config, run: RunDirectory) -> dict[str, Any]:
             summary = write_labels(config, run, voting.store, voting.keys, voting.bias, voting.session)
         finally:
             voting.store.close()
+    summary = redacted(summary)
     write_json(run.labels / "summary.json", summary)
-    console.print(render(summary))
+    console.print(render(summary), markup=True)
     return {"labelled": summary["rows"], "unlabelled": summary["rejected"]}
 
 
@@ -83,6 +86,7 @@ class _Voting:
                 python_class(teacher)
         self.student = student_name(self.config)
         self.secrets = secrets(label.teachers)
+        warn_of_plain_http(label.teachers, self.secrets)
         self.keys: Keys = {t.name: teacher_keys(label, t, self.student) for t in label.teachers}
         self.rows = self.run.data / "train.parquet"
         self.work = self.run.work / "label"
@@ -129,7 +133,9 @@ class _Voting:
         silent = await ask_probes(panel, label, self.keys, self.store, self.probes, ready)
         for name, reason in silent.items():
             if name not in dead:
-                console.print(f"  [yellow]teacher {name} does not answer and abstains[/]: {reason}")
+                console.print(
+                    f"  [yellow]teacher {name} does not answer and abstains[/]: {markup(reason)}", markup=True
+                )
         return silent
 
     def _check_quorum(self, dead: dict[str, str]) -> None:
@@ -139,7 +145,7 @@ class _Voting:
         if living < label.quorum:
             raise UserError(
                 f"label: {living} of {len(label.teachers)} teachers answer, label.quorum is {label.quorum} "
-                f"({reasons(dead)}); mend them and run the same command again, votes so far are kept"
+                f"({reasons(dead)}); fix them and run the same command again, votes so far are kept"
             )
 
     def _calibrate(self) -> None:

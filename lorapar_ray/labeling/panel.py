@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lorapar_ray.config import LabelConfig, TeacherConfig
 from lorapar_ray.labeling.prompts import numbers, prompt_opening, question_block, rotations
 from lorapar_ray.labeling.store import Answer
-from lorapar_ray.labeling.teachers import Refused, ShutOut, Teacher, connect, persist
+from lorapar_ray.labeling.teachers import Asked, Refused, ShutOut, Teacher, connect, persist
 from lorapar_ray.labeling.votes import normalised
+from lorapar_ray.redact import remember, remember_config
+from lorapar_ray.text import one_line, reason
 
-REASON_LENGTH = 160
+MOST_TOKENS = 10**9
+"""That one answer may claim to have cost."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Panel:
         """
         self._label = label
         self._run = run
+        remember(keys.values())  # a worker has not read the config's file
+        remember_config(label.model_dump(mode="json"))
         self._teachers: dict[str, Teacher | None] = {t.name: connect(label, t, apps, keys) for t in label.teachers}
         self._openings = {
             t.name: [prompt_opening(label, t, student, r) for r in rotations(label)] for t in label.teachers
@@ -88,7 +94,7 @@ class Panel:
             return Failure(self.dead[teacher.name])
 
         async def vote() -> Answer:
-            asked = await voter.ask(prompt, self._choices)
+            asked = checked(await voter.ask(prompt, self._choices), len(self._choices))
             by_number = normalised(asked.log_probs)
             by_system = [by_number[number - 1] for number in own_numbers]
             return Answer(by_system, asked.tokens, asked.latency_s, self._run)
@@ -96,9 +102,9 @@ class Panel:
         try:
             return await persist(vote, label, lambda: self._given_up(teacher))
         except Refused as error:
-            return Failure(_reason(error), by_question=not isinstance(error, ShutOut))
+            return Failure(reason(error), by_question=not isinstance(error, ShutOut))
         except Exception as error:  # whatever breaks in a teacher, its vote abstains and the summary counts it
-            return Failure(self.dead.get(teacher.name) or _reason(error))
+            return Failure(self.dead.get(teacher.name) or reason(error))
 
     def _given_up(self, teacher: TeacherConfig) -> bool:
         return teacher.name in self.dead
@@ -106,10 +112,19 @@ class Panel:
 
 def reasons(dead: Mapping[str, str]) -> str:
     """Why each teacher was given up, in a few words each."""
-    return "; ".join(f"{name}: {' '.join(reason.split())[:100]}" for name, reason in dead.items())
+    return "; ".join(f"{name}: {one_line(why, 100)}" for name, why in dead.items())
 
 
-def _reason(error: Exception) -> str:
-    """One short line: Ray's errors carry the whole of a remote traceback."""
-    cause = getattr(error, "cause", None) or error
-    return " ".join(f"{type(cause).__name__}: {cause}".split())[:REASON_LENGTH]
+def checked(asked: Asked, choices: int) -> Asked:
+    """What a teacher answered, if it can be a vote: teachers are foreign code, and their endpoints foreign machines.
+
+    Raises:
+        ValueError: as many log-probabilities as choices are not there, or the count of tokens or the latency is none.
+    """
+    if len(asked.log_probs) != choices:
+        raise ValueError(f"{len(asked.log_probs)} log-probabilities for {choices} choices")
+    if not isinstance(asked.tokens, int) or not 0 <= asked.tokens <= MOST_TOKENS:
+        raise ValueError(f"a token count of {one_line(asked.tokens, 40)}")
+    if not 0 <= asked.latency_s < math.inf:
+        raise ValueError(f"a latency of {asked.latency_s} s")
+    return Asked([float(value) for value in asked.log_probs], asked.tokens, float(asked.latency_s))

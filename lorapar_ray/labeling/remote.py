@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import json
 import time
-from collections.abc import Iterable
+import zlib
 from typing import Any
 
 from lorapar_ray.config import TeacherConfig
-from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.prompts import with_thought
 from lorapar_ray.labeling.teachers import Asked, Refused, ShutOut
+from lorapar_ray.text import one_line
 
 RETRY_STATUS = (408, 409, 425, 429, 500, 502, 503, 504)
 SHUT_OUT_STATUS = (401, 402, 403, 404)
 COMPLETION_ALTERNATIVES, CHAT_ALTERNATIVES = 5, 20
 """Alternatives per token that services of either kind return at most."""
+MOST_BYTES = 8 * 2**20
+"""Of one reply; log-probabilities of a long thought take less."""
 CHAT_WORDS = 8
 """Tokens a chat model may spend on words around its choice."""
 
@@ -29,7 +31,7 @@ class RemoteTeacher:
     ) -> None:
         import httpx
 
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
         self._client = httpx.AsyncClient(
             base_url=str(teacher.base_url), headers=headers, timeout=timeout_s, limits=limits
@@ -85,19 +87,33 @@ class RemoteTeacher:
         """(the JSON answered, seconds it took)"""
         await self._wait_for_turn()
         start = time.monotonic()
-        request = self._client.post(path, json={"model": self._config.model, **body, **self._config.extra_body})
-        response = await asyncio.wait_for(request, self._timeout_s)  # httpx limits each read, not the whole
+        request = self._exchange(path, {"model": self._config.model, **body, **self._config.extra_body})
+        response, content = await asyncio.wait_for(request, self._timeout_s)  # httpx limits each read, not the whole
         if response.status_code == 429:
             self._pause(response.headers.get("retry-after"))
         if response.status_code in RETRY_STATUS:
             raise ConnectionError(f"status {response.status_code}")
         if not response.is_success:
             kind = ShutOut if response.status_code in SHUT_OUT_STATUS else Refused
-            raise kind(f"status {response.status_code}: {' '.join(response.text.split())[:120]}")
-        answer = response.json()
+            raise kind(f"status {response.status_code}: {one_line(content.decode(errors='replace'), 120)}")
+        answer = json.loads(content)
         if not isinstance(answer, dict):
             raise ValueError("the answer is no JSON object")
         return answer, time.monotonic() - start
+
+    async def _exchange(self, path: str, body: dict[str, Any]) -> tuple[Any, bytes]:
+        """(the response without its body, the body): at most `MOST_BYTES` of it are ever held or inflated.
+
+        Raises:
+            ValueError: the body is larger, or encoded in a way that was not asked for.
+        """
+        async with self._client.stream("POST", path, json=body) as response:
+            raw = bytearray()
+            async for part in response.aiter_raw():
+                raw += part
+                if len(raw) > MOST_BYTES:
+                    raise ValueError(f"the answer is larger than {MOST_BYTES} bytes")
+        return response, inflated(bytes(raw), response.headers.get("content-encoding", "identity"))
 
     async def _wait_for_turn(self) -> None:
         now = asyncio.get_running_loop().time()
@@ -107,9 +123,13 @@ class RemoteTeacher:
 
     def _pause(self, retry_after: str | None) -> None:
         """Nobody asks before the endpoint wants to be asked again (seconds; a date is left to the caller's backoff)."""
-        if retry_after is not None and retry_after.replace(".", "", 1).isdigit():
+        try:
+            seconds = float(retry_after or "nan")
+        except ValueError:
+            return
+        if seconds >= 0:
             now = asyncio.get_running_loop().time()
-            self._free_at = max(self._free_at, now + min(float(retry_after), self._timeout_s))
+            self._free_at = max(self._free_at, now + min(seconds, self._timeout_s))
 
 
 def choice_log_probs(alternatives: Any, choices: list[str]) -> list[float]:
@@ -130,28 +150,31 @@ def choice_log_probs(alternatives: Any, choices: list[str]) -> list[float]:
     return [found.get(choice, floor) for choice in choices]
 
 
-def secrets(teachers: Iterable[TeacherConfig]) -> dict[str, str]:
-    """The key of each teacher that has one, by name; see `secret`."""
-    return {teacher.name: key for teacher in teachers if (key := secret(teacher)) is not None}
-
-
-def secret(teacher: TeacherConfig) -> str | None:
-    """The key that the config names, from this process's environment.
-
-    Raises:
-        UserError: the variable is not set.
-    """
-    if teacher.api_key_env is None:
-        return None
-    key = os.environ.get(teacher.api_key_env)
-    if not key:
-        raise UserError(f"teacher '{teacher.name}': environment variable {teacher.api_key_env} is not set; export it")
-    return key
-
-
 def _tokens(answer: dict[str, Any]) -> int:
     usage = answer.get("usage")
     return int(usage.get("total_tokens") or 0) if isinstance(usage, dict) else 0
+
+
+def inflated(body: bytes, encoding: str) -> bytes:
+    """A reply's body without its gzip or deflate, of which some proxies make use unasked.
+
+    Raises:
+        ValueError: it would be larger than `MOST_BYTES`, ends early, or is encoded in another way.
+    """
+    if encoding.strip().lower() in ("", "identity"):
+        return body
+    if encoding.strip().lower() not in ("gzip", "x-gzip", "deflate"):
+        raise ValueError(f"the answer is encoded as {one_line(encoding, 40)}, which was not asked for")
+    stream = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, as the header says
+    try:
+        whole = stream.decompress(body, MOST_BYTES + 1)
+    except zlib.error as error:
+        raise ValueError(f"the answer is not {encoding} ({error})") from error
+    if len(whole) > MOST_BYTES:
+        raise ValueError(f"the answer inflates to more than {MOST_BYTES} bytes")
+    if not stream.eof:
+        raise ValueError("the answer ends early")
+    return whole
 
 
 def _part(answer: Any, *path: str | int) -> Any:

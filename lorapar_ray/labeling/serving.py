@@ -8,6 +8,7 @@ import time
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
 from lorapar_ray.progress import console
+from lorapar_ray.text import markup, one_line
 
 
 def applications(config: Config) -> dict[str, str]:
@@ -48,8 +49,8 @@ def start_teachers(config: Config) -> tuple[dict[str, str], dict[str, str]]:
             if state == "RUNNING":
                 running[name] = waiting.pop(name)
             elif state in ("DEPLOY_FAILED", "UNHEALTHY"):
-                failed[name] = "it could not start: " + " ".join(status[app].message.split())[:300]
-                console.print(f"  [yellow]teacher {name} abstains[/]: {failed[name]}", markup=True)
+                failed[name] = "it could not start: " + one_line(status[app].message, 300)
+                console.print(f"  [yellow]teacher {name} abstains[/]: {markup(failed[name])}", markup=True)
                 waiting.pop(name)
         time.sleep(0.5)
     return running, failed

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
+from math import isfinite
 from pathlib import Path
 
 from lorapar_ray.errors import UserError
@@ -45,33 +46,34 @@ class Answer:
 
 def question_key(prompt: str, answer: str) -> bytes:
     """Digest of a question with its answer: both are in the voting prompt."""
-    return blake2b(f"{prompt}\0{answer}".encode(), digest_size=16).digest()
+    return blake2b(f"{prompt}\0{answer}".encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 class VoteStore:
     """Answers by (question, teacher key); see `lorapar_ray.labeling.keys` for the latter."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create the file.
+        """Open or create the file; only its owner may read a new one, since reasons quote what services said.
 
         Raises:
             UserError: it cannot be opened, or is something else.
         """
         self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         with self._clear_errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)  # before SQLite makes it readable to all; its journals copy the mode
             self._database = sqlite3.connect(path, timeout=WAIT_S)
             self._database.executescript(TABLES)
 
     def answers(self, questions: Sequence[bytes]) -> dict[bytes, dict[bytes, Answer]]:
         """What is known about some questions: {question: {teacher key: answer}}."""
         found: dict[bytes, dict[bytes, Answer]] = {}
-        columns = "question, teacher, log_probs, tokens, latency_s, run"
+        wanted = "question, teacher, log_probs, tokens, latency_s, run"
         for part in _parts(questions):
-            query = f"SELECT {columns} FROM answers WHERE question IN ({_marks(part)})"
+            query = f"SELECT {wanted} FROM answers WHERE question IN ({_marks(part)})"
             with self._clear_errors():
-                for question, teacher, log_probs, *rest in self._database.execute(query, part):
-                    found.setdefault(question, {})[teacher] = Answer(json.loads(log_probs), *rest)
+                for question, teacher, *columns in self._database.execute(query, part):
+                    found.setdefault(question, {})[teacher] = _answer(*columns)
         return found
 
     def add(
@@ -112,10 +114,29 @@ class VoteStore:
                     f"no space left on the disk of '{self._path}'; free some and run the same command again"
                 ) from error
             raise UserError(f"label.cache: '{self._path}' cannot be used ({error}); name another file") from error
+        except OSError as error:
+            raise UserError(
+                f"label.cache: '{self._path}' cannot be written ({error.strerror}); name another"
+            ) from error
         except sqlite3.DatabaseError as error:
             raise UserError(
                 f"label.cache: '{self._path}' is not a vote cache ({error}); delete it or name another"
             ) from error
+
+
+def _answer(log_probs: object, tokens: object, latency_s: object, run: object) -> Answer:
+    """An answer as it is stored; SQLite holds any type in any column.
+
+    Raises:
+        sqlite3.DatabaseError: it holds something else.
+    """
+    try:
+        numbers = [float(value) for value in json.loads(log_probs)]  # type: ignore[arg-type]
+        if not numbers or not all(map(isfinite, numbers)):
+            raise ValueError
+        return Answer(numbers, int(tokens), float(latency_s), str(run))  # type: ignore[call-overload,arg-type]
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise sqlite3.DatabaseError("a stored answer is damaged") from error
 
 
 def _parts(questions: Sequence[bytes]) -> Iterator[Sequence[bytes]]:

@@ -14,6 +14,7 @@ from lorapar_ray.datasets.rows import Row
 from lorapar_ray.labeling.histogram import Durations
 from lorapar_ray.labeling.store import Answer
 from lorapar_ray.labeling.votes import Agreement, Vote, number_bias
+from lorapar_ray.text import markup
 
 DISAGREEMENTS_SHOWN = 8
 PERCENTILES = (50, 95, 99)
@@ -193,7 +194,7 @@ class Tally:
 
 
 def render(summary: Mapping[str, Any]) -> str:
-    """The summary in a few lines for the console."""
+    """The summary in a few lines for the console, in `rich` markup."""
     lines = ["  " + ", ".join(f"System {system}: {count}" for system, count in summary["split"].items())]
     for name, teacher in summary["teachers"].items():
         lines.append(f"  {name}: {_teacher_line(teacher)}")
@@ -210,7 +211,7 @@ def render(summary: Mapping[str, Any]) -> str:
             + (f"; about {summary['cost']:.2f} in cost" if summary["cost"] else "")
         )
     lines += [f"  {count} questions got no vote: rejects/label.parquet" for count in [summary["rejected"]] if count]
-    return "\n".join(lines + [f"  [yellow]{warning}[/]" for warning in summary["warnings"]])
+    return "\n".join([*map(markup, lines), *(f"  [yellow]{markup(warning)}[/]" for warning in summary["warnings"])])
 
 
 def _teacher_line(teacher: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 from lorapar_ray.reporting.data import MODELS, RunData
+from lorapar_ray.text import one_line
 
 SYSTEM1, SYSTEM2, SHARED, QUIET, INK = "#e07a3f", "#3a6ea5", "#6b4c9a", "#c9ced6", "#2b2f36"
 SYSTEM_COLOURS = (SYSTEM1, SYSTEM2, SHARED, "#5b9a68", "#c2a33a", "#8a8f98", "#b0567a", "#4aa3a2", "#7a5c3e")
@@ -37,7 +38,10 @@ STYLE = {
     "legend.frameon": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "lorapar",
+    "text.parse_math": False,  # names of files and tasks may hold a dollar sign
 }
+TICK_LENGTH = 40
+"""Characters of a name beside a bar."""
 Draw = Callable[[Any, RunData], None]
 
 
@@ -71,9 +75,11 @@ def tasks(axis: Any, run: RunData) -> None:
     table = run.labels["by_task"]
     names = list(table)[::-1]
     left = [0.0] * len(names)
+    ticks = range(len(names))  # two names may read the same once they are cut
+    axis.set_yticks(ticks, [one_line(name, TICK_LENGTH) for name in names])
     for system, colour in zip(run.labels["split"], SYSTEM_COLOURS, strict=False):
         widths = [100 * table[name][system] / max(1, sum(table[name].values())) for name in names]
-        axis.barh(names, widths, left=left, color=colour, height=0.6, label=f"System {system}")
+        axis.barh(ticks, widths, left=left, color=colour, height=0.6, label=f"System {system}")
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axis.set(title="Labels by the generator's own task", xlabel="% of questions", xlim=(0, 100))
 
@@ -159,7 +165,7 @@ def accuracies(axis: Any, run: RunData) -> None:
             y = place + 0.22 * (offset - 1)
             axis.plot([100 * low, 100 * high], [y, y], color=colours[name], linewidth=2, alpha=0.6)
             axis.plot(100 * entry["accuracy"], y, "o", color=colours[name], label=MODELS[name] if not place else None)
-    axis.set_yticks(range(len(groups)), groups)
+    axis.set_yticks(range(len(groups)), [one_line(group, TICK_LENGTH) for group in groups])
     axis.invert_yaxis()
     axis.set(title=f"Accuracy, n = {first['n']}, 95 % intervals", xlabel="% right", xlim=(0, 100))
     axis.legend(fontsize=8)

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
+from markupsafe import Markup
 
 from lorapar_ray.config import Config
 from lorapar_ray.reporting import charts, partition_charts
 from lorapar_ray.reporting.data import MODELS, RunData, read_run
 from lorapar_ray.runs import RunDirectory, atomic_path
+from lorapar_ray.text import shown
 
 SAMPLES_SHOWN = 24
 OVERVIEW = ("label_split", "scatter", "theta_qkvgud", "sft_loss", "reward", "accuracies")
@@ -46,7 +48,7 @@ def render(config: Config, data: RunData, figures: dict[str, str]) -> str:
     style = files("lorapar_ray.reporting").joinpath("style.css").read_text()
     versions: dict[str, str] = next((s["versions"] for s in reversed(data.stages.values()) if "versions" in s), {})
     return (
-        Environment(autoescape=True)
+        Environment(autoescape=True, finalize=_shown)
         .from_string(template)
         .render(
             name=config.name,
@@ -62,6 +64,11 @@ def render(config: Config, data: RunData, figures: dict[str, str]) -> str:
             versions=versions,
         )
     )
+
+
+def _shown(value: Any) -> Any:
+    """Foreign text without control characters; what the page marks as safe is our own."""
+    return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def verdicts(accuracy: dict[str, dict[str, Any]]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 from lorapar_ray.config import Config, JudgeConfig, LabelConfig, VotePrompt
 from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.panel import reasons
-from lorapar_ray.labeling.remote import secrets
+from lorapar_ray.labeling.secrets import secrets
 from lorapar_ray.labeling.serving import start_teachers, stop_teachers
 from lorapar_ray.labeling.teachers import Teacher, connect, persist
 from lorapar_ray.labeling.votes import normalised

@@ -1,0 +1,131 @@
+"""Secrets that this process knows, and their removal from every text that leaves it.
+
+A secret is known once `remember` has seen it: the key of a teacher, what a config hides in `base_url` or `extra_body`,
+and the values of environment variables whose names say so (`HF_TOKEN`, `OPENAI_API_KEY`). Errors, summaries, stored
+reasons, config dumps and the console pass through `redact`, so an endpoint that echoes a key does not publish it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit
+
+HIDDEN = "***"
+SHORTEST, SHORTEST_IN_ENVIRONMENT = 6, 8
+"""A shorter value is a word or a number that may stand anywhere."""
+BEGINNING = 10
+"""So many characters of a long secret are taken for it, where a service cuts what it echoes."""
+_NAME = re.compile(r"(?:^|[_\-. ])(?:(?:api|access)?[_-]?key|token|secret|pass(?:word|wd)?|auth(?:orization)?)$", re.I)
+_PART_OF_TEXT = re.compile(r"^(?:bos|eos|pad|unk|sep|cls|mask|stop)[_-]?token$", re.I)
+
+_known: set[str] = set()
+_forms: tuple[str, ...] = ()
+
+
+def remember(secrets: Iterable[str]) -> None:
+    """Redact these from now on, in every form in which a service may echo them."""
+    global _forms
+    fresh = {secret.strip() for secret in secrets} - _known
+    fresh = {secret for secret in fresh if len(secret) >= SHORTEST}
+    if fresh:
+        _known.update(fresh)
+        forms = {form for secret in _known for form in _echoes(secret) if len(form) >= SHORTEST}
+        _forms = tuple(sorted(forms, key=len, reverse=True))  # a longer form may hold a shorter one
+
+
+def remember_environment() -> None:
+    """Remember the values of environment variables whose names say that they are secret."""
+    remember(
+        value for name, value in os.environ.items() if is_secret_name(name) and len(value) >= SHORTEST_IN_ENVIRONMENT
+    )
+
+
+def remember_config(tree: Any) -> None:
+    """Remember what a config, before it is validated, holds of secrets: in URLs and under telling names."""
+    remember(_in_tree(tree, ""))
+
+
+def has_secret(tree: Any) -> bool:
+    """Whether nested dicts and lists hold a secret in a URL or under a telling name."""
+    return any(_in_tree(tree, ""))
+
+
+def redact(text: str) -> str:
+    """`text` with every known secret, and the beginning of one, replaced by `***`."""
+    for form in _forms:
+        if form in text:
+            text = text.replace(form, HIDDEN)
+        if len(form) >= 2 * BEGINNING:
+            text = _without_beginnings(text, form)
+    return text
+
+
+def redacted(tree: Any) -> Any:
+    """A copy of nested dicts and lists with `redact` applied to every string."""
+    if isinstance(tree, str):
+        return redact(tree)
+    if isinstance(tree, Mapping):
+        return {redacted(key): redacted(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [redacted(value) for value in tree]
+    return tree
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a field or variable of this name holds a secret."""
+    return bool(_NAME.search(name)) and not _PART_OF_TEXT.match(name)
+
+
+def url_secrets(url: str) -> list[str]:
+    """What a URL holds of secrets: its password, a user name without one, and query values under telling names."""
+    try:
+        parts = urlsplit(url)
+        user, password = parts.username, parts.password
+    except ValueError:  # not a URL at all: whoever uses it says so
+        return []
+    found = [password] if password else [user] if user else []
+    found += [value for name, value in parse_qsl(parts.query) if is_secret_name(name)]
+    if user and password:
+        found.append(base64.b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode())
+    return [form for secret in found for form in {secret, unquote(secret)}]
+
+
+def _without_beginnings(text: str, secret: str) -> str:
+    """`text` with `***` for what a service has cut off of `secret`."""
+    start = text.find(secret[:BEGINNING])
+    while start >= 0:
+        same = BEGINNING
+        while same < len(secret) and text[start + same : start + same + 1] == secret[same]:
+            same += 1
+        text = text[:start] + HIDDEN + text[start + same :]
+        start = text.find(secret[:BEGINNING], start + len(HIDDEN))
+    return text
+
+
+def _in_tree(node: Any, name: str) -> Iterable[str]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _in_tree(value, str(key))
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _in_tree(value, name)
+    elif isinstance(node, str):
+        if "://" in node:
+            yield from url_secrets(node)
+        if is_secret_name(name):
+            yield node
+            yield node.rpartition(" ")[2]  # the key behind "Bearer"
+
+
+def _echoes(secret: str) -> Iterable[str]:
+    yield secret
+    yield quote(secret, safe="")
+    yield quote_plus(secret)
+    yield json.dumps(secret)[1:-1]
+    yield repr(secret)[1:-1]
+    yield base64.b64encode(secret.encode(errors="surrogatepass")).decode()

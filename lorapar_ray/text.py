@@ -1,0 +1,54 @@
+"""Foreign text made fit to be shown: what a teacher, an endpoint, a file name or a model wrote is data, never layout.
+
+A control character can move a terminal's cursor or forge a line of output, a lone surrogate cannot be encoded, and
+square brackets are markup to `rich`. Whatever this project prints, plots or writes down about foreign text goes through
+here.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from rich.markup import escape
+
+from lorapar_ray.redact import redact
+
+REASON_LENGTH = 160
+_UNSHOWABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and newline
+    "\u2028\u2029"  # line and paragraph separators: `str.splitlines` cuts there
+    "\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks that reorder what is read
+    "\ud800-\udfff\ufffe\uffff]"  # lone surrogates and non-characters: not to be encoded, or no XML
+)
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, reordering marks and lone surrogates as the escapes Python writes them by.
+
+    Tabs and newlines stay.
+    """
+    return _UNSHOWABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
+
+def shown(text: str) -> str:
+    """`printable`, with known secrets taken out."""
+    return printable(redact(text))
+
+
+def one_line(value: Any, limit: int | None = None) -> str:
+    """`shown` on one line, cut after `limit` characters; secrets are taken out before anything is cut."""
+    line = shown(" ".join(str(value).split()))
+    return line if limit is None or len(line) <= limit else line[: limit - 1] + "…"
+
+
+def reason(error: BaseException, limit: int = REASON_LENGTH) -> str:
+    """What went wrong, in one short line; an error from a Ray task carries the whole of a remote traceback."""
+    cause = getattr(error, "cause", None) or error
+    said = one_line(cause, limit)
+    return f"{type(cause).__name__}: {said}" if said else type(cause).__name__
+
+
+def markup(value: Any) -> str:
+    """`shown`, as literal text within `rich` markup."""
+    return escape(shown(str(value)))
