@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
-import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
 from lorapar_ray.errors import UserError
+from lorapar_ray.ray_files import RayFiles, local_files
+from lorapar_ray.text import one_line
+from lorapar_ray.threads import in_a_thread
 
 CONNECT_TIMEOUT_S = 20
-TEMPORARY = "lorapar-ray-"
+"""For a cluster to answer at all."""
+JOIN_TIMEOUT_S = 120
+"""For Ray to connect to one that has answered."""
+LONGEST_IPC_ROOT = 60
+"""Bytes of a directory in which vLLM can name its sockets."""
 
 
 @contextmanager
@@ -20,7 +27,7 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
     """Be connected to Ray while the block runs.
 
     Inside a submitted job, or with RAY_ADDRESS set, that is the running cluster. Otherwise a Ray is started on this
-    machine and stopped afterwards, its files removed: a laptop's disk is not filled by a few runs.
+    machine, reachable from this machine only, and stopped afterwards, its files removed.
 
     Args:
         verbose: forward the workers' own output to this terminal.
@@ -35,57 +42,127 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS")
-    local = None if address else _temporary_files()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    level = logging.INFO if verbose else logging.ERROR
     if not verbose:
         os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
+    logs = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    with _cluster(address, logs) if address and address != "local" else _local(logs):
+        yield
+
+
+@contextmanager
+def _cluster(address: str, logs: dict[str, Any]) -> Iterator[None]:
+    import ray
+
     try:
-        if address:
-            _reachable(address)
-            ray.init(address=address, log_to_driver=verbose, logging_level=level)
-        else:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=verbose,
-                logging_level=level,
-                _temp_dir=str(local),
-            )
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as error:
-        raise UserError(_no_ray(address, error)) from error
+        require_ray_at(address)
+        in_a_thread(lambda: ray.init(address=address, **logs), name="connecting to Ray", timeout_s=JOIN_TIMEOUT_S)
+    except _NO_RAY as error:
+        why = one_line(error, 120) or type(error).__name__
+        raise UserError(
+            f"no Ray at RAY_ADDRESS={address} ({why}); start it with `ray start --head` or unset RAY_ADDRESS"
+        ) from error
     try:
         yield
     finally:
         ray.shutdown()
-        if local is not None:
-            shutil.rmtree(local, ignore_errors=True)
 
 
-def _temporary_files() -> Path:
-    """A directory for a local Ray; those of killed runs, which could not tidy up, are removed."""
-    import psutil
+@contextmanager
+def _local(logs: dict[str, Any]) -> Iterator[None]:
+    import ray
 
-    root = Path(tempfile.gettempdir())
-    for left in root.glob(f"{TEMPORARY}*-*"):
-        pid = left.name.removeprefix(TEMPORARY).partition("-")[0]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-"))
+    with local_files() as files, _loopback_only(), _short_ipc_paths(files):
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                _temp_dir=str(files.sockets),
+                object_spilling_directory=str(files.spilled),
+                **logs,
+            )
+        except _NO_RAY as error:
+            raise UserError(
+                f"Ray could not start on this machine with its files in '{files.sockets}' ({one_line(error, 120)}); "
+                "RAY_TMPDIR names another place for them; try `lorapar doctor`"
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
-def _reachable(address: str) -> None:
-    """A plain socket first: Ray itself retries for minutes before it says that nobody is there."""
-    import socket
-
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdigit():
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+_NO_RAY = (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError, AssertionError)
 
 
-def _no_ray(address: str | None, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:120]
-    if address:
-        return f"no Ray at RAY_ADDRESS={address} ({reason}); start it with `ray start --head` or unset RAY_ADDRESS"
-    return f"Ray could not start on this machine ({reason}); try `lorapar doctor`"
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Let Ray's servers, and what vLLM advertises, stay on 127.0.0.1.
+
+    Ray takes any loopback address that it is given for "this node" and then listens on every interface. A machine that
+    cannot be part of a cluster, which is what this setting says, keeps to the loopback interface.
+    """
+    from ray._private import ray_constants
+
+    usual = ray_constants.ENABLE_RAY_CLUSTER
+    with _environment({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0", "VLLM_HOST_IP": "127.0.0.1"}):
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        try:
+            yield
+        finally:
+            ray_constants.ENABLE_RAY_CLUSTER = usual
+
+
+@contextmanager
+def _short_ipc_paths(files: RayFiles) -> Iterator[None]:
+    """Let vLLM's sockets lie beside Ray's where its own place for them, TMPDIR, has too long a name."""
+    long = len(os.fsencode(tempfile.gettempdir())) > LONGEST_IPC_ROOT
+    with _environment({"VLLM_RPC_BASE_PATH": str(files.sockets.parent)} if long else {}):
+        yield
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set these variables, for this process and its children, unless the user has set them."""
+    own = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            os.environ.pop(name, None)
+
+
+def require_ray_at(address: str) -> None:
+    """Check that it is a Ray that answers there: Ray itself would retry for minutes, with nothing but C++ warnings.
+
+    Args:
+        address: `host:port` of a cluster, `ray://host:port` of a Ray client server; others (`auto`) are not checked.
+
+    Raises:
+        OSError: nobody answers within `CONNECT_TIMEOUT_S`, or somebody who is no Ray.
+    """
+    place = address.removeprefix("ray://")
+    host, _, port = place.rpartition(":")
+    if not port.isdecimal():
+        return
+    socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    channel = init_grpc_channel(place)
+    try:
+        if address.startswith("ray://"):
+            grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_S)
+        else:
+            ask = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).GetClusterId
+            ask(gcs_service_pb2.GetClusterIdRequest(), timeout=CONNECT_TIMEOUT_S)
+    except grpc.FutureTimeoutError as error:
+        raise OSError("what answers there is no Ray client server") from error
+    except grpc.RpcError as error:
+        if error.code() is not grpc.StatusCode.UNAUTHENTICATED:  # a Ray that wants a token: `ray.init` says how
+            raise OSError(f"what answers there is no Ray: {error.code().name}") from error
+    finally:
+        channel.close()

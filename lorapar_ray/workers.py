@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from lorapar_ray.config import Resources
 from lorapar_ray.errors import UserError
+from lorapar_ray.redact import redact
 from lorapar_ray.runs import write_json
+from lorapar_ray.threads import in_a_thread
 
 RESTARTS = 2
 """How often a worker group is restarted after losing a worker before the stage gives up (it can still be resumed)."""
@@ -57,40 +57,26 @@ def run_workers(
         ),
     )
     try:
-        _in_a_thread(trainer.fit)
+        # On the main thread Ray Train would take over Ctrl-C and end the process with a status of its own. Here Ctrl-C
+        # is the usual KeyboardInterrupt; the group ends with the Ray session.
+        in_a_thread(trainer.fit, name="ray-train")
     finally:
         if refusal.is_file():
             raise UserError(json.loads(refusal.read_text()))
 
 
 def _work(task: dict[str, Any]) -> None:
-    """Run the function on a worker; what a user has to mend is written down, since a restart would only repeat it."""
+    """Run the function on a worker; what a user has to fix is written down, since a restart would only repeat it."""
     refusal: Path = task["refusal"]
     if refusal.is_file():
         return
     try:
         task["function"](task["argument"])
     except UserError as error:
-        write_json(refusal, str(getattr(error, "cause", error)))  # one that came from an actor carries its traceback
+        write_json(
+            refusal, redact(str(getattr(error, "cause", error)))
+        )  # one that came from an actor carries its traceback
         raise
-
-
-def _in_a_thread(work: Callable[[], Any]) -> None:
-    """Do `work` beside the main thread and wait for it there, interruptibly.
-
-    On the main thread Ray Train would take over Ctrl-C and end the process with a status of its own. Here Ctrl-C is the
-    usual KeyboardInterrupt; the group ends with the Ray session.
-    """
-    outcome: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(work())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, daemon=True, name="ray-train").start()
-    outcome.result()
 
 
 def worker_environment(resources: Resources) -> dict[str, str]:

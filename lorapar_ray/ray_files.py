@@ -1,0 +1,115 @@
+"""Where a local Ray keeps its sockets, logs and spilled objects: a private directory that goes when the run goes.
+
+A Unix socket's path may have 107 bytes and Ray's own part of it takes 64, so the directory must be a short one:
+`$RAY_TMPDIR` if that is set, else `$TMPDIR`, and where that is too long (a cluster's scratch often is) one of
+`SHORT_ROOTS` for the sockets, while what needs room, spilled objects, still goes to `$TMPDIR`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorapar_ray.errors import UserError
+
+PREFIX, RANDOM = "lorapar-ray-", 8
+INNER, LOCK = "r", "lock"
+SOCKET_BYTES = 107
+RAYS_PART = len("/session_2026-11-27_07-53-49_123456_4194304/sockets/plasma_store")
+LONGEST_ROOT = SOCKET_BYTES - RAYS_PART - len(f"/{PREFIX}/{INNER}") - RANDOM
+"""Bytes of a directory that may hold ours."""
+SHORT_ROOTS = ("/tmp", "/dev/shm", "/var/tmp")
+
+
+@dataclass(frozen=True)
+class RayFiles:
+    """The directories of one local Ray."""
+
+    sockets: Path
+    """Ray's `_temp_dir`. Ray opens it to everybody (0777); the directory around it is the owner's alone (0700)."""
+    spilled: Path
+    """Where objects go that no longer fit into memory."""
+
+
+@contextmanager
+def local_files() -> Iterator[RayFiles]:
+    """Directories for a local Ray while the block runs; those of killed runs are removed on the way.
+
+    Raises:
+        UserError: no directory is short enough and can be written to.
+    """
+    with ExitStack() as stack:
+        roomy = Path(tempfile.gettempdir())
+        short = _short_root(roomy)
+        sockets = stack.enter_context(_private_directory(short))
+        spilled = sockets if short == roomy else stack.enter_context(_private_directory(roomy))
+        yield RayFiles(sockets / INNER, spilled / "spilled")
+
+
+def _short_root(roomy: Path) -> Path:
+    wanted = os.environ.get("RAY_TMPDIR")
+    if wanted:
+        root = Path(wanted).absolute()
+        if not _fits(root):
+            raise UserError(
+                f"RAY_TMPDIR '{root}' has {len(os.fsencode(root))} bytes; a Ray's sockets need one of at most "
+                f"{LONGEST_ROOT}: set a shorter one, or unset it"
+            )
+        if not _writable(root):
+            raise UserError(f"RAY_TMPDIR '{root}' is no directory that can be written to; set another, or unset it")
+        return root
+    for root in (roomy, *map(Path, SHORT_ROOTS)):
+        if _fits(root) and _writable(root):
+            return root
+    raise UserError(
+        f"no directory for Ray's sockets: TMPDIR '{roomy}' has {len(os.fsencode(roomy))} bytes, and none of "
+        f"{', '.join(SHORT_ROOTS)} can be written to; set RAY_TMPDIR to a directory of at most {LONGEST_ROOT} bytes"
+    )
+
+
+def _fits(root: Path) -> bool:
+    return len(os.fsencode(root)) <= LONGEST_ROOT
+
+
+def _writable(root: Path) -> bool:
+    return root.is_dir() and os.access(root, os.W_OK | os.X_OK)
+
+
+@contextmanager
+def _private_directory(root: Path) -> Iterator[Path]:
+    """A new directory, mode 0700, locked as long as this process lives and uses it."""
+    remove_abandoned(root)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
+    held = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
+
+
+def remove_abandoned(root: Path) -> None:
+    """Remove our directories whose lock nobody holds.
+
+    A lock tells what a process id cannot: it is held as well by a process in another container that shares `root`. A
+    directory without one may have been made this moment, and stays.
+    """
+    for folder in root.glob(f"{PREFIX}*"):
+        try:
+            lock = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # somebody holds it, or this file system has no locks
+            pass
+        finally:
+            os.close(lock)

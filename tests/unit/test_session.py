@@ -1,0 +1,165 @@
+"""Where a local Ray's files lie, who may read them, and what is said when there is no Ray to connect to."""
+
+import fcntl
+import os
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import HTTPServer, SimpleHTTPRequestHandler
+from pathlib import Path
+
+import pytest
+
+from lorapar_ray import ray_files, session
+from lorapar_ray.errors import UserError
+from lorapar_ray.ray_files import LOCK, LONGEST_ROOT, PREFIX, SOCKET_BYTES, local_files, remove_abandoned
+from lorapar_ray.threads import in_a_thread
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_TMPDIR", "RAY_ADDRESS", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A directory whose name is short enough, which pytest's own are not."""
+    import shutil
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="lp", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def use_tmpdir(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+
+
+def test_files_lie_in_tmpdir_are_private_and_go(monkeypatch: pytest.MonkeyPatch, short: Path) -> None:
+    use_tmpdir(monkeypatch, short)
+    with local_files() as files:
+        assert files.sockets.parent.parent == short and files.spilled.parent == files.sockets.parent
+        assert stat.S_IMODE(files.sockets.parent.stat().st_mode) == 0o700
+    assert list(short.iterdir()) == []
+
+
+def test_a_long_tmpdir_gets_short_sockets_and_keeps_what_needs_room(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, short: Path
+) -> None:
+    long = tmp_path / ("x" * 80)
+    use_tmpdir(monkeypatch, long)
+    monkeypatch.setattr(ray_files, "SHORT_ROOTS", ("/no/such/place", str(short)))
+    with local_files() as files:
+        assert files.sockets.parent.parent == short and files.spilled.parent.parent == long
+        longest = files.sockets / "session_2026-11-27_07-53-49_123456_4194304" / "sockets" / "plasma_store"
+        assert len(os.fsencode(longest)) <= SOCKET_BYTES
+    assert list(long.iterdir()) == list(short.iterdir()) == []
+
+
+def test_ray_tmpdir_is_honoured_or_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, short: Path) -> None:
+    use_tmpdir(monkeypatch, tmp_path)
+    monkeypatch.setenv("RAY_TMPDIR", str(short))
+    with local_files() as files:
+        assert files.sockets.parent.parent == short
+    for wrong in (f"/{'x' * LONGEST_ROOT}", str(short / "absent")):
+        monkeypatch.setenv("RAY_TMPDIR", wrong)
+        with pytest.raises(UserError, match=f"RAY_TMPDIR '{wrong}'"), local_files():
+            pass
+
+
+def test_without_a_short_place_the_message_names_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use_tmpdir(monkeypatch, tmp_path / ("x" * 60))
+    monkeypatch.setattr(ray_files, "SHORT_ROOTS", ("/no/such/place",))
+    with (
+        pytest.raises(UserError, match=f"TMPDIR.*set RAY_TMPDIR to a directory of at most {LONGEST_ROOT} bytes"),
+        local_files(),
+    ):
+        pass
+
+
+def test_a_directory_goes_with_its_process_whatever_its_number(tmp_path: Path) -> None:
+    """A live process of another PID namespace has a number that means nothing here; its lock does."""
+    live, dead, fresh, foreign = (tmp_path / f"{PREFIX}{name}" for name in ("live", "dead", "4194305-new", "foreign"))
+    for folder in (live, dead, fresh, foreign):
+        folder.mkdir()
+    (dead / LOCK).touch()
+    (foreign / LOCK).symlink_to(dead / LOCK)
+    held = os.open(live / LOCK, os.O_CREAT | os.O_RDWR)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    remove_abandoned(tmp_path)
+    assert live.is_dir() and fresh.is_dir() and foreign.is_dir() and not dead.exists()
+    os.close(held)
+    remove_abandoned(tmp_path)
+    assert not live.exists()
+
+
+def test_the_lock_of_a_killed_process_is_free(short: Path) -> None:
+    code = (
+        "import sys\nfrom lorapar_ray.ray_files import local_files\nwith local_files():\n  print(flush=True)\n  input()"
+    )
+    environment = os.environ | {"RAY_TMPDIR": str(short)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        remove_abandoned(short)
+        assert len(list(short.iterdir())) == 1
+        process.kill()
+    remove_abandoned(short)
+    assert list(short.iterdir()) == []
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def http_server() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+@pytest.mark.parametrize("server", ["http_server", "silent_server"])
+def test_a_port_that_is_no_ray_is_one_line_in_time(
+    scheme: str, server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = scheme + request.getfixturevalue(server)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(session, "CONNECT_TIMEOUT_S", 2)
+    with pytest.raises(UserError, match=f"no Ray at RAY_ADDRESS={address}.*is no Ray"), session.ray_session():
+        pass
+
+
+def test_a_port_where_nobody_listens_is_one_line(monkeypatch: pytest.MonkeyPatch, silent_server: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free = server.getsockname()[1]
+    for address in (f"127.0.0.1:{free}", f"ray://127.0.0.1:{free}", f"[::1]:{free}", "no.such.host.invalid:1"):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(UserError, match="no Ray at RAY_ADDRESS="), session.ray_session():
+            pass
+
+
+def test_work_that_never_comes_back_has_an_end() -> None:
+    with pytest.raises(TimeoutError, match=r"connect: not done within 0\.05 s"):
+        in_a_thread(lambda: time.sleep(5), name="connect", timeout_s=0.05)
+    with pytest.raises(ZeroDivisionError):
+        in_a_thread(lambda: 1 // 0, name="connect", timeout_s=5)
+    assert in_a_thread(lambda: 7, name="connect") == 7
