@@ -1,6 +1,7 @@
 import os
 
 import pytest
+import torch
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -18,3 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((at for at, start in enumerate(FIRST) if item.nodeid.startswith(start)), len(FIRST))
 
     items.sort(key=place)
+    without = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(without)

@@ -6,13 +6,15 @@ whatever decay, momentum, clipping or loss scaling do; and the optimiser's memor
 
 How a step runs: the active elements of several parameters are gathered side by side into one flat chunk, torch's own
 AdamW kernel steps the chunk, and the values are scattered back. An adapter has hundreds of small matrices; a handful of
-flat chunks costs a handful of kernels. Where every element is active, the kernel steps the parameters themselves; where
-a CPU holds float32, gathering, stepping and scattering are one loop (`one_pass`).
+flat chunks costs a handful of kernels. Where every element is active, the kernel steps the parameters themselves. On a
+GPU with Triton one kernel does all of it for all parameters (`triton_step`); where a CPU holds float32, gathering,
+stepping and scattering are one loop (`lorapar_ray.cpu.one_pass`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorapar_ray.cpu.one_pass import fits, one_pass
 from lorapar_ray.optim.active import (
     active_length,
     active_positions,
@@ -33,9 +36,11 @@ from lorapar_ray.optim.active import (
     split_flat,
 )
 from lorapar_ray.optim.kernel import torch_adamw
-from lorapar_ray.optim.one_pass import fits, one_pass
+from lorapar_ray.optim.triton_step import TritonStep
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+TRITON_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton interprets its kernels, as in their tests, so that they take a CPU's tensors too."""
 
 
 def masked_param_groups(
@@ -83,8 +88,9 @@ class MaskedAdamW(torch.optim.Optimizer):
     `fused=False` as under `torch.optim.AdamW(foreach=False)`: the same function runs on the gathered elements, or a
     loop that was seen to give its bits. One exception: on a CPU torch's fused kernel rounds the last elements of a
     tensor whose length is no multiple of LANES differently from the rest, and which elements are the last is not the
-    same here. There a step may differ by the rounding of a few operations, as torch's own two ways do. Parameters of
-    lower precision are stepped through float32 master values, which stock AdamW does not keep.
+    same here. There a step may differ by the rounding of a few operations, as torch's own two ways do. On a GPU the
+    Triton kernel differs by at most one unit in the last place, and seldom (`triton_step`). Parameters of lower
+    precision are stepped through float32 master values, which stock AdamW does not keep.
 
     State per parameter: `step`, `index` (flat positions, int32 where they fit; none if all are active), and flat
     `exp_avg`, `exp_avg_sq` and, below float32, `master`, all of the active length.
@@ -116,6 +122,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._fused = fused
         self._chunks: list[list[Chunk]] = []
         self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._triton: TritonStep | None = None
+        self._triton_was_tried = False
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -133,6 +141,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             raise ValueError(f"{len(parameters)} parameters but {len(masks)} masks in one group")
         indices = [active_positions(parameter, mask) for parameter, mask in zip(parameters, masks, strict=True)]
         self._chunks.append([self._make_chunk(members) for members in side_by_side(parameters, indices)])
+        self._triton, self._triton_was_tried = None, False
 
     def _make_chunk(self, members: list[tuple[nn.Parameter, Tensor | None]]) -> Chunk:
         local = local_shard(members[0][0])
@@ -159,6 +168,10 @@ class MaskedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        gradients = self._for_one_launch()
+        if gradients is not None and self._triton is not None:
+            self._triton.step(self.param_groups, gradients, clip=False)
+            return loss
         for group, chunks in zip(self.param_groups, self._chunks, strict=True):
             for chunk in () if self._step_in_one_pass(group) else chunks:
                 moving = [parameter for parameter in chunk.parameters if parameter.grad is not None]
@@ -169,6 +182,36 @@ class MaskedAdamW(torch.optim.Optimizer):
                     for parameter in moving:
                         self._step_alone(parameter, tuple(chunk.flat), group)
         return loss
+
+    @torch.no_grad()
+    def clip_and_step(self, max_norm: float) -> Tensor:
+        """`clip_grad_norm_`, then `step`; returns the norm, on the parameters' device, without waiting for it.
+
+        On a GPU these are three launches, and the gradients are left as they were: the step alone sees them clipped.
+        """
+        gradients = self._for_one_launch()
+        if gradients is None or self._triton is None:
+            norm = self.clip_grad_norm_(max_norm)
+            self.step()
+            return norm
+        self._triton.sum_squares(gradients)
+        norm = self._triton.finish_norm(float(max_norm))
+        self._triton.step(self.param_groups, gradients, clip=True)
+        return norm
+
+    def _for_one_launch(self) -> list[Tensor] | None:
+        """The gradients, with `_triton` ready to step them; None where this step takes another way."""
+        if not self._triton_was_tried:
+            self._triton_was_tried = True
+            on_gpu = all(local_shard(p).is_cuda for group in self.param_groups for p in group["params"])
+            if self._fused and (on_gpu or TRITON_ON_CPU) and TritonStep.takes(self.param_groups, self.state):
+                self._triton = TritonStep(self.param_groups, self.state)
+        if self._triton is None or not self._triton.same_step():
+            return None
+        gradients = self._triton.gradients()
+        if gradients is not None:
+            self._triton.point_at(gradients)
+        return gradients
 
     def _step_in_one_pass(self, group: dict[str, Any]) -> bool:
         """Step a whole group at once, where its parameters are such as `one_pass` takes; tells whether they were."""

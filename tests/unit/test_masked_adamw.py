@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import LambdaLR
 
+from lorapar_ray.cpu.one_pass import one_pass
 from lorapar_ray.optim import MaskedAdamW, learning_rate_factor, masked_param_groups, trainable_share
-from lorapar_ray.optim.one_pass import one_pass
 
 SHAPE = (8, 6)  # a multiple of LANES, as adapters are
 
@@ -82,7 +82,7 @@ def test_the_compiled_pass_leaves_torchs_threads_as_they_are() -> None:
     """numba lets OpenMP's teams nest when it starts its own, which makes torch's attention eight times slower."""
     code = """
 import ctypes, torch
-from lorapar_ray.optim.one_pass import one_pass
+from lorapar_ray.cpu.one_pass import one_pass
 torch.set_num_threads(1)
 openmp = ctypes.CDLL(None)
 before = openmp.omp_get_nested(), openmp.omp_get_max_active_levels()

@@ -22,8 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorapar_ray.optim.kernel import torch_adamw
-
 BLOCK = 64
 """Elements stepped at once by one core: a few vectors of them, so that fetching the next ones overlaps arithmetic."""
 PARTS = 4
@@ -114,6 +112,8 @@ def _factors(number: int, group: dict[str, Any]) -> tuple[Any, ...]:
 
 def _same_bits(step: Step) -> bool:
     """Three steps of random elements, against torch."""
+    from lorapar_ray.optim.kernel import torch_adamw  # which imports this module for MaskedAdamW
+
     generator = torch.Generator().manual_seed(0)
     group = {"betas": (0.9, 0.999), "lr": 1e-2, "eps": 1e-8, "weight_decay": 0.1}
     start = torch.randn(4096, generator=generator)
