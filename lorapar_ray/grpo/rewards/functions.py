@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from lorapar_ray.datasets.answers import as_float, extract_answer, extract_number
+from lorapar_ray.datasets.answers import final_answer, option_letter_in, same_number, same_text
+from lorapar_ray.grpo.rewards.expressions import equal_expressions
 
 Completions = list[Any]
 _STRICT = re.compile(r"^<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n?$", re.DOTALL)
@@ -18,28 +19,25 @@ def text_of(completion: Any) -> str:
 
 
 def numeric_answer(prompts: list[str], completions: Completions, answer: list[str], **_: Any) -> list[float]:
-    """1 if the completion's final number equals the answer's, or math-verify finds the two expressions equal."""
-    return [float(_same_number(text_of(done), want)) for done, want in zip(completions, answer, strict=True)]
+    """1 if the completion's final answer has the reference's value (see `same_number`)."""
+    pairs = zip(completions, answer, strict=True)
+    return [float(same_number(text_of(done), want, equal_expressions)) for done, want in pairs]
 
 
 def exact_answer(prompts: list[str], completions: Completions, answer: list[str], **_: Any) -> list[float]:
-    """1 if the final answers agree up to case, surrounding space and a closing full stop."""
-    return [float(_normal(text_of(done)) == _normal(want)) for done, want in zip(completions, answer, strict=True)]
+    """1 if the final answer is the reference's text (see `same_text`)."""
+    return [float(same_text(text_of(done), want)) for done, want in zip(completions, answer, strict=True)]
 
 
 def option_letter(prompts: list[str], completions: Completions, answer: list[str], **_: Any) -> list[float]:
-    """1 if the first option letter that stands alone is the answer's."""
-
-    def first_letter(text: str) -> str | None:
-        found = re.search(r"(?<![A-Za-z])([A-H])(?![A-Za-z])", extract_answer(text))
-        return found.group(1) if found else None
-
-    return [float(first_letter(text_of(done)) == want.strip()) for done, want in zip(completions, answer, strict=True)]
+    """1 if the completion chooses the reference's option letter (see `option_letter_in`)."""
+    pairs = zip(completions, answer, strict=True)
+    return [float(option_letter_in(text_of(done)) == want.strip(" ().").upper()) for done, want in pairs]
 
 
 def integer_answer(prompts: list[str], completions: Completions, **_: Any) -> list[float]:
     """0.5 if the answer tag holds an integer (the authors' reward)."""
-    return [0.5 * bool(re.fullmatch(r"-?\d+", extract_answer(text_of(done)))) for done in completions]
+    return [0.5 * bool(re.fullmatch(r"-?\d+", final_answer(text_of(done)))) for done in completions]
 
 
 def strict_format(prompts: list[str], completions: Completions, **_: Any) -> list[float]:
@@ -61,26 +59,6 @@ def tag_count(prompts: list[str], completions: Completions, **_: Any) -> list[fl
 def reference_overlap(prompts: list[str], completions: Completions, response: list[str], **_: Any) -> list[float]:
     """ROUGE-L F1 (longest common subsequence of words) with the reference response."""
     return [_rouge_l(text_of(done).split(), want.split()) for done, want in zip(completions, response, strict=True)]
-
-
-def _same_number(text: str, want: str) -> bool:
-    found, expected = extract_number(text), extract_number(want)
-    if found is None or expected is None:
-        return False
-    ours, theirs = as_float(found), as_float(expected)
-    if ours is not None and theirs is not None and abs(ours - theirs) <= 1e-6 * max(1.0, abs(theirs)):
-        return True
-    if re.fullmatch(r"[-+\d.,/$%\s]*", extract_answer(want)):
-        return False  # a plain number was wanted and another one was found: nothing left to parse
-    from math_verify import parse, verify
-
-    # its time limits are signals, which only a main thread may set; the reward process has a limit of its own
-    gold, guess = parse(want, parsing_timeout=None), parse(extract_answer(text), parsing_timeout=None)
-    return bool(verify(gold, guess, timeout_seconds=None))
-
-
-def _normal(text: str) -> str:
-    return " ".join(extract_answer(text).split()).rstrip(".").casefold()
 
 
 def _rouge_l(ours: list[str], theirs: list[str]) -> float:

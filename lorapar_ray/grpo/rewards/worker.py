@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 
@@ -26,6 +24,7 @@ def serve(memory_mb: int, rewards: list[str]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     from lorapar_ray.errors import UserError
+    from lorapar_ray.grpo.rewards import expressions, limits
     from lorapar_ray.grpo.rewards.registry import get_reward
 
     try:
@@ -35,9 +34,9 @@ def serve(memory_mb: int, rewards: list[str]) -> None:
         answers.write(json.dumps({"error": str(error)}) + "\n")
         answers.flush()
         return
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + memory_mb * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    if any(name == "numeric_answer" or name.startswith(expressions.__name__) for name in rewards):
+        expressions.load()
+    limits.set_limits(memory_mb)
     answers.write('"ready"\n')
     answers.flush()
     for line in sys.stdin:

@@ -1,0 +1,93 @@
+"""Whether an answer is the reference's: the exact checks first, then the heuristics that are named as such."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+from lorapar_ray.datasets.answers.arithmetic import Number
+from lorapar_ray.datasets.answers.marks import final_answer
+from lorapar_ray.datasets.answers.reading import Answer, is_prose, read_answer
+from lorapar_ray.datasets.answers.writing import plain_characters, plain_writing, without_markdown
+
+Equal = Callable[[str, str], bool]
+"""Whether two mathematical expressions are equal; the reference first."""
+
+_EXPRESSION = re.compile(r"[\\^()\[\]{}=<>]|\d")
+_SIGNIFICANT = 6
+_FLOAT_NOISE = 15
+_TRUTH = {"yes": True, "true": True, "no": False, "false": False}
+_FIRST_WORD = re.compile(r"[A-Za-z]+")
+
+
+def same_number(text: str, want: str, equal_expressions: Equal) -> bool:
+    """Whether the final answer of `text` has the value of the reference `want`.
+
+    In this order: the same writing; the same number, exactly; a rounded or percent form of it (`close`); and, where one
+    of the two is an expression (`\\sqrt{16}`), what `equal_expressions` says of them.
+    """
+    gold, guess = read_answer(want), read_answer(text)
+    if _squeezed(gold.text) == _squeezed(guess.text):
+        return bool(_squeezed(gold.text))
+    if gold.too_big or guess.too_big:
+        return False
+    if gold.number is not None and guess.number is not None:
+        return gold.number.value == guess.number.value or close(gold.number, guess.number)
+    ours, theirs = _expression(gold), _expression(guess)
+    if ours is None or theirs is None:
+        return False
+    return equal_expressions(ours, theirs)
+
+
+def close(gold: Number, guess: Number) -> bool:
+    """Heuristics: 25% is 25 and 0.25; a number rounded to six digits or more; and what a float adds to a decimal."""
+    values = [(gold.value, guess.value)]
+    if gold.percent != guess.percent:
+        values = [(gold.value / (100 if gold.percent else 1), guess.value / (100 if guess.percent else 1))]
+    (ours, theirs) = values[0]
+    if ours == theirs:
+        return True
+    return _rounds_to(ours, theirs, gold.decimals) or _rounds_to(theirs, ours, guess.decimals)
+
+
+def _rounds_to(short: Fraction, long: Fraction, decimals: int | None) -> bool:
+    """Whether `short`, written with so many decimals, is `long` rounded."""
+    if not decimals or short == 0:
+        return False
+    significant = len(str(abs(short.numerator * 10**decimals // short.denominator)))
+    if significant >= _FLOAT_NOISE:  # 56.300000000000004
+        return abs(short - long) <= abs(long) * Fraction(1, 10**12)
+    return significant >= _SIGNIFICANT and 2 * abs(short - long) <= Fraction(1, 10**decimals)
+
+
+def same_text(text: str, want: str) -> bool:
+    """Whether the final answer is the reference's text, up to case, space, emphasis and closing punctuation.
+
+    Heuristic for a reference of yes, no, true or false: the first word of the final answer decides.
+    """
+    ours, theirs = _normal(text), _normal(want)
+    if ours == theirs or _plain_words(text) == _plain_words(want):
+        return True
+    truth = _TRUTH.get(theirs)
+    first = _FIRST_WORD.match(ours)
+    return truth is not None and first is not None and _TRUTH.get(first.group()) is truth
+
+
+def _expression(answer: Answer) -> str | None:
+    """What a parser of mathematics is given; None for words."""
+    if answer.alone and not is_prose(answer.text) and _EXPRESSION.search(answer.text):
+        return plain_characters(answer.text).strip(" .")
+    return None if answer.number is None else str(answer.number.value)
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"\s+", "", plain_writing(text)).strip("$").rstrip(".").strip("$")
+
+
+def _normal(text: str) -> str:
+    return _plain_words(final_answer(text))
+
+
+def _plain_words(text: str) -> str:
+    return " ".join(without_markdown(text).split()).rstrip(".!").strip("\"'“”").rstrip(".!").casefold()

@@ -1,0 +1,22 @@
+"""The limits that a reward process sets itself before it runs anything on a model's text."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+_in_force = False
+
+
+def set_limits(memory_mb: int) -> None:
+    """Limit this process's address space to what it holds now plus `memory_mb`; its parent limits its time."""
+    global _in_force
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + memory_mb * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    _in_force = True
+
+
+def in_force() -> bool:
+    """Whether this process has limits of time and memory."""
+    return _in_force
