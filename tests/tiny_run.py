@@ -22,7 +22,7 @@ ENGINE = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 16, "enforce
 
 
 def save_tiny_student(folder: Path) -> Path:
-    """A random two-layer Llama that vLLM can run on a CPU (head size 32), with SmolLM2's tokenizer."""
+    """A random two-layer Llama in bfloat16 that vLLM can run on a CPU (head size 32), with SmolLM2's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(resolve_model("package:smollm2-135m-instruct"))
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -38,7 +38,7 @@ def save_tiny_student(folder: Path) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         initializer_range=0.1,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)  # as models are published
     tokenizer.save_pretrained(folder)
     return folder
 

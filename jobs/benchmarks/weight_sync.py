@@ -187,7 +187,7 @@ def push_everything(
     scaling, times, size = lora_scaling(json.loads(config)), [], 0
     for _ in range(rounds):
         start = time.perf_counter()
-        merged = {**weights, **dict(merged_weights(weights, state, scaling=scaling))}
+        merged = {**weights, **dict(merged_weights(weights, state, scaling=scaling, dtype=torch.bfloat16))}
         file = scratch / "full.safetensors"
         save_file(merged, file)
         size = file.stat().st_size

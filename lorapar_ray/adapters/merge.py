@@ -1,4 +1,4 @@
-"""base + s·BA, computed in float32 from the base's own weights."""
+"""base + s·BA, computed in float32 from the base's own weights and rounded once."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ def base_name(key: str) -> str:
 
 @torch.no_grad()
 def merged_weights(
-    base_weights: Mapping[str, Tensor], adapter_state: Mapping[str, Tensor], *, scaling: float
+    base_weights: Mapping[str, Tensor], adapter_state: Mapping[str, Tensor], *, scaling: float, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, W + s·BA) for every adapted weight, in the base's dtype.
+    """(name, W + s·BA) for every adapted weight.
 
     Args:
         base_weights: base tensors [out, in] by checkpoint name; only the adapted ones are read.
-        adapter_state: A [r, in] and B [out, r] by adapter key.
+        adapter_state: A [r, in] and B [out, r] by adapter key, on the base's device.
+        dtype: of the result: the one that is computed in. The dtype of the base's file would cost a bfloat16 file's
+            rounding (0.02 nats and more) even where the model runs in float32.
     """
     wide: dict[torch.Size, Tensor] = {}  # fresh memory for each product would cost more than the product
     for key in sorted(adapter_state):
@@ -41,4 +43,4 @@ def merged_weights(
         if base.shape not in wide:
             wide[base.shape] = torch.empty_like(base, dtype=torch.float32)
         merged = wide[base.shape].copy_(base).addmm_(up, down, alpha=scaling)
-        yield base_name(key), merged.to(base.dtype, copy=True)
+        yield base_name(key), merged.to(dtype, copy=True)

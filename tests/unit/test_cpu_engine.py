@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn import functional
 
-from lorapar_ray.engines.cpu import Float32Head, draw, lighten, sample_and_logprobs
+from lorapar_ray.cpu.engine import Float32Head, draw, lighten, sample_and_logprobs
 
 
 def seeded(rows: int, seed: int = 0) -> dict[int, torch.Generator]:
