@@ -10,10 +10,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+from lorapar_ray.boundary import boundary
 from lorapar_ray.errors import UserError
 
 PACKAGE_PREFIX = "package:"
@@ -47,6 +49,20 @@ def resolve_model(path: str) -> str:
             + ", ".join(f"{PACKAGE_PREFIX}{name}" for name in PACKAGED)
         )
     return path
+
+
+def loading(path: str) -> AbstractContextManager[None]:
+    """The boundary around whatever transformers, tokenizers, safetensors and the hub do to load a model.
+
+    Args:
+        path: a directory, or a hub name, which may be misspelt, gated, or not reachable.
+    """
+    if Path(path).is_dir():
+        return boundary(f"model '{path}': cannot be loaded", "check its files, or save it again")
+    return boundary(
+        f"model '{path}': cannot be loaded from the hub",
+        "check the name, the network (or HF_HUB_OFFLINE) and, for a gated model, HF_TOKEN; or give a directory",
+    )
 
 
 def _smollm2(_: Path) -> Path:
@@ -83,7 +99,7 @@ def _unpack(name: str) -> Path:
         _dequantise(locate(scratch), scratch / "model", architecture)
         try:
             (scratch / "model").rename(target)
-        except OSError:  # somebody else on this machine finished first, with the same content
+        except OSError:  # another process on this machine finished first, with the same content
             if not target.is_dir():
                 raise
     finally:

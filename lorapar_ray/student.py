@@ -7,7 +7,7 @@ from typing import Any
 
 from lorapar_ray.config import Config, ModelConfig
 from lorapar_ray.errors import UserError
-from lorapar_ray.models import resolve_model
+from lorapar_ray.models import loading, resolve_model
 from lorapar_ray.precision import torch_dtype
 from lorapar_ray.runs import RunDirectory
 
@@ -30,23 +30,24 @@ def load_base(model: ModelConfig, path: str, on: Any = None) -> Any:
         on: the torch.device to load onto; None: the one Ray gave this process.
 
     Raises:
-        UserError: `model.quantization` without bitsandbytes.
+        UserError: the model cannot be loaded, or `model.quantization` without bitsandbytes.
     """
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {}
     if model.quantization is not None:
         options = {"quantization_config": _quantization(model), "device_map": {"": on or device()}}
-    base = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch_dtype(model.dtype, device()),
-        attn_implementation=attention_of(model, device()),
-        trust_remote_code=model.trust_remote_code,
-        use_safetensors=True,
-        **options,
-    )
-    if not options:
-        return base.to(on or device())
+    with loading(path):
+        base = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch_dtype(model.dtype, device()),
+            attn_implementation=attention_of(model, device()),
+            trust_remote_code=model.trust_remote_code,
+            use_safetensors=True,
+            **options,
+        )
+        if not options:
+            return base.to(on or device())
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes' packed CPU kernel computes in bfloat16 whatever was asked, and gives no gradient.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from lorapar_ray.adapters.given import require_lora, take_over
+from lorapar_ray.boundary import boundary
 from lorapar_ray.config import AdapterConfig, Config, ModelConfig
 from lorapar_ray.errors import UserError
 from lorapar_ray.runs import RunDirectory, atomic_path
@@ -23,8 +24,9 @@ def make_adapter(config: Config, run: RunDirectory, target: Path) -> None:
 
     adapter = config.adapter.model_dump(mode="json")
     if config.adapter.path is not None:
-        require_lora(Path(config.adapter.path))
-        adapter["path"] = str(Path(config.adapter.path).resolve())
+        given = Path(config.adapter.path).expanduser().resolve()
+        require_lora(given)
+        adapter["path"] = str(given)
 
     if not (target / "adapter_config.json").is_file():
         require("score", workers=(1, config.score.resources))
@@ -47,40 +49,23 @@ def make_adapter(config: Config, run: RunDirectory, target: Path) -> None:
             raise UserError(problem)
 
 
-def require_lora(folder: Path) -> None:
-    """Check an adapter directory of the user's.
-
-    Raises:
-        UserError: it is missing, holds no safetensors, or another kind of adapter, or one whose rank or scale differs
-            between modules.
-    """
-    settings = folder / "adapter_config.json"
-    if not settings.is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(
-            f"adapter.path '{folder}': needs adapter_config.json and adapter_model.safetensors, as PEFT saves them"
-        )
-    found = json.loads(settings.read_text())
-    kind = found.get("peft_type")
-    if kind != "LORA":
-        raise UserError(f"adapter.path '{folder}': holds a {kind} adapter; only LoRA has elements to score and cut")
-    for field in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
-        if found.get(field):
-            raise UserError(
-                f"adapter.path '{folder}': has {field}; engines serve base + s·BA with one rank and one alpha: give a "
-                "plain LoRA"
-            )
-
-
 def initialise(model: dict[str, Any], adapter: dict[str, Any], base: str, target: str, seed: int) -> str | None:
     """Attach an adapter and save it to `target` (a Ray task); returns the message of a user's error."""
-    from lorapar_ray.adapters import attach_lora, load_adapter, save_adapter
-
-    settings = AdapterConfig.model_validate(adapter)
-    student = load_base(ModelConfig.model_validate(model), base)
-    if settings.path is not None:
-        save_adapter(load_adapter(student, Path(settings.path)), Path(target))
-        return None
     try:
+        _initialise(ModelConfig.model_validate(model), AdapterConfig.model_validate(adapter), base, Path(target), seed)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _initialise(model: ModelConfig, settings: AdapterConfig, base: str, target: Path, seed: int) -> None:
+    from lorapar_ray.adapters import attach_lora, save_adapter
+
+    student = load_base(model, base)
+    if settings.path is not None:
+        take_over(student, Path(settings.path), target, model.path)
+        return
+    with boundary("adapter: PEFT cannot attach it with these settings", "check adapter.rank, init and targets"):
         peft_model = attach_lora(
             student,
             rank=settings.rank,
@@ -91,13 +76,10 @@ def initialise(model: dict[str, Any], adapter: dict[str, Any], base: str, target
             seed=seed,
             init_std=settings.init_std,
         )
-    except UserError as error:
-        return str(error)
-    with atomic_path(Path(target)) as draft:
+    with atomic_path(target) as draft:
         save_adapter(peft_model, draft)
         if settings.init in RESIDUAL_INITS:
             _save_residual(peft_model, base, draft / "base")  # takes the adapter out of the model: last
-    return None
 
 
 def _save_residual(peft_model: Any, base: str, folder: Path) -> None:

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lorapar_ray.adapters.keys import adapter_parameters, adapter_state
+from lorapar_ray.boundary import boundary, read_tensors
 from lorapar_ray.errors import UserError
 from lorapar_ray.runs import atomic_path
 
@@ -43,7 +44,7 @@ def read_adapter_state(folder: Path) -> dict[str, Tensor]:
     """
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"'{folder}' holds no {WEIGHTS}; run the stage that writes it, or check the path")
-    return load_file(folder / WEIGHTS)
+    return read_tensors(folder / WEIGHTS)
 
 
 def load_adapter(base_model: Any, folder: Path, trainable: bool = True) -> Any:
@@ -55,7 +56,8 @@ def load_adapter(base_model: Any, folder: Path, trainable: bool = True) -> Any:
     from peft import PeftModel
 
     state = read_adapter_state(folder)
-    peft_model = PeftModel.from_pretrained(base_model, str(folder), is_trainable=trainable)
+    with boundary(f"adapter '{folder}' cannot be put on this model", "check that it was made for it"):
+        peft_model = PeftModel.from_pretrained(base_model, str(folder), is_trainable=trainable)
     parameters = adapter_parameters(peft_model)
     missing = [key for key in parameters if key not in state]
     if missing:

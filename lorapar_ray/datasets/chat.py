@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorapar_ray.errors import UserError
+from lorapar_ray.models import loading
 
 NO_LOSS = -100
 """Label of a token that is not trained on."""
@@ -62,7 +63,8 @@ def load_encoder(model_path: str, system_prompt: str | None, trust_remote_code: 
     """Encoder with the tokenizer of `model_path`; it pads with its end-of-sequence token if it has no other."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    with loading(model_path):
+        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Encoder(tokenizer, system_prompt)

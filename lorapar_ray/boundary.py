@@ -1,0 +1,110 @@
+"""Where foreign files and libraries meet this code: whatever they raise there becomes one line that names the culprit.
+
+A reader that catches the errors its library documents still lets a traceback through one day: a truncated file raises
+`EOFError`, deep JSON `RecursionError`, a number of 5,000 digits `ValueError`, and Rust code panics. So everything that
+reads what a user, a run directory, the hub or an engine gives does it within `boundary`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lorapar_ray.errors import UserError
+from lorapar_ray.text import reason
+
+REDO = "run the stage that writes it again, or restore it"
+
+
+@contextmanager
+def boundary(what: str, fix: str = "") -> Iterator[None]:
+    """Turn whatever the block raises into a `UserError`: "<what> (<reason>); <fix>".
+
+    Args:
+        what: what cannot be done, with the field or file it is about: "model.path 'x': cannot be loaded".
+        fix: what the user can do.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"  # Rust's, of safetensors and tokenizers, is no `Exception`
+        if not isinstance(error, Exception) and not panic:
+            raise
+        raise UserError(f"{what} ({reason(error)})" + (f"; {fix}" if fix else "")) from error
+
+
+def damaged(path: Path, fix: str = REDO) -> Any:
+    """The boundary around reading `path`."""
+    return boundary(f"'{path}' is damaged or not what it should be", fix)
+
+
+def read_json(path: Path, fix: str = REDO) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        UserError: it is missing, unreadable, not UTF-8, or not JSON.
+    """
+    if not path.is_file():
+        raise UserError(f"'{path}' is missing; {fix}")
+    with damaged(path, fix):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_object(path: Path, fix: str = REDO) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: as `read_json`, or it holds something else.
+    """
+    found = read_json(path, fix)
+    if not isinstance(found, dict):
+        raise UserError(f"'{path}' holds no JSON object; {fix}")
+    return found
+
+
+def read_lines(path: Path, fix: str = REDO) -> list[dict[str, Any]]:
+    """The objects of a file with one JSON object a line, as a killed run may leave it; empty if there is no file.
+
+    Only a newline ends a line: `str.splitlines` cuts as well at characters that models write, such as U+2028. What
+    follows the last newline was being written when the run was killed, and is left out.
+
+    Raises:
+        UserError: a whole line is no JSON object.
+    """
+    if not path.is_file():
+        return []
+    with damaged(path, fix):
+        whole = path.read_bytes().split(b"\n")[:-1]
+        lines = [json.loads(line) for line in whole if line.strip()]
+        for number, line in enumerate(lines, start=1):
+            if not isinstance(line, dict):
+                raise ValueError(f"line {number} is no JSON object")
+        return lines
+
+
+def read_tensors(path: Path, fix: str = REDO) -> dict[str, Any]:
+    """Every tensor of a safetensors file, on the CPU.
+
+    Raises:
+        UserError: it is missing, or not safetensors.
+    """
+    return read_tensors_and_metadata(path, fix)[0]
+
+
+def read_tensors_and_metadata(path: Path, fix: str = REDO) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """Every tensor of a safetensors file and its header's metadata.
+
+    Raises:
+        UserError: it is missing, or not safetensors.
+    """
+    from safetensors import safe_open
+
+    if not path.is_file():
+        raise UserError(f"'{path}' is missing; {fix}")
+    with damaged(path, fix), safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
