@@ -61,7 +61,7 @@ def test_what_is_taken_computes_what_stock_peft_and_a_merging_engine_compute(
     assert torch.equal(PeftModel.from_pretrained(base(), str(ours)).eval()(TOKENS).logits, wanted)
     engine = base()
     scaling = lora_scaling(json.loads((ours / CONFIG).read_text()))
-    merged = dict(merged_weights(engine.state_dict(), load_file(ours / WEIGHTS), scaling=scaling))
+    merged = dict(merged_weights(engine.state_dict(), load_file(ours / WEIGHTS), scaling=scaling, dtype=torch.float32))
     engine.load_state_dict({**engine.state_dict(), **merged})
     torch.testing.assert_close(engine(TOKENS).logits, wanted, atol=1e-4, rtol=1e-3)
 
