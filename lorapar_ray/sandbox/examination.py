@@ -1,0 +1,259 @@
+"""Jobs, verdicts, and the pair of confined processes in which a job is decided."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lorapar_ray.sandbox.cgroups import Cgroup
+from lorapar_ray.sandbox.inside.wire import Channel, WireError
+from lorapar_ray.sandbox.layers import Layer, Start, spawn
+from lorapar_ray.sandbox.limits import Limits
+
+START_S = 60.0
+"""For a sandbox to start, on a machine that is busy with something else."""
+VERDICT_S = 5.0
+"""For the tests to notice that the program has been ended."""
+END_S = 10.0
+"""For the kernel to end what was killed."""
+KEPT = 4096
+"""Bytes of output that a verdict holds."""
+EXAMINER_MB = 1024
+
+
+class SandboxError(Exception):
+    """The sandbox itself does not work."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A program and its tests."""
+
+    code: str
+    """The program, written by a model."""
+    tests: str
+    """A program that calls what is tested and passes if it runs to its end; arguments and results travel by value."""
+    names: tuple[str, ...]
+    """The functions of `code` that `tests` calls; anything else there is Python's or `setup`'s."""
+    setup: str = ""
+    """Run before the tests, in their process: imports and helpers that the tests need."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a job."""
+
+    reason: str
+    """`passed`; `failed` (an assertion), `raised`, `timeout`, `output` (too much), `died` (the process ended), or
+    `tests` (the tests or the setup are themselves at fault)."""
+    detail: str
+    """What was raised and where; empty for `passed`."""
+    seconds: float
+    output: str = field(default="", repr=False)
+    """The first of what the program printed."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether all tests passed."""
+        return self.reason == "passed"
+
+
+class Examination:
+    """One pair at a time: a warm process with the tests, and a fresh one for each program.
+
+    The verdict comes from the first, over a socket that the second does not have. The second is new for each job, so
+    nothing that a program does to its own process or files reaches the next. Belongs to one thread, with which its
+    processes die.
+    """
+
+    def __init__(self, layer: Layer, limits: Limits) -> None:
+        self._layer = layer
+        self._limits = limits
+        self._cgroup = Cgroup(limits)
+        self._examiner: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+
+    def run(self, job: Job) -> Verdict:
+        """Decide one job.
+
+        Raises:
+            SandboxError: no confined process can be started.
+        """
+        control = self._ready()
+        begin = time.monotonic()
+        ours, theirs = socket.socketpair()
+        read, write = os.pipe()
+        try:
+            with theirs:
+                program = spawn(
+                    self._layer, Start("candidate", self._limits), self._cgroup.command, theirs.fileno(), write
+                )
+        except BaseException:
+            os.close(read)
+            raise
+        finally:
+            os.close(write)
+        output = Output(read, self._limits.output_kb * 1024)
+        try:
+            with ours:
+                request = {
+                    "code": job.code,
+                    "setup": job.setup,
+                    "tests": job.tests,
+                    "names": job.names,
+                    "seconds": self._limits.seconds,
+                }
+                socket.send_fds(control, [b"j"], [ours.fileno()])
+                Channel(control.fileno()).send(request)
+            reason, detail = self._follow(control, output, program)
+        finally:
+            _end(program, output)
+            output.close()
+        return Verdict(reason, detail, time.monotonic() - begin, output.text)
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._examiner is not None:
+            self._examiner.kill()
+            self._examiner.wait()
+            self._examiner = None
+        self._cgroup.close()
+
+    def _ready(self) -> socket.socket:
+        """The control socket of an examiner that waits for a job."""
+        if self._control is not None:
+            return self._control
+        control, theirs = socket.socketpair()
+        limits = replace(self._limits, memory_mb=EXAMINER_MB)
+        read, write = os.pipe()
+        try:
+            with theirs:
+                start = Start("examiner", limits, timed=False, forks=True)
+                self._examiner = spawn(self._layer, start, list, theirs.fileno(), write)
+        finally:
+            os.close(write)
+        output = Output(read, 2**20)
+        try:
+            message = self._receive(control, time.monotonic() + START_S, output)
+        finally:
+            output.close()
+        if message != {"ready": True}:
+            control.close()
+            self.close()
+            said = " ".join(output.text.split())[-300:] or "it ends without a word"
+            raise SandboxError(f"{self._layer.name} starts no process: {said}")
+        self._control = control
+        return control
+
+    def _follow(self, control: socket.socket, output: Output, program: subprocess.Popen[bytes]) -> tuple[str, str]:
+        """(reason, detail) of the job that was just sent; afterwards the examiner waits for the next, or is gone."""
+        seconds = self._limits.seconds
+        message = self._receive(control, time.monotonic() + START_S, output)
+        if message == {"started": True}:
+            message = self._receive(control, time.monotonic() + seconds, output)
+        cause = None
+        if message is None:
+            cause = ("output", f"more than {self._limits.output_kb} KiB") if output.full else None
+            cause = cause or ("timeout", f"more than {seconds:g} s")
+            _end(program, output)
+            message = self._receive(control, time.monotonic() + VERDICT_S, None)
+        verdict = message if isinstance(message, dict) and "reason" in message else None
+        if verdict is not None:
+            message = self._receive(control, time.monotonic() + VERDICT_S, None)
+        if not (isinstance(message, dict) and "end" in message):
+            self.close()  # the tests themselves hang
+        if cause is not None:
+            return cause
+        if verdict is None:
+            return "tests", "the process of the tests has ended without a verdict"
+        if verdict["reason"] == "died":
+            return "died", _death(program) or verdict["detail"]
+        return verdict["reason"], verdict["detail"]
+
+    @staticmethod
+    def _receive(control: socket.socket, deadline: float, output: Output | None) -> Any:
+        """The examiner's next message; None if there is none in time, or the program prints too much before."""
+        while (left := deadline - time.monotonic()) > 0:
+            watched: list[Any] = [control, *([output] if output is not None and output.open else [])]
+            ready, _, _ = select.select(watched, [], [], left)
+            if control in ready:
+                try:
+                    return Channel(control.fileno()).receive()
+                except WireError:
+                    return None
+            if output is not None and output in ready:
+                output.take()
+                if output.full:
+                    return None
+        return None
+
+
+class Output:
+    """What a program prints: the first bytes are kept, the rest is counted."""
+
+    def __init__(self, fd: int, most: int) -> None:
+        self._fd = fd
+        self._most = most
+        self._kept = b""
+        self._count = 0
+        self.open = True
+
+    def fileno(self) -> int:
+        """For `select`."""
+        return self._fd
+
+    def take(self) -> None:
+        """Read what has come."""
+        part = os.read(self._fd, 2**16)
+        self.open = bool(part)
+        self._count += len(part)
+        self._kept += part[: max(0, KEPT - len(self._kept))]
+
+    @property
+    def full(self) -> bool:
+        """Whether it was more than allowed."""
+        return self._count > self._most
+
+    @property
+    def text(self) -> str:
+        """What was kept."""
+        return self._kept.decode(errors="replace")
+
+    def close(self) -> None:
+        """Close the pipe."""
+        os.close(self._fd)
+
+
+def _end(program: subprocess.Popen[bytes], output: Output) -> None:
+    """Kill a program, and wait until everything that held its output has ended."""
+    program.kill()
+    program.wait()
+    deadline = time.monotonic() + END_S
+    while output.open:
+        ready, _, _ = select.select([output], [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise SandboxError("a program could not be ended")
+        output.take()
+
+
+def _death(program: subprocess.Popen[bytes]) -> str:
+    """How the process ended by itself, if it did."""
+    try:
+        code = program.wait(timeout=0.5)
+    except subprocess.TimeoutExpired:
+        return ""
+    number = code - 128 if code > 128 else -code
+    if number > 0:
+        with suppress(ValueError):
+            return f"the process was ended by {signal.Signals(number).name}"
+    return f"the process ended by itself, status {code}"

@@ -1,0 +1,5 @@
+"""The part that runs inside a sandbox: standard library only, and no import of the package around it.
+
+Each process starts as `python -I -S -c "…; from inside.NAME import main; main(…)"` with this folder alone bound into
+the sandbox, so modules import each other relatively.
+"""

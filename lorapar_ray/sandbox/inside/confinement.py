@@ -1,0 +1,93 @@
+"""What a process does to itself before it runs anything foreign; none of it can be undone."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_SET_SECCOMP = 22
+PR_CAPBSET_DROP = 24
+PR_SET_NO_NEW_PRIVS = 38
+LAST_CAPABILITY = 63
+
+
+def limit(what: int, most: int) -> None:
+    """Lower a resource limit, soft and hard; one that is lower already stays."""
+    _, hard = resource.getrlimit(what)
+    lowest = most if hard == resource.RLIM_INFINITY else min(hard, most)
+    resource.setrlimit(what, (lowest, lowest))
+
+
+def confine(settings: dict[str, Any]) -> None:
+    """Limit this process as the process outside asks.
+
+    Args:
+        settings: {memory_bytes, file_bytes, seconds} of `Limits`; `tasks`, or None where the user's other processes
+            would count too; `landlock`, the folders that can be read, or None; `seccomp`, {processes, metadata} of
+            `seccomp.program`, or None where the filter is in force already.
+    """
+    limit(resource.RLIMIT_CORE, 0)
+    limit(resource.RLIMIT_FSIZE, settings["file_bytes"])
+    limit(resource.RLIMIT_NOFILE, 64)
+    limit(resource.RLIMIT_MEMLOCK, 0)
+    limit(resource.RLIMIT_MSGQUEUE, 0)
+    if settings["seconds"] is not None:
+        limit(resource.RLIMIT_CPU, int(settings["seconds"]) + 2)
+    if settings["landlock"] is not None:
+        _landlock(**settings["landlock"])
+    if settings["seccomp"] is not None:
+        _drop_capabilities()
+        _filter(**settings["seccomp"])
+    if settings["tasks"] is not None:
+        limit(resource.RLIMIT_NPROC, settings["tasks"])
+    limit(resource.RLIMIT_AS, settings["memory_bytes"])
+
+
+def forbid_processes() -> None:
+    """From now on this process stays one: no child, no other program."""
+    _filter(processes=False, metadata=False)
+
+
+def _landlock(readable: list[str], package: str) -> None:
+    """`readable` can be read and nothing can be written; signals and abstract sockets end at this process.
+
+    `package` is the folder from which sandlock is imported.
+    """
+    sys.path.append(package)
+    from sandlock import Sandbox, confine
+
+    sys.path.remove(package)
+    confine(Sandbox(fs_readable=readable))
+
+
+def _drop_capabilities() -> None:
+    """Root without capabilities is a user like others, and no program that it starts gets them back."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    for capability in range(LAST_CAPABILITY + 1):
+        libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+    if libc.capset(header, (ctypes.c_uint32 * 6)()) != 0:
+        raise OSError(ctypes.get_errno(), "capabilities cannot be dropped")
+
+
+def _filter(processes: bool, metadata: bool) -> None:
+    import ctypes
+    import os
+
+    from . import seccomp
+
+    class Program(ctypes.Structure):
+        _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+
+    code = seccomp.program(processes=processes, metadata=metadata, pid=os.getpid())
+    program = Program(len(code) // 8, code)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(program), 0, 0):
+        raise OSError(ctypes.get_errno(), "the system call filter cannot be set")

@@ -1,0 +1,104 @@
+"""The system calls that tested code may make, as a classic BPF program for seccomp (x86-64).
+
+Calls newer than `rseq` are unknown unless listed: what a future kernel adds is refused until somebody has looked at it.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+
+ARCH_X86_64 = 0xC000003E
+X32_BIT = 0x40000000
+LAST_OLD = 334
+"""`rseq`; the numbers from 335 to 423 are not used."""
+NEW_ALLOWED = (436, 439, 441, 449)
+"""close_range, faccessat2, epoll_pwait2, futex_waitv."""
+CLONE, FORK, VFORK, CLONE3, EXECVE, EXECVEAT = 56, 57, 58, 435, 59, 322
+CLONE_THREAD = 0x00010000
+CLONE_NEW = 0x7E020000
+"""Every CLONE_NEW* flag: user, PID, mount, network, IPC, UTS and cgroup namespaces."""
+
+NEVER = (
+    *(101, 310, 311, 312),  # ptrace, process_vm_readv, process_vm_writev, kcmp
+    *(165, 166, 155, 161, 272, 308),  # mount, umount2, pivot_root, chroot, unshare, setns
+    *(167, 168, 169, 170, 171, 172, 173, 175, 176, 313, 246, 320),  # swap, reboot, names, ports, modules, kexec
+    *(321, 298, 323, 300, 301),  # bpf, perf_event_open, userfaultfd, fanotify
+    *(248, 249, 250),  # add_key, request_key, keyctl
+    *(163, 164, 159, 227, 305, 103, 179, 180, 212, 153, 154, 135, 303, 304),  # accounting, clocks, log, quota, handles
+    319,  # memfd_create: memory that the address space does not count
+    *(29, 30, 31, 67, 64, 65, 66, 220, 68, 69, 70, 71),  # System V memory, semaphores and queues outlive a process
+    *(240, 241, 242, 243, 244, 245),  # POSIX queues too
+    *(41, 42, 43, 49, 50, 288, 46, 307),  # socket, connect, accept, bind, listen, accept4, sendmsg, sendmmsg
+    *(62, 200, 129, 297),  # kill, tkill, rt_sigqueueinfo, rt_tgsigqueueinfo
+    *(141, 142, 144, 203, 314, 251, 256, 279),  # priorities, affinity and memory placement, of other processes too
+    *(162, 306),  # sync, syncfs
+)
+METADATA = (
+    *(90, 91, 268, 92, 93, 94, 260),  # chmod, chown
+    *(132, 235, 261, 280),  # utime
+    *(188, 189, 190, 197, 198, 199),  # extended attributes
+    *(253, 254, 294, 133, 259),  # inotify, mknod
+)
+"""What Landlock leaves free: a file's mode, owner and times, and watching it."""
+
+_ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
+_LOAD, _EQUAL, _ABOVE, _ANY, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
+
+
+def program(*, processes: bool, metadata: bool, pid: int | None = None) -> bytes:
+    """The filter, 8 bytes an instruction.
+
+    Args:
+        processes: whether new processes and programs may be started; threads always may.
+        metadata: whether modes, owners and times of files may be changed (where no file but its own is writable).
+        pid: the process that the filter is for, which may then signal itself alone; None: any it can see.
+    """
+    denied = _ERRNO | errno.EPERM
+    code = [
+        (_LOAD, 0, 0, 4),
+        (_EQUAL, 1, 0, ARCH_X86_64),
+        (_RETURN, 0, 0, _KILL),
+        (_LOAD, 0, 0, 0),
+        (_ABOVE, 0, 1, X32_BIT - 1),
+        (_RETURN, 0, 0, _KILL),
+    ]
+    for number in (*NEVER, *(() if metadata else METADATA), *(() if processes else (FORK, VFORK, EXECVE, EXECVEAT))):
+        code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, denied)]
+    # clone3 keeps its flags in memory, where a filter cannot look; the C library falls back to clone
+    code += [(_EQUAL, 0, 1, CLONE3), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
+    code += _on_argument(CLONE, 0, [(_ANY, 0, 1, CLONE_NEW), (_RETURN, 0, 0, denied)])
+    if not processes:
+        code += _on_argument(CLONE, 0, [(_ANY, 1, 0, CLONE_THREAD), (_RETURN, 0, 0, denied)])
+    code += _unless_zero(302, 0, denied)  # prlimit64 of another process
+    code += _unless_zero(44, 4, denied)  # sendto an address
+    code += _on_argument(157, 0, [(_EQUAL, 0, 1, 1), (_RETURN, 0, 0, denied)])  # prctl(PR_SET_PDEATHSIG)
+    for command in (8, 10, 15):  # fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX make the kernel send signals
+        code += _on_argument(72, 1, [(_EQUAL, 0, 1, command), (_RETURN, 0, 0, denied)])
+    for request in (0x8901, 0x8902, 0x5412, 0x541C):  # ioctl: FIOSETOWN, SIOCSPGRP, TIOCSTI, TIOCLINUX
+        code += _on_argument(16, 1, [(_EQUAL, 0, 1, request), (_RETURN, 0, 0, denied)])
+    if pid is not None:
+        code += _on_argument(234, 0, [(_EQUAL, 1, 0, pid), (_RETURN, 0, 0, denied)])  # tgkill
+    for number in NEW_ALLOWED:
+        code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ALLOW)]
+    code += [(_ABOVE, 0, 1, LAST_OLD), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS), (_RETURN, 0, 0, _ALLOW)]
+    return b"".join(struct.pack("=HBBI", *each) for each in code)
+
+
+def _on_argument(number: int, argument: int, test: list[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
+    """`test` on the low half of a call's argument, if the call is `number`; then the number is loaded again."""
+    body = [(_LOAD, 0, 0, 16 + 8 * argument), *test, (_LOAD, 0, 0, 0)]
+    return [(_EQUAL, 0, len(body), number), *body]
+
+
+def _unless_zero(number: int, argument: int, result: int) -> list[tuple[int, int, int, int]]:
+    low, high = 16 + 8 * argument, 20 + 8 * argument
+    body = [
+        (_LOAD, 0, 0, low),
+        (_EQUAL, 0, 2, 0),
+        (_LOAD, 0, 0, high),
+        (_EQUAL, 1, 0, 0),
+        (_RETURN, 0, 0, result),
+        (_LOAD, 0, 0, 0),
+    ]
+    return [(_EQUAL, 0, len(body), number), *body]

@@ -1,0 +1,188 @@
+"""The ways in which this machine can confine a process, strongest first, and what each is started with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from lorapar_ray.errors import UserError
+from lorapar_ray.sandbox.inside import seccomp
+from lorapar_ray.sandbox.limits import Limits
+
+LayerName = Literal["auto", "bubblewrap", "sandlock", "process"]
+HERE = Path(__file__).parent
+FILE_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Start:
+    """A process to be confined: `inside.<module>.main`, or a module of the user's Python."""
+
+    module: str
+    limits: Limits
+    timed: bool = True
+    """Whether CPU time is limited too."""
+    forks: bool = False
+    """Whether it may start processes itself."""
+
+
+class Bubblewrap:
+    """Own user, PID, mount, network, IPC, UTS and cgroup namespaces; an empty root; Python, read-only; no /proc."""
+
+    name = "bubblewrap"
+
+    def __init__(self, binary: str) -> None:
+        self._binary = binary
+
+    def command(self, start: Start, fd: int) -> list[str]:
+        """What to execute; `fd` holds the system call filter."""
+        options = [
+            *("--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"),
+            *("--unshare-cgroup-try", "--disable-userns", "--cap-drop", "ALL"),
+            *("--new-session", "--die-with-parent", "--clearenv", "--hostname", "sandbox"),
+            *("--seccomp", str(fd)),
+        ]
+        for path in system_folders():
+            if path.is_symlink():
+                options += ["--symlink", str(path.readlink()), str(path)]
+            else:
+                options += ["--ro-bind", str(path), str(path)]
+        for path in (*python_files(), HERE / "inside"):
+            options += ["--ro-bind", str(path), str(path)]
+        for device in ("null", "zero", "urandom", "random"):
+            options += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
+        options += ["--size", str(start.limits.scratch_mb * 2**20), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+        options += ["--remount-ro", "/"]
+        settings = _settings(start) | {"tasks": start.limits.tasks + 2, "landlock": None, "seccomp": None}
+        return [self._binary, *options, "--", *python_command(start.module, settings)]
+
+    def filter(self, start: Start) -> bytes | None:
+        """The system call filter that the command reads."""
+        # bubblewrap sets the filter before it executes Python, so that only the namespaces keep other programs away
+        return seccomp.program(processes=True, metadata=True)
+
+
+class Sandlock:
+    """Landlock (reads of Python alone, no writes, no signals out) and a system call filter; one process, no network."""
+
+    name = "sandlock"
+
+    def command(self, start: Start, fd: int) -> list[str]:
+        """What to execute."""
+        folders = [str(path.resolve()) for path in (*system_folders(), *python_files(), HERE / "inside")]
+        devices = ["/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"]
+        settings = _settings(start) | {
+            "tasks": None,
+            "landlock": {"readable": sorted({*folders, *devices}), "package": _sandlock_home()},
+            "seccomp": {"processes": start.forks, "metadata": False},
+        }
+        return python_command(start.module, settings)
+
+    def filter(self, start: Start) -> bytes | None:
+        """None: the process sets it itself, with its own number in it."""
+        return None
+
+
+class Process:
+    """Resource limits and a system call filter only: every file that this user can read is open to the program."""
+
+    name = "process"
+
+    def command(self, start: Start, fd: int) -> list[str]:
+        """What to execute."""
+        seccomp_settings = {"processes": start.forks, "metadata": False}
+        settings = _settings(start) | {"tasks": None, "landlock": None, "seccomp": seccomp_settings}
+        return python_command(start.module, settings)
+
+    def filter(self, start: Start) -> bytes | None:
+        """None: see `Sandlock`."""
+        return None
+
+
+Layer = Bubblewrap | Sandlock | Process
+
+
+def spawn(
+    layer: Layer, start: Start, wrap: Callable[[list[str]], list[str]], stdin: int, output: int | IO[bytes]
+) -> subprocess.Popen[bytes]:
+    """Start a confined process; it dies with the calling thread.
+
+    Args:
+        wrap: what the whole command is run through (see `Cgroup.command`).
+        stdin: its standard input.
+        output: its standard output and error.
+    """
+    if start.limits.processes and not isinstance(layer, Bubblewrap):
+        raise UserError(f"sandbox: only bubblewrap can end what a program starts; '{layer.name}' allows no processes")
+    program = layer.filter(start)
+    with tempfile.TemporaryFile() as file:
+        if program is not None:
+            file.write(program)
+            file.flush()
+            file.seek(0)
+        keep = () if program is None else (file.fileno(),)
+        return subprocess.Popen(
+            wrap(layer.command(start, file.fileno())),
+            stdin=stdin,
+            stdout=output,
+            stderr=output,
+            pass_fds=keep,
+            env={},
+            cwd="/",
+            start_new_session=True,
+        )
+
+
+def python_command(module: str, settings: dict[str, Any]) -> list[str]:
+    """Run `inside.<module>.main(settings)` in an isolated Python without site packages."""
+    code = f"import sys; sys.path.append({str(HERE)!r}); from inside.{module} import main; main(*{[settings]!r})"
+    return [str(_python()), "-I", "-S", "-c", code]
+
+
+def _settings(start: Start) -> dict[str, Any]:
+    limits = start.limits
+    return {
+        "memory_bytes": limits.memory_mb * 2**20,
+        "file_bytes": min(FILE_BYTES, limits.scratch_mb * 2**20),
+        "seconds": limits.seconds if start.timed else None,
+    }
+
+
+@lru_cache
+def system_folders() -> tuple[Path, ...]:
+    """Where shared libraries are."""
+    return tuple(path for path in map(Path, ("/usr/lib", "/usr/lib64", "/lib", "/lib64")) if path.exists())
+
+
+def _python() -> Path:
+    base: str = getattr(sys, "_base_executable", sys.executable)
+    return Path(base).resolve()
+
+
+@lru_cache
+def python_files() -> tuple[Path, ...]:
+    """The interpreter, its library and its standard library, unless the system's folders hold them."""
+    library = Path(sys.base_prefix) / "lib"
+    wanted = [_python(), Path(sysconfig.get_path("stdlib")), *library.glob("libpython*.so*")]
+    wanted.append(Path(sysconfig.get_config_var("DESTSHARED") or wanted[1] / "lib-dynload"))
+    kept: list[Path] = []
+    for path in wanted:
+        covered = any(path.is_relative_to(folder) for folder in (*system_folders(), *kept))
+        if path.exists() and not covered:
+            kept.append(path)
+    return tuple(kept)
+
+
+def _sandlock_home() -> str:
+    found = find_spec("sandlock")
+    if found is None or found.origin is None:
+        raise UserError("sandbox: the package sandlock is not installed; pip install sandlock")
+    return str(Path(found.origin).parent.parent)
