@@ -21,9 +21,10 @@ import yaml
 from lorapar_ray.config import Config
 from lorapar_ray.config_file import load_config
 from lorapar_ray.evaluation import wilson_interval
-from lorapar_ray.pipeline import inputs_digest, is_done, run_stage, stages_of
+from lorapar_ray.pipeline import PIPELINE, is_done, run_stage, stages_of
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.session import ray_session
+from lorapar_ray.standing import inputs_of
 
 PLAIN = "sft.masked=false"
 VARIANTS: dict[str, list[str]] = {
@@ -47,8 +48,8 @@ VARIANTS: dict[str, list[str]] = {
     "ia3": [PLAIN, "adapter.method=ia3", "sft.learning_rate=0.005"],
 }
 SHARED = {
-    "label": ("labels", "data", "rejects"),
-    "score": ("adapter", "scores", "work/score"),
+    "label": ("labels", "data", "rejects", "metrics/labels.json"),
+    "score": ("adapter", "scores"),
 }
 LOCAL = {"mawps": "llm_adapters/mawps/{split}set.json", "svamp": "svamp/SVAMP.json"}
 
@@ -107,13 +108,16 @@ def borrow(config: Config, run: RunDirectory, stage: str) -> None:
     """Copy `stage` from a sibling run that finished it on the same inputs."""
     if is_done(config, run, stage):
         return
-    wanted = inputs_digest(config, run, stage)
+    wanted = inputs_of(PIPELINE[stage], config, run.manifest()["stages"], run.fingerprints())
     for sibling in sorted(run.root.parent.iterdir()):
         entry = RunDirectory(sibling).manifest().get("stages", {}).get(stage, {})
         if entry.get("status") == "done" and entry.get("inputs") == wanted:
             for part in SHARED[stage]:
                 if (sibling / part).is_dir():
                     shutil.copytree(sibling / part, run.root / part, dirs_exist_ok=True)
+                elif (sibling / part).is_file():
+                    (run.root / part).parent.mkdir(exist_ok=True)
+                    shutil.copy2(sibling / part, run.root / part)
             run.record(stage, **entry)
             return
 

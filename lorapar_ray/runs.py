@@ -1,82 +1,43 @@
 """The run directory: where each stage writes, what it has finished, and how nothing half-written is ever read.
 
     runs/<name>/
-      config.yaml  manifest.json      resolved config; per stage: status, digest of its inputs, versions, seconds
+      config.yaml  manifest.json      settings last used; per stage: status, what decided it, its files, seconds
       data/{train,test}.parquet       the questions as the readers gave them
       labels/  rejects/  adapter/  scores/  partition/  sft/adapter/  grpo/adapter/  eval/  metrics/  report/
+      trash/<time>-<stage>/           results that are being replaced, until the stage has finished
+      lock.json                       the one command that is at work here
 
 Every file appears by an atomic rename, so a reader sees all of it or none.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lorapar_ray.config import Config
+from pydantic import ValidationError
+
+from lorapar_ray.config import Config, DataConfig
 from lorapar_ray.errors import UserError
+from lorapar_ray.files import atomic_path as atomic_path
+from lorapar_ray.files import digest as digest
+from lorapar_ray.files import write_json as write_json
+from lorapar_ray.fingerprints import Fingerprints
 from lorapar_ray.redact import redact
+from lorapar_ray.run_lock import NAME as LOCK
+from lorapar_ray.run_lock import run_lock
 
-STAGES = ("label", "score", "partition", "sft", "grpo", "evaluate", "report")
-
-
-@contextmanager
-def atomic_path(target: Path) -> Iterator[Path]:
-    """Yield a sibling path to write a file or directory to; on a clean exit it replaces `target`.
-
-    Raises:
-        UserError: the disk is full; nothing that was there before is lost.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        draft = scratch / target.name
-        yield draft
-        if draft.is_dir() and target.is_dir():
-            target.rename(scratch / "replaced")
-        draft.replace(target)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"no space left on the disk of '{target}'; free some and run the same command") from error
-        raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def write_json(target: Path, value: Any) -> None:
-    """Write JSON atomically, keys in the order given."""
-    with atomic_path(target) as draft:
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        draft.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate as its JSON escape
-
-
-def digest(value: Any) -> str:
-    """Hex digest of a JSON-ready value, the same on every machine."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def digest_files(paths: list[Path]) -> str:
-    """Hex digest of files' names and bytes, whatever order they are listed in."""
-    total = hashlib.sha256()
-    for path in sorted(paths):
-        total.update(path.name.encode())
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
+FORMAT = 2
+"""Of the manifest; 1, without a number, recorded one digest of a stage's inputs (see `lorapar_ray.legacy`)."""
 
 
 class RunDirectory:
     """Paths and manifest of one run."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        """`root` may hold `~`, `..` and links; it is followed to where it leads."""
+        self.root = root = root.expanduser().resolve()
         self.data = root / "data"
         self.labels = root / "labels"
         self.rejects = root / "rejects"
@@ -87,7 +48,9 @@ class RunDirectory:
         self.grpo = root / "grpo"
         self.eval = root / "eval"
         self.metrics = root / "metrics"
+        self.label_summary = self.metrics / "labels.json"
         self.report = root / "report"
+        self.trash = root / "trash"
         self.work = root / "work"
         """Partial results of unfinished stages: units, checkpoints, caches. Safe to delete once a run is done."""
 
@@ -98,55 +61,91 @@ class RunDirectory:
     def open(self, config: Config) -> None:
         """Create the directory for `config`, or check that it already belongs to it.
 
-        A run may be resumed with other stage settings (the stages they touch are redone), but a directory of another
-        model, other data or another name is somebody else's: mixing the two would make results that mean nothing.
+        A run may be resumed with other stage settings, but a directory of another model, other data or another name
+        belongs to another run: mixing the two would make results that mean nothing.
 
         Raises:
-            UserError: the directory belongs to another run, or cannot be created.
+            UserError: the directory belongs to another run, is in use, or cannot be created.
         """
-        path = self.root / "config.yaml"
-        identity = {"name": config.name, "model": config.model.path, "data": config.model_dump(mode="json")["data"]}
         known = self.manifest().get("identity")
-        if known is not None and known != identity:
-            culprit = next(key for key in identity if identity[key] != known.get(key))
-            raise UserError(
-                f"run directory '{self.root}' belongs to another config (its {culprit} differs); "
-                "choose another --run-dir or restore that setting"
-            )
-        if known is None and self.root.is_dir() and any(self.root.iterdir()):
-            raise UserError(f"run directory '{self.root}' is not empty and holds no manifest.json; choose another")
+        if known is not None:
+            self._require_same(known, config)
+            return
         try:
+            if self.root.is_dir() and any(
+                each.name.lstrip(".").startswith(LOCK) is False for each in self.root.iterdir()
+            ):
+                raise UserError(f"run directory '{self.root}' is not empty and holds no manifest.json; choose another")
             self.root.mkdir(parents=True, exist_ok=True)
-            if known is None:
-                write_json(self.manifest_path, {"identity": identity, "stages": {}})
-            with atomic_path(path) as draft:
-                draft.write_text(redact(config.to_yaml()))
-        except (NotADirectoryError, FileExistsError, PermissionError) as error:
+        except OSError as error:
             raise UserError(f"run directory '{self.root}' cannot be created: {error.strerror}") from error
+        with run_lock(self.root):
+            if self.manifest():  # another command was faster
+                self._require_same(self.manifest()["identity"], config)
+                return
+            write_json(self.manifest_path, {"format": FORMAT, "identity": _identity(config), "stages": {}})
+            self.keep_config(config)
+
+    def _require_same(self, known: dict[str, Any], config: Config) -> None:
+        for key, value in _identity(config).items():
+            if known.get(key) != value and not (key == "data" and _same_data(known.get(key), config.data)):
+                raise UserError(
+                    f"run directory '{self.root}' belongs to another config (its {key} differs); "
+                    "choose another --run-dir or restore that setting"
+                )
+
+    def keep_config(self, config: Config) -> None:
+        """Write down the settings that a stage is about to use, as `config.yaml`."""
+        with atomic_path(self.root / "config.yaml") as draft:
+            draft.write_text(redact(config.to_yaml()))
 
     def manifest(self) -> dict[str, Any]:
-        """The manifest as it stands; empty before the first `open`."""
+        """The manifest as it stands; empty before the first `open`.
+
+        Raises:
+            UserError: it is damaged.
+        """
         if not self.manifest_path.is_file():
             return {}
-        loaded: dict[str, Any] = json.loads(self.manifest_path.read_text())
-        return loaded
+        try:
+            loaded = json.loads(self.manifest_path.read_text())
+            stages = loaded["stages"].values()
+            whole = isinstance(loaded["identity"], dict) and all(isinstance(entry["status"], str) for entry in stages)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            whole = False
+        if not whole:
+            raise UserError(
+                f"'{self.manifest_path}' is damaged, so what this run has finished is not known; restore the file or "
+                "choose another --run-dir"
+            )
+        found: dict[str, Any] = loaded
+        return found
+
+    def entry(self, stage: str) -> dict[str, Any]:
+        """What the manifest says of a stage; empty if nothing."""
+        found: dict[str, Any] = self.manifest().get("stages", {}).get(stage, {})
+        return found
 
     def record(self, stage: str, **entry: Any) -> None:
-        """Replace `stage`'s entry in the manifest."""
+        """Replace `stage`'s entry in the manifest; without one, remove it."""
         manifest = self.manifest()
-        manifest["stages"][stage] = entry
+        manifest["stages"].pop(stage, None)
+        if entry:
+            manifest["stages"][stage] = entry
         write_json(self.manifest_path, manifest)
 
-    def outputs_of(self, stage: str) -> list[Path]:
-        """The finished files that later stages read from `stage`."""
-        folders = {
-            "label": [self.labels, self.data],
-            "score": [self.scores, self.adapter],
-            "partition": [self.partition],
-            "sft": [self.sft / "adapter"],
-            "grpo": [self.grpo / "adapter"],
-            "evaluate": [self.eval],
-            "report": [self.report],
-        }[stage]
-        found = [p for folder in folders if folder.is_dir() for p in folder.rglob("*") if p.is_file()]
-        return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(self.root).parts))
+    def fingerprints(self) -> Fingerprints:
+        """Digests of files that this run has read or written."""
+        return Fingerprints(self.work / "digests.json")
+
+
+def _identity(config: Config) -> dict[str, Any]:
+    return {"name": config.name, "model": config.model.path, "data": config.model_dump(mode="json")["data"]}
+
+
+def _same_data(known: Any, data: DataConfig) -> bool:
+    """Fields that did not exist when the run began have their defaults."""
+    try:
+        return DataConfig.model_validate(known) == data
+    except ValidationError:
+        return False

@@ -31,7 +31,7 @@ from lorapar_ray.config import Config
 from lorapar_ray.datasets.labelled import labelled_rows
 from lorapar_ray.engines.actor import start_engine
 from lorapar_ray.engines.settings import engine_arguments, engine_environment, platform_arguments
-from lorapar_ray.grpo.stage import train_stage2
+from lorapar_ray.grpo.job import train_stage2
 from lorapar_ray.models import resolve_model
 from lorapar_ray.pipeline import run_stage
 from lorapar_ray.runs import RunDirectory

@@ -31,8 +31,9 @@ from _rows import Row, print_table, write_rows
 from lorapar_ray.config import Config, EngineConfig, Resources
 from lorapar_ray.datasets.prepare import prepare
 from lorapar_ray.datasets.rows import iterate_rows, read_table
-from lorapar_ray.labeling import job, label
+from lorapar_ray.labeling import job
 from lorapar_ray.labeling.hosted import choice_tokens
+from lorapar_ray.labeling.job import label
 from lorapar_ray.labeling.prompts import voting_prompt, with_template
 from lorapar_ray.labeling.simulated import true_system
 from lorapar_ray.labeling.store import VoteStore

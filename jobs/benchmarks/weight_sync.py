@@ -32,8 +32,8 @@ from lorapar_ray.config import EngineConfig, GrpoConfig, Resources
 from lorapar_ray.engines.actor import Completion, start_engine
 from lorapar_ray.engines.policy import PolicySender
 from lorapar_ray.grpo.batches import Batch, Sample
+from lorapar_ray.grpo.job import CANARIES
 from lorapar_ray.grpo.learner import GrpoJob, Learner
-from lorapar_ray.grpo.stage import CANARIES
 from lorapar_ray.models import resolve_model
 from lorapar_ray.precision import torch_dtype
 from lorapar_ray.session import ray_session

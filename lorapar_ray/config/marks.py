@@ -9,8 +9,9 @@ run again. A section or a list of sections that is a `Result` enters with its ow
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, get_args
 
 if TYPE_CHECKING:
     from lorapar_ray.config.base import Section
@@ -52,23 +53,68 @@ def mark_of(section: type[Section], field: str) -> Mark:
     return found[0]
 
 
-def deciding(section: Section) -> dict[str, Any]:
-    """The fields of a section, JSON-ready, that decide the result; nested sections likewise."""
-    plain = section.model_dump(mode="json")
-    found = {}
-    for name in type(section).model_fields:
-        mark = mark_of(type(section), name)
-        if mark.decides:
-            kept = _deciding(getattr(section, name), plain[name])
-            found[name] = {k: v for k, v in kept.items() if k not in mark.but_not} if mark.but_not else kept
-    return found
+class Setting(NamedTuple):
+    """A value that decides a result."""
+
+    value: Any
+    """JSON-ready."""
+    is_default: bool
 
 
-def _deciding(value: Any, plain: Any) -> Any:
+def deciding(section: Section, name: str = "") -> dict[str, Setting]:
+    """The settings of a section that decide the result, by path: `grpo.rewards.0.weight` for `name` "grpo".
+
+    Sections and lists of sections are followed down to their fields; any other value, a dict too, is one setting.
+    """
+    return dict(_settings(section, section.model_dump(mode="json"), name, frozenset()))
+
+
+def known_setting(root: type[Section], path: str) -> bool:
+    """Whether a path that `deciding` gave, perhaps long ago, names a field of today's config (the first part is a
+    field of `root`)."""
+    sections: set[type[Section]] = {root}
+    for part in path.split("."):
+        if part.isdecimal():
+            continue
+        fields = [each.model_fields[part].annotation for each in sections if part in each.model_fields]
+        if not fields:
+            return False
+        sections = set().union(*map(_sections_in, fields))
+    return True
+
+
+def _settings(section: Section, plain: dict[str, Any], name: str, but_not: frozenset[str]) -> Iterator[Any]:
+    for field, info in type(section).model_fields.items():
+        mark, path = mark_of(type(section), field), f"{name}.{field}" if name else field
+        if field in but_not or not mark.decides:
+            continue
+        value = getattr(section, field)
+        for part, path_of_it, plain_part in _parts(value, path, plain[field]):
+            yield from _settings(part, plain_part, path_of_it, mark.but_not)
+        if not _nested(value):
+            kept = plain[field]
+            if isinstance(kept, dict):
+                kept = {str(key): each for key, each in kept.items() if key not in mark.but_not}
+            yield path, Setting(kept, not info.is_required() and value == info.default)
+
+
+def _nested(value: Any) -> bool:
     from lorapar_ray.config.base import Section
 
-    if isinstance(value, Section):
-        return deciding(value)
-    if isinstance(value, list) and any(isinstance(each, Section) for each in value):
-        return [deciding(each) for each in value]
-    return plain
+    return isinstance(value, Section) or (isinstance(value, list) and any(isinstance(each, Section) for each in value))
+
+
+def _parts(value: Any, path: str, plain: Any) -> list[tuple[Section, str, Any]]:
+    if not _nested(value):
+        return []
+    if isinstance(value, list):
+        return [(each, f"{path}.{index}", plain[index]) for index, each in enumerate(value)]
+    return [(value, path, plain)]
+
+
+def _sections_in(annotation: Any) -> set[type[Section]]:
+    from lorapar_ray.config.base import Section
+
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return {annotation}
+    return set().union(*map(_sections_in, get_args(annotation)))

@@ -15,7 +15,7 @@ from lorapar_ray.config.label import LabelConfig, TeacherConfig
 from lorapar_ray.config.marks import Operation, Result
 from lorapar_ray.config.model import AdapterConfig, ModelConfig
 from lorapar_ray.config.score import PartitionConfig, ScoreConfig
-from lorapar_ray.config.sft import WARMUP_FIELDS, SftConfig
+from lorapar_ray.config.sft import SftConfig
 
 
 class Config(Section):
@@ -100,29 +100,6 @@ class Config(Section):
     def evaluated(self) -> list[str]:
         """The models to evaluate."""
         return ["base", *self.order] if self.evaluate.models is None else list(self.evaluate.models)
-
-    def inputs_of(self, stage: str) -> dict[str, Any]:
-        """The settings (JSON-ready) that decide `stage`'s output, its own and those of the run as a whole."""
-        sections = {
-            "label": ("data", "label"),
-            "score": ("model", "adapter", "score"),
-            "partition": ("partition",),
-            "sft": ("model", "adapter", "sft"),
-            "grpo": ("model", "grpo"),
-            "evaluate": ("model", "data", "evaluate"),
-            "report": (),
-        }[stage]
-        everything = self.model_dump(mode="json")
-        decided = {"seed": self.seed, **{name: everything[name] for name in sections}}
-        if stage in ("score", "partition"):
-            decided["partitioned"] = self.partitioned
-        if stage == "score" and self.warms_up:
-            decided["warmup"] = {name: everything["sft"][name] for name in WARMUP_FIELDS}
-        if stage == "grpo" and self.grpo.judged:
-            decided["judges"] = [judge.model_dump(mode="json") for judge in self.judges]
-        if stage == "evaluate":
-            decided["models"] = self.evaluated
-        return decided
 
     def to_yaml(self) -> str:
         """The resolved config, every default written out."""

@@ -21,12 +21,6 @@ from lorapar_ray.config.engine import Resources
 from lorapar_ray.config.marks import Operation, Result
 from lorapar_ray.config.model import AdapterConfig
 
-WARMUP_FIELDS = (
-    *("batch_size", "micro_batch_size", "lora_plus_ratio", "weight_decay", "betas", "max_grad_norm", "max_length"),
-    *("packing", "length_bucketing"),
-)
-"""Those of `sft` that the warm-up goes by too; the others are set for it, or change nothing that it computes."""
-
 
 class SftConfig(Section):
     """Stage 1: supervised fine-tuning of the System 1 region on System 1 rows."""

@@ -12,7 +12,7 @@ from lorapar_ray.datasets.seen import SeenTexts, seen_texts
 from lorapar_ray.datasets.sources import read_source
 from lorapar_ray.datasets.tables import reject_table
 from lorapar_ray.errors import UserError
-from lorapar_ray.runs import RunDirectory
+from lorapar_ray.runs import RunDirectory, atomic_path
 
 
 def prepare(config: Config, run: RunDirectory) -> dict[str, int]:
@@ -44,10 +44,13 @@ def prepare(config: Config, run: RunDirectory) -> dict[str, int]:
                     else:
                         rejects.add(_reject(row, "prompt also in the test rows, or a duplicate"))
 
-        counts = {"test": write_rows(run.data / "test.parquet", fresh("test", config.data.test, ids[0]))}
-        counts["train"] = write_rows(run.data / "train.parquet", fresh("train", config.data.train, ids[1]))
-        if counts["train"] == 0:
-            raise UserError("data.train: every row is a duplicate or also in data.test; nothing is left to train on")
+        with atomic_path(run.data) as draft:  # the folder as a whole: a source that does not open costs nothing
+            counts = {"test": write_rows(draft / "test.parquet", fresh("test", config.data.test, ids[0]))}
+            counts["train"] = write_rows(draft / "train.parquet", fresh("train", config.data.train, ids[1]))
+            if counts["train"] == 0:
+                raise UserError(
+                    "data.train: every row is a duplicate or also in data.test; nothing is left to train on"
+                )
         counts["rejected"] = rejects.count
     return counts
 

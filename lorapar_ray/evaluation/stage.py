@@ -1,177 +1,43 @@
-"""Stage `evaluate`: greedy answers of the base, of stage 1 and of stage 2, from one engine that swaps policies."""
+"""Stage `evaluate`: accuracy of the base and of each trained adapter on the test rows."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from lorapar_ray.adapters import read_adapter_state
 from lorapar_ray.config import Config
-from lorapar_ray.datasets.chat import decode, load_encoder
-from lorapar_ray.datasets.rows import read_table
-from lorapar_ray.engines.actor import start_engine
-from lorapar_ray.engines.base_weights import unmergeable
-from lorapar_ray.engines.policy import Policy, read_policy
+from lorapar_ray.config.marks import Setting
 from lorapar_ray.errors import UserError
-from lorapar_ray.evaluation.accuracy import accuracy
-from lorapar_ray.evaluation.generator import same_length, start_generator
-from lorapar_ray.grpo.rewards import get_reward
-from lorapar_ray.models import resolve_model
-from lorapar_ray.progress import console, progress
-from lorapar_ray.runs import RunDirectory, atomic_path, write_json
-from lorapar_ray.workers import require
-
-REWARD_OF = {"numeric": "numeric_answer", "exact": "exact_answer", "option_letter": "option_letter"}
-QUESTIONS_PER_CALL = 16
-"""All calls are made at once, so that the engine's batch stays full; they come back, and are counted, one by one."""
+from lorapar_ray.resources import asked, each_of
+from lorapar_ray.runs import RunDirectory
+from lorapar_ray.stages import Settings, Stage, model_files, settings_of
 
 
-def evaluate_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
-    """Write `eval/<name>.json` and `eval/<name>.parquet` for each of `evaluate.models`; finished ones are kept.
+def run(config: Config, run: RunDirectory) -> dict[str, Any]:
+    """Answer and count."""
+    from lorapar_ray.evaluation.job import evaluate_stage
 
-    Every model runs as its stock adapter on the original base, which is how it will be served.
-
-    Raises:
-        UserError: there are no test rows, or an adapter that is to be evaluated is missing.
-    """
-    rows = read_table(run.data / "test.parquet")
-    if not rows:
-        raise UserError("data.test: no rows to evaluate on; give at least one source")
-    adapters = {name: _adapter(run, name) for name in config.evaluated}
-    todo = {name: folder for name, folder in adapters.items() if not (run.eval / f"{name}.json").is_file()}
-    if todo and config.adapter.method == "lora":
-        policies = {name: None if folder is None else read_policy(folder, version=0) for name, folder in todo.items()}
-        _answer_all(config, run, rows, policies, **_serving(resolve_model(config.model.path), todo.values()))
-    elif todo:
-        _answer_without_engine(config, run, rows, todo)
-    return {"n": len(rows)}
+    return evaluate_stage(config, run)
 
 
-def _adapter(run: RunDirectory, name: str) -> Path | None:
-    if name == "base":
-        return None
-    folder: Path = {"sft": run.sft, "grpo": run.grpo}[name] / "adapter"
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"evaluate.models: '{name}' needs '{folder}'; run `lorapar {name}` first or leave it out")
-    return folder
+def settings(config: Config) -> Settings:
+    """Its own, with the models that `models: null` stands for."""
+    return settings_of(config, "model", "data", "evaluate") | {"evaluate.models": Setting(config.evaluated, False)}
 
 
-def _serving(model: str, adapters: Iterable[Path | None]) -> dict[str, Any]:
-    """How the engine is to serve the adapters: merged, or as LoRA where the base's files have other names for what they
-    adapt."""
-    states = [read_adapter_state(folder) for folder in adapters if folder is not None]
-    if not any(unmergeable(model, state) for state in states):
-        return {"sync": "merged"}
-    ranks = [len(value) for state in states for key, value in state.items() if ".lora_A." in key]
-    return {"sync": "adapter", "max_lora_rank": max(ranks)}
+def check(config: Config) -> None:
+    """There is something to evaluate on."""
+    if not config.data.test:
+        raise UserError("data.test: no source to evaluate on; give at least one, or run the stages one by one")
 
 
-def _answer_all(
-    config: Config,
-    run: RunDirectory,
-    rows: list[dict[str, Any]],
-    policies: dict[str, Policy | None],
-    *,
-    sync: str,
-    max_lora_rank: int | None = None,
-) -> None:
-    import ray
-
-    settings = config.evaluate
-    require("evaluate", resources=(1, settings.resources))
-    model = resolve_model(config.model.path)
-    encoder = load_encoder(model, config.model.system_prompt, config.model.trust_remote_code)
-    actor = start_engine(
-        model,
-        settings.engine,
-        settings.resources,
-        seed=config.seed,
-        trust_remote_code=config.model.trust_remote_code,
-        sync=sync,
-        max_lora_rank=max_lora_rank,
-    )
-    prompts = [encoder.prompt_ids(row["prompt"]) for row in rows]
-    sampling = {"n": 1, "temperature": 0.0, "max_tokens": settings.max_new_tokens, "stop": list(settings.stop)}
-    done: dict[str, Any] = {"n": 0, "name": "starting the engine"}
-    try:
-        with progress("evaluate", len(rows) * len(policies), lambda: (done["n"], done["name"])):
-            ray.get(actor.start.remote())
-            for name, policy in policies.items():
-                done["name"] = name
-                start = time.monotonic()
-                loaded = ray.get(actor.load_policy.remote(policy))
-                if policy is not None and loaded != policy.digest:
-                    raise RuntimeError(f"the engine loaded another adapter than '{name}': {loaded}")
-                asked = {actor.generate.remote(part, sampling): len(part) for part in _batched(prompts)}
-                waiting = list(asked)
-                while waiting:
-                    [answered], waiting = ray.wait(waiting)
-                    done["n"] += asked[answered]
-                texts = [decode(encoder, group[0].token_ids) for call in asked for group in ray.get(call)]
-                _write(config, run, name, rows, texts, time.monotonic() - start)
-    finally:
-        ray.kill(actor)
-
-
-def _answer_without_engine(
-    config: Config, run: RunDirectory, rows: list[dict[str, Any]], adapters: dict[str, Path | None]
-) -> None:
-    """The base and adapters that no engine serves (learnt prompts, IA3), by transformers on a Ray actor."""
-    import ray
-
-    settings = config.evaluate
-    require("evaluate", resources=(1, settings.resources))
-    model = resolve_model(config.model.path)
-    encoder = load_encoder(model, config.model.system_prompt, config.model.trust_remote_code)
-    prompts = [encoder.prompt_ids(row["prompt"]) for row in rows]
-    actor = start_generator(config.model, model, settings.resources)
-    done: dict[str, Any] = {"n": 0, "name": "loading the model"}
-    try:
-        with progress("evaluate", len(rows) * len(adapters), lambda: (done["n"], done["name"])):
-            for name, folder in adapters.items():
-                ray.get(actor.load.remote(None if folder is None else str(folder.resolve())))
-                done["name"] = name
-                start = time.monotonic()
-                texts = [""] * len(prompts)
-                for part in same_length(prompts, settings.engine.max_num_seqs):
-                    answers = ray.get(actor.greedy.remote([prompts[row] for row in part], settings.max_new_tokens))
-                    for row, ids in zip(part, answers, strict=True):
-                        texts[row] = _until(decode(encoder, ids), settings.stop)
-                    done["n"] += len(part)
-                _write(config, run, name, rows, texts, time.monotonic() - start)
-    finally:
-        ray.kill(actor)
-
-
-def _until(text: str, stop: list[str]) -> str:
-    """`text` up to the first of the stop strings, as an engine cuts it."""
-    ends = [place for each in stop if (place := text.find(each)) >= 0]
-    return text[: min(ends)] if ends else text
-
-
-def _batched(prompts: list[list[int]]) -> Iterator[list[list[int]]]:
-    for first in range(0, len(prompts), QUESTIONS_PER_CALL):
-        yield prompts[first : first + QUESTIONS_PER_CALL]
-
-
-def _write(
-    config: Config, run: RunDirectory, name: str, rows: list[dict[str, Any]], texts: list[str], seconds: float
-) -> None:
-    judge = get_reward(REWARD_OF[config.evaluate.answer])
-    verdicts = judge(prompts=[row["prompt"] for row in rows], completions=texts, answer=[row["answer"] for row in rows])
-    right = [verdict > 0.5 for verdict in verdicts]
-    columns = [
-        {"id": row["id"], "task": row["task"], "answer": row["answer"], "completion": text, "right": ok}
-        for row, text, ok in zip(rows, texts, right, strict=True)
-    ]
-    with atomic_path(run.eval / f"{name}.parquet") as draft:
-        pq.write_table(pa.Table.from_pylist(columns), draft)
-    result = {"name": name, **accuracy(right, [row["task"] for row in rows]), "seconds": round(seconds, 2)}
-    write_json(run.eval / f"{name}.json", result)
-    low, high = result["interval"]
-    console.print(f"  {name}: {result['accuracy']:.1%} [{low:.1%}, {high:.1%}] of {result['n']}")
+STAGE = Stage(
+    name="evaluate",
+    help="Greedy accuracy of the base, stage 1 and stage 2 on the test rows.",
+    needs=lambda config: ("label", *(name for name in config.evaluated if name != "base")),
+    settings=settings,
+    run=run,
+    outputs=("eval",),
+    reads=lambda config: model_files(config.model.path),
+    resources=lambda config: asked("evaluate", each_of(1, "engine", config.evaluate.resources)),
+    check=check,
+)

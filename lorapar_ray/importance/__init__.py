@@ -1,8 +1,29 @@
 """Importance of every single LoRA parameter, from exact per-example gradients."""
 
-from lorapar_ray.importance.batching import TokenizedExample, collate
-from lorapar_ray.importance.capture import example_losses, gradient_sums
-from lorapar_ray.importance.criteria import score
-from lorapar_ray.importance.sums import GradSums
+from typing import TYPE_CHECKING
+
+from lorapar_ray.lazy import exports
+
+if TYPE_CHECKING:
+    from lorapar_ray.importance.batching import TokenizedExample, collate
+    from lorapar_ray.importance.capture import example_losses, gradient_sums
+    from lorapar_ray.importance.criteria import score
+    from lorapar_ray.importance.sums import GradSums
 
 __all__ = ["GradSums", "TokenizedExample", "collate", "example_losses", "gradient_sums", "score"]
+
+__getattr__ = exports(
+    __name__,
+    {
+        "batching": (
+            "TokenizedExample",
+            "collate",
+        ),
+        "capture": (
+            "example_losses",
+            "gradient_sums",
+        ),
+        "criteria": ("score",),
+        "sums": ("GradSums",),
+    },
+)

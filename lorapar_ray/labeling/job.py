@@ -44,7 +44,7 @@ OBJECT_STORE_BYTES = 256 * 2**20
 
 
 def label(config: Config, run: RunDirectory) -> dict[str, Any]:
-    """Write `labels/part-00000.parquet`, `labels/summary.json` and, if any, `rejects/label.parquet`.
+    """Write `labels/part-00000.parquet`, `metrics/labels.json` and, if any, `rejects/label.parquet`.
 
     Raises:
         UserError: fewer teachers than `label.quorum` answer; what was voted so far is kept.
@@ -59,7 +59,7 @@ def label(config: Config, run: RunDirectory) -> dict[str, Any]:
         finally:
             voting.store.close()
     summary = redacted(summary)
-    write_json(run.labels / "summary.json", summary)
+    write_json(run.label_summary, summary)
     console.print(render(summary), markup=True)
     return {"labelled": summary["rows"], "unlabelled": summary["rejected"]}
 

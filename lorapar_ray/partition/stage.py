@@ -1,81 +1,35 @@
-"""Stage `partition`: from the scores on disk to the regions each stage may train. Needs no model and no Ray."""
+"""Stage `partition`: which elements each training stage may change."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-from torch import Tensor
-
-from lorapar_ray.adapters import read_adapter_state
-from lorapar_ray.adapters.targets import layer_index, module_type
 from lorapar_ray.config import Config
-from lorapar_ray.errors import UserError
-from lorapar_ray.importance import GradSums, score
-from lorapar_ray.importance.units import finished_units
-from lorapar_ray.partition.control import control_curve
-from lorapar_ray.partition.passes import whole_adapter
-from lorapar_ray.partition.regions import assign_regions, save_regions
-from lorapar_ray.partition.select import keep_top, random_mask
-from lorapar_ray.partition.summary import summarise
-from lorapar_ray.runs import RunDirectory, write_json
-
-GROUPS: dict[str, Callable[[str], str]] = {
-    "global": whole_adapter,
-    "module_type": module_type,
-    "layer": lambda key: str(layer_index(key)),
-}
+from lorapar_ray.config.marks import Setting
+from lorapar_ray.runs import RunDirectory
+from lorapar_ray.stages import Settings, Stage, settings_of
 
 
-def partition_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
-    """Cut the adapter at θ, α, β; writes `partition/regions.safetensors` and `partition/summary.json`.
+def run(config: Config, run: RunDirectory) -> dict[str, Any]:
+    """Cut the scored adapter, if any stage trains a region only."""
+    from lorapar_ray.partition.job import partition_stage
 
-    Returns:
-        the summary (see `partition.summary`), with the signal-or-noise control under `control` (see `control_curve`).
-
-    Raises:
-        UserError: the scores are missing, zero everywhere or not finite.
-    """
-    settings = config.partition
-    scores = [_load(run.scores / f"system{system}.safetensors") for system in (1, 2)]
-    kept = [keep_top(each, settings.theta, group_of=GROUPS[settings.scope]) for each in scores]
-    if settings.mask == "random":
-        kept = [
-            random_mask(each, sum(int(mask.sum()) for mask in kept[index].values()), seed=config.seed + index)
-            for index, each in enumerate(scores)
-        ]
-    regions = assign_regions(
-        *kept, *scores, alpha=settings.alpha, beta=settings.beta, activation=settings.activation, seed=config.seed
-    )
-    summary = summarise(
-        regions, scores1=scores[0], scores2=scores[1], theta=settings.theta, alpha=settings.alpha, beta=settings.beta
-    )
-    summary["control"] = _control(config, run)
-    save_regions(
-        regions,
-        run.partition / "regions.safetensors",
-        theta=settings.theta,
-        alpha=settings.alpha,
-        beta=settings.beta,
-    )
-    write_json(run.partition / "summary.json", summary)
-    return summary
+    if config.partitioned:
+        partition_stage(config, run)
+    return {}
 
 
-def _control(config: Config, run: RunDirectory) -> list[dict[str, Any]]:
-    """The signal-or-noise control from scoring's own partial sums, at no extra pass."""
-    phi = read_adapter_state(run.adapter)
-
-    def half_scores(sums: GradSums, number: int) -> dict[str, Tensor]:
-        return score(config.score.criterion, phi, sums, seed=config.seed + 1 + number)
-
-    units1, units2 = (finished_units(run, system) for system in (1, 2))
-    return control_curve(units1, units2, half_scores, theta=config.partition.theta, seed=config.seed)
+def settings(config: Config) -> Settings:
+    """Its own, and whether there is anything to cut."""
+    return settings_of(config, "partition") | {"partitioned": Setting(config.partitioned, False)}
 
 
-def _load(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"'{path}' is missing; run `lorapar score` with this run directory first")
-    return load_file(path)
+STAGE = Stage(
+    name="partition",
+    help="Cut the scored adapter at θ, α, β.",
+    needs=lambda _: ("score",),
+    settings=settings,
+    run=run,
+    outputs=("partition",),
+    uses_ray=lambda _: False,
+)

@@ -36,7 +36,7 @@ def read_run(run: RunDirectory) -> RunData:
     accuracy = {name: _json(run.eval / f"{name}.json") for name in MODELS}
     return RunData(
         stages=run.manifest().get("stages", {}),
-        labels=_json(run.labels / "summary.json"),
+        labels=_json(run.label_summary) or _json(run.labels / "summary.json"),  # where it was before
         partition=_json(run.partition / "summary.json"),
         scatter=_scatter(run),
         sft=_lines(run.metrics / "sft.jsonl"),

@@ -24,7 +24,7 @@ from lorapar_ray.config import Config
 from lorapar_ray.datasets.prepare import prepare
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.errors import UserError
-from lorapar_ray.labeling import label
+from lorapar_ray.labeling.job import label
 from lorapar_ray.labeling.simulated import true_system
 from lorapar_ray.labeling.votes import binomial_majority_accuracy
 from lorapar_ray.runs import RunDirectory
@@ -69,7 +69,7 @@ def labelled(config: Settings, run: RunDirectory) -> dict[str, Any]:
     tree = Config.model_validate(config)
     prepare(tree, run)
     label(tree, run)
-    summary: dict[str, Any] = json.loads((run.labels / "summary.json").read_text())
+    summary: dict[str, Any] = json.loads((run.label_summary).read_text())
     return summary
 
 
@@ -137,7 +137,7 @@ def test_kill_9_on_the_driver_costs_only_the_blocks_in_flight(run: RunDirectory,
     worker = int(log.read_text().splitlines()[-1].split()[0])
     wait_for(lambda: not psutil.pid_exists(worker))  # it goes on asking until it sees that its driver is gone
     asked, kept = sum(noted(log).values()), stored(run)
-    assert 70 < kept < 2 * ROWS and not (run.labels / "summary.json").exists()
+    assert 70 < kept < 2 * ROWS and not (run.label_summary).exists()
     again = lorapar(*arguments)
     assert again.returncode == 0, again.stderr
     assert complete(run)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lorapar_ray.partition import load_regions, stage_mask
 from lorapar_ray.runs import RunDirectory
-from lorapar_ray.sft.stage import train_stage1
+from lorapar_ray.sft.job import train_stage1
 from tests.sft_run import ready_run, weights
 from tests.tiny_run import lorapar, metrics, save_tiny_student, tiny_config, write_config
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorapar_ray.datasets.rows import read_table
-from lorapar_ray.runs import STAGES
+from lorapar_ray.pipeline import STAGES
 from tests.e2e.conftest import FinishedRun
 from tests.tiny_run import ROOT, command, lorapar, metrics, save_tiny_student, tiny_config, write_config
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lorapar_ray.runs import STAGES
+from lorapar_ray.pipeline import STAGES
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.test_interruption import copy_before
 from tests.tiny_run import ROOT, metrics

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from lorapar_ray.adapters import adapter_parameters, attach_lora, save_adapter
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.partition import load_regions, stage_mask
-from lorapar_ray.runs import STAGES
-from lorapar_ray.sft.stage import export_plain
+from lorapar_ray.pipeline import STAGES
+from lorapar_ray.sft.job import export_plain
 from tests.e2e.conftest import FinishedRun
 from tests.tiny_run import ROOT, lorapar, metrics
 

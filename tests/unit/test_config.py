@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from lorapar_ray.config import Config, EngineConfig, Operation, Result, Section, deciding
-from lorapar_ray.config.marks import mark_of
+from lorapar_ray.config.marks import known_setting, mark_of
 from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
 from tests.tiny_run import tiny_config, write_config
@@ -42,14 +42,18 @@ def test_an_unmarked_field_is_found() -> None:
 def test_what_decides_is_taken_out_of_nested_sections_and_lists() -> None:
     config = load_config(CONFIGS / "quickstart.yaml")
     found = deciding(config)
-    assert "name" not in found and found["seed"] == config.seed
-    assert found["label"]["teachers"][0]["engine"].keys() == {"dtype", "max_model_len", "extra"}
-    assert "replicas" not in found["label"]["teachers"][0] and "resources" not in found["label"]
-    assert found["grpo"]["rollout_engine"].keys() == {"dtype", "extra"}  # a sample fits, or the config is refused
-    assert found["grpo"]["rewards"] == [each.model_dump() for each in config.grpo.rewards]
-    assert "time_limit_s" not in found["grpo"]["judge"]
+    assert "name" not in found and found["seed"].value == config.seed
+    assert found["label.teachers.0.engine.max_model_len"].value == 512
+    assert found["grpo.rewards.0.name"].value == config.grpo.rewards[0].name
+    for how in ("label.teachers.0.replicas", "label.resources.cpus", "score.workers", "grpo.judge.time_limit_s"):
+        assert how not in found
+    assert "grpo.rollout_engine.dtype" in found
+    assert "grpo.rollout_engine.max_model_len" not in found  # a sample fits, or the config is refused
     extra = {"gpu_memory_utilization": 0.5, "quantization": "fp8"}
-    assert deciding(EngineConfig(extra=extra))["extra"] == {"quantization": "fp8"}
+    assert deciding(EngineConfig(extra=extra))["extra"] == ({"quantization": "fp8"}, False)
+    assert deciding(EngineConfig())["max_model_len"] == (1024, True)
+    assert all(known_setting(Config, path) for path in found)
+    assert not known_setting(Config, "grpo.learning_rat") and not known_setting(Config, "data.train.0.old")
 
 
 def tree(**changes: Any) -> dict[str, Any]:

@@ -20,8 +20,7 @@ from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation import accuracy, wilson_interval
 from lorapar_ray.grpo.prompts import PromptStream
-from lorapar_ray.pipeline import PIPELINE, inputs_digest, pending
-from lorapar_ray.runs import STAGES, RunDirectory, atomic_path, write_json
+from lorapar_ray.runs import RunDirectory, atomic_path, write_json
 from lorapar_ray.tensortree import load_tree, save_tree
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
@@ -218,20 +217,6 @@ def test_reading_and_preparing_hold_a_few_rows_and_not_the_file(
 
     few = peak(2_000)
     assert peak(8_000) < 1.2 * few
-
-
-def test_changing_a_setting_redoes_its_stage_and_what_follows(tmp_path: Path) -> None:
-    path = write_config(tmp_path, [{"prompt": "q", "answer": "1"}], [{"prompt": "p", "answer": "1"}])
-    run, config = RunDirectory(tmp_path / "run"), load_config(path)
-    run.open(config)
-    assert pending(config, run) == list(STAGES)
-    for name in STAGES:
-        run.record(name, status="done", inputs=inputs_digest(config, run, name), outputs=f"digest of {name}")
-    assert pending(config, run) == []
-    recut = load_config(path, ["partition.theta=0.5"])
-    assert pending(recut, run) == ["partition", "sft", "grpo", "evaluate", "report"]
-    assert pending(load_config(path, ["grpo.learning_rate=1e-5"]), run) == ["grpo", "evaluate", "report"]
-    assert set(PIPELINE) == set(STAGES)
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
-from lorapar_ray.pipeline import PIPELINE, check, pending, run_stage, stages_of
-from lorapar_ray.runs import STAGES, RunDirectory
+from lorapar_ray.pipeline import PIPELINE, STAGES, check, pending, run_stage, stages_of
+from lorapar_ray.runs import RunDirectory
 from lorapar_ray.student import starting_adapter
 from tests.tiny_run import tiny_config
 
@@ -108,4 +108,5 @@ IA3 = {"adapter": {"method": "ia3"}, "sft": {"masked": False}, "order": ["sft"]}
 def test_a_stage_knows_the_settings_that_decide_it(
     before: dict[str, Any], after: dict[str, Any], stage: str, decides: bool
 ) -> None:
-    assert (config_of(**before).inputs_of(stage) != config_of(**after).inputs_of(stage)) == decides
+    settings = PIPELINE[stage].settings
+    assert (settings(config_of(**before)) != settings(config_of(**after))) == decides

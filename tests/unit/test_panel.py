@@ -16,7 +16,7 @@ from lorapar_ray.labeling.panel import Failure, Panel
 from lorapar_ray.labeling.secrets import secret
 from lorapar_ray.labeling.store import VoteStore, question_key
 from lorapar_ray.labeling.teachers import Asked, Refused, ShutOut, python_class
-from lorapar_ray.resources import resources_of
+from lorapar_ray.pipeline import PIPELINE
 from tests.unit.votes import answer, panel
 
 QUICKSTART = Path(__file__).parents[2] / "jobs" / "configs" / "quickstart.yaml"
@@ -141,7 +141,7 @@ def test_dry_run_says_what_each_teacher_asks_for() -> None:
         {"name": "own", "kind": "python", "model": "module:Class"},
     ]
     label = LabelConfig.model_validate({"teachers": teachers, "workers": 2})
-    said = resources_of(config.model_copy(update={"label": label}))["label"]
+    said = PIPELINE["label"].resources(config.model_copy(update={"label": label}))
     assert said == (
         "1 to 4 × big (1 CPU + 2 GPU, tensor parallel 2, 96 requests), "
         "far (remote, completions at http://host/v1, at most 5 requests/s), "

@@ -10,8 +10,7 @@ from lorapar_ray.importance import TokenizedExample, collate
 from lorapar_ray.labeling.store import Answer
 from lorapar_ray.labeling.summary import Session, Tally
 from lorapar_ray.labeling.votes import Vote
-from lorapar_ray.reporting import write_report
-from lorapar_ray.reporting.page import verdicts
+from lorapar_ray.reporting.page import verdicts, write_report
 from lorapar_ray.runs import RunDirectory, write_json
 from tests.unit.tiny_models import tiny
 

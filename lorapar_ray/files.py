@@ -1,0 +1,61 @@
+"""Files that appear whole or not at all, and digests of values. Imports nothing of this project but its error."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lorapar_ray.errors import UserError
+
+
+@contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """Yield a sibling path to write a file or directory to; on a clean exit it replaces `target`.
+
+    Raises:
+        UserError: the disk is full; nothing that was there before is lost.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        draft = scratch / target.name
+        yield draft
+        if draft.is_dir() and target.is_dir():
+            _swap(draft, target, scratch / "replaced")
+        else:
+            draft.replace(target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"no space left on the disk of '{target}'; free some and run the same command") from error
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _swap(draft: Path, target: Path, aside: Path) -> None:
+    """Put a directory in another's place; if that fails, the other stays."""
+    target.rename(aside)
+    try:
+        draft.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Write JSON atomically, keys in the order given."""
+    with atomic_path(target) as draft:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        draft.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate as its JSON escape
+
+
+def digest(value: Any) -> str:
+    """Hex digest of a JSON-ready value, the same on every machine."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,101 @@
+"""Digests of files by what they hold, not by when they were written; each file is read once while it does not change.
+
+`Fingerprints` remembers a file's sha256 with its size and time in one JSON file, so that asking again costs a `stat`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lorapar_ray.files import digest, write_json
+
+SETTLED_S = 2.0
+"""A file that changed less than this ago may change again within one tick of the clock: it is not remembered yet."""
+OF_A_MODEL = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
+"""Files of a model or adapter directory that decide what it computes."""
+TIMES = ("seconds", "latency", "per_second")
+"""A JSON key that holds one of these words is about speed and not about the result."""
+ABOUT_VOTING = ("votes",)
+"""Columns of labels that no later stage reads; they hold how fast each teacher answered."""
+
+
+class Fingerprints:
+    """sha256 of files, remembered by size and time."""
+
+    def __init__(self, memory: Path) -> None:
+        """`memory` is the file that keeps them; it may be missing, damaged or deleted at any time."""
+        self._memory = memory
+        self._known: dict[str, list[Any]] = {}
+        self._changed = False
+        try:
+            loaded = json.loads(memory.read_text())
+            self._known = {path: entry for path, entry in loaded.items() if len(entry) == 3}
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+            self._known = {}
+
+    def of_file(self, path: Path) -> str:
+        """The sha256 of a file, in hex."""
+        status = path.stat()
+        stamp = [status.st_size, status.st_mtime_ns]
+        known = self._known.get(str(path))
+        if known is not None and known[:2] == stamp:
+            return str(known[2])
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if abs(time.time() - status.st_mtime) > SETTLED_S:
+            self._known[str(path)] = [*stamp, found]
+            self._changed = True
+        return found
+
+    def of_input(self, name: str) -> str | None:
+        """What a user's path holds: a data file, or the directory of a model or adapter; None if there is neither."""
+        path = Path(name).expanduser()
+        try:
+            if path.is_file():
+                return self.of_file(path.resolve())
+            if not path.is_dir():
+                return None
+            found = sorted(each for each in path.resolve().rglob("*") if each.suffix in OF_A_MODEL and each.is_file())
+            return digest([[str(each.relative_to(path.resolve())), self.of_file(each)] for each in found])
+        except OSError:
+            return None
+
+    def save(self) -> None:
+        """Keep what was learnt."""
+        if self._changed and self._memory.parent.parent.is_dir():
+            write_json(self._memory, self._known)
+            self._changed = False
+
+
+def meaning(files: Iterable[Path], root: Path, prints: Fingerprints) -> str:
+    """Digest of what finished files say to later stages: how long it took to write them does not count."""
+    return digest([[str(path.relative_to(root)), _meaning_of(path, prints)] for path in sorted(files)])
+
+
+def _meaning_of(path: Path, prints: Fingerprints) -> str:
+    if path.suffix == ".json":
+        return digest(_without_times(json.loads(path.read_text())))
+    return _table(path) if path.suffix == ".parquet" else prints.of_file(path)
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_times(each) for key, each in value.items() if not any(word in key for word in TIMES)}
+    return [_without_times(each) for each in value] if isinstance(value, list) else value
+
+
+def _table(path: Path) -> str:
+    import pyarrow.parquet as pq
+
+    total = hashlib.sha256()
+    file = pq.ParquetFile(path)
+    columns = [name for name in file.schema_arrow.names if name not in ABOUT_VOTING]
+    total.update(repr(columns).encode())
+    for batch in file.iter_batches(columns=columns):
+        total.update(batch.serialize())
+    return total.hexdigest()

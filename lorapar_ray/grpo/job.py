@@ -1,0 +1,159 @@
+"""Stage 2 on Ray: rollout engines and rewards behind one coordinator, learners on Ray Train."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lorapar_ray.adapters import read_adapter_state
+from lorapar_ray.config import Config
+from lorapar_ray.datasets.chat import Encoder, load_encoder
+from lorapar_ray.datasets.labelled import labelled_rows
+from lorapar_ray.engines.base_weights import not_in_the_files, unmergeable
+from lorapar_ray.errors import UserError
+from lorapar_ray.gpus import sync_of
+from lorapar_ray.grpo.coordinator import Coordinator
+from lorapar_ray.grpo.learner import GrpoJob, learn_worker
+from lorapar_ray.grpo.placement import reserved
+from lorapar_ray.grpo.rewards.judge import judging
+from lorapar_ray.grpo.rewards.registry import require_rewards
+from lorapar_ray.progress import console, progress
+from lorapar_ray.runs import RunDirectory, atomic_path
+from lorapar_ray.sft.job import export_plain
+from lorapar_ray.sft.tracking import require_trackers
+from lorapar_ray.student import RESIDUAL_INITS, base_path, starting_adapter
+from lorapar_ray.text import markup
+from lorapar_ray.workers import run_workers
+
+CANARIES = 4
+STOP_LIMIT_S = 30
+
+
+def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
+    """GRPO of the stage 2 elements on the rows of `grpo.systems`; writes `grpo/adapter`.
+
+    Raises:
+        UserError: a reward or tracker is unknown, no labelled row belongs to those Systems, every prompt is too long,
+            or the cluster is too small.
+    """
+    import ray
+
+    settings = config.grpo
+    require_trackers(settings.report_to, "grpo.report_to")
+    require_rewards(settings)
+    base = base_path(config.model, run)
+    encoder = load_encoder(base, config.model.system_prompt, config.model.trust_remote_code)
+    labelled = labelled_rows(run, settings.systems, "grpo.systems")
+    rows = _prompts(encoder, run, labelled, settings.max_prompt_length)
+    start_from = starting_adapter(config, run, "grpo")
+    _require_servable(sync_of(settings), base, start_from)
+    residual = config.adapter.init in RESIDUAL_INITS
+    out = run.grpo / ("trained" if residual else "adapter")
+    steps = settings.steps or ceil(len(rows) / settings.prompts_per_step)
+    name = f"lorapar-coordinator-{os.getpid()}"
+    job = GrpoJob(
+        model=config.model.model_dump(mode="json"),
+        settings=settings.model_dump(mode="json"),
+        base=base,
+        adapter_in=str(start_from.resolve()),
+        adapter_out=str(out.resolve()),
+        regions=str((run.partition / "regions.safetensors").resolve()) if settings.masked else None,
+        canaries=[_canary(encoder, row) for row in rows[:CANARIES]],
+        checkpoints=str((run.work / "grpo").resolve()),
+        metrics=str((run.metrics / "grpo.jsonl").resolve()),
+        samples=str((run.metrics / "samples.jsonl").resolve()),
+        steps=steps,
+        coordinator=name,
+        run=config.name,
+        seed=config.seed,
+    )
+    plan = {
+        "settings": job.settings,
+        "rows": rows,
+        "steps": steps,
+        "seed": config.seed,
+        "model": base,
+        "trust_remote_code": config.model.trust_remote_code,
+        "lora_rank": json.loads((start_from / "adapter_config.json").read_text())["r"],
+    }
+    actor = ray.remote(Coordinator).options(name=name, num_cpus=0, max_concurrency=1000)
+    with progress("grpo", steps, lambda: _poll(Path(job.metrics))), reserved(config) as place, judging(config) as judge:
+        coordinator = actor.remote({**plan, "judge": judge}, place=place)
+        try:
+            ray.get(coordinator.start.remote())
+            run_workers(
+                learn_worker,
+                job.payload(),
+                name="grpo",
+                workers=settings.learners,
+                resources=settings.learner_resources,
+                storage=run.work / "ray",
+            )
+        finally:
+            _stop(coordinator)
+    if residual:
+        export_plain(run.adapter, out, run.grpo / "adapter", config.model.path)
+    shutil.rmtree(job.checkpoints, ignore_errors=True)
+    return {"prompts": len(rows), "steps": steps}
+
+
+def _require_servable(sync: str, base: str, adapter: Path) -> None:
+    """Find out before anything starts whether engines can merge the adapter into their base.
+
+    Raises:
+        UserError: the base's files have other names for what it adapts.
+    """
+    missing = unmergeable(base, read_adapter_state(adapter)) if sync == "merged" else []
+    if missing:
+        raise UserError(not_in_the_files(missing, base))
+
+
+def _stop(coordinator: Any) -> None:
+    """End the coordinator and what it owns, also when it is dead already and another error is on its way."""
+    import ray
+
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.get(coordinator.stop.remote(), timeout=STOP_LIMIT_S)
+    ray.kill(coordinator)
+
+
+def _prompts(encoder: Encoder, run: RunDirectory, rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """The rows with their prompts' token ids; those that are too long go to `rejects/grpo.parquet`."""
+    keep = ("id", "prompt", "response", "answer")
+    prompts = [{key: row[key] for key in keep} | {"prompt_ids": encoder.prompt_ids(row["prompt"])} for row in rows]
+    fitting = [row for row in prompts if len(row["prompt_ids"]) <= limit]
+    if not fitting:
+        raise UserError(f"grpo: every prompt is longer than grpo.max_prompt_length {limit}; raise it")
+    if len(fitting) < len(prompts):
+        reason = f"prompt longer than grpo.max_prompt_length {limit}"
+        rejects = [
+            {"id": row["id"], "stage": "grpo", "reason": reason, "row": json.dumps(row, ensure_ascii=False)}
+            for row in prompts
+            if len(row["prompt_ids"]) > limit
+        ]
+        with atomic_path(run.rejects / "grpo.parquet") as draft:
+            pq.write_table(pa.Table.from_pylist(rejects), draft)
+        file = markup(run.rejects / "grpo.parquet")
+        console.print(f"  [yellow]{len(rejects)} prompts are too long and left out[/]: {file}", markup=True)
+    return fitting
+
+
+def _canary(encoder: Encoder, row: dict[str, Any]) -> list[Any]:
+    return [row["prompt_ids"] + encoder.response_ids(row["response"])[:32], len(row["prompt_ids"])]
+
+
+def _poll(metrics: Path) -> tuple[int, str]:
+    text = metrics.read_text() if metrics.is_file() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()  # the last one may be on its way
+    if not lines:
+        return 0, "starting engines and learners"
+    last = json.loads(lines[-1])
+    return last["step"], f"reward {last['reward']:.3f} length {last['completion_length']:.0f}"

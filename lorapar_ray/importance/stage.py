@@ -1,0 +1,71 @@
+"""Stage `score`: the adapter, and how much each of its elements matters to each System."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lorapar_ray.config import Config
+from lorapar_ray.config.marks import Setting, deciding
+from lorapar_ray.resources import asked, each_of
+from lorapar_ray.runs import RunDirectory
+from lorapar_ray.stages import Settings, Stage, model_files, settings_of
+
+WARMUP = (
+    *("batch_size", "lora_plus_ratio", "weight_decay", "betas", "max_grad_norm", "max_length", "length_bucketing"),
+)
+"""Settings of `sft` that the warm-up goes by too; the others are set for it, or change nothing that it computes."""
+
+
+def run(config: Config, run: RunDirectory) -> dict[str, Any]:
+    """Make the adapter, warm it up where every score would be zero, and score it."""
+    from lorapar_ray.adapters.job import make_adapter
+    from lorapar_ray.importance.job import SYSTEMS, score_stage, scored_rows
+    from lorapar_ray.progress import console
+    from lorapar_ray.sft.job import warm_up
+
+    if not config.partitioned:
+        console.print("  no stage trains a region only: a fresh adapter, no scores")
+        if config.adapter.method == "lora":
+            make_adapter(config, run, run.adapter)
+        return {}
+    samples = [row for system in SYSTEMS for row in scored_rows(config, run, system)]
+    if not (run.adapter / "adapter_config.json").is_file():
+        if config.warms_up:
+            initial = run.work / "score" / "initial"
+            make_adapter(config, run, initial)
+            warm_up(config, run, initial, samples)
+        else:
+            make_adapter(config, run, run.adapter)
+    return score_stage(config, run)
+
+
+def settings(config: Config) -> Settings:
+    """Its own, whether there is anything to score, and the part of stage 1's that the warm-up goes by."""
+    found = settings_of(config, "model", "adapter", "score") | {"partitioned": Setting(config.partitioned, False)}
+    if config.warms_up:
+        sft = deciding(config.sft, "sft")
+        found |= {f"sft.{name}": sft[f"sft.{name}"] for name in WARMUP}
+    return found
+
+
+def reads(config: Config) -> Iterator[str]:
+    """The student, and an adapter to go on from."""
+    yield from model_files(config.model.path)
+    if config.adapter.path is not None:
+        yield config.adapter.path
+
+
+STAGE = Stage(
+    name="score",
+    help="Make the adapter and score each of its elements for both Systems.",
+    needs=lambda _: ("label",),
+    settings=settings,
+    run=run,
+    outputs=("adapter", "scores"),
+    traces=("metrics/warmup.jsonl", "metrics/tensorboard/{name}-warmup"),
+    scratch=("work/score", "work/warmup"),
+    reads=reads,
+    resources=lambda config: asked("score", each_of(config.score.workers, "worker", config.score.resources)),
+    uses_ray=lambda config: config.partitioned or config.adapter.method == "lora",
+)

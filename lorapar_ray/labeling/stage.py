@@ -1,0 +1,57 @@
+"""Stage `label`: the questions, and the System that teachers vote each into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lorapar_ray.config import Config
+from lorapar_ray.gpus import without_auto
+from lorapar_ray.resources import asked, each_of, teacher
+from lorapar_ray.runs import RunDirectory
+from lorapar_ray.stages import Stage, model_files, settings_of
+
+
+def run(config: Config, run: RunDirectory) -> dict[str, Any]:
+    """Read the questions and label them."""
+    from lorapar_ray.datasets.prepare import prepare
+    from lorapar_ray.labeling.job import label
+
+    return prepare(config, run) | label(config, run)
+
+
+def reads(config: Config) -> Iterator[str]:
+    """Local data files, hub data sets that are local folders, and hosted teachers that are."""
+    for source in (*config.data.train, *config.data.test):
+        place = getattr(source, "path", None) or (source.name if source.reader == "hub" else None)
+        if place is not None:
+            yield place
+    for each in config.label.teachers:
+        if each.kind == "serve" and config.label.strategy != "random":
+            yield from model_files(each.model)
+
+
+def resources(config: Config) -> str:
+    """Teachers, and the workers that ask them."""
+    label = config.label
+    if label.strategy == "random":
+        return ""
+    workers = each_of(label.workers, "asking worker", without_auto(label.resources))
+    in_flight = f"{label.workers * label.concurrency} questions in flight"
+    return asked("label", *map(teacher, label.teachers), workers, in_flight)
+
+
+STAGE = Stage(
+    name="label",
+    help="Let the teachers vote which System each training question belongs to.",
+    needs=lambda _: (),
+    settings=lambda config: settings_of(config, "data", "label"),
+    run=run,
+    outputs=("data", "labels", "metrics/labels.json"),
+    passed_on=("data", "labels"),
+    traces=("rejects/prepare.parquet", "rejects/label.parquet"),
+    scratch=("work/label",),
+    reads=reads,
+    resources=resources,
+    uses_ray=lambda config: config.label.strategy != "random",
+)

@@ -1,0 +1,46 @@
+"""A cut in one line: the one on disk, or one that is only looked at."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lorapar_ray.config import Config
+from lorapar_ray.errors import UserError
+from lorapar_ray.pipeline import standings
+from lorapar_ray.runs import RunDirectory
+
+NOTHING = "  nothing to cut: no stage of this run trains a region only (sft.masked, grpo.masked)"
+
+
+def preview(config: Config, run: RunDirectory) -> str:
+    """One line about a cut that leaves the run as it is.
+
+    Raises:
+        UserError: there are no scores of these settings.
+    """
+    from lorapar_ray.partition.job import partition_stage
+
+    if not config.partitioned:
+        return NOTHING
+    run.open(config)
+    if standings(config, run)["score"].state != "done":
+        raise UserError(f"partition: stage 'score' has not finished in '{run.root}'; run `lorapar score` first")
+    with tempfile.TemporaryDirectory() as folder:
+        aside = RunDirectory(run.root)
+        aside.partition = Path(folder)
+        return _line(partition_stage(config, aside))
+
+
+def describe(config: Config, run: RunDirectory) -> str:
+    """One line about the cut on disk."""
+    if not config.partitioned:
+        return NOTHING
+    return _line(json.loads((run.partition / "summary.json").read_text()))
+
+
+def _line(summary: dict[str, Any]) -> str:
+    shares = ", ".join(f"{name} {share:.2%}" for name, share in summary["total"]["shares"].items())
+    return f"  θ {summary['theta']:g}: {shares}; Jaccard {summary['overlap']['jaccard']:.3f}"

@@ -1,0 +1,35 @@
+"""Stage `report`: plots and tables of what the run holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorapar_ray.config import Config
+from lorapar_ray.runs import RunDirectory
+from lorapar_ray.stages import Stage
+
+
+def run(config: Config, run: RunDirectory) -> dict[str, Any]:
+    """Write the page."""
+    from lorapar_ray.progress import console
+    from lorapar_ray.reporting.page import write_report
+
+    console.print(f"  {write_report(config, run)}")
+    return {}
+
+
+def needs(config: Config) -> tuple[str, ...]:
+    """Every stage of the run; the page says so where one has not run."""
+    return ("label", "score", "partition", *config.order, "evaluate")
+
+
+STAGE = Stage(
+    name="report",
+    help="Write report/index.html from whatever the run holds.",
+    needs=needs,
+    settings=lambda _: {},
+    run=run,
+    outputs=("report",),
+    uses_ray=lambda _: False,
+    is_view=True,
+)

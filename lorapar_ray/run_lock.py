@@ -1,0 +1,166 @@
+"""One command at a time works in a run directory. The lock is a file that only one can create, so it needs no POSIX
+locks, which network file systems break.
+
+The file names its holder. On the same machine a holder that has died is recognised by its process; on another one by
+the file's age, since a living holder touches it every `BEAT_S`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lorapar_ray.errors import UserError
+
+NAME = "lock.json"
+BEAT_S = 20.0
+STALE_S = 300.0
+"""Of another machine's holder, without a beat."""
+
+_held: dict[Path, int] = {}
+"""Locks of this process, with how many blocks are inside each."""
+_guard = threading.Lock()
+
+
+@contextmanager
+def run_lock(root: Path) -> Iterator[None]:
+    """Hold the lock of a run directory, which exists, while the block runs; blocks of one process may nest.
+
+    Raises:
+        UserError: a living process has it; the message names it.
+    """
+    with _guard:
+        inside = _held.get(root, 0)
+        if not inside:
+            _take(root / NAME)
+        _held[root] = inside + 1
+    stop = threading.Event()
+    if not inside:
+        threading.Thread(target=_beat, args=(root / NAME, stop), daemon=True, name="run-lock").start()
+    try:
+        yield
+    finally:
+        stop.set()
+        with _guard:
+            _held[root] -= 1
+            if not _held[root]:
+                del _held[root]
+                (root / NAME).unlink(missing_ok=True)
+
+
+def _take(file: Path) -> None:
+    mine = json.dumps(_identity() | {"token": uuid.uuid4().hex})
+    while True:
+        try:
+            with file.open("x") as lock:
+                lock.write(mine)
+            return
+        except FileExistsError:
+            _remove_if_stale(file)
+        except OSError as error:
+            raise UserError(f"run directory '{file.parent}' cannot be written to ({error.strerror})") from error
+
+
+def _remove_if_stale(file: Path) -> None:
+    """Take a dead holder's lock away; two that see the same dead holder cannot both take the next one's.
+
+    Raises:
+        UserError: the holder lives.
+    """
+    try:
+        text, age = file.read_text(errors="replace"), _age(file)
+    except FileNotFoundError:
+        return
+    holder = _parsed(text)
+    if _lives(holder, age):
+        raise UserError(
+            f"run directory '{file.parent}' is in use by process {holder.get('pid', '?')} on "
+            f"{holder.get('host', 'an unknown host')} ({holder.get('command', '?')}, since "
+            f"{holder.get('since', '?')}, last sign of life {max(0.0, age):.0f} s ago); wait for it or stop it, "
+            f"or delete '{file}' if it is gone"
+        )
+    aside = file.with_name(f".{NAME}.{uuid.uuid4().hex}")
+    with suppress(FileNotFoundError):
+        file.rename(aside)
+        if aside.read_text() != text:  # not the one that was looked at: another process was faster
+            with suppress(FileExistsError):
+                os.link(aside, file)
+        aside.unlink()
+
+
+def _age(file: Path) -> float:
+    """Seconds since a file was touched, by the clock of the file system that it is on."""
+    now = file.with_name(f".{NAME}.{uuid.uuid4().hex}")
+    now.touch()
+    try:
+        return now.stat().st_mtime - file.stat().st_mtime
+    finally:
+        now.unlink()
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _lives(holder: dict[str, Any], age: float) -> bool:
+    if age < STALE_S and not holder:
+        return True  # being written
+    mine = _identity()
+    if any(holder.get(key) != mine[key] for key in ("host", "boot", "namespace")):
+        return age < STALE_S
+    return _started(holder.get("pid", -1)) == holder.get("started")
+
+
+def _identity() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "boot": _first_line("/proc/sys/kernel/random/boot_id"),
+        "namespace": _pid_namespace(),
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": " ".join(["lorapar", *sys.argv[1:2]]),
+    }
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, in ticks since the machine did, so that a number that was used again is not taken for
+    it; None if there is no such process, or only what is left of it."""
+    try:
+        state, *rest = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError, TypeError, OverflowError):
+        return None
+    return None if state in ("Z", "X") else int(rest[18])
+
+
+def _pid_namespace() -> str:
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
+
+
+def _first_line(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _beat(file: Path, stop: threading.Event) -> None:
+    while not stop.wait(BEAT_S):
+        with suppress(OSError):
+            os.utime(file)

@@ -1,0 +1,100 @@
+"""What a stage is: one object that holds its name, what it reads and writes, what it asks for, and how it runs.
+
+Each folder of a stage has a `stage.py` with its object, and `lorapar_ray.pipeline` puts them in order. These modules
+import nothing heavy: a run that is done is found done within a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorapar_ray.config import Config, Section
+from lorapar_ray.config.marks import Setting, deciding
+from lorapar_ray.runs import RunDirectory
+
+Settings = dict[str, Setting]
+
+
+def _nothing(_: Config) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline. Paths are relative to the run directory; `{name}` in them is the run's name."""
+
+    name: str
+    help: str
+    """For the command line."""
+    needs: Callable[[Config], tuple[str, ...]]
+    """Stages that must have finished, and whose results enter."""
+    settings: Callable[[Config], Settings]
+    """What of the config decides the result, by path."""
+    run: Callable[[Config, RunDirectory], dict[str, Any]]
+    """Does the work, going on from what an interrupted run left; returns notes for the manifest."""
+    outputs: tuple[str, ...]
+    """Folders and files of the result, checked before they are relied on."""
+    passed_on: tuple[str, ...] | None = None
+    """The outputs that later stages read; None: all."""
+    traces: tuple[str, ...] = ()
+    """Curves, samples and rejected rows."""
+    scratch: tuple[str, ...] = ()
+    """Partial results; nobody needs them once the stage is done."""
+    reads: Callable[[Config], Iterable[str]] = lambda _: ()
+    """The user's own files and folders whose contents decide the result."""
+    resources: Callable[[Config], str] = lambda _: ""
+    """What it asks of the cluster, in words."""
+    uses_ray: Callable[[Config], bool] = lambda _: True
+    check: Callable[[Config], None] = _nothing
+    """Finds what would end the stage late; raises UserError."""
+    is_view: bool = False
+    """It only shows what the run holds: it may be written anew without being asked to, at any time."""
+
+    def owned(self, run: RunDirectory, name: str) -> list[Path]:
+        """Everything of this stage that there is in a run called `name`."""
+        every = [run.root / each.format(name=name) for each in (*self.outputs, *self.traces, *self.scratch)]
+        return [path for path in every if path.exists() or path.is_symlink()]
+
+    def output_files(self, run: RunDirectory, places: tuple[str, ...] | None = None) -> list[Path]:
+        """The finished files of its result, or of some `places` of it."""
+        found: list[Path] = []
+        for place in self.outputs if places is None else places:
+            path = run.root / place
+            found += [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+        return sorted(each for each in found if not _hidden(each.relative_to(run.root)))
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def settings_of(config: Config, *names: str) -> Settings:
+    """The deciding settings of some parts of a config; the seed is always one."""
+    found: Settings = {"seed": Setting(config.seed, False)}
+    for name in names:
+        part = getattr(config, name)
+        found |= deciding(part, name) if isinstance(part, Section) else {name: Setting(part, False)}
+    return found
+
+
+def model_files(path: str) -> tuple[str, ...]:
+    """A model as something that a stage reads: nothing for a hub name or a package, which go by their names."""
+    return () if path.startswith("package:") else (path,)
+
+
+def before(config: Config, stage: str) -> tuple[str, ...]:
+    """What a training stage needs: the cut, and the training stages that `order` puts before it."""
+    return ("label", "score", "partition", *_until(config, stage)[:-1])
+
+
+def order_until(config: Config, stage: str) -> Settings:
+    """`order` as far as a training stage: what comes after it does not matter to it."""
+    return {"order": Setting(_until(config, stage), False)}
+
+
+def _until(config: Config, stage: str) -> list[str]:
+    order: list[str] = list(config.order)
+    return order[: order.index(stage) + 1] if stage in order else [stage]

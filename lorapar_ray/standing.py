@@ -1,0 +1,137 @@
+"""How a stage stands: whether what it left still is what the present config and files would make, and if not, why."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lorapar_ray.config import Config
+from lorapar_ray.config.marks import known_setting
+from lorapar_ray.files import digest
+from lorapar_ray.fingerprints import Fingerprints
+from lorapar_ray.runs import RunDirectory
+from lorapar_ray.stages import Settings, Stage
+
+State = Literal["done", "unfinished", "new", "changed", "damaged"]
+HIDDEN = ("base_url", "extra_body")
+"""Settings that may hold a key: a digest of them is recorded."""
+LONGEST = 48
+"""Of a value that is shown."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """`done`; `unfinished`: goes on from what is there; `new`: has written nothing that counts; `changed`: has results
+    of other settings or inputs; `damaged`: its results are not as it left them."""
+
+    state: State
+    why: tuple[str, ...] = ()
+
+
+def inputs_of(stage: Stage, config: Config, entries: Mapping[str, Any], prints: Fingerprints) -> dict[str, Any]:
+    """What decides a stage's result, JSON-ready, as the manifest records it.
+
+    `settings` by path; `sources`, what each earlier stage passed on; `files`, contents of the user's own files.
+    """
+    return {
+        "settings": _recorded(stage.settings(config)),
+        "sources": {need: entries.get(need, {}).get("outputs") for need in stage.needs(config)},
+        "files": {name: prints.of_input(name) for name in dict.fromkeys(stage.reads(config))},
+    }
+
+
+def standing_of(
+    stage: Stage, config: Config, run: RunDirectory, entries: Mapping[str, Any], prints: Fingerprints
+) -> Standing:
+    """How a stage stands under `config`.
+
+    Args:
+        entries: of the manifest, by stage.
+    """
+    entry = entries.get(stage.name)
+    if entry is None:
+        return Standing("new")
+    why = tuple(changes(stage, config, entry["inputs"], inputs_of(stage, config, entries, prints)))
+    if why:
+        return Standing("changed", why) if stage.owned(run, config.name) else Standing("new")
+    if entry["status"] != "done":
+        return Standing("unfinished")
+    damage = tuple(_damage(run, entry.get("written", {}), prints))
+    return Standing("damaged", damage) if damage else Standing("done")
+
+
+def changes(stage: Stage, config: Config, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """What differs between recorded and present inputs, a short line each."""
+    if "settings" not in old:
+        yield "settings or data files that an earlier version recorded as one digest"
+        return
+    yield from _changed_settings(stage.settings(config), old["settings"], new["settings"])
+    for need, found in new["sources"].items():
+        if found is not None and need in old["sources"] and found != old["sources"][need]:
+            yield f"{need} has other results"
+    for name, found in new["files"].items():
+        if found is not None and old["files"].get(name) not in (None, found):
+            yield f"'{name}' has other contents"
+
+
+def _changed_settings(settings: Settings, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    for path in dict.fromkeys((*old, *new)):
+        if path not in new:
+            if known_setting(Config, path):
+                yield f"{path} {_shown(old[path])} → nothing"
+        elif path not in old:
+            if not settings[path].is_default:  # else a field that is younger than the run
+                yield f"{path} nothing → {_shown(new[path])}"
+        elif old[path] != new[path]:
+            if path.rpartition(".")[2] in HIDDEN:
+                yield f"{path} has another value"
+            elif isinstance(old[path], dict) and isinstance(new[path], dict):
+                keys = [
+                    key for key in dict.fromkeys((*old[path], *new[path])) if old[path].get(key) != new[path].get(key)
+                ]
+                for key in keys:
+                    yield f"{path}.{key} {_shown(old[path].get(key))} → {_shown(new[path].get(key))}"
+            else:
+                yield f"{path} {_shown(old[path])} → {_shown(new[path])}"
+
+
+def _recorded(settings: Settings) -> dict[str, Any]:
+    plain = {path: setting.value for path, setting in settings.items()}
+    for path, value in plain.items():
+        if value and path.rpartition(".")[2] in HIDDEN:
+            plain[path] = f"digest {digest(value)[:16]}"
+    loaded: dict[str, Any] = json.loads(json.dumps(plain))
+    return loaded
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, float):
+        return re.sub(r"e([+-])0*", lambda sign: "e" + sign.group(1).replace("+", ""), f"{value:g}")
+    text = value if isinstance(value, str) and value.strip() == value != "" else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def written(stage: Stage, run: RunDirectory, prints: Fingerprints) -> dict[str, list[Any]]:
+    """The files of a finished stage: by path, its bytes and their sha256."""
+    files = stage.output_files(run)
+    return {str(file.relative_to(run.root)): [file.stat().st_size, prints.of_file(file)] for file in files}
+
+
+def _damage(run: RunDirectory, files: Mapping[str, list[Any]], prints: Fingerprints) -> Iterator[str]:
+    for name, (size, known) in files.items():
+        file: Path = run.root / name
+        try:
+            if not file.is_file():
+                yield f"{name} is missing"
+            elif file.stat().st_size != size:
+                yield f"{name} has {file.stat().st_size} of {size} bytes"
+            elif prints.of_file(file) != known:
+                yield f"{name} is not what was written"
+        except OSError as error:
+            yield f"{name} cannot be read ({error.strerror})"

@@ -1,0 +1,81 @@
+"""Fault injection: stages whose bodies do no work but leave files, and kill their process where they are told to.
+
+What is around a body is the project's own: the command line, the pipeline, the manifest, the lock and the trash.
+"""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from lorapar_ray.cli import app
+from lorapar_ray.config import Config
+from lorapar_ray.errors import UserError
+from lorapar_ray.pipeline import PIPELINE
+from lorapar_ray.runs import RunDirectory
+from lorapar_ray.stages import Stage
+
+FAULT = "LORAPAR_TEST_FAULT"
+"""`<stage> kill` or `<stage> fail-at-once`."""
+
+
+def fake(stage: Stage) -> Stage:
+    """The stage with such a body."""
+
+    def body(config: Config, run: RunDirectory) -> dict[str, Any]:
+        fault = os.environ.get(FAULT, "")
+        if fault == f"{stage.name} fail-at-once":
+            raise UserError("an input does not open")
+        checkpoint = run.root / (stage.scratch or stage.outputs)[0] / "checkpoint"
+        resumed = checkpoint.is_file()
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text("half of the work")
+        if fault == f"{stage.name} kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        for place in stage.outputs:
+            path = run.root / place if Path(place).suffix else run.root / place / "result.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"theta": config.partition.theta} if stage.name == "partition" else {}))
+        if stage.name == "partition":
+            cut = {"theta": config.partition.theta, "total": {"shares": {}}, "overlap": {"jaccard": 0.5}}
+            (run.partition / "summary.json").write_text(json.dumps(cut))
+        return {"resumed": resumed}
+
+    return replace(stage, run=body, uses_ray=lambda _: False, check=lambda _: None)
+
+
+def use_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, stage in list(PIPELINE.items()):
+        monkeypatch.setitem(PIPELINE, name, fake(stage))
+
+
+def lorapar(*arguments: str | Path) -> tuple[int, str]:
+    """The command line in this process: exit status, and what a user reads."""
+    outcome = CliRunner().invoke(app, list(map(str, arguments)))
+    if isinstance(outcome.exception, UserError):
+        return 2, str(outcome.exception)
+    if outcome.exception is not None and not isinstance(outcome.exception, SystemExit):
+        raise outcome.exception
+    return outcome.exit_code, outcome.output
+
+
+def killed(*arguments: str | Path) -> None:
+    """The same in a process of its own, which the fault kills with SIGKILL: no block of it is left in order."""
+    in_a_child(lambda: lorapar(*arguments), signal.SIGKILL)
+
+
+def in_a_child(work: Callable[[], Any], ends_by: int) -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == ends_by, status

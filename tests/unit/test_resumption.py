@@ -1,0 +1,208 @@
+"""A run that was killed goes on under other operational settings, and under deciding ones it loses nothing unasked."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorapar_ray.runs import RunDirectory
+from tests.tiny_run import tiny_config, write_config
+from tests.unit.faked_stages import FAULT, killed, lorapar, use_fakes
+
+NAMES = ("label", "score", "partition", "sft", "grpo", "evaluate", "report")
+OPERATION = [
+    ("label", "label.timeout_s=7"),
+    ("label", "label.retries=9"),
+    ("label", "label.rows_per_block=5"),
+    ("label", "label.quorum=1"),
+    ("label", "label.teachers.0.replicas=2"),
+    ("score", "score.workers=3"),
+    ("score", "score.batch_size=1"),
+    ("score", "score.unit_size=2"),
+    ("sft", "sft.micro_batch_size=1"),
+    ("sft", "sft.workers=2"),
+    ("sft", "sft.packing=true"),
+    ("sft", "sft.checkpoint_every=7"),
+    ("sft", "sft.report_to=[]"),
+    ("grpo", "grpo.rollout_time_limit_s=1800"),
+    ("grpo", "grpo.learners=2"),
+    ("grpo", "grpo.rollout_actors=3"),
+    ("grpo", "grpo.micro_batch_size=1"),
+    ("grpo", "grpo.sync=adapter"),
+    ("grpo", "grpo.reward_time_limit_s=9"),
+    ("grpo", "grpo.rollout_engine.max_num_seqs=4"),
+    ("grpo", "grpo.rollout_engine.extra={gpu_memory_utilization: 0.5}"),
+    ("grpo", "grpo.learner_resources.threads=2"),
+    ("evaluate", "evaluate.engine.kv_cache_gib=2"),
+]
+RESULT = [
+    ("label", "label.calibration=none", "label.calibration batch → none"),
+    ("label", "label.definitions.1=at once", "label.definitions.1 "),
+    ("label", "label.teachers.1.example_order=system1_first", "label.teachers.1.example_order system2_first → "),
+    ("label", "seed=4", "seed 3 → 4"),
+    ("score", "adapter.rank=8", "adapter.rank 4 → 8"),
+    ("score", "score.criterion=fisher", "score.criterion taylor2 → fisher"),
+    ("score", "sft.batch_size=8", "sft.batch_size 4 → 8"),
+    ("partition", "partition.theta=0.5", "partition.theta 0.9 → 0.5"),
+    ("sft", "sft.learning_rate=1e-5", "sft.learning_rate 0.001 → 1e-5"),
+    ("sft", "sft.max_steps=2", "sft.max_steps null → 2"),
+    ("grpo", "grpo.learning_rate=1e-5", "grpo.learning_rate 0.001 → 1e-5"),
+    ("grpo", "grpo.group_size=8", "grpo.group_size 4 → 8"),
+    ("grpo", "grpo.rewards=[{name: exact_answer}]", "grpo.rewards.0.name tests.e2e.rewards:letters → exact_answer"),
+    ("grpo", "grpo.rollout_engine.extra={quantization: fp8}", "grpo.rollout_engine.extra.quantization null → fp8"),
+    ("evaluate", "evaluate.max_new_tokens=9", "evaluate.max_new_tokens 8 → 9"),
+]
+
+
+class Cli:
+    """The run of a test."""
+
+    def __init__(self, folder: Path, ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        use_fakes(monkeypatch)
+        self.ready = ready
+        self.monkeypatch = monkeypatch
+        self.config = write_config(folder / "config.yaml", tiny_config(Path("no/such/student")))
+        self.run = RunDirectory(folder / "run")
+
+    def __call__(self, command: str, *more: str) -> tuple[int, str]:
+        return lorapar(command, "-c", self.config, "-d", self.run.root, *more)
+
+    def kill(self, stage: str, command: str, *more: str) -> None:
+        with self.fault(f"{stage} kill"):
+            killed(command, "-c", self.config, "-d", self.run.root, *more)
+        assert self.entry(stage)["status"] == "started"
+
+    def fault(self, what: str) -> Any:
+        context = self.monkeypatch.context()
+
+        class Within:
+            def __enter__(self) -> None:
+                context.__enter__().setenv(FAULT, what)
+
+            def __exit__(self, *_: object) -> None:
+                context.__exit__(None, None, None)
+
+        return Within()
+
+    def entry(self, stage: str) -> dict[str, Any]:
+        return self.run.entry(stage)
+
+    def before(self, stage: str) -> None:
+        """Let everything before a stage be done."""
+        place = self.ready / stage
+        if not place.exists():
+            for name in NAMES[: NAMES.index(stage)]:
+                assert lorapar(name, "-c", self.config, "-d", place)[0] == 0
+        if place.exists():
+            shutil.copytree(place, self.run.root)
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs that stand before a stage, by its name."""
+    return tmp_path_factory.mktemp("ready")
+
+
+@pytest.fixture
+def cli(tmp_path: Path, ready: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    return Cli(tmp_path, ready, monkeypatch)
+
+
+def changed(override: str) -> tuple[str, str]:
+    return ("--set", override)
+
+
+@pytest.mark.parametrize(("stage", "override"), OPERATION)
+def test_a_killed_stage_goes_on_under_another_operational_setting(stage: str, override: str, cli: Cli) -> None:
+    cli.before(stage)
+    cli.kill(stage, stage)
+    status, said = cli(stage, *changed(override))
+    assert status == 0, said
+    assert cli.entry(stage)["resumed"] and cli.entry(stage)["status"] == "done"
+    assert cli(stage)[1].startswith(f"✓ {stage}: done")
+
+
+@pytest.mark.parametrize(("stage", "override", "why"), RESULT)
+def test_a_killed_stage_keeps_its_checkpoint_under_another_deciding_setting(
+    stage: str, override: str, why: str, cli: Cli
+) -> None:
+    cli.before(stage)
+    cli.kill(stage, stage)
+    checkpoints = {path: path.read_text() for path in cli.run.root.rglob("checkpoint")}
+    status, said = cli(stage, *changed(override))
+    assert status == 2 and why in said and "--redo " in said, said
+    assert {path: path.read_text() for path in cli.run.root.rglob("checkpoint")} == checkpoints
+    status, said = cli("run", "--dry-run", *changed(override))
+    assert status == 0 and why in said and "needs --redo" in said, said
+    assert cli(stage)[0] == 0 and cli.entry(stage)["resumed"]  # with the setting restored
+
+
+def test_a_whole_run_is_refused_before_anything_starts_and_says_what_would_follow(cli: Cli) -> None:
+    assert cli("run")[0] == 0
+    manifest, settings = cli.run.manifest(), (cli.run.root / "config.yaml").read_text()
+    status, said = cli("run", *changed("partition.theta=0.5"))
+    assert status == 2 and "partition.theta 0.9 → 0.5" in said and "sft and grpo and evaluate" in said, said
+    assert cli.run.manifest() == manifest and (cli.run.root / "config.yaml").read_text() == settings
+    status, said = cli("run", "--dry-run", *changed("partition.theta=0.5"))
+    assert "replaces partition (3 files, " in said and "this needs --redo too" in said, said
+    assert cli("run")[1].count("done") >= 7
+    status, said = cli("run", "--redo", "partition", *changed("partition.theta=0.5"))
+    assert status == 0, said
+    assert (cli.run.partition / "result.json").read_text() == '{"theta": 0.5}'
+    assert not cli.run.trash.exists()
+    assert "theta: 0.5" in (cli.run.root / "config.yaml").read_text()
+    assert all(each["status"] == "done" for each in cli.run.manifest()["stages"].values())
+
+
+def test_what_comes_out_the_same_redoes_nothing_after_it(cli: Cli) -> None:
+    assert cli("run")[0] == 0
+    trained = cli.entry("sft")
+    assert cli("run", "--redo", "label")[0] == 0
+    assert cli.entry("sft") == trained
+
+
+def test_a_redo_that_fails_at_once_puts_the_old_results_back(cli: Cli) -> None:
+    assert cli("run")[0] == 0
+    before = (cli.entry("label"), (cli.run.labels / "result.json").stat().st_mtime_ns)
+    with cli.fault("label fail-at-once"):
+        status, said = cli("label", "--redo", "label")
+    assert status == 2 and "an input does not open" in said
+    assert (cli.entry("label"), (cli.run.labels / "result.json").stat().st_mtime_ns) == before
+    assert not cli.run.trash.exists() and cli("label")[1].startswith("✓ label: done")
+
+
+def test_a_redo_that_is_killed_goes_on_or_the_old_settings_bring_the_old_results_back(cli: Cli) -> None:
+    assert cli("run")[0] == 0
+    old, other = cli.entry("grpo"), changed("grpo.learning_rate=1e-5")
+    cli.kill("grpo", "grpo", "--redo", "grpo", *other)
+    assert len(list(cli.run.trash.iterdir())) == 1
+    status, said = cli("grpo", *other)
+    assert status == 0 and cli.entry("grpo")["resumed"] and not cli.run.trash.exists(), said
+    cli.kill("grpo", "grpo", "--redo", "grpo")
+    assert cli("grpo", "--redo", "grpo")[0] == 0 and cli.entry("grpo")["resumed"]  # the redo that was begun
+    cli.kill("grpo", "grpo", "--redo", "grpo", *other)
+    status, said = cli("grpo")
+    assert status == 0 and "back from the trash" in said, said
+    assert cli.entry("grpo")["inputs"] == old["inputs"] and cli.entry("grpo")["status"] == "done"
+    status, said = cli("grpo", *other)
+    assert status == 0 and "back from the trash" in said and cli.entry("grpo")["resumed"], said
+
+
+def test_a_stage_that_has_written_nothing_runs_under_any_settings(cli: Cli) -> None:
+    cli.before("sft")
+    with cli.fault("sft fail-at-once"):
+        assert cli("sft")[0] == 2
+    assert cli("sft", *changed("sft.learning_rate=1e-5"))[0] == 0
+
+
+def test_a_stage_is_not_trained_on_results_of_other_settings(cli: Cli) -> None:
+    cli.before("sft")
+    status, said = cli("sft", *changed("partition.theta=0.5"))
+    assert status == 2 and said.startswith("sft needs 'partition'. partition: has results of other inputs"), said
+    assert not cli.run.sft.exists()
+
+
+def test_a_redo_of_no_stage_of_the_command_is_refused(cli: Cli) -> None:
+    assert "--redo grp: not among this run's stages" in cli("run", "--redo", "grp")[1]
+    assert "--redo grpo: this command runs sft" in cli("sft", "--redo", "grpo")[1]
