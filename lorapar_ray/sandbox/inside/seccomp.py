@@ -32,15 +32,16 @@ NEVER = (
     *(41, 42, 43, 49, 50, 288, 46, 307),  # socket, connect, accept, bind, listen, accept4, sendmsg, sendmmsg
     *(62, 200, 129, 297),  # kill, tkill, rt_sigqueueinfo, rt_tgsigqueueinfo
     *(141, 142, 144, 203, 314, 251, 256, 279),  # priorities, affinity and memory placement, of other processes too
+    *(253, 254, 294),  # inotify: who reads which of the shared files, and when
     *(162, 306),  # sync, syncfs
 )
 METADATA = (
     *(90, 91, 268, 92, 93, 94, 260),  # chmod, chown
     *(132, 235, 261, 280),  # utime
     *(188, 189, 190, 197, 198, 199),  # extended attributes
-    *(253, 254, 294, 133, 259),  # inotify, mknod
+    *(133, 259),  # mknod
 )
-"""What Landlock leaves free: a file's mode, owner and times, and watching it."""
+"""What Landlock leaves free: a file's mode, owner and times."""
 
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _LOAD, _EQUAL, _ABOVE, _ANY, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06

@@ -1,0 +1,104 @@
+"""Jobs from the rows of HumanEval and MBPP, from a model's completions."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorapar_ray.errors import UserError
+from lorapar_ray.sandbox.examination import Job
+
+_FENCE = re.compile(r"```[ \t]*(?:python|py|python3)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+
+
+def code_of(completion: str) -> str:
+    """The program in a completion: what its last fenced block holds (an open one too), or else the whole of it."""
+    blocks = _FENCE.findall(completion)
+    return blocks[-1] if blocks else completion
+
+
+def humaneval_job(row: Mapping[str, Any], completion: str) -> Job:
+    """A row of HumanEval: {prompt, entry_point, test}; the completion goes on where the prompt ends.
+
+    A completion in a fenced block that defines the function itself stands alone. The prompt's helper functions, which
+    some tests call, are taken from the prompt for the tests, not from the program.
+
+    Raises:
+        UserError: the row lacks a field.
+    """
+    _require(row, "HumanEval", "prompt", "entry_point", "test")
+    prompt, name = row["prompt"], row["entry_point"]
+    code = code_of(completion)
+    whole = code is not completion and re.search(rf"^(async )?def {re.escape(name)}\b", code, re.MULTILINE)
+    # the prompt ends in a docstring, which is a body, so it is a program
+    return Job(code if whole else prompt + code, f"{row['test']}\ncheck({name})\n", (name,), setup=prompt)
+
+
+def mbpp_job(row: Mapping[str, Any], completion: str) -> Job:
+    """A row of MBPP: {test_list}, and test_imports or test_setup_code.
+
+    Raises:
+        UserError: the row lacks a field, or its tests call nothing.
+    """
+    _require(row, "MBPP", "test_list")
+    setup = "\n".join([*row.get("test_imports", ()), row.get("test_setup_code") or ""])
+    return tests_job(code_of(completion), "\n".join(row["test_list"]), setup)
+
+
+def tests_job(code: str, tests: str, setup: str = "") -> Job:
+    """A job whose tested functions are found from its tests (see `called_names`).
+
+    Raises:
+        UserError: the tests are no program, or call nothing.
+    """
+    return Job(code, tests, called_names(tests, setup), setup)
+
+
+def called_names(tests: str, setup: str = "") -> tuple[str, ...]:
+    """The names that tests call and that neither they, nor the setup, nor Python define.
+
+    Only the tests decide, never the program: one that defines `set` or `sorted` does not get to answer for them. Where
+    every name is Python's, it is the first that is called (MBPP has a task to write `sum`).
+
+    Raises:
+        UserError: the tests are no program, or call nothing.
+    """
+    try:
+        trees = [ast.parse(setup), ast.parse(tests)]
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"tests: not a Python program ({error})") from error
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    defined = {name for node in nodes for name in _defines(node)}
+    called = [
+        node.func.id
+        for node in sorted(
+            (node for node in ast.walk(trees[1]) if isinstance(node, ast.Call)),
+            key=lambda node: (node.lineno, node.col_offset),
+        )
+        if isinstance(node.func, ast.Name)
+    ]
+    foreign = dict.fromkeys(name for name in called if name not in defined and not hasattr(builtins, name))
+    if not foreign and not called:
+        raise UserError("tests: they call no function; write asserts on what the program is to define")
+    return tuple(foreign) or (called[0],)
+
+
+def _defines(node: ast.AST) -> Sequence[str]:
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        return (node.id,)
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return (node.name,)
+    if isinstance(node, ast.arg):
+        return (node.arg,)
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return [(alias.asname or alias.name).split(".")[0] for alias in node.names]
+    return ()
+
+
+def _require(row: Mapping[str, Any], what: str, *fields: str) -> None:
+    missing = [field for field in fields if not row.get(field)]
+    if missing:
+        raise UserError(f"{what}: a row has no '{missing[0]}'; it has {', '.join(map(str, row)) or 'nothing'}")
