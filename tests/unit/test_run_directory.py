@@ -1,0 +1,291 @@
+"""What a run directory promises: one command at a time, nothing of another's removed, results that are checked."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorapar_ray import run_lock
+from lorapar_ray.errors import UserError
+from lorapar_ray.pipeline import STAGES
+from lorapar_ray.runs import RunDirectory
+from tests.tiny_run import tiny_config, write_config
+from tests.unit.faked_stages import in_a_child, lorapar, use_fakes
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Cli":
+    use_fakes(monkeypatch)
+    return Cli(tmp_path)
+
+
+class Cli:
+    """A run whose stages do no work, and its config."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "rows.jsonl").write_text('{"prompt": "q", "answer": "1"}\n')
+        self.tree: dict[str, Any] = {
+            **tiny_config(Path("no/such/student")),
+            "label": {"strategy": "random"},
+            "data": {"train": [{"reader": "file", "path": str(folder / "rows.jsonl")}]},
+        }
+        self.run = RunDirectory(folder / "run")
+
+    def __call__(self, command: str, *more: str | Path) -> tuple[int, str]:
+        config = write_config(self.folder / "config.yaml", self.tree)
+        return lorapar(command, "-c", config, "-d", self.run.root, *more)
+
+
+def everything(root: Path) -> dict[str, str]:
+    return {str(path.relative_to(root)): path.read_text() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("way", ["new/../mine", "./mine/.", "link"])
+def test_files_of_the_users_own_are_no_run_by_any_path(way: str, tmp_path: Path, cli: Cli) -> None:
+    mine = tmp_path / "mine"
+    for folder in ("data", "labels"):
+        (mine / folder).mkdir(parents=True)
+        (mine / folder / "thesis.txt").write_text("years of work")
+    (tmp_path / "link").symlink_to(mine)
+    before = everything(mine)
+    cli.run = RunDirectory(tmp_path)
+    status, said = lorapar("label", "-c", write_config(tmp_path / "c.yaml", cli.tree), "-d", f"{tmp_path}/{way}")
+    assert status == 2 and "is not empty and holds no manifest.json" in said, said
+    assert everything(mine) == before and not (tmp_path / "new").exists()
+
+
+def test_a_home_directory_in_the_run_directory_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert lorapar("label", "-c", write_config(tmp_path / "c.yaml", cli.tree), "-d", "~/here")[0] == 0
+    assert (tmp_path / "here" / "manifest.json").is_file()
+
+
+def test_files_that_this_run_has_not_written_are_neither_removed_nor_mixed(cli: Cli) -> None:
+    assert cli("label")[0] == 0
+    cli.run.adapter.mkdir()
+    (cli.run.adapter / "mine.safetensors").write_text("mine")
+    for more in ((), ("--redo", "score")):
+        status, said = cli("score", *more)
+        assert status == 2 and "holds files that this run has not written" in said, said
+    assert (cli.run.adapter / "mine.safetensors").read_text() == "mine"
+
+
+def test_damage_is_named_with_the_stage_to_redo(cli: Cli) -> None:
+    assert cli("run", "--set", "data.test=[{reader: file, path: x}]")[0] == 0
+    settled(cli.run.root)
+    cli.tree["data"]["test"] = [{"reader": "file", "path": "x"}]
+    assert "nothing to do" in cli("run")[1]
+    score = cli.run.scores / "result.json"
+    whole = score.read_text()
+    for damage, what in (
+        (lambda: score.write_text(whole.replace("{", "[")), "scores/result.json is not what was written"),
+        (lambda: score.write_text(whole[:1]), "scores/result.json has 1 of 2 bytes"),
+        (score.unlink, "scores/result.json is missing"),
+    ):
+        damage()
+        status, said = cli("run")
+        assert status == 2 and said.startswith("score: its results") and what in said and "--redo score" in said, said
+        assert what in cli("run", "--dry-run")[1]
+        assert "sft needs 'score'" in cli("sft", "--redo", "sft")[1]
+    status, said = cli("run", "--redo", "score")
+    assert status == 0 and score.read_text() == whole, said
+    (cli.run.report / "result.json").unlink()
+    assert cli("run")[0] == 0 and (cli.run.report / "result.json").is_file()  # only shows what there is: made anew
+
+
+def settled(root: Path) -> None:
+    """Files that were written long ago, whose digests are remembered."""
+    for path in root.rglob("*"):
+        os.utime(path, (time.time() - 60, time.time() - 60), follow_symlinks=False)
+
+
+def test_an_input_is_known_by_what_it_holds(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_text("one")
+    cli.tree |= {
+        "data": {"train": [{"reader": "file", "path": "~/rows.jsonl"}]},
+        "adapter": {"init": "adapter", "path": "~/adapter"},
+        "model": {"path": str(tmp_path / "student")},
+    }
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "config.json").write_text("{}")
+    for stage in ("label", "score", "partition", "sft"):
+        assert cli(stage)[0] == 0
+    for path in (tmp_path / "rows.jsonl", adapter / "adapter_model.safetensors", tmp_path / "student" / "config.json"):
+        os.utime(path, (1, 1))
+    (adapter / "README.md").write_text("about it")
+    for stage in ("label", "score", "sft"):
+        assert cli(stage)[1].startswith(f"✓ {stage}: done")
+    for path, stage, name in (
+        (tmp_path / "student" / "config.json", "sft", str(tmp_path / "student")),
+        (adapter / "adapter_model.safetensors", "score", "~/adapter"),
+        (tmp_path / "rows.jsonl", "label", "~/rows.jsonl"),
+    ):
+        path.write_text("two")
+        status, said = cli(stage)
+        assert status == 2 and f"'{name}' has other contents" in said, said
+    (tmp_path / "rows.jsonl").unlink()  # moved away: nothing to compare with, and nothing lost
+    assert cli("label")[1].startswith("✓ label: done")
+
+
+def test_a_report_with_other_settings_leaves_the_runs_own_written_down(cli: Cli) -> None:
+    for stage in ("label", "score"):
+        assert cli(stage)[0] == 0
+    before = (cli.run.root / "config.yaml").read_text()
+    for stage in ("report", "label"):
+        assert cli(stage, "--set", "sft.learning_rate=9")[0] == 0
+    assert (cli.run.root / "config.yaml").read_text() == before
+
+
+def test_two_configs_or_run_directories_are_one_too_many(cli: Cli, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "a.yaml", cli.tree)
+    for arguments in (("run", config, "-c", config), ("run", config, config), ("label", "-c", config, "-c", config)):
+        status, said = lorapar(*arguments, "-d", cli.run.root)
+        assert status == 2 and said.startswith("--config: given 2 times"), said
+    assert "--run-dir: given 2 times" in lorapar("label", "-c", config, "-d", "a", "-d", "b")[1]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"identity": {}}', '{"identity": {}, "stages": {"label": 3}}', "\xff"]
+)
+def test_a_damaged_manifest_is_one_line(text: str, cli: Cli) -> None:
+    assert cli("label")[0] == 0
+    cli.run.manifest_path.write_bytes(text.encode("latin-1"))
+    status, said = cli("label")
+    assert status == 2 and "manifest.json' is damaged" in said
+    assert cli.run.labels.is_dir()
+
+
+def test_the_verbose_option_is_everywhere(cli: Cli) -> None:
+    for stage in STAGES:
+        assert "--verbose" in lorapar(stage, "--help")[1] or "--verb" in lorapar(stage, "--help")[1]
+
+
+def test_a_second_command_names_the_first(cli: Cli, tmp_path: Path) -> None:
+    assert cli("label")[0] == 0
+    ready, done = tmp_path / "ready", tmp_path / "done"
+    child = os.fork()
+    if child == 0:
+        with run_lock.run_lock(cli.run.root):
+            ready.touch()
+            while not done.exists():
+                time.sleep(0.01)
+        os._exit(0)
+    while not ready.exists():
+        time.sleep(0.01)
+    try:
+        status, said = cli("score")
+        assert status == 2 and f"in use by process {child} on " in said and "lock.json" in said, said
+        assert not cli.run.scores.exists()
+    finally:
+        done.touch()
+        os.waitpid(child, 0)
+    assert cli("score")[0] == 0
+    assert not (cli.run.root / run_lock.NAME).exists()
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(cli: Cli) -> None:
+    assert cli("label")[0] == 0
+
+    def die() -> None:
+        with run_lock.run_lock(cli.run.root):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    in_a_child(die, signal.SIGKILL)
+    assert (cli.run.root / run_lock.NAME).is_file()
+    assert cli("score")[0] == 0
+    assert [path.name for path in cli.run.root.iterdir() if run_lock.NAME in path.name] == []
+
+
+@pytest.mark.parametrize(
+    ("holder", "age", "lives"),
+    [
+        ({}, 0, True),
+        ({"pid": 1}, 0, False),  # process 1 began at another time than the holder
+        ({"started": 5}, 0, False),  # its number belongs to another process now
+        ({"pid": "no number"}, 0, False),
+        ({"host": "elsewhere"}, 10, True),
+        ({"host": "elsewhere"}, run_lock.STALE_S + 10, False),
+        ({"boot": "before"}, 10, True),
+        ({"namespace": "pid:[1]"}, run_lock.STALE_S + 10, False),
+    ],
+)
+def test_a_holder_is_known_by_process_here_and_by_its_beat_elsewhere(
+    holder: dict[str, Any], age: float, lives: bool, tmp_path: Path
+) -> None:
+    file = tmp_path / run_lock.NAME
+    file.write_text(json.dumps(run_lock._identity() | holder))
+    os.utime(file, (time.time() - age, time.time() - age))
+    if lives:
+        with pytest.raises(UserError, match="in use by process"), run_lock.run_lock(tmp_path):
+            pass
+    else:
+        with run_lock.run_lock(tmp_path), run_lock.run_lock(tmp_path):
+            assert json.loads(file.read_text())["pid"] == os.getpid()
+        assert not file.exists()
+
+
+def test_of_many_that_find_a_dead_holder_one_gets_the_lock_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / run_lock.NAME).write_text(json.dumps(run_lock._identity() | {"started": 5}))
+    log = tmp_path / "log"
+    children = []
+    for _ in range(8):
+        child = os.fork()
+        if child == 0:
+            for _ in range(200):
+                try:
+                    with run_lock.run_lock(tmp_path):
+                        with log.open("a") as lines:
+                            lines.write(f"in {os.getpid()}\n")
+                        time.sleep(0.002)
+                        with log.open("a") as lines:
+                            lines.write(f"out {os.getpid()}\n")
+                    os._exit(0)
+                except UserError:
+                    time.sleep(0.005)
+            os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 8
+    lines = log.read_text().splitlines()
+    assert len(lines) == 16
+    assert all(a.split()[1] == b.split()[1] for a, b in zip(lines[::2], lines[1::2], strict=True))
+
+
+LEGACY = Path(__file__).parent / "legacy_run"
+"""A whole run as the first format left it, its bodies faked."""
+
+
+def test_a_run_of_the_first_format_is_done_and_says_what_differs(cli: Cli, tmp_path: Path) -> None:
+    shutil.copytree(LEGACY, cli.run.root)
+    config = cli.run.root / "as-given.yaml"
+    status, said = lorapar("run", config, "-d", cli.run.root)
+    assert status == 0 and "nothing to do" in said, said
+    assert cli.run.manifest()["format"] == 2
+    for override, why in (
+        ("partition.theta=0.5", "partition.theta 0.9 → 0.5"),
+        ("grpo.learning_rate=1e-5", "grpo.learning_rate 0.001 → 1e-5"),
+        ("sft.batch_size=8", "sft.batch_size 4 → 8"),
+    ):
+        status, said = lorapar("run", config, "-d", cli.run.root, "--set", override)
+        assert status == 2 and why in said, said
+    assert "nothing to do" in lorapar("run", config, "-d", cli.run.root, "--set", "grpo.learners=2")[1]
+
+
+def test_a_stage_of_the_first_format_under_other_settings_is_kept(cli: Cli) -> None:
+    shutil.copytree(LEGACY, cli.run.root)
+    before = everything(cli.run.grpo)
+    status, said = lorapar(
+        "grpo", "-c", cli.run.root / "as-given.yaml", "-d", cli.run.root, "--set", "grpo.learning_rate=1e-5"
+    )
+    assert status == 2 and "grpo.learning_rate 0.001 → 1e-5" in said, said
+    assert everything(cli.run.grpo) == before
