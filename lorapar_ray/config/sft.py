@@ -49,6 +49,11 @@ class SftConfig(Section):
     """Draw a step's examples from those of like length, so that less is padded. (Within a step they are sorted by
     length in any case.)"""
     gradient_checkpointing: Operation[bool] = False
+    acceleration: Operation[Literal["auto", "none", "graphs", "compile"]] = "auto"
+    """On a GPU, how a step's operations are launched. `none`: one by one. `graphs`: one CUDA graph per bucket of lengths,
+    which frees a small model's step from its launches. `compile`: graphs of compiled layers, which take a minute to
+    compile. `auto`: graphs, compiled where the job is long enough to gain. With gradient checkpointing, a sharded or a
+    4-bit base it is always `none`; on a CPU too."""
     checkpoint_every: Operation[PositiveInt] = 50
     validation: Result[Annotated[float, Field(ge=0, lt=1)]] = 0.0
     """Share of the rows that is held out from training to measure the loss on; 0: none."""

@@ -21,9 +21,9 @@ from lorapar_ray.engines.policy import Policy, PolicySender
 from lorapar_ray.grpo.batches import Batch, Canary, Clock, Sample
 from lorapar_ray.grpo.loss import part_weight, policy_loss
 from lorapar_ray.grpo.packing import PackedRows, can_share_prompts, group_by_prompt, pack, packed_logprobs
-from lorapar_ray.grpo.tracking import Curves
 from lorapar_ray.logprobs import token_logprobs
 from lorapar_ray.optim.schedule import learning_rate_factor
+from lorapar_ray.sft.curves import Curves
 from lorapar_ray.sft.tracking import append_line, keep_lines_until
 
 

@@ -1,19 +1,25 @@
-"""Checkpoints of the trainer in safetensors: nothing of ours is pickled, and half a checkpoint is never resumed from.
+"""Checkpoints of stage 1 in safetensors: nothing is pickled, and half a checkpoint is never resumed from.
 
-A checkpoint directory holds `parameters.safetensors` (what trains), `optimizer.safetensors` (with the schedule), one
-`rng-<rank>.safetensors` per worker and, last, transformers' `trainer_state.json` (step, callbacks' state).
+A checkpoint directory holds `parameters.safetensors` (what trains), `optimizer.safetensors`, one
+`rng-<rank>.safetensors` per worker and, last, `trainer_state.json` (the step, the best validation so far).
 """
 
 from __future__ import annotations
 
 import json
 import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from lorapar_ray.runs import write_json
 from lorapar_ray.tensortree import load_tree, save_tree
 
 PARAMETERS, OPTIMIZER, STATE = "parameters.safetensors", "optimizer.safetensors", "trainer_state.json"
@@ -34,53 +40,81 @@ def _steps_of(path: Path, workers: int) -> int | None:
     return int(state["global_step"]) if written else None
 
 
-class SafetensorsCheckpoints:
-    """Replaces how transformers' `Trainer` writes and reads its checkpoints; mix in before the trainer class."""
+@dataclass
+class Progress:
+    """How far a run has come."""
 
-    args: Any
-    model: Any
-    optimizer: Any
-    lr_scheduler: Any
-    state: Any
+    step: int = 0
+    best_loss: float | None = None
+    """Lowest validation loss so far."""
+    best_checkpoint: str | None = None
+    """The checkpoint directory of `best_loss`."""
+    waited: int = 0
+    """Validations in a row without a lower loss."""
 
-    def _save(self, output_dir: str, state_dict: Any = None) -> None:
-        if self.args.should_save:
-            save_tree(Path(output_dir) / PARAMETERS, {key: value.data for key, value in self._trained().items()})
+    def heard(self, loss: float) -> bool:
+        """Take a validation's loss; tells whether it is the lowest so far."""
+        improved = not isnan(loss) and (self.best_loss is None or loss < self.best_loss)
+        self.waited = 0 if improved else self.waited + 1
+        if improved:
+            self.best_loss = loss
+        return improved
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self._assign(Path(resume_from_checkpoint))
 
-    def _load_best_model(self) -> None:
-        self._assign(Path(self.state.best_model_checkpoint))
+def save_checkpoint(
+    folder: Path, rank: int, world: int, progress: Progress, parameters: Mapping[str, Tensor], optimizer: Any
+) -> None:
+    """Write `checkpoint-<step>` of `folder`, and take away old ones: the last two and the best stay.
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.args.should_save:
-            tree = {"optimizer": self.optimizer.state_dict(), "schedule": self.lr_scheduler.state_dict()}
-            save_tree(Path(output_dir) / OPTIMIZER, tree)
+    Every rank calls this at the same step; rank 0 writes what is the same on all of them.
+    """
+    path = folder / f"checkpoint-{progress.step}"
+    path.mkdir(parents=True, exist_ok=True)
+    save_tree(path / _rng_file(rank), rng_state())
+    if rank == 0:
+        save_tree(path / PARAMETERS, {key: value.data for key, value in parameters.items()})
+        save_tree(path / OPTIMIZER, {"optimizer": optimizer.state_dict()})
+    if world > 1:
+        torch.distributed.barrier()  # once the last file is there, all of them are
+    if rank == 0:
+        write_json(path / STATE, _as_transformers_writes(progress))
+        for old in sorted(folder.glob("checkpoint-*"), key=lambda each: int(each.name.split("-")[1]))[:-2]:
+            if str(old) != progress.best_checkpoint:
+                shutil.rmtree(old, ignore_errors=True)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            tree = load_tree(Path(checkpoint) / OPTIMIZER)
-            self.optimizer.load_state_dict(tree["optimizer"])
-            self.lr_scheduler.load_state_dict(tree["schedule"])
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        save_tree(Path(output_dir) / _rng_file(self.args.process_index), rng_state())
+def load_checkpoint(path: Path, rank: int, parameters: Mapping[str, Tensor], optimizer: Any) -> Progress:
+    """Put parameters, optimiser and generators where they were; the schedule is a function of the step."""
+    load_parameters(path, parameters)
+    optimizer.load_state_dict(load_tree(path / OPTIMIZER)["optimizer"])
+    set_rng_state(load_tree(path / _rng_file(rank)))
+    state = json.loads((path / STATE).read_text())
+    stopping = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {}).get("attributes", {})
+    return Progress(
+        step=int(state["global_step"]),
+        best_loss=state.get("best_metric"),
+        best_checkpoint=state.get("best_model_checkpoint"),
+        waited=int(stopping.get("early_stopping_patience_counter", 0)),
+    )
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            set_rng_state(load_tree(Path(checkpoint) / _rng_file(self.args.process_index)))
 
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """None: a checkpoint is not a model to publish."""
+def load_parameters(path: Path, parameters: Mapping[str, Tensor]) -> None:
+    """Put the trained parameters where they were at a checkpoint."""
+    saved = load_tree(path / PARAMETERS)
+    for key, parameter in parameters.items():
+        parameter.data.copy_(saved[key])
 
-    def _trained(self) -> dict[str, Any]:
-        return {key: value for key, value in self.model.named_parameters() if value.requires_grad}
 
-    def _assign(self, checkpoint: Path) -> None:
-        saved = load_tree(checkpoint / PARAMETERS)
-        for key, parameter in self._trained().items():
-            parameter.data.copy_(saved[key])
+def _as_transformers_writes(progress: Progress) -> dict[str, Any]:
+    """The names of transformers' `trainer_state.json`, so that older checkpoints are resumed from too."""
+    return {
+        "global_step": progress.step,
+        "best_metric": progress.best_loss,
+        "best_model_checkpoint": progress.best_checkpoint,
+        "stateful_callbacks": {
+            "EarlyStoppingCallback": {"attributes": {"early_stopping_patience_counter": progress.waited}}
+        },
+    }
 
 
 def rng_state() -> dict[str, Any]:

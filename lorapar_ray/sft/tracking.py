@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,13 +23,6 @@ def require_trackers(names: Sequence[str], field: str) -> None:
     for name in names:
         if find_spec(name) is None:
             raise UserError(f"{field}: '{name}' is not installed; pip install {name}, or take it off the list")
-
-
-def point_trackers(folder: Path) -> None:
-    """Tell the trackers, by their own environment variables, where this job's curves belong; the user's choice wins."""
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder)
-    os.environ.setdefault("WANDB_PROJECT", PROJECT)
-    os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", PROJECT)
 
 
 def memory_mib() -> float:

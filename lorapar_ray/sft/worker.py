@@ -1,4 +1,4 @@
-"""What one Ray Train worker does in supervised fine-tuning: the model, our optimiser and the trainer, put together."""
+"""What one Ray Train worker does in supervised fine-tuning: the model, our optimiser and the loop, put together."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.config import AdapterConfig, ModelConfig, SftConfig
-from lorapar_ray.datasets.chat import NO_LOSS
-from lorapar_ray.sft.batches import BatchPlan, deal, lay_out, plan_batches
+from lorapar_ray.sft.batches import deal, lay_out, plan_batches
+
+if TYPE_CHECKING:
+    from lorapar_ray.sft.passes import Passes
+    from lorapar_ray.sft.rows import Rows
+
+COMPILE_FROM = 2e18
+"""Floating-point operations of a worker's whole job from which compiling pays its minute: minutes of a large GPU's
+bfloat16 products."""
 
 
 @dataclass(frozen=True)
@@ -47,43 +54,72 @@ def train_worker(payload: dict[str, Any]) -> None:
     from lorapar_ray.adapters import save_adapter, save_method
     from lorapar_ray.optim import trainable_share
     from lorapar_ray.sft.checkpoint import last_checkpoint
-    from lorapar_ray.sft.tracking import keep_lines_until, point_trackers
-    from lorapar_ray.sft.trainer import Stage1Trainer, ValidateAtTheEnd
-    from lorapar_ray.student import load_tokenizer
+    from lorapar_ray.sft.curves import Curves
+    from lorapar_ray.sft.loop import TrainingLoop, Worker
+    from lorapar_ray.sft.step_log import StepLog
+    from lorapar_ray.sft.tracking import keep_lines_until
+    from lorapar_ray.student import device, load_tokenizer
 
     job = SftJob(**payload)
     settings = SftConfig.model_validate(job.settings)
-    rank, metrics = ray.train.get_context().get_world_rank(), Path(job.metrics)
-    point_trackers(metrics.with_name("tensorboard") / job.name)
+    context, metrics = ray.train.get_context(), Path(job.metrics)
+    worker = Worker(context.get_world_rank(), context.get_world_size(), device())
+    leads = worker.rank == 0
     torch.manual_seed(job.seed)
     model = _load(job, settings)
     parameters, masks = _active(job, model)
-    tokenizer = load_tokenizer(job.base, ModelConfig.model_validate(job.model))
+    filler = load_tokenizer(job.base, ModelConfig.model_validate(job.model)).eos_token_id
     examples = json.loads(Path(job.examples).read_text())
-    plan = plan_batches([len(each["input_ids"]) for each in examples["train"]], settings, job.workers, job.seed)
-    before = {key: parameter.data for key, parameter in parameters.items()}
-    trainer = Stage1Trainer(
-        metrics=metrics,
-        active_share=trainable_share(masks),
-        validation=_validation(examples["validation"], settings, job.workers, rank, tokenizer.eos_token_id),
-        model=model,
-        args=_arguments(job, settings, plan),
-        train_dataset=_dataset(examples["train"], plan, settings.packing, tokenizer.eos_token_id),
-        eval_dataset=_never_read() if examples["validation"] else None,
-        processing_class=tokenizer,
-        optimizers=(_optimizer(settings, parameters, masks), None),
-        callbacks=[ValidateAtTheEnd(), *_early_stopping(settings)] if examples["validation"] else [],
-    )
-    for key, parameter in parameters.items():
-        parameter.data = before[key]  # over a 4-bit base TRL rounds the adapter to bfloat16; ours stays in float32
-    found = last_checkpoint(Path(job.checkpoints), job.workers)
-    if rank == 0:
+    plan = plan_batches([len(each["input_ids"]) for each in examples["train"]], settings, worker.world, job.seed)
+    found = last_checkpoint(Path(job.checkpoints), worker.world)
+    if leads:
         for file in (metrics, metrics.with_name(f"{metrics.stem}_validation.jsonl")):
             keep_lines_until(file, 0 if found is None else found[1])
-    trainer.train(resume_from_checkpoint=None if found is None else found[0])
-    if rank == 0:
-        trained = trainer.accelerator.unwrap_model(trainer.model)
-        (save_adapter if job.adapter["method"] == "lora" else save_method)(trained, Path(job.adapter_out))
+    folder = metrics.with_name("tensorboard") / job.name
+    curves = Curves(settings.report_to, job.name, folder, "sft").write if leads else None
+    tokens = sum(len(examples["train"][each]["input_ids"]) for row in plan.rows for each in row)
+    loop = TrainingLoop(
+        model,
+        _optimizer(settings, parameters, masks),
+        _passes(job, settings, model, parameters, tokens / worker.world, worker.device),
+        settings=settings,
+        plan=plan,
+        examples=examples["train"],
+        validation=_validation(examples["validation"], settings, worker.world, worker.rank, filler),
+        filler=filler,
+        worker=worker,
+        checkpoints=Path(job.checkpoints),
+        log=StepLog(metrics if leads else None, curves, trainable_share(masks)),
+    )
+    loop.run(None if found is None else found[0])
+    if leads:
+        (save_adapter if job.adapter["method"] == "lora" else save_method)(model, Path(job.adapter_out))
+
+
+def _passes(
+    job: SftJob, settings: SftConfig, model: Any, parameters: dict[str, Any], tokens: float, device: Any
+) -> Passes:
+    """How forward and backward run, and what of the model that needs."""
+    import torch
+
+    from lorapar_ray.sft.passes import EagerPasses, GraphPasses, compile_layers
+
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if device.type != "cuda":
+        return EagerPasses(model, list(parameters.values()), device)
+    if next(model.get_base_model().parameters()).dtype != torch.float32:
+        torch.backends.cuda.matmul.allow_tf32 = True  # the adapter's products alone: the base's are bfloat16
+    graphs = not settings.gradient_checkpointing and settings.sharding == "none" and job.model["quantization"] is None
+    chosen = settings.acceleration
+    if chosen == "auto":
+        work = 6.0 * sum(parameter.numel() for parameter in model.parameters()) * tokens
+        chosen = "graphs" if work < COMPILE_FROM else "compile"
+    if not graphs or chosen == "none":
+        return EagerPasses(model, list(parameters.values()), device)
+    if chosen == "compile":
+        compile_layers(model)
+    return GraphPasses(model, list(parameters.values()), device)
 
 
 def _load(job: SftJob, settings: SftConfig) -> Any:
@@ -102,8 +138,6 @@ def _load(job: SftJob, settings: SftConfig) -> Any:
     model = load_adapter(base, Path(job.adapter_in), trainable=True)
     if sharded:
         shard_base(model, device())
-        # transformers' word for a model that owns its placement: no DDP around it, no second sharding
-        model.is_distributed_loading_by_transformers = True
     return model
 
 
@@ -136,96 +170,18 @@ def _optimizer(settings: SftConfig, parameters: dict[str, Any], masks: dict[str,
     return MaskedAdamW(groups, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
 
 
-def _arguments(job: SftJob, settings: SftConfig, plan: BatchPlan) -> Any:
-    import torch
-    from trl import SFTConfig as TrlConfig
-
-    validated = settings.validation > 0
-    every = settings.validate_every if validated else settings.checkpoint_every
-    return TrlConfig(
-        output_dir=job.checkpoints,
-        run_name=job.name,
-        per_device_train_batch_size=plan.micro_batch,
-        gradient_accumulation_steps=plan.accumulation,
-        train_sampling_strategy="sequential",  # the plan has shuffled already
-        max_steps=plan.steps,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=settings.warmup_ratio,
-        max_grad_norm=settings.max_grad_norm,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        packing=settings.packing,
-        max_length=settings.max_length,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        logging_steps=1,
-        logging_first_step=True,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,
-        eval_strategy="steps" if validated else "no",
-        eval_steps=every if validated else None,
-        metric_for_best_model="loss" if validated else None,
-        greater_is_better=False if validated else None,
-        load_best_model_at_end=validated and settings.keep == "best",
-        seed=job.seed,
-        data_seed=job.seed,
-        bf16=False,  # the base already is in the dtype the config names; the adapter stays in float32
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,
-        disable_tqdm=True,
-        report_to=list(settings.report_to) or "none",
-        remove_unused_columns=False,
-    )
-
-
-def _dataset(examples: list[dict[str, Any]], plan: BatchPlan, packing: bool, filler: int) -> Any:
-    from datasets import Dataset
-
-    distinct = list(dict.fromkeys(plan.rows))
-    position = {row: number for number, row in enumerate(distinct)}
-    table = Dataset.from_list([_row([examples[each] for each in row], packing, filler) for row in distinct])
-    return table.select([position[row] for row in plan.rows])
-
-
-def _row(examples: list[dict[str, Any]], packing: bool, filler: int) -> dict[str, Any]:
-    """Examples end to end; with none, two tokens without a loss, to keep a worker in step with the others."""
-    if not examples:
-        examples = [{"input_ids": [filler, filler], "response_start": 2}]
-    ids = [example["input_ids"] for example in examples]
-    starts = [example["response_start"] for example in examples]
-    row = {
-        "input_ids": [token for each in ids for token in each],
-        "labels": [
-            token for each, start in zip(ids, starts, strict=True) for token in [NO_LOSS] * start + each[start:]
-        ],
-    }
-    return row | ({"seq_lengths": [len(each) for each in ids]} if packing else {})
-
-
 def _validation(
     examples: Sequence[dict[str, Any]], settings: SftConfig, workers: int, rank: int, filler: int
-) -> list[list[dict[str, Any]]]:
+) -> list[Rows]:
     """This worker's micro-batches of the validation rows; every worker has as many."""
+    from lorapar_ray.sft.rows import collate
+
     lengths = [len(example["input_ids"]) for example in examples]
     rows = lay_out(range(len(examples)), lengths, settings.max_length if settings.packing else None)
     size = settings.micro_batch_size
     count = workers * ceil(len(rows) / (workers * size))
-    dealt = deal(rows, count, size)
+    dealt = [[examples[each] for each in row] for row in deal(rows, count, size)]
     return [
-        [_row([examples[each] for each in row], settings.packing, filler) for row in dealt[k * size : (k + 1) * size]]
+        collate(dealt[k * size : (k + 1) * size], packed=settings.packing, filler=filler)
         for k in range(rank, count, workers)
     ]
-
-
-def _never_read() -> Any:
-    """The trainer wants to see that there is a validation set before it validates; it measures on its own rows."""
-    from datasets import Dataset
-
-    return Dataset.from_list([{"input_ids": [0], "labels": [NO_LOSS]}])
-
-
-def _early_stopping(settings: SftConfig) -> list[Any]:
-    from transformers import EarlyStoppingCallback
-
-    return [] if settings.patience is None else [EarlyStoppingCallback(early_stopping_patience=settings.patience)]

@@ -1,4 +1,4 @@
-"""Where stage 2's curves go while it runs: Ray's own metrics always, TensorBoard, W&B and MLflow by config."""
+"""Where a stage's curves go while it runs: Ray's own metrics always, TensorBoard, W&B and MLflow by config."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Write = Callable[[Mapping[str, float], int], None]
 class Curves:
     """Writes a step's figures to every tracker of the run."""
 
-    def __init__(self, names: Sequence[str], run: str, folder: Path) -> None:
+    def __init__(self, names: Sequence[str], run: str, folder: Path, stage: str = "grpo") -> None:
         """Take the trackers' names (`tensorboard`, `wandb`, `mlflow`), the run's name and TensorBoard's folder."""
         makers = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
-        self._writers: list[Write] = [_ray_metrics(run), *(makers[name](run, folder) for name in names)]
+        self._writers: list[Write] = [_ray_metrics(run, stage), *(makers[name](run, folder) for name in names)]
 
     def write(self, line: Mapping[str, Any], step: int) -> None:
         """Write every number of `line`."""
@@ -27,11 +27,11 @@ class Curves:
             writer(figures, step)
 
 
-def _ray_metrics(run: str) -> Write:
-    """One gauge, `lorapar_grpo`, with the figure's name as a tag: Prometheus and the Ray dashboard read it."""
+def _ray_metrics(run: str, stage: str) -> Write:
+    """One gauge, `lorapar_<stage>`, with the figure's name as a tag: Prometheus and the Ray dashboard read it."""
     from ray.util.metrics import Gauge
 
-    gauge = Gauge("lorapar_grpo", "Figures of the last GRPO step", tag_keys=("run", "figure"))
+    gauge = Gauge(f"lorapar_{stage}", f"Figures of the last step of {stage}", tag_keys=("run", "figure"))
 
     def write(figures: Mapping[str, float], step: int) -> None:
         for name, value in figures.items():

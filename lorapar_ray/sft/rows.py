@@ -1,0 +1,108 @@
+"""A micro-batch as tensors: the tokens, and which of them have a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """B rows of T tokens, filled up on the right, of which N have a loss.
+
+    Nothing masks what rows are filled up with: under causal attention no token sees what follows it; it has no loss.
+    """
+
+    input_ids: Tensor
+    """int64 [B, T]."""
+    position_ids: Tensor | None
+    """int64 [B, T], beginning again with each example of a packed row; None: one example a row."""
+    places: Tensor
+    """int64 [N]: place in the flat [B·T] of the token before each that has a loss, whose logits predict it."""
+    targets: Tensor
+    """int64 [N]: the tokens that have a loss."""
+    weights: Tensor
+    """int64 [N]: 1, and 0 for entries that only fill up a bucket."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, bool]:
+        """B, T, N and whether rows are packed: what a CUDA graph is made for."""
+        return (*self.input_ids.shape, len(self.places), self.position_ids is not None)
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in a fixed order."""
+        some = [self.input_ids, self.position_ids, self.places, self.targets, self.weights]
+        return [tensor for tensor in some if tensor is not None]
+
+    def to(self, device: torch.device) -> Rows:
+        """The same rows on a device; a GPU is not waited for."""
+        if device.type == "cpu":
+            return self
+        flat = torch.cat([tensor.flatten() for tensor in self.tensors()]).pin_memory().to(device, non_blocking=True)
+        return rows_in(flat, self.shape)
+
+
+def rows_in(flat: Tensor, shape: tuple[int, int, int, bool]) -> Rows:
+    """Rows of a shape as views of one int64 buffer, in the order of `Rows.tensors`."""
+    rows, length, losses, packed = shape
+    sizes = [rows * length] * (1 + packed) + [losses] * 3
+    parts = list(flat.split(sizes))
+    ids = parts.pop(0).view(rows, length)
+    positions = parts.pop(0).view(rows, length) if packed else None
+    return Rows(ids, positions, *parts)
+
+
+def collate(rows: Sequence[Sequence[dict[str, Any]]], *, packed: bool, filler: int, buckets: bool = False) -> Rows:
+    """Lay examples ({input_ids, response_start}) out as `rows` says; a row without any has no loss.
+
+    Args:
+        packed: each example of a row attends to itself alone.
+        filler: the token to fill up with.
+        buckets: fill T and N up to one of a few sizes, so that few shapes occur.
+    """
+    lengths = [sum(len(example["input_ids"]) for example in row) for row in rows]
+    length = max(2, *lengths)
+    if buckets:
+        length = bucket(length)
+    ids = torch.full((len(rows), length), filler)
+    positions = torch.arange(length).repeat(len(rows), 1)
+    places: list[int] = []
+    targets: list[int] = []
+    for number, row in enumerate(rows):
+        at = 0
+        for example in row:
+            tokens, start = example["input_ids"], max(1, example["response_start"])
+            ids[number, at : at + len(tokens)] = torch.tensor(tokens)
+            positions[number, at : at + len(tokens)] = torch.arange(len(tokens))
+            first = number * length + at
+            places += range(first + start - 1, first + len(tokens) - 1)
+            targets += tokens[start:]
+            at += len(tokens)
+        positions[number, at:] = torch.arange(length - at)
+    fill = bucket(max(1, len(places))) - len(places) if buckets else 0
+    padding = [0] * fill
+    weights = [1] * len(places) + padding
+    return Rows(
+        ids,
+        positions if packed else None,
+        torch.tensor(places + padding, dtype=torch.int64),
+        torch.tensor(targets + padding, dtype=torch.int64),
+        torch.tensor(weights, dtype=torch.int64),
+    )
+
+
+def bucket(size: int) -> int:
+    """The smallest of 16, 24, 32, 48, 64, 96, … that is not below `size`: at most half as much again."""
+    power = 16
+    while power < size:
+        power *= 2
+    return power * 3 // 4 if size <= power * 3 // 4 and power > 16 else power
+
+
+def losses_in(examples: Sequence[dict[str, Any]]) -> int:
+    """Tokens that have a loss."""
+    return sum(len(example["input_ids"]) - max(1, example["response_start"]) for example in examples)

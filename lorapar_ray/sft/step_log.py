@@ -1,0 +1,93 @@
+"""A line of figures per optimiser step, written a step later, so that no step waits for the device.
+
+Reading a number from a GPU waits until everything before it is computed. Here the numbers of a step are sent to host
+memory behind its kernels, and read when the next step has been launched.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorapar_ray.sft.tracking import append_line, memory_mib
+
+Write = Callable[[Mapping[str, Any], int], None]
+
+
+class StepLog:
+    """The metrics file of a run, and its trackers."""
+
+    def __init__(self, file: Path | None, curves: Write | None, active_share: float) -> None:
+        """Take a file that gets a JSON line a step, and what else gets it; None: not on this rank.
+
+        Args:
+            active_share: active elements over all elements, which every line repeats.
+        """
+        self._file, self._curves, self._share = file, curves, active_share
+        self._waiting: tuple[int, dict[str, float], int, Callable[[], list[float]]] | None = None
+        self._clock = time.monotonic()
+
+    def put(self, step: int, loss: Tensor, norm: Tensor, rate: float, tokens: int) -> None:
+        """Take a step's figures, of which loss and norm are still being computed; writes those of the step before."""
+        arriving = _on_their_way(torch.stack([loss.float(), norm.to(loss.device).float()]))
+        self.flush()
+        self._waiting = step, {"learning_rate": rate}, tokens, arriving
+
+    def flush(self) -> None:
+        """Write what is waiting."""
+        if self._waiting is None:
+            return
+        step, known, tokens, arriving = self._waiting
+        self._waiting = None
+        loss, norm = arriving()
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        line = {
+            "step": step,
+            "loss": loss,
+            **known,
+            "grad_norm": norm,
+            "tokens_per_s": tokens / seconds,
+            "active_share": self._share,
+            "memory_mib": memory_mib(),
+            "seconds": seconds,
+        }
+        if self._file is not None:
+            append_line(self._file, line)
+        if self._curves is not None:
+            self._curves({f"train/{name}": value for name, value in line.items() if name != "step"}, step)
+
+    def validated(self, step: int, loss: float) -> None:
+        """Write a validation's loss; the time it took counts for no step."""
+        self.flush()
+        if self._file is not None:
+            append_line(self._file.with_name(f"{self._file.stem}_validation.jsonl"), {"step": step, "loss": loss})
+        if self._curves is not None:
+            self._curves({"eval/loss": loss}, step)
+        self.leave_out()
+
+    def leave_out(self) -> None:
+        """Let the time since the last line count for no step."""
+        self._clock = time.monotonic()
+
+
+def _on_their_way(figures: Tensor) -> Callable[[], list[float]]:
+    """Send figures to host memory; the function returned waits for them."""
+    if figures.device.type != "cuda":
+        return figures.tolist
+    there = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
+    there.copy_(figures, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def read() -> list[float]:
+        arrived.synchronize()
+        found: list[float] = there.tolist()
+        return found
+
+    return read

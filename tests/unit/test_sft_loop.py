@@ -1,0 +1,231 @@
+"""Stage 1's loop beside TRL's SFTTrainer, its loss beside TRL's head, and its rows."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PromptTuningConfig, get_peft_model
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+from trl import SFTConfig as TrlConfig
+from trl import SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+from lorapar_ray.adapters import adapter_parameters, attach_lora
+from lorapar_ray.config import SftConfig
+from lorapar_ray.optim import MaskedAdamW, masked_param_groups
+from lorapar_ray.sft.batches import plan_batches
+from lorapar_ray.sft.checkpoint import Progress, load_checkpoint, save_checkpoint
+from lorapar_ray.sft.loop import TrainingLoop, Worker
+from lorapar_ray.sft.loss import summed_loss
+from lorapar_ray.sft.passes import EagerPasses, GraphPasses, Passes
+from lorapar_ray.sft.rows import bucket, collate, losses_in, rows_in
+from lorapar_ray.sft.step_log import StepLog
+from tests.tiny_run import metrics
+from tests.unit.tiny_models import GROUPED, SHAPE, tiny
+
+SETTINGS = {"batch_size": 6, "micro_batch_size": 3, "epochs": 2, "learning_rate": 1e-2, "weight_decay": 0.1}
+CPU = torch.device("cpu")
+
+
+def examples(count: int = 15) -> list[dict[str, Any]]:
+    draw = torch.Generator().manual_seed(1)
+    lengths = torch.randint(5, 30, (count,), generator=draw).tolist()
+    ids = [torch.randint(3, SHAPE["vocab_size"], (length,), generator=draw).tolist() for length in lengths]
+    return [{"input_ids": each, "response_start": 1 + len(each) // 2} for each in ids]
+
+
+def trained_with(
+    folder: Path, make: Any = EagerPasses, device: torch.device = CPU, dropout: float = 0.0, **changes: Any
+) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """(lines of the metrics file, adapter) of a run by our loop."""
+    settings = SftConfig(**{**SETTINGS, "max_length": 32, **changes})
+    model = attach_lora(tiny().to(device), rank=4, alpha=8, init="gaussian", dropout=dropout)
+    parameters = adapter_parameters(model)
+    masks = {key: torch.ones(value.shape, dtype=torch.bool) for key, value in parameters.items()}
+    groups = masked_param_groups(parameters, masks, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    rows = examples()
+    plan = plan_batches([len(each["input_ids"]) for each in rows], settings, 1, seed=0)
+    torch.manual_seed(0)
+    passes: Passes = make(model, list(parameters.values()), device)
+    TrainingLoop(
+        model,
+        MaskedAdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay),
+        passes,
+        settings=settings,
+        plan=plan,
+        examples=rows,
+        validation=[],
+        filler=0,
+        worker=Worker(0, 1, device),
+        checkpoints=None,
+        log=StepLog(folder / "metrics" / "sft.jsonl", None, 1.0),
+    ).run(None)
+    return metrics(folder, "sft"), {key: value.detach().cpu() for key, value in parameters.items()}
+
+
+def trained_by_trl(folder: Path, packing: bool) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    settings = SftConfig(**SETTINGS, max_length=32, packing=packing)
+    model = attach_lora(tiny(), rank=4, alpha=8, init="gaussian")
+    rows = examples()
+    plan = plan_batches([len(each["input_ids"]) for each in rows], settings, 1, seed=0)
+
+    def as_trl(row: tuple[int, ...]) -> dict[str, Any]:
+        own = [rows[each] for each in row] or [{"input_ids": [0, 0], "response_start": 2}]
+        labels = [t for e in own for t in [-100] * e["response_start"] + e["input_ids"][e["response_start"] :]]
+        line = {"input_ids": [token for each in own for token in each["input_ids"]], "labels": labels}
+        return line | ({"seq_lengths": [len(each["input_ids"]) for each in own]} if packing else {})
+
+    arguments = TrlConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=plan.micro_batch,
+        gradient_accumulation_steps=plan.accumulation,
+        train_sampling_strategy="sequential",
+        max_steps=plan.steps,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup_ratio,
+        packing=packing,
+        max_length=32,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        bf16=False,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+    )
+    trainer = SFTTrainer(
+        model=model, args=arguments, train_dataset=Dataset.from_list([as_trl(row) for row in plan.rows]),
+        processing_class=tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    return lines, {key: value.detach() for key, value in adapter_parameters(model).items()}
+
+
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models
+
+    words = {f"w{number}": number for number in range(SHAPE["vocab_size"])}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="w0", eos_token="w2"
+    )
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_losses_norms_and_adapter_are_those_of_trls_trainer(tmp_path: Path, packing: bool) -> None:
+    ours, adapter = trained_with(tmp_path, packing=packing)
+    theirs, reference = trained_by_trl(tmp_path / "trl", packing)
+    assert [line["step"] for line in ours] == list(range(1, 7)) == [line["step"] for line in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert mine["grad_norm"] == pytest.approx(float(other["grad_norm"]), rel=1e-3)
+        assert mine["learning_rate"] == pytest.approx(other["learning_rate"])
+    for key, value in adapter.items():
+        torch.testing.assert_close(value, reference[key], rtol=1e-2, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_moe", "gpt_neox", "soft cap", "prompt tuning"])
+def test_the_loss_is_that_of_trls_head_and_the_head_sees_what_it_needs(name: str) -> None:
+    capped = Gemma2ForCausalLM(Gemma2Config(**GROUPED, final_logit_softcapping=2.0))
+    base = capped if name == "soft cap" else tiny("llama" if name == "prompt tuning" else name)
+    add_fused_lm_head(base, outputs=("log_probs",))
+    if name == "prompt tuning":
+        model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    else:
+        model = attach_lora(base, rank=4, alpha=8, init="gaussian")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rows = collate([[each] for each in examples(3)] + [[]], packed=False, filler=0)
+    labels = torch.full_like(rows.input_ids, -100)
+    labels.view(-1)[rows.places + 1] = rows.targets
+    lengths = torch.tensor([*(len(each["input_ids"]) for each in examples(3)), 2])
+    mask = (torch.arange(rows.input_ids.shape[1]) < lengths[:, None]).long()
+    output = model(input_ids=rows.input_ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+    expected = -output.log_probs.sum()
+    their_gradients = torch.autograd.grad(expected, trained)
+    seen: list[int] = []
+    base.get_output_embeddings().register_forward_hook(lambda _, given, __: seen.append(given[0].shape[:2].numel()))
+    loss = summed_loss(model, rows)
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-4)
+    assert seen == [losses_in(examples(3))] == [len(rows.targets)]
+    for mine, other in zip(torch.autograd.grad(loss, trained), their_gradients, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-3)
+
+
+def test_rows_without_a_loss_give_gradients_of_zero() -> None:
+    model = attach_lora(tiny(), rank=4, alpha=8, init="gaussian")
+    parameters = list(adapter_parameters(model).values())
+    passes = EagerPasses(model, parameters, CPU)
+    passes.begin(0)
+    passes.add(collate([[], []], packed=False, filler=0))
+    assert passes.loss() == 0
+    assert all(not parameter.grad.any() for parameter in parameters if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_buckets_change_no_loss_and_no_gradient(packed: bool) -> None:
+    model = attach_lora(tiny(), rank=4, alpha=8, init="gaussian")
+    parameters = list(adapter_parameters(model).values())
+    layout = [examples(5)[:2], examples(5)[2:4], []] if packed else [[each] for each in examples(4)]
+    found = []
+    for buckets in (False, True):
+        rows = collate(layout, packed=packed, filler=0, buckets=buckets)
+        loss = summed_loss(model, rows)
+        found.append((loss, torch.autograd.grad(loss, parameters), rows))
+    (loss, gradients, rows), (padded, others, wide) = found
+    torch.testing.assert_close(loss, padded)
+    for mine, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    assert wide.input_ids.shape[1] == bucket(rows.input_ids.shape[1])
+    assert len(wide.targets) == bucket(len(rows.targets))
+    assert int(wide.weights.sum()) == len(rows.targets) == losses_in([each for row in layout for each in row])
+    again = rows_in(torch.cat([tensor.flatten() for tensor in wide.tensors()]), wide.shape)
+    assert all(torch.equal(a, b) for a, b in zip(again.tensors(), wide.tensors(), strict=True))
+
+
+def test_buckets_are_few_and_waste_at_most_half() -> None:
+    sizes = sorted({bucket(size) for size in range(1, 4097)})
+    assert sizes[:6] == [16, 24, 32, 48, 64, 96]
+    assert len(sizes) == 17
+    assert all(size <= bucket(size) <= max(16, 1.5 * size) for size in range(1, 4097))
+
+
+def test_checkpoints_of_transformers_trainer_are_resumed_from(tmp_path: Path) -> None:
+    value = torch.nn.Parameter(torch.ones(4))
+    optimizer = MaskedAdamW([value])
+    save_checkpoint(tmp_path, 0, 1, Progress(7, 1.5, "somewhere", 2), {"a": value}, optimizer)
+    folder = tmp_path / "checkpoint-7"
+    state = (folder / "trainer_state.json").read_text()
+    (folder / "trainer_state.json").write_text(
+        state.replace("{", '{"log_history": [], "is_world_process_zero": true,', 1)
+    )
+    with torch.no_grad():
+        value.zero_()
+    assert load_checkpoint(folder, 0, {"a": value}, optimizer) == Progress(7, 1.5, "somewhere", 2)
+    assert value.detach().tolist() == [1.0] * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("packing", [False, True])
+def test_graphs_give_the_losses_of_launching_one_by_one(tmp_path: Path, packing: bool, dropout: float) -> None:
+    device, made = torch.device("cuda"), []
+
+    def graphs(*arguments: Any) -> GraphPasses:
+        made.append(GraphPasses(*arguments))
+        return made[0]
+
+    ours, adapter = trained_with(tmp_path / "graphs", graphs, device, dropout, packing=packing)
+    theirs, reference = trained_with(tmp_path / "eager", EagerPasses, device, dropout, packing=packing)
+    assert made[0].capturing
+    assert made[0].captured > 0
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=0.2 if dropout else 1e-4)
+    if not dropout:
+        for key, value in adapter.items():
+            torch.testing.assert_close(value, reference[key], rtol=1e-2, atol=1e-3)
