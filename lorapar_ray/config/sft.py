@@ -50,10 +50,10 @@ class SftConfig(Section):
     length in any case.)"""
     gradient_checkpointing: Operation[bool] = False
     acceleration: Operation[Literal["auto", "none", "graphs", "compile"]] = "auto"
-    """On a GPU, how a step's operations are launched. `none`: one by one. `graphs`: one CUDA graph per bucket of lengths,
-    which frees a small model's step from its launches. `compile`: graphs of compiled layers, which take a minute to
-    compile. `auto`: graphs, compiled where the job is long enough to gain. With gradient checkpointing, a sharded or a
-    4-bit base it is always `none`; on a CPU too."""
+    """How a GPU is given a step's operations. `none`: one by one. `graphs`: one CUDA graph per bucket of lengths,
+    which frees a small model's step from its launches. `compile`: graphs of compiled layers; compiling takes a
+    minute. `auto`: graphs, compiled where the job is long enough to gain. On a CPU, and with gradient checkpointing,
+    a sharded or a 4-bit base, it is `none` whatever is set."""
     checkpoint_every: Operation[PositiveInt] = 50
     validation: Result[Annotated[float, Field(ge=0, lt=1)]] = 0.0
     """Share of the rows that is held out from training to measure the loss on; 0: none."""

@@ -1,8 +1,8 @@
 """Forward and backward passes of a step: operation by operation, or as CUDA graphs.
 
 A small model's step on a GPU is the time of thousands of launches. A CUDA graph launches them all at once, so each
-shape of micro-batch (few, since lengths come in buckets) is captured when it first occurs and replayed from then on. What a
-graph reads and writes stays where it is: the rows, the gradients, the loss.
+shape of micro-batch (few, since lengths come in buckets) is captured when it first occurs and replayed from then on.
+What a graph reads and writes stays where it is: the rows, the gradients, the loss.
 """
 
 from __future__ import annotations
