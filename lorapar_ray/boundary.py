@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,15 @@ def read_lines(path: Path, fix: str = REDO) -> list[dict[str, Any]]:
         return lines
 
 
+def last_line(path: Path) -> dict[str, Any]:
+    """The last whole line of such a file while it is being written, for a progress bar; empty if there is none."""
+    try:
+        found = json.loads(path.read_bytes().rpartition(b"\n")[0].rpartition(b"\n")[2])
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def read_tensors(path: Path, fix: str = REDO) -> dict[str, Any]:
     """Every tensor of a safetensors file, on the CPU.
 
@@ -102,9 +112,50 @@ def read_tensors_and_metadata(path: Path, fix: str = REDO) -> tuple[dict[str, An
     Raises:
         UserError: it is missing, or not safetensors.
     """
+    file = open_tensors(path, fix)
+    with damaged(path, fix):
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def open_tensors(path: Path, fix: str = REDO) -> Any:
+    """An open `safe_open` handle, whose tensors are read when they are asked for.
+
+    Raises:
+        UserError: the file is missing, or not safetensors, a cut one among them.
+    """
     from safetensors import safe_open
 
     if not path.is_file():
         raise UserError(f"'{path}' is missing; {fix}")
-    with damaged(path, fix), safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    with damaged(path, fix):
+        return safe_open(path, framework="pt")
+
+
+def parquet_batches(
+    path: Path, columns: Mapping[str, type], rows: int, fix: str = REDO
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of a Parquet file of ours, some at a time.
+
+    Args:
+        columns: what must be there, and the Python type of each value.
+
+    Raises:
+        UserError: the file is missing or damaged, or lacks a column, or a value is of another type.
+    """
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise UserError(f"'{path}' is missing; {fix}")
+    with damaged(path, fix):
+        file = pq.ParquetFile(path)
+    batches = file.iter_batches(rows)
+    while True:
+        with damaged(path, fix):
+            found = [row for batch in islice(batches, 1) for row in batch.to_pylist()]
+            for row in found:
+                for name, kind in columns.items():
+                    if not isinstance(row[name], kind):
+                        raise TypeError(f"column '{name}' holds {type(row[name]).__name__}")
+        if not found:
+            return
+        yield found

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lorapar_ray.boundary import damaged, open_tensors, read_tensors_and_metadata
+from lorapar_ray.errors import UserError
 from lorapar_ray.runs import atomic_path
 
 _TENSOR = "__tensor__"
+OTHERS = "delete it: the run goes on from the checkpoint before it"
 
 
 def save_tree(path: Path, tree: Any) -> None:
@@ -36,17 +38,30 @@ def save_tree(path: Path, tree: Any) -> None:
 
 
 def load_tree(path: Path) -> Any:
-    """What `save_tree` wrote; tuples come back as lists."""
-    with safe_open(path, framework="pt") as file:
-        skeleton = json.loads(file.metadata()["tree"])
+    """What `save_tree` wrote; tuples come back as lists.
 
-        def fill(node: Any) -> Any:
-            if isinstance(node, list):
-                return [fill(value) for value in node]
-            if isinstance(node, dict):
-                if _TENSOR in node:
-                    return file.get_tensor(node[_TENSOR])
-                return {key: fill(value) for key, value in node["__items__"]}
-            return node
+    Raises:
+        UserError: the file is missing, damaged, or another one.
+    """
+    tensors, metadata = read_tensors_and_metadata(path, OTHERS)
 
-        return fill(skeleton)
+    def fill(node: Any) -> Any:
+        if isinstance(node, list):
+            return [fill(value) for value in node]
+        if isinstance(node, dict):
+            if _TENSOR in node:
+                return tensors[node[_TENSOR]]
+            return {key: fill(value) for key, value in node["__items__"]}
+        return node
+
+    with damaged(path, OTHERS):
+        return fill(json.loads(metadata["tree"]))
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a safetensors file is all there: its header says how long it must be, so no tensor is read."""
+    try:
+        open_tensors(path).metadata()
+    except UserError:
+        return False
+    return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lorapar_ray.datasets.chat import Encoder
-from lorapar_ray.datasets.rows import read_table
+from lorapar_ray.datasets.rows import COLUMNS, read_table
 from lorapar_ray.errors import UserError
 from lorapar_ray.runs import RunDirectory
 
@@ -16,7 +16,7 @@ def labelled_rows(run: RunDirectory, systems: list[int], field: str) -> list[dic
     Raises:
         UserError: there is none.
     """
-    rows = [row for row in read_table(run.labels) if row["system"] in systems]
+    rows = [row for row in read_table(run.labels, COLUMNS | {"system": int}) if row["system"] in systems]
     if not rows:
         raise UserError(
             f"{field}: no row of '{run.labels}' is labelled System {' or '.join(map(str, systems))}; "

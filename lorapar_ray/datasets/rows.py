@@ -6,7 +6,7 @@ compares with), `task` and `difficulty` (the source's own words, shown as inform
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lorapar_ray.boundary import damaged, parquet_batches
 from lorapar_ray.runs import atomic_path
 
 ROWS_PER_WRITE = 4096
@@ -32,6 +33,7 @@ class Row:
     difficulty: str = ""
 
 
+COLUMNS: dict[str, type] = dict.fromkeys(Row.__dataclass_fields__, str)
 ROW_SCHEMA = pa.schema([(name, pa.string()) for name in Row.__dataclass_fields__])
 
 
@@ -46,14 +48,36 @@ def write_rows(target: Path, rows: Iterable[Row]) -> int:
     return count
 
 
-def read_table(folder_or_file: Path) -> list[dict[str, Any]]:
-    """All rows of a Parquet file or of every Parquet file in a folder, in file and row order."""
+def read_table(folder_or_file: Path, columns: Mapping[str, type] | None = None) -> list[dict[str, Any]]:
+    """All rows of a Parquet file or of every Parquet file in a folder, in file and row order.
+
+    Args:
+        columns: what each must have, and the type of each value.
+
+    Raises:
+        UserError: a file is damaged, or lacks some of `columns`.
+    """
     files = [folder_or_file] if folder_or_file.is_file() else sorted(folder_or_file.glob("*.parquet"))
-    return [row for file in files for row in pq.read_table(file).to_pylist()]
+    return [row for file in files for batch in parquet_batches(file, columns or {}, ROWS_PER_WRITE) for row in batch]
 
 
 def iterate_rows(file: Path) -> Iterator[Row]:
-    """Stream the rows of a file that `write_rows` wrote."""
-    for batch in pq.ParquetFile(file).iter_batches(ROWS_PER_WRITE):
-        for row in batch.to_pylist():
-            yield Row(**row)
+    """Stream the rows of a file that `write_rows` wrote.
+
+    Raises:
+        UserError: it is missing, damaged, or holds something else.
+    """
+    for batch in parquet_batches(file, COLUMNS, ROWS_PER_WRITE):
+        for row in batch:
+            yield Row(**{name: row[name] for name in COLUMNS})
+
+
+def count_rows(file: Path) -> int:
+    """How many rows a Parquet file holds, from its footer.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    with damaged(file):
+        count: int = pq.ParquetFile(file).metadata.num_rows
+        return count

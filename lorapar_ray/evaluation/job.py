@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from lorapar_ray.adapters import read_adapter_state
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.chat import decode, load_encoder
-from lorapar_ray.datasets.rows import read_table
+from lorapar_ray.datasets.rows import COLUMNS, read_table
 from lorapar_ray.engines.actor import start_engine
 from lorapar_ray.engines.base_weights import unmergeable
 from lorapar_ray.engines.policy import Policy, read_policy
@@ -39,7 +39,7 @@ def evaluate_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
     Raises:
         UserError: there are no test rows, or an adapter that is to be evaluated is missing.
     """
-    rows = read_table(run.data / "test.parquet")
+    rows = read_table(run.data / "test.parquet", COLUMNS)
     if not rows:
         raise UserError("data.test: no rows to evaluate on; give at least one source")
     adapters = {name: _adapter(run, name) for name in config.evaluated}

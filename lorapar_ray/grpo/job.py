@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorapar_ray.adapters import read_adapter_state
+from lorapar_ray.boundary import last_line, read_object
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.chat import Encoder, load_encoder
 from lorapar_ray.datasets.labelled import labelled_rows
@@ -82,7 +83,7 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
         "seed": config.seed,
         "model": base,
         "trust_remote_code": config.model.trust_remote_code,
-        "lora_rank": json.loads((start_from / "adapter_config.json").read_text())["r"],
+        "lora_rank": read_object(start_from / "adapter_config.json")["r"],
     }
     actor = ray.remote(Coordinator).options(name=name, num_cpus=0, max_concurrency=1000)
     with progress("grpo", steps, lambda: _poll(Path(job.metrics))), reserved(config) as place, judging(config) as judge:
@@ -151,9 +152,7 @@ def _canary(encoder: Encoder, row: dict[str, Any]) -> list[Any]:
 
 
 def _poll(metrics: Path) -> tuple[int, str]:
-    text = metrics.read_text() if metrics.is_file() else ""
-    lines = text[: text.rfind("\n") + 1].splitlines()  # the last one may be on its way
-    if not lines:
+    last = last_line(metrics)
+    if not last:
         return 0, "starting engines and learners"
-    last = json.loads(lines[-1])
     return last["step"], f"reward {last['reward']:.3f} length {last['completion_length']:.0f}"

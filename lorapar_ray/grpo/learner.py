@@ -259,9 +259,10 @@ class Learner:
 
     def restore(self, rank: int, world: int) -> tuple[int, dict[str, Any] | None]:
         """Load the checkpoint that is the newest to rank 0; returns (steps done, prompt stream state)."""
-        from lorapar_ray.tensortree import load_tree
+        from lorapar_ray.tensortree import is_whole, load_tree
 
         found = sorted(Path(self.job.checkpoints).glob("step-*.safetensors")) if rank == 0 else []
+        found = [file for file in found if is_whole(file)]  # a cut one: the one before it is there
         if world > 1:  # another node's view of a shared file system may lag behind
             names: list[Any] = [[file.name for file in found]]
             dist.broadcast_object_list(names)

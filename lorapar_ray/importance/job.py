@@ -8,11 +8,11 @@ the sums (taken in unit order) have the same bits. No row is lost to equal split
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorapar_ray.boundary import read_json
 from lorapar_ray.config import Config, ModelConfig, ScoreConfig
 from lorapar_ray.datasets.chat import load_encoder
 from lorapar_ray.datasets.labelled import encode_rows, labelled_rows
@@ -111,7 +111,7 @@ def unit_batches(unit: Path, size: int, pad_id: int) -> list[dict[str, Tensor]]:
     """A unit's examples as padded batches of at most `size`."""
     from lorapar_ray.importance import TokenizedExample, collate
 
-    examples = [TokenizedExample(**example) for example in json.loads(unit.with_suffix(".json").read_text())]
+    examples = [TokenizedExample(**example) for example in read_json(unit.with_suffix(".json"))]
     examples.sort(key=lambda example: len(example.input_ids))  # equal lengths together: less padding to compute
     return [collate(examples[start : start + size], pad_id) for start in range(0, len(examples), size)]
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lorapar_ray.boundary import damaged, read_tensors_and_metadata
 from lorapar_ray.runs import atomic_path
+
+AGAIN = "delete it and run `lorapar score` again: it computes this unit once more"
 
 
 @dataclass
@@ -49,12 +51,19 @@ class GradSums:
 
     @classmethod
     def load(cls, path: Path) -> GradSums:
-        """Read what `save` wrote."""
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            n = int(file.metadata()["n"])
-        parts = [
-            {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            for prefix in ("first.", "second.")
-        ]
-        return cls(n, *parts)
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: the file is missing, damaged, or another one.
+        """
+        tensors, metadata = read_tensors_and_metadata(path, AGAIN)
+        with damaged(path, AGAIN):
+            n = int(metadata["n"])
+            first, second = (
+                {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+                for prefix in ("first.", "second.")
+            )
+            shapes = [{key: value.shape for key, value in part.items()} for part in (first, second)]
+            if n < 1 or not first or shapes[0] != shapes[1]:
+                raise ValueError("no sums of gradients and their squares")
+        return cls(n, first, second)

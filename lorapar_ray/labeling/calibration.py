@@ -8,10 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
-import pyarrow.parquet as pq
-
 from lorapar_ray.config import LabelConfig, TeacherConfig
-from lorapar_ray.datasets.rows import iterate_rows
+from lorapar_ray.datasets.rows import count_rows, iterate_rows
 from lorapar_ray.labeling.panel import Failure, Panel
 from lorapar_ray.labeling.prompts import CONTENT_FREE
 from lorapar_ray.labeling.store import Answer, VoteStore, question_key
@@ -34,7 +32,7 @@ def probes(label: LabelConfig, rows: Path, seed: int) -> list[Probe]:
         return [(text, "N/A") for text in CONTENT_FREE]
     if label.calibration != "batch":
         return []
-    count = pq.ParquetFile(rows).metadata.num_rows
+    count = count_rows(rows)
     drawn = random.Random(f"{seed}/bias").sample(range(count), min(count, BATCH_CALIBRATION_ROWS))
     wanted = set(drawn)
     found = {i: (row.prompt, row.answer) for i, row in enumerate(iterate_rows(rows)) if i in wanted}

@@ -11,7 +11,7 @@ thing that a resumed run, a further teacher or another calibration goes on from.
 from __future__ import annotations
 
 import asyncio
-import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import pyarrow.parquet as pq
-
+from lorapar_ray.boundary import read_object
 from lorapar_ray.config import Config
+from lorapar_ray.datasets.rows import count_rows
 from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.asker import Asker, read_result
 from lorapar_ray.labeling.calibration import ask_probes, measured_bias, probes, unanswered
@@ -40,6 +40,7 @@ from lorapar_ray.redact import redacted
 from lorapar_ray.runs import RunDirectory, write_json
 from lorapar_ray.text import markup
 
+DELETE = "delete it and run the same command again; votes are kept"
 OBJECT_STORE_BYTES = 256 * 2**20
 
 
@@ -90,7 +91,7 @@ class _Voting:
         self.keys: Keys = {t.name: teacher_keys(label, t, self.student) for t in label.teachers}
         self.rows = self.run.data / "train.parquet"
         self.work = self.run.work / "label"
-        self.total: int = pq.ParquetFile(self.rows).metadata.num_rows
+        self.total = count_rows(self.rows)
         self.store = VoteStore(Path(label.cache).expanduser() if label.cache else self.run.work / "votes.sqlite")
         self.session = Session(run=_run_id(self.work / "run.json"))
         self.probes = probes(label, self.rows, self.config.seed)
@@ -151,7 +152,7 @@ class _Voting:
     def _calibrate(self) -> None:
         """One run, one calibration: a resumed run goes on with the first, and adds teachers that answer only now."""
         file = self.work / "bias.json"
-        known = json.loads(file.read_text()) if file.is_file() else {}
+        known = _known_bias(file, len(self.config.label.definitions)) if file.is_file() else {}
         self.bias = measured_bias(self.config.label, self.keys, self.store, self.probes) | known
         write_json(file, self.bias)
 
@@ -212,5 +213,17 @@ def _run_id(file: Path) -> str:
     """Names this run's votes in a store that others may share; the same for every process that resumes it."""
     if not file.is_file():
         write_json(file, {"run": uuid4().hex})
-    run: str = json.loads(file.read_text())["run"]
+    run = read_object(file, DELETE).get("run")
+    if not isinstance(run, str) or not run:
+        raise UserError(f"'{file}' names no run; {DELETE}")
     return run
+
+
+def _known_bias(file: Path, systems: int) -> dict[str, list[float]]:
+    """The calibration that an earlier process of this run measured."""
+    known = read_object(file, DELETE)
+    for name, values in known.items():
+        numbers = values if isinstance(values, list) else []
+        if len(numbers) != systems or not all(isinstance(v, float | int) and math.isfinite(v) for v in numbers):
+            raise UserError(f"'{file}' holds no calibration of teacher '{name}'; {DELETE}")
+    return known

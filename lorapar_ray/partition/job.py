@@ -6,13 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lorapar_ray.adapters import read_adapter_state
 from lorapar_ray.adapters.targets import layer_index, module_type
+from lorapar_ray.boundary import read_tensors
 from lorapar_ray.config import Config
-from lorapar_ray.errors import UserError
 from lorapar_ray.importance import GradSums, score
 from lorapar_ray.importance.units import finished_units
 from lorapar_ray.partition.control import control_curve
@@ -76,6 +75,4 @@ def _control(config: Config, run: RunDirectory) -> list[dict[str, Any]]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"'{path}' is missing; run `lorapar score` with this run directory first")
-    return load_file(path)
+    return read_tensors(path, "run `lorapar score` with this run directory")

@@ -17,12 +17,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lorapar_ray.boundary import damaged, read_tensors_and_metadata
 from lorapar_ray.errors import UserError
 from lorapar_ray.partition.blocks import same_layout
 from lorapar_ray.partition.select import keep_count, random_scores
-from lorapar_ray.partition.shards import open_safetensors
 from lorapar_ray.runs import atomic_path
 
+RECUT = "run `lorapar partition` to write it again"
 KEPT_1, KEPT_2, STAGE_1, STAGE_2 = 1, 2, 4, 8
 SHARED = KEPT_1 | KEPT_2
 
@@ -90,12 +91,13 @@ def load_regions(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     Raises:
         UserError: the file is missing, unreadable, or holds something else.
     """
-    file = open_safetensors(path)
-    regions = {key: file.get_tensor(key).clone() for key in sorted(file.keys())}
-    metadata = file.metadata() or {}
+    found, metadata = read_tensors_and_metadata(path, RECUT)
+    regions = {key: found[key] for key in sorted(found)}
     if any(region.dtype != torch.uint8 for region in regions.values()) or "cut" not in metadata:
-        raise UserError(f"'{path}' does not hold regions; run `lorapar partition` to write them")
-    return regions, json.loads(metadata["cut"])
+        raise UserError(f"'{path}' does not hold regions; {RECUT}")
+    with damaged(path, RECUT):
+        cut = json.loads(metadata["cut"])
+        return regions, {name: float(cut[name]) for name in ("theta", "alpha", "beta")}
 
 
 def round_half_up(fraction: float, count: int) -> int:

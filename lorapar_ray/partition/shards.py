@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lorapar_ray.boundary import open_tensors
 from lorapar_ray.errors import UserError
 from lorapar_ray.runs import atomic_path
 
@@ -54,10 +54,7 @@ def open_safetensors(path: Path) -> Any:
     Raises:
         UserError: no such file, or not safetensors.
     """
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"'{path}' cannot be read as safetensors: {error}") from error
+    return open_tensors(path)
 
 
 def write_masks(path: Path, shapes: Mapping[str, tuple[int, ...]], pieces: Iterable[NDArray[np.bool_]]) -> None:

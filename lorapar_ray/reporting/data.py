@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
+from lorapar_ray.boundary import read_lines, read_object, read_tensors
 from lorapar_ray.partition import load_regions, scatter_sample
 from lorapar_ray.runs import RunDirectory
 
@@ -39,9 +37,9 @@ def read_run(run: RunDirectory) -> RunData:
         labels=_json(run.label_summary) or _json(run.labels / "summary.json"),  # where it was before
         partition=_json(run.partition / "summary.json"),
         scatter=_scatter(run),
-        sft=_lines(run.metrics / "sft.jsonl"),
-        grpo=_lines(run.metrics / "grpo.jsonl"),
-        samples=_lines(run.metrics / "samples.jsonl"),
+        sft=read_lines(run.metrics / "sft.jsonl"),
+        grpo=read_lines(run.metrics / "grpo.jsonl"),
+        samples=read_lines(run.metrics / "samples.jsonl"),
         accuracy={name: found for name, found in accuracy.items() if found is not None},
     )
 
@@ -51,16 +49,11 @@ def _scatter(run: RunDirectory) -> dict[str, list[Any]] | None:
     regions = run.partition / "regions.safetensors"
     if not all(path.is_file() for path in [*files, regions]):
         return None
-    scores1, scores2 = (load_file(path) for path in files)
+    scores1, scores2 = (read_tensors(path) for path in files)
     return scatter_sample(scores1, scores2, load_regions(regions)[0], n=SCATTER_POINTS, seed=0)
 
 
 def _json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    loaded: dict[str, Any] = json.loads(path.read_text())
-    return loaded
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return read_object(path)

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
+from lorapar_ray.boundary import boundary
 from lorapar_ray.config import Config
 from lorapar_ray.reporting import charts, partition_charts
 from lorapar_ray.reporting.data import MODELS, RunData, read_run
@@ -18,6 +19,7 @@ from lorapar_ray.runs import RunDirectory, atomic_path
 from lorapar_ray.text import shown
 
 SAMPLES_SHOWN = 24
+DAMAGED = "a file of the stages it shows is damaged or of another version: redo that stage"
 OVERVIEW = ("label_split", "scatter", "theta_qkvgud", "sft_loss", "reward", "accuracies")
 
 
@@ -27,18 +29,22 @@ def write_report(config: Config, run: RunDirectory) -> Path:
     Sections of stages that have not run say so.
     """
     data = read_run(run)
-    drawable = _drawable(data)
-    figures = {name: charts.svg(draw, data) for name, draw in drawable.items()}
+    with boundary("report: this run cannot be shown", DAMAGED):
+        drawable = _drawable(data)
+    figures = {}
+    for name, draw in drawable.items():
+        with boundary(f"report: plot '{name}' cannot be drawn", DAMAGED):
+            figures[name] = charts.svg(draw, data)
     for name, text in figures.items():
         with atomic_path(run.report / "plots" / f"{name}.svg") as draft:
             draft.write_text(text)
     panels = [drawable[name] for name in OVERVIEW if name in drawable]
     if panels:
         with atomic_path(run.report / "overview.png") as draft:
-            charts.overview(draft, data, panels)
+            charts.overview(draft, data, panels)  # of plots that could be drawn
     page = run.report / "index.html"
-    with atomic_path(page) as draft:
-        draft.write_text(render(config, data, figures))
+    with boundary("report: the page cannot be written", DAMAGED), atomic_path(page) as draft:
+        draft.write_text(render(config, data, figures), encoding="utf-8")
     return page
 
 

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorapar_ray.boundary import damaged, read_object
 from lorapar_ray.runs import write_json
-from lorapar_ray.tensortree import load_tree, save_tree
+from lorapar_ray.tensortree import OTHERS, is_whole, load_tree, save_tree
 
 PARAMETERS, OPTIMIZER, STATE = "parameters.safetensors", "optimizer.safetensors", "trainer_state.json"
 
@@ -34,10 +35,11 @@ def last_checkpoint(folder: Path, workers: int) -> tuple[str, int] | None:
 def _steps_of(path: Path, workers: int) -> int | None:
     try:
         state = json.loads((path / STATE).read_text())
-    except (OSError, ValueError):  # killed before or while it was written
+        step = int(state["global_step"])
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):  # killed before or while it was written
         return None
-    written = all((path / _rng_file(rank)).is_file() for rank in range(workers))
-    return int(state["global_step"]) if written else None
+    files = [PARAMETERS, OPTIMIZER, *map(_rng_file, range(workers))]
+    return step if all(is_whole(path / file) for file in files) else None
 
 
 @dataclass
@@ -84,25 +86,35 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, rank: int, parameters: Mapping[str, Tensor], optimizer: Any) -> Progress:
-    """Put parameters, optimiser and generators where they were; the schedule is a function of the step."""
+    """Put parameters, optimiser and generators where they were; the schedule is a function of the step.
+
+    Raises:
+        UserError: a file is damaged, or of another adapter.
+    """
     load_parameters(path, parameters)
-    optimizer.load_state_dict(load_tree(path / OPTIMIZER)["optimizer"])
-    set_rng_state(load_tree(path / _rng_file(rank)))
-    state = json.loads((path / STATE).read_text())
-    stopping = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {}).get("attributes", {})
-    return Progress(
-        step=int(state["global_step"]),
-        best_loss=state.get("best_metric"),
-        best_checkpoint=state.get("best_model_checkpoint"),
-        waited=int(stopping.get("early_stopping_patience_counter", 0)),
-    )
+    state = read_object(path / STATE, OTHERS)
+    with damaged(path, OTHERS):
+        optimizer.load_state_dict(load_tree(path / OPTIMIZER)["optimizer"])
+        set_rng_state(load_tree(path / _rng_file(rank)))
+        stopping = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {}).get("attributes", {})
+        return Progress(
+            step=int(state["global_step"]),
+            best_loss=state.get("best_metric"),
+            best_checkpoint=state.get("best_model_checkpoint"),
+            waited=int(stopping.get("early_stopping_patience_counter", 0)),
+        )
 
 
 def load_parameters(path: Path, parameters: Mapping[str, Tensor]) -> None:
-    """Put the trained parameters where they were at a checkpoint."""
+    """Put the trained parameters where they were at a checkpoint.
+
+    Raises:
+        UserError: the file is damaged, or of another adapter.
+    """
     saved = load_tree(path / PARAMETERS)
-    for key, parameter in parameters.items():
-        parameter.data.copy_(saved[key])
+    with damaged(path / PARAMETERS, OTHERS):
+        for key, parameter in parameters.items():
+            parameter.data.copy_(saved[key])
 
 
 def _as_transformers_writes(progress: Progress) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from lorapar_ray.boundary import last_line, read_object
 from lorapar_ray.config import Config, SftConfig
 from lorapar_ray.datasets.chat import load_encoder
 from lorapar_ray.datasets.labelled import encode_rows, labelled_rows
@@ -49,7 +49,7 @@ def export_plain(initial: Path, trained: Path, out: Path, original: str) -> None
     """Write a PiSSA or OLoRA adapter as a plain LoRA of twice the rank on the original base (method, section 4)."""
     from lorapar_ray.adapters import read_adapter_state, to_plain_lora, write_adapter_state
 
-    settings = json.loads((trained / "adapter_config.json").read_text())
+    settings = read_object(trained / "adapter_config.json")
     state, plain = to_plain_lora(read_adapter_state(initial), read_adapter_state(trained), settings)
     write_adapter_state(out, {**plain, "base_model_name_or_path": original}, state)
 
@@ -104,10 +104,7 @@ def _run(job: SftJob, settings: SftConfig, examples: int, name: str, run: RunDir
 
 
 def _poll(metrics: Path) -> tuple[int, str]:
-    if not metrics.is_file():
+    last = last_line(metrics)
+    if not last:
         return 0, "starting workers"
-    lines = metrics.read_text().splitlines()
-    if not lines:
-        return 0, ""
-    last = json.loads(lines[-1])
     return last["step"], f"loss {last['loss']:.3f} · {last['tokens_per_s']:.0f} tokens/s"

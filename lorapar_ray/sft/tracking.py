@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lorapar_ray.boundary import read_lines
 from lorapar_ray.errors import UserError
 from lorapar_ray.runs import atomic_path
 
@@ -39,13 +40,15 @@ def memory_mib() -> float:
 def append_line(file: Path, line: dict[str, Any]) -> None:
     """Add one JSON line."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as lines:
+    with file.open("a", encoding="utf-8", errors="backslashreplace") as lines:  # a lone surrogate as its JSON escape
         lines.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def keep_lines_until(file: Path, step: int) -> None:
     """Drop the lines of steps that a restart from a checkpoint will do again, and a line cut off by a kill."""
     if file.is_file():
-        whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line for line in read_lines(file) if line.get("step", step) <= step]
         with atomic_path(file) as draft:
-            draft.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+            draft.touch()
+            for line in kept:
+                append_line(draft, line)

@@ -194,10 +194,10 @@ def test_shard_errors(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, path)
     with pytest.raises(UserError, match="another shard already holds 'a'"):
         ShardedScores([path, path])
-    with pytest.raises(UserError, match=r"none.safetensors' cannot be read"):
+    with pytest.raises(UserError, match=r"none.safetensors' is missing"):
         ShardedScores([tmp_path / "none.safetensors"])
     path.write_bytes(b"not safetensors at all")
-    with pytest.raises(UserError, match=r"one.safetensors' cannot be read"):
+    with pytest.raises(UserError, match=r"one.safetensors' is damaged"):
         ShardedScores([path])
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from lorapar_ray.boundary import last_line, read_lines
 from lorapar_ray.errors import UserError
-from lorapar_ray.sft.checkpoint import STATE, last_checkpoint, rng_state, set_rng_state
+from lorapar_ray.sft.checkpoint import OPTIMIZER, PARAMETERS, STATE, last_checkpoint, rng_state, set_rng_state
 from lorapar_ray.sft.tracking import append_line, keep_lines_until, require_trackers
 from lorapar_ray.tensortree import load_tree, save_tree
 
@@ -31,8 +32,8 @@ def test_every_generator_goes_on_from_a_file(tmp_path: Path) -> None:
 def checkpoint(folder: Path, step: int, ranks: int, state: str | None = None) -> None:
     path = folder / f"checkpoint-{step}"
     path.mkdir()
-    for rank in range(ranks):
-        save_tree(path / f"rng-{rank}.safetensors", {})
+    for name in (PARAMETERS, OPTIMIZER, *(f"rng-{rank}.safetensors" for rank in range(ranks))):
+        save_tree(path / name, {"step": torch.tensor(step)})
     (path / STATE).write_text(json.dumps({"global_step": step}) if state is None else state)
 
 
@@ -42,6 +43,12 @@ def test_only_whole_checkpoints_are_resumed_from(tmp_path: Path) -> None:
     checkpoint(tmp_path, 10, ranks=2)
     checkpoint(tmp_path, 12, ranks=1)  # killed before the other worker wrote its state
     checkpoint(tmp_path, 14, ranks=2, state='{"global_st')  # killed while the last file was written
+    for step, name in ((16, PARAMETERS), (18, OPTIMIZER), (20, "rng-1.safetensors")):
+        checkpoint(tmp_path, step, ranks=2)
+        file = tmp_path / f"checkpoint-{step}" / name
+        file.write_bytes(file.read_bytes()[:-3])  # a disk that was full, a copy that was cut
+    for step, state in ((22, "[]"), (24, '{"global_step": null}'), (26, "[" * 100_000)):
+        checkpoint(tmp_path, step, ranks=2, state=state)
     assert last_checkpoint(tmp_path, workers=2) == (str(tmp_path / "checkpoint-10"), 10)
 
 
@@ -54,6 +61,16 @@ def test_lines_of_steps_to_be_done_again_go(tmp_path: Path) -> None:
         lines.write('{"step": 4, "lo')
     keep_lines_until(file, 2)
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
+
+
+@pytest.mark.parametrize("text", ["a\u2028b\u2029c\x85d\x1ce", "half \ud83d emoji", "two\nlines"])
+def test_a_completion_may_hold_any_character(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "samples.jsonl"
+    for step in (1, 2, 3):
+        append_line(file, {"step": step, "completion": text})
+    keep_lines_until(file, 2)
+    assert read_lines(file) == [{"step": step, "completion": text} for step in (1, 2)]
+    assert last_line(file) == {"step": 2, "completion": text}
 
 
 def test_a_missing_tracker_is_named_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
