@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from lorapar_ray.boundary import read_object
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
 from lorapar_ray.pipeline import standings
@@ -38,7 +38,7 @@ def describe(config: Config, run: RunDirectory) -> str:
     """One line about the cut on disk."""
     if not config.partitioned:
         return NOTHING
-    return _line(json.loads((run.partition / "summary.json").read_text()))
+    return _line(read_object(run.partition / "summary.json"))
 
 
 def _line(summary: dict[str, Any]) -> str:
