@@ -36,6 +36,7 @@ def examine() -> list[Finding]:
         "cores": _cores,
         "memory": _memory,
         "disk": _disk,
+        "sandbox": _sandbox,
         "ray": _ray,
     }
     findings = []
@@ -106,6 +107,17 @@ def _memory() -> Finding:
 def _disk() -> Finding:
     free = shutil.disk_usage(Path.cwd()).free / GIB
     return Finding("disk", free >= MIN_DISK_GIB, f"{free:.0f} GiB free here (the quickstart needs {MIN_DISK_GIB})")
+
+
+def _sandbox() -> Finding:
+    from lorapar_ray.sandbox import survey
+
+    *layers, _ = survey()  # the last, resource limits alone, is nobody's default
+    missed = [f"not {each.name}: {each.detail}" for each in layers if each.layer is None]
+    found = [f"{each.name}: {each.detail}" for each in layers if each.layer is not None]
+    return Finding(
+        "sandbox", bool(found), "; ".join(found[:1] + missed) + ("" if found else " (code rewards need one)")
+    )
 
 
 def _ray() -> Finding:

@@ -12,6 +12,7 @@ from lorapar_ray.config.label import LabelConfig, TeacherConfig, VoteExample, Vo
 from lorapar_ray.config.marks import Operation, Result, deciding, result_but_not
 from lorapar_ray.config.model import AdapterConfig, ModelConfig
 from lorapar_ray.config.run import Config
+from lorapar_ray.config.sandbox import SandboxConfig
 from lorapar_ray.config.score import PartitionConfig, ScoreConfig
 from lorapar_ray.config.sft import SftConfig
 
@@ -36,6 +37,7 @@ __all__ = [
     "Resources",
     "Result",
     "RewardConfig",
+    "SandboxConfig",
     "ScoreConfig",
     "Section",
     "SftConfig",

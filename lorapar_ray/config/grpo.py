@@ -23,6 +23,7 @@ from lorapar_ray.config.base import (
 )
 from lorapar_ray.config.engine import EngineConfig, Resources, require_gpu_for_each_rank
 from lorapar_ray.config.marks import Operation, Result, result_but_not
+from lorapar_ray.config.sandbox import SandboxConfig
 
 JUDGE = "judge"
 """The reward that asks teachers."""
@@ -33,6 +34,9 @@ class RewardConfig(Section):
 
     name: Result[str]
     weight: Result[float] = 1.0
+    isolate: Operation[bool] = False
+    """Run a function of yours in the sandbox: it can import what this process can, and has no network, no environment
+    variables and no other files. Not for `code_tests`, which puts the programs that it tests there."""
 
 
 class JudgeConfig(Section):
@@ -81,6 +85,8 @@ class GrpoConfig(Section):
     reward_memory_mb: Operation[PositiveInt] = 1024
     reward_workers: Operation[PositiveInt] = 1
     reward_resources: Operation[Resources] = Resources(cpus=0, gpus=0)
+    sandbox: Operation[SandboxConfig] = SandboxConfig()
+    """For the reward `code_tests` and for rewards with `isolate`."""
     overlong_cache: Result[Optional0] = 0
     """DAPO's soft punishment: completions within this many tokens of the limit lose up to 1; 0 turns it off."""
     loss: Result[Literal["dapo", "grpo", "dr_grpo", "bnpo", "gspo", "cispo"]] = "dapo"

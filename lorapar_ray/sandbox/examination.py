@@ -92,9 +92,9 @@ class Examination:
         read, write = os.pipe()
         try:
             with theirs:
-                program = spawn(
-                    self._layer, Start("candidate", self._limits), self._cgroup.command, theirs.fileno(), write
-                )
+                start = Start("candidate", self._limits)
+                streams = {"stdin": theirs.fileno(), "stdout": write, "stderr": write}
+                program = spawn(self._layer, start, **streams, wrap=self._cgroup.command)
         except BaseException:
             os.close(read)
             raise
@@ -139,7 +139,7 @@ class Examination:
         try:
             with theirs:
                 start = Start("examiner", limits, timed=False, forks=True)
-                self._examiner = spawn(self._layer, start, list, theirs.fileno(), write)
+                self._examiner = spawn(self._layer, start, stdin=theirs.fileno(), stdout=write, stderr=write)
         finally:
             os.close(write)
         output = Output(read, 2**20)

@@ -6,12 +6,12 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from lorapar_ray.errors import UserError
 from lorapar_ray.sandbox.inside import seccomp
@@ -20,6 +20,7 @@ from lorapar_ray.sandbox.limits import Limits
 LayerName = Literal["auto", "bubblewrap", "sandlock", "process"]
 HERE = Path(__file__).parent
 FILE_BYTES = 16 * 2**20
+OPEN_FILES = 64
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class Start:
     """Whether CPU time is limited too."""
     forks: bool = False
     """Whether it may start processes itself."""
+    readable: tuple[str, ...] = ()
+    """Further folders that it can read."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Further settings for `main`, and others than the limits say."""
 
 
 class Bubblewrap:
@@ -49,17 +54,17 @@ class Bubblewrap:
             *("--unshare-cgroup-try", "--disable-userns", "--cap-drop", "ALL"),
             *("--new-session", "--die-with-parent", "--clearenv", "--hostname", "sandbox"),
             *("--seccomp", str(fd)),
+            *("--size", str(start.limits.scratch_mb * 2**20), "--tmpfs", "/tmp", "--chdir", "/tmp"),
         ]
         for path in system_folders():
             if path.is_symlink():
                 options += ["--symlink", str(path.readlink()), str(path)]
             else:
                 options += ["--ro-bind", str(path), str(path)]
-        for path in (*python_files(), HERE / "inside"):
+        for path in dict.fromkeys((*python_files(), HERE / "inside", *map(Path, start.readable))):
             options += ["--ro-bind", str(path), str(path)]
         for device in ("null", "zero", "urandom", "random"):
             options += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
-        options += ["--size", str(start.limits.scratch_mb * 2**20), "--tmpfs", "/tmp", "--chdir", "/tmp"]
         options += ["--remount-ro", "/"]
         settings = _settings(start) | {"tasks": start.limits.tasks + 2, "landlock": None, "seccomp": None}
         return [self._binary, *options, "--", *python_command(start.module, settings)]
@@ -78,6 +83,7 @@ class Sandlock:
     def command(self, start: Start, fd: int) -> list[str]:
         """What to execute."""
         folders = [str(path.resolve()) for path in (*system_folders(), *python_files(), HERE / "inside")]
+        folders += [str(Path(path).resolve()) for path in start.readable]
         devices = ["/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"]
         settings = _settings(start) | {
             "tasks": None,
@@ -111,14 +117,22 @@ Layer = Bubblewrap | Sandlock | Process
 
 
 def spawn(
-    layer: Layer, start: Start, wrap: Callable[[list[str]], list[str]], stdin: int, output: int | IO[bytes]
+    layer: Layer,
+    start: Start,
+    *,
+    stdin: int,
+    stdout: int,
+    stderr: int | None,
+    wrap: Callable[[list[str]], list[str]] = list,
 ) -> subprocess.Popen[bytes]:
-    """Start a confined process; it dies with the calling thread.
+    """Start a confined process, without any environment; it dies with the calling thread.
 
     Args:
+        stdin, stdout, stderr: as `subprocess.Popen` takes them.
         wrap: what the whole command is run through (see `Cgroup.command`).
-        stdin: its standard input.
-        output: its standard output and error.
+
+    Raises:
+        UserError: the layer allows no processes, and the limits do.
     """
     if start.limits.processes and not isinstance(layer, Bubblewrap):
         raise UserError(f"sandbox: only bubblewrap can end what a program starts; '{layer.name}' allows no processes")
@@ -132,8 +146,8 @@ def spawn(
         return subprocess.Popen(
             wrap(layer.command(start, file.fileno())),
             stdin=stdin,
-            stdout=output,
-            stderr=output,
+            stdout=stdout,
+            stderr=stderr,
             pass_fds=keep,
             env={},
             cwd="/",
@@ -153,6 +167,8 @@ def _settings(start: Start) -> dict[str, Any]:
         "memory_bytes": limits.memory_mb * 2**20,
         "file_bytes": min(FILE_BYTES, limits.scratch_mb * 2**20),
         "seconds": limits.seconds if start.timed else None,
+        "open_files": OPEN_FILES,
+        **start.settings,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,10 +52,18 @@ def mbpp_job(row: Mapping[str, Any], completion: str) -> Job:
 def tests_job(code: str, tests: str, setup: str = "") -> Job:
     """A job whose tested functions are found from its tests (see `called_names`).
 
+    Modules of the standard library that the tests use without importing them are imported for them: MBPP's canonical
+    tests count on the program's own imports, which the tests do not see here.
+
     Raises:
         UserError: the tests are no program, or call nothing.
     """
-    return Job(code, tests, called_names(tests, setup), setup)
+    names = called_names(tests, setup)
+    defined = {name for text in (setup, tests) for node in ast.walk(ast.parse(text)) for name in _defines(node)}
+    owners = (node.value for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Attribute))
+    used = {owner.id for owner in owners if isinstance(owner, ast.Name)} - defined - set(names)
+    imports = "".join(f"import {name}\n" for name in sorted(used & sys.stdlib_module_names))
+    return Job(code, tests, names, imports + setup)
 
 
 def called_names(tests: str, setup: str = "") -> tuple[str, ...]:

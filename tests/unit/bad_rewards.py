@@ -1,7 +1,11 @@
 """Rewards that misbehave, for fault injection."""
 
 import os
+import socket
+import tempfile
 import threading
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 
@@ -14,6 +18,8 @@ def _fails(kind: str, completion: str) -> None:
         threading.Event().wait()
     if kind == "die":
         os.kill(os.getpid(), 9)
+    if kind == "leave":
+        os._exit(3)
     if kind == "eat":
         print(len(bytearray(8 * 2**30)))
 
@@ -29,3 +35,30 @@ def _reward(kind: str) -> Any:
 
 
 raises, hangs, dies, eats, divides_by_zero = (_reward(kind) for kind in ("raise", "hang", "die", "eat", "nan"))
+leaves = _reward("leave")
+
+
+def reaches_out(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """1 for the environment, 2 for the network, 4 for reading, 8 for writing elsewhere, added up."""
+
+    def listens() -> bool:
+        socket.create_server(("127.0.0.1", 0)).close()
+        return True
+
+    def writes() -> bool:
+        with tempfile.NamedTemporaryFile(dir=Path(__file__).parent):
+            return True
+
+    reached = 0
+    for worth, attempt in (
+        (1, lambda: "LORAPAR_SECRET" in os.environ),
+        (2, listens),
+        (4, lambda: bool(Path("/etc/passwd").read_text())),
+        (8, writes),
+    ):
+        with suppress(OSError):
+            reached += worth * attempt()
+    return [float(reached)] * len(completions)
+
+
+reaches_out_openly = reaches_out

@@ -73,7 +73,7 @@ def test_a_reward_that_a_worker_cannot_import_is_the_users_error() -> None:
 def test_a_start_that_takes_too_long_leaves_no_answer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     with RewardPool([RewardSpec("numeric_answer")], time_limit_s=5, memory_limit_mb=512) as pool:
         with monkeypatch.context() as patch:
-            patch.setattr("lorapar_ray.grpo.rewards.pool.START_LIMIT_S", 0.0)
+            patch.setattr("lorapar_ray.grpo.rewards.process.START_LIMIT_S", 0.0)
             assert pool.score(["q"], ["1"], {"answer": ["1"]}).failures == {"timeout": 1}
         for right in ("1", "2"):
             scored = pool.score(["q"] * 2, ["1", "2"], {"answer": [right] * 2})

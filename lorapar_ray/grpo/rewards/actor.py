@@ -13,7 +13,7 @@ from lorapar_ray.grpo.rewards.judge import Judge
 from lorapar_ray.grpo.rewards.pool import RewardBatch, RewardPool, RewardSpec, with_part
 
 if TYPE_CHECKING:
-    from lorapar_ray.config import GrpoConfig
+    from lorapar_ray.config import GrpoConfig, SandboxConfig
 
 
 Request = tuple[list[str], list[str], dict[str, list[Any]]]
@@ -26,8 +26,12 @@ AT_ONCE = 16
 class RewardActor:
     """One worker; a sample that breaks the process inside costs itself only (see `RewardPool`)."""
 
-    def __init__(self, specs: Sequence[RewardSpec], time_limit_s: float, memory_limit_mb: int) -> None:
-        self._pool = RewardPool(list(specs), time_limit_s=time_limit_s, memory_limit_mb=memory_limit_mb)
+    def __init__(
+        self, specs: Sequence[RewardSpec], time_limit_s: float, memory_limit_mb: int, sandbox: SandboxConfig
+    ) -> None:
+        self._pool = RewardPool(
+            list(specs), time_limit_s=time_limit_s, memory_limit_mb=memory_limit_mb, sandbox=sandbox
+        )
 
     def score(self, requests: list[Request]) -> list[RewardBatch]:
         """As `RewardPool.score`, one request after the other."""
@@ -50,8 +54,12 @@ class RewardWorkers:
             max_restarts=-1,
             max_task_retries=-1,
         )
-        specs = [RewardSpec(reward.name, reward.weight) for reward in settings.rewards if reward.name != JUDGE]
-        limits = settings.reward_time_limit_s, settings.reward_memory_mb
+        specs = [
+            RewardSpec(reward.name, reward.weight, reward.isolate)
+            for reward in settings.rewards
+            if reward.name != JUDGE
+        ]
+        limits = settings.reward_time_limit_s, settings.reward_memory_mb, settings.sandbox
         self._actors = [actor.remote(specs, *limits) for _ in range(settings.reward_workers)]
         self._idle = deque(self._actors)
         self._waiting: deque[tuple[Request, asyncio.Future[RewardBatch]]] = deque()

@@ -5,14 +5,20 @@ from __future__ import annotations
 import resource
 from pathlib import Path
 
+ASSUMED_MB = 4096
+"""What a process is taken to hold where it cannot see: the sandbox has no /proc."""
+
 _in_force = False
 
 
 def set_limits(memory_mb: int) -> None:
     """Limit this process's address space to what it holds now plus `memory_mb`; its parent limits its time."""
     global _in_force
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + memory_mb * 2**20
+    try:
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except OSError:
+        held = ASSUMED_MB * 2**20
+    limit = held + memory_mb * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     _in_force = True
 

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import selectors
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from lorapar_ray.errors import UserError
-
-START_LIMIT_S = 300.0
-"""A fresh process imports the rewards' modules before it says it is ready; that is not a reward's own time."""
+from lorapar_ray.config import SandboxConfig
+from lorapar_ray.grpo.rewards.process import RewardProcess
 
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """A reward's name (see `get_reward`) and its weight in the total."""
+    """A reward's name (see `get_reward`), its weight in the total, and whether it runs in the sandbox."""
 
     name: str
     weight: float = 1.0
+    isolate: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,15 +44,28 @@ def with_part(
 
 
 class RewardPool:
-    """Scores batches in a long-lived process that is replaced whenever a reward breaks it."""
+    """Scores batches in long-lived processes, one of them in the sandbox; each is replaced when a reward breaks it."""
 
-    def __init__(self, specs: list[RewardSpec], *, time_limit_s: float, memory_limit_mb: int) -> None:
+    def __init__(
+        self,
+        specs: list[RewardSpec],
+        *,
+        time_limit_s: float,
+        memory_limit_mb: int,
+        sandbox: SandboxConfig | None = None,
+    ) -> None:
         """`time_limit_s` is what one call may take; a batch that takes longer is halved, a sample that does is lost."""
         self._specs = specs
-        self._time_limit_s = time_limit_s
-        self._memory_limit_mb = memory_limit_mb
-        self._process: subprocess.Popen[str] | None = None
-        self._asked = 0
+        self._processes = {
+            isolate: RewardProcess(
+                [spec.name for spec in specs if spec.isolate == isolate],
+                time_limit_s=time_limit_s,
+                memory_limit_mb=memory_limit_mb,
+                sandbox=sandbox or SandboxConfig(),
+                isolate=isolate,
+            )
+            for isolate in {spec.isolate for spec in specs}
+        }
 
     def __enter__(self) -> RewardPool:
         return self
@@ -76,7 +80,7 @@ class RewardPool:
             UserError: there is no such reward, or it cannot be imported here.
         """
         failures: Counter[str] = Counter()
-        parts = {spec.name: self._part(spec.name, prompts, completions, columns, failures) for spec in self._specs}
+        parts = {spec.name: self._part(spec, prompts, completions, columns, failures) for spec in self._specs}
         total = [
             sum(spec.weight * (parts[spec.name][index] or 0.0) for spec in self._specs)
             for index in range(len(completions))
@@ -84,27 +88,21 @@ class RewardPool:
         return RewardBatch(total, parts, dict(failures))
 
     def close(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)  # with whatever the rewards have started
-            self._process.wait()
-            for stream in (self._process.stdin, self._process.stdout):
-                if stream is not None:
-                    stream.close()
-            self._process = None
+        """End the processes."""
+        for process in self._processes.values():
+            process.close()
 
     def _part(
         self,
-        name: str,
+        spec: RewardSpec,
         prompts: list[str],
         completions: list[str],
         columns: dict[str, list[Any]],
         failures: Counter[str],
     ) -> list[float | None]:
         """One reward on a batch; if the batch fails it is halved until the samples at fault stand alone."""
-        request = {"reward": name, "prompts": prompts, "completions": completions, "columns": columns}
-        values, cause = self._ask(request, len(completions))
+        request = {"reward": spec.name, "prompts": prompts, "completions": completions, "columns": columns}
+        values, cause = self._processes[spec.isolate].ask(request, len(completions))
         if values is not None:
             if None in values:
                 failures["not_finite"] += values.count(None)
@@ -116,57 +114,5 @@ class RewardPool:
         halves = []
         for part in (slice(None, middle), slice(middle, None)):
             fields = {key: value[part] for key, value in columns.items()}
-            halves += self._part(name, prompts[part], completions[part], fields, failures)
+            halves += self._part(spec, prompts[part], completions[part], fields, failures)
         return halves
-
-    def _ask(self, request: dict[str, Any], count: int) -> tuple[list[float | None] | None, str]:
-        """(values, "") or (None, cause)."""
-        self._asked += 1
-        request = {"number": self._asked, **request}
-        try:
-            process = self._ready()
-            assert process.stdin is not None
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-            line = _read_line(process, self._time_limit_s)
-        except BrokenPipeError:
-            line = ""
-        except TimeoutError:
-            self.close()
-            return None, "timeout"
-        if not line:
-            self.close()
-            return None, "crashed"
-        answer = json.loads(line)
-        if answer["number"] != self._asked:
-            self.close()  # an answer to something else
-            return None, "crashed"
-        values = answer.get("values")
-        if values is None or len(values) != count:
-            return None, "raised"
-        return values, ""
-
-    def _ready(self) -> subprocess.Popen[str]:
-        if self._process is None or self._process.poll() is not None:
-            self.close()
-            names = [spec.name for spec in self._specs]
-            command = [sys.executable, "-m", "lorapar_ray.grpo.rewards.worker", str(self._memory_limit_mb), *names]
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-            )
-            said = _read_line(self._process, START_LIMIT_S)
-            if said and json.loads(said) != "ready":
-                self.close()
-                raise UserError(json.loads(said)["error"])
-        return self._process
-
-
-def _read_line(process: subprocess.Popen[str], limit: float) -> str:
-    """The next line of the process's output, or "" when it ended; TimeoutError after `limit` seconds."""
-    assert process.stdout is not None
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        deadline = time.monotonic() + limit
-        if not selector.select(max(0.0, deadline - time.monotonic())):
-            raise TimeoutError
-    return process.stdout.readline()

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.config import JUDGE
 from lorapar_ray.errors import UserError
-from lorapar_ray.grpo.rewards import functions
+from lorapar_ray.grpo.rewards import code, functions
+from lorapar_ray.grpo.rewards.code import CODE_TESTS
+from lorapar_ray.sandbox import choose
 
 if TYPE_CHECKING:
     from lorapar_ray.config import GrpoConfig
@@ -24,6 +26,7 @@ NAMES = (
     "soft_format",
     "tag_count",
     "reference_overlap",
+    CODE_TESTS,
 )
 
 
@@ -33,6 +36,8 @@ def get_reward(name: str) -> RewardFunction:
     Raises:
         UserError: there is no such reward.
     """
+    if name == CODE_TESTS:
+        return code.code_tests
     if name in NAMES:
         found: RewardFunction = getattr(functions, name)
         return found
@@ -47,11 +52,13 @@ def get_reward(name: str) -> RewardFunction:
 
 
 def require_rewards(settings: GrpoConfig) -> None:
-    """Check that every reward of `grpo.rewards` can be had.
+    """Check that every reward of `grpo.rewards` can be had, and the sandbox that some need.
 
     Raises:
-        UserError: see `get_reward`.
+        UserError: see `get_reward` and `lorapar_ray.sandbox.choose`.
     """
+    if any(reward.isolate or reward.name == CODE_TESTS for reward in settings.rewards):
+        choose(settings.sandbox.layer)
     for reward in settings.rewards:
         if reward.name != JUDGE:
             get_reward(reward.name)

@@ -1,9 +1,9 @@
 """A reward process: reads one JSON request per line, answers one JSON line each.
 
-    python -m lorapar_ray.grpo.rewards.worker MEMORY_MB REWARD...
+    python -m lorapar_ray.grpo.rewards.worker '{"rewards": [...], "memory_mb": 1024, "time_limit_s": 5, "sandbox": {}}'
 
 Rewards may print what they like: standard output is moved aside before any of them is imported. The address space is
-limited to what the process holds when it is ready plus MEMORY_MB.
+limited to what the process holds when it is ready plus `memory_mb`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from math import isfinite
 from typing import Any
 
 
-def serve(memory_mb: int, rewards: list[str]) -> None:
+def serve(settings: dict[str, Any]) -> None:
     """Say `ready`, or why not, then answer requests until input ends.
 
     A request is {number, reward, prompts, completions, columns}, its answer {number, values} or {number, error}; a
@@ -23,20 +23,24 @@ def serve(memory_mb: int, rewards: list[str]) -> None:
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    from lorapar_ray.config import SandboxConfig
     from lorapar_ray.errors import UserError
-    from lorapar_ray.grpo.rewards import expressions, limits
+    from lorapar_ray.grpo.rewards import code, expressions, limits
     from lorapar_ray.grpo.rewards.registry import get_reward
 
+    rewards = settings["rewards"]
     try:
         for name in rewards:
             get_reward(name)
+        if code.CODE_TESTS in rewards:
+            code.configure(SandboxConfig.model_validate(settings["sandbox"]), settings["time_limit_s"])
     except UserError as error:
         answers.write(json.dumps({"error": str(error)}) + "\n")
         answers.flush()
         return
     if any(name == "numeric_answer" or name.startswith(expressions.__name__) for name in rewards):
         expressions.load()
-    limits.set_limits(memory_mb)
+    limits.set_limits(settings["memory_mb"])
     answers.write('"ready"\n')
     answers.flush()
     for line in sys.stdin:
@@ -55,4 +59,4 @@ def _answer(get_reward: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), sys.argv[2:])
+    serve(json.loads(sys.argv[1]))

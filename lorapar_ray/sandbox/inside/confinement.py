@@ -26,13 +26,14 @@ def confine(settings: dict[str, Any]) -> None:
     """Limit this process as the process outside asks.
 
     Args:
-        settings: {memory_bytes, file_bytes, seconds} of `Limits`; `tasks`, or None where the user's other processes
-            would count too; `landlock`, the folders that can be read, or None; `seccomp`, {processes, metadata} of
-            `seccomp.program`, or None where the filter is in force already.
+        settings: what `layers` makes of `Limits`: memory_bytes (or None), file_bytes, open_files, seconds (or None).
+            `tasks`, or None where the user's other processes would count too. `landlock`, {readable, package} of
+            `_landlock`, or None. `seccomp`, {processes, metadata} of `seccomp.program`, or None where the filter is in
+            force already.
     """
     limit(resource.RLIMIT_CORE, 0)
     limit(resource.RLIMIT_FSIZE, settings["file_bytes"])
-    limit(resource.RLIMIT_NOFILE, 64)
+    limit(resource.RLIMIT_NOFILE, settings["open_files"])
     limit(resource.RLIMIT_MEMLOCK, 0)
     limit(resource.RLIMIT_MSGQUEUE, 0)
     if settings["seconds"] is not None:
@@ -44,7 +45,8 @@ def confine(settings: dict[str, Any]) -> None:
         _filter(**settings["seccomp"])
     if settings["tasks"] is not None:
         limit(resource.RLIMIT_NPROC, settings["tasks"])
-    limit(resource.RLIMIT_AS, settings["memory_bytes"])
+    if settings["memory_bytes"] is not None:
+        limit(resource.RLIMIT_AS, settings["memory_bytes"])
 
 
 def forbid_processes() -> None:

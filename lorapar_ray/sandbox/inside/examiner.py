@@ -148,7 +148,7 @@ def _malformed() -> Any:
 
 
 def _exception(names: Any, name: Any, text: Any) -> Exception:
-    """The most special built-in exception that the program's is an instance of; never one that ends a process or a loop.
+    """The most special built-in exception that the program's is an instance of; none that ends a process or a loop.
 
     StopIteration out of a stand-in would end the tests' `map` or `for` as if all had been checked.
     """

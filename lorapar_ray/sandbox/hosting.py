@@ -1,0 +1,34 @@
+"""A long-running module of the user's Python in a sandbox, spoken to through its standard input and output."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorapar_ray.sandbox.choice import choose
+from lorapar_ray.sandbox.layers import LayerName, Start, spawn
+from lorapar_ray.sandbox.limits import Limits
+
+OPEN_FILES = 1024
+TASKS = 1024
+"""Numerical libraries start a thread for each core."""
+
+
+def host(module: str, arguments: Sequence[str], layer: LayerName = "auto") -> subprocess.Popen[bytes]:
+    """Start `python -m module arguments`: it reads what this process can import, and nothing else.
+
+    No network, no environment, no file outside `sys.path` and the working directory, nothing writable but a small /tmp
+    (bubblewrap alone). Its memory is its own affair; killing the process that is returned ends all that it started.
+
+    Raises:
+        UserError: this machine has no such layer.
+    """
+    chosen = choose(layer)
+    path = [str(Path(each or ".").resolve()) for each in sys.path]
+    folders = tuple(each for each in dict.fromkeys(path) if Path(each).exists())
+    settings = {"module": module, "arguments": list(arguments), "path": path}
+    settings |= {"memory_bytes": None, "open_files": OPEN_FILES}
+    start = Start("hosted", Limits(tasks=TASKS), timed=False, readable=folders, settings=settings)
+    return spawn(chosen, start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None)

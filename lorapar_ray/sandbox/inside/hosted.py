@@ -1,0 +1,17 @@
+"""A module of the user's Python, such as a reward process, that confines itself before it runs."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from typing import Any
+
+from .confinement import confine
+
+
+def main(settings: dict[str, Any]) -> None:
+    """Run `python -m MODULE ARGUMENT...` with the given import path, confined."""
+    sys.path[:] = settings["path"]
+    sys.argv[1:] = settings["arguments"]
+    confine(settings)
+    runpy.run_module(settings["module"], run_name="__main__", alter_sys=True)
