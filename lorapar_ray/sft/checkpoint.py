@@ -1,7 +1,9 @@
 """Checkpoints of stage 1 in safetensors: nothing is pickled, and half a checkpoint is never resumed from.
 
 A checkpoint directory holds `parameters.safetensors` (what trains), `optimizer.safetensors`, one
-`rng-<rank>.safetensors` per worker and, last, `trainer_state.json` (the step, the best validation so far).
+`rng-<rank>.safetensors` per worker and, last, `trainer_state.json` (the step, the best validation so far). Another
+number of workers goes on from it too: a step's examples do not depend on it, and a worker without a file of its own
+draws, for dropout, from a seed.
 """
 
 from __future__ import annotations
@@ -24,10 +26,15 @@ from lorapar_ray.runs import write_json
 from lorapar_ray.tensortree import OTHERS, is_whole, load_tree, save_tree
 
 PARAMETERS, OPTIMIZER, STATE = "parameters.safetensors", "optimizer.safetensors", "trainer_state.json"
+WORKERS = "workers"
 
 
 def last_checkpoint(folder: Path, workers: int) -> tuple[str, int] | None:
-    """(path, steps done) of the newest whole checkpoint, written by as many workers; None if there is none."""
+    """(path, steps done) of the newest whole checkpoint, by any number of workers; None if there is none.
+
+    Args:
+        workers: how many wrote it, where the checkpoint does not say so.
+    """
     whole = {step: path for path in folder.glob("checkpoint-*") if (step := _steps_of(path, workers)) is not None}
     return (str(whole[max(whole)]), max(whole)) if whole else None
 
@@ -38,7 +45,10 @@ def _steps_of(path: Path, workers: int) -> int | None:
         step = int(state["global_step"])
     except (OSError, ValueError, RecursionError, KeyError, TypeError):  # killed before or while it was written
         return None
-    files = [PARAMETERS, OPTIMIZER, *map(_rng_file, range(workers))]
+    if not is_whole(path / _rng_file(0)):
+        return None
+    ranks = load_tree(path / _rng_file(0)).get(WORKERS, workers)
+    files = [PARAMETERS, OPTIMIZER, *map(_rng_file, range(ranks))]
     return step if all(is_whole(path / file) for file in files) else None
 
 
@@ -72,7 +82,7 @@ def save_checkpoint(
     """
     path = folder / f"checkpoint-{progress.step}"
     path.mkdir(parents=True, exist_ok=True)
-    save_tree(path / _rng_file(rank), rng_state())
+    save_tree(path / _rng_file(rank), {**rng_state(), WORKERS: world})
     if rank == 0:
         save_tree(path / PARAMETERS, {key: value.data for key, value in parameters.items()})
         save_tree(path / OPTIMIZER, {"optimizer": optimizer.state_dict()})
@@ -95,7 +105,10 @@ def load_checkpoint(path: Path, rank: int, parameters: Mapping[str, Tensor], opt
     state = read_object(path / STATE, OTHERS)
     with damaged(path, OTHERS):
         optimizer.load_state_dict(load_tree(path / OPTIMIZER)["optimizer"])
-        set_rng_state(load_tree(path / _rng_file(rank)))
+        if (path / _rng_file(rank)).is_file():
+            set_rng_state(load_tree(path / _rng_file(rank)))
+        else:
+            torch.manual_seed(rank)
         stopping = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {}).get("attributes", {})
         return Progress(
             step=int(state["global_step"]),

@@ -10,7 +10,7 @@ import torch
 
 from lorapar_ray.boundary import last_line, read_lines
 from lorapar_ray.errors import UserError
-from lorapar_ray.sft.checkpoint import OPTIMIZER, PARAMETERS, STATE, last_checkpoint, rng_state, set_rng_state
+from lorapar_ray.sft.checkpoint import OPTIMIZER, PARAMETERS, STATE, WORKERS, last_checkpoint, rng_state, set_rng_state
 from lorapar_ray.sft.tracking import append_line, keep_lines_until, require_trackers
 from lorapar_ray.tensortree import load_tree, save_tree
 
@@ -29,11 +29,11 @@ def test_every_generator_goes_on_from_a_file(tmp_path: Path) -> None:
     assert (draw(), np.random.randn()) == first
 
 
-def checkpoint(folder: Path, step: int, ranks: int, state: str | None = None) -> None:
+def checkpoint(folder: Path, step: int, ranks: int, state: str | None = None, workers: int | None = None) -> None:
     path = folder / f"checkpoint-{step}"
     path.mkdir()
     for name in (PARAMETERS, OPTIMIZER, *(f"rng-{rank}.safetensors" for rank in range(ranks))):
-        save_tree(path / name, {"step": torch.tensor(step)})
+        save_tree(path / name, {"step": torch.tensor(step), **({} if workers is None else {WORKERS: workers})})
     (path / STATE).write_text(json.dumps({"global_step": step}) if state is None else state)
 
 
@@ -50,6 +50,10 @@ def test_only_whole_checkpoints_are_resumed_from(tmp_path: Path) -> None:
     for step, state in ((22, "[]"), (24, '{"global_step": null}'), (26, "[" * 100_000)):
         checkpoint(tmp_path, step, ranks=2, state=state)
     assert last_checkpoint(tmp_path, workers=2) == (str(tmp_path / "checkpoint-10"), 10)
+    checkpoint(tmp_path, 11, ranks=2, workers=2)
+    checkpoint(tmp_path, 13, ranks=2, workers=3)  # the third was killed before it wrote its own
+    for workers in (2, 3):
+        assert last_checkpoint(tmp_path, workers) == (str(tmp_path / "checkpoint-11"), 11)
 
 
 def test_lines_of_steps_to_be_done_again_go(tmp_path: Path) -> None:
