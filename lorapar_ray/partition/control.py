@@ -6,21 +6,17 @@ Systems' halves agree with each other as well as halves of one System do, the pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import count as count_from
-from itertools import product, takewhile
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorapar_ray.importance.sums import GradSums
+from lorapar_ray.importance.halves import Halves
 from lorapar_ray.partition.blocks import same_layout
 from lorapar_ray.partition.sampling import gather, spread
 from lorapar_ray.partition.select import keep_top
-
-Scoring = Callable[[GradSums, int], Mapping[str, Tensor]]
 
 RANKED_AT_MOST = 4_000_000
 """Elements ranked for Spearman's correlation; a larger adapter is sampled, the same elements in all four halves."""
@@ -66,41 +62,15 @@ def half_control(
     return {**agreement, "warning": warning}
 
 
-def control_curve(
-    units1: Sequence[Path], units2: Sequence[Path], score: Scoring, *, theta: float, seed: int = 0
-) -> list[dict[str, Any]]:
-    """`half_control` on the first 2, 4, 8 … and at last all units of each System's partial sums.
+def control_curve(points: Iterable[Halves], *, theta: float, seed: int = 0) -> list[dict[str, Any]]:
+    """By growing number of examples what `half_control` gives, with "examples" ([System 1's, System 2's] so far).
 
     Args:
-        units1, units2: saved `GradSums` of each System; every second one belongs to the second half.
-        score: from a half's sums and its number (0 to 3) to its scores.
-
-    Returns:
-        By growing number of units what `half_control` gives, with "examples" ([System 1's, System 2's] so far).
-        Empty where a System has fewer than two units.
+        points: scores of the halves (see `importance.halves`); none where a System has fewer than two units.
     """
-    units, most = (units1, units2), max(len(units1), len(units2))
-    if min(len(units1), len(units2)) < 2:
-        return []
-    halves: list[GradSums | None] = [None] * 4
-    curve, taken = [], 0
-    for count in [*takewhile(lambda n: n < most, (2**power for power in count_from(1))), most]:
-        for system, files in enumerate(units):
-            for index, file in enumerate(files[taken:count], start=taken):
-                halves[2 * system + index % 2] = _added(halves[2 * system + index % 2], GradSums.load(file))
-        taken = count
-        sums = [half for half in halves if half is not None]
-        scores = [score(half, number) for number, half in enumerate(sums)]
-        examples = [sums[0].n + sums[1].n, sums[2].n + sums[3].n]
-        curve.append({"examples": examples, **half_control(*scores, theta=theta, seed=seed)})
-    return curve
-
-
-def _added(total: GradSums | None, more: GradSums) -> GradSums:
-    if total is None:
-        return more
-    total.add(more)
-    return total
+    return [
+        {"examples": list(point.examples), **half_control(*point.scores, theta=theta, seed=seed)} for point in points
+    ]
 
 
 def jaccard(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:

@@ -6,14 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from lorapar_ray.adapters import read_adapter_state
 from lorapar_ray.adapters.targets import layer_index, module_type
 from lorapar_ray.boundary import read_tensors
 from lorapar_ray.config import Config
-from lorapar_ray.importance import GradSums, score
-from lorapar_ray.importance.units import finished_units
+from lorapar_ray.importance.halves import load_halves
+from lorapar_ray.importance.job import halves_of_units
 from lorapar_ray.partition.control import control_curve
 from lorapar_ray.partition.passes import whole_adapter
 from lorapar_ray.partition.regions import assign_regions, save_regions
@@ -64,14 +61,10 @@ def partition_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
 
 
 def _control(config: Config, run: RunDirectory) -> list[dict[str, Any]]:
-    """The signal-or-noise control from scoring's own partial sums, at no extra pass."""
-    phi = read_adapter_state(run.adapter)
-
-    def half_scores(sums: GradSums, number: int) -> dict[str, Tensor]:
-        return score(config.score.criterion, phi, sums, seed=config.seed + 1 + number)
-
-    units1, units2 = (finished_units(run, system) for system in (1, 2))
-    return control_curve(units1, units2, half_scores, theta=config.partition.theta, seed=config.seed)
+    """The signal-or-noise control, from what scoring left of the halves; a run of an earlier version has its units."""
+    halves = run.scores / "halves"
+    points = load_halves(halves) if halves.is_dir() else halves_of_units(config, run)
+    return control_curve(points, theta=config.partition.theta, seed=config.seed)
 
 
 def _load(path: Path) -> dict[str, Any]:

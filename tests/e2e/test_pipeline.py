@@ -132,10 +132,20 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(finished: FinishedRun, tmp_
     assert not (tmp_path / "new").exists()
 
 
-def test_recutting_at_another_theta_needs_no_scoring(finished: FinishedRun, tmp_path: Path) -> None:
-    run = shutil.copytree(finished.run, tmp_path / "run")
-    shown = lorapar("partition", "-c", finished.config, "-d", run, "--theta", "0.5,0.9", timeout=120)
+def test_recutting_needs_no_scoring_and_nothing_of_work(finished: FinishedRun, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished.run, tmp_path / "run"))
+    shutil.rmtree(run / "work")
+    command = ("partition", "-c", finished.config, "-d", run, "--theta")
+    cut, before = ((folder / "partition" / "regions.safetensors").read_bytes() for folder in (run, finished.run))
+    shown = lorapar(*command, "0.5,0.9", timeout=120)
     assert shown.returncode == 0, shown.stderr
     assert "θ 0.5" in shown.stdout and "θ 0.9" in shown.stdout
-    recut, before = (folder / "partition" / "regions.safetensors" for folder in (run, finished.run))
-    assert recut.read_bytes() == before.read_bytes()
+    assert cut == before
+    unasked = lorapar(*command, "0.5", timeout=120)
+    assert unasked.returncode == 2 and "partition.theta 0.9 → 0.5" in unasked.stderr, unasked.stderr
+    assert (run / "partition" / "regions.safetensors").read_bytes() == before
+    recut = lorapar(*command, "0.5", "--redo", "partition", timeout=120)
+    assert recut.returncode == 0 and "θ 0.5" in recut.stdout, recut.stderr
+    summary, old = (json.loads((folder / "partition" / "summary.json").read_text()) for folder in (run, finished.run))
+    assert summary["theta"] == 0.5
+    assert [point["examples"] for point in summary["control"]] == [point["examples"] for point in old["control"]] != []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from lorapar_ray.errors import UserError
 from lorapar_ray.importance import GradSums
+from lorapar_ray.importance.halves import Halves, half_scores, load_halves, save_halves
 from lorapar_ray.importance.units import sum_units
 from lorapar_ray.partition.control import average_ranks, control_curve, half_control
 from lorapar_ray.partition.curves import theta_curves
@@ -198,12 +200,20 @@ def test_the_control_grows_with_the_units_and_ends_with_all_of_them(tmp_path: Pa
 
     units1 = [unit(f"1-{number}", number) for number in range(5)]
     units2 = [unit(f"2-{number}", 50 + number) for number in range(3)]
-    curve = control_curve(units1, units2, lambda sums, _: sums.first, theta=0.5)
+
+    def points() -> Iterator[Halves]:
+        return half_scores(units1, units2, lambda sums, _: sums.first)
+
+    curve = control_curve(points(), theta=0.5)
     assert [point["examples"] for point in curve] == [[8, 8], [16, 12], [20, 12]]
     whole = [sum_units(part).first for part in (units1[::2], units1[1::2], units2[::2], units2[1::2])]
     ours, expected = curve[-1]["jaccard"], half_control(*whole, theta=0.5)["jaccard"]
     assert ours == pytest.approx(expected, abs=0.01)
-    assert control_curve(units1[:1], units2, lambda sums, _: sums.first, theta=0.5) == []
+    assert list(half_scores(units1[:1], units2, lambda sums, _: sums.first)) == []
+    save_halves(tmp_path / "halves", points())
+    for unit_file in (*units1, *units2):
+        unit_file.unlink()
+    assert control_curve(load_halves(tmp_path / "halves"), theta=0.5) == curve
 
 
 def test_scatter_draws_real_elements_of_each_region() -> None:
