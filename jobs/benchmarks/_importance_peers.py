@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,14 +11,29 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
 from lorapar_ray.adapters import adapter_parameters
-from lorapar_ray.importance import GradSums, TokenizedExample, collate, example_losses
+from lorapar_ray.importance import GradSums, TokenizedExample, collate
+from lorapar_ray.importance.batching import layout_of
+from lorapar_ray.importance.packed import packed_attention
+from lorapar_ray.logprobs import logits_at
 
 
 def plain_training(model: Any, batches: list[dict[str, Tensor]]) -> None:
-    """What a training step costs up to its optimiser."""
+    """What a training step costs up to its optimiser, over packed batches."""
     for batch in batches:
-        example_losses(model, batch).sum().backward()
+        plain_losses(model, batch).sum().backward()
         model.zero_grad()
+
+
+def plain_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Each example's mean loss as one writes it: PEFT's forward, float32 logits of the labelled positions."""
+    device = next(model.parameters()).device
+    layout = layout_of(batch, device)
+    inputs = {key: value.to(device) for key, value in batch.items() if key not in ("labels", "lengths")}
+    rows, columns = layout.predicting // layout.shape[1], layout.predicting % layout.shape[1]
+    with packed_attention(model, layout) if layout.packed else nullcontext():
+        logits = logits_at((rows, columns), model, inputs)
+    losses = functional.cross_entropy(logits.float(), layout.targets, reduction="none")
+    return torch.zeros(len(layout.lengths), device=device).index_add(0, layout.owner, losses * layout.weights)
 
 
 def one_by_one(model: Any, examples: list[TokenizedExample]) -> GradSums:
@@ -25,7 +41,7 @@ def one_by_one(model: Any, examples: list[TokenizedExample]) -> GradSums:
     parameters = adapter_parameters(model)
     sums = GradSums.zeros(dict(parameters))
     for example in examples:
-        loss = example_losses(model, collate([example], pad_id=0))[0]
+        loss = plain_losses(model, collate([example], pad_id=0))[0]
         for key, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
             sums.first[key] += gradient
             sums.second[key] += gradient.square_()
@@ -65,9 +81,12 @@ def by_vmap(model: Any, batches: list[dict[str, Tensor]]) -> GradSums:
 def causal_mask(present: Tensor, dtype: torch.dtype) -> Tensor:
     """Additive mask [B, 1, T, T] from an attention mask [B, T]; every token sees itself, padding too."""
     width = present.shape[1]
-    visible = torch.ones(width, width, dtype=torch.bool).tril() & present.bool()[:, None]
-    visible |= torch.eye(width, dtype=torch.bool)
-    return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+    square = torch.ones(width, width, dtype=torch.bool, device=present.device)
+    visible = square.tril() & present.bool()[:, None]
+    visible |= torch.eye(width, dtype=torch.bool, device=present.device)
+    return torch.zeros(visible.shape, dtype=dtype, device=present.device).masked_fill(~visible, torch.finfo(dtype).min)[
+        :, None
+    ]
 
 
 def by_opacus(model: Any, batches: list[dict[str, Tensor]]) -> GradSums:
@@ -80,7 +99,7 @@ def by_opacus(model: Any, batches: list[dict[str, Tensor]]) -> GradSums:
     model.train()  # Opacus records nothing in evaluation mode; the benchmark's adapter has no dropout
     try:
         for batch in batches:
-            losses = example_losses(model, batch)
+            losses = plain_losses(model, batch)
             losses.sum().backward()
             for key, parameter in parameters.items():
                 gradients: Tensor = parameter.grad_sample  # type: ignore[attr-defined]

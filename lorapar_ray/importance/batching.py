@@ -1,15 +1,18 @@
-"""Tokenised examples as padded batches with response-only labels."""
+"""Tokenised examples as batches with response-only labels: padded rows, or one row with the examples end to end."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lorapar_ray.datasets.chat import NO_LOSS
+
+TOKENS = {"cpu": 2048, "cuda": 4096}
+"""Tokens per batch by device: on a GPU enough that computing hides the launches, within 40 GB of activations at 7B."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class TokenizedExample:
     """Prompt and response as one token sequence."""
 
     id: str
-    input_ids: list[int]
+    input_ids: Sequence[int]
     response_start: int
 
 
@@ -36,9 +39,122 @@ def collate(
     for row, example in enumerate(examples):
         length = len(example.input_ids)
         start = width - length if padding_side == "left" else 0
-        ids = torch.tensor(example.input_ids)
+        ids = torch.as_tensor(example.input_ids, dtype=torch.long)
         batch["input_ids"][row, start : start + length] = ids
         batch["attention_mask"][row, start : start + length] = 1
         batch["position_ids"][row, start : start + length] = torch.arange(length)
         batch["labels"][row, start + example.response_start : start + length] = ids[example.response_start :]
     return batch
+
+
+def pack(examples: Sequence[TokenizedExample]) -> dict[str, Tensor]:
+    """Examples end to end in one row: `input_ids`, `position_ids` and `labels` [1, T], and `lengths` [examples].
+
+    No token is padding. The attention that keeps the examples apart is `lorapar_ray.importance.packed`'s.
+    """
+    ids = [torch.as_tensor(example.input_ids, dtype=torch.long) for example in examples]
+    labels = [each.clone() for each in ids]
+    for each, example in zip(labels, examples, strict=True):
+        each[: max(1, example.response_start)] = NO_LOSS  # nothing predicts an example's first token
+    return {
+        "input_ids": torch.cat(ids)[None],
+        "position_ids": torch.cat([torch.arange(len(each)) for each in ids])[None],
+        "labels": torch.cat(labels)[None],
+        "lengths": torch.tensor([len(each) for each in ids]),
+    }
+
+
+def by_cost(lengths: Sequence[int], tokens: int, *, padded: bool = False) -> list[list[int]]:
+    """Positions of examples, longest first, in batches of at most `tokens` tokens (one longer example goes alone).
+
+    Args:
+        padded: a batch costs its longest example times their number, not the sum of its lengths.
+    """
+    batches: list[list[int]] = []
+    spent = 0
+    for index in sorted(range(len(lengths)), key=lambda each: (-lengths[each], each)):
+        longest = lengths[batches[-1][0]] if batches and padded else lengths[index]
+        if not batches or spent + longest > tokens:
+            batches.append([])
+            longest, spent = lengths[index], 0
+        batches[-1].append(index)
+        spent += longest
+    return batches
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which token belongs to which example, known before the batch is on its device, so that nothing waits for it.
+
+    Tokens are counted row after row; example k has those from `starts[k]` to `starts[k] + lengths[k]`.
+    """
+
+    shape: tuple[int, int]
+    lengths: list[int]
+    packed: bool
+    offsets: Tensor
+    """[examples + 1] int32: where each example's tokens begin, and where the last one's end."""
+    predicting: Tensor
+    """[N] int64: the tokens whose successor is labelled."""
+    targets: Tensor
+    """[N] int64: those successors."""
+    owner: Tensor
+    """[N] int64: the example of each."""
+    weights: Tensor
+    """[N] float32: one over the number of labelled tokens of the example."""
+    slots: Tensor | None
+    """[examples · longest] int64: the tokens as padded rows, padding at token 0; None if every length is the same."""
+    home: Tensor | None
+    """[T] int64: the slot of each token; None if every length is the same."""
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+def layout_of(batch: dict[str, Any], device: torch.device) -> Layout:
+    """The layout of a padded or packed batch.
+
+    Raises:
+        ValueError: an example has no labelled token.
+    """
+    labels: Tensor = batch["labels"].cpu()
+    rows, width = labels.shape
+    packed = "lengths" in batch
+    lengths = batch["lengths"].tolist() if packed else [width] * rows
+    sizes = torch.tensor(lengths)
+    ends = sizes.cumsum(0)
+    example = torch.repeat_interleave(torch.arange(len(lengths)), sizes)
+    flat = labels.flatten()
+    successor = torch.cat([flat[1:], flat.new_full((1,), NO_LOSS)])
+    successor[ends - 1] = NO_LOSS
+    predicting = (successor != NO_LOSS).nonzero()[:, 0]
+    owner = example[predicting]
+    counts = torch.bincount(owner, minlength=len(lengths))
+    if (counts == 0).any():
+        raise ValueError("an example has no labelled token; is its response empty or cut off by max_length?")
+    slots = home = None
+    longest = max(lengths)
+    if min(lengths) != longest:
+        starts = ends - sizes
+        home = torch.arange(len(example)) - starts[example] + example * longest
+        slots = torch.zeros(len(lengths) * longest, dtype=torch.long)
+        slots[home] = torch.arange(len(example))
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), ends]).int()
+    tensors = (offsets, predicting, successor[predicting], owner, 1 / counts[owner], slots, home)
+    return Layout((rows, width), lengths, packed, *(_moved(each, device) for each in tensors))  # type: ignore[arg-type]
+
+
+def _moved(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return value if value is None else move(value, device)
+
+
+def move(value: Tensor, device: torch.device) -> Tensor:
+    """`value` on `device`, without waiting for a GPU."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)

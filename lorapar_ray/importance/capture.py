@@ -1,27 +1,36 @@
 """Exact per-example gradient sums of every LoRA element from one batched forward and backward pass.
 
 For a linear map y = xWᵀ the gradient of example k is Σ_t (∂L_k/∂y_kt)ᵀ x_kt: inputs and output gradients are enough.
-Both are at hand while autograd walks the graph, so each layer's per-example gradients [B, out, in] live only for the
-moment in which they are summed and squared; with rank r they are small. Because F is the mean *square* of per-example
-gradients, no quantity of the batch as a whole could replace them.
+Both are at hand while autograd walks the graph, so each layer's per-example gradients live only for the moment in which
+they are summed and squared; with rank r they are small. Because F is the mean *square* of per-example gradients, no
+quantity of the batch as a whole could replace them.
+
+While it scores, an adapted layer computes y + s·B(Ax) in the base's dtype, where PEFT would cast its inputs and
+outputs to the adapter's float32; sums and products of sums stay in float32. Layers that share their input (q, k, v;
+gate, up) share one product with all their A's, and one for all those A's gradients.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lorapar_ray.adapters.keys import ADAPTER, adapter_parameters
-from lorapar_ray.datasets.chat import NO_LOSS
 from lorapar_ray.errors import UserError
+from lorapar_ray.importance.batching import Layout, layout_of, move
+from lorapar_ray.importance.losses import losses_of
+from lorapar_ray.importance.segments import add_segment_products
 from lorapar_ray.importance.sums import GradSums
-from lorapar_ray.logprobs import logits_at
+
+LOSS_ONLY = ("labels", "lengths")
+"""Parts of a batch that the model is not given."""
 
 
 def gradient_sums(peft_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> GradSums:
@@ -34,130 +43,258 @@ def gradient_sums(peft_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> G
     Args:
         peft_model: any PEFT LoRA model.
         batches: dicts of [B, T] tensors `input_ids`, `attention_mask`, `labels` (-100 where there is no loss), other
-            keyword arguments of the model as wanted, and for packed rows `segment_ids`: the number of each token's
-            example, from 0, and -1 for padding (attention between them is then the caller's business).
+            keyword arguments of the model as wanted; or what `pack` makes, for a model that `packs`. Best on the CPU:
+            they are laid out there.
 
     Raises:
         UserError: an adapted layer does not see every token of the batch (an expert, say), so that its gradient cannot
-            be told apart by example.
+            be told apart by example; or is used more than once; or is no plain LoRA.
         ValueError: an example without a labelled token.
     """
-    parameters = adapter_parameters(peft_model)
-    sums = GradSums.zeros(dict(parameters))
-    device = next(iter(parameters.values())).device
-    with _scoring(peft_model, sums) as capture:
+    with scoring(peft_model) as scorer:
+        sums = scorer.new_sums()
         for batch in batches:
-            inputs = {key: value.to(device) for key, value in batch.items()}
-            segments = inputs.pop("segment_ids", None)
-            capture.shape, capture.segments = tuple(inputs["labels"].shape), segments
-            losses = example_losses(peft_model, inputs, segments)
-            losses.sum().backward()
-            sums.n += len(losses)
+            scorer.add(batch, sums)
     return sums
 
 
-def example_losses(model: Any, inputs: Mapping[str, Tensor], segments: Tensor | None = None) -> Tensor:
+def example_losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean cross-entropy over each example's labelled tokens, float32, [examples]."""
-    labels = inputs["labels"]
-    targets = functional.pad(labels[:, 1:], (0, 1), value=NO_LOSS)  # column t predicts token t + 1
-    labelled = targets != NO_LOSS
-    if segments is not None:
-        labelled &= segments == torch.roll(segments, -1, dims=1)  # no example predicts the next one's first token
-    logits = logits_at(labelled, model, {key: value for key, value in inputs.items() if key != "labels"})
-    token_losses = functional.cross_entropy(logits.float(), targets[labelled], reduction="none")
-    if segments is None:
-        owner, count = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels), len(labels)
-    else:
-        owner, count = segments, int(segments.max()) + 1
-    tokens = torch.bincount(owner[labelled], minlength=count)
-    if (tokens == 0).any():
-        raise ValueError("an example has no labelled token; is its response empty or cut off by max_length?")
-    return torch.zeros(count, device=labels.device).index_add(0, owner[labelled], token_losses) / tokens
+    device = next(model.parameters()).device
+    layout = layout_of(dict(batch), device)
+    return losses_of(model, _inputs(batch, device), layout)
 
 
-class _Tap(torch.autograd.Function):
-    """The identity, whose backward shows the gradient together with a tensor of the forward pass.
+@dataclass(eq=False)
+class _Site:
+    """One adapted linear layer."""
 
-    Saving that tensor through autograd, rather than in a closure, lets gradient checkpointing drop and recompute it.
-    """
+    name: str
+    layer: Any
+    scaling: float
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """Of A and of B."""
+        return f"{self.name}.lora_A.weight", f"{self.name}.lora_B.weight"
+
+    @property
+    def A(self) -> Tensor:
+        return self.layer.lora_A[ADAPTER].weight.detach()
+
+    @property
+    def B(self) -> Tensor:
+        return self.layer.lora_B[ADAPTER].weight.detach()
+
+
+@dataclass(eq=False)
+class _Group:
+    """Layers side by side in one module that take inputs of the same width, and share the input where it is one."""
+
+    sites: list[_Site]
+    down: dict[torch.dtype, Tensor] = field(default_factory=dict)
+    """Every A below the other, [R, in], by dtype."""
+    up: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
+    """s·B by site and dtype."""
+    shared: tuple[Any, tuple[Tensor, ...]] | None = None
+    """(a weak reference to the first site's input, what all the A's made of it), until the last site has asked."""
+
+    def A(self, dtype: torch.dtype) -> Tensor:
+        if dtype not in self.down:
+            self.down[dtype] = torch.cat([site.A for site in self.sites]).to(dtype)
+        return self.down[dtype]
+
+    def sB(self, number: int, dtype: torch.dtype) -> Tensor:
+        if (number, dtype) not in self.up:
+            site = self.sites[number]
+            self.up[number, dtype] = (site.B * site.scaling).to(dtype)
+        return self.up[number, dtype]
+
+    @property
+    def ranks(self) -> list[int]:
+        return [len(site.A) for site in self.sites]
+
+
+class Scorer:
+    """Adds batches of examples to sums; see `scoring`."""
+
+    def __init__(self, peft_model: Any) -> None:
+        self.model = peft_model
+        self.parameters = adapter_parameters(peft_model)
+        self.device = next(iter(self.parameters.values())).device
+        self.groups = _groups(peft_model, set(self.parameters))
+        self._sums: GradSums | None = None
+        self._layout: Layout | None = None
+        self._seen: set[str] = set()
+
+    def new_sums(self) -> GradSums:
+        """No examples yet; the A's of a group lie one below the other, so that one product serves them."""
+        first: dict[str, Tensor] = {}
+        second: dict[str, Tensor] = {}
+        for group in self.groups:
+            for sums in (first, second):
+                block = torch.zeros(sum(group.ranks), group.sites[0].A.shape[1], device=self.device)
+                for site, part in zip(group.sites, block.split(group.ranks), strict=True):
+                    sums[site.keys[0]] = part
+                    sums[site.keys[1]] = torch.zeros_like(site.B, dtype=torch.float32)
+        return GradSums(0, *({key: sums[key] for key in self.parameters} for sums in (first, second)))
+
+    def add(self, batch: Mapping[str, Tensor], sums: GradSums) -> None:
+        """Forward and backward over the batch's examples; `sums` must be of `new_sums`."""
+        layout = layout_of(dict(batch), self.device)
+        self._sums, self._layout = sums, layout
+        self._seen.clear()
+        try:
+            losses_of(self.model, _inputs(batch, self.device), layout).sum().backward()
+        finally:
+            self._sums = self._layout = None
+        sums.n += len(layout.lengths)
+
+    def forward(self, group: _Group, number: int, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        """What an adapted layer computes while scoring."""
+        site = group.sites[number]
+        base: Tensor = site.layer.base_layer(x, *arguments, **options)
+        if self._layout is None:  # a trial of the model
+            return base + ((x @ group.A(x.dtype).T).split(group.ranks, -1)[number] @ group.sB(number, x.dtype).T)
+        seen, expected = x.shape[:-1].numel(), self._layout.tokens
+        if seen != expected:
+            raise UserError(
+                f"'{site.keys[0]}' sees {seen} of {expected} tokens; leave its layer out of adapter.targets"
+            )
+        output: Tensor = _Up.apply(base, self._hidden(group, number, x), group, number, self)
+        return output
+
+    def _hidden(self, group: _Group, number: int, x: Tensor) -> Tensor:
+        """A x of one site, [T, r]; taken from the group's product where the sites are given one tensor, one by one."""
+        if number == 0:
+            group.shared = (weakref.ref(x), _Down.apply(x, group, self))
+        if group.shared is None or group.shared[0]() is not x:
+            alone: Tensor = _Down.apply(x, _Group([group.sites[number]]), self)[0]
+            return alone
+        hidden = group.shared[1][number]
+        if number == len(group.sites) - 1:
+            group.shared = None
+        return hidden
+
+    def add_down(self, group: _Group, gradient: Tensor, x: Tensor) -> None:
+        """The gradients of a group's A's: of [T, R] and [T, in]."""
+        assert self._sums is not None and self._layout is not None
+        sums, layout = self._sums, self._layout
+        first, second = (_block(part, group) for part in (sums.first, sums.second))
+        add_segment_products(gradient, x.reshape(-1, x.shape[-1]), layout, first, second)
+
+    def add_up(self, group: _Group, number: int, gradient: Tensor, hidden: Tensor) -> None:
+        """The gradient of a B: of [T, out] and [T, r]."""
+        site = group.sites[number]
+        assert self._sums is not None and self._layout is not None
+        sums, layout = self._sums, self._layout
+        if site.name in self._seen:
+            raise UserError(f"'{site.name}' is used more than once in a pass; leave it out of adapter.targets")
+        self._seen.add(site.name)
+        first, second = (part[site.keys[1]].T for part in (sums.first, sums.second))
+        add_segment_products(hidden, gradient, layout, first, second, site.scaling)
+
+
+class _Down(torch.autograd.Function):
+    """x [.., in] through every A of a group: [T, r] for each, and on the way back the gradients of those A's."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, see: Callable[[Tensor, Tensor], None]) -> Tensor:
-        ctx.save_for_backward(inputs)
-        ctx.see = see
-        return output.view_as(output)
+    def forward(ctx: Any, x: Tensor, group: _Group, scorer: Scorer) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x)
+        ctx.group, ctx.scorer = group, scorer
+        hidden = x.reshape(-1, x.shape[-1]) @ group.A(x.dtype).T
+        return tuple(part.contiguous() for part in hidden.split(group.ranks, -1))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        ctx.see(gradient, *ctx.saved_tensors)
-        return gradient, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        gradient = torch.cat(gradients, -1)
+        ctx.scorer.add_down(ctx.group, gradient, x)
+        return (gradient @ ctx.group.A(x.dtype)).view_as(x), None, None
 
 
-class _Capture:
-    """Hooks on every LoRA A and B that add each example's gradient to the sums as backward reaches it."""
+class _Up(torch.autograd.Function):
+    """base [.., out] + s·B h for h [T, r], and on the way back the gradient of B."""
 
-    def __init__(self, sums: GradSums) -> None:
-        self.sums = sums
-        self.shape: tuple[int, ...] = ()
-        self.segments: Tensor | None = None
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, hidden: Tensor, group: _Group, number: int, scorer: Scorer) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.group, ctx.number, ctx.scorer = group, number, scorer
+        flat = base.reshape(-1, base.shape[-1])
+        return torch.addmm(flat, hidden, group.sB(number, hidden.dtype).T.to(flat.dtype)).view_as(base)
 
-    def watch(self, key: str, layer: nn.Module) -> Any:
-        def after_forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return _Tap.apply(output, inputs[0].detach(), partial(self._add, key)) if output.requires_grad else output
-
-        return layer.register_forward_hook(after_forward)
-
-    def _add(self, key: str, gradient: Tensor, inputs: Tensor) -> None:
-        first, second = self.sums.first[key], self.sums.second[key]
-        for g, x in self._examples(self._by_row(key, gradient), self._by_row(key, inputs)):
-            per_example = torch.bmm(g.transpose(1, 2), x)
-            first += per_example.sum(0)
-            second += per_example.square_().sum(0)
-
-    def _by_row(self, key: str, value: Tensor) -> Tensor:
-        """Float32 [B, T, features]; the shared expert of a mixture gets its tokens as [B·T, features]."""
-        rows, width = self.shape
-        if value.shape[:-1].numel() != rows * width:
-            seen = value.shape[:-1].numel()
-            raise UserError(f"'{key}' sees {seen} of {rows * width} tokens; leave its layer out of adapter.targets")
-        return value.reshape(rows, width, -1).float()
-
-    def _examples(self, gradient: Tensor, inputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(output gradients [B, T, out], inputs [B, T, in]) of whole examples."""
-        if self.segments is None:
-            yield gradient, inputs
-            return
-        for segment in range(int(self.segments.max()) + 1):
-            mine = self.segments == segment
-            yield gradient[mine][None], inputs[mine][None]
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        (hidden,) = ctx.saved_tensors
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        ctx.scorer.add_up(ctx.group, ctx.number, flat, hidden)
+        return gradient, flat @ ctx.group.sB(ctx.number, flat.dtype), None, None, None
 
 
 @contextmanager
-def _scoring(peft_model: Any, sums: GradSums) -> Iterator[_Capture]:
-    """Evaluation mode, hooks in place, and gradients flowing from the embeddings instead of into parameters."""
-    capture = _Capture(sums)
+def scoring(peft_model: Any) -> Iterator[Scorer]:
+    """Evaluation mode, the adapted layers' own forward in place, and gradients flowing from the embeddings on.
+
+    Raises:
+        UserError: an adapted layer is no plain LoRA over a linear layer.
+    """
+    scorer = Scorer(peft_model)
     training = [module for module in peft_model.modules() if module.training]
     trainable = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
-    handles = [
-        capture.watch(f"{name.removesuffix(f'.{ADAPTER}')}.weight", module)
-        for name, module in peft_model.named_modules()
-        if name.endswith((f".lora_A.{ADAPTER}", f".lora_B.{ADAPTER}"))
+    patched = [
+        (site.layer, partial(scorer.forward, group, number))
+        for group in scorer.groups
+        for number, site in enumerate(group.sites)
     ]
+    before = [layer.__dict__.get("forward") for layer, _ in patched]
     embeddings = peft_model.get_input_embeddings()
-    handles.append(embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_(True)))
+    handle = embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_(True))
     peft_model.eval()
     for parameter in trainable:
-        parameter.requires_grad_(False)  # autograd would otherwise form each weight gradient a second time
+        parameter.requires_grad_(False)
+    for layer, forward in patched:
+        layer.forward = forward
     try:
         with _checkpointing(peft_model):
-            yield capture
+            yield scorer
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
+        for (layer, _), own in zip(patched, before, strict=True):
+            del layer.forward
+            if own is not None:
+                layer.forward = own
         for parameter in trainable:
             parameter.requires_grad_(True)
         for module in training:
             module.training = True
+
+
+def _groups(peft_model: Any, keys: set[str]) -> list[_Group]:
+    """The adapted layers, those that may share their input together."""
+    groups: dict[tuple[str, int], _Group] = {}
+    found: set[str] = set()
+    for name, module in peft_model.named_modules():
+        if ADAPTER not in (getattr(module, "lora_A", None) or {}):
+            continue
+        site = _Site(name, module, module.scaling[ADAPTER])
+        plain = not getattr(module, "lora_variant", None) and not module.merged and module.lora_B[ADAPTER].bias is None
+        if isinstance(module.lora_A[ADAPTER], nn.Linear) and plain:
+            found.update(site.keys)
+            place = (name.rpartition(".")[0], site.A.shape[1])
+            groups.setdefault(place, _Group([])).sites.append(site)
+    if left := sorted(keys - found):
+        raise UserError(f"'{left[0]}' is no plain LoRA of a linear layer; leave its layer out of adapter.targets")
+    return list(groups.values())
+
+
+def _block(sums: Mapping[str, Tensor], group: _Group) -> Tensor:
+    """The sums of a group's A's as one [R, in], in the memory that `Scorer.new_sums` laid out."""
+    top = sums[group.sites[0].keys[0]]
+    return top.as_strided((sum(group.ranks), top.shape[1]), top.stride())
+
+
+def _inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {key: move(value, device) for key, value in batch.items() if key not in LOSS_ONLY}
 
 
 @contextmanager

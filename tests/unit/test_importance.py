@@ -6,13 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig
 
 from lorapar_ray.adapters import adapter_parameters, adapter_state, attach_lora
 from lorapar_ray.config import ModelConfig
 from lorapar_ray.errors import UserError
-from lorapar_ray.importance import GradSums, TokenizedExample, collate, example_losses, gradient_sums, score
+from lorapar_ray.importance import (
+    GradSums,
+    TokenizedExample,
+    collate,
+    example_losses,
+    gradient_sums,
+    pack,
+    packs,
+    score,
+)
 from lorapar_ray.student import load_base
-from tests.unit.tiny_models import CONFIGS, tiny
+from tests.unit.tiny_models import CONFIGS, GROUPED, tiny
 
 EXAMPLES = [
     TokenizedExample(str(k), torch.randint(3, 96, (n,), generator=torch.Generator().manual_seed(k)).tolist(), n // 2)
@@ -72,19 +82,40 @@ def test_batch_size_order_and_padding_side_do_not_matter(side: str, size: int) -
     assert_close(gradient_sums(model, batches), naive(model))
 
 
-@pytest.mark.parametrize("prompt", [4, 0])
-def test_packed_rows_count_every_example_on_its_own(prompt: int) -> None:
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_packed_rows_count_every_example_on_its_own(family: str) -> None:
+    model = model_of(family)
+    examples = [EXAMPLES[0], replace(EXAMPLES[1], response_start=0), *EXAMPLES[2:]]
+    assert packs(model)
+    ours = gradient_sums(model, [pack(examples[:3]), pack(examples[3:])])
+    assert_close(ours, gradient_sums(model, [collate(examples, 0)]))
+
+
+def test_packed_examples_longer_than_a_sliding_window_see_the_window_only() -> None:
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(**GROUPED, sliding_window=4)
+    model = attach_lora(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval(), rank=4, alpha=8)
+    for value in adapter_parameters(model).values():
+        torch.nn.init.normal_(value, 0.0, 0.1)
+    assert packs(model)
+    assert_close(gradient_sums(model, [pack(EXAMPLES)]), naive(model))
+
+
+def test_a_model_whose_tokens_meet_outside_attention_is_not_packed() -> None:
     model = model_of()
-    first, second = EXAMPLES[0], replace(EXAMPLES[1], response_start=prompt)
-    width = len(first.input_ids) + len(second.input_ids)
-    segments = torch.tensor([[0] * len(first.input_ids) + [1] * len(second.input_ids)])
-    apart = segments[0, :, None] == segments[0, None, :]
-    visible = apart & torch.ones(width, width, dtype=torch.bool).tril()
-    parts = [collate([example], 0) for example in (first, second)]
-    packed = {key: torch.cat([part[key] for part in parts], dim=1) for key in ("input_ids", "labels", "position_ids")}
-    mask = torch.zeros(1, 1, width, width).masked_fill(~visible, torch.finfo(torch.float32).min)
-    ours = gradient_sums(model, [{**packed, "attention_mask": mask, "segment_ids": segments}])
-    assert_close(ours, gradient_sums(model, parts))
+    attention = layers_of(model)[0].self_attn.o_proj
+    attention.register_forward_hook(lambda _, __, output: output + output.roll(1, dims=1))
+    assert not packs(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_soft_capped_logits_are_those_of_the_model() -> None:
+    config = Gemma2Config(**GROUPED, final_logit_softcapping=0.05, attn_logit_softcapping=None)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    theirs = [model(**collate([example], 0)).loss.item() for example in EXAMPLES]
+    assert example_losses(model, collate(EXAMPLES, 0)).tolist() == pytest.approx(theirs, rel=1e-5)
+    assert example_losses(model, pack(EXAMPLES)).tolist() == pytest.approx(theirs, rel=1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -102,7 +133,7 @@ def test_checkpointing_keeps_no_layer_inputs_between_forward_and_backward() -> N
     model = model_of()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     kept, alive = [], []
-    adapter = layers_of(model)[0].self_attn.q_proj.lora_A.default
+    adapter = layers_of(model)[0].self_attn.q_proj.base_layer
     adapter.register_forward_hook(lambda _, inputs, __: kept.append(weakref.ref(inputs[0].untyped_storage())))
     head = model.get_output_embeddings()
     head.register_forward_hook(lambda *_: alive.append(kept[0]() is not None))
@@ -117,7 +148,7 @@ def test_only_labelled_positions_get_logits(monkeypatch: pytest.MonkeyPatch) -> 
         lambda _, __, logits: rows.append(logits[..., 0].numel())
     )
     losses = example_losses(model, batch)
-    assert rows == [int((batch["labels"] != -100).sum())]
+    assert rows == [1]  # for the model's own output; those of the loss are taken before it, by slices
     handle.remove()
     monkeypatch.setattr(model.get_base_model(), "get_output_embeddings", lambda: None)
     torch.testing.assert_close(example_losses(model, batch), losses)
@@ -134,7 +165,7 @@ def test_a_layer_that_misses_tokens_is_refused() -> None:
     mlp = layers_of(model)[0].mlp
     whole = mlp.forward
     mlp.forward = lambda hidden: torch.nn.functional.pad(whole(hidden[:, :-1]), (0, 0, 0, 1))
-    with pytest.raises(UserError, match=r"down_proj.*sees 55 of 60 tokens; leave its layer out"):
+    with pytest.raises(UserError, match=r"gate_proj.*sees 55 of 60 tokens; leave its layer out"):
         gradient_sums(model, [collate(EXAMPLES, 0)])
 
 
