@@ -143,7 +143,7 @@ def compare(model: Any, examples: list[TokenizedExample], rounds: int, device: t
                 )
         mine = examples if contest is peers else fewest
         own = partial(gradient_sums, model, in_batches(mine, device))
-        ways = [(own, len(mine)), *((way, len(given)) for way, given in contest.values())]
+        ways: list[tuple[Way, int]] = [(own, len(mine)), *((way, len(given)) for way, given in contest.values())]
         own_speed, *speeds = race(ways, rounds, device)
         rows += [speed_row(name, own_speed, speed, device) for name, speed in zip(contest, speeds, strict=True)]
         own_peak = peak(own, device)
