@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lorapar_ray.sandbox.choice import choose
 from lorapar_ray.sandbox.layers import LayerName, Start, spawn
@@ -28,7 +29,7 @@ def host(module: str, arguments: Sequence[str], layer: LayerName = "auto") -> su
     chosen = choose(layer)
     path = [str(Path(each or ".").resolve()) for each in sys.path]
     folders = tuple(each for each in dict.fromkeys(path) if Path(each).exists())
-    settings = {"module": module, "arguments": list(arguments), "path": path}
+    settings: dict[str, Any] = {"module": module, "arguments": list(arguments), "path": path}
     settings |= {"memory_bytes": None, "open_files": OPEN_FILES}
     start = Start("hosted", Limits(tasks=TASKS), timed=False, readable=folders, settings=settings)
     return spawn(chosen, start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None)

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (programs on one line)
 """Programs that attack the sandbox. Each defines `f`; what it must not achieve is said by its kind.
 
 - FORGERIES answer wrongly and try to be called right: the tests below are false, so `passed` is the attack's success.

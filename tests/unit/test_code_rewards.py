@@ -29,19 +29,14 @@ def test_programs_are_rewarded_for_passing_their_tests() -> None:
         *(ADD, "    return a + b", ADD.replace("a + b", "0"), f"{ADD}\nor rather\n```\ndef add(a, b): return 0\n"),
     ]
     asserts = "assert add(2, 2) == 4"
+    mbpp = {"test_list": [asserts], "test_imports": ["import math"]}
     answers = [
         *([asserts] * 4),
-        *(
-            str([asserts, "assert add(1, 2) == 3"]),
-            json.dumps({"test_list": [asserts], "test_imports": ["import math"]}),
-        ),
-        *(
-            json.dumps(HUMANEVAL),
-            json.dumps(HUMANEVAL),
-            json.dumps({"tests": "assert add(1, 1) == two", "setup": "two = 2"}),
-        ),
+        *(str([asserts, "assert add(1, 2) == 3"]), json.dumps(mbpp), json.dumps(HUMANEVAL), json.dumps(HUMANEVAL)),
+        json.dumps({"tests": "assert add(1, 1) == two", "setup": "two = 2"}),
     ]
-    with RewardPool([RewardSpec(CODE_TESTS)], time_limit_s=10, memory_limit_mb=1024) as pool:
+    settings = SandboxConfig(time_limit_s=2)
+    with RewardPool([RewardSpec(CODE_TESTS)], time_limit_s=60, memory_limit_mb=1024, sandbox=settings) as pool:
         scored = pool.score(["q"] * len(answers), completions, {"answer": answers})
     assert scored.total == [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0]
     assert scored.failures == {}
@@ -57,14 +52,16 @@ def test_a_users_reward_can_be_isolated(layer: str, monkeypatch: pytest.MonkeyPa
     assert scored.parts == {specs[0].name: [0.0], specs[1].name: [15.0]}
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_an_isolated_reward_that_breaks_costs_its_sample(layer: str) -> None:
-    specs = [RewardSpec(f"tests.unit.bad_rewards:{reward}", isolate=True) for reward in ("hangs", "leaves")]
+BREAKS = zip(LAYERS, ("hangs", "leaves"), ("timeout", "crashed"), strict=False)
+
+
+@pytest.mark.parametrize(("layer", "reward", "cause"), BREAKS)
+def test_an_isolated_reward_that_breaks_costs_its_sample(layer: str, reward: str, cause: str) -> None:
+    specs = [RewardSpec(f"tests.unit.bad_rewards:{reward}", isolate=True)]
     settings = SandboxConfig(layer=layer)  # type: ignore[arg-type]
     with RewardPool(specs, time_limit_s=1.5, memory_limit_mb=512, sandbox=settings) as pool:
-        scored = pool.score(["q"] * 3, ["1", "bad", "3"], {"answer": ["1", "1", "3"]})
-    assert [scored.parts[spec.name] for spec in specs] == [[1.0, None, 1.0]] * 2
-    assert scored.failures == {"timeout": 1, "crashed": 1}
+        assert pool.score(["q"], ["bad"], {"answer": ["1"]}).failures == {cause: 1}
+        assert pool.score(["q"], ["1"], {"answer": ["1"]}).total == [1.0]
 
 
 def test_a_reward_that_needs_a_sandbox_says_so_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
