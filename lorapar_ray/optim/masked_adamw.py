@@ -194,8 +194,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             norm = self.clip_grad_norm_(max_norm)
             self.step()
             return norm
-        self._triton.sum_squares(gradients)
-        norm = self._triton.finish_norm(float(max_norm))
+        norm = self._triton.joint_norm(gradients, max_norm)
         self._triton.step(self.param_groups, gradients, clip=True)
         return norm
 
@@ -295,6 +294,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         Inactive gradients, even infinite ones, do not count. Sharded parameters (DTensor) give the norm over all
         shards, replicas counted once; every rank must call this.
         """
+        gradients = self._for_one_launch()
+        if gradients is not None and self._triton is not None:
+            norm = self._triton.joint_norm(gradients, max_norm)
+            torch._foreach_mul_(gradients, self._triton.factor)
+            return norm
         squares: dict[tuple[Any, ...], Tensor] = {}
         moving: list[Tensor] = []
         for chunk in (chunk for chunks in self._chunks for chunk in chunks):

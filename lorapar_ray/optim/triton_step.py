@@ -109,16 +109,11 @@ class TritonStep:
             _upload(self._table, self.table)
             self._addresses = addresses
 
-    def sum_squares(self, gradients: Sequence[Tensor]) -> None:
-        """Sum the active gradients' squares, block by block, into `sums`."""
+    def joint_norm(self, gradients: Sequence[Tensor], max_norm: float) -> Tensor:
+        """The joint norm of the active gradients, over all shards if sharded; sets the `factor` that clips them."""
         if len(self.blocks):
-            kernel = _kernels()["squares"]
-            kernel[(len(self.blocks),)](
-                self.table, self.blocks, self.sums, GRAD=_triton_dtype(gradients[0].dtype), BLOCK=BLOCK, num_warps=WARPS
-            )
-
-    def finish_norm(self, max_norm: float) -> Tensor:
-        """The joint norm, and the factor that `step(clip=True)` applies, from `sums`; over all shards if sharded."""
+            grid, dtype = (len(self.blocks),), _triton_dtype(gradients[0].dtype)
+            _kernels()["squares"][grid](self.table, self.blocks, self.sums, GRAD=dtype, BLOCK=BLOCK, num_warps=WARPS)
         if self.shards:
             square = self.sums.double().sum()
             for groups in self.shards:
@@ -127,11 +122,18 @@ class TritonStep:
             self.norm[0] = square.sqrt()
             self.norm[1] = (max_norm / (self.norm[0] + 1e-6)).clamp(max=1.0)
         else:
-            _kernels()["factor"][(1,)](self.sums, len(self.sums), self.norm, max_norm, BLOCK=BLOCK, num_warps=WARPS)
+            _kernels()["factor"][(1,)](
+                self.sums, len(self.sums), self.norm, float(max_norm), BLOCK=BLOCK, num_warps=WARPS
+            )
         return self.norm[0].clone()
 
+    @property
+    def factor(self) -> Tensor:
+        """What the last `joint_norm` wants gradients multiplied by."""
+        return self.norm[1]
+
     def step(self, groups: Sequence[dict[str, Any]], gradients: Sequence[Tensor], *, clip: bool) -> None:
-        """One AdamW step of every parameter, its gradient scaled by the last `finish_norm` if `clip`."""
+        """One AdamW step of every parameter, its gradient multiplied by `factor` if `clip`."""
         number = self.states[0]["step"] + 1
         for state in self.states:
             state["step"] = number

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from lorapar_ray.logprobs import token_logprobs
 from lorapar_ray.sft.rows import Rows
@@ -26,15 +29,33 @@ def summed_loss(model: Any, rows: Rows) -> Tensor:
 
     head = model.get_output_embeddings()
     handle = None if head is None else head.register_forward_pre_hook(select)
-    packing = {} if rows.position_ids is None else {"position_ids": rows.position_ids}
     try:
-        logits = model(input_ids=rows.input_ids, use_cache=False, **packing).logits
+        if rows.position_ids is None:
+            with _one_sequence_a_row():
+                logits = model(input_ids=rows.input_ids, use_cache=False).logits
+        else:
+            logits = model(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False).logits
     finally:
         if handle is not None:
             handle.remove()
     logits = logits.squeeze(0) if taken else _at_places(logits, rows)
     logprobs, _ = token_logprobs(logits, rows.targets)
     return -(logprobs * rows.weights).sum()
+
+
+@contextmanager
+def _one_sequence_a_row() -> Iterator[None]:
+    """Spare transformers the question whether rows are packed.
+
+    It asks the device and waits for the answer; in a CUDA graph, where it cannot ask, it takes them as packed, and
+    attention is computed under a mask of all pairs instead of by a causal kernel.
+    """
+    asked = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = asked
 
 
 def _at_places(of_every_token: Tensor, rows: Rows) -> Tensor:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PromptTuningConfig, get_peft_model
-from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
@@ -23,7 +24,7 @@ from lorapar_ray.sft.passes import EagerPasses, GraphPasses, Passes
 from lorapar_ray.sft.rows import bucket, collate, losses_in, rows_in
 from lorapar_ray.sft.step_log import StepLog
 from tests.tiny_run import metrics
-from tests.unit.tiny_models import GROUPED, SHAPE, tiny
+from tests.unit.tiny_models import CONFIGS, GROUPED, SHAPE, tiny
 
 SETTINGS = {"batch_size": 6, "micro_batch_size": 3, "epochs": 2, "learning_rate": 1e-2, "weight_decay": 0.1}
 CPU = torch.device("cpu")
@@ -209,6 +210,38 @@ def test_checkpoints_of_transformers_trainer_are_resumed_from(tmp_path: Path) ->
     assert load_checkpoint(folder, 0, {"a": value}, optimizer) == Progress(7, 1.5, "somewhere", 2)
     assert load_checkpoint(folder, 3, {"a": value}, optimizer).step == 7  # a worker that was not there before
     assert value.detach().tolist() == [1.0] * 4
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(function).removeprefix("aten.").split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+WAITS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "lift_fresh", "_assert_async", "equal", "unique"}
+"""Operations that wait for the device, or bring it a constant from pageable memory: none may be in a graph."""
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt_neox"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_pass_never_waits_for_the_device(family: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.utils.import_utils.is_cuda_stream_capturing", lambda: packed)
+    base = AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation="sdpa", dtype=torch.bfloat16)
+    model = attach_lora(base, rank=4, alpha=8, init="gaussian").train()
+    layout = [examples(4)[:2], examples(4)[2:]] if packed else [[each] for each in examples(4)]
+    rows = collate(layout, packed=packed, filler=0, buckets=True)
+    with Operations() as operations:
+        summed_loss(model, rows).backward()
+    assert "mm" in operations.names
+    assert not WAITS & set(operations.names)
+    masked = {"bitwise_and", "le"} & set(operations.names)  # a mask of all pairs of tokens
+    assert bool(masked) == packed or family == "gemma3"  # whose window may need one
 
 
 @pytest.mark.gpu
