@@ -37,7 +37,7 @@ def offline(
     done = subprocess.run(
         [sys.executable, __file__], input=json.dumps(task), env=environment, capture_output=True, text=True, check=False
     )
-    found = [line.removeprefix(RESULT) for line in done.stdout.splitlines() if line.startswith(RESULT)]
+    found = [line.removeprefix(RESULT) for line in done.stdout.split("\n") if line.startswith(RESULT)]
     if not found:
         raise SystemExit(done.stderr[-2000:])
     return float(found[-1])

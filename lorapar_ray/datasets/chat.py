@@ -1,13 +1,14 @@
-"""Questions and answers as token ids: the one place that decides how a prompt is formatted.
+"""Questions and answers as token ids: the one place that decides how a prompt is formatted and where an answer ends.
 
 Scoring, both training stages, rollouts and evaluation all tokenise through here, so a model is never trained on one
-format and sampled in another.
+format and sampled in another, nor trained to end with one token and stopped at another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lorapar_ray.errors import UserError
@@ -15,6 +16,9 @@ from lorapar_ray.models import loading
 
 NO_LOSS = -100
 """Label of a token that is not trained on."""
+Prompt = str | list[dict[str, str]]
+"""One user turn as text, or the messages ({role, content}) of a chat up to where the answer begins."""
+_PROBE = "lorapar"
 
 
 @dataclass(frozen=True)
@@ -23,40 +27,106 @@ class Encoder:
 
     tokenizer: Any
     system_prompt: str | None = None
+    model_ends: tuple[int, ...] = ()
+    """End tokens that the model's `generation_config.json` names."""
 
-    def prompt_text(self, prompt: str) -> str:
-        """The prompt up to where the answer begins."""
+    @cached_property
+    def end_id(self) -> int:
+        """The token that ends an answer in training: the one that the chat template writes after it.
+
+        Raises:
+            UserError: neither the template nor the tokenizer has one.
+        """
+        written = self._template_end()
+        for end in (written, self.tokenizer.eos_token_id, *self.model_ends):
+            if end is not None:
+                return int(end)
+        raise UserError(f"model '{self._model}': its tokenizer names no end-of-sequence token; set eos_token")
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """Every token at which sampling stops: the template's, the tokenizer's and the generation config's."""
+        eos = self.tokenizer.eos_token_id
+        return list(dict.fromkeys([self.end_id, *([] if eos is None else [int(eos)]), *self.model_ends]))
+
+    def prompt_text(self, prompt: Prompt) -> str:
+        """The prompt up to where the answer begins.
+
+        Raises:
+            UserError: the chat template refuses the messages, or there are some and no template.
+        """
         if self.tokenizer.chat_template is None:
+            if not isinstance(prompt, str):
+                raise UserError(
+                    f"model '{self._model}': has no chat template, and the data's prompts are lists of messages; "
+                    "give prompts as text or another model"
+                )
             return f"{prompt}\n"
-        messages = [{"role": "user", "content": prompt}]
-        if self.system_prompt is not None:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if self.system_prompt is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system_prompt})
-        text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text
+        return self._templated(messages, add_generation_prompt=True)
 
-    def prompt_ids(self, prompt: str) -> list[int]:
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of `prompt_text`; a template writes its own special tokens, plain text gets the usual ones."""
         plain = self.tokenizer.chat_template is None
         ids: list[int] = self.tokenizer(self.prompt_text(prompt), add_special_tokens=plain)["input_ids"]
         return ids
 
     def response_ids(self, response: str) -> list[int]:
-        """Token ids of the answer and the end-of-sequence token that stops generation."""
+        """Token ids of the answer and the token that ends it."""
         ids: list[int] = self.tokenizer(response, add_special_tokens=False)["input_ids"]
-        return [*ids, self.tokenizer.eos_token_id]
+        return [*ids, self.end_id]
 
-    def example(self, prompt: str, response: str, max_length: int) -> tuple[list[int], int]:
+    def example(self, prompt: Prompt, response: str, max_length: int) -> tuple[list[int], int]:
         """(token ids, index where the response begins), the response cut to `max_length`.
 
         Raises:
-            UserError: the prompt alone is longer than `max_length`.
+            ValueError: the prompt alone is longer than `max_length`.
         """
         ids = self.prompt_ids(prompt)
         if len(ids) >= max_length:
-            raise UserError(
-                f"prompt '{prompt[:40]}…' has {len(ids)} tokens and leaves no room for an answer; raise max_length"
-            )
+            raise ValueError(f"a prompt of {len(ids)} tokens leaves no room for an answer within {max_length}")
         return (ids + self.response_ids(response))[:max_length], len(ids)
+
+    def answer_text(self, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
+        """Text of sampled ids up to the first end token and the first stop string: what is judged and rewarded."""
+        ends = set(self.end_ids)
+        length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+        text: str = self.tokenizer.decode(list(ids[:length]), skip_special_tokens=True)
+        found = [place for each in stop if (place := text.find(each)) >= 0]
+        return text[: min(found)] if found else text
+
+    @property
+    def _model(self) -> str:
+        return str(self.tokenizer.name_or_path)
+
+    def _templated(self, messages: list[dict[str, str]], **options: Any) -> str:
+        from jinja2.exceptions import TemplateError
+
+        try:
+            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            fix = "leave model.system_prompt out" if messages[0]["role"] == "system" else "change the messages"
+            raise UserError(
+                f"model '{self._model}': its chat template refuses messages with the roles {roles} ({error}); {fix}"
+            ) from error
+        return text
+
+    def _template_end(self) -> int | None:
+        """The special token that the template writes after an assistant's answer, if it writes one."""
+        if self.tokenizer.chat_template is None:
+            return None
+        turns = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
+        try:
+            tail = self._templated(turns).rpartition(_PROBE)[2].lstrip()
+        except UserError:
+            return None
+        ids = self.tokenizer(tail, add_special_tokens=False)["input_ids"]
+        special = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
+        special |= set(self.tokenizer.all_special_ids)
+        return ids[0] if ids and ids[0] in special else None
 
 
 def load_encoder(model_path: str, system_prompt: str | None, trust_remote_code: bool = False) -> Encoder:
@@ -67,10 +137,19 @@ def load_encoder(model_path: str, system_prompt: str | None, trust_remote_code: 
         tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Encoder(tokenizer, system_prompt)
+    return Encoder(tokenizer, system_prompt, _model_ends(model_path))
+
+
+def _model_ends(model_path: str) -> tuple[int, ...]:
+    from transformers import GenerationConfig
+
+    try:
+        ends = GenerationConfig.from_pretrained(model_path).eos_token_id
+    except (OSError, ValueError):  # it has none
+        return ()
+    return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
 
 
 def decode(encoder: Encoder, ids: Sequence[int]) -> str:
-    """Text of generated ids, special tokens dropped."""
-    text: str = encoder.tokenizer.decode(ids, skip_special_tokens=True)
-    return text
+    """`Encoder.answer_text` without stop strings."""
+    return encoder.answer_text(ids)

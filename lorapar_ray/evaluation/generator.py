@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lorapar_ray.config import ModelConfig, Resources
+from lorapar_ray.datasets.chat import load_encoder
 from lorapar_ray.workers import worker_environment
 
 
@@ -21,27 +22,33 @@ class Generator:
         self._settings = ModelConfig.model_validate(model)
         self._base = base
         self._model: Any = None
-        self._tokenizer: Any = None
+        self._ends: list[int] = []
+        self._pad: int = 0
 
     def load(self, adapter: str | None) -> None:
         """Answer with `adapter` (a directory as PEFT saves it; None: the bare base) from now on."""
         from peft import PeftModel
+        from transformers import GenerationConfig
 
-        from lorapar_ray.student import load_base, load_tokenizer
+        from lorapar_ray.student import load_base
 
         base = load_base(self._settings, self._base)
-        self._tokenizer = load_tokenizer(self._base, self._settings)
+        base.generation_config = GenerationConfig()  # as for an engine: no penalties or bounds of the model's own
+        encoder = load_encoder(self._base, None, self._settings.trust_remote_code)
+        self._ends = encoder.end_ids
+        self._pad = encoder.end_id if encoder.tokenizer.pad_token_id is None else encoder.tokenizer.pad_token_id
         self._model = (base if adapter is None else PeftModel.from_pretrained(base, adapter)).eval()
 
     def greedy(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """The most likely continuation of each prompt, token ids up to and without the end of sequence.
+        """The most likely continuation of each prompt, token ids up to and with the first end token.
+
+        It stops at every end token that an engine is told of (`Encoder.end_ids`).
 
         Prompts of one length are answered together, without padding: PEFT puts learnt prompts before the padding and
         counts it as positions, which gives other answers than the model's own.
         """
         import torch
 
-        tokenizer = self._tokenizer
         device = next(self._model.parameters()).device
         answers: dict[int, list[int]] = {}
         for rows in same_length(prompts, len(prompts)):
@@ -52,11 +59,11 @@ class Generator:
                     attention_mask=torch.ones_like(ids),
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
-                    eos_token_id=tokenizer.eos_token_id,
-                    pad_token_id=tokenizer.pad_token_id,
+                    eos_token_id=self._ends,
+                    pad_token_id=self._pad,
                 )
             for row, tokens in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
-                answers[row] = _answer(tokens, tokenizer.eos_token_id)
+                answers[row] = _answer(tokens, set(self._ends))
         return [answers[row] for row in range(len(prompts))]
 
 
@@ -81,5 +88,5 @@ def start_generator(model: ModelConfig, base: str, resources: Resources) -> Any:
     return actor.remote(model.model_dump(mode="json"), base)
 
 
-def _answer(ids: list[int], end: int) -> list[int]:
-    return ids[: ids.index(end)] if end in ids else ids
+def _answer(ids: list[int], ends: set[int]) -> list[int]:
+    return ids[: 1 + next((place for place, token in enumerate(ids) if token in ends), len(ids))]

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 
 from lorapar_ray.adapters import read_adapter_state
 from lorapar_ray.config import Config
-from lorapar_ray.datasets.chat import decode, load_encoder
+from lorapar_ray.datasets.chat import Encoder, load_encoder
+from lorapar_ray.datasets.labelled import fitting_prompts
 from lorapar_ray.datasets.rows import COLUMNS, read_table
 from lorapar_ray.engines.actor import start_engine
 from lorapar_ray.engines.base_weights import unmergeable
@@ -20,13 +21,13 @@ from lorapar_ray.engines.policy import Policy, read_policy
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.accuracy import accuracy
 from lorapar_ray.evaluation.generator import same_length, start_generator
-from lorapar_ray.grpo.rewards import get_reward
+from lorapar_ray.evaluation.judging import judge, judging_process
+from lorapar_ray.grpo.rewards import RewardPool
 from lorapar_ray.models import resolve_model
 from lorapar_ray.progress import console, progress
 from lorapar_ray.runs import RunDirectory, atomic_path, write_json
 from lorapar_ray.workers import require
 
-REWARD_OF = {"numeric": "numeric_answer", "exact": "exact_answer", "option_letter": "option_letter"}
 QUESTIONS_PER_CALL = 16
 """All calls are made at once, so that the engine's batch stays full; they come back, and are counted, one by one."""
 
@@ -36,20 +37,32 @@ def evaluate_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
 
     Every model runs as its stock adapter on the original base, which is how it will be served.
 
+    Questions that leave no room for an answer in `evaluate.engine.max_model_len` are left out, for every model alike,
+    and listed in `rejects/evaluate.parquet`. An answer ends at the first of the model's end tokens and stop strings.
+
     Raises:
-        UserError: there are no test rows, or an adapter that is to be evaluated is missing.
+        UserError: there are no test rows, none is short enough, or an adapter that is to be evaluated is missing.
     """
     rows = read_table(run.data / "test.parquet", COLUMNS)
     if not rows:
         raise UserError("data.test: no rows to evaluate on; give at least one source")
     adapters = {name: _adapter(run, name) for name in config.evaluated}
     todo = {name: folder for name, folder in adapters.items() if not (run.eval / f"{name}.json").is_file()}
-    if todo and config.adapter.method == "lora":
-        policies = {name: None if folder is None else read_policy(folder, version=0) for name, folder in todo.items()}
-        _answer_all(config, run, rows, policies, **_serving(resolve_model(config.model.path), todo.values()))
-    elif todo:
-        _answer_without_engine(config, run, rows, todo)
-    return {"n": len(rows)}
+    if not todo:
+        return {"n": len(rows)}
+    settings = config.evaluate
+    require("evaluate", resources=(1, settings.resources))
+    encoder = load_encoder(resolve_model(config.model.path), config.model.system_prompt, config.model.trust_remote_code)
+    limit, field = settings.engine.max_model_len - 1, "evaluate.engine.max_model_len"
+    asked = fitting_prompts(encoder, run, rows, stage="evaluate", limit=limit, field=field)
+    with judging_process(settings.answer) as process:
+        if config.adapter.method == "lora":
+            policies = {name: None if folder is None else read_policy(folder, 0) for name, folder in todo.items()}
+            serving = _serving(resolve_model(config.model.path), todo.values())
+            _answer_all(config, run, encoder, asked, policies, process, **serving)
+        else:
+            _answer_without_engine(config, run, encoder, asked, todo, process)
+    return {"n": len(asked)}
 
 
 def _adapter(run: RunDirectory, name: str) -> Path | None:
@@ -74,8 +87,10 @@ def _serving(model: str, adapters: Iterable[Path | None]) -> dict[str, Any]:
 def _answer_all(
     config: Config,
     run: RunDirectory,
+    encoder: Encoder,
     rows: list[dict[str, Any]],
     policies: dict[str, Policy | None],
+    process: RewardPool,
     *,
     sync: str,
     max_lora_rank: int | None = None,
@@ -83,11 +98,8 @@ def _answer_all(
     import ray
 
     settings = config.evaluate
-    require("evaluate", resources=(1, settings.resources))
-    model = resolve_model(config.model.path)
-    encoder = load_encoder(model, config.model.system_prompt, config.model.trust_remote_code)
     actor = start_engine(
-        model,
+        resolve_model(config.model.path),
         settings.engine,
         settings.resources,
         seed=config.seed,
@@ -95,8 +107,9 @@ def _answer_all(
         sync=sync,
         max_lora_rank=max_lora_rank,
     )
-    prompts = [encoder.prompt_ids(row["prompt"]) for row in rows]
-    sampling = {"n": 1, "temperature": 0.0, "max_tokens": settings.max_new_tokens, "stop": list(settings.stop)}
+    prompts = [row["prompt_ids"] for row in rows]
+    ends = {"stop": list(settings.stop), "stop_token_ids": encoder.end_ids}
+    sampling = {"n": 1, "temperature": 0.0, "max_tokens": settings.max_new_tokens, **ends}
     done: dict[str, Any] = {"n": 0, "name": "starting the engine"}
     try:
         with progress("evaluate", len(rows) * len(policies), lambda: (done["n"], done["name"])):
@@ -112,24 +125,27 @@ def _answer_all(
                 while waiting:
                     [answered], waiting = ray.wait(waiting)
                     done["n"] += asked[answered]
-                texts = [decode(encoder, group[0].token_ids) for call in asked for group in ray.get(call)]
-                _write(config, run, name, rows, texts, time.monotonic() - start)
+                answers = [group[0].token_ids for call in asked for group in ray.get(call)]
+                texts = [encoder.answer_text(ids, settings.stop) for ids in answers]
+                _write(run, name, rows, texts, process, time.monotonic() - start)
     finally:
         ray.kill(actor)
 
 
 def _answer_without_engine(
-    config: Config, run: RunDirectory, rows: list[dict[str, Any]], adapters: dict[str, Path | None]
+    config: Config,
+    run: RunDirectory,
+    encoder: Encoder,
+    rows: list[dict[str, Any]],
+    adapters: dict[str, Path | None],
+    process: RewardPool,
 ) -> None:
     """The base and adapters that no engine serves (learnt prompts, IA3), by transformers on a Ray actor."""
     import ray
 
     settings = config.evaluate
-    require("evaluate", resources=(1, settings.resources))
-    model = resolve_model(config.model.path)
-    encoder = load_encoder(model, config.model.system_prompt, config.model.trust_remote_code)
-    prompts = [encoder.prompt_ids(row["prompt"]) for row in rows]
-    actor = start_generator(config.model, model, settings.resources)
+    prompts = [row["prompt_ids"] for row in rows]
+    actor = start_generator(config.model, resolve_model(config.model.path), settings.resources)
     done: dict[str, Any] = {"n": 0, "name": "loading the model"}
     try:
         with progress("evaluate", len(rows) * len(adapters), lambda: (done["n"], done["name"])):
@@ -141,17 +157,11 @@ def _answer_without_engine(
                 for part in same_length(prompts, settings.engine.max_num_seqs):
                     answers = ray.get(actor.greedy.remote([prompts[row] for row in part], settings.max_new_tokens))
                     for row, ids in zip(part, answers, strict=True):
-                        texts[row] = _until(decode(encoder, ids), settings.stop)
+                        texts[row] = encoder.answer_text(ids, settings.stop)
                     done["n"] += len(part)
-                _write(config, run, name, rows, texts, time.monotonic() - start)
+                _write(run, name, rows, texts, process, time.monotonic() - start)
     finally:
         ray.kill(actor)
-
-
-def _until(text: str, stop: list[str]) -> str:
-    """`text` up to the first of the stop strings, as an engine cuts it."""
-    ends = [place for each in stop if (place := text.find(each)) >= 0]
-    return text[: min(ends)] if ends else text
 
 
 def _batched(prompts: list[list[int]]) -> Iterator[list[list[int]]]:
@@ -160,11 +170,9 @@ def _batched(prompts: list[list[int]]) -> Iterator[list[list[int]]]:
 
 
 def _write(
-    config: Config, run: RunDirectory, name: str, rows: list[dict[str, Any]], texts: list[str], seconds: float
+    run: RunDirectory, name: str, rows: list[dict[str, Any]], texts: list[str], process: RewardPool, seconds: float
 ) -> None:
-    judge = get_reward(REWARD_OF[config.evaluate.answer])
-    verdicts = judge(prompts=[row["prompt"] for row in rows], completions=texts, answer=[row["answer"] for row in rows])
-    right = [verdict > 0.5 for verdict in verdicts]
+    right, lost = judge(process, rows, texts)
     columns = [
         {"id": row["id"], "task": row["task"], "answer": row["answer"], "completion": text, "right": ok}
         for row, text, ok in zip(rows, texts, right, strict=True)
@@ -172,6 +180,9 @@ def _write(
     with atomic_path(run.eval / f"{name}.parquet") as draft:
         pq.write_table(pa.Table.from_pylist(columns), draft)
     result = {"name": name, **accuracy(right, [row["task"] for row in rows]), "seconds": round(seconds, 2)}
+    if lost:
+        result["unjudged"] = lost
+        console.print(f"  {name}: {lost} answers could not be judged within the limits and count as wrong")
     write_json(run.eval / f"{name}.json", result)
     low, high = result["interval"]
     console.print(f"  {name}: {result['accuracy']:.1%} [{low:.1%}, {high:.1%}] of {result['n']}")

@@ -52,7 +52,7 @@ class Coordinator:
         self._place = place
         self._settings = GrpoConfig.model_validate(plan["settings"])
         self._rows: list[dict[str, Any]] = plan["rows"]
-        self._tokenizer = load_encoder(plan["model"], None, plan["trust_remote_code"]).tokenizer
+        self._encoder = load_encoder(plan["model"], None, plan["trust_remote_code"])
         self._stream = self._fresh_stream()
         self._engines = EnginePool(
             engine or self._new_engine,
@@ -173,6 +173,7 @@ class Coordinator:
             "temperature": self._settings.temperature,
             "max_tokens": self._settings.max_completion_length,
             "stop": list(self._settings.stop),
+            "stop_token_ids": self._encoder.end_ids,
             "seed": zlib.crc32(f"{self._plan['seed']}/{step}/{attempt}/{index}".encode()),
         }
         [completions] = await self._engines.run(lambda engine: engine.generate.remote([row["prompt_ids"]], sampling))
@@ -202,6 +203,4 @@ class Coordinator:
         )
 
     def _decode(self, completions: list[Completion]) -> list[str]:
-        ids = [completion.token_ids for completion in completions]
-        texts: list[str] = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return texts
+        return [self._encoder.answer_text(done.token_ids, self._settings.stop) for done in completions]

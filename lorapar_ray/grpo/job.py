@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from lorapar_ray.adapters import read_adapter_state
 from lorapar_ray.boundary import last_line, read_object
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.chat import Encoder, load_encoder
-from lorapar_ray.datasets.labelled import labelled_rows
+from lorapar_ray.datasets.labelled import fitting_prompts, labelled_rows
 from lorapar_ray.engines.base_weights import not_in_the_files, unmergeable
 from lorapar_ray.errors import UserError
 from lorapar_ray.gpus import sync_of
@@ -26,15 +22,15 @@ from lorapar_ray.grpo.learner import GrpoJob, learn_worker
 from lorapar_ray.grpo.placement import reserved
 from lorapar_ray.grpo.rewards.judge import judging
 from lorapar_ray.grpo.rewards.registry import require_rewards
-from lorapar_ray.progress import console, progress
-from lorapar_ray.runs import RunDirectory, atomic_path
+from lorapar_ray.progress import progress
+from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.job import export_plain
 from lorapar_ray.sft.tracking import require_trackers
 from lorapar_ray.student import RESIDUAL_INITS, base_path, starting_adapter
-from lorapar_ray.text import markup
 from lorapar_ray.workers import run_workers
 
 CANARIES = 4
+PROMPT_FIELDS = ("id", "prompt", "response", "answer", "messages", "columns")
 STOP_LIMIT_S = 30
 
 
@@ -127,24 +123,9 @@ def _stop(coordinator: Any) -> None:
 
 
 def _prompts(encoder: Encoder, run: RunDirectory, rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
-    """The rows with their prompts' token ids; those that are too long go to `rejects/grpo.parquet`."""
-    keep = ("id", "prompt", "response", "answer")
-    prompts = [{key: row[key] for key in keep} | {"prompt_ids": encoder.prompt_ids(row["prompt"])} for row in rows]
-    fitting = [row for row in prompts if len(row["prompt_ids"]) <= limit]
-    if not fitting:
-        raise UserError(f"grpo: every prompt is longer than grpo.max_prompt_length {limit}; raise it")
-    if len(fitting) < len(prompts):
-        reason = f"prompt longer than grpo.max_prompt_length {limit}"
-        rejects = [
-            {"id": row["id"], "stage": "grpo", "reason": reason, "row": json.dumps(row, ensure_ascii=False)}
-            for row in prompts
-            if len(row["prompt_ids"]) > limit
-        ]
-        with atomic_path(run.rejects / "grpo.parquet") as draft:
-            pq.write_table(pa.Table.from_pylist(rejects), draft)
-        file = markup(run.rejects / "grpo.parquet")
-        console.print(f"  [yellow]{len(rejects)} prompts are too long and left out[/]: {file}", markup=True)
-    return fitting
+    """What the coordinator needs of the rows whose prompts are short enough."""
+    asked = [{key: row[key] for key in PROMPT_FIELDS if row.get(key) is not None} for row in rows]
+    return fitting_prompts(encoder, run, asked, stage="grpo", limit=limit, field="grpo.max_prompt_length")
 
 
 def _canary(encoder: Encoder, row: dict[str, Any]) -> list[Any]:

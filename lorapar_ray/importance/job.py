@@ -40,10 +40,12 @@ def score_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
     samples = {system: scored_rows(config, run, system) for system in SYSTEMS}
     base = base_path(config.model, run)
     encoder = load_encoder(base, config.model.system_prompt, config.model.trust_remote_code)
-    units = {
-        system: write_units(run, system, encode_rows(encoder, rows, config.score.max_length), config.score.unit_size)
+    limit, field = config.score.max_length, "score.max_length"
+    encoded = {
+        system: encode_rows(encoder, run, rows, stage=f"score-system{system}", max_length=limit, field=field)
         for system, rows in samples.items()
     }
+    units = {system: write_units(run, system, rows, config.score.unit_size) for system, rows in encoded.items()}
     every = [unit for of_system in units.values() for unit in of_system]
     pending = [unit for unit in every if not unit.is_file()]
     payload = {
@@ -70,7 +72,7 @@ def score_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
     for system in SYSTEMS:
         _write_scores(config, run, system, units[system])
     save_halves(run.scores / "halves", halves_of_units(config, run))
-    return {f"system{system}_examples": len(rows) for system, rows in samples.items()}
+    return {f"system{system}_examples": len(rows) for system, rows in encoded.items()}
 
 
 def score_worker(payload: dict[str, Any]) -> None:

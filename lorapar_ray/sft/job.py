@@ -23,8 +23,8 @@ def train_stage1(config: Config, run: RunDirectory) -> dict[str, Any]:
     """SFT of the stage 1 elements on the rows of `sft.systems`; writes `sft/adapter`.
 
     Raises:
-        UserError: no labelled row belongs to those Systems, a prompt is longer than `sft.max_length`, or a tracker of
-            `sft.report_to` is not installed.
+        UserError: no labelled row belongs to those Systems, every prompt is longer than `sft.max_length`, or a tracker
+            of `sft.report_to` is not installed.
     """
     require_trackers(config.sft.report_to, "sft.report_to")
     rows = labelled_rows(run, config.sft.systems, "sft.systems")
@@ -41,8 +41,8 @@ def train_stage1(config: Config, run: RunDirectory) -> dict[str, Any]:
 def warm_up(config: Config, run: RunDirectory, adapter: Path, rows: list[dict[str, Any]]) -> None:
     """A few unmasked steps on both Systems, in place, so that a zero-B adapter can be scored (method, section 2)."""
     settings = config.sft.warmup(config.adapter)
-    job, _ = _job(config, run, settings, rows, "warmup", adapter, run.adapter, None)
-    _run(job, settings, len(rows), "warmup", run)
+    job, examples = _job(config, run, settings, rows, "warmup", adapter, run.adapter, None)
+    _run(job, settings, examples, "warmup", run)
 
 
 def export_plain(initial: Path, trained: Path, out: Path, original: str) -> None:
@@ -68,7 +68,7 @@ def _job(
     base = base_path(config.model, run)
     encoder = load_encoder(base, config.model.system_prompt, config.model.trust_remote_code)
     examples = run.work / name / "examples.json"
-    encoded = encode_rows(encoder, rows, settings.max_length)
+    encoded = encode_rows(encoder, run, rows, stage=name, max_length=settings.max_length, field="sft.max_length")
     train, validation = split_validation(len(encoded), settings.validation, config.seed)
     write_json(examples, {"train": [encoded[i] for i in train], "validation": [encoded[i] for i in validation]})
     job = SftJob(

@@ -1,0 +1,32 @@
+"""Right or wrong, decided in a reward process: a model's text is never parsed in the driver, which has no limits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lorapar_ray.grpo.rewards.pool import RewardPool, RewardSpec
+
+REWARD_OF = {"numeric": "numeric_answer", "exact": "exact_answer", "option_letter": "option_letter"}
+TIME_LIMIT_S = 5.0
+MEMORY_MB = 1024
+AT_ONCE = 64
+"""Answers of one call, which may take TIME_LIMIT_S; one that takes longer by itself is wrong, and counted."""
+
+
+def judging_process(answer: str) -> RewardPool:
+    """The process that judges by `evaluate.answer`; close it in the end."""
+    return RewardPool([RewardSpec(REWARD_OF[answer])], time_limit_s=TIME_LIMIT_S, memory_limit_mb=MEMORY_MB)
+
+
+def judge(process: RewardPool, rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> tuple[list[bool], int]:
+    """(whether each text answers its row's question, how many could not be judged within the limits: wrong ones)."""
+    right: list[bool] = []
+    lost = 0
+    for start in range(0, len(texts), AT_ONCE):
+        part = rows[start : start + AT_ONCE]
+        answers = {"answer": [row["answer"] for row in part]}
+        scored = process.score([row["prompt"] for row in part], list(texts[start : start + AT_ONCE]), answers)
+        right += [total > 0.5 for total in scored.total]
+        lost += sum(scored.failures.values())
+    return right, lost

@@ -1,0 +1,117 @@
+"""Prompts as tokens, where an answer ends, and what happens to prompts that are too long."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from lorapar_ray.boundary import read_lines
+from lorapar_ray.datasets.chat import load_encoder
+from lorapar_ray.datasets.labelled import encode_rows, fitting_prompts
+from lorapar_ray.datasets.rows import read_table
+from lorapar_ray.errors import UserError
+from lorapar_ray.evaluation.judging import judge, judging_process
+from lorapar_ray.models import resolve_model
+from lorapar_ray.runs import RunDirectory
+from lorapar_ray.sft.tracking import append_line, keep_lines_until
+
+TEXT_END, TURN_END = 0, 2
+"""`<|endoftext|>` and `<|im_end|>` of the tokenizer."""
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer as many chat models have it: documents end with one token, turns with another."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("package:smollm2-135m-instruct"))
+    tokenizer.eos_token = tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_an_answer_ends_with_the_templates_token(published: Path) -> None:
+    encoder = load_encoder(str(published), None)
+    assert (encoder.end_id, encoder.end_ids) == (TURN_END, [TURN_END, TEXT_END])
+    assert encoder.response_ids("4")[-1] == TURN_END
+    (published / "generation_config.json").write_text(json.dumps({"eos_token_id": [TURN_END, 7]}))
+    assert load_encoder(str(published), None).end_ids == [TURN_END, TEXT_END, 7]
+    (published / "generation_config.json").unlink()
+
+
+def test_what_follows_the_end_or_a_stop_string_is_not_judged(published: Path) -> None:
+    encoder = load_encoder(str(published), None)
+    ids = encoder.tokenizer("The answer is 4")["input_ids"]
+    further = encoder.tokenizer("user: and 5?")["input_ids"]
+    for end in (TURN_END, TEXT_END):
+        assert encoder.answer_text([*ids, end, *further]) == "The answer is 4"
+    assert encoder.answer_text(ids, stop=[" is", " answer"]) == "The"
+
+
+def test_a_chat_keeps_its_roles(published: Path) -> None:
+    encoder = load_encoder(str(published), "You are the config's.")
+    chat = [{"role": "system", "content": "You are the data's."}, {"role": "user", "content": "2+2?"}]
+    text = encoder.prompt_text(chat)
+    assert "system\nYou are the data's." in text and "config's" not in text
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert encoder.prompt_text(turns).count("<|im_start|>") == 5  # with the config's system and the answer's beginning
+
+
+def test_a_template_that_refuses_is_one_line(published: Path) -> None:
+    encoder = load_encoder(str(published), "You are.")
+    encoder.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(UserError, match=r"refuses .* system, user \(no system role\); leave model.system_prompt out"):
+        encoder.prompt_text("2+2?")
+    assert replace(encoder, system_prompt=None).prompt_text("2+2?") == "2+2?"
+    encoder.tokenizer.chat_template = None
+    with pytest.raises(UserError, match="has no chat template, and the data's prompts are lists of messages"):
+        encoder.prompt_text([{"role": "user", "content": "2+2?"}])
+
+
+def long_and_short() -> list[dict[str, Any]]:
+    row = {"response": "4", "answer": "4", "system": 1}
+    return [{"id": "short", "prompt": "2+2?", **row}, {"id": "long", "prompt": "2+2? " * 50, **row}]
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo", "evaluate"])
+def test_prompts_that_are_too_long_are_listed(tmp_path: Path, published: Path, stage: str) -> None:
+    encoder, run = load_encoder(str(published), None), RunDirectory(tmp_path)
+
+    def fitting(rows: list[dict[str, Any]], limit: int = 64) -> list[dict[str, Any]]:
+        if stage == "sft":
+            return encode_rows(encoder, run, rows, stage=stage, max_length=limit, field="sft.max_length")
+        return fitting_prompts(encoder, run, rows, stage=stage, limit=limit, field=f"{stage}.limit")
+
+    assert [row["id"] for row in fitting(long_and_short())] == ["short"]
+    (rejected,) = read_table(run.rejects / f"{stage}.parquet")
+    assert rejected["id"] == "long" and json.loads(rejected["row"])["prompt"].startswith("2+2?")
+    with pytest.raises(UserError, match=rf"{stage}\.\w+: .*; raise it"):
+        fitting(long_and_short(), limit=4)
+    assert len(fitting(long_and_short()[:1])) == 1
+    assert not (run.rejects / f"{stage}.parquet").exists()
+
+
+def test_the_driver_judges_behind_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorapar_ray.evaluation.judging.TIME_LIMIT_S", 2.0)
+    rows = [{"prompt": "q", "answer": want} for want in ("4", "9", r"\sqrt{2}", r"2\sqrt{3}")]
+    texts = ["It is 4.", "9^{9^{9^{9}}}", r"\boxed{\sqrt{2}^{9^{9^9}}}", r"\boxed{\sqrt{12}}"]
+    with judging_process("numeric") as process:
+        right, lost = judge(process, rows, texts)
+    assert right == [True, False, False, True] and lost <= 1
+
+
+def test_only_a_newline_ends_a_line_of_metrics(tmp_path: Path) -> None:
+    file, odd = tmp_path / "samples.jsonl", "a\u2028b\u2029c\u0085d\x0be\ud83df\r"
+    append_line(file, {"step": 1, "text": odd})
+    with file.open("a") as lines:
+        lines.write('{"step": 2, "te')  # killed here
+    assert read_lines(file) == [{"step": 1, "text": odd}]
+    keep_lines_until(file, 1)
+    append_line(file, {"step": 2, "text": odd})
+    assert [line["step"] for line in read_lines(file)] == [1, 2]
+    assert read_lines(tmp_path / "none.jsonl") == []
