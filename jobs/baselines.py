@@ -108,7 +108,7 @@ def borrow(config: Config, run: RunDirectory, stage: str) -> None:
     """Copy `stage` from a sibling run that finished it on the same inputs."""
     if is_done(config, run, stage):
         return
-    wanted = inputs_of(PIPELINE[stage], config, run.manifest()["stages"], run.fingerprints())
+    wanted = inputs_of(PIPELINE[stage], config, run.manifest()["stages"], run.fingerprints)
     for sibling in sorted(run.root.parent.iterdir()):
         entry = RunDirectory(sibling).manifest().get("stages", {}).get(stage, {})
         if entry.get("status") == "done" and entry.get("inputs") == wanted:

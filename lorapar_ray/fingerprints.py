@@ -16,8 +16,20 @@ from lorapar_ray.files import digest, write_json
 
 SETTLED_S = 2.0
 """A file that changed less than this ago may change again within one tick of the clock: it is not remembered yet."""
-OF_A_MODEL = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
-"""Files of a model or adapter directory that decide what it computes."""
+OF_A_FOLDER = (
+    ".json",
+    ".safetensors",
+    ".model",
+    ".txt",
+    ".jinja",
+    ".py",
+    ".jsonl",
+    ".parquet",
+    ".csv",
+    ".arrow",
+    ".gz",
+)
+"""Files of a model, an adapter or a data set that decide what it says."""
 TIMES = ("seconds", "latency", "per_second")
 """A JSON key that holds one of these words is about speed and not about the result."""
 ABOUT_VOTING = ("votes",)
@@ -53,14 +65,14 @@ class Fingerprints:
         return found
 
     def of_input(self, name: str) -> str | None:
-        """What a user's path holds: a data file, or the directory of a model or adapter; None if there is neither."""
+        """What a user's path holds: a file, or the folder of a model, adapter or data set; None if there is neither."""
         path = Path(name).expanduser()
         try:
             if path.is_file():
                 return self.of_file(path.resolve())
             if not path.is_dir():
                 return None
-            found = sorted(each for each in path.resolve().rglob("*") if each.suffix in OF_A_MODEL and each.is_file())
+            found = sorted(each for each in path.resolve().rglob("*") if each.suffix in OF_A_FOLDER and each.is_file())
             return digest([[str(each.relative_to(path.resolve())), self.of_file(each)] for each in found])
         except OSError:
             return None

@@ -56,7 +56,7 @@ def adopt(config: Config, run: RunDirectory, pipeline: Mapping[str, Stage]) -> N
 def _migrated(
     config: Config, run: RunDirectory, recorded: Mapping[str, Any], pipeline: Mapping[str, Stage]
 ) -> dict[str, Any]:
-    prints = run.fingerprints()
+    prints = run.fingerprints
     candidates = list(_candidates(config, _tree(run)))
     found: dict[str, Any] = {}
     for name, entry in recorded.items():
@@ -68,7 +68,6 @@ def _migrated(
                 new |= {"written": written(stage, run, prints)} if entry.get("status") == "done" else {}
                 break
         found[name] = new
-    prints.save()
     return found
 
 

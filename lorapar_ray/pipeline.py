@@ -65,7 +65,7 @@ def check(config: Config, stages: Sequence[str]) -> None:
 
 def standings(config: Config, run: RunDirectory) -> dict[str, Standing]:
     """How every stage of the run stands."""
-    entries, prints = legacy.entries(config, run, PIPELINE), run.fingerprints()
+    entries, prints = legacy.entries(config, run, PIPELINE), run.fingerprints
     return {name: standing_of(PIPELINE[name], config, run, entries, prints) for name in stages_of(config)}
 
 
@@ -110,7 +110,7 @@ def require_leave(config: Config, run: RunDirectory, stages: Sequence[str], redo
     if elsewhere:
         raise UserError(f"--redo {elsewhere[0]}: this command runs {', '.join(stages)}")
     allowed = {*redo, *dependents(config, redo)}
-    found, prints = standings(config, run), run.fingerprints()
+    found, prints = standings(config, run), run.fingerprints
     for name in stages:
         stage = PIPELINE[name]
         if name in allowed or stage.is_view or found[name].state not in ("changed", "damaged"):
@@ -147,7 +147,7 @@ def run_stage(config: Config, run: RunDirectory, name: str, redo: Redo = "no") -
         raise UserError(f"{name}: not in this run's order [{', '.join(config.order)}]; add it to order in the config")
     with run_lock(run.root):
         legacy.adopt(config, run, PIPELINE)
-        prints = run.fingerprints()
+        prints = run.fingerprints
         try:
             _run_stage(stage, config, run, redo, prints)
         finally:
@@ -180,6 +180,7 @@ def _run_stage(stage: Stage, config: Config, run: RunDirectory, redo: Redo, prin
     if now != "unfinished":
         entry = {}
     run.record(name, status="started", inputs=inputs, seconds=entry.get("seconds", 0.0))
+    prints.save()
     if not stage.is_view:
         run.keep_config(config)
     console.print(f"[bold]{name}[/]", markup=True)

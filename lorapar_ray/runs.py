@@ -13,6 +13,7 @@ Every file appears by an atomic rename, so a reader sees all of it or none.
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,7 @@ class RunDirectory:
             manifest["stages"][stage] = entry
         write_json(self.manifest_path, manifest)
 
+    @cached_property
     def fingerprints(self) -> Fingerprints:
         """Digests of files that this run has read or written."""
         return Fingerprints(self.work / "digests.json")

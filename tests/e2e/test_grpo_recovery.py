@@ -67,7 +67,15 @@ def test_every_kind_of_process_may_die(finished: FinishedRun, tmp_path: Path) ->
     assert killed == list(VICTIMS.values())
     assert not [orphan for orphan in orphans if orphan.is_running()], "engines outlive their actors"
     before = metrics(run, "grpo")
-    again = lorapar(*arguments)
+    # what a run is computed with may change on the way: twice the learners and engines, other micro-batches
+    more = (
+        "learners=2",
+        "rollout_actors=2",
+        "micro_batch_size=1",
+        "learner_resources.cpus=0.3",
+        "rollout_resources.cpus=0.3",
+    )
+    again = lorapar(*arguments, *(f"--set=grpo.{change}" for change in more))
     assert again.returncode == 0, again.stderr
     lines = metrics(run, "grpo")
     assert [line["policy_version"] for line in lines] == list(range(1, STEPS + 1))

@@ -1,5 +1,6 @@
 """What a run directory promises: one command at a time, nothing of another's removed, results that are checked."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -8,10 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lorapar_ray import run_lock
 from lorapar_ray.errors import UserError
+from lorapar_ray.fingerprints import Fingerprints, meaning
 from lorapar_ray.pipeline import STAGES
 from lorapar_ray.runs import RunDirectory
 from tests.tiny_run import tiny_config, write_config
@@ -136,6 +140,54 @@ def test_an_input_is_known_by_what_it_holds(cli: Cli, tmp_path: Path, monkeypatc
         assert status == 2 and f"'{name}' has other contents" in said, said
     (tmp_path / "rows.jsonl").unlink()  # moved away: nothing to compare with, and nothing lost
     assert cli("label")[1].startswith("✓ label: done")
+
+
+def test_an_input_that_does_not_open_costs_no_labels(tmp_path: Path) -> None:
+    """With the real stage."""
+    rows, run = tmp_path / "rows.jsonl", RunDirectory(tmp_path / "run")
+    rows.write_text("".join(json.dumps({"prompt": f"q{number}", "answer": "1"}) + "\n" for number in range(9)))
+    data = {
+        "train": [{"reader": "file", "path": str(rows)}],
+        "test": [{"reader": "file", "path": str(rows), "rows": 1}],
+    }
+    tree = {"name": "r", "model": {"path": "a/b"}, "data": data, "label": {"strategy": "random"}}
+    label = ("label", "-c", write_config(tmp_path / "c.yaml", tree), "-d", run.root)
+    assert lorapar(*label)[0] == 0
+    before, entry, text = digests(run.root), run.entry("label"), rows.read_text()
+    rows.write_text(text + "{")
+    for more in ((), ("--redo", "label")):
+        assert lorapar(*label, *more)[0] == 2
+        assert digests(run.root) == before and run.entry("label") == entry
+    rows.unlink()
+    status, said = lorapar(*label, "--redo", "label")
+    assert status == 2 and str(rows) in said, said
+    assert digests(run.root) == before and run.entry("label") == entry
+    rows.write_text(text)
+    assert lorapar(*label, "--redo", "label")[0] == 0
+    assert run.entry("label")["outputs"] == entry["outputs"]
+
+
+def digests(root: Path) -> dict[str, str]:
+    known = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in root.rglob("*") if path.is_file()}
+    return {str(path.relative_to(root)): found for path, found in known.items() if path.name != "digests.json"}
+
+
+def test_how_long_it_took_is_no_part_of_a_result(tmp_path: Path) -> None:
+    def left(name: str, seconds: float, system: int) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        votes = [[{"teacher": "a", "system": system, "latency_s": seconds}]]
+        pq.write_table(pa.table({"id": ["q"], "system": [system], "votes": votes}), folder / "part.parquet")
+        told = {
+            "rows": system,
+            "seconds": seconds,
+            "teachers": {"a": {"latency": {"p50": seconds}}},
+            "votes_per_second": 1,
+        }
+        (folder / "summary.json").write_text(json.dumps(told | {"votes_per_second": seconds}))
+        return meaning(folder.iterdir(), folder, Fingerprints(tmp_path / "none"))
+
+    assert left("fast", 0.1, 1) == left("slow", 9.5, 1) != left("other", 0.1, 2)
 
 
 def test_a_report_with_other_settings_leaves_the_runs_own_written_down(cli: Cli) -> None:
