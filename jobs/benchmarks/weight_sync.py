@@ -1,24 +1,26 @@
 """What it takes to serve a new policy: bytes and milliseconds of `merged`, `adapter` and a push of the full weights.
 
-    python jobs/benchmarks/weight_sync.py [--quick] [--model MODEL] --json FILE
+    python jobs/benchmarks/weight_sync.py [--quick] [--device cpu|cuda] [--graphs] [--model MODEL] --json FILE
 
 One vLLM engine in a Ray actor, as stage 2 has it; a rank 8 adapter on QKVGUD, 40 % of whose elements change, as at
 θ = 0.9. `merged` and `adapter` send the changes and are timed from the learner's parameters to the engine's answer,
 digest and file included. The full push is what libraries without LoRA support do: every weight of the model, merged by
 the sender, travels and is loaded. The step whose share a sync takes is 8 prompts × 8 completions × 64 tokens, strictly
 on-policy: sampled on the same engine, then learnt from by stage 2's learner. The proof that follows each sync, canaries
-and a look at the prefix cache, is timed apart.
+and a look at the prefix cache, is timed apart. `--graphs` lets the engines capture CUDA graphs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import ray
 import torch
@@ -42,17 +44,22 @@ ACTIVE = 0.4
 GOAL_SHARE = 0.02
 PROMPTS, GROUP, TOKENS = 8, 8, 64
 ENGINE = EngineConfig(max_model_len=512, max_num_seqs=64, enforce_eager=True)
-RESOURCES = Resources(cpus=1, threads=2)
+RESOURCES = {"cpu": Resources(cpus=1, threads=2, gpus=0), "cuda": Resources(cpus=1, threads=2, gpus=0.5)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three rounds instead of ten")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--graphs", action="store_true")
     parser.add_argument("--model", default="package:smollm2-135m-instruct")
     parser.add_argument("--json", type=Path, required=True, help="where the rows go")
     arguments = parser.parse_args()
     rounds = 3 if arguments.quick else 10
-    model = resolve_model(arguments.model)
+    if arguments.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    model, resources = resolve_model(arguments.model), RESOURCES[arguments.device]
+    engine = ENGINE.model_copy(update={"enforce_eager": not arguments.graphs})
     with ray_session(), TemporaryDirectory() as scratch:
         adapter = Path(scratch) / "adapter"
         base = AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype("auto", torch.device("cpu")))
@@ -60,9 +67,12 @@ def main() -> None:
         save_adapter(peft_model, adapter)
         config, state = (adapter / "adapter_config.json").read_text(), adapter_state(peft_model)
         del base, peft_model
-        measured = {sync: measure(model, sync, config, state, rounds) for sync in ("merged", "adapter")}
-        full = push_everything(model, config, state, rounds, Path(scratch))
-        learning = learning_seconds(model, adapter, measured["merged"].samples)
+        measured = {
+            sync: measure(start(model, sync, engine, resources), sync, config, state, rounds)
+            for sync in ("merged", "adapter")
+        }
+        full = push_everything(model, config, state, rounds, Path(scratch), engine, resources)
+        learning = learning_seconds(model, adapter, measured["merged"].samples, resources)
     rows = [Row("a step's learning", learning, None, "s", None, "–", None)]
     for sync, found in measured.items():
         step = found.sync_s + found.proof_s + found.rollout_s + learning
@@ -96,10 +106,14 @@ def row(name: str, ours: float, peer: float, unit: str, goal: str, met: bool | N
     return Row(f"{name} vs full weights", ours, peer, unit, ours / peer, goal, met)
 
 
-def measure(model: str, sync: str, config: str, state: dict[str, torch.Tensor], rounds: int) -> Sync:
-    """Medians of so many syncs and their proofs, and a step's rollouts afterwards."""
-    engine = start_engine(model, ENGINE, RESOURCES, seed=0, sync=sync, max_lora_rank=8)
+def start(model: str, sync: str, settings: EngineConfig, resources: Resources) -> Any:
+    engine = start_engine(model, settings, resources, seed=0, sync=sync, max_lora_rank=8)
     ray.get(engine.start.remote())
+    return engine
+
+
+def measure(engine: Any, sync: str, config: str, state: dict[str, torch.Tensor], rounds: int) -> Sync:
+    """Medians of so many syncs and their proofs, and a step's rollouts afterwards."""
     generator = torch.Generator().manual_seed(0)
     masks = {key: torch.rand(value.shape, generator=generator) < ACTIVE for key, value in state.items()}
     sender = PolicySender(config, masks)
@@ -144,7 +158,7 @@ def sample(prompt: list[int], done: Completion, place: int) -> Sample:
     return Sample(prompt, done.token_ids, done.logprobs, (-1.0) ** place, done.finished, done.version)
 
 
-def learning_seconds(model: str, adapter: Path, samples: list[Sample]) -> float:
+def learning_seconds(model: str, adapter: Path, samples: list[Sample], resources: Resources) -> float:
     """What stage 2's learner takes for one step on these samples, its canaries included; the second of two."""
     settings = GrpoConfig(learning_rate=1e-5, micro_batch_size=16)
     job = GrpoJob(
@@ -164,7 +178,7 @@ def learning_seconds(model: str, adapter: Path, samples: list[Sample]) -> float:
         seed=0,
     )
     batch = Batch(samples, sum(len(each.token_ids) for each in samples), len(samples), {}, [], [])
-    torch.set_num_threads(RESOURCES.compute_threads)
+    torch.set_num_threads(resources.compute_threads)
     learner, seconds = Learner(job), 0.0
     for step in range(2):
         start = time.perf_counter()
@@ -175,11 +189,17 @@ def learning_seconds(model: str, adapter: Path, samples: list[Sample]) -> float:
 
 
 def push_everything(
-    model: str, config: str, state: dict[str, torch.Tensor], rounds: int, scratch: Path
+    model: str,
+    config: str,
+    state: dict[str, torch.Tensor],
+    rounds: int,
+    scratch: Path,
+    engine_settings: EngineConfig,
+    resources: Resources,
 ) -> tuple[float, int]:
     """(median seconds, bytes) of merging on the sender's side, sending every weight and loading all of them."""
-    settings = ENGINE.model_copy(update={"extra": {"worker_extension_cls": "_full_push.FullLoader"}})
-    engine = start_engine(model, settings, RESOURCES, seed=0, actor=FullPushEngine)
+    settings = engine_settings.model_copy(update={"extra": {"worker_extension_cls": "_full_push.FullLoader"}})
+    engine = start_engine(model, settings, resources, seed=0, actor=FullPushEngine)
     ray.get(engine.start.remote())
     weights: dict[str, torch.Tensor] = {}
     for file in sorted(Path(model).glob("*.safetensors")):

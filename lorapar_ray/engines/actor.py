@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lorapar_ray.config import EngineConfig, Resources
+from lorapar_ray.engines.phases import Phases
 from lorapar_ray.engines.policy import Policy, PolicyReceiver
+from lorapar_ray.engines.processes import start_async_llm
 
 WATCH_S = 1.0
 """Between two looks at whether the engine lives."""
@@ -53,21 +55,16 @@ class EngineActor:
         self._open = asyncio.Event()
         self._open.set()
         self._watch: asyncio.Task[None] | None = None
+        self._phases = Phases("engine")
 
-    async def start(self) -> dict[str, int]:
-        """Start the engine, once; returns this actor's process id."""
+    async def start(self) -> dict[str, Any]:
+        """Start the engine, once; returns this actor's process id (`pid`) and what each phase took (`seconds`)."""
         if self._engine is None:
-            from vllm import AsyncEngineArgs
-            from vllm.v1.engine.async_llm import AsyncLLM
-
-            from lorapar_ray.engines.settings import platform_arguments
-
             loader = {"worker_extension_cls": "lorapar_ray.engines.policy_loader.PolicyLoader"}
-            arguments = {**platform_arguments(), **loader, **self._arguments}
-            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+            self._engine = start_async_llm({**loader, **self._arguments}, self._phases)
             self._watch = asyncio.create_task(self._leave_with_the_engine())
             await self._rpc("lorapar_prepare")
-        return {"pid": os.getpid()}
+        return {"pid": os.getpid(), "seconds": self._phases.seconds}
 
     async def load_policy(self, policy: Policy | None) -> str:
         """Serve `policy` (None: the base) from the next engine step on; returns the digest of what was loaded.

@@ -71,7 +71,7 @@ class Coordinator:
         self._marked_at = time.monotonic()
         self._marked_busy_s = 0.0
 
-    async def start(self) -> list[dict[str, int]]:
+    async def start(self) -> list[dict[str, Any]]:
         """Start every rollout engine; returns their process ids."""
         return await self._engines.start()
 

@@ -60,11 +60,13 @@ class EnginePool:
         self._current = PolicyReceiver()
         self._canaries: Sequence[Canary] = ()
         self._published = 0
+        self._started: asyncio.Future[Any] | None = None
 
-    async def start(self) -> list[dict[str, int]]:
-        """Start every engine; returns what each says of itself."""
+    async def start(self) -> list[dict[str, Any]]:
+        """Start every engine; returns what each says of itself. A policy may be published meanwhile: it waits."""
         self._engines = [self._start() for _ in range(self._size)]
-        return list(await asyncio.gather(*(engine.start.remote() for engine in self._engines)))
+        self._started = asyncio.gather(*(engine.start.remote() for engine in self._engines))
+        return list(await self._started)
 
     async def run(self, call: Callable[[Any], Any]) -> Any:
         """`call(engine)` on the least loaded engine, in the order asked; if that is lost, on another."""
@@ -94,6 +96,8 @@ class EnginePool:
         """
         import ray
 
+        if self._started is not None:
+            await asyncio.shield(self._started)
         self._current.adapter(policy)
         self._canaries = canaries
         self._published += 1

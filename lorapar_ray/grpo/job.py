@@ -85,7 +85,7 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
     with progress("grpo", steps, lambda: _poll(Path(job.metrics))), reserved(config) as place, judging(config) as judge:
         coordinator = actor.remote({**plan, "judge": judge}, place=place)
         try:
-            ray.get(coordinator.start.remote())
+            engines = coordinator.start.remote()  # beside the learners, whose first policy waits for them
             run_workers(
                 learn_worker,
                 job.payload(),
@@ -94,6 +94,10 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
                 resources=settings.learner_resources,
                 storage=run.work / "ray",
             )
+        except Exception:
+            if ray.wait([engines], timeout=0)[0]:
+                ray.get(engines)  # engines that could not start say more than the learners that waited for them
+            raise
         finally:
             _stop(coordinator)
     if residual:

@@ -5,7 +5,8 @@ else the cluster does, and after the loss of a node Ray moves the place to anoth
 too.
 
 Separate GPUs: whole numbers on both sides. Colocated, one engine and one learner on each GPU: give engines more than
-half of a GPU and learners the rest. Two engines then never fit one GPU, and each learner fills up what an engine left.
+half of a GPU and learners the rest. Two engines then never fit one GPU, and each learner fills up what an engine left;
+on GPUs without an engine its part is kept empty, or two learners would fit there, which NCCL refuses.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lorapar_ray.config import Config
+from lorapar_ray.config import Config, GrpoConfig
 from lorapar_ray.errors import UserError
 from lorapar_ray.workers import bundle, require
 
@@ -32,6 +33,7 @@ def reserved(config: Config, limit_s: float = RESERVE_LIMIT_S) -> Iterator[Any]:
         UserError: the cluster can never hold engines, learners, reward workers and judges together, or no room was free
             in time (a bundle may also be larger than every node).
     """
+    import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
     settings = config.grpo
@@ -46,7 +48,11 @@ def reserved(config: Config, limit_s: float = RESERVE_LIMIT_S) -> Iterator[Any]:
     if not any(bundle(resources).values()):
         yield None  # nothing to keep a place for
         return
-    group = placement_group([bundle(resources)] * engines, strategy=settings.rollout_placement.upper())
+    empty = empty_places(settings, int(ray.available_resources().get("GPU", 0)))
+    group = placement_group(
+        [bundle(resources)] * engines + [{"GPU": resources.gpu_count}] * empty,
+        strategy=settings.rollout_placement.upper(),
+    )
     deadline = time.monotonic() + limit_s
     try:
         while not group.wait(min(limit_s, 5)):
@@ -58,3 +64,9 @@ def reserved(config: Config, limit_s: float = RESERVE_LIMIT_S) -> Iterator[Any]:
         yield group
     finally:
         remove_placement_group(group)
+
+
+def empty_places(settings: GrpoConfig, free: int) -> int:
+    """Engine-sized places to keep empty on those of `free` GPUs without an engine, where engines and learners share."""
+    shared = 0 < settings.rollout_resources.gpu_count < 1 and 0 < settings.learner_resources.gpu_count < 1
+    return max(0, free - settings.rollout_actors) if shared and settings.learners > 1 else 0

@@ -13,7 +13,9 @@ import os
 from typing import Any
 
 from lorapar_ray.config import TeacherConfig
-from lorapar_ray.engines.settings import engine_arguments, engine_environment, memory_share, platform_arguments
+from lorapar_ray.engines.phases import Phases
+from lorapar_ray.engines.processes import start_async_llm
+from lorapar_ray.engines.settings import engine_arguments, engine_environment, memory_share
 from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.prompts import with_template, with_thought
 from lorapar_ray.models import resolve_model
@@ -27,17 +29,15 @@ class HostedTeacher:
 
     def __init__(self, teacher: dict[str, Any], choice: str, seed: int) -> None:
         """Start the engine; `choice` are the last words of every prompt (`label.prompt.choice`)."""
-        from transformers import AutoTokenizer
-        from vllm import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
-
         self._config = TeacherConfig.model_validate(teacher)
         self._choice = choice
+        phases = Phases(f"teacher {self._config.name}")
+        self._engine = start_async_llm(teacher_engine_arguments(self._config, seed), phases)
+        from transformers import AutoTokenizer
+
         self._tokenizer = AutoTokenizer.from_pretrained(
             resolve_model(self._config.model), revision=self._config.revision
         )
-        arguments = {**platform_arguments(), **teacher_engine_arguments(self._config, seed)}
-        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         self._choice_ids: dict[str, list[int]] = {}
         self._asked = 0
 

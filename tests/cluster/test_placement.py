@@ -67,6 +67,22 @@ def test_engines_and_learners_share_gpus_one_of_each_on_each(gpus: None) -> None
     assert sorted(found) == sorted(learners) == [[gpu] for gpu in range(GPUS)]
 
 
+def test_learners_never_share_a_gpu_though_some_have_no_engine(gpus: None) -> None:
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    with reserved(config(1, 0.6, 2, 0.4)) as place:
+        found = [ray.get(engine(config(1, 0.6, 2, 0.4), place).gpus.remote())]
+        train = placement_group([{"CPU": 0.5, "GPU": 0.4}] * 2)
+        options = {"num_cpus": 0.5, "num_gpus": 0.4, "scheduling_strategy": PlacementGroupSchedulingStrategy(train)}
+        actors = [ray.remote(Where).options(**options).remote({}, "merged") for _ in range(2)]
+        learners = ray.get([each.gpus.remote() for each in actors])
+        remove_placement_group(train)
+    assert len(found) == 1 and len(found[0]) == 1
+    assert learners[0] != learners[1]
+
+
 def test_a_lost_engine_finds_its_place_free(gpus: None) -> None:
     import ray
 

@@ -1,0 +1,18 @@
+"""Imported by a fork server for the processes that are forked from it: what every engine's core imports.
+
+Nothing here may start a thread or touch a GPU, since neither survives a fork. vLLM itself forks after importing its
+core; its GPU worker is left to the forked process.
+"""
+
+import contextlib
+
+with contextlib.suppress(ImportError):
+    import vllm.v1.engine.core
+    from vllm.platforms import current_platform
+
+    import lorapar_ray.engines.policy_loader  # noqa: F401
+
+    if current_platform.is_cpu():
+        import vllm.model_executor.models.llama
+        import vllm.v1.attention.backends.cpu_attn
+        import vllm.v1.worker.cpu_worker  # noqa: F401

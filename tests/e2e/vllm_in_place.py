@@ -1,0 +1,59 @@
+"""vLLM's own Llama as a GPU holds it, its weights not repacked: what loading a policy in place does to it, as JSON.
+
+python vllm_in_place.py MODEL
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from lorapar_ray.adapters import merged_weights
+from lorapar_ray.engines.base_weights import BaseWeights
+from lorapar_ray.engines.policy_loader import lies_as_in_the_checkpoint, load_in_place, modules_of
+
+if __name__ == "__main__":
+    folder, dtype = Path(sys.argv[1]), torch.bfloat16
+    settings = EngineArgs(
+        model=str(folder), dtype="bfloat16", enforce_eager=True, max_model_len=64
+    ).create_engine_config()
+    with set_current_vllm_config(settings), set_default_torch_dtype(dtype):
+        init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+        model = initialize_model(vllm_config=settings)
+        base = BaseWeights(folder)
+        model.load_weights((name, base[name]) for name in base)
+        names = [name for name in base if "_proj" in name and "o_proj" not in name]
+        adapter = {}
+        for name in names:
+            out, into = base[name].shape
+            key = f"base_model.model.{name.removesuffix('.weight')}"
+            adapter[f"{key}.lora_A.weight"] = 0.1 * torch.randn(4, into, dtype=torch.float32)
+            adapter[f"{key}.lora_B.weight"] = 0.1 * torch.randn(out, 4, dtype=torch.float32)
+        merged = dict(merged_weights(base, adapter, scaling=2.0, dtype=dtype))
+        places = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+        load_in_place(model, iter(merged.items()), whole=True)
+        attention = model.model.layers[1].self_attn.qkv_proj.weight
+        stacked = torch.cat([merged[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv"])
+        try:
+            load_in_place(model, ((name, merged[name]) for name in names if "k_proj" not in name), whole=True)
+            refused = ""
+        except ValueError as error:
+            refused = str(error)
+        found = {
+            "plain on a GPU": lies_as_in_the_checkpoint(model, torch.device("cuda")),
+            "plain on a CPU": lies_as_in_the_checkpoint(model, torch.device("cpu")),
+            "same storage": places == {name: each.data_ptr() for name, each in model.named_parameters()},
+            "merged": torch.equal(attention, stacked),
+            "modules": sorted(modules_of(model, names)),
+            "a part is missing": refused,
+        }
+    print(json.dumps(found), flush=True)
+    os._exit(0)
