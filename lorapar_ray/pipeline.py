@@ -110,12 +110,12 @@ def require_leave(config: Config, run: RunDirectory, stages: Sequence[str], redo
     if elsewhere:
         raise UserError(f"--redo {elsewhere[0]}: this command runs {', '.join(stages)}")
     allowed = {*redo, *dependents(config, redo)}
-    found, prints = standings(config, run), run.fingerprints
+    found = standings(config, run)
     for name in stages:
         stage = PIPELINE[name]
         if name in allowed or stage.is_view or found[name].state not in ("changed", "damaged"):
             continue
-        if _of_these_inputs(stage, config, run, prints) is None:
+        if _of_these_inputs(stage, config, run) is None:
             raise UserError(_refusal(config, run, name, found))
 
 
@@ -158,7 +158,7 @@ def _run_stage(stage: Stage, config: Config, run: RunDirectory, redo: Redo, prin
     name = stage.name
     found = standings(config, run)
     _require_needs(stage, config, run, found)
-    if found[name].state in ("changed", "unfinished") and redo != "yes" and _take_back(stage, config, run, prints):
+    if redo != "yes" and _take_back(stage, config, run, found[name].state):
         found = standings(config, run)
     now = found[name].state
     if now == "done" and redo != "yes":
@@ -222,21 +222,23 @@ def _require_needs(stage: Stage, config: Config, run: RunDirectory, found: dict[
             )
 
 
-def _of_these_inputs(stage: Stage, config: Config, run: RunDirectory, prints: Fingerprints) -> Path | None:
-    """Results in the trash that are of the present inputs, where those in place are not."""
-    inputs = inputs_of(stage, config, entries_of(config, run), prints)
-    if run.entry(stage.name).get("inputs") == inputs:
-        return None
+def _of_these_inputs(stage: Stage, config: Config, run: RunDirectory) -> Path | None:
+    """Results in the trash that are of the present inputs, where those in place are not, or are only a part.
+
+    The latter is what a process leaves that was killed while it moved them.
+    """
+    inputs = inputs_of(stage, config, entries_of(config, run), run.fingerprints)
     found = trash.in_trash(run, stage.name).items()
     return next((folder for folder, each in found if each.get("inputs") == inputs), None)
 
 
-def _take_back(stage: Stage, config: Config, run: RunDirectory, prints: Fingerprints) -> bool:
+def _take_back(stage: Stage, config: Config, run: RunDirectory, now: str) -> bool:
     """Whether results of the present inputs were in the trash, and are in their place again."""
-    folder = _of_these_inputs(stage, config, run, prints)
+    folder = _of_these_inputs(stage, config, run) if now in ("changed", "damaged") else None
     if folder is None:
         return False
-    trash.set_aside(run, stage.name, stage.owned(run, config.name), run.entry(stage.name))
+    if now == "changed":
+        trash.set_aside(run, stage.name, stage.owned(run, config.name), run.entry(stage.name))
     trash.put_back(run, stage.name, folder)
     console.print(f"  {stage.name}: what it has of these settings is back from the trash")
     return True

@@ -10,7 +10,8 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.pipeline import PIPELINE, STAGES, check, pending, run_stage, stages_of
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.student import starting_adapter
-from tests.tiny_run import tiny_config
+from tests.tiny_run import tiny_config, write_config
+from tests.unit.faked_stages import lorapar
 
 
 def config_of(**changes: Any) -> Config:
@@ -68,6 +69,10 @@ def test_without_masks_there_is_nothing_to_score(tmp_path: Path) -> None:
     for name in ("label", "score", "partition"):
         run_stage(config, run, name)
     assert pending(config, run) == ["sft", "evaluate", "report"]
+    again = lorapar(
+        "partition", "-c", write_config(tmp_path / "c.yaml", config.model_dump(mode="json")), "-d", run.root
+    )
+    assert again[0] == 0 and "nothing to cut" in again[1]
     assert not run.scores.exists() and not run.partition.exists() and not run.adapter.exists()
     masked = config.model_copy(update={"sft": config.sft.model_copy(update={"masked": True})})
     assert "score" in pending(masked, run)

@@ -1,6 +1,8 @@
 """A run that was killed goes on under other operational settings, and under deciding ones it loses nothing unasked."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +189,27 @@ def test_a_redo_that_is_killed_goes_on_or_the_old_settings_bring_the_old_results
     assert cli.entry("grpo")["inputs"] == old["inputs"] and cli.entry("grpo")["status"] == "done"
     status, said = cli("grpo", *other)
     assert status == 0 and "back from the trash" in said and cli.entry("grpo")["resumed"], said
+
+
+def test_a_redo_that_is_killed_while_it_moves_the_old_results_has_lost_none(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli("run")[0] == 0
+    before, entry = (cli.run.grpo / "result.json").read_text(), cli.entry("grpo")
+    with monkeypatch.context() as fault:
+        rename = Path.rename
+
+        def moved_once(path: Path, target: Path) -> None:
+            rename(path, target)
+            if cli.run.trash in target.parents and path == cli.run.grpo:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        fault.setattr(Path, "rename", moved_once)
+        killed("grpo", "-c", cli.config, "-d", cli.run.root, "--redo", "grpo")
+    assert not cli.run.grpo.exists()
+    status, said = cli("run")
+    assert status == 0 and "back from the trash" in said, said
+    assert (cli.run.grpo / "result.json").read_text() == before and cli.entry("grpo") == entry
 
 
 def test_a_stage_that_has_written_nothing_runs_under_any_settings(cli: Cli) -> None:
