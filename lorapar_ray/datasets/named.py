@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 Record = dict[str, Any]
 Triple = tuple[str, str, str]
-LETTERS = "ABCDEFGH"
+LETTERS = "ABCDEFGHIJ"
+_TRUTH = {"true": "yes", "yes": "yes", "1": "yes", "false": "no", "no": "no", "0": "no"}
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,9 @@ def gsm8k(record: Record) -> Triple:
 def boolq(record: Record) -> Triple:
     """`passage` and `question` with a boolean, or the instruction form with `answer` as text."""
     if "passage" in record:
-        answer = "yes" if record["answer"] in (True, "true", "True", 1) else "no"
-        return f"{record['passage']}\n\nQuestion: {record['question']}?", answer, answer
-    answer = str(record["answer"])
+        answer = _truth(record["answer"])
+        return f"{record['passage']}\n\nQuestion: {str(record['question']).removesuffix('?')}?", answer, answer
+    answer = record["answer"]
     return record["instruction"], answer, answer
 
 
@@ -62,9 +64,14 @@ def svamp(record: Record) -> Triple:
 
 
 def mmlu(record: Record) -> Triple:
-    """`question`, four `choices` and the index (or letter) of the right one."""
-    options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, record["choices"], strict=False))
-    letter = record["answer"] if isinstance(record["answer"], str) else LETTERS[record["answer"]]
+    """`question`, `choices` and the index (or letter) of the right one."""
+    choices = record["choices"]
+    if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+        raise ValueError(f"'choices' must list 2 to {len(LETTERS)} options")
+    if not all(isinstance(each, str) for each in choices):
+        raise ValueError("'choices' must be text")
+    letter = LETTERS[_index(record["answer"], len(choices))]
+    options = "\n".join(f"{name}. {text}" for name, text in zip(LETTERS, choices, strict=False))
     return f"{record['question']}\n{options}\nAnswer with the letter only.", letter, letter
 
 
@@ -72,7 +79,7 @@ def dolly(record: Record) -> Triple:
     """`instruction`, optional `context`, `response`."""
     context = (record.get("context") or "").strip()
     prompt = f"{context}\n\n{record['instruction']}" if context else record["instruction"]
-    response = record.get("response") or record["output"]
+    response = record["response"] if "response" in record else record["output"]
     return prompt, response, response
 
 
@@ -88,9 +95,34 @@ def codefeedback(record: Record) -> Triple:
     return record["query"], record["answer"], record["answer"]
 
 
+def _truth(value: Any) -> str:
+    word = str(value).strip().lower() if isinstance(value, str | bool | int) else ""
+    if word not in _TRUTH:
+        raise ValueError(f"'answer' must be a boolean, yes or no, not {value!r}")
+    return _TRUTH[word]
+
+
+def _index(answer: Any, choices: int) -> int:
+    """Position of an option that is given as an index or a letter."""
+    text = str(answer).strip().upper()
+    index = LETTERS.find(text) if len(text) == 1 and text.isalpha() else int(text) if text.isdecimal() else -1
+    if isinstance(answer, bool) or not 0 <= index < choices:
+        raise ValueError(f"'answer' {answer!r} is none of the {choices} choices")
+    return index
+
+
 def _number(value: Any) -> str:
-    number = float(value)
-    return str(int(number)) if number.is_integer() else str(number)
+    """A number as text: without an exponent, and without `.0`."""
+    if isinstance(value, bool):
+        raise ValueError("the answer is a boolean")
+    try:
+        number = Decimal(str(value).strip().replace(",", ""))
+    except InvalidOperation as error:
+        raise ValueError(f"the answer {value!r} is no number") from error
+    if not number.is_finite() or abs(number.adjusted()) > 300:
+        raise ValueError(f"the answer {value!r} is no finite number")
+    whole = number.to_integral_value()
+    return format(whole if whole == number else number, "f")
 
 
 NAMED: dict[str, NamedDataset] = {

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import count
 
 from lorapar_ray.config import Config, Source
-from lorapar_ray.datasets.rows import Row, write_rows
+from lorapar_ray.datasets.rows import Lost, MadeUpId, Row, write_rows
 from lorapar_ray.datasets.seen import SeenTexts, seen_texts
 from lorapar_ray.datasets.sources import read_source
 from lorapar_ray.datasets.tables import reject_table
@@ -33,8 +34,10 @@ def prepare(config: Config, run: RunDirectory) -> dict[str, int]:
         def fresh(part: str, sources: list[Source], ids: SeenTexts) -> Iterator[Row]:
             for index, source in enumerate(sources):
                 for row in read_source(source, f"data.{part}[{index}]"):
-                    if not ids.add(row.id):
-                        raise UserError(f"data.{part}[{index}]: id '{row.id}' appears twice; ids must be unique")
+                    if isinstance(row, Lost):
+                        rejects.add({"id": row.id, "stage": "prepare", "reason": row.reason, "row": row.row})
+                        continue
+                    row = _own_id(row, ids, f"data.{part}[{index}]", index)
                     if not row.answer.strip():
                         rejects.add(_reject(row, "no answer in the published data"))
                     elif prompts.add(row.prompt):
@@ -55,8 +58,24 @@ def prepare(config: Config, run: RunDirectory) -> dict[str, int]:
     return counts
 
 
+def _own_id(row: Row, ids: SeenTexts, where: str, source: int) -> Row:
+    """The row under an id that no other has: files of one name in two folders make up the same ones."""
+    if ids.add(row.id):
+        return replace(row, id=str(row.id))
+    if not isinstance(row.id, MadeUpId):
+        raise UserError(f"{where}: id '{row.id}' appears twice; ids must be unique")
+    names = (f"{row.id}@{source}" + "'" * more for more in count())
+    return replace(row, id=next(name for name in names if ids.add(name)))
+
+
 def _instructed(row: Row, instruction: str | None) -> Row:
-    return row if instruction is None else Row(**{**asdict(row), "prompt": f"{row.prompt}\n{instruction}"})
+    if instruction is None:
+        return row
+    messages = json.loads(row.messages) if row.messages else []
+    if messages:
+        messages[-1]["content"] += f"\n{instruction}"
+    chat = json.dumps(messages, ensure_ascii=False) if messages else ""
+    return replace(row, prompt=f"{row.prompt}\n{instruction}", messages=chat)
 
 
 def _reject(row: Row, reason: str) -> dict[str, str]:

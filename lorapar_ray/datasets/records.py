@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -11,9 +12,15 @@ from typing import Any, TextIO
 from lorapar_ray.errors import UserError
 
 CHUNK = 1 << 16
+MAX_CHARACTERS = 1 << 26
+"""Of one record: a longer line costs that line only, whatever a few compressed bytes inflate to."""
 
 
-def read_records(path: str, where: str) -> Iterator[dict[str, Any]]:
+class TooLong:
+    """Stands for a line of more than MAX_CHARACTERS."""
+
+
+def read_records(path: str, where: str) -> Iterator[dict[str, Any] | TooLong]:
     """Stream the records of a file.
 
     A file whose first character is `[` is a JSON list, whatever it is called; any other is JSONL.
@@ -31,16 +38,21 @@ def read_records(path: str, where: str) -> Iterator[dict[str, Any]]:
         yield from _parquet(file, where)
         return
     opener = gzip.open if file.suffix == ".gz" else open
-    with opener(file, "rt", encoding="utf-8") as text:
+    # only a newline ends a line: JSON may hold a bare carriage return; some editors put a byte order mark first
+    with opener(file, "rt", encoding="utf-8-sig", newline="\n") as text:
         try:
             first = _first_character(text)
             for number, record in enumerate(_listed(text) if first == "[" else _lines(text), start=1):
-                if not isinstance(record, dict):
+                if not isinstance(record, dict | TooLong):
                     raise UserError(f"{where}: '{path}' row {number} is not a JSON object")
                 yield record
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: '{path}' line {error.lineno} is not JSON ({error.msg})") from error
-        except (UnicodeDecodeError, gzip.BadGzipFile) as error:
+        except (RecursionError, ValueError) as error:
+            if isinstance(error, UnicodeDecodeError):
+                raise UserError(f"{where}: '{path}' is neither JSON nor Parquet text ({error}); check it") from error
+            raise UserError(f"{where}: '{path}' holds JSON that cannot be read ({str(error)[:80]})") from error
+        except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{where}: '{path}' is neither JSON nor Parquet text ({error}); check the file") from error
 
 
@@ -64,13 +76,25 @@ def _first_character(text: TextIO) -> str:
 
 
 def _lines(text: TextIO) -> Iterator[Any]:
-    for number, line in enumerate(text, start=1):
-        if line.strip():
+    for number, line in enumerate(_bounded_lines(text), start=1):
+        if isinstance(line, TooLong):
+            yield line
+        elif line.strip():
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
                 error.lineno = number
                 raise
+
+
+def _bounded_lines(text: TextIO) -> Iterator[str | TooLong]:
+    while line := text.readline(MAX_CHARACTERS):
+        if len(line) < MAX_CHARACTERS or line.endswith("\n"):
+            yield line
+            continue
+        while (rest := text.readline(CHUNK)) and not rest.endswith("\n"):
+            pass
+        yield TooLong()
 
 
 def _listed(text: TextIO) -> Iterator[Any]:
@@ -80,6 +104,8 @@ def _listed(text: TextIO) -> Iterator[Any]:
     while not ended:
         chunk = text.read(CHUNK)
         buffer += chunk
+        if len(buffer) > MAX_CHARACTERS:
+            raise json.JSONDecodeError(f"an element of more than {MAX_CHARACTERS} characters", "", 0)
         while buffer:
             stripped = buffer.lstrip(" \t\r\n" if not started else " \t\r\n,")
             lines += buffer[: len(buffer) - len(stripped)].count("\n")

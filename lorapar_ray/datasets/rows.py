@@ -31,9 +31,30 @@ class Row:
     answer: str
     task: str
     difficulty: str = ""
+    messages: str = ""
+    """The prompt's messages as JSON, if it is a chat; `prompt` is then its readable form."""
+    columns: str = ""
+    """The record's columns as JSON, as rewards get them."""
 
 
-COLUMNS: dict[str, type] = dict.fromkeys(Row.__dataclass_fields__, str)
+@dataclass(frozen=True)
+class Lost:
+    """A record that cannot be used."""
+
+    id: str
+    reason: str
+    row: str
+
+
+class MadeUpId(str):
+    """An id that a reader made from a file's name and a number: it gives way to another one that is the same."""
+
+    __slots__ = ()
+
+
+OPTIONAL = ("messages", "columns")
+"""Not in files of earlier versions."""
+COLUMNS: dict[str, type] = {name: str for name in Row.__dataclass_fields__ if name not in OPTIONAL}
 ROW_SCHEMA = pa.schema([(name, pa.string()) for name in Row.__dataclass_fields__])
 
 
@@ -69,7 +90,7 @@ def iterate_rows(file: Path) -> Iterator[Row]:
     """
     for batch in parquet_batches(file, COLUMNS, ROWS_PER_WRITE):
         for row in batch:
-            yield Row(**{name: row[name] for name in COLUMNS})
+            yield Row(**{name: row[name] for name in COLUMNS}, **{name: row.get(name) or "" for name in OPTIONAL})
 
 
 def count_rows(file: Path) -> int:

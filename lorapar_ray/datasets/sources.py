@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any
 
 from lorapar_ray.config import FileSource, HubSource, NamedSource, ReasoningGymSource, Source
 from lorapar_ray.datasets.named import NAMED
-from lorapar_ray.datasets.records import read_records
-from lorapar_ray.datasets.rows import Row
+from lorapar_ray.datasets.records import MAX_CHARACTERS, TooLong, read_records
+from lorapar_ray.datasets.rows import Lost, MadeUpId, Row
+from lorapar_ray.datasets.values import UnfitError, columns_json, messages_of, readable, text_of
 from lorapar_ray.errors import UserError
 
+TOO_LONG = f"longer than {MAX_CHARACTERS} characters"
 
-def read_source(source: Source, where: str) -> Iterator[Row]:
+
+def read_source(source: Source, where: str) -> Iterator[Row | Lost]:
     """Stream the rows of one source.
 
     Args:
@@ -32,7 +36,7 @@ def read_source(source: Source, where: str) -> Iterator[Row]:
     yield from rows
 
 
-def _rows(source: Source, where: str) -> Iterator[Row]:
+def _rows(source: Source, where: str) -> Iterator[Row | Lost]:
     if isinstance(source, ReasoningGymSource):
         return _reasoning_gym(source, where)
     if isinstance(source, NamedSource):
@@ -50,7 +54,7 @@ def _describe(source: Source) -> str:
     return source.path or source.reader if isinstance(source, NamedSource) else source.path
 
 
-def _reasoning_gym(source: ReasoningGymSource, where: str) -> Iterator[Row]:
+def _reasoning_gym(source: ReasoningGymSource, where: str) -> Iterator[Row | Lost]:
     try:
         import reasoning_gym
     except ImportError as error:
@@ -64,49 +68,65 @@ def _reasoning_gym(source: ReasoningGymSource, where: str) -> Iterator[Row]:
         knobs = metadata.get("difficulty", {})  # most tasks name their settings here, a few give one number
         measured = {k: metadata[k] for k in knobs if k in metadata} if isinstance(knobs, dict) else {"level": knobs}
         yield Row(
-            id=f"{source.task}-{source.seed}-{index}",
+            id=MadeUpId(f"{source.task}-{source.seed}-{index}"),
             prompt=str(item["question"]),
             response=str(item["answer"]),
             answer=str(item["answer"]),
             task=source.task,
             difficulty=", ".join(f"{key} {value}" for key, value in measured.items()),
+            columns=columns_json(item, without="prompt"),
         )
 
 
-def _file(source: FileSource, where: str) -> Iterator[Row]:
+def _file(source: FileSource, where: str) -> Iterator[Row | Lost]:
     return _mapped(read_records(source.path, where), source.fields, where, source.path, Path(source.path).stem)
 
 
-def _hub(source: HubSource, where: str) -> Iterator[Row]:
+def _hub(source: HubSource, where: str) -> Iterator[Row | Lost]:
     records = _hub_records(source.name, source.config, source.split, where)
     return _mapped(records, source.fields, where, source.name, source.name.rsplit("/", 1)[-1])
 
 
 def _mapped(
-    records: Iterator[dict[str, Any]], fields: Mapping[Any, str], where: str, origin: str, task: str
-) -> Iterator[Row]:
+    records: Iterator[dict[str, Any] | TooLong], fields: Mapping[Any, str], where: str, origin: str, task: str
+) -> Iterator[Row | Lost]:
     """Rows of records whose columns `fields` names; a column that is not mapped goes by our own name."""
     column = {name: fields.get(name, name) for name in ("id", "prompt", "context", "response", "answer")}
     for index, record in enumerate(records):
-        answer = _text(record.get(column["answer"]))
-        response = _text(record.get(column["response"])) or answer
-        prompt = _text(record.get(column["prompt"]))
+        made_up, row = MadeUpId(f"{task}-{index}"), f"{where}: '{origin}' row {index}"
+        if isinstance(record, TooLong):
+            yield Lost(made_up, TOO_LONG, "")
+            continue
+        asked = record.get(column["prompt"])
+        try:
+            messages = messages_of(asked, row, column["prompt"]) if isinstance(asked, list) else []
+            text = {name: text_of(record.get(own), row, own) for name, own in column.items() if name != "prompt"}
+            prompt = readable(messages) if messages else text_of(asked, row, column["prompt"])
+        except UnfitError as error:
+            yield Lost(made_up, str(error), json.dumps(record, default=str))
+            continue
+        answer, context = text["answer"], text["context"]
+        response = text["response"] or answer
         if not prompt:
             raise UserError(_lacks(where, origin, index, "prompt", column["prompt"]))
         if not (answer or response):
             raise UserError(_lacks(where, origin, index, "answer", column["answer"]))
-        context = _text(record.get(column["context"]))
+        if context and messages:
+            raise UserError(f"{row}: it has messages and a '{column['context']}'; put that into a message")
         yield Row(
-            id=_text(record.get(column["id"])) or f"{task}-{index}",
+            id=text["id"] or made_up,
             prompt=f"{context}\n\n{prompt}" if context else prompt,
             response=response,
             answer=answer or response,
             task=task,
+            messages=json.dumps(messages, ensure_ascii=False) if messages else "",
+            columns=columns_json(record, without=column["prompt"]),
         )
 
 
-def _named(source: NamedSource, where: str) -> Iterator[Row]:
+def _named(source: NamedSource, where: str) -> Iterator[Row | Lost]:
     spec = NAMED[source.reader]
+    records: Iterator[dict[str, Any] | TooLong]
     if source.path is not None:
         records = read_records(source.path, where)
         origin, part = source.path, Path(source.path).name.partition(".")[0]
@@ -114,14 +134,22 @@ def _named(source: NamedSource, where: str) -> Iterator[Row]:
         records = _hub_records(spec.hub_name, spec.hub_config, source.split, where)
         origin, part = spec.hub_name, source.split
     for index, record in enumerate(records):
+        made_up, row = MadeUpId(f"{source.reader}-{part}-{index}"), f"{where}: '{origin}' row {index}"
+        if isinstance(record, TooLong):
+            yield Lost(made_up, TOO_LONG, "")
+            continue
         try:
-            prompt, response, answer = spec.convert(record)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+            found = zip(("prompt", "response", "answer"), spec.convert(record), strict=True)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
-                f"{where}: '{origin}' row {index} is not in the format of {source.reader} ({error!r}); "
-                "use reader: file with a field mapping"
+                f"{row} is not in the format of {source.reader} ({error!r}); use reader: file with a field mapping"
             ) from error
-        yield Row(f"{source.reader}-{part}-{index}", prompt, response, answer, source.reader)
+        try:
+            prompt, response, answer = (text_of(value, row, name) for name, value in found)
+        except UnfitError as error:
+            yield Lost(made_up, str(error), json.dumps(record, default=str))
+            continue
+        yield Row(made_up, prompt, response, answer, source.reader, columns=columns_json(record, without="prompt"))
 
 
 def _hub_records(name: str, config: str | None, split: str, where: str) -> Iterator[dict[str, Any]]:
@@ -135,10 +163,6 @@ def _hub_records(name: str, config: str | None, split: str, where: str) -> Itera
             f"{where}: cannot read '{name}' split '{split}' from the hub ({type(error).__name__}); "
             "check the network or give a local file as path"
         ) from error
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else str(value).strip()
 
 
 def _lacks(where: str, path: str, index: int, what: str, column: str) -> str:
