@@ -56,7 +56,7 @@ def _python() -> Finding:
 
 
 def _packages() -> Finding:
-    wanted = ("ray", "torch", "transformers", "peft", "trl", "datasets")
+    wanted = ("ray", "torch", "transformers", "peft", "datasets")
     found = {}
     for name in wanted:
         try:

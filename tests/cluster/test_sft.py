@@ -66,7 +66,7 @@ def test_the_layout_changes_no_loss(alone: RunDirectory, student: Path, tmp_path
 
 def test_a_killed_worker_ends_in_the_same_adapter(cluster: None, student: Path, tmp_path: Path) -> None:
     """With dropout, so that the generators' states count; the kill falls between two checkpoints."""
-    options = {**TWO_WORKERS, "epochs": 3, "micro_batch_size": 2, "checkpoint_every": 2}
+    options = {**TWO_WORKERS, "epochs": 8, "micro_batch_size": 2, "checkpoint_every": 2}
     undisturbed, disturbed = (ready_run(student, tmp_path / name, dropout=0.2, **options) for name in ("a", "b"))
     train_stage1(*undisturbed)
     killed: list[int] = []
