@@ -4,26 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from math import sqrt
 from typing import Any
 
-Z_95 = 1.959963984540054
-"""Two-sided 95 % quantile of the normal distribution."""
-
-
-def wilson_interval(correct: int, n: int, z: float = Z_95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927): sound for small n and for shares near 0 or 1.
-
-    Raises:
-        ValueError: n < 1, or correct outside 0..n.
-    """
-    if n < 1 or not 0 <= correct <= n:
-        raise ValueError(f"need 0 <= correct <= n and n >= 1, got {correct} of {n}")
-    share = correct / n
-    centre = share + z * z / (2 * n)
-    spread = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+from lorapar_ray.evaluation.statistics import wilson_interval
 
 
 def accuracy(right: Sequence[bool], tasks: Sequence[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapar_ray.boundary import read_lines, read_object, read_tensors
+from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.partition import load_regions, scatter_sample
 from lorapar_ray.runs import RunDirectory
 
@@ -27,6 +28,8 @@ class RunData:
     samples: list[dict[str, Any]]
     accuracy: dict[str, dict[str, Any]]
     """By model name, in the order base, sft, grpo."""
+    right: dict[str, dict[str, bool]]
+    """By model name, whether each question, by its id, was answered correctly."""
 
 
 def read_run(run: RunDirectory) -> RunData:
@@ -41,6 +44,7 @@ def read_run(run: RunDirectory) -> RunData:
         grpo=read_lines(run.metrics / "grpo.jsonl"),
         samples=read_lines(run.metrics / "samples.jsonl"),
         accuracy={name: found for name, found in accuracy.items() if found is not None},
+        right={name: _right(path) for name in MODELS if (path := run.eval / f"{name}.parquet").is_file()},
     )
 
 
@@ -51,6 +55,10 @@ def _scatter(run: RunDirectory) -> dict[str, list[Any]] | None:
         return None
     scores1, scores2 = (read_tensors(path) for path in files)
     return scatter_sample(scores1, scores2, load_regions(regions)[0], n=SCATTER_POINTS, seed=0)
+
+
+def _right(path: Path) -> dict[str, bool]:
+    return {row["id"]: row["right"] for row in read_table(path, {"id": str, "right": bool})}
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -13,12 +13,15 @@ from markupsafe import Markup
 
 from lorapar_ray.boundary import boundary
 from lorapar_ray.config import Config
+from lorapar_ray.evaluation.statistics import Paired, paired
 from lorapar_ray.reporting import charts, partition_charts
 from lorapar_ray.reporting.data import MODELS, RunData, read_run
 from lorapar_ray.runs import RunDirectory, atomic_path
 from lorapar_ray.text import shown
 
 SAMPLES_SHOWN = 24
+SIGNIFICANT = 0.05
+"""p below which the page speaks of a gain or a loss."""
 DAMAGED = "a file of the stages it shows is damaged or of another version: redo that stage"
 OVERVIEW = ("label_split", "scatter", "theta_qkvgud", "sft_loss", "reward", "accuracies")
 
@@ -66,7 +69,7 @@ def render(config: Config, data: RunData, figures: dict[str, str]) -> str:
             partition=data.partition,
             samples=_spread(data.samples),
             accuracy=[_result(name, result) for name, result in data.accuracy.items()],
-            verdicts=verdicts({n: data.accuracy[n] for n in ("base", *config.order) if n in data.accuracy}),
+            verdicts=verdicts({n: data.accuracy[n] for n in ("base", *config.order) if n in data.accuracy}, data.right),
             versions=versions,
         )
     )
@@ -77,20 +80,40 @@ def _shown(value: Any) -> Any:
     return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def verdicts(accuracy: dict[str, dict[str, Any]]) -> list[str]:
-    """What the intervals allow one to say about each step from one model to the next, a sentence each."""
+def verdicts(accuracy: dict[str, dict[str, Any]], right: dict[str, dict[str, bool]]) -> list[str]:
+    """What the answers allow one to say about each step from one model to the next, a sentence each.
+
+    Two models that answered the same questions are compared question by question; else only their intervals are.
+    """
     said = []
     for before, after in pairwise(accuracy):
-        (low, high), (new_low, new_high) = accuracy[before]["interval"], accuracy[after]["interval"]
         change = 100 * (accuracy[after]["accuracy"] - accuracy[before]["accuracy"])
         names = f"{MODELS[before]} → {MODELS[after]}: {change:+.1f} points"
-        if new_low > high:
-            said.append(f"{names}; the intervals lie apart, so this is a gain.")
-        elif new_high < low:
-            said.append(f"{names}; the intervals lie apart, so this is a loss.")
+        first, second = right.get(before, {}), right.get(after, {})
+        if first and first.keys() == second.keys():
+            said.append(f"{names} {_paired(paired(list(first.values()), [second[key] for key in first]))}")
         else:
-            said.append(f"{names}; the intervals overlap, so no difference is shown at this n.")
+            said.append(f"{names}; {_apart(accuracy[before]['interval'], accuracy[after]['interval'])}")
     return said
+
+
+def _paired(found: Paired) -> str:
+    low, high = (100 * bound for bound in found.interval)
+    shown = "no difference is shown at this n"
+    if found.p < SIGNIFICANT:
+        shown = f"this is a {'gain' if found.difference > 0 else 'loss'}"
+    return (
+        f"(95 % interval {low:+.1f} to {high:+.1f}): {found.gained} questions gained, {found.lost} lost, exact McNemar "
+        f"p = {found.p:.2g}; {shown}."
+    )
+
+
+def _apart(old: list[float], new: list[float]) -> str:
+    if new[0] > old[1]:
+        return "the intervals lie apart, so this is a gain."
+    if new[1] < old[0]:
+        return "the intervals lie apart, so this is a loss."
+    return "the intervals overlap, so no difference is shown at this n."
 
 
 def _drawable(data: RunData) -> dict[str, charts.Draw]:

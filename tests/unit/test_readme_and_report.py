@@ -85,9 +85,20 @@ def test_the_vote_of_three_systems_is_in_the_report_with_its_cost_and_latency(tm
     assert page.count("System 3") >= 1
 
 
-def test_verdicts_say_no_more_than_the_intervals_do() -> None:
-    said = verdicts(
-        {"base": result(50, 100, 0.4, 0.6), "sft": result(52, 100, 0.42, 0.62), "grpo": result(9, 99, 0, 0.2)}
-    )
-    assert "no difference is shown" in said[0]
-    assert "loss" in said[1]
+def test_verdicts_say_no_more_than_the_answers_do() -> None:
+    models = {"base": result(50, 100, 0.4, 0.6), "sft": result(52, 100, 0.42, 0.62), "grpo": result(9, 99, 0, 0.2)}
+    said = verdicts(models, {})
+    assert "the intervals overlap, so no difference is shown" in said[0]
+    assert "the intervals lie apart, so this is a loss" in said[1]
+
+
+def test_verdicts_compare_question_by_question_where_they_can() -> None:
+    """Overlapping intervals hide what paired questions show: 12 of 100 gained, none lost."""
+    models = {"base": result(50, 100, 0.4, 0.6), "sft": result(62, 100, 0.52, 0.71), "grpo": result(61, 100, 0.5, 0.7)}
+    base = {str(key): key < 50 for key in range(100)}
+    sft = {str(key): key < 62 for key in reversed(range(100))}
+    grpo = {str(key): key < 61 for key in range(100)}
+    gain, rest = verdicts(models, {"base": base, "sft": sft, "grpo": grpo})
+    assert "12 questions gained, 0 lost, exact McNemar p = 0.00049; this is a gain." in gain
+    assert "0 questions gained, 1 lost, exact McNemar p = 1; no difference is shown at this n." in rest
+    assert "intervals overlap" in verdicts(models, {"base": base, "sft": {"another": True}})[0]
