@@ -34,3 +34,22 @@ def cpu_has_bfloat16() -> bool:
     import torch
 
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def use_tensor_cores(device: Any, dtype: Any) -> None:
+    """Let a GPU multiply float32 matrices as TF32 in this process, beside a model of 16 bits.
+
+    There only the LoRA's own products are float32, and TF32 rounds less (2⁻¹¹) than the activations around them
+    (bfloat16: 2⁻⁹). A model that is float32 keeps exact products.
+    """
+    import torch
+
+    if device.type == "cuda" and dtype != torch.float32:
+        torch.set_float32_matmul_precision("high")
+
+
+def rounding(dtype: Any) -> float:
+    """The gap in log-probabilities (nats, mean) that a model's dtype alone may leave between learner and engine."""
+    import torch
+
+    return 0.01 if dtype == torch.float32 else 0.2

@@ -1,10 +1,11 @@
 """Stage 2 beside TRL's GRPOTrainer, and its rollout engine beside vLLM alone.
 
-    python jobs/benchmarks/grpo.py [--quick] [--model MODEL] --json FILE
+    python jobs/benchmarks/grpo.py [--quick] [--device cuda] [--model MODEL] --json FILE
 
 Samples per second: our stage 2 as users run it (Ray, vLLM engine, Ray Train learner, policy proved at every step) and
-TRL's trainer with transformers' generation, its only path on a machine without a GPU: same model and dtype, same rank
-8 adapter on QKVGUD, same prompts, 8 prompts × 8 completions a step, same limit of tokens, strictly on-policy. The
+TRL's trainer, with transformers' generation on a CPU, its only path there, and with vLLM colocated on a GPU: same model
+and dtype, same rank 8 adapter on QKVGUD, same prompts, 8 prompts × 8 completions of 48 tokens a step (32 × 8 of 256 on
+a GPU), strictly on-policy. The
 reward is overlap with a sentence, so that nearly every group has a spread and both learn from all of it. Start-up and
 the first step are left out on both sides; mean lengths are printed, since samples end where they end. Tokens per
 second: the engine inside its Ray actor, asked as stage 2 asks it, beside `vllm.LLM` with the same settings and seeds.
@@ -19,6 +20,7 @@ import os
 import shutil
 import statistics
 import time
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,29 +39,70 @@ from lorapar_ray.pipeline import run_stage
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.session import ray_session
 
-PROMPTS, GROUP, TOKENS = 8, 8, 48
-ENGINE = {"max_model_len": 512, "max_num_seqs": 64, "enforce_eager": True}
+GROUP = 8
 RATE = 1e-5
+
+
+@dataclass(frozen=True)
+class Size:
+    """A step's work, and what the engine and the learner get for it."""
+
+    prompts: int
+    tokens: int
+    engine: dict[str, Any]
+    rollout: dict[str, Any]
+    learner: dict[str, Any]
+    trl_batch: int
+    """Completions of one of TRL's passes."""
+
+    @property
+    def samples(self) -> int:
+        return self.prompts * GROUP
+
+
+SIZES = {
+    "cpu": Size(
+        prompts=8,
+        tokens=48,
+        engine={"max_model_len": 512, "max_num_seqs": 64, "enforce_eager": True},
+        rollout={"cpus": 1, "threads": 2, "gpus": 0},
+        learner={"cpus": 1, "threads": 2, "gpus": 0},
+        trl_batch=16,
+    ),
+    "cuda": Size(
+        prompts=32,
+        tokens=256,
+        engine={"max_model_len": 1024, "max_num_seqs": 256},
+        rollout={"cpus": 4, "gpus": 0.5},
+        learner={"cpus": 4, "gpus": 0.45},
+        trl_batch=64,
+    ),
+}
 
 
 def main() -> None:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="3 steps of each instead of 8")
+    parser.add_argument("--device", choices=SIZES, default="cpu")
+    parser.add_argument("--eager", action="store_true", help="engines without CUDA graphs, which take time to capture")
     parser.add_argument("--model", default="package:smollm2-135m-instruct")
     parser.add_argument("--json", type=Path, required=True, help="where the rows go")
     arguments = parser.parse_args()
     steps = 3 if arguments.quick else 8
+    size = SIZES[arguments.device]
+    if arguments.eager:
+        size = replace(size, engine={**size.engine, "enforce_eager": True})
     with TemporaryDirectory() as folder:
-        config, run = prepare(arguments.model, steps + 1, Path(folder) / "run")
+        config, run = prepare(arguments.model, steps + 1, Path(folder) / "run", size)
         with ray_session():
             make_adapter(config, run, run.adapter)
             shutil.copytree(run.adapter, run.sft / "adapter")
             questions = labelled_rows(run, config.grpo.systems, "grpo.systems")
-            ours, our_length = stage2(config, run)
-            engine_speed = engine_tokens(config)
-        theirs, their_length = apart(trl, config, str(run.adapter), questions, steps)
-        [vllm_speed] = apart(vllm_alone, config)
+            ours, our_length = stage2(config, run, size)
+            engine_speed = engine_tokens(config, size)
+        theirs, their_length = apart(trl, config, str(run.adapter), questions, steps, size)
+        [vllm_speed] = apart(vllm_alone, config, size)
     rows = [
         Row("GRPO vs TRL", ours, theirs, "samples/s", ours / theirs, "≥ 2", ours >= 2 * theirs),
         Row("mean completion length", our_length, their_length, "tokens", our_length / their_length, "–", None),
@@ -77,7 +120,7 @@ def main() -> None:
     write_rows(arguments.json, rows)
 
 
-def prepare(model: str, steps: int, folder: Path) -> tuple[Config, RunDirectory]:
+def prepare(model: str, steps: int, folder: Path, size: Size) -> tuple[Config, RunDirectory]:
     """A run that has reached stage 2, with a fresh adapter and no partition."""
     questions = folder.with_name("questions.jsonl")
     questions.write_text("".join(json.dumps(question(number)) + "\n" for number in range(256)))
@@ -91,16 +134,15 @@ def prepare(model: str, steps: int, folder: Path) -> tuple[Config, RunDirectory]
                 "systems": [1, 2],
                 "masked": False,
                 "steps": steps,
-                "prompts_per_step": PROMPTS,
+                "prompts_per_step": size.prompts,
                 "group_size": GROUP,
-                "max_completion_length": TOKENS,
-                "micro_batch_size": 16,
+                "max_completion_length": size.tokens,
                 "learning_rate": RATE,
                 "refill_limit": 0,
                 "rewards": [{"name": "reference_overlap"}],
-                "rollout_engine": ENGINE,
-                "rollout_resources": {"cpus": 1, "threads": 2},
-                "learner_resources": {"cpus": 1, "threads": 2},
+                "rollout_engine": size.engine,
+                "rollout_resources": size.rollout,
+                "learner_resources": size.learner,
             },
         }
     )
@@ -116,36 +158,36 @@ def question(number: int) -> dict[str, str]:
     return {"prompt": f"What is {a} plus {b}?", "answer": str(a + b), "response": f"The sum of {a} and {b} is {a + b}."}
 
 
-def stage2(config: Config, run: RunDirectory) -> tuple[float, float]:
+def stage2(config: Config, run: RunDirectory, size: Size) -> tuple[float, float]:
     """(samples per second of a step, mean completion length)."""
     train_stage2(config, run)
     lines = [json.loads(line) for line in (run.metrics / "grpo.jsonl").read_text().splitlines()][1:]
-    return PROMPTS * GROUP / median(lines, "seconds"), median(lines, "completion_length")
+    return size.samples / median(lines, "seconds"), median(lines, "completion_length")
 
 
 def median(lines: list[dict[str, Any]], key: str) -> float:
     return statistics.median(line[key] for line in lines)
 
 
-def engine_tokens(config: Config) -> float:
+def engine_tokens(config: Config, size: Size) -> float:
     """Tokens per second of the engine in its actor."""
     import ray
 
     settings, model = config.grpo, resolve_model(config.model.path)
     engine = start_engine(model, settings.rollout_engine, settings.rollout_resources, seed=0)
     ray.get(engine.start.remote())
-    sampling = {"n": GROUP, "temperature": 1.0, "max_tokens": TOKENS, "seed": 0, "ignore_eos": True}
+    sampling = {"n": GROUP, "temperature": 1.0, "max_tokens": size.tokens, "seed": 0, "ignore_eos": True}
     speeds = []
     for _ in range(4):
         start = time.perf_counter()
-        ray.get([engine.generate.remote([prompt], sampling) for prompt in token_prompts()])
-        speeds.append(PROMPTS * GROUP * TOKENS / (time.perf_counter() - start))
+        ray.get([engine.generate.remote([prompt], sampling) for prompt in token_prompts(size)])
+        speeds.append(size.samples * size.tokens / (time.perf_counter() - start))
     ray.kill(engine)
     return statistics.median(speeds[1:])
 
 
-def token_prompts() -> list[list[int]]:
-    return [[5 + 17 * place % 4000 + number for place in range(48)] for number in range(PROMPTS)]
+def token_prompts(size: Size) -> list[list[int]]:
+    return [[5 + 17 * place % 4000 + number for place in range(48)] for number in range(size.prompts)]
 
 
 def apart(work: Any, *arguments: Any) -> tuple[float, ...]:
@@ -169,7 +211,7 @@ def _send(pipe: Any, work: Any, *arguments: Any) -> None:
     os._exit(0)  # engines' threads may abort an orderly exit; the result is out
 
 
-def vllm_alone(config: Config) -> tuple[float, ...]:
+def vllm_alone(config: Config, size: Size) -> tuple[float, ...]:
     """Tokens per second of `vllm.LLM` with the engine's own settings."""
     settings = config.grpo
     os.environ |= engine_environment(settings.rollout_engine, settings.rollout_resources)
@@ -178,16 +220,16 @@ def vllm_alone(config: Config) -> tuple[float, ...]:
     model = resolve_model(config.model.path)
     arguments = engine_arguments(model, settings.rollout_engine, seed=0, trust_remote_code=False)
     llm = LLM(**{**platform_arguments(), **arguments})
-    params = SamplingParams(n=GROUP, temperature=1.0, max_tokens=TOKENS, seed=0, ignore_eos=True, logprobs=0)
+    params = SamplingParams(n=GROUP, temperature=1.0, max_tokens=size.tokens, seed=0, ignore_eos=True, logprobs=0)
     speeds = []
     for _ in range(4):
         start = time.perf_counter()
-        llm.generate([{"prompt_token_ids": ids} for ids in token_prompts()], params, use_tqdm=False)
-        speeds.append(PROMPTS * GROUP * TOKENS / (time.perf_counter() - start))
+        llm.generate([{"prompt_token_ids": ids} for ids in token_prompts(size)], params, use_tqdm=False)
+        speeds.append(size.samples * size.tokens / (time.perf_counter() - start))
     return (statistics.median(speeds[1:]),)
 
 
-def trl(config: Config, adapter: str, questions: list[dict[str, Any]], steps: int) -> tuple[float, ...]:
+def trl(config: Config, adapter: str, questions: list[dict[str, Any]], steps: int, size: Size) -> tuple[float, ...]:
     """(samples per second of a step, mean completion length) of TRL's trainer."""
     import torch
     from datasets import Dataset
@@ -199,6 +241,14 @@ def trl(config: Config, adapter: str, questions: list[dict[str, Any]], steps: in
     from lorapar_ray.student import load_base
 
     torch.set_num_threads(config.grpo.learner_resources.compute_threads)
+    on_gpu = config.grpo.learner_resources.gpu_count > 0
+    device = torch.device("cuda" if on_gpu else "cpu")
+    colocated = {
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": 0.9 * config.grpo.rollout_resources.gpu_count,
+        "vllm_max_model_length": size.engine["max_model_len"],
+    }
     marks: list[float] = []
     lengths: list[float] = []
 
@@ -214,22 +264,23 @@ def trl(config: Config, adapter: str, questions: list[dict[str, Any]], steps: in
     chats = [{"prompt": [{"role": "user", "content": q["prompt"]}], "response": q["response"]} for q in questions]
     with TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
-            model=load_adapter(load_base(config.model, model, on=torch.device("cpu")), Path(adapter)),
+            model=load_adapter(load_base(config.model, model, on=device), Path(adapter)),
             reward_funcs=[get_reward("reference_overlap")],
             train_dataset=Dataset.from_list(chats),
             processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
             args=GRPOConfig(
                 output_dir=folder,
-                per_device_train_batch_size=16,
-                gradient_accumulation_steps=PROMPTS * GROUP // 16,
+                per_device_train_batch_size=size.trl_batch,
+                gradient_accumulation_steps=size.samples // size.trl_batch,
                 num_generations=GROUP,
-                max_completion_length=TOKENS,
+                max_completion_length=size.tokens,
                 learning_rate=RATE,
                 max_steps=steps + 1,
                 logging_steps=1,
                 beta=0.0,
-                bf16=False,
-                use_cpu=not torch.cuda.is_available(),
+                bf16=on_gpu,
+                use_cpu=not on_gpu,
+                **(colocated if on_gpu else {}),
                 report_to="none",
                 disable_tqdm=True,
                 save_strategy="no",
@@ -238,7 +289,7 @@ def trl(config: Config, adapter: str, questions: list[dict[str, Any]], steps: in
         )
         trainer.train()
     steady = [later - earlier for earlier, later in pairwise(marks)]
-    return PROMPTS * GROUP / statistics.median(steady), statistics.median(lengths[1:])
+    return size.samples / statistics.median(steady), statistics.median(lengths[1:])
 
 
 if __name__ == "__main__":

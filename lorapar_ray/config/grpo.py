@@ -92,9 +92,19 @@ class GrpoConfig(Section):
     loss: Result[Literal["dapo", "grpo", "dr_grpo", "bnpo", "gspo", "cispo"]] = "dapo"
     clip_low: Result[NonNegative] = 0.2
     clip_high: Result[NonNegative] = 0.28
-    """Bounds of the ratio to the policy before the update; `cispo` caps the ratio at `clip_high` itself, at least 1. A
-    step is one update, so that ratio is 1: nothing is clipped and `gspo` has the gradient of `grpo`. How far the
-    sampler lags behind (`max_staleness`) is corrected by `importance_cap` and `sequence_ratio_bounds`."""
+    """Bounds of the ratio to the old policy (`old_policy`); `cispo` caps the ratio at `clip_high` itself, at least 1.
+    With one update per batch and the learner's old policy that ratio is 1: nothing is clipped and `gspo` has the
+    gradient of `grpo`. How far the sampler lags behind (`max_staleness`) is then corrected by `importance_cap` and
+    `sequence_ratio_bounds`."""
+    mini_batch: Result[PositiveInt | None] = None
+    """Prompts of one update, over all learners; None: all of the step's."""
+    updates_per_batch: Result[PositiveInt | None] = None
+    """Optimiser updates on each step's samples; None: as many as see each sample once. More go round again."""
+    old_policy: Result[Literal["learner", "sampler"]] = "learner"
+    """What the clipped ratio is taken against: the learner as it was before the step's first update, with the sampler
+    corrected by `importance_cap`; or the sampler itself, as asynchronous trainers do, in one ratio."""
+    nonfinite_limit: Operation[PositiveInt] = 3
+    """Updates in a row that may be skipped because the loss or its gradient is not finite; then the run stops."""
     kl_beta: Result[NonNegative] = 0.0
     importance_cap: Result[PositiveFloat | None] = 2.0
     """Truncated importance sampling against the sampler's own log-probabilities; None turns it off, which
@@ -113,7 +123,14 @@ class GrpoConfig(Section):
     weight_decay: Result[NonNegative] = 0.1
     betas: Result[Betas] = (0.9, 0.99)
     max_grad_norm: Result[PositiveFloat] = 0.1
-    micro_batch_size: Operation[PositiveInt] = 8
+    micro_batch_tokens: Operation[PositiveInt | None] = None
+    """Tokens, prompts included, in one forward and backward pass; None: what the device's memory holds, by measure. A
+    group that is larger is cut; a sample that is larger goes alone."""
+    micro_batch_size: Operation[PositiveInt | None] = None
+    """At most so many completions in one pass as well; None: no such limit."""
+    gradient_checkpointing: Operation[bool | None] = None
+    """Compute activations again in the backward pass instead of keeping them: half as much time again for a small part
+    of the memory. None: if the longest sample would not fit without."""
     checkpoint_every: Operation[PositiveInt] = 10
     max_staleness: Result[Optional0] = 0
     """Versions a sample's policy may lag behind the learner's; 0 is strictly on-policy."""
@@ -123,8 +140,9 @@ class GrpoConfig(Section):
     """`merged`: engines serve base + s·BA as plain weights; `adapter`: vLLM's own LoRA. `auto`: `adapter` on GPUs,
     where only the adapter is loaded and the base is not rounded again, and `merged` on CPUs, where LoRA kernels slow
     every decoding step (`jobs/benchmarks/weight_sync.py`)."""
-    canary_tolerance: Operation[PositiveFloat] = 0.5
-    """Largest mean absolute log-probability gap (nats) between learner and engine on the canary tokens."""
+    canary_tolerance: Operation[PositiveFloat | Literal["auto"]] = "auto"
+    """Largest mean absolute log-probability gap (nats) between learner and engine on the canary tokens. `auto`: eight
+    times the gap on the bare base, measured before a policy is served, and at least what `dtype` rounds away."""
     rollout_actors: Operation[PositiveInt] = 1
     rollout_time_limit_s: Operation[PositiveFloat] = 900.0
     """An engine that takes longer over one request hangs, and is replaced."""
@@ -160,7 +178,7 @@ class GrpoConfig(Section):
 
     @model_validator(mode="after")
     def _stale_samples_are_corrected(self) -> GrpoConfig:
-        if self.max_staleness > 0 and self.importance_cap is None:
+        if self.max_staleness > 0 and self.importance_cap is None and self.old_policy == "learner":
             raise ValueError(
                 "importance_cap: nothing else corrects the stale samples of max_staleness above 0; set one"
             )

@@ -12,10 +12,15 @@ from typing import Any
 
 from lorapar_ray.config import GrpoConfig
 from lorapar_ray.engines.actor import Completion
+from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.advantages import group_advantages, overlong_penalty
 from lorapar_ray.grpo.rewards import RewardBatch
 
 EXAMPLES_PER_STEP = 2
+CANARY_FACTOR = 8.0
+"""A measured tolerance in gaps on the bare base: policies that were trained further have been seen to triple it."""
+MOST_TOLERANCE = 0.5
+"""Nats; a gap on the bare base of this size is no numerics: learner and engine have different models."""
 
 
 @dataclass
@@ -69,18 +74,31 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Samples of one optimiser step (or one learner's share), and what happened while they were made."""
+class MiniBatch:
+    """What one learner trains on in one update."""
 
     samples: list[Sample]
     tokens: int
-    """Completion tokens of the whole step, over all learners: the loss's normaliser."""
+    """Completion tokens of the update, over all learners: the loss's normaliser."""
+    count: int
+    """Samples of the update, over all learners."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one step (or one learner's share), and what happened while they were made."""
+
+    samples: list[Sample]
+    tokens: int
+    """Completion tokens of the whole step, over all learners."""
     count: int
     """Samples of the whole step, over all learners."""
     metrics: dict[str, float]
     examples: list[dict[str, Any]]
     prompts: list[int]
     """Every prompt index the step drew, dropped groups included."""
+    mini_batches: list[MiniBatch] = field(default_factory=list)
+    """One learner's share, as it is trained on."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +119,21 @@ def canary_gap(canaries: Sequence[Canary], scored: Sequence[Sequence[float]]) ->
         for ours, theirs in zip(canary.logprobs, engine, strict=True)
     ]
     return fmean(gaps) if gaps else 0.0
+
+
+def canary_tolerance(base_gap: float, least: float) -> float:
+    """The canary tolerance of a run, in nats, from the gap that numerics make on the bare base.
+
+    Raises:
+        UserError: the gap is too large for one model.
+    """
+    if not base_gap <= MOST_TOLERANCE:
+        raise UserError(
+            f"grpo: on the bare base the learner and the engine are {base_gap:.3f} nats apart, so they do not have the "
+            "same model; see model.dtype, model.quantization and grpo.rollout_engine, or set grpo.canary_tolerance to "
+            "a number"
+        )
+    return min(MOST_TOLERANCE, max(least, CANARY_FACTOR * base_gap))
 
 
 def make_batch(
@@ -159,13 +192,26 @@ def make_batch(
     )
 
 
-def share_of(batch: Batch, rank: int, world: int) -> Batch:
-    """One learner's part of a batch: whole groups, so that a prompt is computed once, and of balanced length."""
+def share_of(batch: Batch, rank: int, world: int, mini_batch: int | None = None) -> Batch:
+    """One learner's part of a batch: whole groups, so that a prompt is computed once, and of balanced length.
+
+    Args:
+        mini_batch: groups of one update, over all learners; None: all of them.
+    """
     groups: dict[tuple[int, ...], list[Sample]] = {}
     for sample in batch.samples:
         groups.setdefault(tuple(sample.prompt_ids), []).append(sample)
-    ordered = sorted(groups.values(), key=lambda group: sum(len(sample.token_ids) for sample in group))
-    return replace(batch, samples=[sample for group in ordered[rank::world] for sample in group])
+    together = list(groups.values())
+    size = mini_batch or max(1, len(together))
+    parts = [_mini_batch(together[start : start + size], rank, world) for start in range(0, len(together), size)]
+    return replace(batch, samples=[sample for part in parts for sample in part.samples], mini_batches=parts)
+
+
+def _mini_batch(groups: list[list[Sample]], rank: int, world: int) -> MiniBatch:
+    lengths = [sum(len(sample.token_ids) for sample in group) for group in groups]
+    ordered = [group for _, group in sorted(zip(lengths, groups, strict=True), key=lambda pair: pair[0])]
+    own = [sample for group in ordered[rank::world] for sample in group]
+    return MiniBatch(own, tokens=sum(lengths), count=sum(map(len, groups)))
 
 
 def _example(group: Group) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lorapar_ray.config import GrpoConfig
 from lorapar_ray.engines.actor import Completion, start_engine
 from lorapar_ray.engines.policy import Policy
 from lorapar_ray.gpus import sync_of
-from lorapar_ray.grpo.batches import Batch, Canary, Clock, Group, make_batch, share_of
+from lorapar_ray.grpo.batches import MOST_TOLERANCE, Batch, Canary, Clock, Group, canary_tolerance, make_batch, share_of
 from lorapar_ray.grpo.engine_pool import EnginePool, PolicyMismatch
 from lorapar_ray.grpo.prompts import PromptStream
 from lorapar_ray.grpo.rewards.actor import RewardWorkers
@@ -54,11 +54,13 @@ class Coordinator:
         self._rows: list[dict[str, Any]] = plan["rows"]
         self._encoder = load_encoder(plan["model"], None, plan["trust_remote_code"])
         self._stream = self._fresh_stream()
+        asked = self._settings.canary_tolerance
+        self._calibrated = None if asked == "auto" else asked
         self._engines = EnginePool(
             engine or self._new_engine,
             self._settings.rollout_actors,
             at_once=groups_at_once(self._settings),
-            tolerance=self._settings.canary_tolerance,
+            tolerance=MOST_TOLERANCE if self._calibrated is None else self._calibrated,
             time_limit_s=self._settings.rollout_time_limit_s,
         )
         judge = None if plan["judge"] is None else Judge(**plan["judge"])
@@ -90,6 +92,23 @@ class Coordinator:
         self._stream = self._fresh_stream()
         if stream is not None:
             self._stream.restore(stream)
+
+    async def calibrate(self, canaries: list[Canary], least: float) -> float:
+        """Set the canary tolerance from the gap on the bare base, once for the run; returns it.
+
+        A policy cannot blind its own proof that way: what is measured was never served to anybody.
+
+        Args:
+            canaries: with the learner's log-probabilities under the bare base.
+            least: the least tolerance, in nats.
+
+        Raises:
+            UserError: the gap is too large for one model.
+        """
+        if self._calibrated is None:
+            self._calibrated = canary_tolerance(await self._engines.base_gap(canaries), least)
+            self._engines.tolerance = self._calibrated
+        return self._calibrated
 
     async def publish(self, policy: Policy, canaries: list[Canary]) -> dict[str, float]:
         """Serve `policy` on every engine and check that they do; sampling that waited for it begins.
@@ -125,6 +144,7 @@ class Coordinator:
             "seconds/sync": time.monotonic() - start,
             "sync_bytes": float(len(policy.tensors)),
             "canary_gap": gap,
+            "canary_tolerance": self._engines.tolerance,
             "idle/engines": idle,
             "engines_replaced": float(self._engines.replaced),
             "queue_depth": float(sum(self._steps[step].done() for step in self._steps if step >= policy.version)),
@@ -135,7 +155,7 @@ class Coordinator:
         whole = await self._steps[step]
         for finished in [at for at in self._steps if at < step]:
             del self._steps[finished], self._drawn[finished]
-        return share_of(whole, rank, world)
+        return share_of(whole, rank, world, self._settings.mini_batch)
 
     async def checkpoint(self, step: int) -> dict[str, Any]:
         """State of the prompt stream as it is after training on `step`."""

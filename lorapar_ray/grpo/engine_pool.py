@@ -47,7 +47,7 @@ class EnginePool:
         self._start = start
         self._size = size
         self._room = asyncio.Semaphore(size * at_once)
-        self._tolerance = tolerance
+        self.tolerance = tolerance
         self._time_limit_s = time_limit_s
         self._engines: list[Any] = []
         self._load = [0] * size
@@ -84,6 +84,17 @@ class EnginePool:
                 finally:
                     self._end(slot)
 
+    async def base_gap(self, canaries: Sequence[Canary]) -> float:
+        """The largest canary gap before any policy is served: what numerics alone make of it.
+
+        Args:
+            canaries: with the learner's log-probabilities under the bare base.
+        """
+        await self._all_started()
+        slots = await self._alive()
+        found = await asyncio.gather(*(_gaps(self._engines[slot], canaries) for slot in slots))
+        return max(max(gaps.values()) for gaps in found)
+
     async def publish(self, policy: Policy, canaries: Sequence[Canary]) -> float:
         """Serve `policy` on every engine and check that they do; returns the largest canary gap.
 
@@ -96,14 +107,17 @@ class EnginePool:
         """
         import ray
 
-        if self._started is not None:
-            await asyncio.shield(self._started)
+        await self._all_started()
         self._current.adapter(policy)
         self._canaries = canaries
         self._published += 1
         message = ray.put(policy)  # one copy for each node, however many engines it has
         await asyncio.gather(*(self._serve(slot, message, policy, canaries) for slot in await self._alive()))
         return max(self._gaps[slot] for slot in await self._alive())
+
+    async def _all_started(self) -> None:
+        if self._started is not None:
+            await asyncio.shield(self._started)
 
     async def _serve(self, slot: int, message: Any, policy: Policy, canaries: Sequence[Canary]) -> None:
         engine = self._engines[slot]
@@ -123,19 +137,12 @@ class EnginePool:
             raise PolicyMismatch(
                 f"rollout engine {slot} loaded {loaded[:9]} as policy {policy.version}, not {policy.digest[:9]}"
             )
-        asked = [engine.score.remote(canary.token_ids, canary.start) for canary in canaries]
-        asked += [engine.cache_gap.remote(canary.token_ids) for canary in canaries[:1]]  # one cache, one look
-        answers = await asyncio.gather(*map(_awaited, asked))
-        scored, cached = answers[: len(canaries)], answers[len(canaries) :]
-        gaps = {
-            "its log-probabilities of the canary tokens": canary_gap(canaries, scored),
-            "the tokens it decodes after a cached prompt": max(cached, default=0.0),
-        }
+        gaps = await _gaps(engine, canaries)
         for what, gap in gaps.items():
-            if not gap <= self._tolerance:
+            if not gap <= self.tolerance:
                 raise PolicyMismatch(
                     f"rollout engine {slot} does not serve policy {policy.version}: {what} are {gap:.3f} nats off "
-                    f"(grpo.canary_tolerance {self._tolerance:g})"
+                    f"(grpo.canary_tolerance {self.tolerance:.3g})"
                 )
         return max(gaps.values())
 
@@ -241,6 +248,18 @@ class EnginePool:
         self._load[slot] -= 1
         if self._load[slot] == 0:
             self._busy_s += time.monotonic() - self._busy_since[slot]
+
+
+async def _gaps(engine: Any, canaries: Sequence[Canary]) -> dict[str, float]:
+    """In nats, by what was compared: an engine's canaries with the learner's, its decoding with its own prefill."""
+    asked = [engine.score.remote(canary.token_ids, canary.start) for canary in canaries]
+    asked += [engine.cache_gap.remote(canary.token_ids) for canary in canaries[:1]]  # one cache, one look
+    answers = await asyncio.gather(*map(_awaited, asked))
+    scored, cached = answers[: len(canaries)], answers[len(canaries) :]
+    return {
+        "its log-probabilities of the canary tokens": canary_gap(canaries, scored),
+        "the tokens it decodes after a cached prompt": max(cached, default=0.0),
+    }
 
 
 async def _awaited(reference: Any) -> Any:

@@ -7,8 +7,9 @@ of wrapping the model; every rank then takes the same step and holds the same po
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,15 @@ from torch import Tensor
 
 from lorapar_ray.config import GrpoConfig, ModelConfig
 from lorapar_ray.engines.policy import Policy, PolicySender
-from lorapar_ray.grpo.batches import Batch, Canary, Clock, Sample
-from lorapar_ray.grpo.loss import part_weight, policy_loss
-from lorapar_ray.grpo.packing import PackedRows, can_share_prompts, group_by_prompt, pack, packed_logprobs
-from lorapar_ray.logprobs import token_logprobs
+from lorapar_ray.errors import UserError
+from lorapar_ray.grpo.attention import use_packed_attention
+from lorapar_ray.grpo.batches import Batch, Canary, Clock, MiniBatch, Sample
+from lorapar_ray.grpo.head import TokenScorer
+from lorapar_ray.grpo.loss import part_weight, policy_loss, sampler_figures
+from lorapar_ray.grpo.memory import PROBE_TOKENS, checkpoint_layers, pass_limits
+from lorapar_ray.grpo.packing import PackedRows, group_by_prompt, micro_batches, pack, packed_logprobs, pad
 from lorapar_ray.optim.schedule import learning_rate_factor
+from lorapar_ray.precision import rounding, use_tensor_cores
 from lorapar_ray.sft.curves import Curves
 from lorapar_ray.sft.tracking import append_line, keep_lines_until
 
@@ -67,11 +72,15 @@ def learn_worker(payload: dict[str, Any]) -> None:
     step, stream = learner.restore(rank, world)
     leads = rank == 0
     canaries = learner.canaries() if leads or learner.sharded else []
+    measured = learner.settings.canary_tolerance == "auto"
+    base_canaries = learner.base_canaries() if measured and (leads or learner.sharded) else []
     if leads:
         ray.get(coordinator.resume.remote(step, stream))
         keep_lines_until(Path(job.metrics), step)
         keep_lines_until(Path(job.samples), step)
         curves = Curves(learner.settings.report_to, job.run, Path(job.metrics).with_name("tensorboard") / "grpo")
+        if measured:
+            ray.get(coordinator.calibrate.remote(base_canaries, rounding(learner.model.dtype)))
         ray.get(coordinator.publish.remote(learner.policy(step), canaries))
     while step < job.steps:
         start = time.monotonic()
@@ -126,6 +135,7 @@ class Learner:
         if self.sharded:
             shard_base(self.model, device())
         self.model.eval()  # no dropout: the learner's policy is the one that was sampled from
+        self.base = self.model.get_base_model()
         self.pad_id = load_encoder(job.base, None, model.trust_remote_code).tokenizer.pad_token_id
         self.parameters = adapter_parameters(self.model)
         self.device = next(iter(self.parameters.values())).device
@@ -144,9 +154,36 @@ class Learner:
             betas=settings.betas,
             weight_decay=settings.weight_decay,
         )
+        self.skipped = 0
+        """Updates skipped in a row."""
+        use_tensor_cores(self.device, self.model.dtype)
+        self.packed = use_packed_attention(self.base)
+        self.scorer = TokenScorer(self.model)
+        self.pass_tokens = self._limit_passes()
+
+    def _limit_passes(self) -> int:
+        """Tokens of one pass; turns checkpointing on where it is asked for or needed."""
+        settings = self.settings
+        share = settings.learner_resources.gpu_count if self.device.type == "cuda" else 1 / settings.learners
+        probe = self._rows([[Sample([5] * PROBE_TOKENS, [5], [0.0], 0.0, finished=True, version=0)]])
+        longest = settings.max_prompt_length + settings.max_completion_length
+        tokens, checkpointed = pass_limits(
+            self.model,
+            probe.inputs,
+            longest,
+            share=min(1.0, share or 1.0),
+            checkpointing=settings.gradient_checkpointing,
+        )
+        if checkpointed:
+            checkpoint_layers(self.base)
+        return settings.micro_batch_tokens or tokens
 
     def step(self, batch: Batch, step: int, world: int) -> dict[str, float]:
-        """One optimiser step on this rank's share of `batch`; returns its metrics. An empty batch changes nothing."""
+        """The updates on this rank's share of `batch`; returns their metrics. An empty batch changes nothing.
+
+        Raises:
+            UserError: `nonfinite_limit` updates in a row had a loss or gradient that is not finite.
+        """
         settings = self.settings
         rate = settings.learning_rate * learning_rate_factor(
             step, self.job.steps, warmup_ratio=settings.warmup_ratio, kind=settings.schedule
@@ -155,63 +192,128 @@ class Learner:
             group["lr"] = rate
         if batch.count == 0:
             return {"learning_rate": rate, "loss": 0.0, "grad_norm": 0.0}
+        planned = settings.updates_per_batch or len(batch.mini_batches)
+        updates = [batch.mini_batches[number % len(batch.mini_batches)] for number in range(planned)]
+        old = self._old_logprobs(updates)
+        found = [self._update(mini_batch, old, world) for mini_batch in updates]
+        metrics = step_metrics([(each, mini_batch.count) for each, mini_batch in zip(found, updates, strict=True)])
+        return {**metrics, "learning_rate": rate, "updates": float(len(updates))}
+
+    def _update(self, mini_batch: MiniBatch, old: dict[int, Tensor], world: int) -> dict[str, float]:
+        """One optimiser update; skipped, and counted, if its loss or gradient is not finite."""
         self.optimizer.zero_grad(set_to_none=False)
-        parts: list[tuple[dict[str, float], int]] = []
-        shared = can_share_prompts(self.model.config)
-        micros = list(micro_batches(group_by_prompt(batch.samples, shared), settings.micro_batch_size))
+        figures: list[tuple[dict[str, Tensor], int]] = []
+        micros = self._micro_batches(mini_batch.samples)
         for micro in micros:
-            loss, metrics = self._loss(micro, batch)
+            loss, found = self._loss(micro, mini_batch, old)
             loss.backward()
-            parts.append(({"loss": float(loss.detach()), **metrics}, sum(map(len, micro))))
-        self._keep_company(len(micros))
+            figures.append(({"loss": loss.detach(), **found}, sum(map(len, micro))))
+        self._dummy_passes(len(micros))
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        parts = [(as_numbers(each), count) for each, count in figures]
         if world > 1:
             _sum_over_ranks([parameter.grad for parameter in self.parameters.values() if parameter.grad is not None])
             parts = _from_all_ranks(parts, world)
-        grad_norm = self.optimizer.clip_grad_norm_(settings.max_grad_norm)
-        self.optimizer.step()
-        return {**step_metrics(parts), "learning_rate": rate, "grad_norm": float(grad_norm)}
+        metrics = {
+            **step_metrics(parts),
+            "grad_norm": float(self.optimizer.clip_grad_norm_(self.settings.max_grad_norm)),
+        }
+        if isfinite(metrics["loss"]) and isfinite(metrics["grad_norm"]):
+            self.optimizer.step()
+            self.skipped = 0
+            return {**metrics, "updates_skipped": 0.0}
+        self.skipped += 1
+        if self.skipped >= self.settings.nonfinite_limit:
+            raise UserError(
+                f"grpo: the loss or its gradient was not finite in {self.skipped} updates in a row (loss "
+                f"{metrics['loss']:g}, gradient norm {metrics['grad_norm']:g}); lower grpo.learning_rate, or look at "
+                "the last lines of metrics/grpo.jsonl"
+            )
+        return {"updates_skipped": 1.0}
 
-    def _keep_company(self, passes: int) -> None:
+    def _micro_batches(self, samples: Sequence[Sample]) -> list[list[list[Sample]]]:
+        groups = group_by_prompt(samples) if self.packed else [[sample] for sample in samples]
+        return list(micro_batches(groups, self.pass_tokens, self.settings.micro_batch_size))
+
+    def _rows(self, groups: Sequence[Sequence[Sample]]) -> PackedRows:
+        if self.packed:
+            return pack(groups, self.device)
+        return pad([sample for group in groups for sample in group], self.pad_id, self.device)
+
+    @torch.no_grad()
+    def _old_logprobs(self, updates: Sequence[MiniBatch]) -> dict[int, Tensor]:
+        """Log-probabilities under the policy before the first update, by `id` of the sample.
+
+        Those of the first update's samples are found on the way, in the update itself.
+        """
+        old: dict[int, Tensor] = {}
+        if len(updates) == 1 or self.settings.old_policy == "sampler":
+            return old
+        first = {id(sample) for sample in updates[0].samples}
+        later = {id(sample): sample for update in updates[1:] for sample in update.samples if id(sample) not in first}
+        micros = self._micro_batches(list(later.values()))
+        for micro in micros:
+            logprobs_BT, _ = packed_logprobs(self.scorer, self._rows(micro), temperature=self.settings.temperature)
+            _remember(old, micro, logprobs_BT)
+        self._dummy_passes(len(micros), backward=False)
+        return old
+
+    def _dummy_passes(self, passes: int, backward: bool = True) -> None:
         """Where the base is cut over the learners, each pass needs every rank: make as many as the busiest one."""
         if not self.sharded:
             return
         from lorapar_ray.sharding import most_of_any_rank
 
-        ids = torch.tensor([self.job.canaries[0][0]], device=self.device)
+        token_ids, start = self.job.canaries[0]
+        rows = self._rows([[_canary_sample(token_ids, start)]])
         for _ in range(most_of_any_rank(passes, self.device) - passes):
-            if self.settings.kl_beta > 0:
+            if backward and self.settings.kl_beta > 0:
                 with torch.no_grad():
-                    self.model(input_ids=ids, use_cache=False)
-            (self.model(input_ids=ids, use_cache=False).logits.sum() * 0.0).backward()
+                    packed_logprobs(self.scorer, rows, temperature=1.0)
+            with torch.set_grad_enabled(backward):
+                logprobs_BT, _ = packed_logprobs(self.scorer, rows, temperature=1.0)
+            if backward:
+                (logprobs_BT.sum() * 0.0).backward()
 
-    def _loss(self, groups: list[list[Sample]], batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def _loss(
+        self, groups: list[list[Sample]], mini_batch: MiniBatch, old: dict[int, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The part of an update's loss that these samples make, and its figures; notes their old log-probabilities."""
         settings = self.settings
-        rows = pack(groups, self.pad_id, self.device)
-        logprobs_BT, entropy_BT = packed_logprobs(self.model, rows, temperature=settings.temperature)
-        reference_BT = None
-        if settings.kl_beta > 0:
-            reference_BT = self._reference_logprobs(rows)
+        samples = [sample for group in groups for sample in group]
+        rows = self._rows(groups)
+        reference_BT = self._reference_logprobs(rows) if settings.kl_beta > 0 else None
+        logprobs_BT, entropy_BT = packed_logprobs(self.scorer, rows, temperature=settings.temperature)
+        sampler = settings.old_policy == "sampler"
+        if not sampler and id(samples[0]) not in old:
+            _remember(old, groups, logprobs_BT.detach())
         output = policy_loss(
             logprobs_BT,
-            logprobs_BT.detach(),
+            rows.sampling_logprobs_BT if sampler else _recall(old, samples, rows),
             rows.advantages_B,
             rows.mask_BT,
             loss_type=settings.loss,
             clip_low=settings.clip_low,
             clip_high=settings.clip_high,
             max_completion_length=settings.max_completion_length,
-            num_tokens_global=batch.tokens,
+            num_tokens_global=mini_batch.tokens,
             ref_logprobs_BT=reference_BT,
             kl_beta=settings.kl_beta,
-            sampling_logprobs_BT=rows.sampling_logprobs_BT,
+            sampling_logprobs_BT=None if sampler else rows.sampling_logprobs_BT,
             tis_cap=settings.importance_cap,
             sequence_mask_bounds=settings.sequence_ratio_bounds,
             entropy_BT=entropy_BT,
         )
-        return output.loss * part_weight(settings.loss, sum(map(len, groups)), batch.count), output.metrics
+        figures = output.figures
+        if sampler:
+            gap_BT = (logprobs_BT.detach() - rows.sampling_logprobs_BT) * rows.mask_BT
+            figures = {**figures, **sampler_figures(gap_BT, rows.mask_BT)}
+        weight = part_weight(
+            settings.loss, len(samples) / mini_batch.count, len(rows.tokens_N) / max(1, mini_batch.tokens)
+        )
+        return output.loss * weight, figures
 
     @torch.no_grad()
     def _reference_logprobs(self, rows: PackedRows) -> Tensor:
@@ -219,7 +321,7 @@ class Learner:
         current = {key: parameter.detach().clone() for key, parameter in self.parameters.items()}
         try:
             self._assign(self.reference)
-            return packed_logprobs(self.model, rows, temperature=self.settings.temperature)[0]
+            return packed_logprobs(self.scorer, rows, temperature=self.settings.temperature)[0]
         finally:
             self._assign(current)
 
@@ -230,13 +332,17 @@ class Learner:
     @torch.no_grad()
     def canaries(self) -> list[Canary]:
         """The canary tokens with this policy's log-probabilities at temperature 1, as engines score prompts."""
-        result = []
-        for token_ids, start in self.job.canaries:
-            ids = torch.tensor([token_ids], device=self.device)
-            logits = self.model(input_ids=ids, use_cache=False).logits[:, start - 1 : -1]
-            logprobs, _ = token_logprobs(logits, ids[:, start:], temperature=1.0)
-            result.append(Canary(token_ids, start, logprobs[0].tolist()))
-        return result
+        samples = [_canary_sample(token_ids, start) for token_ids, start in self.job.canaries]
+        logprobs_BT, _ = packed_logprobs(self.scorer, self._rows([[sample] for sample in samples]), temperature=1.0)
+        return [
+            Canary(token_ids, start, found[: len(token_ids) - start].tolist())
+            for (token_ids, start), found in zip(self.job.canaries, logprobs_BT, strict=True)
+        ]
+
+    def base_canaries(self) -> list[Canary]:
+        """The same under the bare base, which engines serve before the first policy."""
+        with self.model.disable_adapter():
+            return self.canaries()
 
     def policy(self, version: int) -> Policy:
         """The current adapter, ready to be sent: whole the first time, then what may have changed."""
@@ -282,33 +388,36 @@ class Learner:
         save_adapter(self.model, Path(self.job.adapter_out))
 
 
-def micro_batches(groups: list[list[Sample]], sequences: int) -> Iterator[list[list[Sample]]]:
-    """Consecutive groups holding at most `sequences` samples together; a larger group comes in pieces."""
-    part: list[list[Sample]] = []
-    for piece in (piece for group in groups for piece in pieces(group, sequences)):
-        if part and sum(map(len, part)) + len(piece) > sequences:
-            yield part
-            part = []
-        part.append(piece)
-    if part:
-        yield part
+def _canary_sample(token_ids: list[int], start: int) -> Sample:
+    own = token_ids[start:]
+    return Sample(token_ids[:start], own, [0.0] * len(own), 0.0, finished=True, version=0)
 
 
-def pieces(group: list[Sample], size: int) -> Iterator[list[Sample]]:
-    """A group in parts of at most `size` samples, each of which computes the prompt anew."""
-    for start in range(0, len(group), size):
-        yield group[start : start + size]
+def _remember(old: dict[int, Tensor], groups: Sequence[Sequence[Sample]], logprobs_BT: Tensor) -> None:
+    samples = [sample for group in groups for sample in group]
+    for sample, found in zip(samples, logprobs_BT, strict=True):
+        old[id(sample)] = found[: len(sample.token_ids)]
+
+
+def _recall(old: dict[int, Tensor], samples: Sequence[Sample], rows: PackedRows) -> Tensor:
+    return rows.spread(torch.cat([old[id(sample)] for sample in samples]))
+
+
+def as_numbers(figures: Mapping[str, Tensor]) -> dict[str, float]:
+    """Scalars on a device as numbers, fetched at once."""
+    return dict(zip(figures, torch.stack([each.float() for each in figures.values()]).tolist(), strict=True))
 
 
 def step_metrics(parts: list[tuple[dict[str, float], int]]) -> dict[str, float]:
     """Metrics of a step from those of its parts, each with its number of sequences.
 
-    `loss` adds up, `..._max` and `..._min` are extremes, the others means over the sequences of parts that have them.
+    `loss` and `updates_skipped` add up, `..._max` and `..._min` are extremes, the others means over the sequences of
+    parts that have them.
     """
     found: dict[str, float] = {}
     for key in {key: None for metrics, _ in parts for key in metrics}:
         values = [(metrics[key], count) for metrics, count in parts if key in metrics]
-        if key == "loss":
+        if key in ("loss", "updates_skipped"):
             found[key] = sum(value for value, _ in values)
         elif key.endswith(("_max", "_min")):
             found[key] = (max if key.endswith("_max") else min)(value for value, _ in values)

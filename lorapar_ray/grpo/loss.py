@@ -19,7 +19,13 @@ class LossOutput:
     """The loss with its graph, and figures to log."""
 
     loss: Tensor
-    metrics: dict[str, float]
+    figures: dict[str, Tensor]
+    """Scalars that may still be on their way: reading one waits for the device."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The figures as numbers, all fetched at once."""
+        return dict(zip(self.figures, torch.stack(list(self.figures.values())).tolist(), strict=True))
 
 
 def policy_loss(
@@ -87,13 +93,18 @@ def policy_loss(
     return LossOutput(_reduce(token_loss_BT, mask_BT, loss_type, max_completion_length, num_tokens_global), metrics)
 
 
-def part_weight(loss_type: LossType, sequences: int, total: int) -> float:
-    """What the loss of `sequences` of a step's `total` sequences counts in the step's loss, the sum over its parts.
+def part_weight(loss_type: LossType, of_sequences: float, of_tokens: float) -> float:
+    """What the loss of a part counts in an update's loss, the sum over its parts.
 
-    `dapo` and `cispo` are normalised by the step's tokens already; the others are means over what they are given,
-    `bnpo` over the tokens of each part by itself.
+    `dapo` and `cispo` are normalised by the update's tokens already; the others are means over what they are given. So
+    the sum does not depend on how the samples were cut into parts.
+
+    Args:
+        of_sequences, of_tokens: the part's share of the update's sequences and of its completion tokens.
     """
-    return 1.0 if loss_type in ("dapo", "cispo") else sequences / total
+    if loss_type in ("dapo", "cispo"):
+        return 1.0
+    return of_tokens if loss_type == "bnpo" else of_sequences
 
 
 def _reduce(
@@ -118,35 +129,42 @@ def _correct_sampler(
     sampling_BT: Tensor,
     cap: float | None,
     bounds: tuple[float, float] | None,
-    metrics: dict[str, float],
+    metrics: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Token weights and sequence mask from the ratio of the learner's old policy to the sampler's."""
     gap_BT = (old_BT - sampling_BT).detach() * mask_BT
-    raw_BT = gap_BT.exp()
-    active = raw_BT[mask_BT > 0]
-    if active.numel():
-        metrics |= {
-            "logprob_gap": _mean(gap_BT.abs(), mask_BT),
-            "ratio_mean": float(active.mean()),
-            "ratio_max": float(active.max()),
-            "ratio_min": float(active.min()),
-        }
+    metrics |= sampler_figures(gap_BT, mask_BT)
     if cap is not None:
-        loss_BT = loss_BT * raw_BT.clamp(max=cap)
+        loss_BT = loss_BT * gap_BT.exp().clamp(max=cap)
     if bounds is not None:
         sequence_B = _per_sequence(gap_BT, mask_BT).exp()
         inside_B = (sequence_B >= bounds[0]) & (sequence_B <= bounds[1])
-        metrics["sequence_masked_share"] = 1 - float(inside_B.float().mean())
+        metrics["sequence_masked_share"] = 1 - inside_B.float().mean()
         mask_BT = mask_BT * inside_B[:, None]
     return loss_BT, mask_BT
 
 
+def sampler_figures(gap_BT: Tensor, mask_BT: Tensor) -> dict[str, Tensor]:
+    """How far the learner's log-probabilities are from the sampler's (`gap_BT`, 0 where masked): the on-policy gap.
+
+    `logprob_gap` is the mean absolute difference in nats, `ratio_...` are of exp(gap), over the tokens that count.
+    """
+    ratio_BT, real_BT = gap_BT.exp(), mask_BT > 0
+    return {
+        "logprob_gap": _mean(gap_BT.abs(), mask_BT),
+        "ratio_mean": _mean(ratio_BT, mask_BT),
+        "ratio_max": ratio_BT.masked_fill(~real_BT, 0.0).max(),
+        "ratio_min": ratio_BT.masked_fill(~real_BT, torch.inf).min(),
+    }
+
+
 def _clip_metrics(
     ratio_BT: Tensor, advantages_B1: Tensor, mask_BT: Tensor, loss_type: LossType, low: float, high: float
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
+    ratio_BT = ratio_BT.detach()
     if loss_type == "cispo":
         return {
-            "clip_low_share": 0.0,
+            "clip_low_share": torch.zeros((), device=ratio_BT.device, dtype=ratio_BT.dtype),
             "clip_high_share": _mean(((ratio_BT > high) & (advantages_B1 > 0)).float(), mask_BT),
         }
     return {
@@ -159,5 +177,5 @@ def _per_sequence(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return (value_BT * mask_BT).sum(-1) / mask_BT.sum(-1).clamp(min=1.0)
 
 
-def _mean(value_BT: Tensor, mask_BT: Tensor) -> float:
-    return float((value_BT.detach() * mask_BT).sum() / mask_BT.sum().clamp(min=1.0))
+def _mean(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    return (value_BT.detach() * mask_BT).sum() / mask_BT.sum().clamp(min=1.0)

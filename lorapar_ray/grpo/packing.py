@@ -1,127 +1,154 @@
 """Samples as tensors, each prompt computed once for all completions that share it.
 
-A GRPO group is one prompt with G completions. Laid out as `prompt c₁ c₂ … c_G` in one row, with every completion seeing
-the prompt and itself only and its positions counted from the prompt's end, the group costs |p| + Σ|c| tokens instead of
-G·|p| + Σ|c|: with long prompts and short answers most of the learner's work goes away, and the log-probabilities are
-the same.
+A GRPO group is one prompt with G completions. Laid end to end as `prompt c₁ c₂ … c_G`, with every completion seeing the
+prompt and itself only (`attention`) and its positions counted from the prompt's end, the group costs |p| + Σ|c| tokens
+instead of G·|p| + Σ|c|, and no padding: with long prompts and short answers most of the learner's work goes away, and
+the log-probabilities are the same. A completion's last token predicts nothing and is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lorapar_ray.grpo.attention import make_layout, packed_inputs, spans_of_group
 from lorapar_ray.grpo.batches import Sample
-from lorapar_ray.logprobs import logits_at, token_logprobs
+from lorapar_ray.grpo.head import TokenScorer
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """R rows of width W; B sequences of at most T completion tokens lie in them."""
+    """R rows of width W; B sequences of at most T completion tokens, N together, lie in them."""
 
-    input_ids_RW: Tensor
-    position_ids_RW: Tensor
-    segment_RW: Tensor
-    """0 in the prompt, 1, 2, … in its completions, -1 in padding."""
-    row_B: Tensor
-    source_BT: Tensor
-    """Column whose logits predict each completion token (0 for padding)."""
-    token_ids_BT: Tensor
+    inputs: dict[str, Any]
+    """Of the model: `input_ids` [R, W] and what says which of them see each other."""
+    row_N: Tensor
+    column_N: Tensor
+    """Where the output lies that predicts each completion token, sequence by sequence."""
+    tokens_N: Tensor
     mask_BT: Tensor
     sampling_logprobs_BT: Tensor
     advantages_B: Tensor
 
+    def spread(self, values_N: Tensor) -> Tensor:
+        """Values of the completion tokens as [B, T], 0 in padding."""
+        return torch.zeros_like(self.mask_BT).masked_scatter(self.mask_BT.bool(), values_N)
 
-def pack(groups: Sequence[Sequence[Sample]], pad_id: int, device: torch.device) -> PackedRows:
-    """One row per group; all samples of a group have the same prompt."""
-    width = max(len(group[0].prompt_ids) + sum(len(sample.token_ids) for sample in group) for group in groups)
-    longest = max(len(sample.token_ids) for group in groups for sample in group)
-    samples = [sample for group in groups for sample in group]
-    ids = torch.full((len(groups), width), pad_id)
-    positions = torch.zeros((len(groups), width), dtype=torch.long)
-    segment = torch.full((len(groups), width), -1)
-    source = torch.zeros((len(samples), longest), dtype=torch.long)
-    tokens = torch.full((len(samples), longest), pad_id)
-    mask, logprobs = torch.zeros((len(samples), longest)), torch.zeros((len(samples), longest))
-    row_of: list[int] = []
-    for row, group in enumerate(groups):
-        prompt = group[0].prompt_ids
-        column = len(prompt)
-        ids[row, :column] = torch.tensor(prompt)
-        positions[row, :column] = torch.arange(column)
-        segment[row, :column] = 0
-        for number, sample in enumerate(group, start=1):
-            index, length = len(row_of), len(sample.token_ids)
-            here = slice(column, column + length)
-            ids[row, here] = torch.tensor(sample.token_ids)
-            positions[row, here] = torch.arange(len(prompt), len(prompt) + length)
-            segment[row, here] = number
-            source[index, 0] = len(prompt) - 1
-            source[index, 1:length] = torch.arange(column, column + length - 1)
-            tokens[index, :length] = torch.tensor(sample.token_ids)
-            mask[index, :length] = 1.0
-            logprobs[index, :length] = torch.tensor(sample.logprobs)
-            row_of.append(row)
-            column += length
+
+def pack(groups: Sequence[Sequence[Sample]], device: torch.device) -> PackedRows:
+    """One row for all; the samples of a group have the same prompt. For models with packed attention."""
+    ids: list[Any] = []
+    positions: list[Any] = []
+    columns: list[Any] = []
+    spans = []
+    width = 0
+    for group in groups:
+        start = len(group[0].prompt_ids)
+        ids.append(group[0].prompt_ids)
+        positions.append(np.arange(start))
+        prompt, own = range(width, width + start), []
+        width += start
+        for sample in group:
+            length = max(0, len(sample.token_ids) - 1)
+            ids.append(sample.token_ids[:length])
+            positions.append(np.arange(start, start + length))
+            columns.append(np.append(prompt[-1], np.arange(width, width + length))[: len(sample.token_ids)])
+            own.append(range(width, width + length))
+            width += length
+        spans += spans_of_group(prompt, own)
+    layout = make_layout(spans, width, device)
+    inputs = packed_inputs(_ids(ids, device)[None], layout, _ids(positions, device)[None])
+    column_N = _ids(columns, device)
+    return _rows([sample for group in groups for sample in group], inputs, torch.zeros_like(column_N), column_N)
+
+
+def pad(samples: Sequence[Sample], pad_id: int, device: torch.device) -> PackedRows:
+    """One row per sample, prompts repeated: what every causal model takes."""
+    widths = [len(sample.prompt_ids) + len(sample.token_ids) for sample in samples]
+    ids = np.full((len(samples), max(widths)), pad_id)
+    rows, columns = [], []
+    for row, sample in enumerate(samples):
+        start = len(sample.prompt_ids)
+        ids[row, :start] = sample.prompt_ids
+        ids[row, start : widths[row]] = sample.token_ids
+        rows.append(np.full(len(sample.token_ids), row))
+        columns.append(np.arange(start - 1, widths[row] - 1))
+    attention = np.arange(max(widths)) < np.array(widths)[:, None]
+    inputs = {
+        "input_ids": torch.from_numpy(ids).to(device),
+        "attention_mask": torch.from_numpy(attention.astype(np.int64)).to(device),
+    }
+    return _rows(samples, inputs, _ids(rows, device), _ids(columns, device))
+
+
+def _rows(samples: Sequence[Sample], inputs: dict[str, Any], row_N: Tensor, column_N: Tensor) -> PackedRows:
+    device = column_N.device
+    lengths = np.array([len(sample.token_ids) for sample in samples])
+    real_BT = np.arange(lengths.max()) < lengths[:, None]
+    sampling_BT = np.zeros(real_BT.shape, dtype=np.float32)
+    sampling_BT[real_BT] = np.concatenate([sample.logprobs for sample in samples])
     return PackedRows(
-        input_ids_RW=ids.to(device),
-        position_ids_RW=positions.to(device),
-        segment_RW=segment.to(device),
-        row_B=torch.tensor(row_of, device=device),
-        source_BT=source.to(device),
-        token_ids_BT=tokens.to(device),
-        mask_BT=mask.to(device),
-        sampling_logprobs_BT=logprobs.to(device),
-        advantages_B=torch.tensor([sample.advantage for sample in samples], device=device),
+        inputs=inputs,
+        row_N=row_N,
+        column_N=column_N,
+        tokens_N=_ids([sample.token_ids for sample in samples], device),
+        mask_BT=torch.from_numpy(real_BT.astype(np.float32)).to(device),
+        sampling_logprobs_BT=torch.from_numpy(sampling_BT).to(device),
+        advantages_B=torch.tensor([float(sample.advantage) for sample in samples], device=device),
     )
 
 
-def group_by_prompt(samples: Sequence[Sample], shared: bool = True) -> list[list[Sample]]:
-    """Runs of samples with the same prompt, in order of first appearance; singletons if not `shared`."""
-    if not shared:
-        return [[sample] for sample in samples]
-    groups: dict[tuple[int, ...], list[Sample]] = {}
+def packed_logprobs(scorer: TokenScorer, rows: PackedRows, *, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropy (no gradient) of the completion tokens, float32, [B, T]; 0 in padding."""
+    logprobs_N, entropy_N = scorer(rows.inputs, (rows.row_N, rows.column_N), rows.tokens_N, temperature)
+    return rows.spread(logprobs_N), rows.spread(entropy_N)
+
+
+def group_by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Samples with the same prompt together, in order of first appearance."""
+    groups: dict[bytes, list[Sample]] = {}
     for sample in samples:
-        groups.setdefault(tuple(sample.prompt_ids), []).append(sample)
+        groups.setdefault(np.asarray(sample.prompt_ids, dtype=np.int64).tobytes(), []).append(sample)
     return list(groups.values())
 
 
-def can_share_prompts(config: object) -> bool:
-    """Whether a model takes any attention mask: not with sliding windows or flash attention."""
-    layers = getattr(config, "layer_types", None) or []
-    windows = "sliding_attention" in layers or bool(getattr(config, "sliding_window", None))
-    return not windows and getattr(config, "_attn_implementation", "") in ("sdpa", "eager")
+def micro_batches(
+    groups: Sequence[Sequence[Sample]], tokens: int, sequences: int | None = None
+) -> Iterator[list[list[Sample]]]:
+    """Consecutive groups, or pieces of them, of at most `tokens` tokens and `sequences` samples together.
 
-
-def packed_logprobs(model: Any, rows: PackedRows, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropy (no gradient) of the completion tokens, float32, [B, T]; 0 in padding."""
-    inputs = {
-        "input_ids": rows.input_ids_RW,
-        "position_ids": rows.position_ids_RW,
-        "attention_mask": attention_mask(rows, model.dtype),
-    }
-    real_BT = rows.mask_BT.bool()
-    row_N = rows.row_B[:, None].expand_as(rows.source_BT)[real_BT]
-    logits_NV = logits_at((row_N, rows.source_BT[real_BT]), model, inputs)
-    found = token_logprobs(logits_NV, rows.token_ids_BT[real_BT], temperature=temperature)
-    logprobs_BT, entropy_BT = (torch.zeros_like(rows.mask_BT).masked_scatter(real_BT, each) for each in found)
-    return logprobs_BT, entropy_BT
-
-
-def attention_mask(rows: PackedRows, dtype: torch.dtype) -> Tensor:
-    """[R, W], the model's usual one, where each row holds one completion; else [R, 1, W, W], additive.
-
-    There a completion sees the prompt and itself: 0 where visible, elsewhere the dtype's lowest value (finite, so that
-    padding rows stay finite).
+    A group that does not fit is cut, and each piece computes the prompt anew. A larger sample goes alone.
     """
-    segment_RW = rows.segment_RW
-    if len(rows.row_B) == len(segment_RW):
-        return (segment_RW >= 0).long()
-    seen_RW = segment_RW[:, None, :]
-    visible_RWW = ((segment_RW[:, :, None] == seen_RW) | (seen_RW == 0)).tril() & (seen_RW >= 0)
-    mask = torch.zeros(visible_RWW.shape, dtype=dtype, device=segment_RW.device)
-    return mask.masked_fill_(~visible_RWW, torch.finfo(dtype).min)[:, None]
+    micro: list[list[Sample]] = []
+    used = count = 0
+    for group in groups:
+        prompt = len(group[0].prompt_ids)
+        whole = prompt + sum(len(sample.token_ids) for sample in group)
+        if micro and _over(used + whole, count + len(group), tokens, sequences):
+            yield micro
+            micro, used, count = [], 0, 0
+        piece: list[Sample] = []
+        for sample in group:
+            size = len(sample.token_ids) + (0 if piece else prompt)
+            if (micro or piece) and _over(used + size, count + 1, tokens, sequences):
+                yield [*micro, piece] if piece else micro
+                micro, piece, used, count = [], [], 0, 0
+                size = len(sample.token_ids) + prompt
+            piece.append(sample)
+            used, count = used + size, count + 1
+        micro.append(piece)
+    if micro:
+        yield micro
+
+
+def _over(used: int, count: int, tokens: int, sequences: int | None) -> bool:
+    return used > tokens or (sequences is not None and count > sequences)
+
+
+def _ids(parts: Sequence[Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])).to(device)

@@ -1,6 +1,7 @@
 """The pool of rollout engines when engines are lost; the engines are fakes whose faults are injected."""
 
 import asyncio
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from lorapar_ray.engines.policy import Policy, PolicyReceiver, PolicySender
+from lorapar_ray.errors import UserError
 from lorapar_ray.grpo import engine_pool
-from lorapar_ray.grpo.batches import Canary
+from lorapar_ray.grpo.batches import Canary, canary_tolerance
 from lorapar_ray.grpo.engine_pool import LOSSES, EnginePool
 
 
@@ -185,3 +187,20 @@ def test_a_policy_is_published_without_the_engine_that_is_being_rebuilt(
         assert [engine.version for engine in pool._engines] == [2, 2]
 
     asyncio.run(go())
+
+
+def test_a_measured_tolerance_is_of_the_bare_base_and_bounded() -> None:
+    pool = pool_of(["lives", "lives"], 2)
+
+    async def go() -> float:
+        await pool.start()
+        return await pool.base_gap([Canary([1, 2], 1, [1.0 - 0.03])])  # an engine that loaded nothing says 1.0
+
+    gap = asyncio.run(go())
+    assert gap == pytest.approx(0.03)
+    assert canary_tolerance(gap, 0.01) == pytest.approx(0.24)
+    assert canary_tolerance(1e-6, 0.01) == 0.01
+    assert canary_tolerance(0.2, 0.2) == 0.5
+    for wrong in (0.6, math.nan):
+        with pytest.raises(UserError, match="do not have the same model"):
+            canary_tolerance(wrong, 0.2)

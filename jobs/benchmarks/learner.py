@@ -1,0 +1,178 @@
+"""The learner's forward and backward pass beside a plain one over the same tokens: time and peak memory by length.
+
+    python jobs/benchmarks/learner.py [--quick] [--device cuda] [--shape smollm2-135m|llama2-7b] --json FILE
+
+One group of 8 completions of 256, 2,048 or 8,192 tokens, behind a prompt of 64 and one of 1,024 tokens. The peer is
+what a plain trainer does with them at its best: each sample for itself with its prompt, no padding, torch's causal
+kernel, the model's own head, and `log_softmax` over the vocabulary of one sample; the same frozen base, LoRA and dtype.
+It makes the logits of a sample at once, so that where they do not fit it has no figure. Both checkpoint where the
+learner does. Random weights: speed and memory do not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from _memory import Memory, device_memory, private_memory
+from _rows import Row, print_table, write_rows
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from lorapar_ray.adapters import attach_lora
+from lorapar_ray.grpo.attention import use_packed_attention
+from lorapar_ray.grpo.batches import Sample
+from lorapar_ray.grpo.head import TokenScorer
+from lorapar_ray.grpo.memory import PROBE_TOKENS, checkpoint_layers, pass_limits
+from lorapar_ray.grpo.packing import micro_batches, pack, packed_logprobs
+from lorapar_ray.precision import torch_dtype, use_tensor_cores
+
+SHAPES = {
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+    "llama2-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+    },
+}
+PROMPTS = 64, 1024
+LENGTHS = 256, 2048, 8192
+GROUP = 8
+GOAL = 1.1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="completions of 256 and, on a GPU, 2,048 tokens, once each"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--group", type=int, default=GROUP, help="completions of the prompt")
+    parser.add_argument("--json", type=Path, required=True, help="where the rows go")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    dtype = torch_dtype("auto", device)
+    model = model_of(arguments.shape, device, dtype)
+    lengths = LENGTHS[: 2 if device.type == "cuda" else 1] if arguments.quick else LENGTHS
+    rows: list[Row] = []
+    for length, prompt in product(lengths, PROMPTS):
+        rows += compare(model, prompt, length, arguments.group, device, repeats=1 if arguments.quick else 3)
+        write_rows(arguments.json, rows)
+    print(f"{arguments.shape}, {dtype}, {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}")
+    print_table(rows)
+
+
+def model_of(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    use_tensor_cores(device, dtype)
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=16384)
+    with torch.device(device):
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return attach_lora(base, rank=8, alpha=16, init="gaussian").eval()
+
+
+def compare(model: Any, prompt: int, length: int, group: int, device: torch.device, repeats: int) -> list[Row]:
+    """Rows of time and of memory for one group."""
+    samples = samples_of(prompt, length, group)
+    base = model.get_base_model()
+    probe = pack([samples_of(PROBE_TOKENS, 1, 1)], device)
+    tokens, checkpointed = pass_limits(model, probe_inputs(probe), prompt + length, share=1.0, checkpointing=None)
+    base.gradient_checkpointing_disable()
+    if checkpointed:
+        checkpoint_layers(base)
+
+    def plain() -> None:
+        base.set_attn_implementation("sdpa")
+        for sample in samples:
+            plain_pass(model, sample, device)
+
+    def ours() -> None:
+        if not use_packed_attention(base):
+            raise RuntimeError("the model has no packed attention")
+        scorer = TokenScorer(model)
+        for micro in micro_batches([samples], tokens):
+            packed_logprobs(scorer, pack(micro, device), temperature=1.0)[0].mean().backward()
+
+    our_time, our_memory = measured(ours, model, device, repeats)
+    their_time: float | None
+    their_memory: float | None
+    try:
+        their_time, their_memory = measured(plain, model, device, repeats)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if "memory" not in str(error):
+            raise
+        their_time = their_memory = None
+    name = f"{group} × {length} tokens behind {prompt}{', checkpointed' if checkpointed else ''}"
+    time_ratio = None if their_time is None else our_time / their_time
+    goal = f"≤ {GOAL:g}"
+    met = None if time_ratio is None else time_ratio <= GOAL
+    memory_ratio = None if their_memory is None else our_memory / max(their_memory, 1e-9)
+    return [
+        Row(f"forward and backward, {name}", our_time, their_time, "s", time_ratio, goal, met),
+        Row(f"peak memory, {name}", our_memory, their_memory, "GiB", memory_ratio, "–", None),
+    ]
+
+
+def probe_inputs(probe: Any) -> dict[str, Any]:
+    """The probe in a form that any attention takes."""
+    return {"input_ids": probe.inputs["input_ids"]}
+
+
+def samples_of(prompt: int, length: int, count: int) -> list[Sample]:
+    draw = torch.Generator().manual_seed(0)
+
+    def ids(size: int) -> list[int]:
+        found: list[int] = torch.randint(10, 30000, (size,), generator=draw).tolist()
+        return found
+
+    shared = ids(prompt)
+    return [Sample(shared, ids(length), [-1.0] * length, 1.0, finished=True, version=0) for _ in range(count)]
+
+
+def plain_pass(model: Any, sample: Sample, device: torch.device) -> None:
+    ids = torch.tensor([[*sample.prompt_ids, *sample.token_ids]], device=device)
+    keep = len(sample.token_ids) + 1
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0, :-1].float()
+    logits.log_softmax(-1).gather(-1, ids[0, -keep + 1 :, None]).mean().backward()
+
+
+def measured(work: Callable[[], None], model: Any, device: torch.device, repeats: int) -> tuple[float, float]:
+    """(median seconds, peak GiB beyond what was held before)."""
+    work()  # warm-up
+    seconds: list[float] = []
+    memory: Memory
+    with device_memory() if device.type == "cuda" else private_memory() as memory:
+        for _ in range(repeats):
+            model.zero_grad()
+            synchronise(device)
+            start = time.perf_counter()
+            work()
+            synchronise(device)
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds), memory.added / 2**30
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""The output head in float32, a few tokens at a time: the logits [N, vocabulary] never exist.
+
+A token's log-probability depends on its hidden state h alone, and its gradient is a vector as long as h:
+d log p(t) / dh = (W_t − Σ_v p_v W_v) / temperature. The forward pass has p at hand, so it keeps that vector and the
+backward pass only scales it. That is two products with the head, as many as if all logits were kept, and none again.
+
+In float32, as the engine's head: in bfloat16 logits come in steps of an eighth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorapar_ray.logprobs import logits_at, token_logprobs
+
+SLICE = {"cpu": 2**25, "cuda": 2**26}
+"""Logits that exist at once; they are float32. Each slice reads the whole head twice."""
+
+
+class TokenScorer:
+    """Log-probabilities under one model; keeps the float32 copy of a 16-bit head that a CPU needs."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        head = model.get_output_embeddings()
+        frozen = type(head) is nn.Linear and not any(value.requires_grad for value in head.parameters())
+        self._head = head if frozen else None  # a trained or wrapped head goes the long way
+        self._wide: Tensor | None = None
+
+    def __call__(
+        self, inputs: Mapping[str, Any], at: tuple[Tensor, Tensor], tokens_N: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """(log-probabilities with gradient, entropy without) of the tempered distribution, float32, [N].
+
+        Args:
+            inputs: of the model: `input_ids` [R, W] and others.
+            at: row and column whose output predicts each token, [N] each.
+            tokens_N: the tokens.
+        """
+        if self._head is not None:
+            with self._scoring(at, tokens_N, temperature, inputs["input_ids"].shape) as scores:
+                output = self._model(**inputs, use_cache=False).logits
+            if scores and output is scores[0]:
+                return scores[0][0].unbind(-1)
+            self._head = None  # the model does something to its logits behind the head (a soft cap, a scale)
+        logits_NV = logits_at(at, self._model, inputs)
+        return token_logprobs(logits_NV, tokens_N, temperature=temperature)
+
+    @contextmanager
+    def _scoring(
+        self, at: tuple[Tensor, Tensor], tokens_N: Tensor, temperature: float, shape: tuple[int, ...]
+    ) -> Iterator[list[Tensor]]:
+        """While it lasts the head gives [1, N, 2], log-probabilities and entropy, in place of logits.
+
+        They go through the model's output, so that whatever hangs on that (FSDP) sees the backward pass begin.
+        """
+        head = self._head
+        assert head is not None
+        scores: list[Tensor] = []
+
+        def forward(hidden: Tensor) -> Tensor:
+            if hidden.shape[:2] != shape:
+                return nn.functional.linear(hidden, head.weight, head.bias)
+            found = head_logprobs(
+                hidden[at], head.weight, tokens_N, bias=head.bias, temperature=temperature, wide_VD=self._wide_weight()
+            )
+            scores.append(torch.stack(found, -1)[None])
+            return scores[0]
+
+        head.forward = forward  # type: ignore[method-assign]
+        try:
+            yield scores
+        finally:
+            del head.forward
+
+    def _wide_weight(self) -> Tensor | None:
+        assert self._head is not None
+        weight = self._head.weight
+        if weight.device.type != "cpu" or weight.dtype == torch.float32:
+            return None
+        if self._wide is None:
+            self._wide = weight.detach().float()
+        return self._wide
+
+
+def head_logprobs(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    tokens_N: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    wide_VD: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(log-probabilities, entropy without gradient) of `tokens_N`, float32, [N]; the head gets no gradient.
+
+    Args:
+        hidden_ND: what the head is given, in the head's dtype.
+        weight_VD: the head's weight.
+        bias: the head's, [V].
+        wide_VD: the weight in float32, for a CPU, which cannot multiply 16-bit numbers into float32 ones.
+    """
+    wide_VD = weight_VD if wide_VD is None else wide_VD
+    logprobs, entropy = _HeadLogprobs.apply(hidden_ND, weight_VD, wide_VD, tokens_N, bias, temperature)
+    return logprobs, entropy
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        wide_VD: Tensor,
+        tokens_N: Tensor,
+        bias: Tensor | None,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        count, vocabulary = len(tokens_N), len(weight_VD)
+        logprobs, entropy = (torch.empty(count, device=hidden_ND.device) for _ in range(2))
+        slope_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        rows = max(1, min(count, SLICE.get(hidden_ND.device.type, SLICE["cuda"]) // vocabulary))
+        probabilities = torch.empty(rows, vocabulary, device=hidden_ND.device)  # fresh pages would be slow on a CPU
+        for start in range(0, count, rows):
+            part = slice(start, min(start + rows, count))
+            tokens = tokens_N[part, None]
+            logits = _product(hidden_ND[part], wide_VD)
+            if bias is not None:
+                logits += bias
+            if temperature != 1.0:
+                logits /= temperature
+            largest = logits.amax(-1, keepdim=True)
+            p = torch.sub(logits, largest, out=probabilities[: len(logits)]).exp_()
+            mass = p.sum(-1, keepdim=True)
+            total = largest + mass.log()
+            p /= mass
+            logprobs[part] = (logits.gather(-1, tokens) - total)[:, 0]
+            entropy[part] = total[:, 0] - torch.linalg.vecdot(logits, p)
+            if slope_ND is not None:
+                onehot = torch.ones_like(tokens, dtype=p.dtype)
+                change = p.neg_().scatter_add_(-1, tokens, onehot).to(weight_VD.dtype)
+                slope_ND[part] = (change @ weight_VD) / temperature
+        ctx.mark_non_differentiable(entropy)
+        if slope_ND is not None:
+            ctx.save_for_backward(slope_ND)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (slope_ND,) = ctx.saved_tensors
+        return (slope_ND * gradients[0][:, None]).to(slope_ND.dtype), None, None, None, None, None
+
+
+def _product(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+    """hidden · weightᵀ in float32: products of 16-bit numbers are exact there, so nothing is widened on a GPU."""
+    if weight_VD.dtype == torch.float32:
+        return hidden_ND.float() @ weight_VD.T
+    return torch.mm(hidden_ND, weight_VD.T, out_dtype=torch.float32)

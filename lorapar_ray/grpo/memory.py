@@ -1,0 +1,99 @@
+"""How many tokens one forward and backward pass may hold, by measure on the device that computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+PROBE_TOKENS = 64
+SHARE = 0.5
+"""Of the memory that is free, what kept activations may take: kernels need room, and so do the gradients."""
+KEPT_LAYERS = 40.0
+"""What a decoder layer keeps without checkpointing, in inputs of its own (a Llama in bfloat16: 30 to 32)."""
+CPU_SHARE = 0.25
+"""The same on a host, whose memory engines and workers share."""
+MOST_TOKENS = {"cpu": 4_096, "cuda": 65_536}
+"""Where a larger pass no longer computes faster."""
+
+
+def pass_limits(model: Any, rows: Any, longest: int, *, share: float, checkpointing: bool | None) -> tuple[int, bool]:
+    """(tokens of one pass, whether to checkpoint) for `model`.
+
+    Args:
+        rows: the model's inputs for `PROBE_TOKENS` tokens in one row.
+        longest: tokens of the longest sample; a pass must hold at least one.
+        share: this process's part of its device.
+        checkpointing: as the config says; None: where the longest sample does not fit otherwise.
+    """
+    device = next(iter(model.parameters())).device
+    room = free_memory(device, share)
+    kept = kept_bytes_per_token(model, rows)
+    if checkpointing is None:
+        checkpointing = longest * kept > room
+    if checkpointing:
+        kept = layer_bytes_per_token(model)
+    return max(longest, min(MOST_TOKENS.get(device.type, MOST_TOKENS["cuda"]), int(room / kept))), checkpointing
+
+
+def free_memory(device: torch.device, share: float) -> float:
+    """Bytes that kept activations may take."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return SHARE * min(float(free), share * total)
+    import psutil
+
+    return CPU_SHARE * share * float(psutil.virtual_memory().available)
+
+
+def kept_bytes_per_token(model: Any, inputs: dict[str, Any]) -> float:
+    """What a forward pass keeps for the backward one, per token; weights do not count.
+
+    Measured, except where the weights are sharded: there those that were gathered could not be told from activations.
+    """
+    if any(isinstance(value, DTensor) for value in model.parameters()):
+        return KEPT_LAYERS * layer_bytes_per_token(model)
+    with saved_bytes(model) as kept:
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    return sum(kept.values()) / inputs["input_ids"].numel()
+
+
+def layer_bytes_per_token(model: Any) -> float:
+    """What checkpointing keeps: each layer's input."""
+    config = model.config.get_text_config()
+    size = model.dtype.itemsize
+    return float(config.num_hidden_layers * config.hidden_size * size)
+
+
+@contextmanager
+def saved_bytes(model: Any) -> Iterator[dict[int, int]]:
+    """Bytes of each storage that autograd keeps meanwhile, by address; without the model's own weights."""
+    own = {value.untyped_storage().data_ptr() for value in model.parameters() if value.device.type != "meta"}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield kept
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Compute each layer's activations again in the backward pass; dropout stays off.
+
+    transformers checkpoints layers in training mode only. The flag is set on the layers alone: what is inside them
+    stays in evaluation mode.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True

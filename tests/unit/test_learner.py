@@ -1,0 +1,150 @@
+"""Several updates on one batch, updates that are skipped, and passes that depend on memory, in the learner itself."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorapar_ray.adapters import attach_lora, save_adapter
+from lorapar_ray.config import Config
+from lorapar_ray.errors import UserError
+from lorapar_ray.grpo.batches import Batch, Sample, share_of
+from lorapar_ray.grpo.learner import GrpoJob, Learner
+from lorapar_ray.grpo.packing import packed_logprobs
+from lorapar_ray.student import load_base
+from tests.cluster.test_learners import batch
+from tests.tiny_run import save_tiny_student, tiny_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> GrpoJob:
+    root = tmp_path_factory.mktemp("learner")
+    plain = tiny_config(save_tiny_student(root / "student"))
+    config = Config.model_validate(plain)
+    model = attach_lora(
+        load_base(config.model, config.model.path, on=CPU), rank=4, alpha=8, init="gaussian", init_std=0.05
+    )
+    save_adapter(model, root / "adapter")
+    return GrpoJob(
+        model=config.model.model_dump(mode="json"),
+        settings=config.grpo.model_dump(mode="json"),
+        base=config.model.path,
+        adapter_in=str(root / "adapter"),
+        adapter_out=str(root / "out"),
+        regions=None,
+        canaries=[[[5, 6, 7, 8], 2], [[9, 10, 11], 1]],
+        checkpoints=str(root / "checkpoints"),
+        metrics=str(root / "grpo.jsonl"),
+        samples=str(root / "samples.jsonl"),
+        steps=4,
+        coordinator="",
+        run="test",
+        seed=0,
+    )
+
+
+def learner(job: GrpoJob, **settings: Any) -> Learner:
+    settings = {"learning_rate": 1e-2, "max_grad_norm": 10.0, **settings}
+    return Learner(replace(job, settings={**job.settings, **settings}))
+
+
+def honest(learner: Learner, whole: Batch, gap: float = 0.0) -> Batch:
+    """The batch as if this learner's policy had sampled it, `gap` nats off."""
+    with torch.no_grad():
+        logprobs, _ = packed_logprobs(learner.scorer, learner._rows([[it] for it in whole.samples]), temperature=1.0)
+    pairs = zip(whole.samples, logprobs, strict=True)
+    return replace(
+        whole, samples=[replace(it, logprobs=(own[: len(it.token_ids)] - gap).tolist()) for it, own in pairs]
+    )
+
+
+def adapter(learner: Learner) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in learner.parameters.values()])
+
+
+@pytest.mark.parametrize("loss", ["grpo", "gspo", "cispo"])
+def test_the_first_of_two_updates_is_on_policy_and_the_second_is_clipped(job: GrpoJob, loss: str) -> None:
+    ours = learner(job, loss=loss, updates_per_batch=2, clip_low=0.02, clip_high=1.02 if loss == "cispo" else 0.02)
+    share = share_of(honest(ours, batch(0)), 0, 1)
+    old: dict[int, torch.Tensor] = {}
+    first = ours._update(share.mini_batches[0], old, 1)
+    assert first["clip_high_share"] == first["clip_low_share"] == 0.0
+    assert first["ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    second = ours._update(share.mini_batches[0], old, 1)
+    assert second["clip_high_share"] > 0.0
+    assert second["ratio_max"] == pytest.approx(1.0, abs=1e-4)  # the old policy's, beside the sampler's
+
+
+def test_the_old_policy_of_later_mini_batches_is_the_one_before_the_first_update(job: GrpoJob) -> None:
+    ours = learner(job, mini_batch=1)
+    share = share_of(honest(ours, batch(0)), 0, 1, mini_batch=1)
+    assert [(part.count, part.tokens) for part in share.mini_batches] == [(4, 20), (4, 24), (4, 28)]
+    expected = {id(sample): sample.logprobs for part in share.mini_batches for sample in part.samples}
+    old = ours._old_logprobs(share.mini_batches)
+    first = {id(sample) for sample in share.mini_batches[0].samples}
+    assert old.keys() == expected.keys() - first
+    for key, found in old.items():
+        assert found.tolist() == pytest.approx(expected[key], abs=1e-5)
+    before = adapter(ours)
+    metrics = ours.step(share, 0, 1)
+    assert metrics["updates"] == 3 and metrics["updates_skipped"] == 0
+    assert metrics["logprob_gap"] == pytest.approx(0.0, abs=1e-5)
+    assert not torch.equal(adapter(ours), before)
+
+
+def test_the_ratio_to_the_sampler_is_clipped_where_the_sampler_lags(job: GrpoJob) -> None:
+    ours = learner(job, old_policy="sampler", importance_cap=None)
+    metrics = ours.step(share_of(honest(ours, batch(0), gap=0.5), 0, 1), 0, 1)
+    assert metrics["ratio_mean"] == pytest.approx(math.exp(0.5), rel=1e-3)  # beyond 1.28 throughout
+    positive = [it for it in batch(0).samples if it.advantage > 0]
+    tokens = sum(len(it.token_ids) for it in positive)
+    assert metrics["clip_high_share"] == pytest.approx(tokens / batch(0).tokens)
+
+
+def test_how_samples_are_cut_into_passes_does_not_change_the_update(job: GrpoJob) -> None:
+    results = []
+    for passes in ({}, {"micro_batch_tokens": 24}, {"micro_batch_size": 1}, {"gradient_checkpointing": True}):
+        ours = learner(job, loss="bnpo", kl_beta=0.1, **passes)
+        metrics = ours.step(share_of(batch(0), 0, 1), 0, 1)
+        results.append((adapter(ours), metrics["loss"], metrics["kl"], metrics["ratio_max"]))
+    for found in results[1:]:
+        torch.testing.assert_close(found[0], results[0][0], rtol=1e-3, atol=1e-5)
+        assert found[1:] == pytest.approx(results[0][1:], rel=1e-3, abs=1e-6)
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted_and_three_in_a_row_stop(job: GrpoJob) -> None:
+    ours = learner(job, loss="dapo", importance_cap=None)
+    before, good = adapter(ours), share_of(batch(0), 0, 1)
+    bad = share_of(replace(batch(0), samples=[spoilt(it) for it in batch(0).samples]), 0, 1)
+    for _ in range(2):
+        assert ours.step(bad, 0, 1)["updates_skipped"] == 1
+    assert torch.equal(adapter(ours), before)
+    assert ours.step(good, 0, 1)["updates_skipped"] == 0
+    assert not torch.equal(adapter(ours), before)
+    ours.step(bad, 0, 1)
+    ours.step(bad, 0, 1)
+    with pytest.raises(UserError, match=r"not finite in 3 updates in a row.*lower grpo.learning_rate"):
+        ours.step(bad, 0, 1)
+
+
+def spoilt(sample: Sample) -> Sample:
+    return replace(sample, advantage=math.nan)
+
+
+def test_canaries_are_the_plain_models_with_and_without_the_adapter(job: GrpoJob) -> None:
+    ours = learner(job)
+    found, bare = ours.canaries(), ours.base_canaries()
+    plain = load_base(Config.model_validate(tiny_config(Path(job.base))).model, job.base, on=CPU).eval()
+    for canary in bare:
+        ids = torch.tensor([canary.token_ids])
+        expected = (
+            plain(ids).logits.float().log_softmax(-1)[0, canary.start - 1 : -1].gather(-1, ids[0, canary.start :, None])
+        )
+        assert canary.logprobs == pytest.approx(expected[:, 0].tolist(), abs=1e-4)
+    assert [each.logprobs for each in found] != [each.logprobs for each in bare]
+    assert [each.logprobs for each in ours.canaries()] == [each.logprobs for each in found]

@@ -1,0 +1,148 @@
+"""The learner's layout and head: what the plain model gives for each sample alone, in values and in gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Cohere2Config, Gemma2Config, MistralConfig, MistralForCausalLM
+from transformers.models.mamba import MambaConfig
+
+from lorapar_ray.grpo import head
+from lorapar_ray.grpo.attention import make_layout, spans_of_group, use_packed_attention
+from lorapar_ray.grpo.batches import Sample
+from lorapar_ray.grpo.head import TokenScorer, head_logprobs
+from lorapar_ray.grpo.packing import PackedRows, group_by_prompt, pack, packed_logprobs, pad
+from tests.unit.test_grpo_loss import samples
+from tests.unit.tiny_models import SHAPE, tiny
+
+CPU = torch.device("cpu")
+
+
+def frozen_head(model: Any) -> Any:
+    """As in training, where the adapter alone has gradients; here the layers do."""
+    model.get_output_embeddings().requires_grad_(False)
+    return model
+
+
+def sliding(window: int) -> Any:
+    """Layers that see the last `window` tokens only."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return MistralForCausalLM(MistralConfig(vocab_size=96, num_key_value_heads=2, sliding_window=window, **sizes))
+
+
+def plain_logprobs(model: Any, sample: Sample, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """One sample by the model's own forward pass and torch's own softmax."""
+    ids = torch.tensor([sample.prompt_ids + sample.token_ids])
+    logits = model(ids).logits[0, len(sample.prompt_ids) - 1 : -1] / temperature
+    found = torch.distributions.Categorical(logits=logits)
+    return found.log_prob(torch.tensor(sample.token_ids)), found.entropy().detach()
+
+
+def result(model: Any, rows: PackedRows, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    model.zero_grad()
+    logprobs, entropy = packed_logprobs(TokenScorer(model), rows, temperature=temperature)
+    weights = torch.linspace(0.5, 2.0, len(rows.tokens_N))
+    (logprobs[rows.mask_BT.bool()] * weights).sum().backward()
+    return logprobs, entropy, first_layer_gradient(model)
+
+
+def first_layer_gradient(model: Any) -> torch.Tensor:
+    return next(it.grad.clone() for name, it in model.named_parameters() if ".layers.0." in name and it.dim() == 2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox", "mixtral", "window 4", "window 9"])
+def test_packed_samples_have_the_plain_models_logprobs_and_gradients(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(head.SLICE, "cpu", 5 * 96)  # several slices of the head
+    name, _, window = family.partition(" ")
+    model = frozen_head(sliding(int(window)) if window else tiny(name))
+    found = [plain_logprobs(model, sample, 0.9) for sample in samples()]
+    total = sum(
+        (each * weights).sum()
+        for (each, _), weights in zip(
+            found,
+            torch.linspace(0.5, 2.0, sum(len(each) for each, _ in found)).split([len(each) for each, _ in found]),
+            strict=True,
+        )
+    )
+    total.backward()
+    gradient = first_layer_gradient(model)
+    plain = result(model, pad(samples(), 0, CPU), 0.9)
+    assert use_packed_attention(model)
+    packed = result(model, pack(group_by_prompt(samples()), CPU), 0.9)
+    for ours in (plain, packed):
+        for values, index in zip(ours[:2], (0, 1), strict=True):
+            expected = torch.nn.utils.rnn.pad_sequence([each[index] for each in found], batch_first=True)
+            torch.testing.assert_close(values, expected, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(ours[2], gradient, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (3, 1, 2), (40, 2), (90, 90)])
+def test_either_way_of_laying_out_a_completion_is_taken_and_reads_each_column_once(lengths: tuple[int, ...]) -> None:
+    """A long prompt with short completions goes `behind`; a short prompt goes `whole`."""
+    for prompt in (1, 64):
+        starts = [prompt + sum(lengths[:index]) for index in range(len(lengths))]
+        own = [range(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+        spans = spans_of_group(range(prompt), own)
+        width = prompt + sum(lengths)
+        layout = make_layout(spans, width, CPU)
+        outputs = sum(batch.queries_nQ.numel() for batch in layout.batches)
+        assert len(set(layout.source_W.tolist())) == width <= outputs
+        cheap = 2 * sum(length * (prompt + length) for length in lengths) + prompt**2 / 2
+        assert (len(spans) > len(lengths)) == (cheap < sum((prompt + length) ** 2 / 2 for length in lengths))
+
+
+def test_a_row_holds_a_prompt_once_and_no_token_that_predicts_nothing() -> None:
+    rows = pack(group_by_prompt(samples()), CPU)
+    assert rows.inputs["input_ids"].shape == (1, (5 + 8 - 3) + (8 + 10 - 3) + (3 + 7 - 3))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(**{**SHAPE, "num_key_value_heads": 1}, head_dim=32),  # soft caps in attention and behind the head
+        MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_model_whose_layers_would_mix_sequences_keeps_its_own_way(config: Any) -> None:
+    torch.manual_seed(0)
+    model = frozen_head(AutoModelForCausalLM.from_config(config).eval())
+    before = model.config._attn_implementation
+    assert not use_packed_attention(model)
+    assert model.config._attn_implementation == before
+    found, _ = packed_logprobs(TokenScorer(model), pad(samples()[:1], 0, CPU), temperature=1.0)
+    torch.testing.assert_close(found[0], plain_logprobs(model, samples()[0], 1.0)[0], atol=2e-5, rtol=1e-4)
+
+
+def test_what_a_model_does_behind_its_head_is_not_left_out() -> None:
+    torch.manual_seed(0)
+    config = Cohere2Config(**{**SHAPE, "num_key_value_heads": 1}, logit_scale=0.25)
+    model = frozen_head(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())
+    found, _ = packed_logprobs(TokenScorer(model), pad(samples()[:1], 0, CPU), temperature=1.0)
+    torch.testing.assert_close(found[0], plain_logprobs(model, samples()[0], 1.0)[0], atol=2e-5, rtol=1e-4)
+
+
+def test_a_16_bit_head_computes_in_float32() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 64, dtype=torch.bfloat16), torch.randn(96, 64, dtype=torch.bfloat16)
+    tokens = torch.tensor([0, 5, 9, 95, 3, 3])
+    exact = (hidden.float() @ weight.float().T).log_softmax(-1)[range(6), tokens]
+    ours, _ = head_logprobs(hidden.requires_grad_(), weight, tokens, wide_VD=weight.float())
+    torch.testing.assert_close(ours, exact, atol=1e-5, rtol=1e-5)
+    ours.sum().backward()
+    wide = hidden.detach().float().requires_grad_()
+    (wide @ weight.float().T).log_softmax(-1)[range(6), tokens].sum().backward()
+    torch.testing.assert_close(hidden.grad.float(), wide.grad, atol=0.05, rtol=0.02)
+
+
+def test_the_head_never_makes_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(head.SLICE, "cpu", 8 * 96)
+    sizes = []
+    product = head._product
+    monkeypatch.setattr(head, "_product", lambda *given: sizes.append(len(given[0])) or product(*given))
+    hidden = torch.randn(30, 64, requires_grad=True)
+    head_logprobs(hidden, torch.randn(96, 64), torch.zeros(30, dtype=torch.long))[0].sum().backward()
+    assert sizes == [8, 8, 8, 6]
