@@ -17,12 +17,13 @@ from lorapar_ray.adapters import adapter_parameters, attach_lora
 from lorapar_ray.config import SftConfig
 from lorapar_ray.optim import MaskedAdamW, masked_param_groups
 from lorapar_ray.sft.batches import plan_batches
-from lorapar_ray.sft.checkpoint import Progress, load_checkpoint, save_checkpoint
+from lorapar_ray.sft.checkpoint import Progress, last_checkpoint, load_checkpoint, save_checkpoint
 from lorapar_ray.sft.loop import TrainingLoop, Worker
 from lorapar_ray.sft.loss import summed_loss
 from lorapar_ray.sft.passes import EagerPasses, GraphPasses, Passes
 from lorapar_ray.sft.rows import bucket, collate, losses_in, rows_in
 from lorapar_ray.sft.step_log import StepLog
+from lorapar_ray.sft.tracking import keep_lines_until
 from tests.tiny_run import metrics
 from tests.unit.tiny_models import CONFIGS, GROUPED, SHAPE, tiny
 
@@ -38,9 +39,14 @@ def examples(count: int = 15) -> list[dict[str, Any]]:
 
 
 def trained_with(
-    folder: Path, make: Any = EagerPasses, device: torch.device = CPU, dropout: float = 0.0, **changes: Any
+    folder: Path,
+    make: Any = EagerPasses,
+    device: torch.device = CPU,
+    dropout: float = 0.0,
+    validated: bool = False,
+    **changes: Any,
 ) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """(lines of the metrics file, adapter) of a run by our loop."""
+    """(lines of the metrics file, adapter) of a run by our loop, which goes on from a checkpoint if there is one."""
     settings = SftConfig(**{**SETTINGS, "max_length": 32, **changes})
     model = attach_lora(tiny().to(device), rank=4, alpha=8, init="gaussian", dropout=dropout)
     parameters = adapter_parameters(model)
@@ -50,6 +56,9 @@ def trained_with(
     plan = plan_batches([len(each["input_ids"]) for each in rows], settings, 1, seed=0)
     torch.manual_seed(0)
     passes: Passes = make(model, list(parameters.values()), device)
+    found = last_checkpoint(folder / "checkpoints", 1)
+    keep_lines_until(folder / "metrics" / "sft.jsonl", 0 if found is None else found[1])
+    held_out = [[each] for each in examples(20)[15:]]
     TrainingLoop(
         model,
         MaskedAdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay),
@@ -57,12 +66,12 @@ def trained_with(
         settings=settings,
         plan=plan,
         examples=rows,
-        validation=[],
+        validation=[collate(held_out, packed=False, filler=0)] if validated else [],
         filler=0,
         worker=Worker(0, 1, device),
-        checkpoints=None,
+        checkpoints=folder / "checkpoints",
         log=StepLog(folder / "metrics" / "sft.jsonl", None, 1.0),
-    ).run(None)
+    ).run(None if found is None else found[0])
     return metrics(folder, "sft"), {key: value.detach().cpu() for key, value in parameters.items()}
 
 
@@ -129,6 +138,50 @@ def test_losses_norms_and_adapter_are_those_of_trls_trainer(tmp_path: Path, pack
         assert mine["learning_rate"] == pytest.approx(other["learning_rate"])
     for key, value in adapter.items():
         torch.testing.assert_close(value, reference[key], rtol=1e-2, atol=2e-4)
+
+
+class Killed(BaseException):
+    """In place of a kill."""
+
+
+@pytest.mark.parametrize("at", [1, 4, 5])
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, so that the generators' states count."""
+    options: dict[str, Any] = {"dropout": 0.2, "checkpoint_every": 2}
+    undisturbed, expected = trained_with(tmp_path / "whole", **options)
+
+    def cut_off(loop: TrainingLoop, step: int) -> None:
+        if step == at:
+            raise Killed
+        usual(loop, step)
+
+    usual = TrainingLoop._step
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(TrainingLoop, "_step", cut_off)
+        trained_with(tmp_path / "cut", **options)
+    lines, adapter = trained_with(tmp_path / "cut", **options)
+    assert [line["step"] for line in lines] == list(range(1, 7))
+    assert [line["loss"] for line in lines] == [line["loss"] for line in undisturbed]
+    for key, value in adapter.items():
+        assert torch.equal(value, expected[key]), key
+    assert sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()) == [
+        "checkpoint-4",
+        "checkpoint-6",
+    ]
+
+
+def test_the_best_checkpoint_is_kept_and_patience_ends_the_run(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"schedule": "constant", "warmup_ratio": 0.0, "validation": 0.2, "validate_every": 1}
+    _, adapter = trained_with(tmp_path / "a", validated=True, epochs=20, patience=2, learning_rate=0.3, **options)
+    losses = {line["step"]: line["loss"] for line in metrics(tmp_path / "a", "sft_validation")}
+    best = min(losses, key=lambda step: losses[step])
+    assert max(losses) == best + 2 < 60, losses
+    last = {"max_steps": best, "keep": "last", "learning_rate": 0.3}
+    _, expected = trained_with(tmp_path / "b", validated=True, **last, **options)
+    for key, value in adapter.items():
+        assert torch.equal(value, expected[key]), key
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_moe", "gpt_neox", "soft cap", "prompt tuning"])
