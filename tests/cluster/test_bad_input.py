@@ -1,6 +1,7 @@
 """Every kind of bad input through the CLI: one line, a non-zero exit, and nothing lost."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,14 @@ def test_no_ray(config: dict[str, Any], tmp_path: Path) -> None:
     refused("run", config, tmp_path, f"no Ray at RAY_ADDRESS={nobody}", "ray start --head", RAY_ADDRESS=nobody)
 
 
+@pytest.fixture
+def labelled(labelled_once: Path, tmp_path: Path) -> Path:
+    """A copy for each test: what one leaves of `score` is not gone over by the next."""
+    return Path(shutil.copytree(labelled_once, tmp_path / "labelled"))
+
+
 @pytest.fixture(scope="module")
-def labelled(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def labelled_once(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("labelled")
     config = {**tiny_config(student), "label": {"strategy": "random"}}
     done = lorapar("label", "-c", write_config(folder / "config.yaml", config), "-d", folder / "run")
