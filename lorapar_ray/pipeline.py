@@ -7,13 +7,7 @@ run over them: it says what has changed and waits to be told with `redo`.
 
 from __future__ import annotations
 
-import errno
-import shutil
-import sys
-import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,19 +15,18 @@ from lorapar_ray import legacy, trash
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.stage import STAGE as EVALUATE
-from lorapar_ray.fingerprints import Fingerprints, meaning
-from lorapar_ray.gpus import place
 from lorapar_ray.grpo.stage import STAGE as GRPO
 from lorapar_ray.importance.stage import STAGE as SCORE
 from lorapar_ray.labeling.stage import STAGE as LABEL
 from lorapar_ray.partition.stage import STAGE as PARTITION
+from lorapar_ray.perform import perform
 from lorapar_ray.progress import console
 from lorapar_ray.reporting.stage import STAGE as REPORT
 from lorapar_ray.run_lock import run_lock
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.stage import STAGE as SFT
 from lorapar_ray.stages import Stage
-from lorapar_ray.standing import Standing, inputs_of, standing_of, written
+from lorapar_ray.standing import Standing, inputs_of, standing_of
 
 ORDER: tuple[Stage, ...] = (LABEL, SCORE, PARTITION, SFT, GRPO, EVALUATE, REPORT)
 PIPELINE: dict[str, Stage] = {stage.name: stage for stage in ORDER}
@@ -147,14 +140,13 @@ def run_stage(config: Config, run: RunDirectory, name: str, redo: Redo = "no") -
         raise UserError(f"{name}: not in this run's order [{', '.join(config.order)}]; add it to order in the config")
     with run_lock(run.root):
         legacy.adopt(config, run, PIPELINE)
-        prints = run.fingerprints
         try:
-            _run_stage(stage, config, run, redo, prints)
+            _run_stage(stage, config, run, redo)
         finally:
-            prints.save()
+            run.fingerprints.save()
 
 
-def _run_stage(stage: Stage, config: Config, run: RunDirectory, redo: Redo, prints: Fingerprints) -> None:
+def _run_stage(stage: Stage, config: Config, run: RunDirectory, redo: Redo) -> None:
     name = stage.name
     found = standings(config, run)
     _require_needs(stage, config, run, found)
@@ -170,46 +162,14 @@ def _run_stage(stage: Stage, config: Config, run: RunDirectory, redo: Redo, prin
     begun_again = now == "unfinished" and bool(trash.in_trash(run, name))
     anew = replaces or (redo == "yes" and not begun_again)
     entry = run.entry(name)
-    inputs = inputs_of(stage, config, run.manifest()["stages"], prints)
+    inputs = inputs_of(stage, config, entries_of(config, run), run.fingerprints)
     aside = None
-    if anew and entry and (owned := stage.owned(run, config.name)):
-        aside = trash.set_aside(run, name, owned, entry)
-        entry = {}
-    elif not entry:
+    if not entry:
         _require_nothing_unknown(stage, run)
-    if now != "unfinished":
-        entry = {}
-    run.record(name, status="started", inputs=inputs, seconds=entry.get("seconds", 0.0))
-    prints.save()
-    if not stage.is_view:
-        run.keep_config(config)
-    console.print(f"[bold]{name}[/]", markup=True)
-    start = time.monotonic()
-    finished = False
-    try:
-        with _full_disk_is_a_user_error(run):
-            notes = stage.run(_placed(config, name), run)
-        finished = True
-    finally:
-        seconds = round(entry.get("seconds", 0.0) + time.monotonic() - start, 2)
-        if not finished and run.root.is_dir():
-            if aside is not None and not stage.owned(run, config.name):
-                trash.put_back(run, name, aside)
-            else:
-                run.record(name, status="started", inputs=inputs, seconds=seconds)
-    run.record(
-        name,
-        status="done",
-        inputs=inputs,
-        outputs=meaning(stage.output_files(run, stage.passed_on), run.root, prints),
-        written=written(stage, run, prints),
-        seconds=seconds,
-        versions=_versions(),
-        **notes,
-    )
-    trash.empty(run, name)
-    shutil.rmtree(run.work / "ray", ignore_errors=True)
-    console.print(f"[green]✓[/] {name}: {seconds:.0f} s", markup=True)
+    elif anew and (owned := stage.owned(run, config.name)):
+        aside = trash.set_aside(run, name, owned, entry)
+    spent = entry.get("seconds", 0.0) if now == "unfinished" and aside is None else 0.0
+    perform(stage, config, run, inputs, spent=spent, aside=aside)
 
 
 def _require_needs(stage: Stage, config: Config, run: RunDirectory, found: dict[str, Standing]) -> None:
@@ -251,35 +211,6 @@ def _require_nothing_unknown(stage: Stage, run: RunDirectory) -> None:
             raise UserError(
                 f"{stage.name}: '{path}' holds files that this run has not written; move them away, they would be mixed"
             )
-
-
-def _placed(config: Config, name: str) -> Config:
-    """The config with the stage's `gpus: auto` as numbers for the cluster that this process is connected to."""
-    ray = sys.modules.get("ray")
-    gpus = int(ray.cluster_resources().get("GPU", 0)) if ray is not None and ray.is_initialized() else 0
-    return place(config, name, gpus)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-@contextmanager
-def _full_disk_is_a_user_error(run: RunDirectory) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"no space left on the disk of '{run.root}'; free some and run the same command again"
-            ) from error
-        raise
 
 
 def entries_of(config: Config, run: RunDirectory) -> dict[str, Any]:

