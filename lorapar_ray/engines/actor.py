@@ -55,6 +55,7 @@ class EngineActor:
         self._open = asyncio.Event()
         self._open.set()
         self._watch: asyncio.Task[None] | None = None
+        self._leaving = False
         self._phases = Phases("engine")
 
     async def start(self) -> dict[str, Any]:
@@ -179,14 +180,14 @@ class EngineActor:
         return sum(abs(a - b) for a, b in zip(done.logprobs, afresh, strict=True)) / len(afresh)
 
     async def leave(self) -> None:
-        """End this actor and the engine's processes, which may no longer listen."""
+        """End the engine's processes, which may no longer listen; whoever asked then ends this actor (`ray.kill`)."""
         import psutil
 
+        self._leaving = True
         for child in psutil.Process().children(recursive=True):
             child.kill()
         if self._lora is not None:
             shutil.rmtree(self._lora.lora_path, ignore_errors=True)
-        os._exit(0)
 
     async def _run(self, prompt_ids: list[int], params: Any, priority: int = 0) -> Any:
         from vllm.sampling_params import RequestOutputKind
@@ -219,7 +220,7 @@ class EngineActor:
         """Leave once the engine is dead: vLLM never answers a call to its workers that was under way at that moment."""
         while not self._engine.errored:
             await asyncio.sleep(WATCH_S)
-        os._exit(1)
+        self._leave_at_once()
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
@@ -229,6 +230,12 @@ class EngineActor:
         try:
             yield
         except EngineDeadError:
+            self._leave_at_once()
+            raise
+
+    def _leave_at_once(self) -> None:
+        """Unless somebody is ending this actor already, who should not read in Ray's log that a worker has died."""
+        if not self._leaving:
             os._exit(1)
 
 

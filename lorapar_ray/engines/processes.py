@@ -7,39 +7,52 @@ does, and the core is forked from there; so is the process in which vLLM looks a
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lorapar_ray.engines.phases import Phases
 
 PRELOAD = "lorapar_ray.engines.preload"
+CUDA_NOT_INITIALIZED = 3
+"""The driver's answer to a child of a process that had initialised it."""
 
 
 def start_async_llm(arguments: Mapping[str, Any], phases: Phases) -> Any:
-    """A running `vllm.AsyncLLM`; `arguments` go before those of `platform_arguments`."""
+    """A running `vllm.AsyncLLM`; `arguments` go before those of `platform_arguments`.
+
+    With vLLM's own `VLLM_WORKER_MULTIPROC_METHOD=spawn` in the environment its processes are spawned.
+    """
+    forks = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") != "spawn"
     with phases.phase("importing vLLM"):
-        begin_to_import()
+        if forks:
+            begin_to_import()
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from lorapar_ray.engines.settings import platform_arguments
 
         wanted = AsyncEngineArgs(**{**platform_arguments(), **arguments})
-    with phases.phase("loading the model and making room for its cache"):
+    with phases.phase("loading the model and making room for its cache"), TemporaryDirectory() as folder:
+        unusable = Path(folder) / "unusable"
         try:
-            with forked_processes():
+            with forked_processes(unusable) if forks else nullcontext():
                 return AsyncLLM.from_engine_args(wanted)
-        except (ConnectionError, EOFError) as error:  # the fork server is gone
-            print(f"lorapar: vLLM spawns its processes: no fork server ({type(error).__name__}: {error})", flush=True)
-            return AsyncLLM.from_engine_args(wanted)
+        except Exception as error:
+            if not unusable.exists() and not isinstance(error, ConnectionError | EOFError):
+                raise
+        print("lorapar: no engine can be forked here; vLLM spawns its processes", flush=True)
+        return AsyncLLM.from_engine_args(wanted)
 
 
 def begin_to_import() -> None:
@@ -59,14 +72,18 @@ def begin_to_import() -> None:
 
 
 @contextmanager
-def forked_processes() -> Iterator[None]:
-    """vLLM starts its processes from the fork server while the block runs."""
+def forked_processes(unusable: Path) -> Iterator[None]:
+    """vLLM starts its processes from the fork server while the block runs.
+
+    Args:
+        unusable: a file that a forked process makes if it cannot use the GPU, before it ends.
+    """
     import vllm.model_executor.models.registry as registry
     import vllm.v1.engine.utils as utils
 
     spawned, in_a_subprocess = utils.get_mp_context, registry._run_in_subprocess
-    utils.get_mp_context = ForkContext
-    registry._run_in_subprocess = _in_a_fork
+    utils.get_mp_context = partial(ForkContext, unusable)
+    registry._run_in_subprocess = answer_of
     try:
         with _no_main_module():
             yield
@@ -77,25 +94,38 @@ def forked_processes() -> Iterator[None]:
 class ForkContext:
     """As much of a multiprocessing context as vLLM uses for an engine's core."""
 
-    def __init__(self) -> None:
+    def __init__(self, unusable: Path) -> None:
+        self._unusable = unusable
         self._context = multiprocessing.get_context("forkserver")
 
     def Process(self, target: Callable[..., None], name: str, kwargs: Mapping[str, Any]) -> Any:
         """A process with this one's environment as it is now; the fork server's is older."""
-        return self._context.Process(
-            target=with_environment, name=name, args=(dict(os.environ), target), kwargs=dict(kwargs)
-        )
+        arguments = (str(self._unusable), dict(os.environ), target)
+        return self._context.Process(target=in_a_fork, name=name, args=arguments, kwargs=dict(kwargs))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
 
-def with_environment(environment: Mapping[str, str], function: Callable[..., None], **arguments: Any) -> None:
+def in_a_fork(unusable: str, environment: Mapping[str, str], function: Callable[..., None], **arguments: Any) -> None:
     """Call `function` with `environment` in place of the process's own, until whoever started this process ends."""
+    if cuda_is_lost():
+        Path(unusable).touch()
+        os._exit(1)
     os.environ.clear()
     os.environ.update(environment)
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # of a tensor-parallel core's workers: CUDA was looked at here
     threading.Thread(target=_end_with_the_parent, daemon=True, name="parent-watch").start()
     function(**arguments)
+
+
+def cuda_is_lost() -> bool:
+    """Whether the process that this one was forked from has initialised CUDA, which then fails here for good."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False  # no GPU
+    return bool(driver.cuInit(0) == CUDA_NOT_INITIALIZED)
 
 
 def _end_with_the_parent() -> None:
@@ -106,7 +136,7 @@ def _end_with_the_parent() -> None:
         os._exit(1)
 
 
-def _in_a_fork(function: Callable[[], Any]) -> Any:
+def answer_of(function: Callable[[], Any]) -> Any:
     """What `function` returns, computed in a process that ends with it."""
     import cloudpickle
 
