@@ -34,11 +34,16 @@ class Group:
     parts: dict[str, list[float | None]] = field(default_factory=dict)
     failures: int = 0
     """Samples on which a reward failed."""
+    failed: dict[str, int] = field(default_factory=dict)
+    """Samples lost by reward."""
+    error: str = ""
+    """Text of the first failure."""
     reward_seconds: float = 0.0
 
     def take(self, scored: RewardBatch, settings: GrpoConfig) -> None:
         """Fill in what the reward workers found, and the overlong penalty if there is one."""
         self.rewards, self.parts, self.failures = scored.total, scored.parts, sum(scored.failures.values())
+        self.failed, self.error = scored.failed, scored.error
         if settings.overlong_cache:
             lengths = [len(done.token_ids) for done in self.completions]
             limits = settings.max_completion_length, settings.overlong_cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from math import ceil
 from typing import Any
@@ -17,13 +18,17 @@ from typing import Any
 from lorapar_ray.config import GrpoConfig
 from lorapar_ray.engines.actor import Completion, start_engine
 from lorapar_ray.engines.policy import Policy
+from lorapar_ray.errors import UserError
 from lorapar_ray.gpus import sync_of
 from lorapar_ray.grpo.batches import MOST_TOLERANCE, Batch, Canary, Clock, Group, canary_tolerance, make_batch, share_of
 from lorapar_ray.grpo.engine_pool import EnginePool, PolicyMismatch
 from lorapar_ray.grpo.prompts import PromptStream
 from lorapar_ray.grpo.rewards.actor import RewardWorkers
 from lorapar_ray.grpo.rewards.judge import Judge
+from lorapar_ray.progress import console
+from lorapar_ray.text import one_line
 
+REWARD_FIELDS = ("answer", "response", "messages", "columns")
 FILLINGS = 3
 """Sequences an engine holds, in fillings of its batch. A group ends with its longest sequence, so that most of those
 in flight are down to a few; what is held back goes to the engine that is done first."""
@@ -69,6 +74,7 @@ class Coordinator:
         self._drawn: dict[int, list[int]] = {}
         self._first_step = 0
         self._mismatch: PolicyMismatch | None = None
+        self._told = False
         self._publishing: asyncio.Task[dict[str, float]] | None = None
         self._marked_at = time.monotonic()
         self._marked_busy_s = 0.0
@@ -184,7 +190,19 @@ class Coordinator:
                 (groups if group.spread > 0 else dropped).append(group)
             if len(groups) == settings.prompts_per_step:
                 break
+        self._report_failures([*groups, *dropped], step)
         return make_batch(groups, dropped, settings, self._drawn[step], step, clock.seconds)
+
+    def _report_failures(self, groups: list[Group], step: int) -> None:
+        """Show the first failure of a reward; stop if one failed on every sample of the step."""
+        samples = sum(len(group.texts) for group in groups)
+        failed = sum((Counter(group.failed) for group in groups), Counter[str]())
+        error = next((group.error for group in groups if group.error), "")
+        if samples and samples in failed.values():
+            raise UserError(f"grpo.rewards: a reward failed on all {samples} samples of step {step + 1}: {error}")
+        if error and not self._told:
+            self._told = True
+            console.print(f"  a reward failed on some samples, which count 0 for it; the first: {one_line(error, 500)}")
 
     async def _group(self, index: int, step: int, attempt: int) -> Group:
         row = self._rows[index]
@@ -198,7 +216,9 @@ class Coordinator:
         }
         [completions] = await self._engines.run(lambda engine: engine.generate.remote([row["prompt_ids"]], sampling))
         group = Group(row=row, completions=completions, texts=self._decode(completions))
-        columns = {key: [row[key]] * len(group.texts) for key in ("answer", "response")}
+        columns = {key: [row[key]] * len(group.texts) for key in REWARD_FIELDS if key in row}
+        columns["completion_ids"] = [done.token_ids for done in completions]
+        columns["trainer_state"] = [{"global_step": step, "max_steps": self._plan["steps"]}] * len(group.texts)
         start = time.monotonic()
         group.take(await self._rewards.score([row["prompt"]] * len(group.texts), group.texts, columns), self._settings)
         group.reward_seconds = time.monotonic() - start

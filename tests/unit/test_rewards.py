@@ -1,9 +1,16 @@
 """Rewards, and the process that contains them."""
 
+import json
+import os
+import time
+
+import psutil
 import pytest
 
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.rewards import RewardPool, RewardSpec, get_reward
+from lorapar_ray.grpo.rewards.calling import call
+from tests.unit import trl_rewards
 
 TAGGED = "<reasoning>\nadd\n</reasoning>\n<answer>\n6\n</answer>"
 
@@ -78,3 +85,81 @@ def test_a_start_that_takes_too_long_leaves_no_answer_behind(monkeypatch: pytest
         for right in ("1", "2"):
             scored = pool.score(["q"] * 2, ["1", "2"], {"answer": [right] * 2})
             assert scored.total == [float(right == "1"), float(right == "2")]
+
+
+COLUMNS = {
+    "answer": ["4", "5"],
+    "response": ["4", "5"],
+    "columns": [json.dumps({"answer": value, "ground_truth": {"value": value}}) for value in (4, 5)],
+    "messages": ["", ""],
+    "completion_ids": [[1], [2, 3]],
+    "trainer_state": [{"global_step": 3, "max_steps": 9}] * 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("right", [1.0, 0.0]),
+        ("by_column", [4.0, 5.0]),
+        ("keyword_only", [1.0, 1.0]),
+        ("names", [1.0, 2.0]),
+        ("no_kwargs", [1.0, 1.0]),
+        ("ours", [0.0, 0.0]),  # the data's answers are numbers
+        ("nothing", [None, None]),
+        ("arrays", [1.0, 1.0]),
+        ("tensors", [1.0, 1.0]),
+        ("bools", [1.0, 0.0]),
+        ("later", [1.0, 1.0]),
+        ("instance", [2.0, 2.0]),
+    ],
+)
+def test_rewards_are_called_as_trl_calls_them(name: str, values: list[float | None]) -> None:
+    request = {"prompts": ["q", "q"], "completions": ["4", "6"], "columns": COLUMNS}
+    assert call(getattr(trl_rewards, name), request, own=False) == values
+
+
+def test_chats_are_messages_and_our_own_signature_still_works() -> None:
+    messages = json.dumps([{"role": "system", "content": "s"}, {"role": "user", "content": "2+2?"}])
+    columns = {"answer": ["4"], "messages": [messages]}
+    request = {"prompts": ["2+2?"], "completions": ["4"], "columns": columns}
+    assert call(trl_rewards.chat, request, own=False) == [1.0]
+    assert call(trl_rewards.ours, request | {"columns": {"answer": ["4"]}}, own=False) == [1.0]
+    assert call(get_reward("numeric_answer"), request, own=True) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("forgot_return", "it returns nothing; a reward returns a list with one number for each completion"),
+        ("one_number", "it returns a value of type float"),
+        ("too_many", "it returns 7 values for 1 completions"),
+        ("typo", "KeyError: 'grund_truth'"),
+    ],
+)
+def test_the_first_failure_is_told(name: str, text: str) -> None:
+    reward = f"tests.unit.trl_rewards:{name}"
+    with RewardPool([RewardSpec(reward)], time_limit_s=20, memory_limit_mb=512) as pool:
+        scored = pool.score(["q", "q"], ["4", "6"], COLUMNS)
+    assert scored.failures == {"raised": 2} and scored.failed == {reward: 2}
+    assert scored.error.startswith(f"{reward}: ") and text in scored.error
+
+
+def test_a_reward_process_is_contained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    monkeypatch.setenv("HF_TOKEN", "hf-very-secret")
+    specs = [RewardSpec(f"tests.unit.trl_rewards:{name}") for name in ("sees_secrets", "forges", "breeds")]
+    seconds = f"{3600 + os.getpid()}"
+
+    def sleepers() -> int:
+        return sum(process.info["cmdline"] == ["sleep", seconds] for process in psutil.process_iter(["cmdline"]))
+
+    with RewardPool(specs, time_limit_s=20, memory_limit_mb=512) as pool:
+        scored = pool.score(["q"], [seconds], {})
+        assert [scored.parts[spec.name] for spec in specs] == [[0.0], [1.0], [1.0]] and not scored.failures
+        for _ in range(100):
+            if sleepers() == 2:
+                break
+            time.sleep(0.05)
+        assert sleepers() == 2
+    assert sleepers() == 0

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorapar_ray.config import SandboxConfig
+from lorapar_ray.grpo.rewards.calling import NOT_FINITE
 from lorapar_ray.grpo.rewards.process import RewardProcess
 
 
@@ -26,9 +27,13 @@ class RewardBatch:
     total: list[float]
     """Weighted sum of the parts; a failed part counts 0."""
     parts: dict[str, list[float | None]]
-    """By reward; None where it failed."""
+    """By reward; None where it failed, or does not apply."""
     failures: dict[str, int]
     """Samples lost by cause: `raised`, `timeout`, `crashed`, `not_finite`, and the name of a reward found elsewhere."""
+    failed: dict[str, int] = field(default_factory=dict)
+    """Samples lost by reward."""
+    error: str = ""
+    """Reward and text of the first failure."""
 
 
 def with_part(
@@ -40,6 +45,8 @@ def with_part(
         [total + weight * (value or 0.0) for total, value in zip(scored.total, values, strict=True)],
         {each: {**scored.parts, name: values}[each] for each in order},
         scored.failures | ({name: failed} if failed else {}),
+        scored.failed,
+        scored.error,
     )
 
 
@@ -79,13 +86,15 @@ class RewardPool:
         Raises:
             UserError: there is no such reward, or it cannot be imported here.
         """
-        failures: Counter[str] = Counter()
-        parts = {spec.name: self._part(spec, prompts, completions, columns, failures) for spec in self._specs}
+        lost: list[tuple[str, str, str]] = []
+        parts = {spec.name: self._part(spec, prompts, completions, columns, lost) for spec in self._specs}
         total = [
             sum(spec.weight * (parts[spec.name][index] or 0.0) for spec in self._specs)
             for index in range(len(completions))
         ]
-        return RewardBatch(total, parts, dict(failures))
+        failures, failed = Counter(cause for _, cause, _ in lost), Counter(name for name, _, _ in lost)
+        first = f"{lost[0][0]}: {lost[0][2]}" if lost else ""
+        return RewardBatch(total, parts, dict(failures), dict(failed), first)
 
     def close(self) -> None:
         """End the processes."""
@@ -98,21 +107,23 @@ class RewardPool:
         prompts: list[str],
         completions: list[str],
         columns: dict[str, list[Any]],
-        failures: Counter[str],
+        lost: list[tuple[str, str, str]],
     ) -> list[float | None]:
-        """One reward on a batch; if the batch fails it is halved until the samples at fault stand alone."""
+        """One reward on a batch; if the batch fails it is halved until the samples at fault stand alone.
+
+        Each of those is added to `lost`: reward, cause and text.
+        """
         request = {"reward": spec.name, "prompts": prompts, "completions": completions, "columns": columns}
-        values, cause = self._processes[spec.isolate].ask(request, len(completions))
-        if values is not None:
-            if None in values:
-                failures["not_finite"] += values.count(None)
-            return values
+        reply = self._processes[spec.isolate].ask(request, len(completions))
+        if reply.values is not None:
+            lost += [(spec.name, "not_finite", "it returns no finite number")] * reply.values.count(NOT_FINITE)
+            return [None if isinstance(value, str) else value for value in reply.values]
         if len(completions) == 1:
-            failures[cause] += 1
+            lost.append((spec.name, reply.cause, reply.error))
             return [None]
         middle = len(completions) // 2
         halves = []
         for part in (slice(None, middle), slice(middle, None)):
             fields = {key: value[part] for key, value in columns.items()}
-            halves += self._part(spec, prompts[part], completions[part], fields, failures)
+            halves += self._part(spec, prompts[part], completions[part], fields, lost)
         return halves

@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import secrets
 import selectors
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.errors import UserError
+from lorapar_ray.grpo.rewards.worker import READY
 
 if TYPE_CHECKING:
     from lorapar_ray.config import SandboxConfig
@@ -21,6 +25,18 @@ if TYPE_CHECKING:
 MODULE = "lorapar_ray.grpo.rewards.worker"
 START_LIMIT_S = 300.0
 """A fresh process imports the rewards' modules before it says it is ready; that is not a reward's own time."""
+END_LIMIT_S = 5.0
+_SECRET = re.compile(r"KEY|TOKEN(?!IZERS)|SECRET|PASSW|CREDENTIAL|AUTH(?!OR)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Values of a call, or the cause and the text of its failure."""
+
+    values: list[float | str | None] | None = None
+    """`NOT_FINITE` for what is no finite number; None for a sample that the reward does not apply to."""
+    cause: str = ""
+    error: str = ""
 
 
 class RewardProcess:
@@ -42,46 +58,51 @@ class RewardProcess:
             "time_limit_s": time_limit_s,
             "rewards": list(rewards),
             "sandbox": sandbox.model_dump(mode="json"),
+            "guarded": not isolate,
         }
         self._arguments = [json.dumps(settings)]
         self._layer = sandbox.layer if isolate else None
         self._process: subprocess.Popen[bytes] | None = None
         self._asked = 0
 
-    def ask(self, request: dict[str, Any], count: int) -> tuple[list[float | None] | None, str]:
-        """(values, "") or (None, cause).
+    def ask(self, request: dict[str, Any], count: int) -> Reply:
+        """What a reward says of `count` completions, or why it says nothing.
 
         Raises:
             UserError: there is no such reward, it cannot be imported here, or this machine has no sandbox.
         """
         self._asked += 1
-        request = {"number": self._asked, **request}
+        seal = secrets.token_hex(16)
         try:
             process = self._ready()
             assert process.stdin is not None
-            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.write(json.dumps({"number": self._asked, "seal": seal, **request}).encode() + b"\n")
             process.stdin.flush()
-            line = _read_line(process, self._time_limit_s)
+            line = _read_sealed(process, seal, self._time_limit_s)
         except BrokenPipeError:
             line = b""
         except TimeoutError:
             self.close()
-            return None, "timeout"
+            return Reply(cause="timeout", error=f"it takes longer than the time limit of {self._time_limit_s:g} s")
         if not line:
             self.close()
-            return None, "crashed"
+            return Reply(cause="crashed", error="its process ended")
         answer = json.loads(line)
         if answer["number"] != self._asked:
             self.close()  # an answer to something else
-            return None, "crashed"
+            return Reply(cause="crashed", error="its process answered out of turn")
         values = answer.get("values")
         if values is None or len(values) != count:
-            return None, "raised"
-        return values, ""
+            return Reply(cause="raised", error=str(answer.get("error")))
+        return Reply(values)
 
     def close(self) -> None:
         """End the process, and with it whatever the rewards have started."""
         if self._process is not None:
+            if self._layer is None:
+                self._process.terminate()  # the guardian ends the rest
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(END_LIMIT_S)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -95,10 +116,10 @@ class RewardProcess:
         if self._process is None or self._process.poll() is not None:
             self.close()
             self._process = self._start()
-            said = _read_line(self._process, START_LIMIT_S)
-            if said and json.loads(said) != "ready":
+            said = _read_sealed(self._process, READY, START_LIMIT_S)
+            if said and (problem := json.loads(said).get("error")):
                 self.close()
-                raise UserError(json.loads(said)["error"])
+                raise UserError(problem)
         return self._process
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -107,15 +128,32 @@ class RewardProcess:
 
             return host(MODULE, self._arguments, self._layer)
         command = [sys.executable, "-m", MODULE, *self._arguments]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        return subprocess.Popen(command, **pipes, start_new_session=True, env=open_environment())
 
 
-def _read_line(process: subprocess.Popen[bytes], limit: float) -> bytes:
-    """The next line of the process's output, or b"" when it ended; TimeoutError after `limit` seconds."""
+def open_environment() -> dict[str, str]:
+    """This process's environment without the variables whose names say that they are secret."""
+    return {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
+
+
+def _read_sealed(process: subprocess.Popen[bytes], seal: str, limit: float) -> bytes:
+    """What follows the seal on its line; b"" when the output ended. What else was written is dropped.
+
+    Raises:
+        TimeoutError: there is none after `limit` seconds.
+    """
     assert process.stdout is not None
+    deadline, mark, found = time.monotonic() + limit, b"\n" + seal.encode(), b""
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
-        deadline = time.monotonic() + limit
-        if not selector.select(max(0.0, deadline - time.monotonic())):
-            raise TimeoutError
-    return process.stdout.readline()
+        while True:
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError
+            if not (part := os.read(process.stdout.fileno(), 1 << 16)):
+                return b""
+            found += part
+            before, sealed, line = found.partition(mark)
+            if sealed and b"\n" in line:
+                return line.partition(b"\n")[0]
+            found = found if sealed else before[-len(mark) :]

@@ -1,32 +1,42 @@
-"""A reward process: reads one JSON request per line, answers one JSON line each.
+"""A reward process: reads one JSON request per line, answers one sealed JSON line each.
 
     python -m lorapar_ray.grpo.rewards.worker '{"rewards": [...], "memory_mb": 1024, "time_limit_s": 5, "sandbox": {}}'
 
-Rewards may print what they like: standard output is moved aside before any of them is imported. The address space is
-limited to what the process holds when it is ready plus `memory_mb`.
+The channel is moved aside before any reward is imported: standard input is empty, what rewards print goes to standard
+error, and an answer counts only behind the seal that came with its request, so that a program which writes to every
+open file cannot answer. A reward that reads this process's memory can: it is the user's own code, which model-written
+text must not become (`isolate: true`, `code_tests`). The address space is limited to what the process holds when it is
+ready plus `memory_mb`.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
-from math import isfinite
 from typing import Any
+
+ASIDE = 60
+"""File numbers from which on the channel lies."""
+READY = "ready"
 
 
 def serve(settings: dict[str, Any]) -> None:
     """Say `ready`, or why not, then answer requests until input ends.
 
-    A request is {number, reward, prompts, completions, columns}, its answer {number, values} or {number, error}; a
-    value that is no finite number comes back as null.
+    A request is {number, seal, reward, prompts, completions, columns}, its answer {number, values} or {number, error}.
     """
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    requests = os.fdopen(_aside(0, os.O_RDONLY), "r", encoding="utf-8", newline="\n")
+    answers = os.fdopen(_aside(1, None), "w", encoding="utf-8")
     from lorapar_ray.config import SandboxConfig
     from lorapar_ray.errors import UserError
     from lorapar_ray.grpo.rewards import code, expressions, limits
     from lorapar_ray.grpo.rewards.registry import get_reward
+
+    def answer(seal: str, content: dict[str, Any]) -> None:
+        answers.write(f"\n{seal}{json.dumps(content)}\n")
+        answers.flush()
 
     rewards = settings["rewards"]
     try:
@@ -35,28 +45,45 @@ def serve(settings: dict[str, Any]) -> None:
         if code.CODE_TESTS in rewards:
             code.configure(SandboxConfig.model_validate(settings["sandbox"]), settings["time_limit_s"])
     except UserError as error:
-        answers.write(json.dumps({"error": str(error)}) + "\n")
-        answers.flush()
+        answer(READY, {"error": str(error)})
         return
     if any(name == "numeric_answer" or name.startswith(expressions.__name__) for name in rewards):
         expressions.load()
     limits.set_limits(settings["memory_mb"])
-    answers.write('"ready"\n')
-    answers.flush()
-    for line in sys.stdin:
+    answer(READY, {})
+    for line in requests:
         request = json.loads(line)
-        answers.write(json.dumps({"number": request["number"], **_answer(get_reward, request)}) + "\n")
-        answers.flush()
+        answer(request.pop("seal"), {"number": request["number"], **_answer(get_reward, request)})
+
+
+def _aside(number: int, empty: int | None) -> int:
+    """A private copy of a standard stream; the stream itself becomes an empty file, or (None) standard error."""
+    copy = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, ASIDE)
+    if empty is None:
+        os.dup2(2, number)
+    else:
+        null = os.open(os.devnull, empty)
+        os.dup2(null, number)
+        os.close(null)
+    return copy
 
 
 def _answer(get_reward: Any, request: dict[str, Any]) -> dict[str, Any]:
+    from lorapar_ray.grpo.rewards.calling import call
+
+    name = request["reward"]
+    own = ":" not in name or name.startswith("lorapar_ray.")
     try:
-        function = get_reward(request["reward"])
-        values = function(request["prompts"], request["completions"], **request["columns"])
-        return {"values": [float(value) if value is not None and isfinite(value) else None for value in values]}
+        return {"values": call(get_reward(name), request, own)}
     except BaseException as error:  # a user's reward may raise anything, SystemExit too
         return {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
 if __name__ == "__main__":
-    serve(json.loads(sys.argv[1]))
+    SETTINGS = json.loads(sys.argv[1])
+    if SETTINGS.get("guarded"):
+        from lorapar_ray.grpo.rewards.guardian import guarded
+
+        guarded(lambda: serve(SETTINGS))
+    else:
+        serve(SETTINGS)

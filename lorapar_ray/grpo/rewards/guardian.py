@@ -1,0 +1,62 @@
+"""The parent of a reward process: whatever the rewards have started ends with it.
+
+It starts the process as its child, becomes the parent of every orphan below it, and when the process ends, when it is
+told to (SIGTERM) or when its own parent is gone, it kills all that is left. What it cannot see: processes that a reward
+had started elsewhere, by a service or another machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+_PR_SET_CHILD_SUBREAPER = 36
+LOOK_S = 1.0
+"""How often it looks whether its parent is alive."""
+
+
+def guarded(work: Callable[[], None]) -> None:
+    """Run `work` in a child and return there; the caller's process stays behind as the guardian and ends by itself."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    signals = {signal.SIGCHLD, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    parent, child = os.getppid(), os.fork()
+    if child == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        work()
+        return
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1):  # the process alone holds its channel, so that its end is seen at once
+        os.dup2(null, stream)
+    while os.getppid() == parent:
+        found = signal.sigtimedwait(signals, LOOK_S)
+        if (found is not None and found.si_signo == signal.SIGTERM) or _ended(child):
+            break
+    while descendants := _children(os.getpid()):
+        for each in descendants:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(each, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-1, 0)
+    os._exit(0)
+
+
+def _ended(child: int) -> bool:
+    with contextlib.suppress(ChildProcessError):
+        while (found := os.waitpid(-1, os.WNOHANG)[0]) != 0:
+            if found == child:
+                return True
+    return False
+
+
+def _children(process: int) -> list[int]:
+    """Direct children; the orphans of killed ones become children in turn."""
+    tasks = Path(f"/proc/{process}/task")
+    try:
+        return [int(each) for task in tasks.iterdir() for each in (task / "children").read_text().split()]
+    except OSError:
+        return []
