@@ -204,11 +204,12 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=False)
         figures: list[tuple[dict[str, Tensor], int]] = []
         micros = self._micro_batches(mini_batch.samples)
+        passes = self._most_passes(len(micros))
         for micro in micros:
             loss, found = self._loss(micro, mini_batch, old)
             loss.backward()
             figures.append(({"loss": loss.detach(), **found}, sum(map(len, micro))))
-        self._dummy_passes(len(micros))
+        self._dummy_passes(passes - len(micros))
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -254,21 +255,31 @@ class Learner:
         first = {id(sample) for sample in updates[0].samples}
         later = {id(sample): sample for update in updates[1:] for sample in update.samples if id(sample) not in first}
         micros = self._micro_batches(list(later.values()))
+        passes = self._most_passes(len(micros))
         for micro in micros:
             logprobs_BT, _ = packed_logprobs(self.scorer, self._rows(micro), temperature=self.settings.temperature)
             _remember(old, micro, logprobs_BT)
-        self._dummy_passes(len(micros), backward=False)
+        self._dummy_passes(passes - len(micros), backward=False)
         return old
 
-    def _dummy_passes(self, passes: int, backward: bool = True) -> None:
-        """Where the base is cut over the learners, each pass needs every rank: make as many as the busiest one."""
+    def _most_passes(self, passes: int) -> int:
+        """Passes that every rank makes: where the base is cut over the learners, each needs all of them.
+
+        Asked before the first one: within a pass a rank answers nothing but the gathering of weights.
+        """
         if not self.sharded:
-            return
+            return passes
         from lorapar_ray.sharding import most_of_any_rank
 
+        return most_of_any_rank(passes, self.device)
+
+    def _dummy_passes(self, passes: int, backward: bool = True) -> None:
+        """Forward and backward passes that change nothing, beside ranks that have more to do."""
+        if passes == 0:
+            return
         token_ids, start = self.job.canaries[0]
         rows = self._rows([[_canary_sample(token_ids, start)]])
-        for _ in range(most_of_any_rank(passes, self.device) - passes):
+        for _ in range(passes):
             if backward and self.settings.kl_beta > 0:
                 with torch.no_grad():
                     packed_logprobs(self.scorer, rows, temperature=1.0)
