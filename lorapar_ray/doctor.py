@@ -110,7 +110,7 @@ def _disk() -> Finding:
 
 
 def _sandbox() -> Finding:
-    from lorapar_ray.sandbox import survey
+    from lorapar_ray.sandbox.choice import survey
 
     *layers, _ = survey()  # the last, resource limits alone, is taken only where a config names it
     missed = [f"not {each.name}: {each.detail}" for each in layers if each.layer is None]

@@ -30,7 +30,7 @@ def wilson_interval(correct: int, n: int, z: float = Z_95) -> tuple[float, float
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Unbiased estimate of the chance that one of k samples passes, from n samples of which `correct` pass.
 
-    1 − C(n − c, k) / C(n, k) (Chen et al. 2021, equation 1), as a product, which overflows nowhere. For k = 1 it is c/n.
+    1 − C(n − c, k) / C(n, k) (Chen et al. 2021, equation 1), as a product, which overflows nowhere; c / n for k = 1.
 
     Raises:
         UserError: k > n, or k < 1.

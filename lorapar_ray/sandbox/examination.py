@@ -6,12 +6,14 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lorapar_ray.errors import UserError
 from lorapar_ray.sandbox.cgroups import Cgroup
 from lorapar_ray.sandbox.inside.wire import Channel, WireError
 from lorapar_ray.sandbox.layers import Layer, Start, spawn
@@ -19,16 +21,18 @@ from lorapar_ray.sandbox.limits import Limits
 
 START_S = 60.0
 """For a sandbox to start, on a machine that is busy with something else."""
-VERDICT_S = 5.0
+VERDICT_S = 2.0
 """For the tests to notice that the program has been ended."""
 END_S = 10.0
 """For the kernel to end what was killed."""
+TRIES = 3
+"""Starts of a program's process: one that the machine was too busy for is no fault of the program."""
 KEPT = 4096
 """Bytes of output that a verdict holds."""
 EXAMINER_MB = 1024
 
 
-class SandboxError(Exception):
+class SandboxError(UserError):
     """The sandbox itself does not work."""
 
 
@@ -84,42 +88,57 @@ class Examination:
         """Decide one job.
 
         Raises:
-            SandboxError: no confined process can be started.
+            SandboxError: no confined process can be started, or one cannot be ended.
         """
-        control = self._ready()
-        begin = time.monotonic()
-        ours, theirs = socket.socketpair()
-        read, write = os.pipe()
-        try:
-            with theirs:
-                start = Start("candidate", self._limits)
-                streams = {"stdin": theirs.fileno(), "stdout": write, "stderr": write}
-                program = spawn(self._layer, start, **streams, wrap=self._cgroup.command)
-        except BaseException:
-            os.close(read)
-            raise
-        finally:
-            os.close(write)
-        output = Output(read, self._limits.output_kb * 1024)
-        try:
-            with ours:
-                request = {
-                    "code": job.code,
-                    "setup": job.setup,
-                    "tests": job.tests,
-                    "names": job.names,
-                    "seconds": self._limits.seconds,
-                }
-                socket.send_fds(control, [b"j"], [ours.fileno()])
-                Channel(control.fileno()).send(request)
-            reason, detail = self._follow(control, output, program)
-        finally:
-            _end(program, output)
-            output.close()
-        return Verdict(reason, detail, time.monotonic() - begin, output.text)
+        for _ in range(TRIES):
+            verdict = self._run(job)
+            if verdict.reason != "unready":
+                return verdict
+        raise SandboxError(f"sandbox: {self._layer.name} starts no process: {verdict.output or verdict.detail}")
 
     def close(self) -> None:
         """End the processes."""
+        self._stop()
+        self._cgroup.close()
+
+    def _run(self, job: Job) -> Verdict:
+        control = self._ready()
+        begin = time.monotonic()
+        start = Start("candidate", self._limits)
+        ours, theirs = socket.socketpair()
+        read, write = os.pipe()
+        output = Output(read, self._limits.output_kb * 1024)
+        try:
+            with ours:
+                try:
+                    streams = {"stdin": theirs.fileno(), "stdout": write, "stderr": write}
+                    program = spawn(self._layer, start, **streams, wrap=self._cgroup.command)
+                finally:
+                    theirs.close()
+                    os.close(write)
+                try:
+                    reason, detail = self._decide(job, control, ours, output, program)
+                finally:
+                    _end(program, output)
+        finally:
+            output.close()
+        return Verdict(reason, detail, time.monotonic() - begin, output.text)
+
+    def _decide(
+        self, job: Job, control: socket.socket, ours: socket.socket, output: Output, program: subprocess.Popen[bytes]
+    ) -> tuple[str, str]:
+        request = {"code": job.code, "setup": job.setup, "tests": job.tests, "names": job.names}
+        try:
+            socket.send_fds(control, [b"j"], [ours.fileno()])
+            Channel(control.fileno()).send(request | {"seconds": self._limits.seconds})
+        except (WireError, OSError) as error:
+            self._stop()
+            return "tests", f"the job cannot be passed on: {error}"
+        ours.close()
+        return self._follow(control, output, program)
+
+    def _stop(self) -> None:
+        """End the process of the tests; the next job starts another."""
         if self._control is not None:
             self._control.close()
             self._control = None
@@ -127,13 +146,14 @@ class Examination:
             self._examiner.kill()
             self._examiner.wait()
             self._examiner = None
-        self._cgroup.close()
 
     def _ready(self) -> socket.socket:
         """The control socket of an examiner that waits for a job."""
         if self._control is not None:
             return self._control
         control, theirs = socket.socketpair()
+        for way in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # half a message must not stop us
+            control.setsockopt(socket.SOL_SOCKET, way, struct.pack("ll", int(VERDICT_S), 0))
         limits = replace(self._limits, memory_mb=EXAMINER_MB)
         read, write = os.pipe()
         try:
@@ -145,13 +165,15 @@ class Examination:
         output = Output(read, 2**20)
         try:
             message = self._receive(control, time.monotonic() + START_S, output)
+            if message != {"ready": True}:
+                _end(self._examiner, output)  # what it said is all there then
         finally:
             output.close()
         if message != {"ready": True}:
             control.close()
-            self.close()
+            self._stop()
             said = " ".join(output.text.split())[-300:] or "it ends without a word"
-            raise SandboxError(f"{self._layer.name} starts no process: {said}")
+            raise SandboxError(f"sandbox: {self._layer.name} starts no process: {said}")
         self._control = control
         return control
 
@@ -171,7 +193,7 @@ class Examination:
         if verdict is not None:
             message = self._receive(control, time.monotonic() + VERDICT_S, None)
         if not (isinstance(message, dict) and "end" in message):
-            self.close()  # the tests themselves hang
+            self._stop()  # the tests themselves hang
         if cause is not None:
             return cause
         if verdict is None:
@@ -242,7 +264,7 @@ def _end(program: subprocess.Popen[bytes], output: Output) -> None:
     while output.open:
         ready, _, _ = select.select([output], [], [], max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise SandboxError("a program could not be ended")
+            raise SandboxError("sandbox: a program could not be ended")
         output.take()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapar_ray.sandbox.choice import choose
-from lorapar_ray.sandbox.layers import LayerName, Start, spawn
+from lorapar_ray.sandbox.layers import Bubblewrap, LayerName, Start, spawn
 from lorapar_ray.sandbox.limits import Limits
 
 OPEN_FILES = 1024
@@ -31,5 +31,6 @@ def host(module: str, arguments: Sequence[str], layer: LayerName = "auto") -> su
     folders = tuple(each for each in dict.fromkeys(path) if Path(each).exists())
     settings: dict[str, Any] = {"module": module, "arguments": list(arguments), "path": path}
     settings |= {"memory_bytes": None, "open_files": OPEN_FILES}
-    start = Start("hosted", Limits(tasks=TASKS), timed=False, readable=folders, settings=settings)
+    forks = isinstance(chosen, Bubblewrap)
+    start = Start("hosted", Limits(tasks=TASKS), timed=False, forks=forks, readable=folders, settings=settings)
     return spawn(chosen, start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None)

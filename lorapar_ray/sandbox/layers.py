@@ -71,8 +71,8 @@ class Bubblewrap:
 
     def filter(self, start: Start) -> bytes | None:
         """The system call filter that the command reads."""
-        # bubblewrap sets the filter before it executes Python, so that only the namespaces keep other programs away
-        return seccomp.program(processes=True, metadata=True)
+        # bubblewrap sets the filter before it executes Python, so the program may execute others; its root holds none
+        return seccomp.program(processes=start.forks or start.limits.processes, execute=True, metadata=True)
 
 
 class Sandlock:

@@ -273,6 +273,14 @@ ESCAPES: dict[str, str] = {
         "fcntl.fcntl(os.pipe()[0], 10, 9) == 0",
         imports="import fcntl",
     ),
+    "lease on shared files": _tries("fcntl.fcntl(open(os.__file__), 1024, 1) == 0", imports="import fcntl"),
+    "watch a folder": _tries("fcntl.fcntl(os.open('/usr/lib', os.O_RDONLY), 1026, 1) == 0", imports="import fcntl"),
+    "network interfaces": _tries(
+        "fcntl.ioctl(socket.socketpair()[0], 0x8912, bytes(16))",
+        "fcntl.ioctl(0, 0x8912, bytes(16))",
+        imports="import fcntl, socket",
+    ),
+    "pair of another family": _tries("socket.socketpair(30, socket.SOCK_STREAM)", imports="import socket"),
     "limits of the parent": _tries("resource.prlimit(PID, resource.RLIMIT_NOFILE, (9, 9))", imports="import resource"),
     "affinity of the parent": _tries("os.sched_setaffinity(PID, {0}) is None", "os.setpriority(0, PID, 19) is None"),
     "raise its own limits": _tries(

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque, namedtuple
 from collections.abc import Iterator
+from dataclasses import replace
 from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lorapar_ray.doctor import _sandbox
 from lorapar_ray.errors import UserError
-from lorapar_ray.sandbox import Job, Limits, Sandbox, survey
+from lorapar_ray.sandbox import Job, Limits, Sandbox, choice, survey
+from lorapar_ray.sandbox.examination import Examination
 from lorapar_ray.sandbox.inside import wire
+from lorapar_ray.sandbox.layers import Bubblewrap
 
 LAYERS = [finding.name for finding in survey() if finding.layer is not None]
 
@@ -143,3 +148,37 @@ def test_only_bubblewrap_allows_processes(sandbox: Sandbox) -> None:
         else:
             with pytest.raises(UserError, match="only bubblewrap can end"):
                 wide.run([job])
+
+
+def test_tests_that_hang_cost_their_own_job_only(sandbox: Sandbox) -> None:
+    with Sandbox(sandbox.layer.name, Limits(seconds=0.5), workers=1) as narrow:
+        groups = list(narrow._all[0]._cgroup.folders)
+        hang = Job(ADD, "while True: pass", ("add",))
+        exits = Job(ADD, "import os\nos._exit(0)", ("add",))
+        fits = Job(ADD, "assert add(2, 2) == 4", ("add",))
+        huge = Job(ADD, "x = '" + "x" * wire.MAX_MESSAGE + "'", ("add",))
+        reasons = [verdict.reason for verdict in narrow.run([hang, fits, exits, fits, huge, fits])]
+        assert reasons == ["timeout", "passed", "tests", "passed", "tests", "passed"]
+        assert narrow._all[0]._cgroup.folders == groups
+
+
+def test_a_broken_binary_is_one_line(tmp_path: Path) -> None:
+    binary = tmp_path / "bwrap"
+    binary.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
+    binary.chmod(0o755)
+    examination = Examination(Bubblewrap(str(binary)), Limits())
+    with pytest.raises(
+        UserError, match=r"bubblewrap starts no process: bwrap: No permissions to create new namespace$"
+    ):
+        examination.run(Job(ADD, "assert add(2, 2) == 4", ("add",)))
+
+
+def test_no_layer_at_all_is_refused_with_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = tuple(replace(finding, layer=None, detail="broken") for finding in survey()[:2]) + survey()[2:]
+    monkeypatch.setattr(choice, "survey", lambda: found)
+    with pytest.raises(UserError, match=r"bubblewrap: broken; sandlock: broken\. Set sandbox\.layer: process"):
+        choice.choose()
+    assert choice.choose("process").name == "process"
+    doctor = _sandbox()
+    assert not doctor.ok
+    assert doctor.detail == "not bubblewrap: broken; not sandlock: broken"

@@ -175,7 +175,15 @@ HARMLESS = [
         "socket in the file system",
     ),
     *("kill the parent", "signal a thread", "pidfd", "signal by owner", "memfd", "watch files", "32-bit system calls"),
-    *("outlive the parent", "through another's root", "symlink to the secret", "mode of the secret"),
+    *(
+        "lease on shared files",
+        "watch a folder",
+        "network interfaces",
+        "outlive the parent",
+        "through another's root",
+        "symlink to the secret",
+        "mode of the secret",
+    ),
 ]
 
 

@@ -64,12 +64,16 @@ def examine(candidate: Channel, job: dict[str, Any], started: Callable[[], None]
     """Run the tests of {code, setup, tests, names}; they have passed if they ran to their end.
 
     Returns:
-        {reason, detail}, with `reason` one of `passed`, `failed`, `raised`, `died`, `tests`.
+        {reason, detail}, with `reason` one of `passed`, `failed`, `raised`, `died`, `tests`, or `unready` if the
+        program's process never came to say that it is there.
     """
     line = Line(candidate)
     namespace: dict[str, Any] = {"__name__": "tests"}
     try:
         line.receive()
+    except Broken as error:
+        return {"reason": "unready", "detail": str(error)}
+    try:
         started()
         line.send(job["code"])
         line.answer()

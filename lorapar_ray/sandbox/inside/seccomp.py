@@ -47,11 +47,12 @@ _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _LOAD, _EQUAL, _ABOVE, _ANY, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
 
 
-def program(*, processes: bool, metadata: bool, pid: int | None = None) -> bytes:
+def program(*, processes: bool, metadata: bool, execute: bool | None = None, pid: int | None = None) -> bytes:
     """The filter, 8 bytes an instruction.
 
     Args:
-        processes: whether new processes and programs may be started; threads always may.
+        processes: whether new processes may be started; threads always may.
+        execute: whether this process may become another program; None: as `processes`.
         metadata: whether modes, owners and times of files may be changed (where no file but its own is writable).
         pid: the process that the filter is for, which may then signal itself alone; None: any it can see.
     """
@@ -64,7 +65,10 @@ def program(*, processes: bool, metadata: bool, pid: int | None = None) -> bytes
         (_ABOVE, 0, 1, X32_BIT - 1),
         (_RETURN, 0, 0, _KILL),
     ]
-    for number in (*NEVER, *(() if metadata else METADATA), *(() if processes else (FORK, VFORK, EXECVE, EXECVEAT))):
+    listed = [*NEVER, *(() if metadata else METADATA), *(() if processes else (FORK, VFORK))]
+    if not (processes if execute is None else execute):
+        listed += [EXECVE, EXECVEAT]
+    for number in listed:
         code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, denied)]
     # clone3 keeps its flags in memory, where a filter cannot look; the C library falls back to clone
     code += [(_EQUAL, 0, 1, CLONE3), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
@@ -74,9 +78,15 @@ def program(*, processes: bool, metadata: bool, pid: int | None = None) -> bytes
     code += _unless_zero(302, 0, denied)  # prlimit64 of another process
     code += _unless_zero(44, 4, denied)  # sendto an address
     code += _on_argument(157, 0, [(_EQUAL, 0, 1, 1), (_RETURN, 0, 0, denied)])  # prctl(PR_SET_PDEATHSIG)
-    for command in (8, 10, 15):  # fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX make the kernel send signals
+    # fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX make the kernel send signals; F_SETLEASE stops others' writes, and F_NOTIFY
+    # watches folders
+    for command in (8, 10, 15, 1024, 1026):
         code += _on_argument(72, 1, [(_EQUAL, 0, 1, command), (_RETURN, 0, 0, denied)])
-    for request in (0x8901, 0x8902, 0x5412, 0x541C):  # ioctl: FIOSETOWN, SIOCSPGRP, TIOCSTI, TIOCLINUX
+    code += _on_argument(53, 0, [(_EQUAL, 1, 0, 1), (_RETURN, 0, 0, denied)])  # socketpair of another family than Unix
+    code += _on_argument(
+        16, 1, [(_ABOVE, 0, 2, 0x88FF), (_ABOVE, 1, 0, 0x89FF), (_RETURN, 0, 0, denied)]
+    )  # of a socket
+    for request in (0x5412, 0x541C):  # ioctl: TIOCSTI, TIOCLINUX
         code += _on_argument(16, 1, [(_EQUAL, 0, 1, request), (_RETURN, 0, 0, denied)])
     if pid is not None:
         code += _on_argument(234, 0, [(_EQUAL, 1, 0, pid), (_RETURN, 0, 0, denied)])  # tgkill
