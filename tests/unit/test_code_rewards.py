@@ -49,7 +49,8 @@ def test_a_users_reward_can_be_isolated(layer: str, monkeypatch: pytest.MonkeyPa
     specs = [RewardSpec(name.format("reaches_out"), isolate=True), RewardSpec(name.format("reaches_out_openly"))]
     with RewardPool(specs, time_limit_s=20, memory_limit_mb=512, sandbox=SandboxConfig(layer=layer)) as pool:  # type: ignore[arg-type]
         scored = pool.score(["q"], ["a"], {"answer": ["a"]})
-    assert scored.parts == {specs[0].name: [0.0], specs[1].name: [15.0]}
+    # no reward has secrets in its environment, isolated or not; all else is open to one that is not
+    assert scored.parts == {specs[0].name: [0.0], specs[1].name: [14.0]}
 
 
 BREAKS = zip(LAYERS, ("hangs", "leaves"), ("timeout", "crashed"), strict=False)
