@@ -66,15 +66,15 @@ class Fingerprints:
 
     def of_input(self, name: str) -> str | None:
         """What a user's path holds: a file, or the folder of a model, adapter or data set; None if there is neither."""
-        path = Path(name).expanduser()
         try:
+            path = Path(name).expanduser()
             if path.is_file():
                 return self.of_file(path.resolve())
             if not path.is_dir():
                 return None
             found = sorted(each for each in path.resolve().rglob("*") if each.suffix in OF_A_FOLDER and each.is_file())
             return digest([[str(each.relative_to(path.resolve())), self.of_file(each)] for each in found])
-        except OSError:
+        except (OSError, RuntimeError):  # not to be read, or of no such user: the stage that needs it will say so
             return None
 
     def save(self) -> None:

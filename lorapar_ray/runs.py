@@ -37,8 +37,15 @@ class RunDirectory:
     """Paths and manifest of one run."""
 
     def __init__(self, root: Path) -> None:
-        """`root` may hold `~`, `..` and links; it is followed to where it leads."""
-        self.root = root = root.expanduser().resolve()
+        """`root` may hold `~`, `..` and links; it is followed to where it leads.
+
+        Raises:
+            UserError: it leads nowhere: no such user, or links in a circle.
+        """
+        try:
+            self.root = root = root.expanduser().resolve()
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"run directory '{root}' cannot be followed ({error}); choose another") from error
         self.data = root / "data"
         self.labels = root / "labels"
         self.rejects = root / "rejects"
@@ -78,14 +85,14 @@ class RunDirectory:
             ):
                 raise UserError(f"run directory '{self.root}' is not empty and holds no manifest.json; choose another")
             self.root.mkdir(parents=True, exist_ok=True)
+            with run_lock(self.root):
+                if self.manifest():  # another command was faster
+                    self._require_same(self.manifest()["identity"], config)
+                    return
+                write_json(self.manifest_path, {"format": FORMAT, "identity": _identity(config), "stages": {}})
+                self.keep_config(config)
         except OSError as error:
             raise UserError(f"run directory '{self.root}' cannot be created: {error.strerror}") from error
-        with run_lock(self.root):
-            if self.manifest():  # another command was faster
-                self._require_same(self.manifest()["identity"], config)
-                return
-            write_json(self.manifest_path, {"format": FORMAT, "identity": _identity(config), "stages": {}})
-            self.keep_config(config)
 
     def _require_same(self, known: dict[str, Any], config: Config) -> None:
         for key, value in _identity(config).items():
@@ -106,8 +113,11 @@ class RunDirectory:
         Raises:
             UserError: it is damaged.
         """
-        if not self.manifest_path.is_file():
-            return {}
+        try:
+            if not self.manifest_path.is_file():
+                return {}
+        except OSError as error:
+            raise UserError(f"run directory '{self.root}' cannot be read: {error.strerror}") from error
         try:
             loaded = json.loads(self.manifest_path.read_text())
             stages = loaded["stages"].values()

@@ -72,6 +72,14 @@ def test_a_home_directory_in_the_run_directory_is_followed(
     assert (tmp_path / "here" / "manifest.json").is_file()
 
 
+@pytest.mark.parametrize("where", ["x" * 300, "~no-such-user/run", "circle/run", "rows.jsonl/run", "/proc/run"])
+def test_a_run_directory_that_cannot_be_is_one_line(where: str, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    run = where if where.startswith(("~", "/")) else tmp_path / where
+    status, said = lorapar("label", "-c", write_config(tmp_path / "c.yaml", cli.tree), "-d", run)
+    assert status == 2 and said.startswith("run directory") and "\n" not in said, said
+
+
 def test_files_that_this_run_has_not_written_are_neither_removed_nor_mixed(cli: Cli) -> None:
     assert cli("label")[0] == 0
     cli.run.adapter.mkdir()
