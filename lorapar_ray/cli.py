@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,19 @@ from lorapar_ray.pipeline import ORDER, PIPELINE, stages_of
 from lorapar_ray.run_lock import run_lock
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.stages import Stage
+
+OF_THE_PLACE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.EMFILE,
+)
+"""What is wrong with a disk, a directory or a path, and not with this program."""
 
 app = typer.Typer(
     help="LoRA-PAR on Ray: label, score, partition, SFT, GRPO, evaluate, report.",
@@ -183,8 +197,15 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        print(f"lorapar: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        said: object = getattr(error, "cause", error)  # one from a Ray task carries the task's traceback
+    except OSError as error:
+        if error.errno not in OF_THE_PLACE:
+            raise
+        said = f"'{error.filename}': {error.strerror}; free or make room, or choose another place (--run-dir)"
+    else:
+        return
+    print(f"lorapar: {one_line(said)}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lorapar_ray.boundary import boundary
 from lorapar_ray.config import FileSource, HubSource, NamedSource, ReasoningGymSource, Source
 from lorapar_ray.datasets.named import NAMED
 from lorapar_ray.datasets.records import MAX_CHARACTERS, TooLong, read_records
@@ -28,12 +29,13 @@ def read_source(source: Source, where: str) -> Iterator[Row | Lost]:
     Raises:
         UserError: a missing file, an empty source, a missing column, or a row without prompt or answer.
     """
-    rows = islice(_rows(source, where), source.rows)
-    first = next(rows, None)
-    if first is None:
-        raise UserError(f"{where}: '{_describe(source)}' holds no rows; check the path, split or filter")
-    yield first
-    yield from rows
+    with boundary(f"{where}: '{_describe(source)}' cannot be read", "check the file, or the names in fields"):
+        rows = islice(_rows(source, where), source.rows)
+        first = next(rows, None)
+        if first is None:
+            raise UserError(f"{where}: '{_describe(source)}' holds no rows; check the path, split or filter")
+        yield first
+        yield from rows
 
 
 def _rows(source: Source, where: str) -> Iterator[Row | Lost]:

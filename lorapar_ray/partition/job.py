@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapar_ray.adapters.targets import layer_index, module_type
-from lorapar_ray.boundary import read_tensors
+from lorapar_ray.boundary import boundary, read_tensors
 from lorapar_ray.config import Config
 from lorapar_ray.importance.halves import load_halves
 from lorapar_ray.importance.job import halves_of_units
@@ -18,6 +18,7 @@ from lorapar_ray.partition.select import keep_top, random_mask
 from lorapar_ray.partition.summary import summarise
 from lorapar_ray.runs import RunDirectory, write_json
 
+RESCORE = "run `lorapar score` again"
 GROUPS: dict[str, Callable[[str], str]] = {
     "global": whole_adapter,
     "module_type": module_type,
@@ -34,6 +35,11 @@ def partition_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
     Raises:
         UserError: the scores are missing, zero everywhere or not finite.
     """
+    with boundary("partition: the scores, the adapter and the sums of this run do not fit each other", RESCORE):
+        return _cut(config, run)
+
+
+def _cut(config: Config, run: RunDirectory) -> dict[str, Any]:
     settings = config.partition
     scores = [_load(run.scores / f"system{system}.safetensors") for system in (1, 2)]
     kept = [keep_top(each, settings.theta, group_of=GROUPS[settings.scope]) for each in scores]

@@ -1,0 +1,52 @@
+"""What ends a command: one line and status 2, on a terminal of any encoding and a disk of any kind."""
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorapar_ray import cli
+from lorapar_ray.errors import UserError
+
+RUN = "from lorapar_ray.cli import main; main()"
+
+
+def test_a_terminal_that_is_not_utf_8_shows_escapes(tmp_path: Path) -> None:
+    folder = tmp_path / "θ [bold]$x$[/INST]"
+    command = [sys.executable, "-c", RUN, "run", str(folder / "config.yaml")]
+    done = subprocess.run(command, env={"PYTHONIOENCODING": "ascii", "PATH": ""}, capture_output=True, check=False)
+    said = done.stderr.decode("ascii")
+    assert done.returncode == 2 and said.count("\n") == 1
+    assert "\\u03b8 [bold]$x$[/INST]" in said and "no such file" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EROFS, "Read-only file system", "/mnt/x"), "'/mnt/x': Read-only file system"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/" + "x" * 300), "File name too long"),
+        (UserError("two\nlines \x1b[2J"), "two lines \\x1b[2J"),
+    ],
+)
+def test_what_is_wrong_with_a_place_is_one_line(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    shown = capsys.readouterr().err
+    assert left.value.code == 2 and shown.count("\n") == 1 and said in shown
+
+
+def test_a_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(OSError):
+        cli.main()
