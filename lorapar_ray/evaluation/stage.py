@@ -37,6 +37,7 @@ STAGE = Stage(
     settings=settings,
     run=run,
     outputs=("eval",),
+    traces=("rejects/evaluate.parquet",),
     reads=lambda config: model_files(config.model.path),
     resources=lambda config: asked("evaluate", each_of(1, "engine", config.evaluate.resources)),
     check=check,

@@ -63,7 +63,10 @@ STAGE = Stage(
     settings=settings,
     run=run,
     outputs=("adapter", "scores"),
-    traces=("metrics/warmup.jsonl", "metrics/tensorboard/{name}-warmup"),
+    traces=(
+        *("rejects/score.parquet", "rejects/warmup.parquet"),
+        *("metrics/warmup.jsonl", "metrics/tensorboard/{name}-warmup"),
+    ),
     scratch=("work/score", "work/warmup"),
     reads=reads,
     resources=lambda config: asked("score", each_of(config.score.workers, "worker", config.score.resources)),

@@ -31,7 +31,10 @@ STAGE = Stage(
     settings=lambda config: settings_of(config, "model", "adapter", "sft") | order_until(config, "sft"),
     run=run,
     outputs=("sft",),
-    traces=("metrics/sft.jsonl", "metrics/sft_validation.jsonl", "metrics/tensorboard/{name}-sft"),
+    traces=(
+        *("rejects/sft.parquet", "metrics/sft.jsonl", "metrics/sft_validation.jsonl"),
+        "metrics/tensorboard/{name}-sft",
+    ),
     scratch=("work/sft",),
     reads=lambda config: model_files(config.model.path),
     resources=lambda config: asked("sft", each_of(config.sft.workers, "worker", config.sft.resources)),
