@@ -189,6 +189,31 @@ def test_a_policy_is_published_without_the_engine_that_is_being_rebuilt(
     asyncio.run(go())
 
 
+@pytest.mark.parametrize("fate", ["late", "no memory"])
+def test_a_policy_published_while_engines_start_waits_for_them(fate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.put", lambda value: value)
+    pool = pool_of([fate], 1)
+    policy = PolicySender("{}").policy(0, {"m.lora_A.weight": torch.zeros(4)})
+
+    async def go() -> None:
+        Engine.may_go_on = asyncio.Event()
+        starting = asyncio.create_task(pool.start())
+        await asyncio.sleep(0)
+        publishing = asyncio.create_task(pool.publish(policy, [Canary([1, 2], 1, [0.0])]))
+        if fate == "no memory":  # what the engines died of reaches both who started them and who waits for them
+            for waiting in (starting, publishing):
+                with pytest.raises(RuntimeError, match="no free memory"):
+                    await waiting
+            return
+        await asyncio.sleep(0.01)
+        assert not publishing.done() and pool._engines[0].version == -1
+        Engine.may_go_on.set()
+        assert await publishing == 0.0
+        assert await starting == [{"pid": 0}]
+
+    asyncio.run(go())
+
+
 def test_a_measured_tolerance_is_of_the_bare_base_and_bounded() -> None:
     pool = pool_of(["lives", "lives"], 2)
 
