@@ -160,7 +160,7 @@ def sample(prompt: list[int], done: Completion, place: int) -> Sample:
 
 def learning_seconds(model: str, adapter: Path, samples: list[Sample], resources: Resources) -> float:
     """What stage 2's learner takes for one step on these samples, its canaries included; the second of two."""
-    settings = GrpoConfig(learning_rate=1e-5, micro_batch_size=16)
+    settings = GrpoConfig(learning_rate=1e-5)
     job = GrpoJob(
         model={"path": model},
         settings=settings.model_dump(mode="json"),

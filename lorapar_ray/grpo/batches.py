@@ -103,7 +103,7 @@ class Batch:
     prompts: list[int]
     """Every prompt index the step drew, dropped groups included."""
     mini_batches: list[MiniBatch] = field(default_factory=list)
-    """One learner's share, as it is trained on."""
+    """One learner's share, as it is trained on; none: all of it at once."""
 
 
 @dataclass(frozen=True)

@@ -192,8 +192,8 @@ class Learner:
             group["lr"] = rate
         if batch.count == 0:
             return {"learning_rate": rate, "loss": 0.0, "grad_norm": 0.0}
-        planned = settings.updates_per_batch or len(batch.mini_batches)
-        updates = [batch.mini_batches[number % len(batch.mini_batches)] for number in range(planned)]
+        parts = batch.mini_batches or [MiniBatch(batch.samples, batch.tokens, batch.count)]
+        updates = [parts[number % len(parts)] for number in range(settings.updates_per_batch or len(parts))]
         old = self._old_logprobs(updates)
         found = [self._update(mini_batch, old, world) for mini_batch in updates]
         metrics = step_metrics([(each, mini_batch.count) for each, mini_batch in zip(found, updates, strict=True)])

@@ -93,6 +93,7 @@ def test_the_old_policy_of_later_mini_batches_is_the_one_before_the_first_update
     before = adapter(ours)
     metrics = ours.step(share, 0, 1)
     assert metrics["updates"] == 3 and metrics["updates_skipped"] == 0
+    assert learner(job).step(batch(0), 0, 1)["updates"] == 1  # not cut at all
     assert metrics["logprob_gap"] == pytest.approx(0.0, abs=1e-5)
     assert not torch.equal(adapter(ours), before)
 
