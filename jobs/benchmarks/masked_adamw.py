@@ -76,39 +76,44 @@ def main() -> None:
 
 
 def bits_apart(device: torch.device) -> list[Row]:
-    """How far values are from those of fused AdamW after steps from the same state, in units in the last place."""
+    """How far values are from those of fused AdamW after steps from the same state.
+
+    The unit is the last place of the larger of the value before and after the step: where the two cancel, the value
+    that is left has finer places, and none of the operands had those.
+    """
     generator = torch.Generator(device).manual_seed(1)
     start = [torch.randn(shape, generator=generator, device=device) for shape in list(shapes(8))[:24]]
     masks = [torch.rand(value.shape, generator=generator, device=device) < 0.4 for value in start]
     ours, theirs = ([nn.Parameter(value.clone()) for value in start] for _ in range(2))
     masked = MaskedAdamW([{"params": ours, "masks": masks}], lr=0.01, weight_decay=0.1)
     stock = torch.optim.AdamW(theirs, lr=0.01, weight_decay=0.1, fused=True)
-    most, different, total, kept = 0, 0, 0, True
+    most, different, total, kept = 0.0, 0, 0, True
     for _ in range(5):
+        before = [other.detach().clone() for other in theirs]
         for mine, other in zip(ours, theirs, strict=True):
             mine.grad = other.grad = torch.randn(mine.shape, generator=generator, device=device)
         masked.step()
         stock.step()
-        for mine, other, mask, first in zip(ours, theirs, masks, start, strict=True):
-            pair = [_ordered(tensor.detach()[mask]) for tensor in (mine, other)]
-            apart = (pair[0] - pair[1]).abs()
-            most, different = max(most, int(apart.max())), different + int((apart > 0).sum())
-            total += apart.numel()
+        for mine, other, mask, old, first in zip(ours, theirs, masks, before, start, strict=True):
+            a, b = mine.detach()[mask], other.detach()[mask]
+            most = max(most, float(((a - b).abs() / last_place(torch.maximum(b.abs(), old[mask].abs()))).max()))
+            different += int((a != b).sum())
+            total += a.numel()
             kept &= torch.equal(mine[~mask], first[~mask])
             with torch.no_grad():
                 mine[mask] = other[mask]
             for name in ("exp_avg", "exp_avg_sq"):
                 masked.state[mine][name].copy_(stock.state[other][name][mask])
     return [
-        Row("bits: a step's values apart, at most", float(most), None, "ulp", None, "≤ 1", most <= 1),
+        Row("bits: a step's values apart, at most", most, None, "last places", None, "≤ 1", most <= 1),
         Row("bits: share of values that differ", different / total, None, "–", None, "–", None),
         Row("bits: inactive values kept", float(kept), None, "–", None, "1", kept),
     ]
 
 
-def _ordered(values: torch.Tensor) -> torch.Tensor:
-    bits = values.view(torch.int32).long()
-    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+def last_place(values: torch.Tensor) -> torch.Tensor:
+    """The distance from each positive float32 value to the next."""
+    return torch.nextafter(values, torch.full_like(values, torch.inf)) - values
 
 
 def whole_step(rounds: int, device: torch.device) -> Row:

@@ -266,6 +266,7 @@ def test_a_step_with_clipping_is_three_launches_and_never_waits() -> None:
             masked.clip_and_step(1.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    kernels = [event.name for event in profiler.events() if "mem" not in event.name.lower()]
-    assert len([name for name in kernels if name in ("squares", "factor", "adamw")]) == 3, kernels
+    on_device = [e.name for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [name for name in on_device if "mem" not in name.lower()]
+    assert [name for name in kernels if name in ("squares", "factor", "adamw")] == ["squares", "factor", "adamw"]
     assert len(kernels) <= 4, kernels  # and the copy of the norm that is handed out
