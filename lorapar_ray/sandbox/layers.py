@@ -42,7 +42,7 @@ class Start:
 class Bubblewrap:
     """Own user, PID, mount, network, IPC, UTS and cgroup namespaces; an empty root; Python, read-only; no /proc."""
 
-    name = "bubblewrap"
+    name: LayerName = "bubblewrap"
 
     def __init__(self, binary: str) -> None:
         self._binary = binary
@@ -78,7 +78,7 @@ class Bubblewrap:
 class Sandlock:
     """Landlock (reads of Python alone, no writes, no signals out) and a system call filter; one process, no network."""
 
-    name = "sandlock"
+    name: LayerName = "sandlock"
 
     def command(self, start: Start, fd: int) -> list[str]:
         """What to execute."""
@@ -100,7 +100,7 @@ class Sandlock:
 class Process:
     """Resource limits and a system call filter only: every file that this user can read is open to the program."""
 
-    name = "process"
+    name: LayerName = "process"
 
     def command(self, start: Start, fd: int) -> list[str]:
         """What to execute."""
