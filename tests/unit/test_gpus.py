@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from lorapar_ray.cli import app
 from lorapar_ray.config import Config
 from lorapar_ray.gpus import place, sync_of
+from lorapar_ray.grpo.placement import empty_places
 from lorapar_ray.workers import hidden_gpus
 
 TEACHERS = [{"name": name, "model": "m"} for name in ("a", "b", "c")]
@@ -81,6 +82,19 @@ def test_engines_and_learners_have_gpus_apart_or_share_each(
     assert (grpo.rollout_actors, grpo.rollout_resources.gpus) == engines
     assert (grpo.learners, grpo.learner_resources.gpus) == learners
     assert sync_of(grpo) == sync
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "empty"),
+    [
+        (1, {}, 0),
+        (2, {"rollout_actors": 2, "learners": 2}, 0),
+        (4, {"rollout_actors": 3, "learners": 2}, 1),  # two learners would fit the fourth
+        (8, {"rollout_actors": 3, "learners": 2}, 0),  # apart: whole GPUs
+    ],
+)
+def test_no_two_learners_fit_a_gpu_without_an_engine(gpus: int, asked: dict[str, Any], empty: int) -> None:
+    assert empty_places(place(config(grpo=asked), "grpo", gpus).grpo, gpus) == empty
 
 
 def test_judges_take_a_part_of_each_gpu() -> None:
