@@ -26,6 +26,13 @@ def cache_root() -> Path:
     return Path(os.environ.get("LORAPAR_CACHE", "~/.cache/lorapar_ray")).expanduser()
 
 
+def model_reference(path: str) -> str:
+    """A config's model as workers are told of it: what this machine has as a directory by its whole path, so that a
+    worker's own working directory does not matter; anything else as it stands. Workers call `resolve_model` on it."""
+    local = Path(path).expanduser()
+    return str(local.resolve()) if not path.startswith(PACKAGE_PREFIX) and local.is_dir() else path
+
+
 def resolve_model(path: str) -> str:
     """What `from_pretrained` and vLLM should be given for the config's `path`.
 

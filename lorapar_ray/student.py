@@ -7,7 +7,7 @@ from typing import Any
 
 from lorapar_ray.config import Config, ModelConfig
 from lorapar_ray.errors import UserError
-from lorapar_ray.models import loading, resolve_model
+from lorapar_ray.models import loading, model_reference, resolve_model
 from lorapar_ray.precision import torch_dtype
 from lorapar_ray.runs import RunDirectory
 
@@ -21,12 +21,18 @@ def base_path(model: ModelConfig, run: RunDirectory) -> str:
     return str(residual.resolve()) if residual.is_dir() else resolve_model(model.path)
 
 
+def base_reference(model: ModelConfig, run: RunDirectory) -> str:
+    """`base_path` for workers: a hub name, package or directory that is resolved where the base is loaded."""
+    residual = run.adapter / "base"
+    return str(residual.resolve()) if residual.is_dir() else model_reference(model.path)
+
+
 def load_base(model: ModelConfig, path: str, on: Any = None) -> Any:
     """The frozen base model in the config's dtype.
 
     Args:
         model: dtype, attention, quantisation and trust settings.
-        path: as `base_path` or `resolve_model` gives it.
+        path: as `base_path`, `base_reference` or `resolve_model` gives it; it is resolved on this machine.
         on: the torch.device to load onto; None: the one Ray gave this process.
 
     Raises:
@@ -34,6 +40,7 @@ def load_base(model: ModelConfig, path: str, on: Any = None) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    path = resolve_model(path)
     options: dict[str, Any] = {}
     if model.quantization is not None:
         options = {"quantization_config": _quantization(model), "device_map": {"": on or device()}}
@@ -97,7 +104,7 @@ def load_tokenizer(path: str, model: ModelConfig) -> Any:
     """The student's tokenizer; it pads with its end-of-sequence token if it has no other."""
     from lorapar_ray.datasets.chat import load_encoder
 
-    return load_encoder(path, None, model.trust_remote_code).tokenizer
+    return load_encoder(resolve_model(path), None, model.trust_remote_code).tokenizer
 
 
 def starting_adapter(config: Config, run: RunDirectory, stage: str) -> Path:

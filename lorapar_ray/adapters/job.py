@@ -10,7 +10,7 @@ from lorapar_ray.boundary import boundary
 from lorapar_ray.config import AdapterConfig, Config, ModelConfig
 from lorapar_ray.errors import UserError
 from lorapar_ray.runs import RunDirectory, atomic_path
-from lorapar_ray.student import RESIDUAL_INITS, base_path, load_base
+from lorapar_ray.student import RESIDUAL_INITS, base_reference, load_base
 from lorapar_ray.workers import require, worker_environment
 
 
@@ -40,7 +40,7 @@ def make_adapter(config: Config, run: RunDirectory, target: Path) -> None:
             task.remote(
                 config.model.model_dump(mode="json"),
                 adapter,
-                base_path(config.model, run),
+                base_reference(config.model, run),
                 str(target.resolve()),
                 config.seed,
             )

@@ -17,9 +17,15 @@ class ScoreConfig(Section):
     criterion: Result[Literal["taylor2", "taylor1", "fisher", "magnitude", "random"]] = "taylor2"
     examples_per_system: Result[PositiveInt | None] = 100
     """None: every labelled row."""
-    batch_size: Operation[PositiveInt] = 8
+    batch_tokens: Operation[PositiveInt | None] = None
+    """Tokens per forward pass; None: 2048 on a CPU, 4096 on a GPU. Memory grows with it, and on a GPU speed."""
+    batch_size: Operation[PositiveInt | None] = None
+    """At most so many examples per forward pass; None: as many as `batch_tokens` hold."""
     unit_size: Operation[PositiveInt] = 16
-    """Examples per work unit: what is written once, and skipped on resumption."""
+    """Examples that are dealt to a worker at once, and counted as one when a run is resumed."""
+    checkpoint_every_s: Operation[Annotated[float, Field(ge=0)]] = 60.0
+    """Seconds between two writings of a worker's sums; what is not written yet is computed again after a kill. 0: after
+    every batch of units."""
     max_length: Result[PositiveInt] = 512
     gradient_checkpointing: Operation[bool] = False
     workers: Operation[PositiveInt] = 1

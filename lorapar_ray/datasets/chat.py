@@ -89,6 +89,14 @@ class Encoder:
             raise ValueError(f"a prompt of {len(ids)} tokens leaves no room for an answer within {max_length}")
         return (ids + self.response_ids(response))[:max_length], len(ids)
 
+    def examples(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[tuple[list[int], int]]:
+        """(token ids, index where the response begins) of several questions at once, nothing cut."""
+        plain = self.tokenizer.chat_template is None
+        texts = [self.prompt_text(prompt) for prompt in prompts]
+        before = self.tokenizer(texts, add_special_tokens=plain)["input_ids"]
+        after = self.tokenizer(list(responses), add_special_tokens=False)["input_ids"]
+        return [([*ids, *more, self.end_id], len(ids)) for ids, more in zip(before, after, strict=True)]
+
     def answer_text(self, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
         """Text of sampled ids up to the first end token and the first stop string: what is judged and rewarded."""
         ends = set(self.end_ids)

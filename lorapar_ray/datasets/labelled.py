@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from lorapar_ray.datasets.chat import Encoder, Prompt
+from lorapar_ray.boundary import parquet_batches
+from lorapar_ray.config import Config
+from lorapar_ray.datasets.chat import Encoder, Prompt, load_encoder
 from lorapar_ray.datasets.rows import COLUMNS, read_table
 from lorapar_ray.datasets.tables import reject_table
+from lorapar_ray.datasets.tokens import ROWS_PER_BATCH, Selection, TokenTable, key_of, write_tokens
 from lorapar_ray.errors import UserError
+from lorapar_ray.models import model_reference, resolve_model
 from lorapar_ray.progress import console
-from lorapar_ray.runs import RunDirectory
+from lorapar_ray.runs import RunDirectory, digest
 from lorapar_ray.text import markup
 
 
@@ -36,33 +41,38 @@ def prompt_of(row: dict[str, Any]) -> Prompt:
     return messages
 
 
-def encode_rows(
-    encoder: Encoder,
-    run: RunDirectory,
-    rows: Iterable[dict[str, Any]],
-    *,
-    stage: str,
-    max_length: int,
-    field: str,
-) -> list[dict[str, Any]]:
-    """Rows as {id, input_ids, response_start}; those whose prompt leaves no room for an answer are rejected.
+def require_room(
+    run: RunDirectory, table: TokenTable, chosen: Sequence[Selection], *, stage: str, field: str
+) -> list[int]:
+    """How many rows each selection keeps; those whose prompt leaves no room for an answer are rejected.
 
     Raises:
-        UserError: every prompt is too long.
+        UserError: every prompt of a selection is too long.
     """
-    encoded: list[dict[str, Any]] = []
-    long: list[dict[str, Any]] = []
-    for row in rows:
-        try:
-            ids, start = encoder.example(prompt_of(row), row["response"], max_length)
-        except ValueError:
-            long.append(row)
-        else:
-            encoded.append({"id": row["id"], "input_ids": ids, "response_start": start})
-    _reject(run, stage, long, f"the prompt leaves no room for an answer within {field} {max_length}")
-    if not encoded:
-        raise UserError(f"{field}: no prompt leaves room for an answer within {max_length} tokens; raise it")
-    return encoded
+    kept, long = [], set()
+    for selection in chosen:
+        fitting, left_out = selection.split(table)
+        if not fitting:
+            limit = selection.max_length
+            raise UserError(f"{field}: no prompt leaves room for an answer within {limit} tokens; raise it")
+        kept.append(len(fitting))
+        long |= set(left_out)
+    limit = chosen[0].max_length
+    rows = (row for number, row in enumerate(_rows(run)) if number in long) if long else iter(())
+    _reject(run, stage, list(rows), f"the prompt leaves no room for an answer within {field} {limit}")
+    return kept
+
+
+def _rows(run: RunDirectory) -> Iterator[dict[str, Any]]:
+    """The labelled rows one by one, as the token file numbers them."""
+    for batch in labelled_batches(run.labels):
+        yield from batch
+
+
+def labelled_batches(labels: Path) -> Iterator[list[dict[str, Any]]]:
+    """The labelled rows, some at a time, in file and row order."""
+    for file in sorted(labels.glob("*.parquet")):
+        yield from parquet_batches(file, COLUMNS | {"system": int}, ROWS_PER_BATCH)
 
 
 def fitting_prompts(
@@ -90,3 +100,42 @@ def _reject(run: RunDirectory, stage: str, rows: Sequence[dict[str, Any]], reaso
             rejects.add({"id": row["id"], "stage": stage, "reason": reason, "row": text})
     if rows:
         console.print(f"  [yellow]{len(rows)} prompts are too long and left out[/]: {markup(target)}", markup=True)
+
+
+def token_table(config: Config, run: RunDirectory) -> Path:
+    """The run's labelled rows as tokens (see `datasets.tokens`), written by a task on a worker if they are not there.
+
+    The tokenizer is loaded where the task runs, so a hub name or a package is looked up there and not here.
+
+    Raises:
+        UserError: the tokenizer cannot be loaded, or the labels are damaged.
+    """
+    import ray
+
+    target = run.work / "tokens.arrow"
+    stamps = [
+        [file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(run.labels.glob("*.parquet"))
+    ]
+    key = digest([config.model.path, config.model.system_prompt, stamps])
+    if key_of(target) != key:
+        model = config.model.model_dump(mode="json")
+        work = ray.remote(_tokenise).options(num_cpus=0, runtime_env={"env_vars": {"CUDA_VISIBLE_DEVICES": ""}})
+        problem = ray.get(
+            work.remote(
+                model, model_reference(config.model.path), str(run.labels.resolve()), str(target.resolve()), key
+            )
+        )
+        if problem is not None:
+            raise UserError(problem)
+    return target
+
+
+def _tokenise(model: dict[str, Any], path: str, labels: str, target: str, key: str) -> str | None:
+    """Write the token file (a Ray task); returns the message of a user's error."""
+    try:
+        encoder = load_encoder(resolve_model(path), model["system_prompt"], model["trust_remote_code"])
+        rows = labelled_batches(Path(labels))
+        write_tokens(rows, prompt_of, encoder, Path(target), key)
+    except UserError as error:
+        return str(error)
+    return None

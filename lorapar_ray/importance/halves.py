@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count as count_from
-from itertools import takewhile
+from itertools import product, takewhile
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lorapar_ray.boundary import damaged, read_tensors_and_metadata
 from lorapar_ray.files import atomic_path
+from lorapar_ray.importance.parts import Plan, sums_of
 from lorapar_ray.importance.sums import GradSums
 
 Scoring = Callable[[GradSums, int], Mapping[str, Tensor]]
@@ -57,6 +58,31 @@ def half_scores(units1: Sequence[Path], units2: Sequence[Path], score: Scoring) 
             for index, file in enumerate(files[taken:count], start=taken):
                 halves[2 * system + index % 2] = _added(halves[2 * system + index % 2], GradSums.load(file))
         taken = count
+        sums = [half for half in halves if half is not None]
+        yield Halves(
+            (sums[0].n + sums[1].n, sums[2].n + sums[3].n),
+            tuple(score(half, number) for number, half in enumerate(sums)),
+        )
+
+
+def halves_of_parts(folder: Path, plan: Plan, score: Scoring) -> Iterator[Halves]:
+    """Halves of the first 2, 4, 8 … and at last all units of each System, from the running sums in `folder`.
+
+    Yields:
+        nothing where a System has fewer than two units.
+    """
+    systems = sorted(plan.examples)
+    if min(plan.units(system) for system in systems) < 2:
+        return
+    parts = [part for part, _ in plan.parts()]
+    halves: list[GradSums | None] = [None] * (2 * len(systems))
+    for level in range(max(part.level for part in parts) + 1):
+        for number, (system, half) in enumerate(product(systems, (0, 1))):
+            more = sums_of(
+                folder, [part for part in parts if (part.system, part.level, part.half) == (system, level, half)]
+            )
+            if more is not None:
+                halves[number] = _added(halves[number], more)
         sums = [half for half in halves if half is not None]
         yield Halves(
             (sums[0].n + sums[1].n, sums[2].n + sums[3].n),

@@ -1,154 +1,156 @@
 """Stage `score` on Ray Train: every LoRA element's importance for each System.
 
-Work is cut into fixed units of examples. A unit's partial sums are written once, by an atomic rename, and a unit that
-is already there is skipped; so a lost worker, a resumed run or another number of workers cannot count a row twice, and
-the sums (taken in unit order) have the same bits. No row is lost to equal splitting, since workers share nothing, or
-(`score.sharding: fsdp2`) nothing but the base.
+One group of workers takes the warm-up's steps and then sums gradients; each keeps running sums (`importance.parts`)
+and writes them now and then. The sums do not depend on how the examples were spread over workers and batches, but for
+the order of float32 additions: within a batch that of its examples, longest first; then batches, then files by name.
+No row is lost to equal splitting, since workers share nothing, or (`score.sharding: fsdp2`) nothing but the base.
 """
 
 from __future__ import annotations
 
-import random
+import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lorapar_ray.boundary import read_json
-from lorapar_ray.config import Config, ModelConfig, ScoreConfig
-from lorapar_ray.datasets.chat import load_encoder
-from lorapar_ray.datasets.labelled import encode_rows, labelled_rows
+from lorapar_ray.config import Config
+from lorapar_ray.datasets.labelled import require_room, token_table
+from lorapar_ray.datasets.tokens import Selection, TokenTable, key_of
 from lorapar_ray.errors import UserError
-from lorapar_ray.importance.halves import Halves, half_scores, save_halves
-from lorapar_ray.importance.units import finished_units, sum_units, write_units
+from lorapar_ray.importance.halves import Halves, half_scores, halves_of_parts, save_halves
+from lorapar_ray.importance.parts import Plan, done_units, sums_of
+from lorapar_ray.importance.sums import GradSums
+from lorapar_ray.importance.units import finished_units
+from lorapar_ray.importance.worker import ScoreJob, score_worker
 from lorapar_ray.progress import progress
-from lorapar_ray.runs import RunDirectory, atomic_path
-from lorapar_ray.student import base_path
+from lorapar_ray.runs import RunDirectory, atomic_path, digest
+from lorapar_ray.sft.job import steps_done
+from lorapar_ray.sft.worker import SftJob
+from lorapar_ray.student import base_reference
 from lorapar_ray.workers import run_workers
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 SYSTEMS = (1, 2)
+ROUNDS = 3
+"""How often units that no sums hold after a group has ended are dealt again."""
 
 
-def score_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
+def score_stage(config: Config, run: RunDirectory, initial: Path | None = None) -> dict[str, Any]:
     """Score `adapter/` for each System; writes `scores/`.
+
+    Args:
+        initial: an adapter to warm up first, which makes `adapter/`; None: `adapter/` is there.
 
     Raises:
         UserError: a System without rows, or a score that is zero everywhere.
     """
-    samples = {system: scored_rows(config, run, system) for system in SYSTEMS}
-    base = base_path(config.model, run)
-    encoder = load_encoder(base, config.model.system_prompt, config.model.trust_remote_code)
-    limit, field = config.score.max_length, "score.max_length"
-    encoded = {
-        system: encode_rows(encoder, run, rows, stage=f"score-system{system}", max_length=limit, field=field)
-        for system, rows in samples.items()
+    tokens = token_table(config, run)
+    samples = samples_of(config, tokens)
+    table = TokenTable(tokens)
+    every = list(samples.values())
+    counts = require_room(run, table, every, stage="score", field="score.max_length")
+    plan = Plan(dict(zip(SYSTEMS, counts, strict=True)), config.score.unit_size)
+    fields = {str(system): asdict(chosen) for system, chosen in samples.items()}
+    key = digest([key_of(tokens), {k: {**v, "path": ""} for k, v in fields.items()}, config.score.unit_size])
+    folder = run.work / "score" / f"sums-{key[:12]}"
+    warm_up = None if initial is None else _warm_up(config, run, initial, samples)
+    job = ScoreJob(
+        model=config.model.model_dump(mode="json"),
+        score=config.score.model_dump(mode="json"),
+        base=base_reference(config.model, run),
+        adapter=str(run.adapter.resolve()),
+        samples=fields,
+        sums=str(folder.resolve()),
+        phase=str((run.work / "score" / "phase").resolve()),
+        warm_up=None if warm_up is None else warm_up.payload(),
+    )
+    for _ in range(ROUNDS):
+        if _left(plan, folder) == 0 and warm_up is None:
+            break
+        _run(config, run, job, plan, folder)
+        warm_up = None
+    if left := _left(plan, folder):
+        raise UserError(f"score: {left} units of work are in no sums in '{folder}'; run the same command again")
+    if job.warm_up is not None:
+        shutil.rmtree(job.warm_up["checkpoints"], ignore_errors=True)
+    for system in SYSTEMS:
+        _write_scores(config, run, system, plan, folder)
+    save_halves(run.scores / "halves", halves_of_parts(folder, plan, _scoring(config, run)))
+    return {f"system{system}_examples": plan.examples[system] for system in SYSTEMS}
+
+
+def samples_of(config: Config, tokens: Path) -> dict[int, Selection]:
+    """The seeded sample of each System's rows that is scored."""
+    score = config.score
+    return {
+        system: Selection(
+            str(tokens.resolve()), [system], "score", score.max_length, score.examples_per_system, True, config.seed
+        )
+        for system in SYSTEMS
     }
-    units = {system: write_units(run, system, rows, config.score.unit_size) for system, rows in encoded.items()}
-    every = [unit for of_system in units.values() for unit in of_system]
-    pending = [unit for unit in every if not unit.is_file()]
-    payload = {
-        "model": config.model.model_dump(mode="json"),
-        "score": config.score.model_dump(mode="json"),
-        "base": base,
-        "adapter": str(run.adapter.resolve()),
-        "units": [str(unit.resolve()) for unit in pending],
-    }
+
+
+def _warm_up(config: Config, run: RunDirectory, initial: Path, samples: dict[int, Selection]) -> SftJob:
+    """The warm-up on the samples of both Systems."""
+    from dataclasses import replace
+
+    from lorapar_ray.sft.job import warm_up_job
+
+    return warm_up_job(config, run, initial, replace(samples[SYSTEMS[0]], systems=list(SYSTEMS)))
+
+
+def _left(plan: Plan, folder: Path) -> int:
+    return sum(len(set(units) - done_units(folder, part)) for part, units in plan.parts())
+
+
+def _run(config: Config, run: RunDirectory, job: ScoreJob, plan: Plan, folder: Path) -> None:
+    phase, every = Path(job.phase), sum(plan.units(system) for system in SYSTEMS)
+    phase.unlink(missing_ok=True)
 
     def poll() -> tuple[int, str]:
-        return sum(unit.is_file() for unit in every), "units"
+        saying = phase.read_text() if phase.is_file() else "starting workers"
+        if saying == "warm-up" and job.warm_up is not None:
+            done, remark = steps_done(Path(job.warm_up["metrics"]))
+            return 0, f"warm-up step {done} · {remark}" if done else "warm-up"
+        return every - _left(plan, folder), saying
 
-    if pending:
-        with progress("score", len(every), poll):
-            run_workers(
-                score_worker,
-                payload,
-                name="score",
-                workers=config.score.workers,
-                resources=config.score.resources,
-                storage=run.work / "ray",
-            )
-    for system in SYSTEMS:
-        _write_scores(config, run, system, units[system])
-    save_halves(run.scores / "halves", halves_of_units(config, run))
-    return {f"system{system}_examples": len(rows) for system, rows in encoded.items()}
-
-
-def score_worker(payload: dict[str, Any]) -> None:
-    """Score this worker's share of the units (a Ray Train function)."""
-    import ray.train
-    import torch
-
-    from lorapar_ray.adapters import load_adapter
-    from lorapar_ray.importance import gradient_sums
-    from lorapar_ray.sharding import most_of_any_rank, shard_base
-    from lorapar_ray.student import device, load_base
-
-    context = ray.train.get_context()
-    units = [Path(unit) for unit in payload["units"]]
-    # the share is fixed by the whole list, for a restarted worker as for its fellows; what is done already is skipped
-    mine = [u for u in units[context.get_world_rank() :: context.get_world_size()] if not u.is_file()]
-    settings = ScoreConfig.model_validate(payload["score"])
-    model_config = ModelConfig.model_validate(payload["model"])
-    sharded, here = settings.sharding == "fsdp2", device()
-    if not mine and not sharded:
-        return
-    base = load_base(model_config, payload["base"], on=torch.device("cpu") if sharded else here)
-    if settings.gradient_checkpointing:
-        base.gradient_checkpointing_enable()
-    model = load_adapter(base, Path(payload["adapter"]), trainable=True)
-    if sharded:
-        shard_base(model, here)
-    pad_id = load_encoder(payload["base"], None, model_config.trust_remote_code).tokenizer.pad_token_id
-    passes = 0
-    for unit in mine:
-        batches = unit_batches(unit, settings.batch_size, pad_id)
-        gradient_sums(model, batches).save(unit)
-        passes += len(batches)
-    if sharded:  # a rank with less to do keeps the others company: each pass needs every rank's part of the base
-        company = unit_batches(units[0], 1, pad_id)[:1]
-        for _ in range(most_of_any_rank(passes, here) - passes):
-            gradient_sums(model, company)
-
-
-def unit_batches(unit: Path, size: int, pad_id: int) -> list[dict[str, Tensor]]:
-    """A unit's examples as padded batches of at most `size`."""
-    from lorapar_ray.importance import TokenizedExample, collate
-
-    examples = [TokenizedExample(**example) for example in read_json(unit.with_suffix(".json"))]
-    examples.sort(key=lambda example: len(example.input_ids))  # equal lengths together: less padding to compute
-    return [collate(examples[start : start + size], pad_id) for start in range(0, len(examples), size)]
-
-
-def scored_rows(config: Config, run: RunDirectory, system: int) -> list[dict[str, Any]]:
-    """The seeded sample of a System's rows that is scored."""
-    rows = labelled_rows(run, [system], "score")
-    random.Random(f"{config.seed}/score/{system}").shuffle(rows)
-    return rows[: config.score.examples_per_system]
+    with progress("score", every, poll):
+        run_workers(
+            score_worker,
+            job.payload(),
+            name="score",
+            workers=config.score.workers,
+            resources=config.score.resources,
+            storage=run.work / "ray",
+        )
 
 
 def halves_of_units(config: Config, run: RunDirectory) -> Iterator[Halves]:
-    """Scores of the halves of each System's units of work, at no extra pass."""
+    """Scores of the halves of each System's units of work, as versions before running sums left them."""
+    units1, units2 = (finished_units(run, system) for system in SYSTEMS)
+    return half_scores(units1, units2, _scoring(config, run))
+
+
+def _scoring(config: Config, run: RunDirectory) -> Any:
     from lorapar_ray.adapters import read_adapter_state
     from lorapar_ray.importance import score
 
     phi = read_adapter_state(run.adapter)
-    units1, units2 = (finished_units(run, system) for system in SYSTEMS)
-    return half_scores(
-        units1,
-        units2,
-        lambda sums, number: score(config.score.criterion, phi, sums, seed=config.seed + 1 + number),
-    )
+
+    def half_score(sums: GradSums, number: int) -> dict[str, Any]:
+        return score(config.score.criterion, phi, sums, seed=config.seed + 1 + number)
+
+    return half_score
 
 
-def _write_scores(config: Config, run: RunDirectory, system: int, units: list[Path]) -> None:
+def _write_scores(config: Config, run: RunDirectory, system: int, plan: Plan, folder: Path) -> None:
     from safetensors.torch import save_file
 
     from lorapar_ray.adapters import read_adapter_state
     from lorapar_ray.importance import score
 
-    sums = sum_units(units)
+    sums = sums_of(folder, [part for part, _ in plan.parts() if part.system == system])
+    assert sums is not None and sums.n == plan.examples[system]
     try:
         scores = score(config.score.criterion, read_adapter_state(run.adapter), sums, seed=config.seed)
     except UserError as error:

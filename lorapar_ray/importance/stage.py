@@ -20,23 +20,19 @@ WARMUP = (
 def run(config: Config, run: RunDirectory) -> dict[str, Any]:
     """Make the adapter, warm it up where every score would be zero, and score it."""
     from lorapar_ray.adapters.job import make_adapter
-    from lorapar_ray.importance.job import SYSTEMS, score_stage, scored_rows
+    from lorapar_ray.importance.job import score_stage
     from lorapar_ray.progress import console
-    from lorapar_ray.sft.job import warm_up
 
     if not config.partitioned:
         console.print("  no stage trains a region only: a fresh adapter, no scores")
         if config.adapter.method == "lora":
             make_adapter(config, run, run.adapter)
         return {}
-    samples = [row for system in SYSTEMS for row in scored_rows(config, run, system)]
-    if not (run.adapter / "adapter_config.json").is_file():
-        if config.warms_up:
-            initial = run.work / "score" / "initial"
-            make_adapter(config, run, initial)
-            warm_up(config, run, initial, samples)
-        else:
-            make_adapter(config, run, run.adapter)
+    if config.warms_up and not (run.adapter / "adapter_config.json").is_file():
+        initial = run.work / "score" / "initial"
+        make_adapter(config, run, initial)
+        return score_stage(config, run, initial)
+    make_adapter(config, run, run.adapter)
     return score_stage(config, run)
 
 

@@ -42,12 +42,12 @@ class GradSums:
         """(g, F) of one parameter (method, section 2): the mean gradient and the diagonal empirical Fisher."""
         return self.first[key] / self.n, self.second[key] / self.n
 
-    def save(self, path: Path) -> None:
-        """Write atomically as safetensors."""
+    def save(self, path: Path, **notes: str) -> None:
+        """Write atomically as safetensors, with notes in its metadata."""
         tensors = {f"first.{key}": value.cpu().contiguous() for key, value in self.first.items()}
         tensors |= {f"second.{key}": value.cpu().contiguous() for key, value in self.second.items()}
         with atomic_path(path) as draft:
-            save_file(tensors, draft, metadata={"n": str(self.n)})
+            save_file(tensors, draft, metadata={"n": str(self.n), **notes})
 
     @classmethod
     def load(cls, path: Path) -> GradSums:

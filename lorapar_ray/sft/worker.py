@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.config import AdapterConfig, ModelConfig, SftConfig
-from lorapar_ray.sft.batches import deal, lay_out, plan_batches
+from lorapar_ray.datasets.tokens import Examples, Selection, TokenTable
+from lorapar_ray.sft.batches import deal, lay_out, plan_batches, split_validation
 
 if TYPE_CHECKING:
     from lorapar_ray.sft.passes import Passes
@@ -33,8 +32,8 @@ class SftJob:
     adapter_in: str
     """The LoRA to start from; other methods start fresh from the seed."""
     adapter_out: str
-    examples: str
-    """JSON file: {train, validation}, lists of {input_ids, response_start}."""
+    examples: dict[str, Any]
+    """The fields of a `datasets.tokens.Selection`: what to train on, the validation split included."""
     regions: str | None
     """`regions.safetensors`, or None to train every element."""
     checkpoints: str
@@ -69,23 +68,24 @@ def train_worker(payload: dict[str, Any]) -> None:
     model = _load(job, settings)
     parameters, masks = _active(job, model)
     filler = load_tokenizer(job.base, ModelConfig.model_validate(job.model)).eos_token_id
-    examples = json.loads(Path(job.examples).read_text())
-    plan = plan_batches([len(each["input_ids"]) for each in examples["train"]], settings, worker.world, job.seed)
+    train, held_out = _examples(job, settings)
+    plan = plan_batches(train.lengths, settings, worker.world, job.seed)
     found = last_checkpoint(Path(job.checkpoints), worker.world)
     if leads:
         for file in (metrics, metrics.with_name(f"{metrics.stem}_validation.jsonl")):
             keep_lines_until(file, 0 if found is None else found[1])
     folder = metrics.with_name("tensorboard") / job.name
     curves = Curves(settings.report_to, job.name, folder, "sft").write if leads else None
-    tokens = sum(len(examples["train"][each]["input_ids"]) for row in plan.rows for each in row)
+    lengths = train.lengths
+    tokens = sum(lengths[each] for row in plan.rows for each in row)
     loop = TrainingLoop(
         model,
         _optimizer(settings, parameters, masks),
         _passes(job, settings, model, parameters, tokens / worker.world, worker.device),
         settings=settings,
         plan=plan,
-        examples=examples["train"],
-        validation=_validation(examples["validation"], settings, worker.world, worker.rank, filler),
+        examples=train,
+        validation=_validation(held_out, settings, worker.world, worker.rank, filler),
         filler=filler,
         worker=worker,
         checkpoints=Path(job.checkpoints),
@@ -94,6 +94,17 @@ def train_worker(payload: dict[str, Any]) -> None:
     loop.run(None if found is None else found[0])
     if leads:
         (save_adapter if job.adapter["method"] == "lora" else save_method)(model, Path(job.adapter_out))
+
+
+def _examples(job: SftJob, settings: SftConfig) -> tuple[Examples, Examples]:
+    """What to train and to validate on."""
+    selection = Selection(**job.examples)
+    table = TokenTable(Path(selection.path))
+    positions = selection.positions(table)
+    return tuple(  # type: ignore[return-value]
+        Examples(table, [positions[each] for each in part], selection.max_length)
+        for part in split_validation(len(positions), settings.validation, job.seed)
+    )
 
 
 def _passes(
@@ -170,13 +181,11 @@ def _optimizer(settings: SftConfig, parameters: dict[str, Any], masks: dict[str,
     return MaskedAdamW(groups, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
 
 
-def _validation(
-    examples: Sequence[dict[str, Any]], settings: SftConfig, workers: int, rank: int, filler: int
-) -> list[Rows]:
+def _validation(examples: Examples, settings: SftConfig, workers: int, rank: int, filler: int) -> list[Rows]:
     """This worker's micro-batches of the validation rows; every worker has as many."""
     from lorapar_ray.sft.rows import collate
 
-    lengths = [len(example["input_ids"]) for example in examples]
+    lengths = examples.lengths
     rows = lay_out(range(len(examples)), lengths, settings.max_length if settings.packing else None)
     size = settings.micro_batch_size
     count = workers * ceil(len(rows) / (workers * size))

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from lorapar_ray.adapters.job import make_adapter
 from lorapar_ray.config import Config
+from lorapar_ray.importance.halves import load_halves
 from lorapar_ray.importance.job import score_stage
-from lorapar_ray.importance.units import finished_units
 from lorapar_ray.pipeline import run_stage
 from lorapar_ray.runs import RunDirectory
 from tests.tiny_run import save_tiny_student, tiny_config
@@ -23,7 +23,7 @@ Scores = dict[str, torch.Tensor]
 
 def make_run(student: Path, folder: Path, **score: Any) -> tuple[Config, RunDirectory]:
     """A labelled run with an adapter to score, and how to."""
-    settings = {"examples_per_system": 13, "batch_size": 2, "unit_size": 3, "max_length": 128, **score}
+    settings = {"examples_per_system": 13, "batch_tokens": 128, "unit_size": 3, "max_length": 128, **score}
     plain = tiny_config(student)
     plain |= {
         "label": {"strategy": "random"},
@@ -35,6 +35,10 @@ def make_run(student: Path, folder: Path, **score: Any) -> tuple[Config, RunDire
     run_stage(config, run, "label")
     make_adapter(config, run, run.adapter)
     return config, run
+
+
+def sums_in(run: RunDirectory) -> list[Path]:
+    return sorted((run.work / "score").glob("sums-*/*/*.safetensors"))
 
 
 def scores_of(run: RunDirectory) -> list[Scores]:
@@ -75,7 +79,7 @@ def test_workers_and_sharding_change_nothing(
     config, run = make_run(student, tmp_path / "run", **score)
     score_stage(config, run)
     same(scores_of(run), alone)
-    assert [len(finished_units(run, system)) for system in (1, 2)] == [5, 5]
+    assert [halves.examples for halves in load_halves(run.scores / "halves")] == [(6, 6), (12, 12), (13, 13)]
 
 
 def test_a_run_resumed_on_another_number_of_workers_gives_the_same_scores(
@@ -83,33 +87,34 @@ def test_a_run_resumed_on_another_number_of_workers_gives_the_same_scores(
 ) -> None:
     config, run = make_run(student, tmp_path / "run")
     score_stage(config, run)
-    lost = [unit for system in (1, 2) for unit in finished_units(run, system)[1::2]]
-    for unit in lost:
-        unit.unlink()
+    kept, lost = sums_in(run)[::2], sums_in(run)[1::2]
+    written = {file: file.stat().st_mtime_ns for file in kept}
+    for file in lost:
+        file.unlink()
     config, _ = make_run(student, tmp_path / "run", workers=3, resources={"cpus": 0.5})
     score_stage(config, run)
-    assert all(unit.is_file() for unit in lost)
+    assert len(sums_in(run)) > len(kept) and written == {file: file.stat().st_mtime_ns for file in kept}
     same(scores_of(run), alone)
 
 
 def test_a_killed_worker_is_replaced_and_counts_nothing_twice(
     alone: list[Scores], student: Path, tmp_path: Path
 ) -> None:
-    config, run = make_run(student, tmp_path / "run", workers=2, batch_size=1, unit_size=1)
-    killed: dict[Path, int] = {}
+    config, run = make_run(student, tmp_path / "run", workers=2, batch_tokens=32, unit_size=1, checkpoint_every_s=0)
+    killed: list[Path] = []
 
     def kill_one() -> None:
         pause = threading.Event()
-        while not (done := finished_units(run, 1)):
+        while not (done := sums_in(run)):
             pause.wait(0.02)
         ours = psutil.Process().children(recursive=True)
         worker = next(process for process in ours if "RayTrainWorker" in " ".join(process.cmdline()))
-        killed.update({path: path.stat().st_mtime_ns for path in done})
+        killed.extend(done)
         worker.kill()
 
     killer = threading.Thread(target=kill_one)
     killer.start()
     score_stage(config, run)
     killer.join()
-    assert killed and killed == {path: path.stat().st_mtime_ns for path in killed}
+    assert killed and set(killed) < set(sums_in(run))
     same(scores_of(run), alone)

@@ -128,8 +128,10 @@ def title(process: psutil.Process) -> str:
 def test_scoring_goes_on_with_the_units_that_are_there(finished: FinishedRun, tmp_path: Path) -> None:
     run = copy_before(finished, "score", tmp_path / "run")
     units = run / "work" / "score"
-    stop_when(lambda: any(units.glob("*/*.safetensors")), signal.SIGKILL, "score", "-c", finished.config, "-d", run)
-    there = {path: path.stat().st_mtime_ns for path in units.glob("*/*.safetensors")}
+    stop_when(
+        lambda: any(units.glob("sums-*/*/*.safetensors")), signal.SIGKILL, "score", "-c", finished.config, "-d", run
+    )
+    there = {path: path.stat().st_mtime_ns for path in units.glob("sums-*/*/*.safetensors")}
     again = lorapar("score", "-c", finished.config, "-d", run)
     assert again.returncode == 0, again.stderr
     assert there == {path: path.stat().st_mtime_ns for path in there}

@@ -1,0 +1,121 @@
+"""Running sums of scoring on disk, such that no example is counted twice or lost, whoever dies when.
+
+The examples of a System are numbered in the order of its sample and cut into units. A *part* is a set of units that is
+always summed together: those of one half (even or odd units) between two powers of two of their number. So a sample of
+any size has a few parts, and the signal-or-noise control can take halves of its first 2, 4, 8 … units from them.
+
+    work/score/sums-<key>/1-02-a/<writer>.safetensors     one worker's sums of part 2 (units 4 to 7), first half
+
+A file's metadata lists the units that are in its sums. Its writer replaces it by one with more units, atomically, now
+and then; nobody else writes it. Workers share a plan's units by their number, not by what is left, so no two writers
+of one group have a unit in common; what a group before them finished is listed, and not done again. If two files hold
+the same unit all the same (a worker thought dead lived on), one of them does not count and its units are done anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from safetensors import SafetensorError, safe_open
+
+from lorapar_ray.importance.sums import GradSums
+
+
+@dataclass(frozen=True, order=True)
+class Part:
+    """Units of one System that are summed together."""
+
+    system: int
+    level: int
+    """0 for units 0 and 1, l for units 2^l to 2^(l+1) − 1."""
+    half: int
+    """0 or 1: even or odd units."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.system}-{self.level:02d}-{'ab'[self.half]}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many examples each System has, and how many make a unit."""
+
+    examples: Mapping[int, int]
+    unit_size: int
+
+    def size(self, system: int) -> int:
+        """Examples per unit: fewer where there would not be two units, which the control compares."""
+        return min(self.unit_size, -(-self.examples[system] // 2))
+
+    def units(self, system: int) -> int:
+        return -(-self.examples[system] // self.size(system))
+
+    def of_unit(self, system: int, unit: int) -> range:
+        """The examples of a unit, by their number in the sample."""
+        size = self.size(system)
+        return range(unit * size, min((unit + 1) * size, self.examples[system]))
+
+    def parts(self) -> Iterator[tuple[Part, list[int]]]:
+        """Every part with its units, System by System."""
+        for system in sorted(self.examples):
+            found: dict[Part, list[int]] = {}
+            for unit in range(self.units(system)):
+                found.setdefault(Part(system, max(0, unit.bit_length() - 1), unit % 2), []).append(unit)
+            yield from sorted(found.items())
+
+
+def finished(folder: Path, part: Part) -> dict[Path, list[int]]:
+    """The files of a part whose sums count, with the units in each."""
+    taken: set[int] = set()
+    counted: dict[Path, list[int]] = {}
+    for file in sorted((folder / part.name).glob("*.safetensors")):
+        units = _units_in(file)
+        if units and not taken & set(units):
+            taken |= set(units)
+            counted[file] = units
+    return counted
+
+
+def done_units(folder: Path, part: Part) -> set[int]:
+    """The units of a part that are in some sums."""
+    return {unit for units in finished(folder, part).values() for unit in units}
+
+
+def sums_of(folder: Path, parts: Iterable[Part]) -> GradSums | None:
+    """The sums of some parts, file after file in the order of their names; None if nothing is there."""
+    total: GradSums | None = None
+    for part in parts:
+        for file in finished(folder, part):
+            more = GradSums.load(file)
+            if total is None:
+                total = more
+            else:
+                total.add(more)
+    return total
+
+
+class PartWriter:
+    """One worker's sums of one part, kept on disk now and then."""
+
+    def __init__(self, folder: Path, part: Part) -> None:
+        self._file = folder / part.name / f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}.safetensors"
+        self.units: list[int] = []
+
+    def save(self, sums: GradSums) -> None:
+        """Replace the file by `sums`, which hold `self.units`."""
+        sums.save(self._file, units=json.dumps(self.units))
+
+
+def _units_in(file: Path) -> list[int]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            units: list[int] = json.loads(opened.metadata()["units"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):  # damaged: its units are done anew
+        return []
+    return units

@@ -1,0 +1,81 @@
+"""Running sums on disk: every unit once, whoever wrote it."""
+
+from pathlib import Path
+
+import torch
+
+from lorapar_ray.importance import GradSums
+from lorapar_ray.importance.parts import Part, PartWriter, Plan, done_units, finished, sums_of
+from lorapar_ray.importance.worker import _share, windows
+
+PLAN = Plan({1: 23, 2: 9}, unit_size=2)
+
+
+def sums(units: list[int], system: int = 1) -> GradSums:
+    """As if example k of a unit had the gradient 2^-k and nothing else."""
+    examples = [each for unit in units for each in PLAN.of_unit(system, unit)]
+    value = torch.tensor([sum(2.0**-each for each in examples)])
+    return GradSums(len(examples), {"k": value}, {"k": value.square()})
+
+
+def write(folder: Path, part: Part, units: list[int]) -> Path:
+    writer = PartWriter(folder, part)
+    writer.units = units
+    writer.save(sums(units, part.system))
+    return writer._file
+
+
+def test_parts_hold_every_example_once_by_halves_and_powers_of_two() -> None:
+    seen = {1: [], 2: []}
+    for part, units in PLAN.parts():
+        assert all(unit % 2 == part.half for unit in units)
+        assert all(part.level == max(0, unit.bit_length() - 1) for unit in units)
+        seen[part.system] += [each for unit in units for each in PLAN.of_unit(part.system, unit)]
+    assert {system: sorted(examples) for system, examples in seen.items()} == {1: list(range(23)), 2: list(range(9))}
+    assert Plan({1: 3}, unit_size=16).units(1) == 2
+
+
+def test_workers_share_every_unit_once_and_skip_what_is_done(tmp_path: Path) -> None:
+    everything = {(part, unit) for part, units in PLAN.parts() for unit in units}
+    for world in (1, 2, 3, 7):
+        shares = [
+            (part, unit)
+            for rank in range(world)
+            for part, units in _share(PLAN, tmp_path, rank, world)
+            for unit in units
+        ]
+        assert len(shares) == len(everything) and set(shares) == everything
+    part = Part(1, 2, 0)
+    write(tmp_path, part, [4])
+    left = {(part, unit) for rank in range(3) for part, units in _share(PLAN, tmp_path, rank, 3) for unit in units}
+    assert left == everything - {(part, 4)}
+
+
+def test_a_share_does_not_depend_on_what_the_others_have_written_since(tmp_path: Path) -> None:
+    before = list(_share(PLAN, tmp_path, 1, 3))
+    for part, units in _share(PLAN, tmp_path, 0, 3):
+        write(tmp_path, part, units)
+    assert list(_share(PLAN, tmp_path, 1, 3)) == before
+
+
+def test_sums_of_overlapping_files_count_a_unit_once(tmp_path: Path) -> None:
+    part = Part(1, 2, 1)
+    write(tmp_path, part, [5])
+    write(tmp_path, part, [5, 7])
+    assert len(finished(tmp_path, part)) == 1
+    done = sorted(done_units(tmp_path, part))
+    total = sums_of(tmp_path, [part])
+    assert total is not None and total.n == sums(done).n and torch.equal(total.first["k"], sums(done).first["k"])
+
+
+def test_a_damaged_file_is_done_anew(tmp_path: Path) -> None:
+    part = Part(2, 0, 0)
+    file = write(tmp_path, part, [0])
+    file.write_bytes(file.read_bytes()[:20])
+    assert done_units(tmp_path, part) == set() and sums_of(tmp_path, [part]) is None
+
+
+def test_windows_keep_the_units_and_their_order() -> None:
+    lengths = [10] * 23
+    found = list(windows([0, 2, 4, 6, 8], PLAN, 1, lengths, 40))
+    assert found == [[0, 2], [4, 6], [8]]

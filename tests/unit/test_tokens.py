@@ -1,0 +1,97 @@
+"""Labelled rows as tokens in one memory-mapped file."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoTokenizer
+
+from lorapar_ray.datasets.chat import Encoder
+from lorapar_ray.datasets.labelled import labelled_batches, prompt_of
+from lorapar_ray.datasets.tokens import Examples, Selection, TokenTable, key_of, write_tokens
+from lorapar_ray.errors import UserError
+from lorapar_ray.models import resolve_model
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return Encoder(AutoTokenizer.from_pretrained(resolve_model("package:smollm2-135m-instruct")), "Be brief.")
+
+
+@pytest.fixture(scope="module")
+def table(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, object]]]:
+    folder = tmp_path_factory.mktemp("tokens")
+    rows = [
+        {
+            **{"answer": "", "task": "", "difficulty": ""},
+            "id": f"q{k}",
+            "prompt": f"What is {k} + {k}?" * (1 + k % 3),
+            "response": "so " * (k % 4) + str(2 * k),
+            "system": 1 + k % 2,
+        }
+        for k in range(2050)
+    ]
+    (folder / "labels").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows[:7]), folder / "labels" / "a.parquet")
+    pq.write_table(pa.Table.from_pylist(rows[7:]), folder / "labels" / "b.parquet")
+    assert (
+        write_tokens(labelled_batches(folder / "labels"), prompt_of, encoder, folder / "tokens.arrow", "made of this")
+        == 2050
+    )
+    return folder / "tokens.arrow", rows
+
+
+def test_rows_are_what_the_encoder_gives_one_by_one(
+    encoder: Encoder, table: tuple[Path, list[dict[str, object]]]
+) -> None:
+    path, rows = table
+    opened = TokenTable(path)
+    assert key_of(path) == "made of this" and len(opened) == len(rows)
+    for number in (0, 6, 7, 1030, 1031, 2049):
+        ids, start = encoder.example(str(rows[number]["prompt"]), str(rows[number]["response"]), 10**6)
+        assert opened.tokens(number).tolist() == ids and opened.starts[number] == start
+        assert opened.lengths[number] == len(ids) and opened.id(number) == rows[number]["id"]
+    assert opened.of([2]).tolist() == [k for k in range(2050) if k % 2]
+
+
+def test_examples_are_cut_when_they_are_read(table: tuple[Path, list[dict[str, object]]]) -> None:
+    opened = TokenTable(table[0])
+    length = int(opened.lengths[3])
+    cut = Examples(opened, [3, 5], length - 1)
+    assert cut.lengths[0] == len(cut[0]["input_ids"]) == length - 1
+    assert cut[:][0] == cut[0] and cut[0]["response_start"] == opened.starts[3]
+    assert Examples(opened, [3], 999)[0]["input_ids"] == opened.tokens(3).tolist()
+
+
+def test_reading_keeps_no_copy_of_the_tokens(table: tuple[Path, list[dict[str, object]]]) -> None:
+    before = pa.total_allocated_bytes()
+    opened = TokenTable(table[0])
+    held = pa.total_allocated_bytes() - before
+    assert held < 0.1 * np.sum(opened.lengths) * 4
+
+
+def test_a_sample_is_seeded_and_of_each_system(table: tuple[Path, list[dict[str, object]]]) -> None:
+    opened = TokenTable(table[0])
+    chosen = Selection(str(table[0]), [1, 2], "score", 512, sample=5, shuffled=True, seed=3)
+    positions = chosen.positions(opened)
+    assert positions == chosen.positions(opened) and opened.systems[positions].tolist() == [1] * 5 + [2] * 5
+    assert positions != Selection(str(table[0]), [1, 2], "score", 512, 5, True, seed=4).positions(opened)
+
+
+def test_a_prompt_that_leaves_no_room_is_left_out_and_a_missing_system_is_one_line(
+    table: tuple[Path, list[dict[str, object]]],
+) -> None:
+    opened = TokenTable(table[0])
+    limit = int(opened.starts.min()) + 1
+    kept, left_out = Selection(str(table[0]), [1, 2], "sft.systems", limit).split(opened)
+    assert kept and (opened.starts[kept] < limit).all() and (opened.starts[left_out] >= limit).all()
+    assert sorted([*kept, *left_out]) == list(range(len(opened)))
+    with pytest.raises(UserError, match=r"sft.systems: no row .* System 3"):
+        Selection(str(table[0]), [3], "sft.systems", 512).positions(opened)
+
+
+def test_half_a_file_is_no_file(tmp_path: Path, table: tuple[Path, list[dict[str, object]]]) -> None:
+    (tmp_path / "t.arrow").write_bytes(table[0].read_bytes()[:100])
+    assert key_of(tmp_path / "t.arrow") is None and key_of(tmp_path / "none.arrow") is None
