@@ -1,17 +1,21 @@
 """Prompts as tokens, where an answer ends, and what happens to prompts that are too long."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
 from lorapar_ray.boundary import read_lines
 from lorapar_ray.datasets.chat import load_encoder
-from lorapar_ray.datasets.labelled import encode_rows, fitting_prompts
+from lorapar_ray.datasets.labelled import fitting_prompts, labelled_batches, prompt_of, require_room
 from lorapar_ray.datasets.rows import read_table
+from lorapar_ray.datasets.tokens import Selection, TokenTable, write_tokens
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.judging import judge, judging_process
 from lorapar_ray.models import resolve_model
@@ -74,7 +78,7 @@ def test_a_template_that_refuses_is_one_line(published: Path) -> None:
 
 
 def long_and_short() -> list[dict[str, Any]]:
-    row = {"response": "4", "answer": "4", "system": 1}
+    row = {"response": "4", "answer": "4", "task": "", "difficulty": "", "system": 1}
     return [{"id": "short", "prompt": "2+2?", **row}, {"id": "long", "prompt": "2+2? " * 50, **row}]
 
 
@@ -84,7 +88,13 @@ def test_prompts_that_are_too_long_are_listed(tmp_path: Path, published: Path, s
 
     def fitting(rows: list[dict[str, Any]], limit: int = 64) -> list[dict[str, Any]]:
         if stage == "sft":
-            return encode_rows(encoder, run, rows, stage=stage, max_length=limit, field="sft.max_length")
+            shutil.rmtree(run.labels, ignore_errors=True)
+            run.labels.mkdir(parents=True)
+            pq.write_table(pa.Table.from_pylist(rows), run.labels / "part.parquet")
+            write_tokens(labelled_batches(run.labels), prompt_of, encoder, tmp_path / "tokens.arrow", "")
+            table, chosen = TokenTable(tmp_path / "tokens.arrow"), Selection("", [1], "sft.systems", limit)
+            require_room(run, table, [chosen], stage=stage, field="sft.max_length")
+            return [{"id": table.id(position)} for position in chosen.positions(table)]
         return fitting_prompts(encoder, run, rows, stage=stage, limit=limit, field=f"{stage}.limit")
 
     assert [row["id"] for row in fitting(long_and_short())] == ["short"]
