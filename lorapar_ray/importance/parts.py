@@ -71,11 +71,11 @@ class Plan:
 
 
 def finished(folder: Path, part: Part) -> dict[Path, list[int]]:
-    """The files of a part whose sums count, with the units in each."""
+    """The files of a part whose sums count, with the units in each, in the order of their first units."""
+    found = [(file, _units_in(file)) for file in sorted((folder / part.name).glob("*.safetensors"))]
     taken: set[int] = set()
     counted: dict[Path, list[int]] = {}
-    for file in sorted((folder / part.name).glob("*.safetensors")):
-        units = _units_in(file)
+    for file, units in sorted(found, key=lambda each: (each[1][:1], -len(each[1]))):
         if units and not taken & set(units):
             taken |= set(units)
             counted[file] = units
@@ -88,7 +88,7 @@ def done_units(folder: Path, part: Part) -> set[int]:
 
 
 def sums_of(folder: Path, parts: Iterable[Part]) -> GradSums | None:
-    """The sums of some parts, file after file in the order of their names; None if nothing is there."""
+    """The sums of some parts, file after file in the order of their first units; None if nothing is there."""
     total: GradSums | None = None
     for part in parts:
         for file in finished(folder, part):
