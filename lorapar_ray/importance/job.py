@@ -2,8 +2,9 @@
 
 One group of workers takes the warm-up's steps and then sums gradients; each keeps running sums (`importance.parts`)
 and writes them now and then. The sums do not depend on how the examples were spread over workers and batches, but for
-the order of float32 additions: within a batch that of its examples, longest first; then batches, then files by their first units.
-No row is lost to equal splitting, since workers share nothing, or (`score.sharding: fsdp2`) nothing but the base.
+the order of float32 additions: within a batch that of its examples, longest first; then batches, then files by their
+first units. No row is lost to equal splitting, since workers share nothing, or (`score.sharding: fsdp2`) nothing but
+the base.
 """
 
 from __future__ import annotations
