@@ -67,7 +67,8 @@ def main() -> None:
     device = torch.device(arguments.device)
     dtype = torch_dtype("auto", device)
     model = model_of(arguments.shape, device, dtype)
-    lengths, group = LENGTHS, GROUP
+    lengths: tuple[int, ...] = LENGTHS
+    group = GROUP
     if arguments.quick:
         lengths, group = (LENGTHS[:2], GROUP) if device.type == "cuda" else (LENGTHS[:1], 2)
     rows: list[Row] = []
