@@ -64,7 +64,7 @@ def main() -> None:
         alone, together = GOALS["tiny" if arguments.quick and not gpus else arguments.device]
         peer = stock_seconds(model, engine, Resources(threads=2, gpus=gpus))
         with ray_session():
-            ray.get(ray.remote(int).remote())  # a worker's first start is Ray's own
+            ray.get(ray.remote(warmed).remote())  # a worker's first start is Ray's own
             seconds, phases = started(model, engine, Resources(threads=2, gpus=gpus), 1)
             rows = [row("actor to first token", seconds, peer, alone)]
             rows += [row(f"of it: {name}", taken, None, None) for name, taken in phases.items()]
@@ -81,6 +81,10 @@ def row(name: str, ours: float, peer: float | None, goal: float | None) -> Row:
     if goal is None:
         return Row(name, ours, peer, "s", ratio, "–", None)
     return Row(name, ours, peer, "s", ratio, f"≤ {goal:g}", ours <= goal)
+
+
+def warmed() -> None:
+    """A task that does nothing."""
 
 
 def started(model: str, engine: EngineConfig, resources: Resources, count: int) -> tuple[float, dict[str, float]]:
