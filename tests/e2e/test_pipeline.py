@@ -132,7 +132,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(finished: FinishedRun, tmp_
     shown = lorapar("run", finished.config, "--run-dir", tmp_path / "new", "--dry-run", timeout=300)
     assert shown.returncode == 0
     assert "rollout_actors: 1" in shown.stdout
-    assert "1 × rollout engine (1 CPU), 1 × learner (1 CPU)" in shown.stdout
+    assert "1 × rollout engine (1 CPU + GPU auto), 1 × learner (1 CPU + GPU auto)" in shown.stdout
     assert not (tmp_path / "new").exists()
 
 
