@@ -7,7 +7,7 @@ LOCK := requirements/cpu.txt
 JOBS ?= 2
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: quickstart test lint setup lock clean
+.PHONY: quickstart test lint docs setup lock clean
 
 quickstart: setup
 	$(BIN)/lorapar run jobs/configs/quickstart.yaml
@@ -15,10 +15,14 @@ quickstart: setup
 test: setup lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-lint: setup
+lint: setup docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# site/index.html; every warning is an error, nothing is fetched.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 setup: $(VENV)/.complete
 
@@ -38,4 +42,4 @@ lock:
 	  --upgrade -o $(LOCK)
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

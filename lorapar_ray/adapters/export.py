@@ -14,11 +14,12 @@ def to_plain_lora(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Rank 2r adapter on the original base that equals `trained` on the residual base (method, section 4).
 
-    The residual base is W − s·B₀A₀, so W − s·B₀A₀ + s·BₜAₜ = W + s·[Bₜ, −B₀][Aₜ; A₀]: rank and alpha double, and the
-    scaling s = alpha / r stays.
+    The residual base is W − s·B₀A₀, so `W − s·B₀A₀ + s·BₜAₜ = W + s·[Bₜ, −B₀][Aₜ; A₀]`: rank and alpha double, and
+    the scaling s = alpha / r stays.
 
     Args:
-        initial, trained: adapter states before and after training.
+        initial: the adapter's state before training.
+        trained: its state after training.
         settings: the adapter's config; rank-stabilised LoRA (s = alpha / √r) is handled too.
     """
     state = {}

@@ -58,10 +58,13 @@ def policy_loss(
             tokens given here. `dr_grpo`: sum over B · max_completion_length (arXiv 2503.20783). `gspo`: sequence ratio
             (arXiv 2507.18071), otherwise as `grpo`. `cispo`: the ratio is capped and detached, so that clipped tokens
             keep their gradient (arXiv 2506.13585), otherwise as `dapo`.
-        clip_low, clip_high: the ratio is clipped to [1 − low, 1 + high]; `cispo` caps it at `clip_high` itself.
-        ref_logprobs_BT, kl_beta: weight and reference of the k3 estimate of KL(policy ‖ reference).
-        sampling_logprobs_BT, tis_cap: truncated importance sampling: weight each token by
-            min(exp(old − sampling), cap), because the sampler's numerics are not the learner's.
+        clip_low: the ratio is clipped to [1 − clip_low, 1 + clip_high].
+        clip_high: `cispo` caps the ratio at `clip_high` itself.
+        ref_logprobs_BT: of the tokens under the reference of the k3 estimate of KL(policy ‖ reference).
+        kl_beta: weight of that estimate.
+        sampling_logprobs_BT: under the sampler, for truncated importance sampling: each token is weighted by
+            min(exp(old − sampling), tis_cap), because the sampler's numerics are not the learner's.
+        tis_cap: the largest such weight.
         sequence_mask_bounds: leave out sequences whose mean sampler ratio lies outside.
 
     Raises:
@@ -100,7 +103,8 @@ def part_weight(loss_type: LossType, of_sequences: float, of_tokens: float) -> f
     the sum does not depend on how the samples were cut into parts.
 
     Args:
-        of_sequences, of_tokens: the part's share of the update's sequences and of its completion tokens.
+        of_sequences: the part's share of the update's sequences.
+        of_tokens: its share of the update's completion tokens.
     """
     if loss_type in ("dapo", "cispo"):
         return 1.0

@@ -54,7 +54,8 @@ def masked_param_groups(
     """Parameter groups for `MaskedAdamW`, in key order.
 
     Args:
-        parameters, masks: by adapter key; a mask is bool in its parameter's shape.
+        parameters: by adapter key.
+        masks: by the same keys; bool, in the shapes of the parameters.
         lora_plus_ratio: learning rate of the B matrices over that of the others (LoRA+, arXiv 2402.12354).
     """
     groups = []

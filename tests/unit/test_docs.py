@@ -1,0 +1,79 @@
+"""The documentation says what the code does: its messages, its commands, its diagram, its fields."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from lorapar_ray.cli import app
+from lorapar_ray.config import Config
+from lorapar_ray.config_file import load_config
+from lorapar_ray.pipeline import STAGES
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+COMMANDS = typer.main.get_command(app)
+
+
+def commands(page: Path) -> list[str]:
+    """The `lorapar` command lines that stand alone on a line, continued ones joined."""
+    text = page.read_text().replace("\\\n", " ")
+    return [line.strip() for line in text.splitlines() if re.match(r"(    |)(lorapar) [a-z]", line)]
+
+
+def test_there_are_commands_to_check() -> None:
+    assert sum(len(commands(page)) for page in PAGES) > 8
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_is_one_that_lorapar_takes(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for line in commands(page):
+        if "…" in line:
+            continue
+        words = [word for word in shlex.split(line, comments=True)[1:] if word != "$SET"]
+        command = COMMANDS.commands[words[0]]  # type: ignore[attr-defined]
+        with command.make_context(words[0], words[1:]) as context:
+            given = context.params
+        [config] = given.get("config") or given.get("config_option") or [Path()]
+        overrides = [each for each in given.get("set_") or [] if "FOLDER" not in each]
+        if config.is_file():
+            load_config(config, overrides)
+
+
+def test_the_messages_under_troubleshooting_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    headings = re.findall(r"^\*\*.*?·", page, re.MULTILINE | re.DOTALL)
+    quoted = [part for line in headings for text in re.findall(r"`([^`]+)`\*\*", line) for part in text.split(" … ")]
+    assert len(quoted) > 15
+    code = "".join(path.read_text() for path in (ROOT / "lorapar_ray").rglob("*.py"))
+    code = re.sub(r'"\s*\n\s*f?"', "", code).replace("{LOSSES}", "5")
+    assert [text for text in quoted if " ".join(text.split()) not in code] == []
+
+
+def test_the_diagram_has_the_stages_in_order_and_only_places_that_exist() -> None:
+    text = (ROOT / "docs" / "architecture.svg").read_text()
+    assert tuple(re.findall(r'<text class="b"[^>]*>(\w+)</text><text x="[^"]*" y="136"', text)) == STAGES
+    places = set(re.findall(r"\b([a-z0-9_/]+\.py)\b", text))
+    assert len(places) > 8 and [each for each in places if not (ROOT / "lorapar_ray" / each).is_file()] == []
+    folders = re.findall(r'y="(?:136|264)">([^<]*)/', text)
+    folders = [each for line in folders for each in re.findall(r"[a-z]+", line.replace("(vLLM)", ""))]
+    assert len(folders) > 12
+    assert [each for each in folders if not (ROOT / "lorapar_ray" / each).is_dir()] == []
+
+
+def test_the_config_reference_has_every_field_with_its_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import hooks
+
+    page = hooks.config_reference()
+    for section in set(hooks._sections(Config)):
+        _, _, rest = page.partition(f"## {section.__name__}\n")
+        table = rest.partition("\n## ")[0]
+        assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(section.model_fields)
+    assert "| `learning_rate` | `PositiveFloat` | `5.0e-06` | result |" in page
+    assert "| `checkpoint_every` | `PositiveInt` | `10` | operation |" in page
+    sys.modules.pop("hooks")
