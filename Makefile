@@ -19,6 +19,7 @@ lint: setup docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 # site/index.html; every warning is an error, nothing is fetched.
 docs: setup

@@ -125,7 +125,7 @@ def partition(
     redo: Redo = None,
     verbose: Verbose = False,
 ) -> None:
-    from lorapar_ray.partition.preview import describe, preview
+    from lorapar_ray.preview import describe, preview
     from lorapar_ray.progress import console
 
     *shown, kept = [None] if theta is None else theta.split(",")

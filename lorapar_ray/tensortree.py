@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from lorapar_ray.boundary import damaged, open_tensors, read_tensors_and_metadata
 from lorapar_ray.errors import UserError
-from lorapar_ray.runs import atomic_path
+from lorapar_ray.files import atomic_path
 
 _TENSOR = "__tensor__"
 OTHERS = "delete it: the run goes on from the checkpoint before it"

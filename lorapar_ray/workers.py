@@ -10,8 +10,8 @@ from typing import Any
 
 from lorapar_ray.config import Resources
 from lorapar_ray.errors import UserError
+from lorapar_ray.files import write_json
 from lorapar_ray.redact import redact
-from lorapar_ray.runs import write_json
 from lorapar_ray.threads import in_a_thread
 
 RESTARTS = 2

@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from lorapar_ray.engines.actor import Completion
+from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.policy import Policy, PolicyReceiver
 
 ENGINES_PER_PROCESS = 8

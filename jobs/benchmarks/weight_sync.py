@@ -31,11 +31,13 @@ from transformers import AutoModelForCausalLM
 
 from lorapar_ray.adapters import adapter_state, attach_lora, lora_scaling, merged_weights, save_adapter
 from lorapar_ray.config import EngineConfig, GrpoConfig, Resources
-from lorapar_ray.engines.actor import Completion, start_engine
+from lorapar_ray.engines.actor import start_engine
+from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.policy import PolicySender
-from lorapar_ray.grpo.batches import Batch, Sample
+from lorapar_ray.grpo.batches import Batch
 from lorapar_ray.grpo.job import CANARIES
 from lorapar_ray.grpo.learner import GrpoJob, Learner
+from lorapar_ray.grpo.samples import Sample
 from lorapar_ray.models import resolve_model
 from lorapar_ray.precision import torch_dtype
 from lorapar_ray.session import ray_session

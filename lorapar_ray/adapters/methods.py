@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lorapar_ray.adapters.targets import module_type, resolve_targets
-from lorapar_ray.runs import atomic_path
+from lorapar_ray.files import atomic_path
 
 IA3_TYPES = ("k", "v", "qkv", "down")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lorapar_ray.adapters.keys import adapter_parameters, adapter_state
 from lorapar_ray.boundary import boundary, read_tensors
 from lorapar_ray.errors import UserError
-from lorapar_ray.runs import atomic_path
+from lorapar_ray.files import atomic_path
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

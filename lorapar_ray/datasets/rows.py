@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorapar_ray.boundary import damaged, parquet_batches
-from lorapar_ray.runs import atomic_path
+from lorapar_ray.files import atomic_path
 
 ROWS_PER_WRITE = 4096
 

@@ -9,11 +9,11 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorapar_ray.config import EngineConfig, Resources
+from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.phases import Phases
 from lorapar_ray.engines.policy import Policy, PolicyReceiver
 from lorapar_ray.engines.processes import start_async_llm
@@ -22,19 +22,6 @@ WATCH_S = 1.0
 """Between two looks at whether the engine lives."""
 PROOF = -1
 """Priority of what proves a policy: before the sequences (0) that wait for room, since the learner waits for it."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One sampled answer."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    """Of each token, under the policy and temperature that sampled it."""
-    finished: bool
-    """False if it was cut at the length limit."""
-    version: int
-    """Policy version when sampling began; -1 is the base model. A policy that arrived meanwhile wrote the rest."""
 
 
 class EngineActor:

@@ -11,10 +11,11 @@ from statistics import fmean
 from typing import Any
 
 from lorapar_ray.config import GrpoConfig
-from lorapar_ray.engines.actor import Completion
+from lorapar_ray.engines.completion import Completion
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.advantages import group_advantages, overlong_penalty
 from lorapar_ray.grpo.rewards import RewardBatch
+from lorapar_ray.grpo.samples import MiniBatch, Sample
 
 EXAMPLES_PER_STEP = 2
 CANARY_FACTOR = 8.0
@@ -64,29 +65,6 @@ class Group:
         """Mean of the first reward (the one for a right answer, by convention), in [0, 1]."""
         values = [value or 0.0 for value in next(iter(self.parts.values()))]
         return min(1.0, max(0.0, fmean(values)))
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One completion with everything a learner needs."""
-
-    prompt_ids: list[int]
-    token_ids: list[int]
-    logprobs: list[float]
-    advantage: float
-    finished: bool
-    version: int
-
-
-@dataclass(frozen=True)
-class MiniBatch:
-    """What one learner trains on in one update."""
-
-    samples: list[Sample]
-    tokens: int
-    """Completion tokens of the update, over all learners: the loss's normaliser."""
-    count: int
-    """Samples of the update, over all learners."""
 
 
 @dataclass(frozen=True)

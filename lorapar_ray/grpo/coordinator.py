@@ -16,7 +16,8 @@ from math import ceil
 from typing import Any
 
 from lorapar_ray.config import GrpoConfig
-from lorapar_ray.engines.actor import Completion, start_engine
+from lorapar_ray.engines.actor import start_engine
+from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.policy import Policy
 from lorapar_ray.errors import UserError
 from lorapar_ray.gpus import sync_of

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lorapar_ray.grpo.attention import make_layout, packed_inputs, spans_of_group
-from lorapar_ray.grpo.batches import Sample
 from lorapar_ray.grpo.head import TokenScorer
+from lorapar_ray.grpo.samples import Sample
 
 
 @dataclass(frozen=True)

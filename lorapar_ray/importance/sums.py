@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorapar_ray.boundary import damaged, read_tensors_and_metadata
-from lorapar_ray.runs import atomic_path
+from lorapar_ray.files import atomic_path
 
 AGAIN = "delete it and run `lorapar score` again: it computes this unit once more"
 

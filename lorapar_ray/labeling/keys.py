@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lorapar_ray.config import LabelConfig, TeacherConfig
+from lorapar_ray.files import digest
 from lorapar_ray.labeling.prompts import rotations, voting_prompt
 from lorapar_ray.models import PACKAGE_PREFIX, PACKAGED, resolve_model
-from lorapar_ray.runs import digest
 
 ASKED_OF = ("name", "kind", "model", "use_chat_template", "thinking_tokens", "base_url", "endpoint", "extra_body")
 

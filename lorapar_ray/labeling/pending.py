@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 
 from lorapar_ray.config import LabelConfig
 from lorapar_ray.datasets.rows import Row, iterate_rows
+from lorapar_ray.files import atomic_path
 from lorapar_ray.labeling.store import Answer, VoteStore, question_key
 from lorapar_ray.labeling.voting import Keys, votes_of, whom_to_ask
-from lorapar_ray.runs import atomic_path
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "prompt", "answer", "known")])
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from lorapar_ray.boundary import damaged, read_tensors_and_metadata
 from lorapar_ray.errors import UserError
+from lorapar_ray.files import atomic_path
 from lorapar_ray.partition.blocks import same_layout
 from lorapar_ray.partition.select import keep_count, random_scores
-from lorapar_ray.runs import atomic_path
 
 RECUT = "run `lorapar partition` to write it again"
 KEPT_1, KEPT_2, STAGE_1, STAGE_2 = 1, 2, 4, 8

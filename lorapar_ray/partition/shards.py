@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorapar_ray.boundary import open_tensors
 from lorapar_ray.errors import UserError
-from lorapar_ray.runs import atomic_path
+from lorapar_ray.files import atomic_path
 
 
 class ShardedScores(Mapping[str, Tensor]):

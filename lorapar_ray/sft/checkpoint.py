@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lorapar_ray.boundary import damaged, read_object
-from lorapar_ray.runs import write_json
+from lorapar_ray.files import write_json
 from lorapar_ray.tensortree import OTHERS, is_whole, load_tree, save_tree
 
 PARAMETERS, OPTIMIZER, STATE = "parameters.safetensors", "optimizer.safetensors", "trainer_state.json"

@@ -10,7 +10,7 @@ from typing import Any
 
 from lorapar_ray.boundary import read_lines
 from lorapar_ray.errors import UserError
-from lorapar_ray.runs import atomic_path
+from lorapar_ray.files import atomic_path
 
 PROJECT = "lorapar_ray"
 

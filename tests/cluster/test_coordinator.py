@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorapar_ray.engines.actor import Completion
+from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.policy import Policy, PolicySender
 from lorapar_ray.grpo.coordinator import Coordinator
 from lorapar_ray.models import resolve_model

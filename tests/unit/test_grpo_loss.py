@@ -10,10 +10,10 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from lorapar_ray import logprobs
 from lorapar_ray.grpo.advantages import group_advantages, overlong_penalty
-from lorapar_ray.grpo.batches import Sample
 from lorapar_ray.grpo.learner import step_metrics
 from lorapar_ray.grpo.loss import LossType, part_weight, policy_loss
 from lorapar_ray.grpo.packing import group_by_prompt, micro_batches
+from lorapar_ray.grpo.samples import Sample
 from lorapar_ray.logprobs import token_logprobs
 
 B, T, LOW, HIGH, LENGTH, TOKENS = 6, 9, 0.2, 0.28, 12, 31

@@ -11,9 +11,10 @@ import torch
 from lorapar_ray.adapters import attach_lora, save_adapter
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
-from lorapar_ray.grpo.batches import Batch, Sample, share_of
+from lorapar_ray.grpo.batches import Batch, share_of
 from lorapar_ray.grpo.learner import GrpoJob, Learner
 from lorapar_ray.grpo.packing import packed_logprobs
+from lorapar_ray.grpo.samples import Sample
 from lorapar_ray.student import load_base
 from tests.cluster.test_learners import batch
 from tests.tiny_run import save_tiny_student, tiny_config

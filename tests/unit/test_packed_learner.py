@@ -9,9 +9,9 @@ from transformers.models.mamba import MambaConfig
 
 from lorapar_ray.grpo import head
 from lorapar_ray.grpo.attention import make_layout, spans_of_group, use_packed_attention
-from lorapar_ray.grpo.batches import Sample
 from lorapar_ray.grpo.head import TokenScorer, head_logprobs
 from lorapar_ray.grpo.packing import PackedRows, group_by_prompt, pack, packed_logprobs, pad
+from lorapar_ray.grpo.samples import Sample
 from tests.unit.test_grpo_loss import samples
 from tests.unit.tiny_models import SHAPE, tiny
 
