@@ -5,7 +5,7 @@
 
 A variant is the config with a few settings changed (VARIANTS). Labels, adapters and scores that two variants share are
 made once and copied. Finished stages are skipped, so that the command can be stopped and repeated; `--stage sft` runs
-one stage and what it needs. The table (also `table.md` in --out) holds whatever is finished.
+one stage and what it needs. The table (also `table.md` in --out) holds what is finished.
 """
 
 from __future__ import annotations

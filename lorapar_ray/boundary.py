@@ -1,4 +1,4 @@
-"""Where foreign files and libraries meet this code: whatever they raise there becomes one line that names the culprit.
+"""Where foreign files and libraries meet this code: what they raise there becomes one line that names the culprit.
 
 A reader that catches the errors its library documents still lets a traceback through one day: a truncated file raises
 `EOFError`, deep JSON `RecursionError`, a number of 5,000 digits `ValueError`, and Rust code panics. So everything that
@@ -22,7 +22,7 @@ REDO = "run the stage that writes it again, or restore it"
 
 @contextmanager
 def boundary(what: str, fix: str = "") -> Iterator[None]:
-    """Turn whatever the block raises into a `UserError`: "<what> (<reason>); <fix>".
+    """Turn what the block raises into a `UserError`: "<what> (<reason>); <fix>".
 
     Args:
         what: what cannot be done, with the field or file it is about: "model.path 'x': cannot be loaded".

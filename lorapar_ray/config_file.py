@@ -1,4 +1,4 @@
-"""A run's YAML file and overrides as a checked `Config`, and one clear line for whatever is wrong with them."""
+"""A run's YAML file and overrides as a checked `Config`, and one clear line for what is wrong with them."""
 
 from __future__ import annotations
 

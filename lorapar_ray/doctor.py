@@ -1,4 +1,4 @@
-"""Is this machine able to run the pipeline? One finding per question, each with the mend."""
+"""Is this machine able to run the pipeline? One finding per question, each with the fix."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ Positions = Tensor | tuple[Tensor, Tensor]
 def logits_at(positions: Positions, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """Logits [N, vocabulary] of a causal language model at N positions of `inputs` (`input_ids` [B, T] and others).
 
-    Whatever the model does to its logits (soft caps, scales) it does to these.
+    What the model does to its logits (soft caps, scales) is done to these, too.
     """
     with head_sees(positions, model, inputs["input_ids"].shape) as selected:
         logits: Tensor = model(**inputs, use_cache=False).logits

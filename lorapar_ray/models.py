@@ -59,7 +59,7 @@ def resolve_model(path: str) -> str:
 
 
 def loading(path: str) -> AbstractContextManager[None]:
-    """The boundary around whatever transformers, tokenizers, safetensors and the hub do to load a model.
+    """The boundary around what transformers, tokenizers, safetensors and the hub do to load a model.
 
     Args:
         path: a directory, or a hub name, which may be misspelt, gated, or not reachable.

@@ -133,7 +133,7 @@ def run_stage(config: Config, run: RunDirectory, name: str, redo: Redo = "no") -
 
     Raises:
         UserError: it is not among the run's, a stage it needs has not finished, it has results that would be replaced
-            unasked, the run directory is in use, or whatever the stage itself raises.
+            unasked, the run directory is in use, or what the stage itself raises.
     """
     stage = PIPELINE[name]
     if name not in stages_of(config):

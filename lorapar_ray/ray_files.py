@@ -96,7 +96,7 @@ def _private_directory(root: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(root: Path) -> None:
-    """Remove our directories whose lock nobody holds.
+    """Remove our directories whose lock no process holds.
 
     A lock tells what a process id cannot: it is held as well by a process in another container that shares `root`. A
     directory without one may have been made this moment, and stays.
@@ -109,7 +109,7 @@ def remove_abandoned(root: Path) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
-        except OSError:  # somebody holds it, or this file system has no locks
+        except OSError:  # a process holds it, or this file system has no locks
             pass
         finally:
             os.close(lock)

@@ -141,7 +141,7 @@ def require_ray_at(address: str) -> None:
         address: `host:port` of a cluster, `ray://host:port` of a Ray client server; others (`auto`) are not checked.
 
     Raises:
-        OSError: nobody answers within `CONNECT_TIMEOUT_S`, or somebody who is no Ray.
+        OSError: nothing answers within `CONNECT_TIMEOUT_S`, or what answers is no Ray.
     """
     place = address.removeprefix("ray://")
     host, _, port = place.rpartition(":")

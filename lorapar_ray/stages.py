@@ -42,7 +42,7 @@ class Stage:
     traces: tuple[str, ...] = ()
     """Curves, samples and rejected rows."""
     scratch: tuple[str, ...] = ()
-    """Partial results; nobody needs them once the stage is done."""
+    """Partial results; not needed once the stage is done."""
     reads: Callable[[Config], Iterable[str]] = lambda _: ()
     """The user's own files and folders whose contents decide the result."""
     resources: Callable[[Config], str] = lambda _: ""

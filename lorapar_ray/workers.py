@@ -91,7 +91,7 @@ def hidden_gpus(resources: Resources) -> dict[str, str]:
 
 
 def require(stage: str, **groups: tuple[int, Resources]) -> None:
-    """Fail at once, instead of waiting for ever, when the cluster can never hold what `stage` asks for.
+    """Fail at once, instead of waiting without end, when the cluster can never hold what `stage` asks for.
 
     Args:
         groups: by the setting that says how many, that number and what each asks for; all run at the same time.

@@ -39,7 +39,7 @@ ANY_VALUE = frozenset(
         "use_rslora",
     }
 )
-"""Settings of `adapter_config.json` that base + s·BA can have whatever their value."""
+"""Settings of `adapter_config.json` that may have any value: the model is base + s·BA with each."""
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base as it is; the others (PiSSA, OLoRA, ...) change it on loading."""
 FIX = "give a plain LoRA as PEFT saves it"

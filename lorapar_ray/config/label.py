@@ -50,7 +50,7 @@ class TeacherConfig(Section):
     """Remote only. `chat` for services without text completion; the choice is the last token that is one."""
     extra_body: Result[dict[str, Any]] = {}
     """Added to every request of a remote teacher, such as `{structured_outputs: {choice: ["1", "2"]}}` for vLLM's
-    server; for a Python class to read as it likes."""
+    server. A Python class gets it with its config."""
     api_key_env: Operation[str | None] = None
     requests_per_second: Operation[PositiveFloat | None] = None
     """Remote only: of all asking workers together."""

@@ -1,4 +1,4 @@
-"""Stage `sft`, and the warm-up that goes by it."""
+"""Stage `sft`, and the settings of the warm-up before scoring."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class SftConfig(Section):
     """How a GPU is given a step's operations. `none`: one by one. `graphs`: one CUDA graph per bucket of lengths,
     which frees a small model's step from its launches. `compile`: graphs of compiled layers; compiling takes a
     minute. `auto`: graphs, compiled where the job is long enough to gain. On a CPU, and with gradient checkpointing,
-    a sharded or a 4-bit base, it is `none` whatever is set."""
+    a sharded or a 4-bit base, it is always `none`."""
     checkpoint_every: Operation[PositiveInt] = 50
     validation: Result[Annotated[float, Field(ge=0, lt=1)]] = 0.0
     """Share of the rows that is held out from training to measure the loss on; 0: none."""

@@ -40,7 +40,7 @@ def fits(values: Sequence[Tensor], gradients: Sequence[Tensor], indices: Sequenc
 
 @cache
 def one_pass() -> Step | None:
-    """The compiled step, or None where it is not to be had or does not give the bits of torch's fused kernel.
+    """The compiled step, or None where it cannot be compiled or does not give the bits of torch's fused kernel.
 
     Called as `step(values, gradients, indices, exp_avgs, exp_avg_sqs, number, group)`: parameters and gradients in
     full (see `fits`), positions of their active elements (None: all), the moments of the active elements, the number of

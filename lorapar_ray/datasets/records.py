@@ -13,7 +13,7 @@ from lorapar_ray.errors import UserError
 
 CHUNK = 1 << 16
 MAX_CHARACTERS = 1 << 26
-"""Of one record: a longer line costs that line only, whatever a few compressed bytes inflate to."""
+"""Of one record: a longer line costs that line only, also where a few compressed bytes inflate to it."""
 
 
 class TooLong:
@@ -23,7 +23,7 @@ class TooLong:
 def read_records(path: str, where: str) -> Iterator[dict[str, Any] | TooLong]:
     """Stream the records of a file.
 
-    A file whose first character is `[` is a JSON list, whatever it is called; any other is JSONL.
+    A file whose first character is `[` is a JSON list, under any name; any other is JSONL.
 
     Args:
         where: the config field the path came from, for error messages.

@@ -107,7 +107,7 @@ class EngineActor:
         from vllm.lora.request import LoRARequest
 
         previous = self._lora
-        self._loads += 1  # vLLM does not read a number or name again that it knows, whatever lies in the folder by now
+        self._loads += 1  # vLLM never reads a number or name twice, even if the folder has changed
         lora = LoRARequest(f"policy-{version}-{self._loads}", self._loads, str(folder))
         with self._alive():
             await self._engine.add_lora(lora)
@@ -211,7 +211,7 @@ class EngineActor:
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
-        """Leave with a dead engine: a live actor around it would answer for ever with errors; its owner replaces it."""
+        """Leave with a dead engine: an actor without one answers only errors, and its owner replaces a dead actor."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
@@ -221,7 +221,7 @@ class EngineActor:
             raise
 
     def _leave_at_once(self) -> None:
-        """Unless somebody is ending this actor already, who should not read in Ray's log that a worker has died."""
+        """Does nothing while this actor is being ended on purpose: Ray's log should then name no dead worker."""
         if not self._leaving:
             os._exit(1)
 
@@ -278,7 +278,7 @@ def start_engine(
 
 
 def _spill(adapter: bytes, config: str) -> Path:
-    """Write an adapter where every process of this machine can map it; complete before its name is told."""
+    """Write an adapter where every process of this machine can map it; it is complete when this returns."""
     shared = Path("/dev/shm")
     roomy = shared.is_dir() and shutil.disk_usage(shared).free > 2 * len(adapter)  # 64 MiB in a plain container
     root = Path(tempfile.mkdtemp(prefix="lorapar-", dir=shared if roomy else None))

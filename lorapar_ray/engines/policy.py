@@ -99,7 +99,7 @@ class PolicyReceiver:
         return blob
 
     def whole(self) -> Policy | None:
-        """The last policy received, as a whole one for somebody who has none; None if there is none."""
+        """The last policy received, whole, for an engine that has none yet; None before the first."""
         if self._last is None:
             return None
         packed = {f"{MASK}{key}": pack_bits(mask) for key, mask in self._masks.items()}

@@ -2,7 +2,7 @@
 
 vLLM takes the change of the whole GPU's free memory while it profiles for its own use. Where engines start side by
 side, or a learner loads its model meanwhile, that counts others' allocations, and stops when they free some. Here the
-cache is the engine's part of the GPU less what this process has allocated at its peak, whatever the others do.
+cache is the engine's part of the GPU less what this process has allocated at its peak: others do not count.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Generator:
     def greedy(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """The most likely continuation of each prompt, token ids up to and with the first end token.
 
-        It stops at every end token that an engine is told of (`Encoder.end_ids`).
+        It stops at every end token that an engine stops at (`Encoder.end_ids`).
 
         Prompts of one length are answered together, without padding: PEFT puts learnt prompts before the padding and
         counts it as positions, which gives other answers than the model's own.

@@ -23,7 +23,7 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.gpus import sync_of
 from lorapar_ray.grpo.batches import MOST_TOLERANCE, Batch, Canary, Clock, Group, canary_tolerance, make_batch, share_of
 from lorapar_ray.grpo.engine_pool import EnginePool, PolicyMismatch
-from lorapar_ray.grpo.prompts import PromptStream
+from lorapar_ray.grpo.prompt_stream import PromptStream
 from lorapar_ray.grpo.rewards.actor import RewardWorkers
 from lorapar_ray.grpo.rewards.judge import Judge
 from lorapar_ray.progress import console
@@ -44,7 +44,7 @@ class Coordinator:
     """Async Ray actor; owns the rollout engines, the reward workers and the prompt stream."""
 
     def __init__(self, plan: dict[str, Any], engine: Callable[[], Any] | None = None, place: Any = None) -> None:
-        """Take the plan and what it cannot say.
+        """Take the plan, and what is no plain data beside it.
 
         Args:
             plan: `settings` (GrpoConfig), `rows` (id, prompt, response, answer, prompt_ids), `steps`, `seed`, `model`

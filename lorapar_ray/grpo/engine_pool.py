@@ -1,7 +1,7 @@
 """The rollout engines of a run: who is asked next, who has died or hangs, and which policy all of them serve.
 
-An engine that dies, or does not answer within its time limit, is rebuilt beside the others, which go on: whatever it
-was asked is asked of them. Its successor is asked nothing before it has proved that it serves the current policy.
+An engine that dies, or does not answer within its time limit, is rebuilt while the others go on and take over its
+requests. Its successor gets no request before it has proved that it serves the current policy.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class EnginePool:
                 )
 
     def _rebuild(self, slot: int, lost: Any, error: Exception) -> None:
-        """Begin to replace the engine of `slot`, unless somebody already has."""
+        """Begin to replace the engine of `slot`, unless that has begun."""
         if self._engines[slot] is lost and slot not in self._rebuilding:
             self._rebuilding[slot] = asyncio.create_task(self._replace(slot, lost, error))
 

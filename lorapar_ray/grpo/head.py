@@ -57,7 +57,7 @@ class TokenScorer:
     ) -> Iterator[list[Tensor]]:
         """While it lasts the head gives [1, N, 2], log-probabilities and entropy, in place of logits.
 
-        They go through the model's output, so that whatever hangs on that (FSDP) sees the backward pass begin.
+        They go through the model's output, so that hooks on it (FSDP) see the backward pass begin.
         """
         head = self._head
         assert head is not None

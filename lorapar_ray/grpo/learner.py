@@ -86,7 +86,7 @@ def learn_worker(payload: dict[str, Any]) -> None:
     while step < job.steps:
         start = time.monotonic()
         if world > 1:
-            dist.barrier()  # nobody asks for a batch that rank 0 has not made possible yet
+            dist.barrier()  # no rank asks for a batch before rank 0 has published the policy
         batch: Batch = ray.get(coordinator.batch.remote(step, rank, world))
         waited = time.monotonic() - start
         clock = Clock()

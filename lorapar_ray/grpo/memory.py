@@ -53,7 +53,7 @@ def free_memory(device: torch.device, share: float) -> float:
 def kept_bytes_per_token(model: Any, inputs: dict[str, Any]) -> float:
     """What a forward pass keeps for the backward one, per token; weights do not count.
 
-    Measured, except where the weights are sharded: there those that were gathered could not be told from activations.
+    Measured, except where the weights are sharded: there gathered weights look like activations.
     """
     if any(isinstance(value, DTensor) for value in model.parameters()):
         return KEPT_LAYERS * layer_bytes_per_token(model)

@@ -1,7 +1,7 @@
 """Where stage 2's processes go: engines in a placement group of their own, learners in the one that Ray Train makes.
 
-The group keeps each engine's place for as long as the stage runs, so a replaced engine finds its GPUs free whatever
-else the cluster does, and after the loss of a node Ray moves the place to another. Learners reserve theirs as a group
+The group keeps each engine's place for as long as the stage runs, so a replaced engine finds its GPUs free even
+on a busy cluster, and after the loss of a node Ray moves the place to another. Learners reserve theirs as a group
 too.
 
 Separate GPUs: whole numbers on both sides. Colocated, one engine and one learner on each GPU: give engines more than

@@ -1,4 +1,4 @@
-"""Running sums of scoring on disk, such that no example is counted twice or lost, whoever dies when.
+"""Running sums of scoring on disk, such that no example is counted twice or lost, even if workers die.
 
 The examples of a System are numbered in the order of its sample and cut into units. A *part* is a set of units that is
 always summed together: those of one half (even or odd units) between two powers of two of their number. So a sample of
@@ -7,9 +7,10 @@ any size has a few parts, and the signal-or-noise control can take halves of its
     work/score/sums-<key>/1-02-a/<writer>.safetensors     one worker's sums of part 2 (units 4 to 7), first half
 
 A file's metadata lists the units that are in its sums. Its writer replaces it by one with more units, atomically, now
-and then; nobody else writes it. Workers share a plan's units by their number, not by what is left, so no two writers
-of one group have a unit in common; what a group before them finished is listed, and not done again. If two files hold
-the same unit all the same (a worker thought dead lived on), one of them does not count and its units are done anew.
+and then; no other worker writes it. Workers share a plan's units by their number, not by what is left, so no two
+writers of one group have a unit in common; what a group before them finished is listed, and not done again. If two
+files hold the same unit all the same (a worker thought dead lived on), one of them does not count and its units are
+done anew.
 """
 
 from __future__ import annotations

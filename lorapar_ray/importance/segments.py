@@ -1,4 +1,4 @@
-"""Σ_k G_k and Σ_k G_k² of per-example products G_k = Σ_{t in k} u_t v_tᵀ, which nobody keeps.
+"""Σ_k G_k and Σ_k G_k² of per-example products G_k = Σ_{t in k} u_t v_tᵀ, which are never kept.
 
 On a GPU one kernel holds a tile of G_k in registers while it reads an example's tokens, and adds it and its square to
 running sums before it goes on to the next example (`segment_kernel`). Elsewhere each product is formed, added and

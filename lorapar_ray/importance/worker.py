@@ -91,7 +91,7 @@ def _say(job: ScoreJob, rank: int, phase: str) -> None:
 
 
 def _share(plan: Plan, folder: Path, rank: int, world: int) -> Iterator[tuple[Part, list[int]]]:
-    """This worker's units of each part that are in nobody's sums yet: fixed by their number, see `parts`."""
+    """This worker's units of each part that no sums hold yet: fixed by their number, see `parts`."""
     number = 0
     for part, units in plan.parts():
         mine = [unit for offset, unit in enumerate(units, start=number) if offset % world == rank]

@@ -1,4 +1,4 @@
-"""How much each teacher leans towards a System whatever it is asked, so that it can be divided out."""
+"""How much each teacher leans towards a System for any question, so that it can be divided out."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class _Voting:
         self.probes = probes(label, self.rows, self.config.seed)
 
     def collect(self) -> None:
-        """Ask whatever is not stored yet."""
+        """Ask what is not stored yet."""
         label = self.config.label
         if not any(unanswered(label, self.keys, self.store, self.probes).values()):
             self._calibrate()
@@ -169,7 +169,7 @@ class _Voting:
         self.left -= result["questions"]
 
     def _results(self, blocks: int, apps: dict[str, str], dead: dict[str, str]) -> Iterator[Any]:
-        """Ask the pending blocks through Ray Data; results come in whatever order they are finished."""
+        """Ask the pending blocks through Ray Data; results come in the order in which they are finished."""
         if not blocks:
             return
         import ray
@@ -179,7 +179,7 @@ class _Voting:
         context = DataContext.get_current()
         context.enable_progress_bars = False  # ours counts stored questions, which survive a restart
         context.execution_options.preserve_order = False
-        # Ray Data takes CPUs that Serve holds for its own and waits for them for ever, unless told what it may use
+        # Ray Data takes CPUs that Serve holds for its own and waits for them without end, unless it gets limits
         limits = {"cpu": label.workers * label.resources.cpus + 1, "object_store_memory": OBJECT_STORE_BYTES}
         context.execution_options.resource_limits = context.execution_options.resource_limits.copy(**limits)
         # so many blocks at once that the next one is there before the last question of one is answered

@@ -103,7 +103,7 @@ class Panel:
             return await persist(vote, label, lambda: self._given_up(teacher))
         except Refused as error:
             return Failure(reason(error), by_question=not isinstance(error, ShutOut))
-        except Exception as error:  # whatever breaks in a teacher, its vote abstains and the summary counts it
+        except Exception as error:  # a teacher that fails abstains, and the summary counts it
             return Failure(self.dead.get(teacher.name) or reason(error))
 
     def _given_up(self, teacher: TeacherConfig) -> bool:

@@ -26,7 +26,7 @@ SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "prompt", "answer", 
 
 @dataclass(frozen=True)
 class Question:
-    """A question somebody has not voted on."""
+    """A question that a teacher has not voted on."""
 
     key: str
     """`question_key`, in hex."""

@@ -122,7 +122,7 @@ class RemoteTeacher:
         await asyncio.sleep(turn - now)
 
     def _pause(self, retry_after: str | None) -> None:
-        """Nobody asks before the endpoint wants to be asked again (seconds; a date is left to the caller's backoff)."""
+        """No request is sent before the endpoint takes one again (seconds; a date is left to the caller's backoff)."""
         try:
             seconds = float(retry_after or "nan")
         except ValueError:

@@ -33,7 +33,7 @@ def secret(teacher: TeacherConfig) -> str | None:
     name = teacher.api_key_env
     if name is None:
         return None
-    # somebody may have written the key itself there, which no message should repeat
+    # the user may have written the key itself there, which no message should repeat
     variable = f"environment variable {name}" if _VARIABLE.fullmatch(name) else "the variable that api_key_env names"
     key = os.environ.get(name, "").strip()
     if not key:

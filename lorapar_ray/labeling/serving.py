@@ -57,7 +57,7 @@ def start_teachers(config: Config) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def require_room(config: Config) -> None:
-    """Fail at once, instead of waiting for ever, when the cluster cannot hold the teachers and the asking workers.
+    """Fail at once, instead of waiting without end, when the cluster cannot hold the teachers and the asking workers.
 
     Raises:
         UserError: names the resource, what is wanted and what the cluster has.
@@ -80,7 +80,7 @@ def require_room(config: Config) -> None:
 
 
 def stop_teachers(config: Config) -> None:
-    """Free the teachers' resources; Serve itself stays if somebody else's applications run on it."""
+    """Free the teachers' resources; Serve itself stays if it runs other applications."""
     apps = applications(config)
     if not apps:
         return

@@ -2,7 +2,7 @@
 
 One SQLite file that only the driver writes, a block of questions at a time, so a kill at any point loses the blocks in
 flight and nothing else. Answers are kept as the teacher gave them (log-probabilities before calibration): another
-calibration or weighting asks nobody again. Memory does not grow with the rows.
+calibration or weighting asks no teacher again. Memory does not grow with the rows.
 """
 
 from __future__ import annotations

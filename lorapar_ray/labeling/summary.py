@@ -11,7 +11,7 @@ from typing import Any
 
 from lorapar_ray.config import LabelConfig, TeacherConfig
 from lorapar_ray.datasets.rows import Row
-from lorapar_ray.labeling.histogram import Durations
+from lorapar_ray.labeling.percentiles import Durations
 from lorapar_ray.labeling.store import Answer
 from lorapar_ray.labeling.votes import Agreement, Vote, number_bias
 from lorapar_ray.text import markup

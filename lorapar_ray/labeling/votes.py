@@ -84,7 +84,7 @@ def number_bias(rotated: Sequence[Sequence[float]]) -> list[float]:
 def majority(votes: Sequence[Vote], weights: Literal["equal", "confidence"] = "equal") -> Decision | None:
     """The System with most votes, or with most confidence if votes are weighted by it.
 
-    A tie goes to the higher summed confidence, then to the lower number. None if nobody voted.
+    A tie goes to the higher summed confidence, then to the lower number. None without a vote.
     """
     if not votes:
         return None

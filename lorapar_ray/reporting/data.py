@@ -33,7 +33,7 @@ class RunData:
 
 
 def read_run(run: RunDirectory) -> RunData:
-    """Read whatever the run holds."""
+    """Read what the run holds so far."""
     accuracy = {name: _json(run.eval / f"{name}.json") for name in MODELS}
     return RunData(
         stages=run.manifest().get("stages", {}),

@@ -25,7 +25,7 @@ def needs(config: Config) -> tuple[str, ...]:
 
 STAGE = Stage(
     name="report",
-    help="Write report/index.html from whatever the run holds.",
+    help="Write report/index.html from what the run holds so far.",
     needs=needs,
     settings=lambda _: {},
     run=run,

@@ -18,12 +18,12 @@ What it does NOT protect against:
 
 - Faults of the kernel. Namespaces, Landlock and seccomp share it with everything else; only a virtual machine does not.
 - Side channels: timing, caches, the load of the machine. Programs share its cores and slow each other down.
-- Weak tests. A program that answers exactly what the tests ask, right or by heart, passes; and tests that `eval` a
-  result hand their process, and the verdict, to the program.
+- Weak tests. A program that answers exactly what the tests ask passes, even if it only lists the answers; and tests
+  that `eval` a result hand their process, and the verdict, to the program.
 - A fault of CPython in the tests' process: it parses the program's answers (JSON, built into plain values).
 - `sandlock`: names, sizes and times of files can be found out (Landlock does not hide `stat`), not their contents.
 - `sandlock` and `process` where no cgroup can be made: the number of threads is bounded by the address space alone.
-- `process`: reads of whatever this user may read, and writes where this user may write.
+- `process`: reads of every file that this user may read, and writes where this user may write.
 - Denial of service below the limits: each job may use all of its seconds, memory and output.
 
 Tests see results by value: an argument that the program changes in place stays as it was, and an object of a class of

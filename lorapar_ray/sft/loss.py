@@ -17,7 +17,7 @@ from lorapar_ray.sft.rows import Rows
 def summed_loss(model: Any, rows: Rows) -> Tensor:
     """Minus the log-probability of the target tokens, summed: float32, scalar.
 
-    Whatever the model does to its logits (soft caps, scales) counts. A model that puts virtual tokens before each row
+    What the model does to its logits (soft caps, scales) counts. A model that puts virtual tokens before each row
     is fine; one without an output head of its own computes all logits.
     """
     taken = False

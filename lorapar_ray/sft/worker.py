@@ -153,7 +153,7 @@ def _load(job: SftJob, settings: SftConfig) -> Any:
 
 
 def _active(job: SftJob, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(parameters, masks) by name: LoRA's A and B under a stage's region, or whatever the method trains, whole."""
+    """(parameters, masks) by name: LoRA's A and B under a stage's region, or all that another method trains."""
     import torch
 
     from lorapar_ray.adapters import adapter_parameters

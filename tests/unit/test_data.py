@@ -19,7 +19,7 @@ from lorapar_ray.datasets.records import read_records
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation import accuracy, wilson_interval
-from lorapar_ray.grpo.prompts import PromptStream
+from lorapar_ray.grpo.prompt_stream import PromptStream
 from lorapar_ray.runs import RunDirectory, atomic_path, write_json
 from lorapar_ray.tensortree import load_tree, save_tree
 

@@ -9,7 +9,7 @@ import pytest
 
 from lorapar_ray.config import LabelConfig
 from lorapar_ray.datasets.rows import Row
-from lorapar_ray.labeling.histogram import Durations
+from lorapar_ray.labeling.percentiles import Durations
 from lorapar_ray.labeling.summary import Session, Tally, render
 from tests.unit.votes import answer, panel, vote
 

@@ -90,7 +90,7 @@ def test_a_teacher_is_given_up_for_its_own_failures_and_not_for_the_questions(mo
     asked = asyncio.run(ask_all())
     assert set(asked.dead) == {"locked", "down"} and asked.quorum_lost
     assert asked.dead["down"] == "3 failures in a row, the last: ConnectionError: down!"
-    assert slept == [1.0, 2.0] * 3  # only what may mend itself is tried again, and nothing once it is given up
+    assert slept == [1.0, 2.0] * 3  # only what may pass by itself is tried again, and nothing once it is given up
 
 
 def test_an_answer_that_is_none_is_asked_for_again_and_then_abstains() -> None:

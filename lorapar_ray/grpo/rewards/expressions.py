@@ -25,7 +25,7 @@ _ENVIRONMENT = re.compile(r"\\(?:boxed|\(|\[)|\$")
 
 
 def equal_expressions(gold: str, guess: str) -> bool:
-    """Whether math-verify finds `guess` equal to the reference; False if it cannot be told within the limits."""
+    """Whether math-verify finds `guess` equal to the reference; False if that is not decided within the limits."""
     if max(len(gold), len(guess)) > MAX_LENGTH:
         return False
     if limits.in_force():

@@ -1,4 +1,4 @@
-"""The parent of a reward process: whatever the rewards have started ends with it.
+"""The parent of a reward process: every process that the rewards have started ends with it.
 
 It starts the process as its child, becomes the parent of every orphan below it, and when the process ends, when it is
 told to (SIGTERM) or when its own parent is gone, it kills all that is left. What it cannot see: processes that a reward

@@ -2,7 +2,7 @@
 
 A grade is one constrained token, and the reward is the expected grade under the teacher's probabilities, so that a
 small teacher's hunch still ranks the completions of a group. What a teacher adds to every grade cancels in the group's
-advantages. The judge runs in the coordinator: unlike other rewards it executes nobody's code, and each question to a
+advantages. The judge runs in the coordinator: unlike other rewards it executes no foreign code, and each question to a
 teacher has a time limit. A completion may of course try to talk its judge into a better grade; put a verifiable reward
 beside it where there is one.
 """
@@ -57,7 +57,7 @@ class Judge:
             async with asyncio.timeout(self._settings.time_limit_s):
                 asked = await persist(lambda: teacher.ask(prompt, self._choices), self._label)
                 return expected_grade(asked.log_probs)
-        except Exception:  # whatever breaks in a teacher costs its grade, and is counted
+        except Exception:  # a teacher that fails costs its grade, and is counted
             return None
 
 
@@ -85,9 +85,7 @@ def judging(config: Config) -> Iterator[dict[str, Any] | None]:
     try:
         apps, failed = start_teachers(panel)
         if len(failed) == len(teachers):
-            raise UserError(
-                f"grpo.judge: no teacher runs ({reasons(failed)}); mend them and run the same command again"
-            )
+            raise UserError(f"grpo.judge: no teacher runs ({reasons(failed)}); fix them and run the same command again")
         yield {
             "settings": settings.model_dump(mode="json"),
             "label": label.model_dump(mode="json"),

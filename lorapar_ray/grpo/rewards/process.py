@@ -97,7 +97,7 @@ class RewardProcess:
         return Reply(values)
 
     def close(self) -> None:
-        """End the process, and with it whatever the rewards have started."""
+        """End the process, and with it all that the rewards have started."""
         if self._process is not None:
             if self._layer is None:
                 self._process.terminate()  # the guardian ends the rest

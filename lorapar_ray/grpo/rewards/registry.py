@@ -52,7 +52,7 @@ def get_reward(name: str) -> RewardFunction:
 
 
 def require_rewards(settings: GrpoConfig) -> None:
-    """Check that every reward of `grpo.rewards` can be had, and the sandbox that some need.
+    """Check that every reward of `grpo.rewards` can be imported, and that the sandbox works if one needs it.
 
     Raises:
         UserError: see `get_reward` and `lorapar_ray.sandbox.choose`.

@@ -1,6 +1,6 @@
 """The system calls that tested code may make, as a classic BPF program for seccomp (x86-64).
 
-Calls newer than `rseq` are unknown unless listed: what a future kernel adds is refused until somebody has looked at it.
+Calls newer than `rseq` are unknown unless listed: what a future kernel adds is refused until this list names it.
 """
 
 from __future__ import annotations
