@@ -25,6 +25,23 @@ NUMBERS = {
         ("It costs 1,500 dollars", "1500", 1),
         ("1,2345", "12345", 0),
     ],
+    "one of several": [
+        ("6 or 7", "7", 0),
+        ("6 or 7", "6", 0),
+        ("The answer is either 6 or 7.", "7", 0),
+        ("6 apples or 7 apples", "7", 0),
+        ("The answer is between 3 and 5", "5", 0),
+        ("It takes 3 to 5 hours", "5", 0),
+        ("Adding 5 and 6 gives 11", "11", 1),
+        ("She sold 48 clips in April and 24 clips in May", "24", 1),
+        ("It takes 2 and 1/2 hours.", "2.5", 1),
+    ],
+    "European writing and infinity": [
+        ("It costs 1.234,56 euros", "1234.56", 1),
+        ("1.234,56", "1.23456", 0),
+        ("\u221e", "\\infty", 1),
+        ("-\u221e", "\\infty", 0),
+    ],
     "signs": [
         ("-3", "-3", 1),
         ("-3", "3", 0),
@@ -327,6 +344,16 @@ HUGE = [
 ]
 
 LETTERS = [
+    ("A is wrong. B is wrong. D", "D", 1),
+    ("A is wrong. B is wrong. D", "B", 0),
+    ("A. is wrong, so B", "A", 0),
+    ("It cannot be A. B", "B", 1),
+    ("The answer is either A or B", "B", 0),
+    ("The answer is (A) or (B).", "A", 0),
+    ("B and I am sure", "B", 1),
+    ("Eliminate A and B, leaving C", "C", 1),
+    ("A) first\nB) second\nAnswer B", "B", 1),
+    ("B) because A) is wrong", "B", 1),
     ("B", "B", 1),
     ("b", "B", 1),
     ("(B)", "B", 1),

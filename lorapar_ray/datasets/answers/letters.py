@@ -10,7 +10,7 @@ from lorapar_ray.datasets.answers.writing import without_markdown
 _TEXTBOX = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
 _WHOLE = re.compile(r"[^\w]*([A-Ja-j])[^\w]*")
 _LEADING = re.compile(r"\s*(?:[(\[]\s*([A-Ja-j])\s*[)\]]|([A-Ja-j])\s*[).:]|([A-J])\s*(?:$|[,;\n–—-]))")
-_LEADS = r"(?:is|are|be|choose|chose|pick|select|option|choice|answer)"
+_LEADS = r"(?:is|are|be|choose|chose|pick|select|option|choice|answer|leaving|leaves)"
 _CHOSEN = re.compile(
     rf"\b{_LEADS}\b\s*(?:the\s+)?(?:option|choice|letter)?\s*(?:is\s+)?[:=]?\s*[\"'(\[]*([A-J])\b(?!['’]\w)",
     re.IGNORECASE,
@@ -22,7 +22,12 @@ _CONCLUDED = re.compile(r"\b(?:so|thus|hence|therefore)\b[,:]?\s+(?:it\s+is\s+|i
 _ALONE = re.compile(r"(?<![\w'’])([A-J])(?![\w]|['’]\w)")
 _ARTICLE = re.compile(r"[AI]\s+(?!(?:because|since|as|is|and|or|which|due|for|but|was|would)\b)[a-z]")
 _WORD = re.compile(r"[AI]\s+[A-Za-z]")
-_NOT = re.compile(r"\b(?:not|isn't|never)\s+[\"'(\[]*$", re.IGNORECASE)
+_WRONG = re.compile(r"[\"')\].]*\s+(?:(?:is|are|was)\s+(?:not|wrong|incorrect|false|out)\b|(?:isn't|cannot|can't)\b)")
+_WITH = r"(?:or|and|nor)"
+_HEDGED = re.compile(rf"[\"')\].]*\s+{_WITH}\s+(?:option\s+)?[\"'(\[]*(?:[A-HJ]\b(?!['’]\w)|I\b(?!['’]\w|\s+[a-z]))")
+_HEDGES = re.compile(rf"(?<![\w'])[A-J][\"')\].]*\s+{_WITH}\s+(?:option\s+)?[\"'(\[]*$")
+_LISTED = re.compile(r"^\s*[(\[]?([A-Ja-j])[)\].:]", re.MULTILINE)
+_NOT = re.compile(r"\b(?:not|isn't|never|cannot\s+be|can't\s+be)\s+[\"'(\[]*$", re.IGNORECASE)
 
 
 def option_letter_in(text: str) -> str | None:
@@ -30,18 +35,27 @@ def option_letter_in(text: str) -> str | None:
 
     Exact: a marked answer, or a text that is a letter or begins with one (`B`, `(b)`, `B. Paris`). Heuristics, in this
     order: the letter after the last "answer is", "choice is", "so"; the letter called right; the first letter that
-    stands alone. The article "A" and the pronoun "I" are no letters.
+    stands alone. The article "A" and the pronoun "I" are no letters; nor is a letter that is called wrong, or that
+    stands beside another ("A or B").
     """
     span = final_span(text)
     inside = without_markdown(_TEXTBOX.sub(r"\1", span.text)).strip(" $")
     if found := _WHOLE.fullmatch(inside):
         return found.group(1).upper()
-    if (found := _LEADING.match(inside)) and not _WORD.match(inside):
-        return str(next(filter(None, found.groups()))).upper()
+    if (found := _LEADING.match(inside)) and not _WORD.match(inside) and not _lists_options(inside):
+        place = found.start(found.lastindex or 0)
+        if not (_WRONG.match(inside, place + 1) or _HEDGED.match(inside, place + 1)):
+            return inside[place].upper()
     for part in (inside, without_markdown(text)):
+        part = _LISTED.sub("", part) if _lists_options(part) else part
         if letter := _chosen(part):
             return letter
     return None
+
+
+def _lists_options(text: str) -> bool:
+    """Whether the text repeats the question's options, a line each from A on."""
+    return [line.group(1).upper() for line in _LISTED.finditer(text)][:2] == ["A", "B"]
 
 
 def _chosen(text: str) -> str | None:
@@ -56,4 +70,7 @@ def _chosen(text: str) -> str | None:
 
 def _is_letter(text: str, match: re.Match[str]) -> bool:
     place = match.start(1)
-    return text[place].isupper() and not _ARTICLE.match(text, place) and not _NOT.search(text, 0, place)
+    after = place + 1
+    refused = _NOT.search(text, 0, place) or _HEDGES.search(text, 0, place)
+    refused = refused or _WRONG.match(text, after) or _HEDGED.match(text, after)
+    return text[place].isupper() and not _ARTICLE.match(text, place) and not refused

@@ -18,6 +18,7 @@ _UNIT_POWER = re.compile(r"(?<=[A-Za-z])(\s*)(?:\^|\*\*)\s*\{?\s*-?\d+\s*\}?(?![
 _APART_SIGN = re.compile(r"((?:[=({:]|\bis)\s*)-\s+(?=[\d.$\\])")
 _MINUS = re.compile(r"\b(?:minus|negative)\s+(?=[\d.$])", re.IGNORECASE)
 _ABBREVIATED = re.compile(r"\b(Rs|approx|No|ca)\.(?=\s?\d)", re.IGNORECASE)
+_AND_FRACTION = re.compile(r"(?<=\d)\s+and\s+(?=\d+\s*/\s*\d+(?![\d/]))")
 _SPACED_GROUPS = re.compile(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?")
 _PROSE = re.compile(r"[^\W\d_]{2,}")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
@@ -27,6 +28,8 @@ _FUNCTIONS = frozenset(
 )
 _UNIT_LETTERS = frozenset("mgshlnjwvakcf")
 """One letter after a number that is a unit (metres, grams, …); any other is a variable, so that `2x` is not 2."""
+_CHOICES = frozenset({"or", "and", "to"})
+"""Between two numbers they make one of several: `6 or 7` is neither 6 nor 7."""
 _RUN = frozenset({"number", "operator", "open", "close", "fraction", "percent", "scale", "command"})
 
 
@@ -70,6 +73,7 @@ def is_prose(text: str) -> bool:
 
 def _plain(text: str) -> str:
     text = _MINUS.sub("-", _ABBREVIATED.sub(r"\1 ", text))
+    text = _AND_FRACTION.sub(" ", text)
     text = _APART_SIGN.sub(r"\1-", _TIMES.sub("*", plain_writing(text)))
     return _UNIT_POWER.sub(r"\1", text)
 
@@ -180,7 +184,7 @@ def _run_around(parts: Sequence[Token], index: int) -> Sequence[Token]:
     """The sum that the number at `index` is part of.
 
     Raises:
-        NotANumberError: it is part of something else, such as `2x`, `x + 1` or `(1, 4)`.
+        NotANumberError: it is part of something else, such as `2x`, `x + 1`, `(1, 4)` or `3 or 4`.
     """
     start, end = index, index + 1
     while start and parts[start - 1].kind in _RUN:
@@ -191,6 +195,8 @@ def _run_around(parts: Sequence[Token], index: int) -> Sequence[Token]:
     after = parts[end] if end < len(parts) else None
     if before is not None and before.text.lower() in _FUNCTIONS:
         raise NotANumberError("the argument of a function")
+    if _follows_a_choice(parts, start):
+        raise NotANumberError("one of several")
     closings = sum((part.text in ")}") - (part.text in "({") for part in parts[start:end])
     if before is not None and before.text == "," and closings > 0:
         raise NotANumberError("one of several")
@@ -214,3 +220,12 @@ def _run_around(parts: Sequence[Token], index: int) -> Sequence[Token]:
     while run and run[-1].kind == "close" and closings > 0:
         run, closings = run[:-1], closings - 1
     return run
+
+
+def _follows_a_choice(parts: Sequence[Token], start: int) -> bool:
+    """Whether what begins at `start` is the second number of `6 or 7`, `3 to 5 hours` or `6 apples or 7`."""
+    if start < 2 or parts[start - 1].text.lower() not in _CHOICES:
+        return False
+    earlier = parts[start - 2]
+    unit = parts[start - 1].text.lower() == "or" and earlier.kind == "word" and start > 2
+    return (parts[start - 3] if unit else earlier).kind in ("number", "percent", "close")

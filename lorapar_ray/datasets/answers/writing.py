@@ -19,12 +19,15 @@ _SIGNS = {
     "\uff08": "(",
     "\uff09": ")",
     "\u00b0": "",
+    "\u221e": "\\infty ",
     "\u200b": "",
     "\ufeff": "",
 }
 _RAISED = dict(zip("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b", "0123456789-", strict=True))
 _RAISED_RUN = re.compile(f"[{''.join(_RAISED)}]+")
 _GROUPING = re.compile(r"(?<=\d)(?:['\u2019_\u00a0\u2009\u202f\u2007]|\\[,!;:]|\\ |~)(?=\d{3}(?!\d))")
+_EUROPEAN = re.compile(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d{1,2})(?![\d,])")
+"""`1.234,56`: with both marks in it, it can be read in one way only."""
 _TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|mathsf|operatorname|mbox|hbox)\s*\{([^{}]*)\}"
 )
@@ -64,6 +67,7 @@ def plain_writing(text: str) -> str:
     """Characters, LaTeX spacing, text boxes and thousands separators as one would type them."""
     text = _RAISED_RUN.sub(lambda run: "^" + "".join(_RAISED[each] for each in run.group()), text)
     text = plain_characters(_GROUPING.sub("", text))
+    text = _EUROPEAN.sub(lambda found: f"{found[1].replace('.', '')}.{found[2]}", text)
     for pattern, by in _LATEX:
         text = pattern.sub(by, text)
     while (shorter := _TEXT.sub(r" \1 ", text)) != text:
