@@ -37,14 +37,14 @@ class Group:
     """Samples on which a reward failed."""
     failed: dict[str, int] = field(default_factory=dict)
     """Samples lost by reward."""
-    error: str = ""
-    """Text of the first failure."""
+    errors: dict[str, str] = field(default_factory=dict)
+    """Text of the first failure by reward."""
     reward_seconds: float = 0.0
 
     def take(self, scored: RewardBatch, settings: GrpoConfig) -> None:
         """Fill in what the reward workers found, and the overlong penalty if there is one."""
         self.rewards, self.parts, self.failures = scored.total, scored.parts, sum(scored.failures.values())
-        self.failed, self.error = scored.failed, scored.error
+        self.failed, self.errors = scored.failed, scored.errors
         if settings.overlong_cache:
             lengths = [len(done.token_ids) for done in self.completions]
             limits = settings.max_completion_length, settings.overlong_cache

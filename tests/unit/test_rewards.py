@@ -8,6 +8,8 @@ import psutil
 import pytest
 
 from lorapar_ray.errors import UserError
+from lorapar_ray.grpo.batches import Group
+from lorapar_ray.grpo.coordinator import Coordinator
 from lorapar_ray.grpo.rewards import RewardPool, RewardSpec, get_reward
 from lorapar_ray.grpo.rewards.calling import call
 from tests.unit import trl_rewards
@@ -142,7 +144,7 @@ def test_the_first_failure_is_told(name: str, text: str) -> None:
     with RewardPool([RewardSpec(reward)], time_limit_s=20, memory_limit_mb=512) as pool:
         scored = pool.score(["q", "q"], ["4", "6"], COLUMNS)
     assert scored.failures == {"raised": 2} and scored.failed == {reward: 2}
-    assert scored.error.startswith(f"{reward}: ") and text in scored.error
+    assert text in scored.errors[reward]
 
 
 def test_a_reward_process_is_contained(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,3 +165,23 @@ def test_a_reward_process_is_contained(monkeypatch: pytest.MonkeyPatch) -> None:
             time.sleep(0.05)
         assert sleepers() == 2
     assert sleepers() == 0
+
+
+def test_a_step_on_which_one_reward_fails_everywhere_stops_with_that_rewards_text(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    coordinator = Coordinator.__new__(Coordinator)
+    coordinator._told = False
+
+    def group(failed: dict[str, int], errors: dict[str, str]) -> Group:
+        return Group(row={}, completions=[], texts=["a", "b"], failed=failed, errors=errors)
+
+    some = [group({"rare": 1, "typo": 2}, {"rare": "ValueError: one", "typo": "KeyError: 'x'"}), group({}, {})]
+    coordinator._report_failures(some, step=0)
+    coordinator._report_failures(some, step=1)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("failed on some samples") == 1 and "typo: KeyError: 'x'" in said and "rare: ValueError" in said
+    everywhere = [*some[:1], group({"typo": 2}, {"typo": "KeyError: 'y'"})]
+    with pytest.raises(UserError, match=r"'typo' failed on all 4 samples of step 3: KeyError: 'x'"):
+        coordinator._report_failures(everywhere, step=2)
+    coordinator._report_failures([], step=3)

@@ -32,8 +32,8 @@ class RewardBatch:
     """Samples lost by cause: `raised`, `timeout`, `crashed`, `not_finite`, and the name of a reward found elsewhere."""
     failed: dict[str, int] = field(default_factory=dict)
     """Samples lost by reward."""
-    error: str = ""
-    """Reward and text of the first failure."""
+    errors: dict[str, str] = field(default_factory=dict)
+    """Text of the first failure by reward."""
 
 
 def with_part(
@@ -46,7 +46,7 @@ def with_part(
         {each: {**scored.parts, name: values}[each] for each in order},
         scored.failures | ({name: failed} if failed else {}),
         scored.failed,
-        scored.error,
+        scored.errors,
     )
 
 
@@ -93,8 +93,8 @@ class RewardPool:
             for index in range(len(completions))
         ]
         failures, failed = Counter(cause for _, cause, _ in lost), Counter(name for name, _, _ in lost)
-        first = f"{lost[0][0]}: {lost[0][2]}" if lost else ""
-        return RewardBatch(total, parts, dict(failures), dict(failed), first)
+        errors = {name: text for name, _, text in reversed(lost)}
+        return RewardBatch(total, parts, dict(failures), dict(failed), errors)
 
     def close(self) -> None:
         """End the processes."""

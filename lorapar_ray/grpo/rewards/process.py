@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.errors import UserError
-from lorapar_ray.grpo.rewards.worker import READY
 
 if TYPE_CHECKING:
     from lorapar_ray.config import SandboxConfig
 
 MODULE = "lorapar_ray.grpo.rewards.worker"
+READY = "ready"
+"""The seal of the line by which a fresh process says that it is ready, or why it is not."""
 START_LIMIT_S = 300.0
 """A fresh process imports the rewards' modules before it says it is ready; that is not a reward's own time."""
 END_LIMIT_S = 5.0
@@ -57,6 +58,7 @@ class RewardProcess:
             "memory_mb": memory_limit_mb,
             "time_limit_s": time_limit_s,
             "rewards": list(rewards),
+            "ready": READY,
             "sandbox": sandbox.model_dump(mode="json"),
             "guarded": not isolate,
         }

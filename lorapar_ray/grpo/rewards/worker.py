@@ -1,6 +1,8 @@
 """A reward process: reads one JSON request per line, answers one sealed JSON line each.
 
-    python -m lorapar_ray.grpo.rewards.worker '{"rewards": [...], "memory_mb": 1024, "time_limit_s": 5, "sandbox": {}}'
+    python -m lorapar_ray.grpo.rewards.worker SETTINGS  (JSON, as `RewardProcess` makes it)
+
+No module of this package may import this one: Python would warn, at each start, that it is there already.
 
 The channel is moved aside before any reward is imported: standard input is empty, what rewards print goes to standard
 error, and an answer counts only behind the seal that came with its request, so that a program which writes to every
@@ -19,11 +21,10 @@ from typing import Any
 
 ASIDE = 60
 """File numbers from which on the channel lies."""
-READY = "ready"
 
 
 def serve(settings: dict[str, Any]) -> None:
-    """Say `ready`, or why not, then answer requests until input ends.
+    """Say that it is ready, or why not, then answer requests until input ends.
 
     A request is {number, seal, reward, prompts, completions, columns}, its answer {number, values} or {number, error}.
     """
@@ -45,12 +46,12 @@ def serve(settings: dict[str, Any]) -> None:
         if code.CODE_TESTS in rewards:
             code.configure(SandboxConfig.model_validate(settings["sandbox"]), settings["time_limit_s"])
     except UserError as error:
-        answer(READY, {"error": str(error)})
+        answer(settings["ready"], {"error": str(error)})
         return
     if any(name == "numeric_answer" or name.startswith(expressions.__name__) for name in rewards):
         expressions.load()
     limits.set_limits(settings["memory_mb"])
-    answer(READY, {})
+    answer(settings["ready"], {})
     for line in requests:
         request = json.loads(line)
         answer(request.pop("seal"), {"number": request["number"], **_answer(get_reward, request)})
