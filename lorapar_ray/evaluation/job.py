@@ -103,6 +103,7 @@ def _answer_all(
         settings.engine,
         settings.resources,
         seed=config.seed,
+        where="evaluate.engine",
         trust_remote_code=config.model.trust_remote_code,
         sync=sync,
         max_lora_rank=max_lora_rank,

@@ -198,12 +198,16 @@ class Coordinator:
         """Show the first failure of a reward; stop if one failed on every sample of the step."""
         samples = sum(len(group.texts) for group in groups)
         failed = sum((Counter(group.failed) for group in groups), Counter[str]())
-        error = next((group.error for group in groups if group.error), "")
-        if samples and samples in failed.values():
-            raise UserError(f"grpo.rewards: a reward failed on all {samples} samples of step {step + 1}: {error}")
-        if error and not self._told:
+        errors = {name: text for group in reversed(groups) for name, text in group.errors.items()}
+        for name, count in failed.items():
+            if count == samples:
+                raise UserError(
+                    f"grpo.rewards: '{name}' failed on all {samples} samples of step {step + 1}: {errors[name]}"
+                )
+        if errors and not self._told:
             self._told = True
-            console.print(f"  a reward failed on some samples, which count 0 for it; the first: {one_line(error, 500)}")
+            first = "; ".join(f"{name}: {text}" for name, text in errors.items())
+            console.print(f"  a reward failed on some samples, which count 0 for it; the first: {one_line(first, 500)}")
 
     async def _group(self, index: int, step: int, attempt: int) -> Group:
         row = self._rows[index]
@@ -237,6 +241,7 @@ class Coordinator:
             settings.rollout_engine,
             settings.rollout_resources,
             seed=self._plan["seed"],
+            where="grpo.rollout_engine",
             trust_remote_code=self._plan["trust_remote_code"],
             sync=sync_of(settings),
             max_lora_rank=self._plan["lora_rank"],

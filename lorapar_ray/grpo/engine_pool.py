@@ -280,11 +280,12 @@ def _lost(error: Exception) -> bool:
     """Whether an engine, or its answer, is gone, as against a request that it refused."""
     import ray
 
-    return isinstance(error, TimeoutError | ray.exceptions.RayActorError | ray.exceptions.ObjectLostError)
+    gone = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.OutOfMemoryError)
+    return isinstance(error, (TimeoutError, *gone))
 
 
 def _dead(error: Exception) -> bool:
     """Whether Ray knows that the actor has ended; else it may only be out of reach."""
     import ray
 
-    return isinstance(error, ray.exceptions.ActorDiedError)
+    return isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.OutOfMemoryError)

@@ -32,7 +32,8 @@ class HostedTeacher:
         self._config = TeacherConfig.model_validate(teacher)
         self._choice = choice
         phases = Phases(f"teacher {self._config.name}")
-        self._engine = start_async_llm(teacher_engine_arguments(self._config, seed), phases)
+        where = f"label.teachers '{self._config.name}': engine"
+        self._engine = start_async_llm(teacher_engine_arguments(self._config, seed), phases, where)
         from transformers import AutoTokenizer
 
         self._tokenizer = AutoTokenizer.from_pretrained(

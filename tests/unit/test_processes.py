@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from lorapar_ray.engines.phases import Phases
-from lorapar_ray.engines.processes import ForkContext, answer_of, cuda_is_lost
+from lorapar_ray.engines.processes import UNUSABLE, ForkContext, answer_of, cuda_is_lost
 
 ORPHAN = """
 import sys, time
@@ -44,7 +44,7 @@ def fails() -> int:
 
 
 def test_a_forked_process_has_the_environment_of_the_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    context = ForkContext(tmp_path / "unusable")
+    context = ForkContext(tmp_path)
     for word in ("one", "two"):  # the fork server itself keeps the first
         monkeypatch.setenv("LORAPAR_TEST_LATE", word)
         process = context.Process(target=note_environment, name="core", kwargs={"file": str(tmp_path / word)})
@@ -52,7 +52,7 @@ def test_a_forked_process_has_the_environment_of_the_moment(tmp_path: Path, monk
         process.join(60)
         assert process.exitcode == 0
         assert (tmp_path / word).read_text() == word
-    assert not (tmp_path / "unusable").exists()
+    assert not (tmp_path / UNUSABLE).exists()
 
 
 def test_a_forked_process_ends_with_the_one_that_asked_for_it(tmp_path: Path) -> None:

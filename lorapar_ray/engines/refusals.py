@@ -1,0 +1,94 @@
+"""Why an engine could not start, in one line that names the field to change.
+
+vLLM says it in many ways: pydantic's errors, `ValueError`s of the cache, whatever safetensors or a driver raises, and
+most of them in a process of its own, of which the one that started it learns only that it has ended.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lorapar_ray.errors import UserError
+from lorapar_ray.text import one_line, reason
+
+CAUSE = "cause"
+"""Name of the file in which a forked core leaves what ended it."""
+LENGTH = 300
+WAIT_S = 60.0
+"""A core says that it has failed before it has tidied up and left its cause."""
+_ELSEWHERE = "See root cause above"
+"""Words of vLLM for a core that has failed in a process of its own."""
+_PYDANTIC = re.compile(r"\bValidationError: \d+ validation errors? for \w+ (?:Value error, )?")
+
+# (what the reason says; the first match counts), the field of `where` that it is about ("": all), what to do
+_FIELDS: tuple[tuple[str, str, str], ...] = (
+    (r"unexpected keyword argument|extra_forbidden", "extra", "leave out what vLLM does not know"),
+    (
+        r"KV cache|cache blocks|No available memory for the cache|besides its cache",
+        "kv_cache_gib",
+        "raise it (on a GPU: extra.gpu_memory_utilization or resources.gpus), or lower max_model_len",
+    ),
+    (
+        r"out of memory|Free memory on device|Cannot allocate memory|MemoryError|can't allocate|exit status -9\b",
+        "extra.gpu_memory_utilization",
+        "there is too little free memory: give the engine a smaller share or a larger GPU or node, or a smaller model",
+    ),
+    (r"max_num_batched_tokens", "extra.max_num_batched_tokens", "raise it, or lower max_model_len"),
+    (r"max_model_len|max_position_embeddings", "max_model_len", "lower it to what the model can read"),
+    (r"max_num_seqs", "max_num_seqs", "lower it"),
+    (r"tensor.parallel|world.size|divisible by", "tensor_parallel", "choose one that divides the model's heads"),
+    (r"bfloat16|float16|\bdtype\b", "dtype", "choose one that the device and the model know"),
+    (r"Address already in use|Permission denied|Connection refused", "", "free what it needs, then run this again"),
+)
+
+
+@contextmanager
+def refusing(model: str, where: str, notes: Path) -> Iterator[None]:
+    """Turn whatever ends the start of an engine into one line.
+
+    Args:
+        model: what the engine was to load.
+        where: the config's field that holds the engine's settings: "evaluate.engine".
+        notes: folder in which a core that has ended may have left its `CAUSE`.
+
+    Raises:
+        UserError: names the field that the reason is about, else the model.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        why = _cause(notes) if _ELSEWHERE in str(error) else ""
+        raise UserError(refusal(model, where, why or reason(error, LENGTH))) from error
+
+
+def refusal(model: str, where: str, why: str) -> str:
+    """The line for `why`, which names one of the engine's fields if that is what it is about, else the model."""
+    why = _PYDANTIC.sub("", why)
+    for pattern, name, fix in _FIELDS:
+        if re.search(pattern, why, re.IGNORECASE):
+            return f"{where}{'.' * bool(name)}{name}: no engine can be started for model '{model}' ({why}); {fix}"
+    return f"model '{model}': {where} cannot serve it ({why}); check its files and whether vLLM knows its architecture"
+
+
+def leave_cause(notes: Path, error: BaseException) -> None:
+    """Write down what ended a core, for the process that started it; that may have ended, or wait for it no longer."""
+    with suppress(OSError):
+        part = notes / f"{CAUSE}.part"
+        part.write_text(reason(error, LENGTH), encoding="utf-8")
+        part.rename(notes / CAUSE)
+
+
+def _cause(notes: Path) -> str:
+    """What the core has left; empty if it was killed, or spawned."""
+    file, deadline = notes / CAUSE, time.monotonic() + WAIT_S
+    while not file.is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with suppress(OSError):
+        return one_line(file.read_text(encoding="utf-8"))
+    return ""

@@ -1,0 +1,55 @@
+"""Which field is named where something that the machine or an engine refuses stops a stage."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import ray
+
+from lorapar_ray.engines.refusals import CAUSE, leave_cause, refusal, refusing
+from lorapar_ray.errors import UserError
+from lorapar_ray.perform import of_the_machine
+from lorapar_ray.runs import RunDirectory
+
+SAID = {  # as vLLM, torch and the operating system say it
+    "max_model_len": "ValidationError: 1 validation error for ModelConfig Value error, max_model_len (4096) is",
+    "kv_cache_gib": "ValueError: To serve at least one request 8.0 GiB KV cache is needed",
+    "extra.gpu_memory_utilization": "ValueError: Free memory on device cuda:0 on startup is less than desired",
+    "extra": "TypeError: AsyncEngineArgs.__init__() got an unexpected keyword argument 'nonsense'",
+    "tensor_parallel": "ValueError: Total number of attention heads (9) must be divisible by tensor parallel size (2).",
+    "dtype": "ValueError: The model type 'gemma3' does not support float16.",
+}
+
+
+@pytest.mark.parametrize("field", sorted(SAID))
+def test_the_field_that_an_engine_refuses_is_named(field: str) -> None:
+    line = refusal("m", "grpo.rollout_engine", SAID[field])
+    assert line.startswith(f"grpo.rollout_engine.{field}: ") and "'m'" in line and "validation error" not in line
+
+
+def test_what_is_about_no_field_is_about_the_model() -> None:
+    assert refusal("m", "evaluate.engine", "SafetensorError: header").startswith("model 'm': evaluate.engine")
+    assert refusal("m", "evaluate.engine", "OSError: Address already in use").startswith("evaluate.engine: no engine")
+
+
+def test_the_cause_that_a_core_leaves_late_is_waited_for(tmp_path: Path) -> None:
+    late = threading.Timer(0.3, lambda: leave_cause(tmp_path, OSError("no such file: model.safetensors")))
+    late.start()
+    with pytest.raises(UserError, match=r"model\.safetensors"), refusing("m", "evaluate.engine", tmp_path):
+        raise RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
+    late.join()
+    assert (tmp_path / CAUSE).is_file()
+
+
+def test_a_process_that_was_killed_for_memory_is_one_line(tmp_path: Path) -> None:
+    killed = ray.exceptions.OutOfMemoryError("1 worker(s) were killed\nMemory on the node was 23 GB / 23 GB")
+    group = RuntimeError("worker group failed")
+    group.worker_failures = {0: killed}  # type: ignore[attr-defined]
+    for error in (killed, group):
+        with (
+            pytest.raises(UserError, match=r"^sft: the machine ran out of memory \(1 worker.*goes on from it$"),
+            of_the_machine(RunDirectory(tmp_path), "sft"),
+        ):
+            raise error
+    with pytest.raises(RuntimeError, match="a defect"), of_the_machine(RunDirectory(tmp_path), "sft"):
+        raise RuntimeError("a defect")
