@@ -15,9 +15,11 @@ class ReasoningGymSource(Section):
 
     reader: Result[Literal["reasoning_gym"]]
     task: Result[str]
+    """Its name in `reasoning-gym`, such as `chain_sum`."""
     rows: Result[PositiveInt]
     seed: Result[Seed]
     options: Result[dict[str, Any]] = {}
+    """Of the task, as `reasoning-gym` takes them."""
 
 
 class FileSource(Section):
@@ -25,8 +27,11 @@ class FileSource(Section):
 
     reader: Result[Literal["file"]]
     path: Result[str]
+    """JSONL, JSON (also gzipped) or Parquet."""
     fields: Result[dict[Literal["id", "prompt", "context", "response", "answer"], str]] = {}
+    """Ours to the file's columns, where the names differ."""
     rows: Result[PositiveInt | None] = None
+    """At most so many, from the front; None: all."""
 
 
 class HubSource(Section):
@@ -34,10 +39,14 @@ class HubSource(Section):
 
     reader: Result[Literal["hub"]]
     name: Result[str]
+    """owner/name."""
     config: Result[str | None] = None
+    """The data set's configuration, where it has several."""
     split: Result[str] = "train"
     fields: Result[dict[Literal["id", "prompt", "context", "response", "answer"], str]] = {}
+    """Ours to the data set's columns, where the names differ."""
     rows: Result[PositiveInt | None] = None
+    """At most so many, from the front; None: all."""
 
 
 Benchmark = Literal["gsm8k", "boolq", "mawps", "svamp", "mmlu", "dolly", "openplatypus", "codealpaca", "codefeedback"]
@@ -48,8 +57,11 @@ class NamedSource(Section):
 
     reader: Result[Benchmark]
     path: Result[str | None] = None
+    """A local file of the same format; None: from the hub."""
     split: Result[str] = "train"
+    """Of the hub's data set."""
     rows: Result[PositiveInt | None] = None
+    """At most so many, from the front; None: all."""
 
 
 Source = Annotated[ReasoningGymSource | FileSource | HubSource | NamedSource, Field(discriminator="reader")]
@@ -59,6 +71,8 @@ class DataConfig(Section):
     """Training questions (to be labelled) and held-out test questions (never trained on)."""
 
     train: Result[Annotated[list[Source], Field(min_length=1)]]
+    """What is labelled and trained on."""
     test: Result[list[Source]] = []
+    """What is evaluated on."""
     instruction: Result[str | None] = None
     """Appended to every prompt, e.g. 'Answer with the number only.'"""

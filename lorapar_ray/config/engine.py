@@ -21,6 +21,7 @@ class Resources(Section):
     """What one process of a stage asks Ray for."""
 
     cpus: Operation[NonNegative] = 1.0
+    """Asked of Ray for one process; may be a fraction."""
     gpus: Operation[NonNegative | Literal["auto"]] = "auto"
     """`auto`: of the GPUs that the cluster has, the share that `lorapar_ray.gpus` gives to such a process; without GPUs
     that is none. A number is asked of Ray as it is; with 0 the process sees no GPU."""
@@ -43,9 +44,13 @@ class EngineConfig(Section):
 
     dtype: Result[Dtype] = "auto"
     max_model_len: Result[PositiveInt] = 1024
+    """Tokens of a prompt and its completion together."""
     max_num_seqs: Operation[PositiveInt] = 64
+    """Sequences that the engine computes at once."""
     tensor_parallel: Operation[PositiveInt] = 1
+    """GPUs (ranks) that the model is cut over."""
     enforce_eager: Operation[bool] = False
+    """No CUDA graphs and no compiling: a faster start, slower steps."""
     kv_cache_gib: Operation[PositiveFloat] = 1.0
     """CPU only: size of the key-value cache. On a GPU set `extra: {gpu_memory_utilization: ...}`."""
     extra: Annotated[dict[str, Any], result_but_not(*OPERATIONAL_EXTRA)] = {}

@@ -17,10 +17,14 @@ class EvaluateConfig(Section):
     models: Result[Annotated[Distinct[Literal["base", "sft", "grpo"]], Field(min_length=1)] | None] = None
     """None: the base and every stage of `order`."""
     answer: Result[Literal["numeric", "exact", "option_letter"]] = "numeric"
+    """How an answer is compared with the reference."""
     max_new_tokens: Result[PositiveInt] = 256
+    """Tokens at which an answer is cut."""
     stop: Result[StopStrings] = []
+    """Strings at which an answer ends."""
     engine: Result[EngineConfig] = EngineConfig()
     resources: Operation[Resources] = Resources()
+    """Of the engine."""
 
     @model_validator(mode="after")
     def _gpu_for_each_rank(self) -> EvaluateConfig:

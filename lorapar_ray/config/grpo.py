@@ -33,7 +33,9 @@ class RewardConfig(Section):
     """One reward: a registered name or `module:function`, and its weight in the sum."""
 
     name: Result[str]
+    """A registered reward, or `module:function`."""
     weight: Result[float] = 1.0
+    """In the sum of rewards."""
     isolate: Operation[bool] = False
     """Run a function of yours in the sandbox: it can import what this process can, and has no network, no environment
     variables and no other files. Not for `code_tests`, which puts the programs that it tests there."""
@@ -45,10 +47,12 @@ class JudgeConfig(Section):
     teachers: Result[list[str]] = []
     """By name; empty: all of them. The mean of those that answer counts."""
     grades: Result[Annotated[int, Field(ge=2, le=9)]] = 5
+    """From 1 to this."""
     prompt: Result[str] = (
         "Grade an answer to a question from 1 (wrong or useless) to {grades} (right and clear).\n\n"
         "Question: {question}\nReference answer: {answer}\nAnswer to grade: {completion}"
     )
+    """What a teacher reads; `{names}` are filled in."""
     choice: Result[str] = "Grade:"
     """The last word of the prompt; the grade is the next token."""
     time_limit_s: Operation[PositiveFloat] = 60.0
@@ -67,29 +71,43 @@ class GrpoConfig(Section):
     """Stage 2: GRPO of the System 2 region on System 2 prompts, starting from stage 1's adapter."""
 
     systems: Result[Annotated[Distinct[System], Field(min_length=1)]] = [2]
+    """Prompts of these Systems are sampled."""
     masked: Result[bool] = True
+    """False: every element trains."""
     steps: Result[PositiveInt | None] = None
     """None: one pass over the prompts."""
     prompts_per_step: Result[PositiveInt] = 8
+    """Groups that one step is made of, over all learners."""
     group_size: Result[Annotated[int, Field(ge=2)]] = 8
+    """Completions of one prompt."""
     max_prompt_length: Result[PositiveInt] = 256
+    """Tokens; a longer prompt is listed in `rejects/` and left out."""
     max_completion_length: Result[PositiveInt] = 256
+    """Tokens at which sampling stops."""
     temperature: Result[PositiveFloat] = 1.0
+    """Of sampling, and of the learner's probabilities."""
     top_p: Result[float] = 1.0
     """Only 1: the learner computes no renormalised probabilities, so ratios of truncated samples would be wrong."""
     stop: Result[StopStrings] = []
+    """Strings at which a completion ends."""
     rewards: Result[Annotated[list[RewardConfig], Field(min_length=1)]] = [RewardConfig(name="numeric_answer")]
+    """Their weighted sum is a completion's reward. By convention the first is the one for a right answer."""
     judge: Result[JudgeConfig] = JudgeConfig()
     """How the reward `judge` grades; needs `label.teachers`."""
     reward_time_limit_s: Operation[PositiveFloat] = 5.0
+    """For one call of the rewards. A batch that takes longer is halved; a sample that does counts 0."""
     reward_memory_mb: Operation[PositiveInt] = 1024
+    """Of a reward process."""
     reward_workers: Operation[PositiveInt] = 1
+    """Ray actors that compute rewards, each with processes of its own."""
     reward_resources: Operation[Resources] = Resources(cpus=0, gpus=0)
+    """Of one reward worker."""
     sandbox: Operation[SandboxConfig] = SandboxConfig()
     """For the reward `code_tests` and for rewards with `isolate`."""
     overlong_cache: Result[Optional0] = 0
     """DAPO's soft punishment: completions within this many tokens of the limit lose up to 1; 0 turns it off."""
     loss: Result[Literal["dapo", "grpo", "dr_grpo", "bnpo", "gspo", "cispo"]] = "dapo"
+    """How tokens are weighted, see `lorapar_ray.grpo.loss.policy_loss`."""
     clip_low: Result[NonNegative] = 0.2
     clip_high: Result[NonNegative] = 0.28
     """Bounds of the ratio to the old policy (`old_policy`); `cispo` caps the ratio at `clip_high` itself, at least 1.
@@ -106,23 +124,32 @@ class GrpoConfig(Section):
     nonfinite_limit: Operation[PositiveInt] = 3
     """Updates in a row that may be skipped because the loss or its gradient is not finite; then the run stops."""
     kl_beta: Result[NonNegative] = 0.0
+    """Weight of the KL divergence from the policy that stage 2 began with."""
     importance_cap: Result[PositiveFloat | None] = 2.0
     """Truncated importance sampling against the sampler's own log-probabilities; None turns it off, which
     `max_staleness` above 0 forbids."""
     sequence_ratio_bounds: Result[tuple[NonNegative, PositiveFloat] | None] = None
     """Leave out completions whose mean learner/sampler ratio lies outside; None keeps all."""
     advantage_scale: Result[Literal["group", "batch", "none"]] = "group"
+    """What a group's centred rewards are divided by: the group's standard deviation, the batch's, or nothing."""
     mask_truncated: Result[bool] = False
+    """Leave completions that were cut at the length limit out of the loss."""
     refill_limit: Result[Optional0] = 2
     """Further sampling rounds per step to replace groups whose rewards are all equal."""
     curriculum: Result[Literal["none", "solve_rate"]] = "none"
     """`solve_rate`: from the second epoch on, prompts solved about half of the time come first."""
     learning_rate: Result[PositiveFloat] = 5e-6
+    """The highest, after the warm-up."""
     schedule: Result[Literal["cosine", "linear", "constant"]] = "cosine"
+    """How the learning rate falls after the warm-up."""
     warmup_ratio: Result[Fraction] = 0.1
+    """Share of the steps in which the learning rate rises."""
     weight_decay: Result[NonNegative] = 0.1
+    """Decoupled (AdamW), of the elements that train."""
     betas: Result[Betas] = (0.9, 0.99)
+    """Of AdamW's two moments."""
     max_grad_norm: Result[PositiveFloat] = 0.1
+    """The gradient of the elements that train is clipped to this norm."""
     micro_batch_tokens: Operation[PositiveInt | None] = None
     """Tokens, prompts included, in one forward and backward pass; None: what the device's memory holds, by measure. A
     group that is larger is cut; a sample that is larger goes alone."""
@@ -132,6 +159,7 @@ class GrpoConfig(Section):
     """Compute activations again in the backward pass instead of keeping them: half as much time again for a small part
     of the memory. None: if the longest sample would not fit without."""
     checkpoint_every: Operation[PositiveInt] = 10
+    """Steps between two checkpoints."""
     max_staleness: Result[Optional0] = 0
     """Versions a sample's policy may lag behind the learner's; 0 is strictly on-policy."""
     drain: Result[bool] = False
@@ -144,18 +172,23 @@ class GrpoConfig(Section):
     """Largest mean absolute log-probability gap (nats) between learner and engine on the canary tokens. `auto`: eight
     times the gap on the bare base, measured before a policy is served, and at least what `dtype` rounds away."""
     rollout_actors: Operation[PositiveInt] = 1
+    """Engines that sample."""
     rollout_time_limit_s: Operation[PositiveFloat] = 900.0
     """An engine that takes longer over one request hangs, and is replaced."""
     learners: Operation[PositiveInt] = 1
+    """Training workers that share each step's samples."""
     sharding: Operation[Literal["none", "fsdp2"]] = "none"
     """`fsdp2`: cut the frozen base over the learners, for a base that does not fit one device."""
     report_to: Operation[Distinct[Tracker]] = []
+    """Trackers that get the curves, beside `metrics/grpo.jsonl`."""
     rollout_placement: Operation[Literal["pack", "spread"]] = "pack"
     """Engines on few nodes or on many; see `lorapar_ray/grpo/placement.py` also for sharing GPUs with learners."""
     rollout_engine: Annotated[EngineConfig, result_but_not("max_model_len")] = EngineConfig()
     """Its `max_model_len` holds every sample, or the config is refused; so it decides nothing."""
     rollout_resources: Operation[Resources] = Resources()
+    """Of one engine."""
     learner_resources: Operation[Resources] = Resources()
+    """Of one learner."""
 
     @model_validator(mode="after")
     def _whole_distribution(self) -> GrpoConfig:

@@ -25,16 +25,20 @@ class TeacherConfig(Section):
     """One voter: hosted here on Ray Serve, a remote OpenAI-compatible endpoint, or a Python class of the user's."""
 
     name: Result[Word]
+    """Of the vote in labels and reports."""
     kind: Result[Literal["serve", "remote", "python"]] = "serve"
     """`python`: `model` is `module:Class`, see `lorapar_ray.labeling.teachers`."""
     model: Result[str]
+    """As `model.path`; for a remote teacher the name that its endpoint knows; for `python` `module:Class`."""
     revision: Result[str | None] = None
     """Hub revision of a hosted model; for a remote one, any word that changes when the endpoint's model does. Cached
     votes belong to it."""
     engine: Result[EngineConfig] = EngineConfig()
+    """For kind: serve."""
     resources: Operation[Resources] = Resources()
     """Of one replica. `gpus` below 1 shares a GPU; with `engine.tensor_parallel` N it is N."""
     replicas: Operation[PositiveInt] = 1
+    """Engines that serve it side by side."""
     max_replicas: Operation[PositiveInt | None] = None
     """Autoscale between `replicas` and this; None keeps `replicas`."""
     max_ongoing_requests: Operation[PositiveInt | None] = None
@@ -43,18 +47,22 @@ class TeacherConfig(Section):
     use_chat_template: Result[bool | None] = None
     """None: if the tokenizer has one."""
     example_order: Result[Literal["system1_first", "system2_first"]] = "system1_first"
+    """Which of the prompt's examples comes first."""
     thinking_tokens: Result[Optional0] = 0
     """Free text a reasoning model may write before the constrained choice."""
     base_url: Result[str | None] = None
+    """Of a remote endpoint, such as `https://host/v1`."""
     endpoint: Result[Literal["completions", "chat"]] = "completions"
     """Remote only. `chat` for services without text completion; the choice is the last token that is one."""
     extra_body: Result[dict[str, Any]] = {}
     """Added to every request of a remote teacher, such as `{structured_outputs: {choice: ["1", "2"]}}` for vLLM's
     server. A Python class gets it with its config."""
     api_key_env: Operation[str | None] = None
+    """The environment variable that holds the endpoint's key; the key itself is never written anywhere."""
     requests_per_second: Operation[PositiveFloat | None] = None
     """Remote only: of all asking workers together."""
     cost_per_million_tokens: Result[NonNegative] = 0.0
+    """Of a remote teacher, for `sequential` and the report."""
     cost_per_hour: Result[NonNegative] = 0.0
     """Of one hosted replica."""
 
@@ -87,8 +95,11 @@ class VotePrompt(Section):
     role: Result[str] = "Act as the language model {student}. "
     """Left out by strategy `single`."""
     task: Result[str] = "Decide which System a question belongs to."
+    """What is asked."""
     definition: Result[str] = "System {system}: {meaning}."
+    """One line for each System."""
     question: Result[str] = "Question: {question}\nAnswer: {answer}"
+    """Of the examples and of the question itself."""
     choice: Result[str] = "System:"
     """The last words of the prompt; the number of a System is the next token."""
 
@@ -109,8 +120,11 @@ class LabelConfig(Section):
     """Stage `label`: which System each training question belongs to (paper, section 3.1)."""
 
     strategy: Result[Literal["vote", "single", "single_roleplay", "random"]] = "vote"
+    """`vote`: the majority of teachers that play the student. `single`, `single_roleplay`: one teacher, as itself or
+    as the student. `random`: drawn, a baseline."""
     teachers: Result[list[TeacherConfig]] = []
     student_name: Result[str | None] = None
+    """What teachers are asked to act as; None: the last part of `model.path`."""
     definitions: Result[dict[System, str]] = {
         1: "the student answers at once, from recall, reading comprehension or one simple inference",
         2: "the student has to reason in several steps: multi-step logic, chaining information, complex inference",
@@ -124,6 +138,7 @@ class LabelConfig(Section):
             system=2,
         ),
     ]
+    """Shown in the prompt before the question."""
     prompt: Result[VotePrompt] = VotePrompt()
     calibration: Result[Literal["none", "content_free", "swapped_definitions", "batch"]] = "content_free"
     """How a teacher's bias is removed. `content_free` divides out how it labels questions that say nothing;
@@ -137,11 +152,13 @@ class LabelConfig(Section):
     concurrency: Operation[PositiveInt] = 64
     """Questions in flight per asking worker."""
     workers: Operation[PositiveInt] = 1
+    """Ray Data workers that ask."""
     rows_per_block: Operation[PositiveInt] = 64
     """Questions asked, and stored, as one unit of work."""
     timeout_s: Operation[PositiveFloat] = 120.0
     """Of one request, the wait for a place in a hosted engine included."""
     retries: Operation[Optional0] = 2
+    """Of a request that failed in a way that may pass."""
     backoff_s: Operation[PositiveFloat] = 1.0
     """Before the first retry; doubled for each further one. An endpoint's own Retry-After goes before it."""
     give_up_after: Operation[PositiveInt] = 16
@@ -152,6 +169,7 @@ class LabelConfig(Section):
     cache: Operation[str | None] = None
     """A file of votes that several runs share; None: one of the run's own."""
     resources: Operation[Resources] = Resources(cpus=0.5, gpus=0)
+    """Of one asking worker."""
 
     @model_validator(mode="after")
     def _teachers_fit_strategy(self) -> LabelConfig:

@@ -22,7 +22,9 @@ class Config(Section):
     """A whole run."""
 
     name: Operation[Word]
+    """Of the run; its directory is `runs/<name>` unless `--run-dir` says otherwise."""
     seed: Result[Seed] = 0
+    """Of everything that is drawn at random in a run."""
     order: Result[Annotated[list[Literal["sft", "grpo"]], Field(min_length=1)]] = ["sft", "grpo"]
     """The training stages, each starting where the one before ended; `[sft]` and `[grpo, sft]` are baselines."""
     model: Result[ModelConfig]

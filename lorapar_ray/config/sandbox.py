@@ -17,5 +17,6 @@ class SandboxConfig(Section):
     time_limit_s: Operation[PositiveFloat] = 10.0
     """Wall clock of one program and its tests."""
     memory_mb: Operation[PositiveInt] = 512
+    """Of one program."""
     workers: Operation[PositiveInt] = 2
     """Programs at a time in each process that tests them."""

@@ -26,22 +26,33 @@ class SftConfig(Section):
     """Stage 1: supervised fine-tuning of the System 1 region on System 1 rows."""
 
     systems: Result[Annotated[Distinct[System], Field(min_length=1)]] = [1]
+    """Rows of these Systems are trained on."""
     masked: Result[bool] = True
     """False: every element trains, which is plain LoRA (or PiSSA, OLoRA, ... by `adapter.init`)."""
     epochs: Result[PositiveFloat] = 1.0
+    """Passes over the rows."""
     max_steps: Result[PositiveInt | None] = None
+    """Stop after so many optimiser steps; None: after `epochs`."""
     batch_size: Result[PositiveInt] = 32
     """Examples per optimiser step over all workers."""
     micro_batch_size: Operation[PositiveInt] = 8
+    """Examples in one forward and backward pass of a worker."""
     learning_rate: Result[PositiveFloat] = 2e-4
+    """The highest, after the warm-up."""
     lora_plus_ratio: Result[PositiveFloat] = 1.0
     """Learning rate of the B matrices over that of the A matrices (LoRA+)."""
     schedule: Result[Literal["cosine", "linear", "constant"]] = "cosine"
+    """How the learning rate falls after the warm-up."""
     warmup_ratio: Result[Fraction] = 0.03
+    """Share of the steps in which the learning rate rises."""
     weight_decay: Result[NonNegative] = 0.0
+    """Decoupled (AdamW), of the elements that train."""
     betas: Result[Betas] = (0.9, 0.999)
+    """Of AdamW's two moments."""
     max_grad_norm: Result[PositiveFloat] = 1.0
+    """The gradient of the elements that train is clipped to this norm."""
     max_length: Result[PositiveInt] = 512
+    """Tokens of an example; a longer response is cut."""
     packing: Operation[bool] = False
     """Lay a step's examples end to end in rows of `max_length` tokens, each attending to itself alone: no padding to
     compute, the same loss and gradient."""
@@ -49,12 +60,14 @@ class SftConfig(Section):
     """Draw a step's examples from those of like length, so that less is padded. (Within a step they are sorted by
     length in any case.)"""
     gradient_checkpointing: Operation[bool] = False
+    """Compute activations again in the backward pass: less memory, more time."""
     acceleration: Operation[Literal["auto", "none", "graphs", "compile"]] = "auto"
     """How a GPU is given a step's operations. `none`: one by one. `graphs`: one CUDA graph per bucket of lengths,
     which frees a small model's step from its launches. `compile`: graphs of compiled layers; compiling takes a
     minute. `auto`: graphs, compiled where the job is long enough to gain. On a CPU, and with gradient checkpointing,
     a sharded or a 4-bit base, it is always `none`."""
     checkpoint_every: Operation[PositiveInt] = 50
+    """Steps between two checkpoints."""
     validation: Result[Annotated[float, Field(ge=0, lt=1)]] = 0.0
     """Share of the rows that is held out from training to measure the loss on; 0: none."""
     validate_every: Result[PositiveInt] = 20
@@ -64,9 +77,11 @@ class SftConfig(Section):
     keep: Result[Literal["best", "last"]] = "best"
     """With a validation split: the adapter of the lowest validation loss, or of the last step."""
     workers: Operation[PositiveInt] = 1
+    """Training workers that share each step's examples."""
     sharding: Operation[Literal["none", "fsdp2"]] = "none"
     """`fsdp2`: cut the frozen base over the workers, for a base that does not fit one device."""
     resources: Operation[Resources] = Resources()
+    """Of one worker."""
     report_to: Operation[Distinct[Tracker]] = ["tensorboard"]
     """TensorBoard's files are in `metrics/tensorboard`."""
 
