@@ -25,8 +25,8 @@ from lorapar_ray.grpo.rewards.registry import require_rewards
 from lorapar_ray.progress import progress
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.job import export_plain
-from lorapar_ray.sft.tracking import require_trackers
 from lorapar_ray.student import RESIDUAL_INITS, base_path, starting_adapter
+from lorapar_ray.tracking import require_trackers
 from lorapar_ray.workers import run_workers
 
 CANARIES = 4

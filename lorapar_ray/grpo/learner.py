@@ -29,8 +29,8 @@ from lorapar_ray.grpo.packing import PackedRows, group_by_prompt, micro_batches,
 from lorapar_ray.grpo.samples import MiniBatch, Sample
 from lorapar_ray.optim.schedule import learning_rate_factor
 from lorapar_ray.precision import rounding, use_tensor_cores
-from lorapar_ray.sft.curves import Curves
-from lorapar_ray.sft.tracking import append_line, keep_lines_until
+from lorapar_ray.trackers import Curves
+from lorapar_ray.tracking import append_line, keep_lines_until
 
 
 @dataclass(frozen=True)

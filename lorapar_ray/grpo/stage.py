@@ -52,7 +52,7 @@ def resources(config: Config) -> str:
 def check(config: Config) -> None:
     """Rewards and trackers are there."""
     from lorapar_ray.grpo.rewards.registry import require_rewards
-    from lorapar_ray.sft.tracking import require_trackers
+    from lorapar_ray.tracking import require_trackers
 
     require_rewards(config.grpo)
     require_trackers(config.grpo.report_to, "grpo.report_to")

@@ -14,9 +14,9 @@ from lorapar_ray.datasets.tokens import Selection, TokenTable
 from lorapar_ray.progress import progress
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.batches import split_validation, steps_in
-from lorapar_ray.sft.tracking import require_trackers
 from lorapar_ray.sft.worker import SftJob, train_worker
 from lorapar_ray.student import RESIDUAL_INITS, base_reference, starting_adapter
+from lorapar_ray.tracking import require_trackers
 from lorapar_ray.workers import run_workers
 
 

@@ -19,7 +19,7 @@ def run(config: Config, run: RunDirectory) -> dict[str, Any]:
 
 def check(config: Config) -> None:
     """Trackers are installed."""
-    from lorapar_ray.sft.tracking import require_trackers
+    from lorapar_ray.tracking import require_trackers
 
     require_trackers(config.sft.report_to, "sft.report_to")
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorapar_ray.sft.tracking import append_line, memory_mib
+from lorapar_ray.tracking import append_line, memory_mib
 
 Write = Callable[[Mapping[str, Any], int], None]
 

@@ -53,11 +53,11 @@ def train_worker(payload: dict[str, Any]) -> None:
     from lorapar_ray.adapters import save_adapter, save_method
     from lorapar_ray.optim import trainable_share
     from lorapar_ray.sft.checkpoint import last_checkpoint
-    from lorapar_ray.sft.curves import Curves
     from lorapar_ray.sft.loop import TrainingLoop, Worker
     from lorapar_ray.sft.step_log import StepLog
-    from lorapar_ray.sft.tracking import keep_lines_until
     from lorapar_ray.student import device, load_tokenizer
+    from lorapar_ray.trackers import Curves
+    from lorapar_ray.tracking import keep_lines_until
 
     job = SftJob(**payload)
     settings = SftConfig.model_validate(job.settings)

@@ -20,7 +20,7 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.judging import judge, judging_process
 from lorapar_ray.models import resolve_model
 from lorapar_ray.runs import RunDirectory
-from lorapar_ray.sft.tracking import append_line, keep_lines_until
+from lorapar_ray.tracking import append_line, keep_lines_until
 
 TEXT_END, TURN_END = 0, 2
 """`<|endoftext|>` and `<|im_end|>` of the tokenizer."""

@@ -11,8 +11,8 @@ import torch
 from lorapar_ray.boundary import last_line, read_lines
 from lorapar_ray.errors import UserError
 from lorapar_ray.sft.checkpoint import OPTIMIZER, PARAMETERS, STATE, WORKERS, last_checkpoint, rng_state, set_rng_state
-from lorapar_ray.sft.tracking import append_line, keep_lines_until, require_trackers
 from lorapar_ray.tensortree import load_tree, save_tree
+from lorapar_ray.tracking import append_line, keep_lines_until, require_trackers
 
 
 def draw() -> tuple[float, float, float]:
@@ -78,7 +78,7 @@ def test_a_completion_may_hold_any_character(tmp_path: Path, text: str) -> None:
 
 
 def test_a_missing_tracker_is_named_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorapar_ray.sft.tracking.find_spec", lambda name: None if name == "wandb" else object())
+    monkeypatch.setattr("lorapar_ray.tracking.find_spec", lambda name: None if name == "wandb" else object())
     require_trackers(["tensorboard", "mlflow"], "sft.report_to")
     with pytest.raises(UserError, match=r"sft.report_to: 'wandb' is not installed; pip install wandb"):
         require_trackers(["tensorboard", "wandb"], "sft.report_to")

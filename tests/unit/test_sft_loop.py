@@ -23,7 +23,7 @@ from lorapar_ray.sft.loss import summed_loss
 from lorapar_ray.sft.passes import EagerPasses, GraphPasses, Passes
 from lorapar_ray.sft.rows import bucket, collate, losses_in, rows_in
 from lorapar_ray.sft.step_log import StepLog
-from lorapar_ray.sft.tracking import keep_lines_until
+from lorapar_ray.tracking import keep_lines_until
 from tests.tiny_run import metrics
 from tests.unit.tiny_models import CONFIGS, GROUPED, SHAPE, tiny
 

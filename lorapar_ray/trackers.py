@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorapar_ray.sft.tracking import PROJECT
+from lorapar_ray.tracking import PROJECT
 
 Write = Callable[[Mapping[str, float], int], None]
 

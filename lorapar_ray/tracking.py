@@ -1,4 +1,4 @@
-"""Where the curves of a run go: our own metrics file always, TensorBoard, W&B and MLflow by config."""
+"""The metrics file of a stage, one JSON line a step, and whether the trackers that a config names are there."""
 
 from __future__ import annotations
 
