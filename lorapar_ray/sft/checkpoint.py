@@ -22,11 +22,14 @@ import torch
 from torch import Tensor
 
 from lorapar_ray.boundary import damaged, read_object
+from lorapar_ray.errors import UserError
 from lorapar_ray.files import write_json
 from lorapar_ray.tensortree import OTHERS, is_whole, load_tree, save_tree
 
 PARAMETERS, OPTIMIZER, STATE = "parameters.safetensors", "optimizer.safetensors", "trainer_state.json"
 WORKERS = "workers"
+MOST_WORKERS = 100_000
+"""A checkpoint that claims more is damaged."""
 
 
 def last_checkpoint(folder: Path, workers: int) -> tuple[str, int] | None:
@@ -45,9 +48,13 @@ def _steps_of(path: Path, workers: int) -> int | None:
         step = int(state["global_step"])
     except (OSError, ValueError, RecursionError, KeyError, TypeError):  # killed before or while it was written
         return None
-    if not is_whole(path / _rng_file(0)):
+    try:
+        found = load_tree(path / _rng_file(0))
+    except UserError:  # damaged: the checkpoint before this one is gone on from
         return None
-    ranks = load_tree(path / _rng_file(0)).get(WORKERS, workers)
+    ranks = found.get(WORKERS, workers) if isinstance(found, dict) else None
+    if not isinstance(ranks, int) or not 0 < ranks <= MOST_WORKERS:
+        return None
     files = [PARAMETERS, OPTIMIZER, *map(_rng_file, range(ranks))]
     return step if all(is_whole(path / file) for file in files) else None
 
