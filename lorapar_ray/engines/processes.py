@@ -42,13 +42,15 @@ def start_async_llm(arguments: Mapping[str, Any], phases: Phases, where: str) ->
     Raises:
         UserError: vLLM cannot serve the model, or not with these settings.
     """
-    with TemporaryDirectory() as folder, refusing(str(arguments["model"]), where, Path(folder)):
-        return _start(arguments, phases, Path(folder))
-
-
-def _start(arguments: Mapping[str, Any], phases: Phases, notes: Path) -> Any:
-    """As `start_async_llm`; a forked process leaves in `notes` why it has ended."""
     forks = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") != "spawn"
+    with TemporaryDirectory() as folder:
+        notes = Path(folder)
+        with refusing(str(arguments["model"]), where, notes if forks else None):
+            return _start(arguments, phases, notes, forks)
+
+
+def _start(arguments: Mapping[str, Any], phases: Phases, notes: Path, forks: bool) -> Any:
+    """As `start_async_llm`; a forked process leaves in `notes` why it has ended."""
     with phases.phase("importing vLLM"):
         if forks:
             begin_to_import()

@@ -18,7 +18,7 @@ from lorapar_ray.text import one_line, reason
 CAUSE = "cause"
 """Name of the file in which a forked core leaves what ended it."""
 LENGTH = 300
-WAIT_S = 60.0
+WAIT_S = 20.0
 """A core says that it has failed before it has tidied up and left its cause."""
 _ELSEWHERE = "See root cause above"
 """Words of vLLM for a core that has failed in a process of its own."""
@@ -47,13 +47,13 @@ _FIELDS: tuple[tuple[str, str, str], ...] = (
 
 
 @contextmanager
-def refusing(model: str, where: str, notes: Path) -> Iterator[None]:
+def refusing(model: str, where: str, notes: Path | None) -> Iterator[None]:
     """Turn whatever ends the start of an engine into one line.
 
     Args:
         model: what the engine was to load.
         where: the config's field that holds the engine's settings: "evaluate.engine".
-        notes: folder in which a core that has ended may have left its `CAUSE`.
+        notes: folder in which a forked core that ends leaves its `CAUSE`; None: it is not forked.
 
     Raises:
         UserError: names the field that the reason is about, else the model.
@@ -63,7 +63,7 @@ def refusing(model: str, where: str, notes: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        why = _cause(notes) if _ELSEWHERE in str(error) else ""
+        why = _cause(notes) if notes is not None and _ELSEWHERE in str(error) else ""
         raise UserError(refusal(model, where, why or reason(error, LENGTH))) from error
 
 
@@ -85,7 +85,7 @@ def leave_cause(notes: Path, error: BaseException) -> None:
 
 
 def _cause(notes: Path) -> str:
-    """What the core has left; empty if it was killed, or spawned."""
+    """What the core has left; empty if it was killed."""
     file, deadline = notes / CAUSE, time.monotonic() + WAIT_S
     while not file.is_file() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -51,6 +51,7 @@ CASES: dict[str, tuple[Callable[[Path], None], dict[str, Any]]] = {
 
 async def line(model: Path, settings: dict[str, Any]) -> str:
     engine = EngineConfig.model_validate({**ENGINE.model_dump(), **settings})
+    os.environ.pop("VLLM_WORKER_MULTIPROC_METHOD", None)  # vLLM sets it for good: later starts here would not fork
     arguments = engine_arguments(str(model), engine, seed=0, trust_remote_code=False)
     try:
         started = start_async_llm(arguments, Phases("engine"), "evaluate.engine")
