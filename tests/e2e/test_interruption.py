@@ -18,16 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 from lorapar_ray.datasets.rows import read_table
-from lorapar_ray.pipeline import STAGES
+from lorapar_ray.pipeline import PIPELINE, STAGES
 from tests.e2e.conftest import FinishedRun
 from tests.tiny_run import ROOT, command, lorapar, metrics, save_tiny_student, tiny_config, write_config
 
 pytestmark = pytest.mark.e2e
-OUTPUTS = {
-    "score": ("scores", "adapter", "work/score", "work/warmup"),
-    "sft": ("sft",),
-    "grpo": ("grpo",),
-}
 
 
 def copy_before(finished: FinishedRun, stage: str, target: Path) -> Path:
@@ -36,9 +31,9 @@ def copy_before(finished: FinishedRun, stage: str, target: Path) -> Path:
     manifest = json.loads((target / "manifest.json").read_text())
     for name in STAGES[STAGES.index(stage) :]:
         manifest["stages"].pop(name, None)
+        for folder in (*PIPELINE[name].outputs, *PIPELINE[name].scratch):
+            shutil.rmtree(target / folder, ignore_errors=True)
     (target / "manifest.json").write_text(json.dumps(manifest))
-    for folder in OUTPUTS[stage]:
-        shutil.rmtree(target / folder, ignore_errors=True)
     (target / "metrics" / f"{stage}.jsonl").unlink(missing_ok=True)
     return target
 
@@ -114,7 +109,7 @@ def test_labelling_survives_kill_9_on_a_replica_and_on_an_engine(tmp_path: Path)
 def engines_of(root: int, replica: str) -> list[psutil.Process]:
     """vLLM's own processes below a Serve replica."""
     parents = [p for p in psutil.Process(root).children(recursive=True) if title(p).startswith(replica)]
-    return [p for parent in parents for p in parent.children() if "EngineCore" in title(p)]
+    return [p for parent in parents for p in parent.children(recursive=True) if "EngineCore" in title(p)]
 
 
 def title(process: psutil.Process) -> str:

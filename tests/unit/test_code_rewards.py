@@ -47,7 +47,7 @@ def test_a_users_reward_can_be_isolated(layer: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LORAPAR_SECRET", "x")
     name = "tests.unit.bad_rewards:{}"
     specs = [RewardSpec(name.format("reaches_out"), isolate=True), RewardSpec(name.format("reaches_out_openly"))]
-    with RewardPool(specs, time_limit_s=20, memory_limit_mb=512, sandbox=SandboxConfig(layer=layer)) as pool:  # type: ignore[arg-type]
+    with RewardPool(specs, time_limit_s=60, memory_limit_mb=512, sandbox=SandboxConfig(layer=layer)) as pool:  # type: ignore[arg-type]
         scored = pool.score(["q"], ["a"], {"answer": ["a"]})
     # no reward has secrets in its environment, isolated or not; all else is open to one that is not
     assert scored.parts == {specs[0].name: [0.0], specs[1].name: [14.0]}
@@ -60,7 +60,7 @@ BREAKS = zip(LAYERS, ("hangs", "leaves"), ("timeout", "crashed"), strict=False)
 def test_an_isolated_reward_that_breaks_costs_its_sample(layer: str, reward: str, cause: str) -> None:
     specs = [RewardSpec(f"tests.unit.bad_rewards:{reward}", isolate=True)]
     settings = SandboxConfig(layer=layer)  # type: ignore[arg-type]
-    with RewardPool(specs, time_limit_s=1.5, memory_limit_mb=512, sandbox=settings) as pool:
+    with RewardPool(specs, time_limit_s=5, memory_limit_mb=512, sandbox=settings) as pool:
         assert pool.score(["q"], ["bad"], {"answer": ["1"]}).failures == {cause: 1}
         assert pool.score(["q"], ["1"], {"answer": ["1"]}).total == [1.0]
 
