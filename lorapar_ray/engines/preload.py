@@ -7,6 +7,10 @@ core; its GPU worker is left to the forked process.
 import contextlib
 
 with contextlib.suppress(ImportError):
+    import setproctitle
+
+    setproctitle.getproctitle()  # finds where a title goes, which fails once the environment beside it has moved
+
     import vllm.v1.engine.core
     from vllm.platforms import current_platform
 

@@ -26,6 +26,7 @@ from lorapar_ray.adapters.keys import ADAPTER, adapter_parameters
 from lorapar_ray.errors import UserError
 from lorapar_ray.importance.batching import Layout, layout_of, move
 from lorapar_ray.importance.losses import losses_of
+from lorapar_ray.importance.packed import attention_of
 from lorapar_ray.importance.segments import add_segment_products
 from lorapar_ray.importance.sums import GradSums
 
@@ -62,7 +63,8 @@ def example_losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean cross-entropy over each example's labelled tokens, float32, [examples]."""
     device = next(model.parameters()).device
     layout = layout_of(dict(batch), device)
-    return losses_of(model, _inputs(batch, device), layout)
+    with attention_of(model, layout):
+        return losses_of(model, _inputs(batch, device), layout)
 
 
 @dataclass(eq=False)
@@ -145,7 +147,8 @@ class Scorer:
         self._sums, self._layout = sums, layout
         self._seen.clear()
         try:
-            losses_of(self.model, _inputs(batch, self.device), layout).sum().backward()
+            with attention_of(self.model, layout):  # until the backward pass is over: checkpointed layers compute again
+                losses_of(self.model, _inputs(batch, self.device), layout).sum().backward()
         finally:
             self._sums = self._layout = None
         sums.n += len(layout.lengths)

@@ -8,7 +8,6 @@ from them and drops them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lorapar_ray.importance.batching import Layout
-from lorapar_ray.importance.packed import packed_attention
 from lorapar_ray.logprobs import logits_at, token_logprobs
 
 SLICE = {"cpu": 2**23, "cuda": 2**26}
@@ -30,17 +28,17 @@ def losses_of(model: Any, inputs: Mapping[str, Tensor], layout: Layout) -> Tenso
     """Mean cross-entropy over each example's labelled tokens, float32, [examples].
 
     Args:
-        inputs: the model's keyword arguments, on its device, without labels.
+        inputs: the model's keyword arguments, on its device, without labels. Packed rows are computed, and later
+            differentiated, within `packed.attention_of`.
     """
-    with packed_attention(model, layout) if layout.packed else nullcontext():
-        losses = None
-        if _ends_with_its_head.get(model, True):
-            losses = _through_the_head(model, inputs, layout)
-        if losses is None:  # something follows the head (a soft cap, a scale), or it is no plain linear layer
-            _ends_with_its_head[model] = False
-            rows, columns = layout.predicting // layout.shape[1], layout.predicting % layout.shape[1]
-            logits = logits_at((rows, columns), model, inputs)
-            losses = -token_logprobs(logits, layout.targets)[0]
+    losses = None
+    if _ends_with_its_head.get(model, True):
+        losses = _through_the_head(model, inputs, layout)
+    if losses is None:  # something follows the head (a soft cap, a scale), or it is no plain linear layer
+        _ends_with_its_head[model] = False
+        rows, columns = layout.predicting // layout.shape[1], layout.predicting % layout.shape[1]
+        logits = logits_at((rows, columns), model, inputs)
+        losses = -token_logprobs(logits, layout.targets)[0]
     zeros = torch.zeros(len(layout.lengths), device=losses.device)
     return zeros.index_add(0, layout.owner, losses * layout.weights)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -58,6 +58,11 @@ def packs(model: Any) -> bool:
     tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.05
     distance = (together[0] - apart).norm() / apart.norm()
     return bool(distance <= tolerance)
+
+
+def attention_of(model: Any, layout: Layout) -> AbstractContextManager[None]:
+    """While it lasts `model` attends as a batch of this layout asks, packed or padded."""
+    return packed_attention(model, layout) if layout.packed else nullcontext()
 
 
 @contextmanager

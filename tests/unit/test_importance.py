@@ -169,6 +169,16 @@ def test_a_layer_that_misses_tokens_is_refused() -> None:
         gradient_sums(model, [collate(EXAMPLES, 0)])
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_packed_rows_are_computed_again_as_packed_rows(reentrant: bool) -> None:
+    expected = gradient_sums(model_of(), [pack(EXAMPLES)])
+    model = model_of()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    found = gradient_sums(model, [pack(EXAMPLES)])
+    for key, value in expected.second.items():
+        torch.testing.assert_close(found.second[key], value)
+
+
 def test_the_model_is_left_as_it_was_found() -> None:
     model = model_of()
     model.gradient_checkpointing_enable({"use_reentrant": False})
