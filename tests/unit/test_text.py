@@ -48,7 +48,7 @@ def test_any_text_can_be_shown_and_is_one_line(text: str) -> None:
     line = one_line(text, 80)
     assert len(line) <= 80 and len((line + "x").splitlines()) == 1 and line.encode() == line.encode(errors="replace")
     assert printable(printable(text)) == printable(text)
-    assert on_console(markup(text), markup=True) == on_console(text)
+    assert on_console(f"[bold]{markup(text)}[/bold]", markup=True) == on_console(text)
 
 
 def test_a_reason_names_the_cause_and_stays_short() -> None:

@@ -1,5 +1,7 @@
 """Random-weight models of many families, small enough to differentiate one example at a time."""
 
+from copy import deepcopy
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -47,4 +49,4 @@ CONFIGS: dict[str, PretrainedConfig] = {
 def tiny(family: str = "llama", seed: int = 0) -> torch.nn.Module:
     """A fresh float32 model of a family, the same for the same seed."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_config(deepcopy(CONFIGS[family]), attn_implementation="eager").eval()
