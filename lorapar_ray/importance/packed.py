@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorapar_ray.importance.batching import Layout, TokenizedExample, collate, layout_of, move, pack
 
-NAME = "lorapar_packed"
+NAME = "lorapar_packed_examples"
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 PROBE = (7, 4)
 """Lengths of the two examples by which a model is tried."""
