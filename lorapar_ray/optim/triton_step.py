@@ -8,7 +8,7 @@ The arithmetic is that of torch's fused CUDA kernel (ATen/native/cuda/fused_adam
 precision, moments and values rounded to float32 where torch rounds them. The compiler may fuse a multiplication and an
 addition in double precision where nvcc does not: after the rounding to float32 that can move an element by one unit in
 the last place, in about one of 10^8 operations. On an H100 with torch 2.11 steps were seen to differ by up to 418 units
-in the last place of the value, as they do where torch takes the powers of β in single precision: about 1e-5 of a step.
+in the last place of the value; powers of β in single precision on torch's side may be why (not checked there).
 """
 
 from __future__ import annotations

@@ -135,8 +135,9 @@ def test_kappa_and_agreement_by_hand() -> None:
 
 
 def test_systems_are_numbered_one_to_k() -> None:
-    for bad in ({1: "a"}, {0: "a", 1: "b"}, {1: "a", 3: "b"}):
-        with pytest.raises(ValidationError, match=r"numbered 1 to K|definitions\.0\.\[key\]"):
+    numbers, key = "numbered 1 to K", r"definitions\.0\.\[key\]"
+    for bad, why in (({1: "a"}, numbers), ({0: "a", 1: "b"}, key), ({1: "a", 3: "b"}, numbers)):
+        with pytest.raises(ValidationError, match=why):
             panel("a", definitions=bad, examples=[])
     with pytest.raises(ValidationError, match="System 3 has no definition"):
         panel("a", examples=[{"question": "q", "answer": "a", "system": 3}])
