@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -43,8 +45,10 @@ def test_programs_are_rewarded_for_passing_their_tests() -> None:
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_users_reward_can_be_isolated(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_users_reward_can_be_isolated(layer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAPAR_SECRET", "x")
+    (tmp_path / "typing_extensions.py").write_text("raise ImportError('the last on the path came first')")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])  # as setuptools adds its own copies
     name = "tests.unit.bad_rewards:{}"
     specs = [RewardSpec(name.format("reaches_out"), isolate=True), RewardSpec(name.format("reaches_out_openly"))]
     with RewardPool(specs, time_limit_s=60, memory_limit_mb=512, sandbox=SandboxConfig(layer=layer)) as pool:  # type: ignore[arg-type]
@@ -60,7 +64,8 @@ BREAKS = zip(LAYERS, ("hangs", "leaves"), ("timeout", "crashed"), strict=False)
 def test_an_isolated_reward_that_breaks_costs_its_sample(layer: str, reward: str, cause: str) -> None:
     specs = [RewardSpec(f"tests.unit.bad_rewards:{reward}", isolate=True)]
     settings = SandboxConfig(layer=layer)  # type: ignore[arg-type]
-    with RewardPool(specs, time_limit_s=5, memory_limit_mb=512, sandbox=settings) as pool:
+    limit = 10 if cause == "timeout" else 60  # seconds; the process that takes over has to start within them
+    with RewardPool(specs, time_limit_s=limit, memory_limit_mb=512, sandbox=settings) as pool:
         assert pool.score(["q"], ["bad"], {"answer": ["1"]}).failures == {cause: 1}
         assert pool.score(["q"], ["1"], {"answer": ["1"]}).total == [1.0]
 

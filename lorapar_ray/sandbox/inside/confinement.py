@@ -59,10 +59,11 @@ def _landlock(readable: list[str], package: str) -> None:
 
     `package` is the folder from which sandlock is imported.
     """
+    path = list(sys.path)
     sys.path.append(package)
     from sandlock import Sandbox, confine
 
-    sys.path.remove(package)
+    sys.path[:] = path  # not `remove`: that takes the first of two, and the order of the user's path would change
     confine(Sandbox(fs_readable=readable))
 
 
