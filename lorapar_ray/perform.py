@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapar_ray import trash
+from lorapar_ray.capacity import capacity, growing
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
 from lorapar_ray.fingerprints import meaning
@@ -49,7 +50,7 @@ def perform(
     start = time.monotonic()
     finished = False
     try:
-        with of_the_machine(run, name):
+        with of_the_machine(run, name), growing(config.cluster):
             notes = stage.run(_placed(config, name), run)
         finished = True
     finally:
@@ -77,8 +78,9 @@ def perform(
 def _placed(config: Config, name: str) -> Config:
     """The config with the stage's `gpus: auto` as numbers for the cluster that this process is connected to."""
     ray = sys.modules.get("ray")
-    gpus = int(ray.cluster_resources().get("GPU", 0)) if ray is not None and ray.is_initialized() else 0
-    return place(config, name, gpus)
+    if ray is None or not ray.is_initialized():
+        return place(config, name, 0)
+    return place(config, name, int(capacity().largest("GPU")))
 
 
 def _versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lorapar_ray.capacity import require
 from lorapar_ray.config import Resources
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import write_json
@@ -40,14 +41,17 @@ def run_workers(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    require(name, workers=(workers, resources))
+    require(name, {"workers": (workers, resources)})
     refusal = storage.resolve() / f"{name}-{os.getpid()}-refused.json"
     refusal.unlink(missing_ok=True)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"function": function, "argument": argument, "refusal": refusal},
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=resources.gpu_count > 0, resources_per_worker=bundle(resources)
+            num_workers=workers,
+            use_gpu=resources.gpu_count > 0,
+            resources_per_worker=bundle(resources),
+            label_selector=resources.nodes or None,
         ),
         run_config=RunConfig(
             name=f"{name}-{os.getpid()}",
@@ -90,29 +94,12 @@ def hidden_gpus(resources: Resources) -> dict[str, str]:
     return {} if resources.gpu_count else {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def require(stage: str, **groups: tuple[int, Resources]) -> None:
-    """Fail at once, instead of waiting without end, when the cluster can never hold what `stage` asks for.
-
-    Args:
-        groups: by the setting that says how many, that number and what each asks for; all run at the same time.
-
-    Raises:
-        UserError: names the resource, what is wanted and what the cluster has.
-    """
-    import ray
-
-    total = ray.cluster_resources()
-    for kind, each in (("CPU", "cpus"), ("GPU", "gpu_count")):
-        wanted = {name: (count, getattr(resources, each)) for name, (count, resources) in groups.items()}
-        amount = sum(count * size for count, size in wanted.values())
-        if amount > total.get(kind, 0.0) + 1e-9:
-            parts = ", ".join(f"{name} {count} × {size:g}" for name, (count, size) in wanted.items() if size)
-            raise UserError(
-                f"{stage}: asks for {amount:g} {kind} ({parts}) but the cluster has {total.get(kind, 0.0):g}; "
-                f"lower {stage}.{next(iter(groups))} or the resources, or add nodes"
-            )
-
-
 def bundle(resources: Resources) -> dict[str, float]:
     """What one process asks for, in Ray's words."""
     return {"CPU": resources.cpus} | ({"GPU": resources.gpu_count} if resources.gpu_count else {})
+
+
+def ray_options(resources: Resources) -> dict[str, Any]:
+    """The same as options of an actor or a task that is not in a placement group."""
+    nodes = {"label_selector": dict(resources.nodes)} if resources.nodes else {}
+    return {"num_cpus": resources.cpus, "num_gpus": resources.gpu_count, **nodes}

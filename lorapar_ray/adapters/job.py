@@ -7,11 +7,12 @@ from typing import Any
 
 from lorapar_ray.adapters.given import require_lora, take_over
 from lorapar_ray.boundary import boundary
+from lorapar_ray.capacity import require
 from lorapar_ray.config import AdapterConfig, Config, ModelConfig
 from lorapar_ray.errors import UserError
 from lorapar_ray.runs import RunDirectory, atomic_path
 from lorapar_ray.student import RESIDUAL_INITS, base_reference, load_base
-from lorapar_ray.workers import require, worker_environment
+from lorapar_ray.workers import ray_options, worker_environment
 
 
 def make_adapter(config: Config, run: RunDirectory, target: Path) -> None:
@@ -29,10 +30,9 @@ def make_adapter(config: Config, run: RunDirectory, target: Path) -> None:
         adapter["path"] = str(given)
 
     if not (target / "adapter_config.json").is_file():
-        require("score", workers=(1, config.score.resources))
+        require("score", {"workers": (1, config.score.resources)})
         options = {
-            "num_cpus": config.score.resources.cpus,
-            "num_gpus": config.score.resources.gpu_count,
+            **ray_options(config.score.resources),
             "runtime_env": {"env_vars": worker_environment(config.score.resources)},
         }
         task = ray.remote(initialise).options(**options)

@@ -4,6 +4,7 @@ Each field says, by `Result` or `Operation`, whether it decides a result or how 
 """
 
 from lorapar_ray.config.base import Dtype, Section, System
+from lorapar_ray.config.cluster import ClusterConfig
 from lorapar_ray.config.data import DataConfig, FileSource, HubSource, NamedSource, ReasoningGymSource, Source
 from lorapar_ray.config.engine import EngineConfig, Resources
 from lorapar_ray.config.evaluate import EvaluateConfig
@@ -19,6 +20,7 @@ from lorapar_ray.config.sft import SftConfig
 __all__ = [
     "JUDGE",
     "AdapterConfig",
+    "ClusterConfig",
     "Config",
     "DataConfig",
     "Dtype",

@@ -27,6 +27,9 @@ class Resources(Section):
     that is none. A number is asked of Ray as it is; with 0 the process sees no GPU."""
     threads: Operation[PositiveInt | None] = None
     """CPU threads to compute with; None: as many as `cpus`. More pays where processes take turns."""
+    nodes: Operation[dict[str, str]] = {}
+    """Only on nodes with these labels, such as `{group: rollouts}`; a value may be a selector of Ray's: `"in(a, b)"`,
+    `"!spot"`. Empty: any node."""
 
     @property
     def gpu_count(self) -> float:

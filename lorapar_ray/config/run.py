@@ -8,6 +8,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from lorapar_ray.config.base import Section, Seed, Word, unusable
+from lorapar_ray.config.cluster import ClusterConfig
 from lorapar_ray.config.data import DataConfig
 from lorapar_ray.config.evaluate import EvaluateConfig
 from lorapar_ray.config.grpo import JUDGE, GrpoConfig
@@ -36,6 +37,7 @@ class Config(Section):
     sft: Result[SftConfig] = SftConfig()
     grpo: Result[GrpoConfig] = GrpoConfig()
     evaluate: Result[EvaluateConfig] = EvaluateConfig()
+    cluster: Operation[ClusterConfig] = ClusterConfig()
 
     @model_validator(mode="before")
     @classmethod

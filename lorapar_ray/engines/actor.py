@@ -17,6 +17,7 @@ from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.phases import Phases
 from lorapar_ray.engines.policy import Policy, PolicyReceiver
 from lorapar_ray.engines.processes import start_async_llm
+from lorapar_ray.workers import ray_options
 
 WATCH_S = 1.0
 """Between two looks at whether the engine lives."""
@@ -274,11 +275,12 @@ def start_engine(
     if sync == "adapter":
         allowed = next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= (max_lora_rank or 8))
         arguments |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": allowed}
+    asked = ray_options(resources)
+    if place is not None:  # whose bundles say which nodes
+        asked = {**asked, "label_selector": None, "scheduling_strategy": PlacementGroupSchedulingStrategy(place)}
     remote = ray.remote(actor).options(
-        num_cpus=resources.cpus,
-        num_gpus=resources.gpu_count,
+        **asked,
         max_concurrency=1000,
-        scheduling_strategy=None if place is None else PlacementGroupSchedulingStrategy(place),
         runtime_env={"env_vars": {**engine_environment(engine, resources), **(environment or {})}},
     )
     return remote.remote(arguments, sync, where)

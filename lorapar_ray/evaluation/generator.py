@@ -12,7 +12,7 @@ from typing import Any
 
 from lorapar_ray.config import ModelConfig, Resources
 from lorapar_ray.datasets.chat import load_encoder
-from lorapar_ray.workers import worker_environment
+from lorapar_ray.workers import ray_options, worker_environment
 
 
 class Generator:
@@ -81,9 +81,7 @@ def start_generator(model: ModelConfig, base: str, resources: Resources) -> Any:
     import ray
 
     actor = ray.remote(Generator).options(
-        num_cpus=resources.cpus,
-        num_gpus=resources.gpu_count,
-        runtime_env={"env_vars": worker_environment(resources)},
+        **ray_options(resources), runtime_env={"env_vars": worker_environment(resources)}
     )
     return actor.remote(model.model_dump(mode="json"), base)
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorapar_ray.adapters import read_adapter_state
+from lorapar_ray.capacity import require
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.chat import Encoder, load_encoder
 from lorapar_ray.datasets.labelled import fitting_prompts
@@ -26,7 +27,6 @@ from lorapar_ray.grpo.rewards import RewardPool
 from lorapar_ray.models import resolve_model
 from lorapar_ray.progress import console, progress
 from lorapar_ray.runs import RunDirectory, atomic_path, write_json
-from lorapar_ray.workers import require
 
 QUESTIONS_PER_CALL = 16
 """All calls are made at once, so that the engine's batch stays full; they come back, and are counted, one by one."""
@@ -51,7 +51,7 @@ def evaluate_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
     if not todo:
         return {"n": len(rows)}
     settings = config.evaluate
-    require("evaluate", resources=(1, settings.resources))
+    require("evaluate", {"resources": (1, settings.resources)})
     encoder = load_encoder(resolve_model(config.model.path), config.model.system_prompt, config.model.trust_remote_code)
     limit, field = settings.engine.max_model_len - 1, "evaluate.engine.max_model_len"
     asked = fitting_prompts(encoder, run, rows, stage="evaluate", limit=limit, field=field)

@@ -16,16 +16,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lorapar_ray.capacity import require
 from lorapar_ray.config import Config, GrpoConfig
 from lorapar_ray.errors import UserError
-from lorapar_ray.workers import bundle, require
-
-RESERVE_LIMIT_S = 600
-"""For a cluster that has to free its nodes first."""
+from lorapar_ray.workers import bundle
 
 
 @contextmanager
-def reserved(config: Config, limit_s: float = RESERVE_LIMIT_S) -> Iterator[Any]:
+def reserved(config: Config) -> Iterator[Any]:
     """A placement group with one bundle for each rollout engine, all ranks of a tensor-parallel one on one node; None
     if engines ask Ray for nothing.
 
@@ -36,15 +34,15 @@ def reserved(config: Config, limit_s: float = RESERVE_LIMIT_S) -> Iterator[Any]:
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    settings = config.grpo
+    settings, limit_s = config.grpo, config.cluster.wait_s
     engines, resources = settings.rollout_actors, settings.rollout_resources
-    require(
-        "grpo",
-        rollout_actors=(engines, resources),
-        learners=(settings.learners, settings.learner_resources),
-        reward_workers=(settings.reward_workers, settings.reward_resources),
-        **{f"judge.{each.name}": (each.replicas, each.resources) for each in config.judges if each.kind == "serve"},
-    )
+    groups = {
+        "rollout_actors": (engines, resources),
+        "learners": (settings.learners, settings.learner_resources),
+        "reward_workers": (settings.reward_workers, settings.reward_resources),
+    }
+    judges = {f"judge.{each.name}": (each.replicas, each.resources) for each in config.judges if each.kind == "serve"}
+    require("grpo", groups | judges)
     if not any(bundle(resources).values()):
         yield None  # nothing to keep a place for
         return
@@ -52,6 +50,7 @@ def reserved(config: Config, limit_s: float = RESERVE_LIMIT_S) -> Iterator[Any]:
     group = placement_group(
         [bundle(resources)] * engines + [{"GPU": resources.gpu_count}] * empty,
         strategy=settings.rollout_placement.upper(),
+        bundle_label_selector=[dict(resources.nodes)] * (engines + empty) if resources.nodes else None,
     )
     deadline = time.monotonic() + limit_s
     try:

@@ -19,6 +19,7 @@ from lorapar_ray.engines.settings import engine_arguments, engine_environment, m
 from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.prompts import with_template, with_thought
 from lorapar_ray.models import resolve_model
+from lorapar_ray.workers import ray_options
 
 ROOM_FOR_CHOICE = 16
 """Tokens kept free behind a thought for the words that ask for the choice."""
@@ -136,8 +137,7 @@ def deployment_options(teacher: TeacherConfig) -> dict[str, Any]:
         "name": teacher.name,
         "max_ongoing_requests": teacher.ongoing_requests,
         "ray_actor_options": {
-            "num_cpus": teacher.resources.cpus,
-            "num_gpus": teacher.resources.gpu_count,
+            **ray_options(teacher.resources),
             "runtime_env": {"env_vars": engine_environment(teacher.engine, teacher.resources)},
         },
         "health_check_timeout_s": 120,

@@ -39,6 +39,7 @@ from lorapar_ray.progress import console, progress
 from lorapar_ray.redact import redacted
 from lorapar_ray.runs import RunDirectory, write_json
 from lorapar_ray.text import markup
+from lorapar_ray.workers import ray_options
 
 DELETE = "delete it and run the same command again; votes are kept"
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -184,6 +185,7 @@ class _Voting:
         context.execution_options.resource_limits = context.execution_options.resource_limits.copy(**limits)
         # so many blocks at once that the next one is there before the last question of one is answered
         at_once = -(-label.concurrency // label.rows_per_block) + 1
+        asking = ray_options(label.resources) | {"num_gpus": label.resources.gpu_count or None}
         asked = ray.data.from_items([{"block": block} for block in range(blocks)], override_num_blocks=blocks)
         asked = asked.map_batches(
             Asker,
@@ -201,8 +203,7 @@ class _Voting:
             compute=ActorPoolStrategy(
                 size=label.workers, max_concurrent_calls_per_actor=at_once, max_tasks_in_flight_per_actor=2 * at_once
             ),
-            num_cpus=label.resources.cpus,
-            num_gpus=label.resources.gpu_count or None,
+            **asking,
         )
         for batch in asked.iter_batches(batch_size=None, prefetch_batches=0):
             for text in batch["result"]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 
+from lorapar_ray.capacity import require
 from lorapar_ray.config import Config
-from lorapar_ray.errors import UserError
 from lorapar_ray.progress import console
 from lorapar_ray.text import markup, one_line
 
@@ -62,21 +62,9 @@ def require_room(config: Config) -> None:
     Raises:
         UserError: names the resource, what is wanted and what the cluster has.
     """
-    import ray
-
-    label, total = config.label, ray.cluster_resources()
-    hosted = [teacher for teacher in label.teachers if teacher.kind == "serve"]
-    wanted = {
-        "CPU": sum(t.replicas * t.resources.cpus for t in hosted) + label.workers * label.resources.cpus,
-        "GPU": sum(t.replicas * t.resources.gpu_count for t in hosted) + label.workers * label.resources.gpu_count,
-    }
-    for kind, amount in wanted.items():
-        if amount > total.get(kind, 0.0) + 1e-9:
-            raise UserError(
-                f"label: {len(hosted)} hosted teachers and {label.workers} asking workers ask for {amount:g} {kind} "
-                f"but the cluster has {total.get(kind, 0.0):g}; lower label.teachers' resources or replicas, or add "
-                "nodes"
-            )
+    label = config.label
+    hosted = {t.name: (t.replicas, t.resources) for t in label.teachers if t.kind == "serve"}
+    require("label", {**hosted, "workers": (label.workers, label.resources)}, "label.teachers")
 
 
 def stop_teachers(config: Config) -> None:

@@ -20,7 +20,8 @@ def gpus() -> Iterator[None]:
     import ray
 
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        ray.init(address="local", num_cpus=8, num_gpus=GPUS, include_dashboard=False, _temp_dir=folder)
+        labels = {"group": "rollouts"}
+        ray.init("local", num_cpus=8, num_gpus=GPUS, include_dashboard=False, _temp_dir=folder, labels=labels)
         yield
         ray.shutdown()
 
@@ -34,16 +35,18 @@ class Where(EngineActor):
         return [int(gpu) for gpu in ray.get_gpu_ids()]
 
 
-def config(engines: int, gpus: float, learners: int = 1, learner_gpus: float = 0.0) -> Config:
+def config(engines: int, gpus: float, learners: int = 1, learner_gpus: float = 0.0, **rest: Any) -> Config:
     grpo = {
         "rollout_actors": engines,
-        "rollout_resources": {"cpus": 1, "gpus": gpus},
+        "rollout_resources": {"cpus": 1, "gpus": gpus, **rest.pop("rollout", {})},
         "rollout_engine": {"tensor_parallel": max(1, int(gpus))},
         "learners": learners,
         "learner_resources": {"cpus": 0.5, "gpus": learner_gpus},
     }
     source = {"reader": "file", "path": "rows.jsonl"}
-    return Config.model_validate({"name": "x", "model": {"path": "m"}, "data": {"train": [source]}, "grpo": grpo})
+    return Config.model_validate(
+        {"name": "x", "model": {"path": "m"}, "data": {"train": [source]}, "grpo": grpo, **rest}
+    )
 
 
 def engine(tree: Config, place: Any) -> Any:
@@ -87,7 +90,7 @@ def test_a_lost_engine_finds_its_place_free(gpus: None) -> None:
     import ray
 
     tree = config(1, 2)
-    with reserved(tree, limit_s=60) as place:
+    with reserved(tree) as place:
         lost = engine(tree, place)
         assert len(ray.get(lost.gpus.remote())) == 2
         rival = ray.remote(Where).options(num_gpus=2).remote({}, "merged")
@@ -109,7 +112,10 @@ def test_no_room_is_said_at_once_or_after_the_limit(gpus: None) -> None:
         pass
     hog = ray.remote(Where).options(num_gpus=2).remote({}, "merged")
     ray.get(hog.gpus.remote())
-    with pytest.raises(UserError, match="grpo: no room for 1 rollout engines"), reserved(config(1, 2), limit_s=1):
+    with (
+        pytest.raises(UserError, match="grpo: no room for 1 rollout engines"),
+        reserved(config(1, 2, cluster={"wait_s": 1})),
+    ):
         pass
     ray.kill(hog)
 
@@ -118,3 +124,21 @@ def test_no_room_is_said_at_once_or_after_the_limit(gpus: None) -> None:
 def test_shares_that_may_meet_on_one_gpu_are_refused(engine_gpus: float, learner_gpus: float) -> None:
     with pytest.raises(ValueError, match=r"give engines more than 0\.5 and learners the rest"):
         config(2, engine_gpus, 2, learner_gpus)
+
+
+def test_engines_go_to_nodes_with_their_labels(gpus: None) -> None:
+    import ray
+
+    here = config(1, 1, rollout={"nodes": {"group": "rollouts"}})
+    with reserved(here) as place:
+        assert len(ray.get(engine(here, place).gpus.remote(), timeout=60)) == 1
+    alone = start_engine("m", EngineConfig(), here.grpo.rollout_resources, seed=0, actor=Where)
+    assert len(ray.get(alone.gpus.remote(), timeout=60)) == 1
+    with (
+        pytest.raises(UserError, match="grpo: rollout_actors asks for nodes with the label group=learners"),
+        reserved(config(1, 1, rollout={"nodes": {"group": "learners"}})),
+    ):
+        pass
+    elsewhere = config(1, 1, rollout={"nodes": {"group": "!rollouts"}}, cluster={"wait_s": 1})
+    with pytest.raises(UserError, match="grpo: no room"), reserved(elsewhere):
+        pass

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lorapar_ray.config import JUDGE
 from lorapar_ray.grpo.rewards.judge import Judge
 from lorapar_ray.grpo.rewards.pool import RewardBatch, RewardPool, RewardSpec, with_part
+from lorapar_ray.workers import ray_options
 
 if TYPE_CHECKING:
     from lorapar_ray.config import GrpoConfig, SandboxConfig
@@ -49,10 +50,7 @@ class RewardWorkers:
 
         # scoring has no memory: what a dead worker was asked is asked again of its successor, as often as it takes
         actor = ray.remote(RewardActor).options(
-            num_cpus=settings.reward_resources.cpus,
-            num_gpus=settings.reward_resources.gpu_count,
-            max_restarts=-1,
-            max_task_retries=-1,
+            **ray_options(settings.reward_resources), max_restarts=-1, max_task_retries=-1
         )
         specs = [
             RewardSpec(reward.name, reward.weight, reward.isolate)
