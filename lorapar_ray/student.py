@@ -15,14 +15,11 @@ RESIDUAL_INITS = ("pissa", "pissa_fast", "olora")
 """Inits that move part of the base weights into the adapter: they train against a residual base."""
 
 
-def base_path(model: ModelConfig, run: RunDirectory) -> str:
-    """The base that the run's adapters are relative to: the residual base of a PiSSA or OLoRA run, else the model."""
-    residual = run.adapter / "base"
-    return str(residual.resolve()) if residual.is_dir() else resolve_model(model.path)
-
-
 def base_reference(model: ModelConfig, run: RunDirectory) -> str:
-    """`base_path` for workers: a hub name, package or directory that is resolved where the base is loaded."""
+    """The base that the run's adapters are relative to: the residual base of a PiSSA or OLoRA run, else the model.
+
+    It is a hub name, a package or a directory, which `load_base` and `load_tokenizer` resolve on their machine.
+    """
     residual = run.adapter / "base"
     return str(residual.resolve()) if residual.is_dir() else model_reference(model.path)
 
@@ -32,7 +29,7 @@ def load_base(model: ModelConfig, path: str, on: Any = None) -> Any:
 
     Args:
         model: dtype, attention, quantisation and trust settings.
-        path: as `base_path`, `base_reference` or `resolve_model` gives it; it is resolved on this machine.
+        path: as `base_reference` gives it; it is resolved on this machine.
         on: the torch.device to load onto; None: the one Ray gave this process.
 
     Raises:
@@ -108,7 +105,7 @@ def load_tokenizer(path: str, model: ModelConfig) -> Any:
 
 
 def starting_adapter(config: Config, run: RunDirectory, stage: str) -> Path:
-    """The adapter that `stage` starts from, relative to `base_path`: the one before it in `order` left it.
+    """The adapter that `stage` starts from, relative to `base_reference`: the one before it in `order` left it.
 
     For a residual base a stage's own is `<stage>/trained`, since `<stage>/adapter` is exported for the original base.
     """

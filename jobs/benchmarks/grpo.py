@@ -30,7 +30,7 @@ from _rows import Row, print_table, write_rows
 
 from lorapar_ray.adapters.job import make_adapter
 from lorapar_ray.config import Config
-from lorapar_ray.datasets.labelled import labelled_rows
+from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.engines.actor import start_engine
 from lorapar_ray.engines.settings import engine_arguments, engine_environment, platform_arguments
 from lorapar_ray.grpo.job import train_stage2
@@ -105,7 +105,7 @@ def main() -> None:
         with ray_session():
             make_adapter(config, run, run.adapter)
             shutil.copytree(run.adapter, run.sft / "adapter")
-            questions = labelled_rows(run, config.grpo.systems, "grpo.systems")
+            questions = read_table(run.labels)
             ours, our_length = stage2(config, run, size)
         theirs, their_length = apart(trl, config, str(run.adapter), questions, steps, size)
         found(

@@ -22,6 +22,7 @@ from typing import Any
 
 import ray
 from _rows import Row, print_table, write_rows
+from _tiny_model import tiny_model
 
 from lorapar_ray.config import EngineConfig, Resources
 from lorapar_ray.engines.actor import start_engine
@@ -113,17 +114,6 @@ def stock_seconds(model: str, engine: EngineConfig, resources: Resources) -> flo
     seconds = time.perf_counter() - start
     process.wait()
     return seconds
-
-
-def tiny_model(folder: Path) -> str:
-    """A random Llama of two layers that vLLM runs on any device, with SmolLM2's tokenizer."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model("package:smollm2-135m-instruct"))
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **shape)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 if __name__ == "__main__":

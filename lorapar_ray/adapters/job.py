@@ -9,10 +9,10 @@ from lorapar_ray.adapters.given import require_lora, take_over
 from lorapar_ray.boundary import boundary
 from lorapar_ray.capacity import require
 from lorapar_ray.config import AdapterConfig, Config, ModelConfig
-from lorapar_ray.errors import UserError
+from lorapar_ray.models import resolve_model
 from lorapar_ray.runs import RunDirectory, atomic_path
 from lorapar_ray.student import RESIDUAL_INITS, base_reference, load_base
-from lorapar_ray.workers import ray_options, worker_environment
+from lorapar_ray.tasks import on_a_worker
 
 
 def make_adapter(config: Config, run: RunDirectory, target: Path) -> None:
@@ -21,8 +21,6 @@ def make_adapter(config: Config, run: RunDirectory, target: Path) -> None:
     Raises:
         UserError: the model has none of the target modules, or `adapter.path` holds no LoRA adapter.
     """
-    import ray
-
     adapter = config.adapter.model_dump(mode="json")
     if config.adapter.path is not None:
         given = Path(config.adapter.path).expanduser().resolve()
@@ -31,37 +29,23 @@ def make_adapter(config: Config, run: RunDirectory, target: Path) -> None:
 
     if not (target / "adapter_config.json").is_file():
         require("score", {"workers": (1, config.score.resources)})
-        options = {
-            **ray_options(config.score.resources),
-            "runtime_env": {"env_vars": worker_environment(config.score.resources)},
-        }
-        task = ray.remote(initialise).options(**options)
-        problem = ray.get(
-            task.remote(
-                config.model.model_dump(mode="json"),
-                adapter,
-                base_reference(config.model, run),
-                str(target.resolve()),
-                config.seed,
-            )
+        on_a_worker(
+            initialise,
+            config.model.model_dump(mode="json"),
+            adapter,
+            base_reference(config.model, run),
+            str(target.resolve()),
+            config.seed,
+            resources=config.score.resources,
         )
-        if problem is not None:
-            raise UserError(problem)
 
 
-def initialise(model: dict[str, Any], adapter: dict[str, Any], base: str, target: str, seed: int) -> str | None:
-    """Attach an adapter and save it to `target` (a Ray task); returns the message of a user's error."""
-    try:
-        _initialise(ModelConfig.model_validate(model), AdapterConfig.model_validate(adapter), base, Path(target), seed)
-    except UserError as error:
-        return str(error)
-    return None
-
-
-def _initialise(model: ModelConfig, settings: AdapterConfig, base: str, target: Path, seed: int) -> None:
+def initialise(model_fields: dict[str, Any], adapter: dict[str, Any], base: str, folder: str, seed: int) -> None:
+    """Attach an adapter and save it to `folder` (a Ray task)."""
     from lorapar_ray.adapters import attach_lora, save_adapter
 
-    student = load_base(model, base)
+    model, settings = ModelConfig.model_validate(model_fields), AdapterConfig.model_validate(adapter)
+    target, student = Path(folder), load_base(model, base)
     if settings.path is not None:
         take_over(student, Path(settings.path), target, model.path)
         return
@@ -89,4 +73,4 @@ def _save_residual(peft_model: Any, base: str, folder: Path) -> None:
     from lorapar_ray.adapters import residual_base
 
     residual_base(peft_model).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(resolve_model(base)).save_pretrained(folder)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import count
 
 from lorapar_ray.config import Config, Source
 from lorapar_ray.datasets.rows import Lost, MadeUpId, Row, write_rows
 from lorapar_ray.datasets.seen import SeenTexts, seen_texts
 from lorapar_ray.datasets.sources import read_source
-from lorapar_ray.datasets.tables import reject_table
+from lorapar_ray.datasets.tables import reject, reject_table
 from lorapar_ray.errors import UserError
 from lorapar_ray.runs import RunDirectory, atomic_path
 
@@ -35,17 +34,17 @@ def prepare(config: Config, run: RunDirectory) -> dict[str, int]:
             for index, source in enumerate(sources):
                 for row in read_source(source, f"data.{part}[{index}]"):
                     if isinstance(row, Lost):
-                        rejects.add({"id": row.id, "stage": "prepare", "reason": row.reason, "row": row.row})
+                        rejects.add(reject(row, "prepare", row.reason))
                         continue
                     row = _own_id(row, ids, f"data.{part}[{index}]", index)
                     if not row.answer.strip():
-                        rejects.add(_reject(row, "no answer in the published data"))
+                        rejects.add(reject(row, "prepare", "no answer in the published data"))
                     elif prompts.add(row.prompt):
                         yield _instructed(row, config.data.instruction)
                     elif part == "test":
-                        rejects.add(_reject(row, "duplicate prompt"))
+                        rejects.add(reject(row, "prepare", "duplicate prompt"))
                     else:
-                        rejects.add(_reject(row, "prompt also in the test rows, or a duplicate"))
+                        rejects.add(reject(row, "prepare", "prompt also in the test rows, or a duplicate"))
 
         with atomic_path(run.data) as draft:  # the folder as a whole: a source that does not open costs nothing
             counts = {"test": write_rows(draft / "test.parquet", fresh("test", config.data.test, ids[0]))}
@@ -71,12 +70,8 @@ def _own_id(row: Row, ids: SeenTexts, where: str, source: int) -> Row:
 def _instructed(row: Row, instruction: str | None) -> Row:
     if instruction is None:
         return row
-    messages = json.loads(row.messages) if row.messages else []
+    messages = row.messages
     if messages:
-        messages[-1]["content"] += f"\n{instruction}"
-    chat = json.dumps(messages, ensure_ascii=False) if messages else ""
-    return replace(row, prompt=f"{row.prompt}\n{instruction}", messages=chat)
-
-
-def _reject(row: Row, reason: str) -> dict[str, str]:
-    return {"id": row.id, "stage": "prepare", "reason": reason, "row": json.dumps(asdict(row), ensure_ascii=False)}
+        last = messages[-1]
+        messages = [*messages[:-1], {**last, "content": f"{last['content']}\n{instruction}"}]
+    return replace(row, prompt=f"{row.prompt}\n{instruction}", messages=messages)

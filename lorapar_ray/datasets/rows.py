@@ -1,13 +1,15 @@
 """A question as every stage sees it, and its Parquet form.
 
-All columns are strings: `id`, `prompt`, `response` (what stage 1 imitates), `answer` (what a reward or the evaluation
-compares with), `task` and `difficulty` (the source's own words, shown as information and never trained on).
+Text columns: `id`, `prompt`, `response` (what stage 1 imitates), `answer` (what a reward or the evaluation compares
+with), `task` and `difficulty` (the source's own words, shown as information and never trained on). `messages` is a list
+of {role, content}. `columns` has Arrow's JSON type: records of one source need not have the same columns or types.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorapar_ray.boundary import damaged, parquet_batches
+from lorapar_ray.boundary import REDO, boundary, damaged, parquet_batches
 from lorapar_ray.files import atomic_path
 
 ROWS_PER_WRITE = 4096
@@ -31,8 +33,8 @@ class Row:
     answer: str
     task: str
     difficulty: str = ""
-    messages: str = ""
-    """The prompt's messages as JSON, if it is a chat; `prompt` is then its readable form."""
+    messages: list[dict[str, str]] = field(default_factory=list)
+    """The prompt's messages {role, content}, if it is a chat; `prompt` is then its readable form."""
     columns: str = ""
     """The record's columns as JSON, as rewards get them."""
 
@@ -43,7 +45,8 @@ class Lost:
 
     id: str
     reason: str
-    row: str
+    columns: str
+    """As `Row.columns`; empty where the record could not be read."""
 
 
 class MadeUpId(str):
@@ -55,7 +58,9 @@ class MadeUpId(str):
 OPTIONAL = ("messages", "columns")
 """Not in files of earlier versions."""
 COLUMNS: dict[str, type] = {name: str for name in Row.__dataclass_fields__ if name not in OPTIONAL}
-ROW_SCHEMA = pa.schema([(name, pa.string()) for name in Row.__dataclass_fields__])
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_TYPES = {"messages": MESSAGES, "columns": pa.json_()}
+ROW_SCHEMA = pa.schema([(name, _TYPES.get(name, pa.string())) for name in Row.__dataclass_fields__])
 
 
 def write_rows(target: Path, rows: Iterable[Row]) -> int:
@@ -64,9 +69,14 @@ def write_rows(target: Path, rows: Iterable[Row]) -> int:
     count = 0
     with atomic_path(target) as draft, pq.ParquetWriter(draft, ROW_SCHEMA) as writer:
         while chunk := list(islice(iterator, ROWS_PER_WRITE)):
-            writer.write_table(pa.Table.from_pylist([asdict(row) for row in chunk], schema=ROW_SCHEMA))
+            writer.write_table(pa.Table.from_pylist([as_record(row) for row in chunk], schema=ROW_SCHEMA))
             count += len(chunk)
     return count
+
+
+def as_record(row: Row) -> dict[str, Any]:
+    """A row as its Parquet columns; no JSON is null, not an empty text."""
+    return {**vars(row), "columns": row.columns or None}
 
 
 def read_table(folder_or_file: Path, columns: Mapping[str, type] | None = None) -> list[dict[str, Any]]:
@@ -90,7 +100,25 @@ def iterate_rows(file: Path) -> Iterator[Row]:
     """
     for batch in parquet_batches(file, COLUMNS, ROWS_PER_WRITE):
         for row in batch:
-            yield Row(**{name: row[name] for name in COLUMNS}, **{name: row.get(name) or "" for name in OPTIONAL})
+            yield Row(
+                **{name: row[name] for name in COLUMNS},
+                messages=messages_in(row),
+                columns=row.get("columns") or "",
+            )
+
+
+def messages_in(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The messages of a row as Parquet gives it; empty where the prompt is plain text.
+
+    Earlier versions wrote them as JSON text, or had no such column.
+
+    Raises:
+        UserError: it is no list of messages.
+    """
+    found = row.get("messages") or []
+    with boundary("the column 'messages' of a row is damaged", REDO):
+        messages = json.loads(found) if isinstance(found, str) else found
+        return [{"role": str(each["role"]), "content": str(each["content"])} for each in messages]
 
 
 def count_rows(file: Path) -> int:

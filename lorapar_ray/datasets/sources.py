@@ -121,7 +121,7 @@ def _mapped(
             response=response,
             answer=answer or response,
             task=task,
-            messages=json.dumps(messages, ensure_ascii=False) if messages else "",
+            messages=messages,
             columns=columns_json(record, without=column["prompt"]),
         )
 

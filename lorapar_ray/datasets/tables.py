@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorapar_ray.datasets.rows import ROWS_PER_WRITE
+from lorapar_ray.datasets.rows import ROW_SCHEMA, ROWS_PER_WRITE, Lost, Row, messages_in
 
-REJECT_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "stage", "reason", "row")])
+OF_A_ROW = tuple(name for name in ROW_SCHEMA.names if name != "id")
+REJECT_SCHEMA = pa.schema(
+    [("id", pa.string()), ("stage", pa.string()), ("reason", pa.string()), *(ROW_SCHEMA.field(n) for n in OF_A_ROW)]
+)
+"""A row that was left out, in the columns of any other row; of a record that is no row only `columns` is filled."""
 
 
 class TableWriter:
@@ -40,6 +44,17 @@ class TableWriter:
         if self._rows:
             self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
             self._rows.clear()
+
+
+def reject(row: Row | Lost | Mapping[str, Any], stage: str, reason: str) -> dict[str, Any]:
+    """A line of the reject table.
+
+    Args:
+        row: a question, also as Parquet gives it, or a record that is none.
+    """
+    values = row if isinstance(row, Mapping) else vars(row)
+    own = {name: values.get(name) or None for name in OF_A_ROW}
+    return {"id": values["id"], "stage": stage, "reason": reason, **own, "messages": messages_in(values)}
 
 
 @contextmanager

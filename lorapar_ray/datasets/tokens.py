@@ -1,16 +1,19 @@
-"""A run's labelled questions as tokens: an Arrow file that is written once and read memory-mapped by every stage.
+"""A run's questions as tokens: an Arrow file that is written once and read memory-mapped by every stage.
 
-    work/tokens.arrow     id, system, start (where the response begins), input_ids; rows as in labels/, whole
+    work/tokens.arrow     id, system, start (where the response begins), input_ids; rows as in labels/, whole;
+                          and for rewards and evaluation the columns of `TEXTS`
+    work/test.arrow       the same of the test rows, whose system is 0
 
-Readers cut a row to their own `max_length`. Nothing of it lies in a process's own memory but a length and a System for
-each row, and the operating system shares its pages among the workers of a machine.
+Readers cut a row to their own `max_length`. A process holds three numbers for each row in its own memory; the operating
+system shares the file's pages among the processes of a machine.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from lorapar_ray.datasets.chat import Encoder, Prompt
+from lorapar_ray.datasets.rows import ROW_SCHEMA, messages_in
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import atomic_path
 
@@ -25,34 +29,43 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ROWS_PER_BATCH = 1024
+TEXTS = ("prompt", "response", "answer", "task", "difficulty", "messages", "columns")
+"""What rewards and evaluation get of a question."""
+UNLABELLED = 0
+"""The System of a row that nobody labels: a test row."""
 SCHEMA = pa.schema(
-    [("id", pa.string()), ("system", pa.int8()), ("start", pa.int32()), ("input_ids", pa.list_(pa.int32()))]
+    [
+        *(("id", pa.string()), ("system", pa.int8()), ("start", pa.int32()), ("input_ids", pa.list_(pa.int32()))),
+        *(ROW_SCHEMA.field(name) for name in TEXTS),
+    ]
 )
 
 
-def write_tokens(
-    batches: Iterable[list[dict[str, Any]]],
-    asked: Callable[[dict[str, Any]], Prompt],
-    encoder: Encoder,
-    target: Path,
-    key: str,
-) -> int:
-    """Tokenise labelled rows into `target`, which appears whole; returns how many there were.
+def prompt_of(row: Mapping[str, Any]) -> Prompt:
+    """What the model is asked: the row's messages if it is a chat, else its prompt."""
+    text: str = row["prompt"]
+    return messages_in(row) or text
+
+
+def write_tokens(batches: Iterable[list[dict[str, Any]]], encoder: Encoder, target: Path, key: str) -> int:
+    """Tokenise rows into `target`, which appears whole; returns how many there were.
 
     Args:
-        batches: rows with `id`, `response`, `system` and what `asked` makes a prompt of, some at a time.
+        batches: labelled rows or test rows as Parquet gives them, some at a time.
         key: what the tokens were made from; `key_of` reads it back.
     """
     schema = SCHEMA.with_metadata({"key": key})
     count = 0
     with atomic_path(target) as draft, pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for rows in batches:
-            encoded = encoder.examples([asked(row) for row in rows], [row["response"] for row in rows])
+            encoded = encoder.examples([prompt_of(row) for row in rows], [row["response"] for row in rows])
             columns = {
                 "id": [row["id"] for row in rows],
-                "system": [row["system"] for row in rows],
+                "system": [row.get("system", UNLABELLED) for row in rows],
                 "start": [start for _, start in encoded],
                 "input_ids": [ids for ids, _ in encoded],
+                **{name: [row.get(name) or None for row in rows] for name in TEXTS},
+                "messages": [messages_in(row) for row in rows],
             }
             writer.write_batch(pa.record_batch(columns, schema=schema))
             count += len(rows)
@@ -60,13 +73,15 @@ def write_tokens(
 
 
 def key_of(path: Path) -> str | None:
-    """What the tokens of `path` were made from; None if there is no whole file."""
+    """What the tokens of `path` were made from; None if there is no whole file, or one of an earlier version."""
     try:
         with pa.memory_map(str(path)) as source:
-            metadata = pa.ipc.open_file(source).schema.metadata or {}
+            schema = pa.ipc.open_file(source).schema
     except (OSError, pa.ArrowInvalid):
         return None
-    found: bytes | None = metadata.get(b"key")
+    if schema.names != SCHEMA.names:
+        return None
+    found: bytes | None = (schema.metadata or {}).get(b"key")
     return None if found is None else found.decode()
 
 
@@ -80,6 +95,7 @@ class TokenTable:
         self._values = [chunk.values.to_numpy() for chunk in chunks]
         self._first = np.cumsum([0, *(len(chunk) for chunk in chunks)])
         self._ids = table.column("id")
+        self._texts = {name: table.column(name) for name in TEXTS}
         self.systems: NDArray[np.int8] = table.column("system").to_numpy()
         """[rows]"""
         self.starts: NDArray[np.int32] = table.column("start").to_numpy()
@@ -102,6 +118,11 @@ class TokenTable:
         start, end = self._offsets[chunk][row - self._first[chunk] :][:2]
         return self._values[chunk][start:end]
 
+    def question(self, row: int) -> dict[str, Any]:
+        """A row's id and `TEXTS`, and the token ids of its prompt (`prompt_ids`)."""
+        texts = {name: column[row].as_py() or "" for name, column in self._texts.items()}
+        return {"id": self.id(row), **texts, "prompt_ids": self.tokens(row)[: self.starts[row]].tolist()}
+
     def of(self, systems: Sequence[int]) -> NDArray[np.int64]:
         """Positions of the rows of some Systems, in the order they were labelled."""
         return np.flatnonzero(np.isin(self.systems, list(systems)))
@@ -122,7 +143,7 @@ class Selection:
     """Each System's rows in a seeded order before the sample is taken."""
     seed: int = 0
 
-    def positions(self, table: TokenTable) -> list[int]:
+    def positions(self, table: TokenTable) -> NDArray[np.int64]:
         """Positions in `table` of the rows whose prompt leaves room for an answer.
 
         Raises:
@@ -130,21 +151,19 @@ class Selection:
         """
         return self.split(table)[0]
 
-    def split(self, table: TokenTable) -> tuple[list[int], list[int]]:
+    def split(self, table: TokenTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """`positions`, and those of the rows that are left out since their prompt is too long."""
         if not self.shuffled:
-            chosen = self._some(table, self.systems).tolist()
+            chosen = self._some(table, self.systems)
         else:
-            chosen = []
+            parts = []
             for system in self.systems:
-                rows = self._some(table, [system]).tolist()
-                random.Random(f"{self.seed}/score/{system}").shuffle(rows)
-                chosen += rows[: self.sample]
-        fits = (table.starts[chosen] < self.max_length).tolist()
-        sides: tuple[list[int], list[int]] = ([], [])
-        for row, fit in zip(chosen, fits, strict=True):
-            sides[not fit].append(row)
-        return sides
+                rows = self._some(table, [system])
+                random.Random(f"{self.seed}/score/{system}").shuffle(rows)  # type: ignore[arg-type]
+                parts.append(rows[: self.sample])
+            chosen = np.concatenate(parts)
+        fits = table.starts[chosen] < self.max_length
+        return chosen[fits], chosen[~fits]
 
     def _some(self, table: TokenTable, systems: list[int]) -> NDArray[np.int64]:
         rows = table.of(systems)
@@ -159,12 +178,12 @@ class Selection:
 class Examples(Sequence[dict[str, Any]]):
     """Rows of a token table as {input_ids, response_start}, cut to `max_length` when they are read."""
 
-    def __init__(self, table: TokenTable, positions: Sequence[int], max_length: int) -> None:
+    def __init__(self, table: TokenTable, positions: NDArray[np.int64], max_length: int) -> None:
         self._table, self._positions, self._max_length = table, positions, max_length
 
     @property
     def lengths(self) -> list[int]:
-        lengths: list[int] = np.minimum(self._table.lengths[list(self._positions)], self._max_length).tolist()
+        lengths: list[int] = np.minimum(self._table.lengths[self._positions], self._max_length).tolist()
         return lengths
 
     def __len__(self) -> int:
@@ -173,6 +192,38 @@ class Examples(Sequence[dict[str, Any]]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
-        row = self._positions[index]
+        row = int(self._positions[index])
         ids = self._table.tokens(row)[: self._max_length]
         return {"input_ids": ids.tolist(), "response_start": int(self._table.starts[row])}
+
+
+class Questions(Sequence[dict[str, Any]]):
+    """The rows of a selection as `TokenTable.question` gives them, read when asked for; it travels as its selection."""
+
+    def __init__(self, chosen: Selection) -> None:
+        self.chosen = chosen
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Questions, (self.chosen,)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        return self._table.question(int(self._positions[index]))
+
+    def beginning(self, index: int, tokens: int) -> tuple[list[int], int]:
+        """(the prompt's token ids and at most so many of the response's, where the response begins)."""
+        row = int(self._positions[index])
+        start = int(self._table.starts[row])
+        return self._table.tokens(row)[: start + tokens].tolist(), start
+
+    @cached_property
+    def _table(self) -> TokenTable:
+        return TokenTable(Path(self.chosen.path))
+
+    @cached_property
+    def _positions(self) -> NDArray[np.int64]:
+        return self.chosen.positions(self._table)

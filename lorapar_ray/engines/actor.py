@@ -17,6 +17,7 @@ from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.phases import Phases
 from lorapar_ray.engines.policy import Policy, PolicyReceiver
 from lorapar_ray.engines.processes import start_async_llm
+from lorapar_ray.models import resolve_model
 from lorapar_ray.workers import ray_options
 
 WATCH_S = 1.0
@@ -51,11 +52,12 @@ class EngineActor:
         """Start the engine, once; returns this actor's process id (`pid`) and what each phase took (`seconds`).
 
         Raises:
-            UserError: vLLM cannot serve the model, or not with these settings.
+            UserError: this machine lacks the model, or vLLM cannot serve it with these settings.
         """
         if self._engine is None:
             loader = {"worker_extension_cls": "lorapar_ray.engines.policy_loader.PolicyLoader"}
-            self._engine = start_async_llm({**loader, **self._arguments}, self._phases, self._where)
+            model = resolve_model(self._arguments["model"])
+            self._engine = start_async_llm({**loader, **self._arguments, "model": model}, self._phases, self._where)
             self._watch = asyncio.create_task(self._leave_with_the_engine())
             await self._rpc("lorapar_prepare")
         return {"pid": os.getpid(), "seconds": self._phases.seconds}
@@ -260,6 +262,7 @@ def start_engine(
     """Create the actor and begin starting its engine; returns the handle (await `handle.start.remote()`).
 
     Args:
+        model_path: as the config has it, or as `models.model_reference` gives it; the actor's machine resolves it.
         where: the config's field that holds `engine`, for what is said where it cannot start.
         place: a placement group with a bundle for this engine; None: anywhere.
         actor, environment: another kind of engine, and variables it needs beside the usual ones.

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lorapar_ray.adapters.merge import base_name
+from lorapar_ray.models import resolve_model
 
 RESIDENT_SHARE = 0.1
 """Of the free memory of a GPU, what a resident copy of the adapted weights may take; larger ones are pinned."""
@@ -72,8 +73,8 @@ def kept_on(files: Mapping[str, Tensor], names: Iterable[str], device: torch.dev
 
 
 def unmergeable(model: str, adapter_keys: Iterable[str]) -> list[str]:
-    """`missing_from` for a model's directory; empty for one that only its engines' machines have."""
-    folder = Path(model)
+    """`missing_from` for a model on a machine that has it; empty for one that the hub would have to give first."""
+    folder = Path(resolve_model(model))
     return missing_from(BaseWeights(folder), adapter_keys) if folder.is_dir() else []
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from lorapar_ray.config import ModelConfig, Resources
 from lorapar_ray.datasets.chat import load_encoder
+from lorapar_ray.models import resolve_model
 from lorapar_ray.workers import ray_options, worker_environment
 
 
@@ -34,7 +35,7 @@ class Generator:
 
         base = load_base(self._settings, self._base)
         base.generation_config = GenerationConfig()  # as for an engine: no penalties or bounds of the model's own
-        encoder = load_encoder(self._base, None, self._settings.trust_remote_code)
+        encoder = load_encoder(resolve_model(self._base), None, self._settings.trust_remote_code)
         self._ends = encoder.end_ids
         self._pad = encoder.end_id if encoder.tokenizer.pad_token_id is None else encoder.tokenizer.pad_token_id
         self._model = (base if adapter is None else PeftModel.from_pretrained(base, adapter)).eval()

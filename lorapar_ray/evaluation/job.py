@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 from lorapar_ray.adapters import read_adapter_state
 from lorapar_ray.capacity import require
 from lorapar_ray.config import Config
-from lorapar_ray.datasets.chat import Encoder, load_encoder
-from lorapar_ray.datasets.labelled import fitting_prompts
-from lorapar_ray.datasets.rows import COLUMNS, read_table
+from lorapar_ray.datasets.decoder import Decoding, decoding
+from lorapar_ray.datasets.labelled import evaluation_table, require_room
+from lorapar_ray.datasets.rows import count_rows
+from lorapar_ray.datasets.tokens import UNLABELLED, Questions, Selection, TokenTable
 from lorapar_ray.engines.actor import start_engine
 from lorapar_ray.engines.base_weights import unmergeable
 from lorapar_ray.engines.policy import Policy, read_policy
@@ -24,9 +25,10 @@ from lorapar_ray.evaluation.accuracy import accuracy
 from lorapar_ray.evaluation.generator import same_length, start_generator
 from lorapar_ray.evaluation.judging import judge, judging_process
 from lorapar_ray.grpo.rewards import RewardPool
-from lorapar_ray.models import resolve_model
+from lorapar_ray.models import model_reference
 from lorapar_ray.progress import console, progress
 from lorapar_ray.runs import RunDirectory, atomic_path, write_json
+from lorapar_ray.tasks import on_a_worker
 
 QUESTIONS_PER_CALL = 16
 """All calls are made at once, so that the engine's batch stays full; they come back, and are counted, one by one."""
@@ -43,25 +45,27 @@ def evaluate_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
     Raises:
         UserError: there are no test rows, none is short enough, or an adapter that is to be evaluated is missing.
     """
-    rows = read_table(run.data / "test.parquet", COLUMNS)
-    if not rows:
+    count = count_rows(run.data / "test.parquet")
+    if not count:
         raise UserError("data.test: no rows to evaluate on; give at least one source")
     adapters = {name: _adapter(run, name) for name in config.evaluated}
     todo = {name: folder for name, folder in adapters.items() if not (run.eval / f"{name}.json").is_file()}
     if not todo:
-        return {"n": len(rows)}
+        return {"n": count}
     settings = config.evaluate
     require("evaluate", {"resources": (1, settings.resources)})
-    encoder = load_encoder(resolve_model(config.model.path), config.model.system_prompt, config.model.trust_remote_code)
-    limit, field = settings.engine.max_model_len - 1, "evaluate.engine.max_model_len"
-    asked = fitting_prompts(encoder, run, rows, stage="evaluate", limit=limit, field=field)
-    with judging_process(settings.answer) as process:
+    tokens = evaluation_table(config, run)
+    chosen = Selection(str(tokens.resolve()), [UNLABELLED], "data.test", settings.engine.max_model_len)
+    field = "evaluate.engine.max_model_len"
+    require_room(run, TokenTable(tokens), [chosen], stage="evaluate", field=field)
+    asked = list(Questions(chosen))
+    with decoding(config.model) as decoder, judging_process(settings.answer) as process:
         if config.adapter.method == "lora":
             policies = {name: None if folder is None else read_policy(folder, 0) for name, folder in todo.items()}
-            serving = _serving(resolve_model(config.model.path), todo.values())
-            _answer_all(config, run, encoder, asked, policies, process, **serving)
+            serving = _serving(model_reference(config.model.path), todo.values())
+            _answer_all(config, run, decoder, asked, policies, process, **serving)
         else:
-            _answer_without_engine(config, run, encoder, asked, todo, process)
+            _answer_without_engine(config, run, decoder, asked, todo, process)
     return {"n": len(asked)}
 
 
@@ -78,7 +82,7 @@ def _serving(model: str, adapters: Iterable[Path | None]) -> dict[str, Any]:
     """How the engine is to serve the adapters: merged, or as LoRA where the base's files have other names for what they
     adapt."""
     states = [read_adapter_state(folder) for folder in adapters if folder is not None]
-    if not any(unmergeable(model, state) for state in states):
+    if not any(on_a_worker(unmergeable, model, list(state)) for state in states):
         return {"sync": "merged"}
     ranks = [len(value) for state in states for key, value in state.items() if ".lora_A." in key]
     return {"sync": "adapter", "max_lora_rank": max(ranks)}
@@ -87,7 +91,7 @@ def _serving(model: str, adapters: Iterable[Path | None]) -> dict[str, Any]:
 def _answer_all(
     config: Config,
     run: RunDirectory,
-    encoder: Encoder,
+    decoder: Decoding,
     rows: list[dict[str, Any]],
     policies: dict[str, Policy | None],
     process: RewardPool,
@@ -99,7 +103,7 @@ def _answer_all(
 
     settings = config.evaluate
     actor = start_engine(
-        resolve_model(config.model.path),
+        model_reference(config.model.path),
         settings.engine,
         settings.resources,
         seed=config.seed,
@@ -109,7 +113,7 @@ def _answer_all(
         max_lora_rank=max_lora_rank,
     )
     prompts = [row["prompt_ids"] for row in rows]
-    ends = {"stop": list(settings.stop), "stop_token_ids": encoder.end_ids}
+    ends = {"stop": list(settings.stop), "stop_token_ids": decoder.end_ids}
     sampling = {"n": 1, "temperature": 0.0, "max_tokens": settings.max_new_tokens, **ends}
     done: dict[str, Any] = {"n": 0, "name": "starting the engine"}
     try:
@@ -127,7 +131,7 @@ def _answer_all(
                     [answered], waiting = ray.wait(waiting)
                     done["n"] += asked[answered]
                 answers = [group[0].token_ids for call in asked for group in ray.get(call)]
-                texts = [encoder.answer_text(ids, settings.stop) for ids in answers]
+                texts = decoder.texts(answers, settings.stop)
                 _write(run, name, rows, texts, process, time.monotonic() - start)
     finally:
         ray.kill(actor)
@@ -136,7 +140,7 @@ def _answer_all(
 def _answer_without_engine(
     config: Config,
     run: RunDirectory,
-    encoder: Encoder,
+    decoder: Decoding,
     rows: list[dict[str, Any]],
     adapters: dict[str, Path | None],
     process: RewardPool,
@@ -146,7 +150,7 @@ def _answer_without_engine(
 
     settings = config.evaluate
     prompts = [row["prompt_ids"] for row in rows]
-    actor = start_generator(config.model, resolve_model(config.model.path), settings.resources)
+    actor = start_generator(config.model, model_reference(config.model.path), settings.resources)
     done: dict[str, Any] = {"n": 0, "name": "loading the model"}
     try:
         with progress("evaluate", len(rows) * len(adapters), lambda: (done["n"], done["name"])):
@@ -154,12 +158,13 @@ def _answer_without_engine(
                 ray.get(actor.load.remote(None if folder is None else str(folder.resolve())))
                 done["name"] = name
                 start = time.monotonic()
-                texts = [""] * len(prompts)
+                answered: list[list[int]] = [[] for _ in prompts]
                 for part in same_length(prompts, settings.engine.max_num_seqs):
                     answers = ray.get(actor.greedy.remote([prompts[row] for row in part], settings.max_new_tokens))
                     for row, ids in zip(part, answers, strict=True):
-                        texts[row] = encoder.answer_text(ids, settings.stop)
+                        answered[row] = ids
                     done["n"] += len(part)
+                texts = decoder.texts(answered, settings.stop)
                 _write(run, name, rows, texts, process, time.monotonic() - start)
     finally:
         ray.kill(actor)

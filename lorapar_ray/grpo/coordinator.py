@@ -11,7 +11,7 @@ import asyncio
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import ceil
 from typing import Any
 
@@ -26,6 +26,7 @@ from lorapar_ray.grpo.engine_pool import EnginePool, PolicyMismatch
 from lorapar_ray.grpo.prompt_stream import PromptStream
 from lorapar_ray.grpo.rewards.actor import RewardWorkers
 from lorapar_ray.grpo.rewards.judge import Judge
+from lorapar_ray.models import resolve_model
 from lorapar_ray.progress import console
 from lorapar_ray.text import one_line
 
@@ -47,8 +48,9 @@ class Coordinator:
         """Take the plan, and what is no plain data beside it.
 
         Args:
-            plan: `settings` (GrpoConfig), `rows` (id, prompt, response, answer, prompt_ids), `steps`, `seed`, `model`
-                (path), `trust_remote_code`, `lora_rank` and `judge` (see `judging`; None without one), all JSON-like.
+            plan: `settings` (GrpoConfig), `rows` (a sequence of questions, see `TokenTable.question`), `steps`,
+                `seed`, `model` (see `models.model_reference`), `trust_remote_code`, `lora_rank` and `judge` (see
+                `judging`; None without one).
             engine: how to make an engine, if not by the plan.
             place: the engines' placement group.
         """
@@ -57,8 +59,8 @@ class Coordinator:
         self._plan = plan
         self._place = place
         self._settings = GrpoConfig.model_validate(plan["settings"])
-        self._rows: list[dict[str, Any]] = plan["rows"]
-        self._encoder = load_encoder(plan["model"], None, plan["trust_remote_code"])
+        self._rows: Sequence[dict[str, Any]] = plan["rows"]
+        self._encoder = load_encoder(resolve_model(plan["model"]), None, plan["trust_remote_code"])
         self._stream = self._fresh_stream()
         asked = self._settings.canary_tolerance
         self._calibrated = None if asked == "auto" else asked

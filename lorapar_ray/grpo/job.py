@@ -12,8 +12,8 @@ from typing import Any
 from lorapar_ray.adapters import read_adapter_state
 from lorapar_ray.boundary import last_line, read_object
 from lorapar_ray.config import Config
-from lorapar_ray.datasets.chat import Encoder, load_encoder
-from lorapar_ray.datasets.labelled import fitting_prompts, labelled_rows
+from lorapar_ray.datasets.labelled import require_room, token_table
+from lorapar_ray.datasets.tokens import Questions, Selection, TokenTable
 from lorapar_ray.engines.base_weights import not_in_the_files, unmergeable
 from lorapar_ray.errors import UserError
 from lorapar_ray.gpus import sync_of
@@ -25,12 +25,14 @@ from lorapar_ray.grpo.rewards.registry import require_rewards
 from lorapar_ray.progress import progress
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.job import export_plain
-from lorapar_ray.student import RESIDUAL_INITS, base_path, starting_adapter
+from lorapar_ray.student import RESIDUAL_INITS, base_reference, starting_adapter
+from lorapar_ray.tasks import on_a_worker
 from lorapar_ray.tracking import require_trackers
 from lorapar_ray.workers import run_workers
 
 CANARIES = 4
-PROMPT_FIELDS = ("id", "prompt", "response", "answer", "messages", "columns")
+CANARY_TOKENS = 32
+"""Of a response, at most."""
 STOP_LIMIT_S = 30
 
 
@@ -46,10 +48,8 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
     settings = config.grpo
     require_trackers(settings.report_to, "grpo.report_to")
     require_rewards(settings)
-    base = base_path(config.model, run)
-    encoder = load_encoder(base, config.model.system_prompt, config.model.trust_remote_code)
-    labelled = labelled_rows(run, settings.systems, "grpo.systems")
-    rows = _prompts(encoder, run, labelled, settings.max_prompt_length)
+    base = base_reference(config.model, run)
+    rows = _questions(config, run)
     start_from = starting_adapter(config, run, "grpo")
     _require_servable(sync_of(settings), base, start_from)
     residual = config.adapter.init in RESIDUAL_INITS
@@ -63,7 +63,7 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
         adapter_in=str(start_from.resolve()),
         adapter_out=str(out.resolve()),
         regions=str((run.partition / "regions.safetensors").resolve()) if settings.masked else None,
-        canaries=[_canary(encoder, row) for row in rows[:CANARIES]],
+        canaries=[list(rows.beginning(each, CANARY_TOKENS)) for each in range(min(CANARIES, len(rows)))],
         checkpoints=str((run.work / "grpo").resolve()),
         metrics=str((run.metrics / "grpo.jsonl").resolve()),
         samples=str((run.metrics / "samples.jsonl").resolve()),
@@ -112,9 +112,10 @@ def _require_servable(sync: str, base: str, adapter: Path) -> None:
     Raises:
         UserError: the base's files have other names for what it adapts.
     """
-    missing = unmergeable(base, read_adapter_state(adapter)) if sync == "merged" else []
-    if missing:
-        raise UserError(not_in_the_files(missing, base))
+    if sync == "merged":
+        missing = on_a_worker(unmergeable, base, list(read_adapter_state(adapter)))
+        if missing:
+            raise UserError(not_in_the_files(missing, base))
 
 
 def _stop(coordinator: Any) -> None:
@@ -126,14 +127,14 @@ def _stop(coordinator: Any) -> None:
     ray.kill(coordinator)
 
 
-def _prompts(encoder: Encoder, run: RunDirectory, rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
-    """What the coordinator needs of the rows whose prompts are short enough."""
-    asked = [{key: row[key] for key in PROMPT_FIELDS if row.get(key) is not None} for row in rows]
-    return fitting_prompts(encoder, run, asked, stage="grpo", limit=limit, field="grpo.max_prompt_length")
-
-
-def _canary(encoder: Encoder, row: dict[str, Any]) -> list[Any]:
-    return [row["prompt_ids"] + encoder.response_ids(row["response"])[:32], len(row["prompt_ids"])]
+def _questions(config: Config, run: RunDirectory) -> Questions:
+    """The labelled rows of `grpo.systems` whose prompts are short enough."""
+    settings = config.grpo
+    tokens = token_table(config, run)
+    chosen = Selection(str(tokens.resolve()), settings.systems, "grpo.systems", settings.max_prompt_length + 1)
+    field = "grpo.max_prompt_length"
+    require_room(run, TokenTable(tokens), [chosen], stage="grpo", field=field, of_prompt=True)
+    return Questions(chosen)
 
 
 def _poll(metrics: Path) -> tuple[int, str]:

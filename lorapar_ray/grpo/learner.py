@@ -120,11 +120,10 @@ class Learner:
 
     def __init__(self, job: GrpoJob) -> None:
         from lorapar_ray.adapters import adapter_parameters, load_adapter
-        from lorapar_ray.datasets.chat import load_encoder
         from lorapar_ray.optim import MaskedAdamW, masked_param_groups
         from lorapar_ray.partition import load_regions, stage_mask
         from lorapar_ray.sharding import shard_base
-        from lorapar_ray.student import device, load_base
+        from lorapar_ray.student import device, load_base, load_tokenizer
 
         self.job = job
         self.settings = GrpoConfig.model_validate(job.settings)
@@ -137,7 +136,7 @@ class Learner:
             shard_base(self.model, device())
         self.model.eval()  # no dropout: the learner's policy is the one that was sampled from
         self.base = self.model.get_base_model()
-        self.pad_id = load_encoder(job.base, None, model.trust_remote_code).tokenizer.pad_token_id
+        self.pad_id = load_tokenizer(job.base, model).pad_token_id
         self.parameters = adapter_parameters(self.model)
         self.device = next(iter(self.parameters.values())).device
         self.reference = {key: parameter.detach().clone() for key, parameter in self.parameters.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 
 from lorapar_ray.config import Config
-from lorapar_ray.datasets.rows import ROW_SCHEMA, ROWS_PER_WRITE, Row, iterate_rows
-from lorapar_ray.datasets.tables import TableWriter, reject_table
+from lorapar_ray.datasets.rows import ROW_SCHEMA, ROWS_PER_WRITE, Row, as_record, iterate_rows
+from lorapar_ray.datasets.tables import TableWriter, reject, reject_table
 from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.pending import answered_rows
 from lorapar_ray.labeling.store import Answer, VoteStore, question_key
@@ -54,7 +53,7 @@ def write_labels(
                 failed = {name: why for name, why in failures.get(question, {}).items() if name not in voted}
                 decision = majority(votes, config.label.weights)
                 if decision is None:
-                    rejects.add(_reject(row, failed))
+                    rejects.add(reject(row, "label", f"no teacher answered ({_why(failed)})"))
                     tally.abstain(failed)
                 else:
                     labels.add(_labelled(row, decision, votes))
@@ -86,13 +85,11 @@ def _by_teacher(keys: Keys, known: Mapping[bytes, Answer]) -> dict[str, list[Ans
 
 
 def _labelled(row: Row, decision: Decision, votes: list[Vote]) -> dict[str, Any]:
-    return {**vars(row), **vars(decision), "votes": [vars(vote) for vote in votes]}
+    return {**as_record(row), **vars(decision), "votes": [vars(vote) for vote in votes]}
 
 
-def _reject(row: Row, reasons: Mapping[str, str]) -> dict[str, str]:
-    why = "; ".join(f"{teacher}: {reason}" for teacher, reason in reasons.items())
-    text = json.dumps(vars(row), ensure_ascii=False)
-    return {"id": row.id, "stage": "label", "reason": f"no teacher answered ({why or 'none was asked'})", "row": text}
+def _why(reasons: Mapping[str, str]) -> str:
+    return "; ".join(f"{teacher}: {reason}" for teacher, reason in reasons.items()) or "none was asked"
 
 
 @contextmanager

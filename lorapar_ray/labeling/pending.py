@@ -6,11 +6,11 @@ than a block.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +21,11 @@ from lorapar_ray.files import atomic_path
 from lorapar_ray.labeling.store import Answer, VoteStore, question_key
 from lorapar_ray.labeling.voting import Keys, votes_of, whom_to_ask
 
-SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "prompt", "answer", "known")])
+ANSWER = pa.struct(
+    [("log_probs", pa.list_(pa.float64())), ("tokens", pa.int64()), ("latency_s", pa.float64()), ("run", pa.string())]
+)
+KNOWN = pa.list_(pa.struct([("teacher", pa.string()), ("answers", pa.list_(ANSWER))]))
+SCHEMA = pa.schema([("key", pa.string()), ("prompt", pa.string()), ("answer", pa.string()), ("known", KNOWN)])
 
 
 @dataclass(frozen=True)
@@ -109,12 +113,14 @@ class PendingBlocks:
                 record["key"],
                 record["prompt"],
                 record["answer"],
-                {name: [Answer(**each) for each in known] for name, known in json.loads(record["known"]).items()},
+                {known["teacher"]: [Answer(**each) for each in known["answers"]] for known in record["known"]},
             )
             for record in self._file.read_row_group(block).to_pylist()
         ]
 
 
-def _record(question: Question) -> dict[str, str]:
-    known = {name: [vars(answer) for answer in answers] for name, answers in question.known.items()}
-    return {"key": question.key, "prompt": question.prompt, "answer": question.answer, "known": json.dumps(known)}
+def _record(question: Question) -> dict[str, Any]:
+    known = [
+        {"teacher": name, "answers": [vars(answer) for answer in answers]} for name, answers in question.known.items()
+    ]
+    return {"key": question.key, "prompt": question.prompt, "answer": question.answer, "known": known}

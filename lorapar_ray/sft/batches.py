@@ -100,13 +100,18 @@ def deal(rows: Sequence[tuple[int, ...]], micro_batches: int, size: int) -> list
     return dealt
 
 
+def validation_rows(count: int, share: float) -> int:
+    """How many of `count` rows are held out for validation."""
+    return 0 if share == 0 else min(count - 1, max(1, round(share * count)))
+
+
 def split_validation(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
     """(training, validation) positions among `count` rows, in order; at least one each if `share` is above 0."""
     if share == 0:
         return list(range(count)), []
     order = list(range(count))
     random.Random(f"{seed}/validation").shuffle(order)
-    held_out = set(order[: min(count - 1, max(1, round(share * count)))])
+    held_out = set(order[: validation_rows(count, share)])
     return [row for row in range(count) if row not in held_out], sorted(held_out)
 
 

@@ -13,7 +13,7 @@ from lorapar_ray.datasets.labelled import require_room, token_table
 from lorapar_ray.datasets.tokens import Selection, TokenTable
 from lorapar_ray.progress import progress
 from lorapar_ray.runs import RunDirectory
-from lorapar_ray.sft.batches import split_validation, steps_in
+from lorapar_ray.sft.batches import steps_in, validation_rows
 from lorapar_ray.sft.worker import SftJob, train_worker
 from lorapar_ray.student import RESIDUAL_INITS, base_reference, starting_adapter
 from lorapar_ray.tracking import require_trackers
@@ -34,7 +34,7 @@ def train_stage1(config: Config, run: RunDirectory) -> dict[str, Any]:
     residual = config.adapter.method == "lora" and config.adapter.init in RESIDUAL_INITS
     out = run.sft / ("trained" if residual else "adapter")
     (count,) = require_room(run, TokenTable(tokens), [chosen], stage="sft", field="sft.max_length")
-    trained_on = len(split_validation(count, config.sft.validation, config.seed)[0])
+    trained_on = count - validation_rows(count, config.sft.validation)
     job = _job(config, run, config.sft, chosen, "sft", starting_adapter(config, run, "sft"), out, regions)
     _run(job, config.sft, trained_on, "sft", run)
     if residual:

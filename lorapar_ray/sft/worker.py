@@ -7,6 +7,8 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lorapar_ray.config import AdapterConfig, ModelConfig, SftConfig
 from lorapar_ray.datasets.tokens import Examples, Selection, TokenTable
 from lorapar_ray.sft.batches import deal, lay_out, plan_batches, split_validation
@@ -102,7 +104,7 @@ def _examples(job: SftJob, settings: SftConfig) -> tuple[Examples, Examples]:
     table = TokenTable(Path(selection.path))
     positions = selection.positions(table)
     return tuple(  # type: ignore[return-value]
-        Examples(table, [positions[each] for each in part], selection.max_length)
+        Examples(table, positions[np.asarray(part, dtype=np.int64)], selection.max_length)
         for part in split_validation(len(positions), settings.validation, job.seed)
     )
 

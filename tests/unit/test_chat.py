@@ -1,19 +1,16 @@
 """Prompts as tokens, where an answer ends, and what happens to prompts that are too long."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
 from lorapar_ray.boundary import read_lines
 from lorapar_ray.datasets.chat import load_encoder
-from lorapar_ray.datasets.labelled import fitting_prompts, labelled_batches, prompt_of, require_room
+from lorapar_ray.datasets.labelled import require_room
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.datasets.tokens import Selection, TokenTable, write_tokens
 from lorapar_ray.errors import UserError
@@ -87,19 +84,14 @@ def test_prompts_that_are_too_long_are_listed(tmp_path: Path, published: Path, s
     encoder, run = load_encoder(str(published), None), RunDirectory(tmp_path)
 
     def fitting(rows: list[dict[str, Any]], limit: int = 64) -> list[dict[str, Any]]:
-        if stage == "sft":
-            shutil.rmtree(run.labels, ignore_errors=True)
-            run.labels.mkdir(parents=True)
-            pq.write_table(pa.Table.from_pylist(rows), run.labels / "part.parquet")
-            write_tokens(labelled_batches(run.labels), prompt_of, encoder, tmp_path / "tokens.arrow", "")
-            table, chosen = TokenTable(tmp_path / "tokens.arrow"), Selection("", [1], "sft.systems", limit)
-            require_room(run, table, [chosen], stage=stage, field="sft.max_length")
-            return [{"id": table.id(position)} for position in chosen.positions(table)]
-        return fitting_prompts(encoder, run, rows, stage=stage, limit=limit, field=f"{stage}.limit")
+        write_tokens([rows], encoder, tmp_path / "tokens.arrow", "")
+        table, chosen = TokenTable(tmp_path / "tokens.arrow"), Selection("", [1], "sft.systems", limit)
+        require_room(run, table, [chosen], stage=stage, field=f"{stage}.limit", of_prompt=stage == "grpo")
+        return [{"id": table.id(position)} for position in chosen.positions(table)]
 
     assert [row["id"] for row in fitting(long_and_short())] == ["short"]
     (rejected,) = read_table(run.rejects / f"{stage}.parquet")
-    assert rejected["id"] == "long" and json.loads(rejected["row"])["prompt"].startswith("2+2?")
+    assert rejected["id"] == "long" and rejected["prompt"].startswith("2+2?")
     with pytest.raises(UserError, match=rf"{stage}\.\w+: .*; raise it"):
         fitting(long_and_short(), limit=4)
     assert len(fitting(long_and_short()[:1])) == 1

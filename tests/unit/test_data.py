@@ -57,7 +57,8 @@ def test_train_and_test_are_disjoint_and_the_rest_is_in_rejects(tmp_path: Path) 
     kept = {row["prompt"] for row in read_table(run.data / "train.parquet")}
     assert kept == {"q0", "q2", "q3"}
     rejected = read_table(run.rejects / "prepare.parquet")
-    assert len(rejected) == 3 and all(row["reason"] and json.loads(row["row"]) for row in rejected)
+    assert len(rejected) == 3 and all(row["reason"] and row["prompt"] in kept | {"q1"} for row in rejected)
+    assert {row["stage"] for row in rejected} == {"prepare"} and json.loads(rejected[0]["columns"])["answer"]
 
 
 def test_named_readers_on_records_of_their_published_form() -> None:

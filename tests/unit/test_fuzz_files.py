@@ -21,12 +21,13 @@ from safetensors.torch import save, save_file
 
 from lorapar_ray.adapters.given import require_lora, take_over
 from lorapar_ray.adapters.store import CONFIG, WEIGHTS, load_adapter
+from lorapar_ray.boundary import parquet_batches
 from lorapar_ray.config import ModelConfig, NamedSource
 from lorapar_ray.config.data import FileSource
 from lorapar_ray.config_file import load_config
-from lorapar_ray.datasets.labelled import labelled_rows
 from lorapar_ray.datasets.rows import COLUMNS, Row, count_rows, iterate_rows, read_table, write_rows
 from lorapar_ray.datasets.sources import read_source
+from lorapar_ray.datasets.tokens import prompt_of
 from lorapar_ray.importance import GradSums
 from lorapar_ray.labeling.job import _known_bias, _run_id
 from lorapar_ray.labeling.output import LABEL_SCHEMA
@@ -156,8 +157,9 @@ LABELS = [
 def test_labels_of_a_run(folder: Path, content: bytes) -> None:
     run = RunDirectory(folder / "labelled")
     put(run.labels / "part-00000.parquet", content)
-    found = one_line_or_accepted(lambda: labelled_rows(run, [1, 2], "sft"))
-    assert found is None or all(row["system"] in (1, 2) and isinstance(row["prompt"], str) for row in found)
+    batches = parquet_batches(run.labels / "part-00000.parquet", COLUMNS | {"system": int}, 2)
+    found = one_line_or_accepted(lambda: [prompt_of(row) for rows in batches for row in rows])
+    assert found is None or all(isinstance(prompt, str | list) for prompt in found)
 
 
 @pytest.fixture(scope="module")

@@ -122,7 +122,7 @@ def test_rewards_are_called_as_trl_calls_them(name: str, values: list[float | No
 
 
 def test_chats_are_messages_and_our_own_signature_still_works() -> None:
-    messages = json.dumps([{"role": "system", "content": "s"}, {"role": "user", "content": "2+2?"}])
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "2+2?"}]
     columns = {"answer": ["4"], "messages": [messages]}
     request = {"prompts": ["2+2?"], "completions": ["4"], "columns": columns}
     assert call(trl_rewards.chat, request, own=False) == [1.0]

@@ -1,18 +1,20 @@
 """Labelled rows as tokens in one memory-mapped file."""
 
+import json
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
 from lorapar_ray.datasets.chat import Encoder
-from lorapar_ray.datasets.labelled import labelled_batches, prompt_of
-from lorapar_ray.datasets.tokens import Examples, Selection, TokenTable, key_of, write_tokens
+from lorapar_ray.datasets.tokens import Examples, Questions, Selection, TokenTable, key_of, write_tokens
 from lorapar_ray.errors import UserError
 from lorapar_ray.models import resolve_model
+
+CHAT = [{"role": "system", "content": "You add."}, {"role": "user", "content": "6 + 6?"}]
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +35,9 @@ def table(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         }
         for k in range(2050)
     ]
-    (folder / "labels").mkdir()
-    pq.write_table(pa.Table.from_pylist(rows[:7]), folder / "labels" / "a.parquet")
-    pq.write_table(pa.Table.from_pylist(rows[7:]), folder / "labels" / "b.parquet")
-    assert (
-        write_tokens(labelled_batches(folder / "labels"), prompt_of, encoder, folder / "tokens.arrow", "made of this")
-        == 2050
-    )
+    rows[6] |= {"messages": CHAT, "columns": '{"value": 12}'}
+    rows[7] |= {"messages": json.dumps(CHAT)}  # as earlier versions wrote it
+    assert write_tokens([rows[:7], rows[7:]], encoder, folder / "tokens.arrow", "made of this") == 2050
     return folder / "tokens.arrow", rows
 
 
@@ -50,19 +48,39 @@ def test_rows_are_what_the_encoder_gives_one_by_one(
     opened = TokenTable(path)
     assert key_of(path) == "made of this" and len(opened) == len(rows)
     for number in (0, 6, 7, 1030, 1031, 2049):
-        ids, start = encoder.example(str(rows[number]["prompt"]), str(rows[number]["response"]), 10**6)
+        prompt = CHAT if number in (6, 7) else str(rows[number]["prompt"])
+        ids, start = encoder.example(prompt, str(rows[number]["response"]), 10**6)
         assert opened.tokens(number).tolist() == ids and opened.starts[number] == start
         assert opened.lengths[number] == len(ids) and opened.id(number) == rows[number]["id"]
     assert opened.of([2]).tolist() == [k for k in range(2050) if k % 2]
 
 
+def test_rewards_get_a_question_as_it_was_written(table: tuple[Path, list[dict[str, object]]]) -> None:
+    path, rows = table
+    questions = pickle.loads(pickle.dumps(Questions(Selection(str(path), [1], "grpo.systems", 10**6))))
+    assert len(questions) == 1025 and questions[0]["id"] == "q0" and questions[0]["messages"] == ""
+    chat = questions[3]
+    assert (chat["id"], chat["messages"], chat["columns"]) == ("q6", CHAT, '{"value": 12}')
+    assert [chat[name] for name in ("prompt", "response")] == [rows[6][name] for name in ("prompt", "response")]
+    ids, start = questions.beginning(3, 1)
+    assert ids[:-1] == chat["prompt_ids"] and start == len(ids) - 1
+    assert TokenTable(path).question(7)["messages"] == CHAT
+
+
+def test_a_file_of_an_earlier_version_is_written_anew(tmp_path: Path) -> None:
+    schema = pa.schema([("id", pa.string())], metadata={"key": "made of this"})
+    with pa.OSFile(str(tmp_path / "t.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema):
+        pass
+    assert key_of(tmp_path / "t.arrow") is None
+
+
 def test_examples_are_cut_when_they_are_read(table: tuple[Path, list[dict[str, object]]]) -> None:
     opened = TokenTable(table[0])
     length = int(opened.lengths[3])
-    cut = Examples(opened, [3, 5], length - 1)
+    cut = Examples(opened, np.array([3, 5]), length - 1)
     assert cut.lengths[0] == len(cut[0]["input_ids"]) == length - 1
     assert cut[:][0] == cut[0] and cut[0]["response_start"] == opened.starts[3]
-    assert Examples(opened, [3], 999)[0]["input_ids"] == opened.tokens(3).tolist()
+    assert Examples(opened, np.array([3]), 999)[0]["input_ids"] == opened.tokens(3).tolist()
 
 
 def test_reading_keeps_no_copy_of_the_tokens(table: tuple[Path, list[dict[str, object]]]) -> None:
@@ -76,8 +94,12 @@ def test_a_sample_is_seeded_and_of_each_system(table: tuple[Path, list[dict[str,
     opened = TokenTable(table[0])
     chosen = Selection(str(table[0]), [1, 2], "score", 512, sample=5, shuffled=True, seed=3)
     positions = chosen.positions(opened)
-    assert positions == chosen.positions(opened) and opened.systems[positions].tolist() == [1] * 5 + [2] * 5
-    assert positions != Selection(str(table[0]), [1, 2], "score", 512, 5, True, seed=4).positions(opened)
+    assert (
+        positions.tolist() == chosen.positions(opened).tolist()
+        and opened.systems[positions].tolist() == [1] * 5 + [2] * 5
+    )
+    other = Selection(str(table[0]), [1, 2], "score", 512, 5, True, seed=4).positions(opened)
+    assert positions.tolist() != other.tolist()
 
 
 def test_a_prompt_that_leaves_no_room_is_left_out_and_a_missing_system_is_one_line(
@@ -86,7 +108,7 @@ def test_a_prompt_that_leaves_no_room_is_left_out_and_a_missing_system_is_one_li
     opened = TokenTable(table[0])
     limit = int(opened.starts.min()) + 1
     kept, left_out = Selection(str(table[0]), [1, 2], "sft.systems", limit).split(opened)
-    assert kept and (opened.starts[kept] < limit).all() and (opened.starts[left_out] >= limit).all()
+    assert len(kept) and (opened.starts[kept] < limit).all() and (opened.starts[left_out] >= limit).all()
     assert sorted([*kept, *left_out]) == list(range(len(opened)))
     with pytest.raises(UserError, match=r"sft.systems: no row .* System 3"):
         Selection(str(table[0]), [3], "sft.systems", 512).positions(opened)

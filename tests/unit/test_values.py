@@ -61,7 +61,7 @@ def test_chats_keep_their_roles(tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", {"prompt": CHAT, "answer": "2"}, {"prompt": CHAT[1:] * 2, "answer": "2"})
     rows, _ = prepared(tmp_path, source, instruction="Number only.")
     assert rows[0]["prompt"] == "System: You calculate.\n\nUser: 1+1?\nNumber only."
-    assert json.loads(rows[0]["messages"]) == [CHAT[0], {"role": "user", "content": "1+1?\nNumber only."}]
+    assert rows[0]["messages"] == [CHAT[0], {"role": "user", "content": "1+1?\nNumber only."}]
 
 
 @pytest.mark.parametrize(

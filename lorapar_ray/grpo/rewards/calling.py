@@ -45,7 +45,7 @@ def _arguments(request: dict[str, Any], own: bool) -> tuple[list[Any], list[Any]
         return prompts, completions, columns
     for index, chat in enumerate(chats or []):
         if chat:
-            prompts[index] = json.loads(chat)
+            prompts[index] = chat
             completions[index] = [{"role": "assistant", "content": completions[index]}]
     rows = [json.loads(record) if record else {} for record in records or []]
     for name in rows[0] if rows else ():
