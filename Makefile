@@ -37,10 +37,12 @@ $(VENV)/.complete: $(LOCK) pyproject.toml
 	touch $@
 
 # Needs uv on the path; `make lock FIND_LINKS=DIR` where the CPU build of torch lies in a directory.
+COMPILE = uv pip compile --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate --no-header \
+  --no-emit-index-url --no-emit-find-links --upgrade
 lock:
-	uv pip compile requirements/cpu.in --override requirements/overrides.txt --python-version 3.11 --no-annotate \
-	  --no-header --no-emit-index-url --no-emit-find-links $(if $(FIND_LINKS),--find-links $(FIND_LINKS),--extra-index-url $(TORCH_INDEX)) \
-	  --upgrade -o $(LOCK)
+	$(COMPILE) requirements/cpu.in --override requirements/cpu-overrides.txt -o requirements/cpu.txt \
+	  $(if $(FIND_LINKS),--find-links $(FIND_LINKS),--extra-index-url $(TORCH_INDEX))
+	$(COMPILE) requirements/gpu.in --override requirements/gpu-overrides.txt -o requirements/gpu.txt
 
 clean:
 	rm -rf $(VENV) runs site
