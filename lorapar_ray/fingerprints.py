@@ -1,6 +1,7 @@
 """Digests of files by what they hold, not by when they were written; each file is read once while it does not change.
 
-`Fingerprints` remembers a file's sha256 with its size and time in one JSON file, so that asking again costs a `stat`.
+`Fingerprints` remembers a file's sha256 with its size and times in one JSON file, so that asking again costs a `stat`.
+The time of the last change is one of them: unlike that of the last write, no copy or archive sets it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from lorapar_ray.files import digest, write_json
 
 SETTLED_S = 2.0
 """A file that changed less than this ago may change again within one tick of the clock: it is not remembered yet."""
+STAMPS = 3
 OF_A_FOLDER = (
     ".json",
     ".safetensors",
@@ -37,7 +39,7 @@ ABOUT_VOTING = ("votes",)
 
 
 class Fingerprints:
-    """sha256 of files, remembered by size and time."""
+    """sha256 of files, remembered by size and times."""
 
     def __init__(self, memory: Path) -> None:
         """`memory` is the file that keeps them; it may be missing, damaged or deleted at any time."""
@@ -46,20 +48,20 @@ class Fingerprints:
         self._changed = False
         try:
             loaded = json.loads(memory.read_text())
-            self._known = {path: entry for path, entry in loaded.items() if len(entry) == 3}
+            self._known = {path: entry for path, entry in loaded.items() if len(entry) == STAMPS + 1}
         except (OSError, ValueError, AttributeError, TypeError, RecursionError):
             self._known = {}
 
     def of_file(self, path: Path) -> str:
         """The sha256 of a file, in hex."""
         status = path.stat()
-        stamp = [status.st_size, status.st_mtime_ns]
+        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
         known = self._known.get(str(path))
-        if known is not None and known[:2] == stamp:
-            return str(known[2])
+        if known is not None and known[:STAMPS] == stamp:
+            return str(known[STAMPS])
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        if abs(time.time() - status.st_mtime) > SETTLED_S:
+        if min(abs(time.time() - each) for each in (status.st_mtime, status.st_ctime)) > SETTLED_S:
             self._known[str(path)] = [*stamp, found]
             self._changed = True
         return found

@@ -2,11 +2,13 @@
 locks, which network file systems break.
 
 The file names its holder. On the same machine a holder that has died is recognised by its process; on another one by
-the file's age, since a living holder touches it every `BEAT_S`.
+the file's age, since a living holder touches it every `BEAT_S`. A holder that was asleep for so long that another took
+its lock writes nothing more.
 """
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import socket
@@ -28,6 +30,8 @@ STALE_S = 300.0
 
 _held: dict[Path, int] = {}
 """Locks of this process, with how many blocks are inside each."""
+_written: dict[Path, str] = {}
+"""What this process wrote into each."""
 _guard = threading.Lock()
 
 
@@ -41,11 +45,11 @@ def run_lock(root: Path) -> Iterator[None]:
     with _guard:
         inside = _held.get(root, 0)
         if not inside:
-            _take(root / NAME)
+            _written[root] = _take(root / NAME)
         _held[root] = inside + 1
     stop = threading.Event()
     if not inside:
-        threading.Thread(target=_beat, args=(root / NAME, stop), daemon=True, name="run-lock").start()
+        threading.Thread(target=_beat, args=(root, stop), daemon=True, name="run-lock").start()
     try:
         yield
     finally:
@@ -54,20 +58,46 @@ def run_lock(root: Path) -> Iterator[None]:
             _held[root] -= 1
             if not _held[root]:
                 del _held[root]
-                (root / NAME).unlink(missing_ok=True)
+                if not _taken_over(root, _written.pop(root)):
+                    (root / NAME).unlink(missing_ok=True)
 
 
-def _take(file: Path) -> None:
+def require_held(root: Path) -> None:
+    """Check that no other process has meanwhile taken the lock that this one holds, if it holds one.
+
+    Raises:
+        UserError: another has; what this process would write now belongs to another command.
+    """
+    mine = _written.get(root)
+    if mine is not None and _taken_over(root, mine):
+        raise UserError(f"run directory '{root}' was taken over by another command; this one has stopped")
+
+
+def _taken_over(root: Path, mine: str) -> bool:
+    try:
+        return (root / NAME).read_text(errors="replace") != mine
+    except OSError:  # deleted, or not to be read just now: nobody else has it
+        return False
+
+
+def _take(file: Path) -> str:
+    """Create the lock; returns what it says."""
     mine = json.dumps(_identity() | {"token": uuid.uuid4().hex})
-    while True:
-        try:
-            with file.open("x") as lock:
-                lock.write(mine)
-            return
-        except FileExistsError:
+    try:
+        while not _created(file, mine):
             _remove_if_stale(file)
-        except OSError as error:
-            raise UserError(f"run directory '{file.parent}' cannot be written to ({error.strerror})") from error
+    except OSError as error:
+        raise UserError(f"run directory '{file.parent}' cannot be written to ({error.strerror})") from error
+    return mine
+
+
+def _created(file: Path, mine: str) -> bool:
+    try:
+        with file.open("x") as lock:
+            lock.write(mine)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _remove_if_stale(file: Path) -> None:
@@ -79,6 +109,8 @@ def _remove_if_stale(file: Path) -> None:
     try:
         text, age = file.read_text(errors="replace"), _age(file)
     except FileNotFoundError:
+        if file.is_symlink():
+            raise UserError(f"'{file}' is a link that leads nowhere; delete it") from None
         return
     holder = _parsed(text)
     if _lives(holder, age):
@@ -91,7 +123,7 @@ def _remove_if_stale(file: Path) -> None:
     aside = file.with_name(f".{NAME}.{uuid.uuid4().hex}")
     with suppress(FileNotFoundError):
         file.rename(aside)
-        if aside.read_text() != text:  # not the one that was looked at: another process was faster
+        if aside.read_text(errors="replace") != text:  # not the one that was looked at: another process was faster
             with suppress(FileExistsError):
                 os.link(aside, file)
         aside.unlink()
@@ -110,7 +142,7 @@ def _age(file: Path) -> float:
 def _parsed(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -121,7 +153,8 @@ def _lives(holder: dict[str, Any], age: float) -> bool:
     mine = _identity()
     if any(holder.get(key) != mine[key] for key in ("host", "boot", "namespace")):
         return age < STALE_S
-    return _started(holder.get("pid", -1)) == holder.get("started")
+    started = _started(holder.get("pid", -1))
+    return started is not None and started == holder.get("started")
 
 
 def _identity() -> dict[str, Any]:
@@ -160,7 +193,12 @@ def _first_line(path: str) -> str:
         return ""
 
 
-def _beat(file: Path, stop: threading.Event) -> None:
+def _beat(root: Path, stop: threading.Event) -> None:
     while not stop.wait(BEAT_S):
+        mine = _written.get(root)
+        if mine is not None and _taken_over(root, mine):
+            print(f"lorapar: run directory '{root}' was taken over by another command; this one stops", file=sys.stderr)
+            _thread.interrupt_main()
+            return
         with suppress(OSError):
-            os.utime(file)
+            os.utime(root / NAME)

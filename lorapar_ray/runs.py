@@ -25,9 +25,8 @@ from lorapar_ray.files import atomic_path as atomic_path
 from lorapar_ray.files import digest as digest
 from lorapar_ray.files import write_json as write_json
 from lorapar_ray.fingerprints import Fingerprints
-from lorapar_ray.redact import redact
 from lorapar_ray.run_lock import NAME as LOCK
-from lorapar_ray.run_lock import run_lock
+from lorapar_ray.run_lock import require_held, run_lock
 
 FORMAT = 2
 """Of the manifest; 1, without a number, recorded one digest of a stage's inputs (see `lorapar_ray.legacy`)."""
@@ -80,9 +79,8 @@ class RunDirectory:
             self._require_same(known, config)
             return
         try:
-            if self.root.is_dir() and any(
-                each.name.lstrip(".").startswith(LOCK) is False for each in self.root.iterdir()
-            ):
+            foreign = self.root.is_dir() and any(not _of_opening(each) for each in self.root.iterdir())
+            if foreign and not self.manifest():  # else another command was faster
                 raise UserError(f"run directory '{self.root}' is not empty and holds no manifest.json; choose another")
             self.root.mkdir(parents=True, exist_ok=True)
             with run_lock(self.root):
@@ -105,7 +103,7 @@ class RunDirectory:
     def keep_config(self, config: Config) -> None:
         """Write down the settings that a stage is about to use, as `config.yaml`."""
         with atomic_path(self.root / "config.yaml") as draft:
-            draft.write_text(redact(config.to_yaml()))
+            draft.write_text(config.to_yaml(hide_secrets=True))
 
     def manifest(self) -> dict[str, Any]:
         """The manifest as it stands; empty before the first `open`.
@@ -138,7 +136,12 @@ class RunDirectory:
         return found
 
     def record(self, stage: str, **entry: Any) -> None:
-        """Replace `stage`'s entry in the manifest; without one, remove it."""
+        """Replace `stage`'s entry in the manifest; without one, remove it.
+
+        Raises:
+            UserError: another command has taken the run over.
+        """
+        require_held(self.root)
         manifest = self.manifest()
         manifest["stages"].pop(stage, None)
         if entry:
@@ -149,6 +152,11 @@ class RunDirectory:
     def fingerprints(self) -> Fingerprints:
         """Digests of files that this run has read or written."""
         return Fingerprints(self.work / "digests.json")
+
+
+def _of_opening(path: Path) -> bool:
+    """Whether a file is what a command leaves behind that is killed while it opens a run directory."""
+    return path.name == LOCK or path.name.startswith((f".{LOCK}.", ".manifest.json.", ".config.yaml."))
 
 
 def _identity(config: Config) -> dict[str, Any]:

@@ -89,7 +89,8 @@ class _Voting:
         self.student = student_name(self.config)
         self.secrets = secrets(label.teachers)
         warn_of_plain_http(label.teachers, self.secrets)
-        self.keys: Keys = {t.name: teacher_keys(label, t, self.student) for t in label.teachers}
+        prints = self.run.fingerprints
+        self.keys: Keys = {t.name: teacher_keys(label, t, self.student, prints) for t in label.teachers}
         self.rows = self.run.data / "train.parquet"
         self.work = self.run.work / "label"
         self.total = count_rows(self.rows)

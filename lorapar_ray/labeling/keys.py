@@ -8,19 +8,23 @@ from typing import Any
 
 from lorapar_ray.config import LabelConfig, TeacherConfig
 from lorapar_ray.files import digest
+from lorapar_ray.fingerprints import Fingerprints
 from lorapar_ray.labeling.prompts import rotations, voting_prompt
 from lorapar_ray.models import PACKAGE_PREFIX, PACKAGED, resolve_model
 
 ASKED_OF = ("name", "kind", "model", "use_chat_template", "thinking_tokens", "base_url", "endpoint", "extra_body")
 
 
-def teacher_keys(label: LabelConfig, teacher: TeacherConfig, student: str) -> list[bytes]:
+def teacher_keys(label: LabelConfig, teacher: TeacherConfig, student: str, prints: Fingerprints) -> list[bytes]:
     """One 16-byte key per prompt that the teacher is asked for a question (see `prompts.rotations`).
 
     Settings that change how fast a teacher answers (replicas, batch sizes, limits) are not part of it.
+
+    Args:
+        prints: of a local teacher's files.
     """
     who: dict[str, Any] = {name: getattr(teacher, name) for name in ASKED_OF}
-    who |= {"dtype": teacher.engine.dtype, "engine": teacher.engine.extra, "revision": revision(teacher)}
+    who |= {"dtype": teacher.engine.dtype, "engine": teacher.engine.extra, "revision": revision(teacher, prints)}
     prompts = (
         voting_prompt("{question}", "{answer}", label=label, teacher=teacher, student=student, rotation=rotation)
         for rotation in rotations(label)
@@ -28,8 +32,8 @@ def teacher_keys(label: LabelConfig, teacher: TeacherConfig, student: str) -> li
     return [bytes.fromhex(digest({"teacher": who, "prompt": prompt}))[:16] for prompt in prompts]
 
 
-def revision(teacher: TeacherConfig) -> str:
-    """Which weights a teacher runs: a package's version, a local directory's files, or a hub commit.
+def revision(teacher: TeacherConfig, prints: Fingerprints) -> str:
+    """Which weights a teacher runs: a package's version, what a local directory's files hold, or a hub commit.
 
     Without a network the commit is the one in the local hub cache; a remote model's is what the config says.
     """
@@ -40,8 +44,7 @@ def revision(teacher: TeacherConfig) -> str:
         return version(packages_distributions()[module][0])
     model = resolve_model(teacher.model)
     if Path(model).is_dir():
-        files = [path for path in sorted(Path(model).iterdir()) if path.suffix in (".json", ".safetensors", ".jinja")]
-        return digest([[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files])
+        return str(prints.of_input(model))
     return hub_commit(model, teacher.revision or "main")
 
 

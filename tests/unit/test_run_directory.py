@@ -321,6 +321,59 @@ def test_of_many_that_find_a_dead_holder_one_gets_the_lock_at_a_time(tmp_path: P
     assert all(a.split()[1] == b.split()[1] for a, b in zip(lines[::2], lines[1::2], strict=True))
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("[" * 100_000, ""), ('{"pid": 99999999, "started": null}', ""), ("folder", "is a directory"), ("link", "link")],
+)
+def test_a_lock_that_is_none_is_taken_or_named(content: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / run_lock.NAME
+    if content == "folder":
+        file.mkdir()
+    elif content == "link":
+        file.symlink_to("nowhere")
+    else:
+        own = {key: value for key, value in run_lock._identity().items() if key in ("host", "boot", "namespace")}
+        file.write_text(json.dumps(own | json.loads(content)) if content[0] == "{" else content)
+        os.utime(file, (1, 1))
+    try:
+        with run_lock.run_lock(tmp_path):
+            assert not said
+    except UserError as error:
+        assert said and said in str(error).lower()
+
+
+def test_who_slept_while_another_took_the_lock_writes_nothing_more(cli: Cli) -> None:
+    assert cli("label")[0] == 0
+    file, before = cli.run.root / run_lock.NAME, cli.run.manifest_path.read_text()
+    with run_lock.run_lock(cli.run.root):
+        other = json.dumps({"host": "elsewhere"})
+        file.write_text(other)
+        with pytest.raises(UserError, match="was taken over by another command"):
+            cli.run.record("label", status="started")
+        assert cli.run.manifest_path.read_text() == before
+    assert file.read_text() == other
+
+
+def test_what_a_kill_leaves_of_a_fresh_run_directory_is_no_users_file(cli: Cli) -> None:
+    (cli.run.root / ".manifest.json.k3ps").mkdir(parents=True)
+    (cli.run.root / f".{run_lock.NAME}.0").touch()
+    assert cli("label")[0] == 0
+
+
+def test_an_input_replaced_under_its_old_times_and_size_is_noticed(tmp_path: Path) -> None:
+    file, memory = tmp_path / "adapter.safetensors", tmp_path / "work" / "digests.json"
+    file.write_text("one")
+    first = Fingerprints(memory)
+    first._known[str(file)] = [3, file.stat().st_mtime_ns, file.stat().st_ctime_ns, first.of_file(file)]
+    first._changed = True
+    first.save()
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    time.sleep(0.02)  # the clock of a file system has ticks
+    file.write_text("two")
+    os.utime(file, ns=times)
+    assert Fingerprints(memory).of_file(file) == hashlib.sha256(b"two").hexdigest()
+
+
 LEGACY = Path(__file__).parent / "legacy_run"
 """A whole run as the first format left it, its bodies faked."""
 

@@ -1,5 +1,6 @@
 """Answers that are kept: over processes, teachers and prompts."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from lorapar_ray.config import LabelConfig
 from lorapar_ray.errors import UserError
+from lorapar_ray.fingerprints import Fingerprints
 from lorapar_ray.labeling.calibration import measured_bias
 from lorapar_ray.labeling.keys import teacher_keys
 from lorapar_ray.labeling.pending import PendingBlocks, write_pending
@@ -40,10 +42,11 @@ def test_a_cached_vote_belongs_to_a_teacher_its_weights_and_the_prompt(tmp_path:
         config = LabelConfig.model_validate(
             {"teachers": [{"name": "a", "model": str(model), **teacher}], "calibration": "none", **(label or {})}
         )
-        (found,) = teacher_keys(config, config.teachers[0], "student")
+        (found,) = teacher_keys(config, config.teachers[0], "student", Fingerprints(tmp_path / "none"))
         return found
 
     before = key()
+    os.utime(model / "config.json", (1, 1))
     assert before == key(replicas=3, max_ongoing_requests=7, resources={"cpus": 4})
     assert before == key({"concurrency": 5, "quorum": 1, "retries": 9, "sequential": True, "weights": "confidence"})
     others = [
@@ -64,7 +67,7 @@ def test_a_cached_vote_belongs_to_a_teacher_its_weights_and_the_prompt(tmp_path:
 def test_five_teachers_after_three_ask_only_the_new_two(tmp_path: Path) -> None:
     names = ["a", "b", "c", "d", "e"]
     three, five = panel(*names[:3], rows_per_block=8), panel(*names, rows_per_block=8)
-    keys = {teacher.name: teacher_keys(five, teacher, "s") for teacher in five.teachers}
+    keys = {teacher.name: teacher_keys(five, teacher, "s", Fingerprints(tmp_path)) for teacher in five.teachers}
     rows, store = rows_file(tmp_path, 20), VoteStore(tmp_path / "votes.sqlite")
     target = tmp_path / "pending.parquet"
     first = write_pending(target, rows, store, three, keys, {}, names[:3])
