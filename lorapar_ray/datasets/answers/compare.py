@@ -24,8 +24,12 @@ _FIRST_WORD = re.compile(r"[A-Za-z]+")
 def same_number(text: str, want: str, equal_expressions: Equal) -> bool:
     """Whether the final answer of `text` has the value of the reference `want`.
 
-    In this order: the same writing; the same number, exactly; a rounded or percent form of it (`close`); and, where one
-    of the two is an expression (`\\sqrt{16}`), what `equal_expressions` says of them.
+    In this order: the same writing; the same number, exactly; a rounded form of it (`close`); and, where one of the
+    two is an expression (`\\sqrt{16}`), what `equal_expressions` says of them. What can be read in two ways is no
+    answer but to itself: `1,5`, where the comma may stand for a point or part two numbers.
+
+    A percent sign counts: 25% is 0.25. Beside a number in percent the sign may be left out where the number cannot be
+    taken for a share, which is above 1: 25% is also 25, but 0.5% is 0.005 and not 0.5.
     """
     gold, guess = read_answer(want), read_answer(text)
     if _squeezed(gold.text) == _squeezed(guess.text):
@@ -33,22 +37,35 @@ def same_number(text: str, want: str, equal_expressions: Equal) -> bool:
     if gold.too_big or guess.too_big:
         return False
     if gold.number is not None and guess.number is not None:
-        return gold.number.value == guess.number.value or close(gold.number, guess.number)
+        return any(close(ours, theirs) for ours, theirs in _readings(gold.number, guess.number))
     ours, theirs = _expression(gold), _expression(guess)
     if ours is None or theirs is None:
         return False
     return equal_expressions(ours, theirs)
 
 
+def _readings(gold: Number, guess: Number) -> list[tuple[Number, Number]]:
+    """What the two may mean, as pairs that may be equal."""
+    as_shares = (_share(gold), _share(guess))
+    if gold.percent == guess.percent or abs((gold if gold.percent else guess).value) <= 1:
+        return [as_shares]
+    return [as_shares, (gold, guess)]
+
+
+def _share(number: Number) -> Number:
+    """25% as 0.25."""
+    decimals = None if number.decimals is None else number.decimals + 2
+    return Number(number.value / 100, decimals=decimals) if number.percent else number
+
+
 def close(gold: Number, guess: Number) -> bool:
-    """Heuristics: 25% is 25 and 0.25; a number rounded to six digits or more; and what a float adds to a decimal."""
-    values = [(gold.value, guess.value)]
-    if gold.percent != guess.percent:
-        values = [(gold.value / (100 if gold.percent else 1), guess.value / (100 if guess.percent else 1))]
-    (ours, theirs) = values[0]
-    if ours == theirs:
+    """Whether two values are equal, or one is the other rounded: to six digits or more, or by what a float adds.
+
+    The latter are heuristics.
+    """
+    if gold.value == guess.value:
         return True
-    return _rounds_to(ours, theirs, gold.decimals) or _rounds_to(theirs, ours, guess.decimals)
+    return _rounds_to(gold.value, guess.value, gold.decimals) or _rounds_to(guess.value, gold.value, guess.decimals)
 
 
 def _rounds_to(short: Fraction, long: Fraction, decimals: int | None) -> bool:
