@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -34,6 +34,8 @@ OF_THE_PLACE = (
 )
 """What is wrong with a disk, a directory or a path, and not with this program."""
 
+Value = TypeVar("Value", str, Path)
+
 app = typer.Typer(
     help="LoRA-PAR on Ray: label, score, partition, SFT, GRPO, evaluate, report.",
     no_args_is_help=True,
@@ -53,7 +55,7 @@ Redo = Annotated[
 ]
 
 
-def _one(option: str, values: Sequence[Path]) -> Path:
+def _one(option: str, values: Sequence[Value]) -> Value:
     """The value of an option that may be given once; a second one would be dropped in silence."""
     if len(values) > 1:
         raise UserError(f"{option}: given {len(values)} times ({', '.join(map(str, values))}); keep one")
@@ -120,7 +122,7 @@ def partition(
     run_dir: RunDir = None,
     set_: Overrides = None,
     theta: Annotated[
-        str | None, typer.Option(help="θ, or several separated by commas: each is shown, the last one is kept.")
+        list[str] | None, typer.Option(help="θ, or several separated by commas: each is shown, the last one is kept.")
     ] = None,
     redo: Redo = None,
     verbose: Verbose = False,
@@ -128,7 +130,7 @@ def partition(
     from lorapar_ray.preview import describe, preview
     from lorapar_ray.progress import console
 
-    *shown, kept = [None] if theta is None else theta.split(",")
+    *shown, kept = _one("--theta", theta).split(",") if theta else [None]
     for value in shown:
         loaded, run = _open(config, run_dir, [*(set_ or []), f"partition.theta={value}"])
         console.print(preview(loaded, run))
@@ -164,7 +166,7 @@ def _show_plan(config: Config, run: RunDirectory, redo: Sequence[str]) -> None:
     from lorapar_ray.progress import console
     from lorapar_ray.text import shown
 
-    print(shown(config.to_yaml()))
+    print(shown(config.to_yaml(hide_secrets=True)))
     console.print(f"run directory: {run.root}")
     for line in plan(config, run, redo):
         console.print(f"  {line}")

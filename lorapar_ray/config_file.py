@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,14 @@ from pydantic import ValidationError
 
 from lorapar_ray.config import Config, Section
 from lorapar_ray.errors import UserError
-from lorapar_ray.redact import remember_config
+from lorapar_ray.redact import has_secret, remember_config
 from lorapar_ray.text import one_line
 
 LARGEST_TREE = 100_000
 """Values in a config, anchors written out: a few lines of anchors can stand for billions."""
 PRIVATE = ("base_url", "extra_body", "api_key_env")
 """Fields whose values may hold a key, so no message repeats them."""
+MERGE = "tag:yaml.org,2002:merge"
 NOT_YAML = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
 """What PyYAML raises: its own errors, and Python's for dates and numbers that are none, or too deep nesting."""
 
@@ -33,9 +33,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     tree = read_yaml(path, f"config '{path}'")
     if not isinstance(tree, dict):
         raise UserError(f"config '{path}': expected a mapping of sections, got {type(tree).__name__}")
-    twice = [key for key, count in Counter(each.partition("=")[0] for each in overrides).items() if count > 1]
-    if twice:
-        raise UserError(f"--set '{twice[0]}': given twice; keep one")
+    _require_all_kept([each.partition("=")[0] for each in overrides])
     for override in overrides:
         key, _, value = override.partition("=")
         remember_config({key.rpartition(".")[2]: value})
@@ -45,6 +43,20 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"config '{path}': {_first_problem(error)}") from error
+
+
+def _require_all_kept(keys: Sequence[str]) -> None:
+    """A later override must not drop an earlier one in silence.
+
+    Raises:
+        UserError: a key is given twice, or behind one that it holds (`sft` behind `sft.epochs`).
+    """
+    for place, key in enumerate(keys):
+        for earlier in keys[:place]:
+            if earlier == key:
+                raise UserError(f"--set '{key}': given twice; keep one")
+            if earlier.startswith(f"{key}."):
+                raise UserError(f"--set '{key}': would drop --set '{earlier}'; give it first")
 
 
 def read_yaml(path: Path, what: str) -> Any:
@@ -76,14 +88,14 @@ def parse_yaml(text: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        _require_keys_once(node)
+        _require_keys_once(node, loader)
         return _copied(loader.construct_document(node), [0])
     finally:
         loader.dispose()
 
 
-def _require_keys_once(root: yaml.Node) -> None:
-    """PyYAML would keep the last of two equal keys in silence."""
+def _require_keys_once(root: yaml.Node, loader: yaml.SafeLoader) -> None:
+    """PyYAML would keep the last of two equal keys in silence (`1` and `0x1`), and pydantic that of `1` and `"01"`."""
     seen: set[int] = set()
     left: list[tuple[yaml.Node, str]] = [(root, "")]
     while left:
@@ -94,7 +106,7 @@ def _require_keys_once(root: yaml.Node) -> None:
         if isinstance(node, yaml.MappingNode):
             lines: dict[str, int] = {}
             for key, value in node.value:
-                name = str(key.value) if isinstance(key, yaml.ScalarNode) else ""
+                name = _key_of(key, loader)
                 line = key.start_mark.line + 1
                 if name in lines and name:
                     raise ValueError(f"'{where}{name}' is given twice, in lines {lines[name]} and {line}; keep one")
@@ -102,6 +114,16 @@ def _require_keys_once(root: yaml.Node) -> None:
                 left.append((value, f"{where}{name}."))
         elif isinstance(node, yaml.SequenceNode):
             left += [(item, f"{where}{index}.") for index, item in enumerate(node.value)]
+
+
+def _key_of(node: yaml.Node, loader: yaml.SafeLoader) -> str:
+    if not isinstance(node, yaml.ScalarNode):
+        return ""
+    return str(node.value) if node.tag == MERGE else _number_once(str(loader.construct_object(node)))
+
+
+def _number_once(name: str) -> str:
+    return (name.lstrip("0") or "0") if name.isdecimal() else name
 
 
 def _copied(value: Any, count: list[int]) -> Any:
@@ -138,8 +160,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 def _place(node: Any, part: str) -> Any:
     """The key or index that `part` of an override means: Systems, for one, are keyed by numbers."""
     if isinstance(node, list):
+        if not part.isdecimal() or part != _number_once(part):  # `01` and `1` would be two names of one place
+            raise IndexError(part)
         return int(part)
     numbered = part.isdecimal() and part not in node and any(isinstance(key, int) for key in node)
+    if numbered and part != _number_once(part):
+        raise IndexError(part)
     return int(part) if numbered else part
 
 
@@ -173,6 +199,7 @@ def _first_problem(error: ValidationError) -> str:
         return f"unknown field '{where}'; check the spelling{more}"
     silent = first["type"] == "missing" or isinstance(first["input"], dict | Section)
     silent = silent or any(part in PRIVATE for part in first["loc"])
+    silent = silent or has_secret({str(part): first["input"] for part in first["loc"]})
     got = "" if silent else f", got {one_line(repr(first['input']), 200)}"
     message = first["msg"].removeprefix("Value error, ")
     return one_line(f"field '{where}': {message}{got}", 300) + more

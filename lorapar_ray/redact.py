@@ -1,8 +1,10 @@
 """Secrets that this process knows, and their removal from every text that leaves it.
 
-A secret is known once `remember` has seen it: the key of a teacher, what a config hides in `base_url` or `extra_body`,
-and the values of environment variables whose names say so (`HF_TOKEN`, `OPENAI_API_KEY`). Errors, summaries, stored
-reasons, config dumps and the console pass through `redact`, so an endpoint that echoes a key does not publish it.
+A secret is known once `remember` has seen it: the key of a teacher, what a config hides in a URL, under a telling name
+or in the form of a well-known service's keys, and the values of environment variables whose names say so (`HF_TOKEN`,
+`OPENAI_API_KEY`). Errors, summaries, stored reasons, config dumps and the console pass through `redact`, so an endpoint
+that echoes a key does not publish it. Configs pass through `redacted`, which hides by place too: a short password is
+no text to look for, but it stands where passwords do.
 """
 
 from __future__ import annotations
@@ -20,8 +22,21 @@ SHORTEST, SHORTEST_IN_ENVIRONMENT = 6, 8
 """A shorter value is a word or a number that may stand anywhere."""
 BEGINNING = 10
 """So many characters of a long secret are taken for it, where a service cuts what it echoes."""
-_NAME = re.compile(r"(?:^|[_\-. ])(?:(?:api|access)?[_-]?key|token|secret|pass(?:word|wd)?|auth(?:orization)?)$", re.I)
+_NAME = re.compile(
+    r"(?:^|[_\-. ])(?:(?:api|access)?[_-]?key|(?:api|access)[_-]?keys|token|(?:access|auth|api|bearer)[_-]?tokens"
+    r"|secrets?|credentials?|cookie|bearer|pass(?:word|wd|phrase)?|auth(?:orization)?|(?<=[_\-. ])(?:pwd|pat))$",
+    re.IGNORECASE,
+)
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _PART_OF_TEXT = re.compile(r"^(?:bos|eos|pad|unk|sep|cls|mask|stop)[_-]?token$", re.I)
+_KEY = re.compile(
+    r"(?<![A-Za-z0-9])(?:(?:sk|pk|rk|gsk|nvapi|tgp|r8|fw|xai|pplx|glpat|xox[abp])[-_][A-Za-z0-9_-]{16,}"
+    r"|hf_[A-Za-z0-9]{20,}|gh[opsur]_[A-Za-z0-9]{20,}|AIza[A-Za-z0-9_-]{30,}|AKIA[A-Z0-9]{12,}"
+    r"|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]*)"
+)
+"""How the keys of well-known services look."""
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 
 _known: set[str] = set()
 _forms: tuple[str, ...] = ()
@@ -65,20 +80,32 @@ def redact(text: str) -> str:
     return text
 
 
-def redacted(tree: Any) -> Any:
-    """A copy of nested dicts and lists with `redact` applied to every string."""
+def redacted(tree: Any, name: str = "") -> Any:
+    """A copy of nested dicts and lists without known secrets, and without what stands where secrets do: under a telling
+    name, and as a URL's password.
+
+    Args:
+        name: of the field that holds `tree`.
+    """
     if isinstance(tree, str):
-        return redact(tree)
+        if tree and is_secret_name(name):
+            return HIDDEN
+        return redact(_URL.sub(lambda found: _bare(found.group()), tree))
     if isinstance(tree, Mapping):
-        return {redacted(key): redacted(value) for key, value in tree.items()}
+        return {redacted(key): redacted(value, str(key)) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return [redacted(value) for value in tree]
+        return [redacted(value, name) for value in tree]
     return tree
 
 
 def is_secret_name(name: str) -> bool:
     """Whether a field or variable of this name holds a secret."""
-    return bool(_NAME.search(name)) and not _PART_OF_TEXT.match(name)
+    return bool(_NAME.search(_CAMEL.sub("_", name))) and not _PART_OF_TEXT.match(name)
+
+
+def is_variable(name: str) -> bool:
+    """Whether a field that is to name an environment variable does; else it may hold the key itself."""
+    return name in os.environ or bool(_VARIABLE.fullmatch(name))
 
 
 def url_secrets(url: str) -> list[str]:
@@ -93,6 +120,18 @@ def url_secrets(url: str) -> list[str]:
     if user and password:
         found.append(base64.b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode())
     return [form for secret in found for form in {secret, unquote(secret)}]
+
+
+def _bare(url: str) -> str:
+    """A URL without its user, its password and its query values under telling names."""
+    head, mark, rest = url.partition("://")
+    place, slash, query = rest.partition("?")
+    host, tail = (place.partition("/")[0], "".join(place.partition("/")[1:]))
+    if "@" in host:
+        host = f"{HIDDEN}@{host.rpartition('@')[2]}"
+    parts = [part.partition("=") for part in query.split("&")]
+    query = "&".join(f"{name}={HIDDEN}" if is_secret_name(name) else name + is_ + value for name, is_, value in parts)
+    return f"{head}{mark}{host}{tail}{slash}{query}"
 
 
 def _without_beginnings(text: str, secret: str) -> str:
@@ -115,9 +154,10 @@ def _in_tree(node: Any, name: str) -> Iterable[str]:
         for value in node:
             yield from _in_tree(value, name)
     elif isinstance(node, str):
-        if "://" in node:
-            yield from url_secrets(node)
-        if is_secret_name(name):
+        for url in _URL.findall(node):
+            yield from url_secrets(url)
+        yield from _KEY.findall(node)
+        if is_secret_name(name) or (name == "api_key_env" and not is_variable(node)):
             yield node
             yield node.rpartition(" ")[2]  # the key behind "Bearer"
 

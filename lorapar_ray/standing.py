@@ -13,12 +13,14 @@ from lorapar_ray.config import Config
 from lorapar_ray.config.marks import known_setting
 from lorapar_ray.files import digest
 from lorapar_ray.fingerprints import Fingerprints
+from lorapar_ray.redact import has_secret
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.stages import Settings, Stage
 
 State = Literal["done", "unfinished", "new", "changed", "damaged"]
 HIDDEN = ("base_url", "extra_body")
-"""Settings that may hold a key: a digest of them is recorded."""
+"""Settings that may hold a key: of them, and of any other that does, a digest is recorded."""
+DIGEST = "digest "
 LONGEST = 48
 """Of a value that is shown."""
 
@@ -87,8 +89,9 @@ def _changed_settings(settings: Settings, old: Mapping[str, Any], new: Mapping[s
             if not settings[path].is_default:  # else a field that is younger than the run
                 yield f"{path} nothing → {_shown(new[path])}"
         elif old[path] != new[path]:
-            if path.rpartition(".")[2] in HIDDEN:
-                yield f"{path} has another value"
+            if _is_hidden(new[path]) or _is_hidden(old[path]):
+                if _hidden(old[path]) != _hidden(new[path]):
+                    yield f"{path} has another value"
             elif isinstance(old[path], dict) and isinstance(new[path], dict):
                 keys = [
                     key for key in dict.fromkeys((*old[path], *new[path])) if old[path].get(key) != new[path].get(key)
@@ -102,10 +105,19 @@ def _changed_settings(settings: Settings, old: Mapping[str, Any], new: Mapping[s
 def _recorded(settings: Settings) -> dict[str, Any]:
     plain = {path: setting.value for path, setting in settings.items()}
     for path, value in plain.items():
-        if value and path.rpartition(".")[2] in HIDDEN:
-            plain[path] = f"digest {digest(value)[:16]}"
+        name = path.rpartition(".")[2]
+        if value and (name in HIDDEN or has_secret({name: value})):
+            plain[path] = _hidden(value)
     loaded: dict[str, Any] = json.loads(json.dumps(plain))
     return loaded
+
+
+def _hidden(value: Any) -> str:
+    return value if _is_hidden(value) else f"{DIGEST}{digest(value)[:16]}"
+
+
+def _is_hidden(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(DIGEST)
 
 
 def _shown(value: Any) -> str:

@@ -17,6 +17,7 @@ from lorapar_ray.config.marks import Operation, Result
 from lorapar_ray.config.model import AdapterConfig, ModelConfig
 from lorapar_ray.config.score import PartitionConfig, ScoreConfig
 from lorapar_ray.config.sft import SftConfig
+from lorapar_ray.redact import redacted
 
 
 class Config(Section):
@@ -105,6 +106,11 @@ class Config(Section):
         """The models to evaluate."""
         return ["base", *self.order] if self.evaluate.models is None else list(self.evaluate.models)
 
-    def to_yaml(self) -> str:
-        """The resolved config, every default written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    def to_yaml(self, *, hide_secrets: bool = False) -> str:
+        """The resolved config, every default written out.
+
+        Args:
+            hide_secrets: for what is shown or kept (see `lorapar_ray.redact.redacted`).
+        """
+        tree = self.model_dump(mode="json")
+        return yaml.safe_dump(redacted(tree) if hide_secrets else tree, sort_keys=False, allow_unicode=True)

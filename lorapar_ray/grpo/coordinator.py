@@ -49,8 +49,8 @@ class Coordinator:
 
         Args:
             plan: `settings` (GrpoConfig), `rows` (a sequence of questions, see `TokenTable.question`), `steps`,
-                `seed`, `model` (see `models.model_reference`), `trust_remote_code`, `lora_rank` and `judge` (see
-                `judging`; None without one).
+                `seed`, `model` (see `models.model_reference`), `trust_remote_code`, `lora_rank`, `judge` (see `judging`;
+                None without one) and, if there are any, `withheld` (environment variables that rewards do not see).
             engine: how to make an engine, if not by the plan.
             place: the engines' placement group.
         """
@@ -72,7 +72,7 @@ class Coordinator:
             time_limit_s=self._settings.rollout_time_limit_s,
         )
         judge = None if plan["judge"] is None else Judge(**plan["judge"])
-        self._rewards = RewardWorkers(self._settings, judge)
+        self._rewards = RewardWorkers(self._settings, judge, plan.get("withheld", ()))
         self._steps: dict[int, asyncio.Task[Batch]] = {}
         self._drawn: dict[int, list[int]] = {}
         self._first_step = 0

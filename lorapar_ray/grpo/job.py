@@ -79,6 +79,7 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
         "seed": config.seed,
         "model": base,
         "trust_remote_code": config.model.trust_remote_code,
+        "withheld": [teacher.api_key_env for teacher in config.label.teachers if teacher.api_key_env],
         "lora_rank": read_object(start_from / "adapter_config.json")["r"],
     }
     actor = ray.remote(Coordinator).options(name=name, num_cpus=0, max_concurrency=1000)

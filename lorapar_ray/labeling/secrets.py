@@ -10,10 +10,9 @@ from urllib.parse import urlsplit
 from lorapar_ray.config import TeacherConfig
 from lorapar_ray.errors import UserError
 from lorapar_ray.progress import console
-from lorapar_ray.redact import has_secret, remember
+from lorapar_ray.redact import has_secret, is_variable, remember
 from lorapar_ray.text import markup
 
-_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
 _KEY = re.compile(r"[!-~]+")
 """What may stand in an HTTP header: printable ASCII without spaces."""
 _HERE = re.compile(r"localhost|.*\.localhost|127(?:\.\d{1,3}){3}|::1", re.IGNORECASE)
@@ -34,7 +33,7 @@ def secret(teacher: TeacherConfig) -> str | None:
     if name is None:
         return None
     # the user may have written the key itself there, which no message should repeat
-    variable = f"environment variable {name}" if _VARIABLE.fullmatch(name) else "the variable that api_key_env names"
+    variable = f"environment variable {name}" if is_variable(name) else "the variable that api_key_env names"
     key = os.environ.get(name, "").strip()
     if not key:
         raise UserError(f"teacher '{teacher.name}': {variable} is not set; export it")

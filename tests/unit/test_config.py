@@ -140,6 +140,9 @@ def test_an_override_within_defaults_keeps_the_others(tmp_path: Path) -> None:
         ("sft: {epochs: 3}\nsft: {max_length: 9}\n", "'sft' is given twice, in lines 4 and 5"),
         ("sft: {epochs: 3, epochs: 4}\n", "'sft.epochs' is given twice"),
         ("label: {strategy: random, definitions: {1: a, '1': b, 2: c}}\n", "'label.definitions.1' is given twice"),
+        ("label: {definitions: {1: a, '01': b, 2: c}}\n", "'label.definitions.1' is given twice"),
+        ("label: {definitions: {1: a, 0x1: b, 2: c}}\n", "'label.definitions.1' is given twice"),
+        ("grpo: {judge: {yes: 1, true: 2}}\n", "'grpo.judge.True' is given twice"),
         ("sft: &a {b: *a}\n", "not valid YAML"),
         ("sft: {epochs: 2024-13-45}\n", "not valid YAML"),
         ("sft: " + "[" * 1500 + "\n", "not valid YAML"),
@@ -164,6 +167,20 @@ def test_an_override_that_fits_nowhere_is_one_line(override: str, tmp_path: Path
         loaded(tmp_path, "sft: {epochs: 1}\n", override)
     with pytest.raises(UserError, match=r"--set 'seed': given twice"):
         loaded(tmp_path, "", "seed=1", "seed=2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["sft.epochs=2", "sft={}"], r"--set 'sft': would drop --set 'sft.epochs'; give it first"),
+        (["label.definitions.1=a", "label.definitions.01=b"], r"--set 'label.definitions.01': the config has no"),
+        (["data.train.00.path=x"], r"--set 'data.train.00.path': the config has no such place"),
+        (["data.train.-1.path=x"], r"--set 'data.train.-1.path': the config has no such place"),
+    ],
+)
+def test_no_override_drops_or_doubles_another_in_silence(overrides: list[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        loaded(tmp_path, "", *overrides)
 
 
 def test_a_file_in_another_encoding_is_one_line_and_a_byte_order_mark_is_none(tmp_path: Path) -> None:

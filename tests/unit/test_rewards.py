@@ -12,6 +12,7 @@ from lorapar_ray.grpo.batches import Group
 from lorapar_ray.grpo.coordinator import Coordinator
 from lorapar_ray.grpo.rewards import RewardPool, RewardSpec, get_reward
 from lorapar_ray.grpo.rewards.calling import call
+from lorapar_ray.grpo.rewards.process import open_environment
 from tests.unit import trl_rewards
 
 TAGGED = "<reasoning>\nadd\n</reasoning>\n<answer>\n6\n</answer>"
@@ -165,6 +166,24 @@ def test_a_reward_process_is_contained(monkeypatch: pytest.MonkeyPatch) -> None:
             time.sleep(0.05)
         assert sleepers() == 2
     assert sleepers() == 0
+
+
+def test_a_rewards_environment_holds_nothing_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = {
+        "FAR_PLACE": "named by api_key_env",
+        "DATABASE": "postgres://me:hunter22@db/x",
+        "DB_PASS": "hunter22",
+        "GITHUB_PAT": "x",
+        "ANY_NAME": "sk-abcdefgh12345678",
+        "JOB_CONFIG": '{"env_vars": {"HF_TOKEN": "x"}}',
+        "MLFLOW_TRACKING_PASSWORD": "x",
+    }
+    plain = {"COMPASS": "north", "TOKENIZERS_PARALLELISM": "false", "AUTHOR": "me", "DATA_URL": "https://host/x?n=1"}
+    for name, value in (secret | plain).items():
+        monkeypatch.setenv(name, value)
+    found = open_environment(["FAR_PLACE"])
+    assert {name: found.get(name) for name in secret | plain} == dict.fromkeys(secret) | plain
+    assert {"PATH", "HOME"} <= found.keys()
 
 
 def test_a_step_on_which_one_reward_fails_everywhere_stops_with_that_rewards_text(

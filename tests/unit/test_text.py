@@ -4,10 +4,12 @@ import io
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapar_ray import redact
+from lorapar_ray.config import Config
 from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
 from lorapar_ray.progress import SafeConsole
@@ -76,12 +78,64 @@ def test_a_secret_is_taken_out_before_a_text_is_cut() -> None:
     assert one_line("x" * 30 + "0123456789abcdef", 36) == "x" * 30 + "***"
 
 
-@pytest.mark.parametrize("name", ["api_key", "apiKey", "HF_TOKEN", "x-api-key", "password", "AWS_SECRET", "auth"])
+def test_a_config_is_shown_without_what_stands_where_secrets_do() -> None:
+    shown_of = {
+        "http://u:x@far/v1?api_key=y&n=1": "http://***@far/v1?api_key=***&n=1",
+        "see http://u:x@far, or https://far/v1": "see http://***@far, or https://far/v1",
+        "https://far/sk-abcdefgh12345678/v1": "https://far/***/v1",
+    }
+    remember_config({"base_url": list(shown_of)})
+    assert [redacted(text) for text in shown_of] == list(shown_of.values())
+    assert redacted({"headers": {"authToken": "x", "n": "x"}, "password": ""}) == {
+        "headers": {"authToken": "***", "n": "x"},
+        "password": "",
+    }
+    tree = yaml.safe_load(Path("jobs/configs/quickstart.yaml").read_text())
+    tree["label"] |= {
+        "quorum": 1,
+        "teachers": [
+            {
+                "name": "a",
+                "kind": "remote",
+                "model": "m",
+                "base_url": "http://u:x@h",
+                "extra_body": {"api_key": "it's y"},
+            }
+        ],
+    }
+    kept = Config.model_validate(tree).to_yaml(hide_secrets=True)
+    assert "http://***@h" in kept and "it" not in yaml.safe_load(kept)["label"]["teachers"][0]["extra_body"]["api_key"]
+
+
+def test_a_key_in_place_of_its_variables_name_is_known() -> None:
+    remember_config({"api_key_env": "my-own-9fj2kfj2kf"})
+    assert shown("my-own-9fj2kfj2kf") == "***"
+    remember_config({"api_key_env": "FAR_KEY"})
+    assert shown("FAR_KEY") == "FAR_KEY"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "api_key",
+        "apiKey",
+        "HF_TOKEN",
+        "x-api-key",
+        "password",
+        "AWS_SECRET",
+        "auth",
+        "openaiApiKey",
+        "api_keys",
+        "DB_PWD",
+    ],
+)
 def test_names_of_secrets(name: str) -> None:
     assert is_secret_name(name)
 
 
-@pytest.mark.parametrize("name", ["max_tokens", "eos_token", "keys", "monkey", "author", "tokenizer", "api_key_env"])
+@pytest.mark.parametrize(
+    "name", ["max_tokens", "eos_token", "keys", "monkey", "author", "tokenizer", "api_key_env", "PWD"]
+)
 def test_names_that_are_none(name: str) -> None:
     assert not is_secret_name(name)
 

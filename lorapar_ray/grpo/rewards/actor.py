@@ -28,10 +28,19 @@ class RewardActor:
     """One worker; a sample that breaks the process inside costs itself only (see `RewardPool`)."""
 
     def __init__(
-        self, specs: Sequence[RewardSpec], time_limit_s: float, memory_limit_mb: int, sandbox: SandboxConfig
+        self,
+        specs: Sequence[RewardSpec],
+        time_limit_s: float,
+        memory_limit_mb: int,
+        sandbox: SandboxConfig,
+        withheld: Sequence[str],
     ) -> None:
         self._pool = RewardPool(
-            list(specs), time_limit_s=time_limit_s, memory_limit_mb=memory_limit_mb, sandbox=sandbox
+            list(specs),
+            time_limit_s=time_limit_s,
+            memory_limit_mb=memory_limit_mb,
+            sandbox=sandbox,
+            withheld=withheld,
         )
 
     def score(self, requests: list[Request]) -> list[RewardBatch]:
@@ -45,7 +54,8 @@ class RewardWorkers:
     Lives in one event loop.
     """
 
-    def __init__(self, settings: GrpoConfig, judge: Judge | None = None) -> None:
+    def __init__(self, settings: GrpoConfig, judge: Judge | None = None, withheld: Sequence[str] = ()) -> None:
+        """See `RewardPool` for `withheld`."""
         import ray
 
         # scoring has no memory: what a dead worker was asked is asked again of its successor, as often as it takes
@@ -58,7 +68,7 @@ class RewardWorkers:
             if reward.name != JUDGE
         ]
         limits = settings.reward_time_limit_s, settings.reward_memory_mb, settings.sandbox
-        self._actors = [actor.remote(specs, *limits) for _ in range(settings.reward_workers)]
+        self._actors = [actor.remote(specs, *limits, list(withheld)) for _ in range(settings.reward_workers)]
         self._idle = deque(self._actors)
         self._waiting: deque[tuple[Request, asyncio.Future[RewardBatch]]] = deque()
         self._working: set[asyncio.Task[None]] = set()

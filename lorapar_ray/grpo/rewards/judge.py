@@ -18,7 +18,7 @@ from typing import Any
 from lorapar_ray.config import Config, JudgeConfig, LabelConfig, VotePrompt
 from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.panel import reasons
-from lorapar_ray.labeling.secrets import secrets
+from lorapar_ray.labeling.secrets import secrets, warn_of_plain_http
 from lorapar_ray.labeling.serving import start_teachers, stop_teachers
 from lorapar_ray.labeling.teachers import Teacher, connect, persist
 from lorapar_ray.labeling.votes import normalised
@@ -82,6 +82,7 @@ def judging(config: Config) -> Iterator[dict[str, Any] | None]:
     label = config.label.model_copy(update={**own, "teachers": teachers, "timeout_s": settings.time_limit_s})
     panel = config.model_copy(update={"name": f"{config.name}-judge", "label": label})
     keys = secrets(teachers)
+    warn_of_plain_http(teachers, keys)
     try:
         apps, failed = start_teachers(panel)
         if len(failed) == len(teachers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,8 +61,13 @@ class RewardPool:
         time_limit_s: float,
         memory_limit_mb: int,
         sandbox: SandboxConfig | None = None,
+        withheld: Collection[str] = (),
     ) -> None:
-        """`time_limit_s` is what one call may take; a batch that takes longer is halved, a sample that does is lost."""
+        """`time_limit_s` is what one call may take; a batch that takes longer is halved, a sample that does is lost.
+
+        Args:
+            withheld: environment variables that rewards do not see, beside those whose names say that they are secret.
+        """
         self._specs = specs
         self._processes = {
             isolate: RewardProcess(
@@ -70,6 +76,7 @@ class RewardPool:
                 memory_limit_mb=memory_limit_mb,
                 sandbox=sandbox or SandboxConfig(),
                 isolate=isolate,
+                withheld=withheld,
             )
             for isolate in {spec.isolate for spec in specs}
         }

@@ -12,11 +12,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.errors import UserError
+from lorapar_ray.redact import has_secret, redact
 
 if TYPE_CHECKING:
     from lorapar_ray.config import SandboxConfig
@@ -27,7 +28,11 @@ READY = "ready"
 START_LIMIT_S = 300.0
 """A fresh process imports the rewards' modules before it says it is ready; that is not a reward's own time."""
 END_LIMIT_S = 5.0
-_SECRET = re.compile(r"KEY|TOKEN(?!IZERS)|SECRET|PASSW|CREDENTIAL|AUTH(?!OR)", re.IGNORECASE)
+_SECRET = re.compile(
+    r"KEY|TOKEN(?!IZERS)|SECRET|PASSW|(?:^|_)PASS(?:PHRASE)?$|(?<=_)(?:PWD|PAT)$|CREDENTIAL|AUTH(?!OR)|BEARER|COOKIE",
+    re.IGNORECASE,
+)
+_JSON_KEY = re.compile(r'"([^"\\]+)"\s*:')
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,10 @@ class RewardProcess:
         memory_limit_mb: int,
         sandbox: SandboxConfig,
         isolate: bool,
+        withheld: Collection[str] = (),
     ) -> None:
-        """The process starts with the first request."""
+        """The process starts with the first request; see `open_environment` for `withheld`."""
+        self._withheld = withheld
         self._time_limit_s = time_limit_s
         settings = {
             "memory_mb": memory_limit_mb,
@@ -131,12 +138,22 @@ class RewardProcess:
             return host(MODULE, self._arguments, self._layer)
         command = [sys.executable, "-m", MODULE, *self._arguments]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        return subprocess.Popen(command, **pipes, start_new_session=True, env=open_environment())
+        return subprocess.Popen(command, **pipes, start_new_session=True, env=open_environment(self._withheld))
 
 
-def open_environment() -> dict[str, str]:
-    """This process's environment without the variables whose names say that they are secret."""
-    return {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
+def open_environment(withheld: Collection[str] = ()) -> dict[str, str]:
+    """This process's environment without what is secret: variables whose names say so, also within JSON, those that
+    hold a known secret or a well-known service's key, and URLs with a password.
+
+    Args:
+        withheld: further variables to leave out, such as those that `api_key_env` names.
+    """
+    return {name: value for name, value in os.environ.items() if name not in withheld and not _is_secret(name, value)}
+
+
+def _is_secret(name: str, value: str) -> bool:
+    inside = any(map(_SECRET.search, _JSON_KEY.findall(value)))
+    return bool(_SECRET.search(name)) or inside or has_secret(value) or redact(value) != value
 
 
 def _read_sealed(process: subprocess.Popen[bytes], seal: str, limit: float) -> bytes:
