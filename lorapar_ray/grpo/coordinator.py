@@ -49,8 +49,8 @@ class Coordinator:
 
         Args:
             plan: `settings` (GrpoConfig), `rows` (a sequence of questions, see `TokenTable.question`), `steps`,
-                `seed`, `model` (see `models.model_reference`), `trust_remote_code`, `lora_rank`, `judge` (see `judging`;
-                None without one) and, if there are any, `withheld` (environment variables that rewards do not see).
+                `seed`, `model` (see `models.model_reference`), `trust_remote_code`, `lora_rank`, `judge` (see
+                `judging`; None without one) and perhaps `withheld` (environment variables that rewards do not see).
             engine: how to make an engine, if not by the plan.
             place: the engines' placement group.
         """
