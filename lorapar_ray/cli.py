@@ -78,7 +78,7 @@ def _execute(
 
     check(config, stages)
     run.open(config)
-    with run_lock(run.root):
+    with run_lock(run.root, _seconds_to_wait()):
         require_leave(config, run, stages, redo)
         due = [name for name in stages if name in redo or name in pending(config, run, stages)]
         replaced = dependents(config, redo)
@@ -95,6 +95,15 @@ def _execute(
         console.print(f"everything is done in '{run.root}'; nothing to do")
     if "report" in stages:
         console.print(f"report: {run.report / 'index.html'}")
+
+
+def _seconds_to_wait() -> float:
+    """For another command to leave the run directory: a job that is started again finds its dead driver's lock."""
+    given = os.environ.get("LORAPAR_WAIT_S", "0")
+    try:
+        return float(given)
+    except ValueError:
+        raise UserError(f"LORAPAR_WAIT_S={given}: not a number of seconds") from None
 
 
 def _stage_command(stage: Stage) -> None:
@@ -172,17 +181,102 @@ def _show_plan(config: Config, run: RunDirectory, redo: Sequence[str]) -> None:
         console.print(f"  {line}")
 
 
+@app.command("submit", help="Check a cluster and run a config on it as a Ray job; again, to follow the same job.")
+def submit(
+    config: Annotated[list[Path], typer.Argument(help="YAML config of the run, inside the working directory.")],
+    run_dir: Annotated[Path, typer.Option("--run-dir", "-d", help="On storage that every node reaches.")],
+    address: Annotated[
+        str | None, typer.Option(help="URL of the cluster's dashboard [default: $RAY_API_SERVER_ADDRESS].")
+    ] = None,
+    set_: Overrides = None,
+    redo: Redo = None,
+    working_dir: Annotated[
+        Path | None, typer.Option(help="Sent to the cluster: code and config [default: this directory].")
+    ] = None,
+    check: Annotated[bool, typer.Option(help="Ask every node first.")] = True,
+    follow: Annotated[bool, typer.Option(help="Show the job's log until it ends.")] = True,
+) -> None:
+    from lorapar_ray.submission import Jobs, Submission, in_working_dir, require_no_secret
+
+    path = _one("CONFIG", config)
+    loaded = load_config(path, set_ or [])
+    require_no_secret(set_ or [])
+    root, inside = in_working_dir(path, working_dir)
+    options = ["--config", str(inside), *(word for each in set_ or [] for word in ("--set", each))]
+    again = tuple(word for each in redo or [] for word in ("--redo", each))
+    jobs = Jobs(address)
+    handed = Submission(loaded.name, str(run_dir), tuple(options), root, again)
+    if check:
+        jobs.check(handed)
+    job = jobs.submit(handed)
+    if follow:
+        try:
+            jobs.wait(job)
+        except KeyboardInterrupt:
+            left = f"the same command follows it again, `ray job stop {job}` ends it"
+            print(f"lorapar: {job} goes on; {left}", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
+@app.command("status", help="How far a run is: live on a terminal, once elsewhere.")
+def status(
+    run_dir: Annotated[Path, typer.Option("--run-dir", "-d", help="Of the run.")],
+    once: Annotated[bool, typer.Option("--once", help="Do not follow.")] = False,
+) -> None:
+    from lorapar_ray.status import follow, lines
+
+    run = RunDirectory(run_dir)
+    if once or not sys.stdout.isatty():
+        print("\n".join(lines(run)))
+    else:
+        follow(run)
+
+
+@app.command("export", help="A finished adapter, or the merged model, with a card of its data, settings and results.")
+def export(
+    run_dir: Annotated[Path, typer.Option("--run-dir", "-d", help="Of the run.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A directory that is not there yet.")],
+    stage: Annotated[str | None, typer.Option(help="sft or grpo [default: the last of the run's order].")] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="The whole model instead of the adapter.")] = False,
+) -> None:
+    from lorapar_ray.exporting.job import export as write
+
+    run = RunDirectory(run_dir)
+    if not run.manifest():
+        raise UserError(f"run directory '{run.root}' holds no run (no manifest.json)")
+    config = load_config(run.root / "config.yaml", [])
+    target = out.expanduser()
+    done = write(config, run, target, stage, merged=merged)
+    print(f"{'merged model' if merged else 'adapter'} of {done} in '{target}'")
+
+
 @app.command("doctor", help="Check versions, engines, cores, memory, disk and Ray, a line each.")
-def doctor() -> None:
+def doctor(
+    cluster: Annotated[bool, typer.Option("--cluster", help="Ask every node of RAY_ADDRESS instead.")] = False,
+    config: Annotated[list[Path] | None, typer.Option("--config", "-c", help="With --cluster.")] = None,
+    run_dir: RunDir = None,
+    set_: Overrides = None,
+) -> None:
     from lorapar_ray.doctor import examine
     from lorapar_ray.progress import console
     from lorapar_ray.text import markup
 
-    findings = examine()
+    if cluster:
+        from lorapar_ray.cluster_check import examine_cluster
+        from lorapar_ray.session import ray_session
+
+        loaded = load_config(_one("--config", config), set_ or []) if config else None
+        with ray_session():
+            findings = examine_cluster(loaded, _one("--run-dir", run_dir).expanduser() if run_dir else None)
+    else:
+        findings = examine()
     for finding in findings:
         mark = "[green]✓[/]" if finding.ok else "[red]✗[/]"
         console.print(f"{mark} {finding.what:<12} {markup(finding.detail)}", markup=True)
-    if not all(finding.ok for finding in findings):
+    failed = [finding for finding in findings if not finding.ok]
+    if cluster and failed:
+        raise UserError(f"{failed[0].what}: {failed[0].detail}")
+    if failed:
         raise typer.Exit(1)
 
 

@@ -18,8 +18,8 @@ from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
 from lorapar_ray.fingerprints import meaning
 from lorapar_ray.gpus import place
-from lorapar_ray.progress import console
-from lorapar_ray.runs import RunDirectory
+from lorapar_ray.progress import console, noted_in
+from lorapar_ray.runs import PROGRESS, RunDirectory
 from lorapar_ray.stages import Stage
 from lorapar_ray.standing import written
 from lorapar_ray.text import one_line
@@ -50,7 +50,7 @@ def perform(
     start = time.monotonic()
     finished = False
     try:
-        with of_the_machine(run, name), growing(config.cluster):
+        with of_the_machine(run, name), growing(config.cluster), noted_in(run.work / PROGRESS):
             notes = stage.run(_placed(config, name), run)
         finished = True
     finally:

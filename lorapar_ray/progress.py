@@ -9,12 +9,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lorapar_ray.errors import UserError
+from lorapar_ray.files import write_json
 from lorapar_ray.text import shown
 
 
@@ -28,6 +32,20 @@ class SafeConsole(Console):
 
 console = SafeConsole(highlight=False, soft_wrap=True, markup=False, emoji=False)
 LOG_EVERY_S = 10.0
+NOTE_EVERY_S = 2.0
+
+_note: ContextVar[Path | None] = ContextVar("note", default=None)
+
+
+@contextmanager
+def noted_in(file: Path) -> Iterator[None]:
+    """Write down in `file` how far the work of the block is, for `lorapar status`; the file goes when it ends."""
+    token = _note.set(file)
+    try:
+        yield
+    finally:
+        _note.reset(token)
+        file.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -41,6 +59,9 @@ def progress(what: str, total: int, poll: Callable[[], tuple[int, str]]) -> Iter
     """
     stop = threading.Event()
     draw = _bar if console.is_terminal else _lines
+    file = _note.get()
+    if file is not None:
+        threading.Thread(target=_note_down, args=(file, what, total, poll, stop), daemon=True).start()
     painter = threading.Thread(target=draw, args=(what, total, poll, stop), daemon=True)
     painter.start()
     try:
@@ -48,6 +69,16 @@ def progress(what: str, total: int, poll: Callable[[], tuple[int, str]]) -> Iter
     finally:
         stop.set()
         painter.join()
+
+
+def _note_down(file: Path, what: str, total: int, poll: Callable[[], tuple[int, str]], stop: threading.Event) -> None:
+    first, _ = poll()
+    note = {"what": what, "first": first, "total": total, "began": time.time()}
+    while not stop.is_set():
+        done, remark = poll()
+        with suppress(OSError, UserError):  # a full disk ends the stage with its own words
+            write_json(file, {**note, "done": done, "remark": remark, "now": time.time()})
+        stop.wait(NOTE_EVERY_S)
 
 
 def _bar(what: str, total: int, poll: Callable[[], tuple[int, str]], stop: threading.Event) -> None:
@@ -76,14 +107,16 @@ def _lines(what: str, total: int, poll: Callable[[], tuple[int, str]], stop: thr
         finished = stop.wait(LOG_EVERY_S)
         done, remark = poll()
         if finished or done != shown:
-            console.print(f"  {what} {done}/{total}{_eta(done - first, total - done, start)} {remark}".rstrip())
+            left = eta(done - first, total - done, time.monotonic() - start)
+            console.print(f"  {what} {done}/{total}{left} {remark}".rstrip())
             shown = done
         if finished:
             return
 
 
-def _eta(fresh: int, left: int, start: float) -> str:
+def eta(fresh: int, left: int, elapsed_s: float) -> str:
+    """How long the rest takes at the pace so far, as ` · m:ss left`; empty where nothing can be said."""
     if fresh <= 0 or left <= 0:
         return ""
-    seconds = (time.monotonic() - start) / fresh * left
+    seconds = elapsed_s / fresh * left
     return f" · {int(seconds // 60)}:{int(seconds % 60):02d} left"

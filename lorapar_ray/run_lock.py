@@ -22,11 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from lorapar_ray.errors import UserError
+from lorapar_ray.progress import console
 
 NAME = "lock.json"
 BEAT_S = 20.0
+RETRY_S = 2.0
 STALE_S = 300.0
 """Of another machine's holder, without a beat."""
+
+
+class InUse(UserError):
+    """A living process has the lock."""
+
 
 _held: dict[Path, int] = {}
 """Locks of this process, with how many blocks are inside each."""
@@ -36,8 +43,11 @@ _guard = threading.Lock()
 
 
 @contextmanager
-def run_lock(root: Path) -> Iterator[None]:
+def run_lock(root: Path, wait_s: float = 0.0) -> Iterator[None]:
     """Hold the lock of a run directory, which exists, while the block runs; blocks of one process may nest.
+
+    Args:
+        wait_s: for a holder to end, or to be seen to have died with its machine (`STALE_S`).
 
     Raises:
         UserError: a living process has it; the message names it.
@@ -45,7 +55,7 @@ def run_lock(root: Path) -> Iterator[None]:
     with _guard:
         inside = _held.get(root, 0)
         if not inside:
-            _written[root] = _take(root / NAME)
+            _written[root] = _take_within(root / NAME, wait_s)
         _held[root] = inside + 1
     stop = threading.Event()
     if not inside:
@@ -60,6 +70,16 @@ def run_lock(root: Path) -> Iterator[None]:
                 del _held[root]
                 if not _taken_over(root, _written.pop(root)):
                     (root / NAME).unlink(missing_ok=True)
+
+
+def living_holder(root: Path) -> dict[str, Any] | None:
+    """Who is at work in a run directory: pid, host, command, since; None if nobody is."""
+    try:
+        text, age = (root / NAME).read_text(errors="replace"), time.time() - (root / NAME).stat().st_mtime
+    except OSError:
+        return None
+    holder = _parsed(text)
+    return holder if _lives(holder, age) else None
 
 
 def require_held(root: Path) -> None:
@@ -78,6 +98,21 @@ def _taken_over(root: Path, mine: str) -> bool:
         return (root / NAME).read_text(errors="replace") != mine
     except OSError:  # deleted, or not to be read just now: nobody else has it
         return False
+
+
+def _take_within(file: Path, wait_s: float) -> str:
+    """`_take`, again and again while a living process has it and the time lasts."""
+    deadline, said = time.monotonic() + wait_s, False
+    while True:
+        try:
+            return _take(file)
+        except InUse as error:
+            if time.monotonic() > deadline:
+                raise
+            if not said:
+                console.print(f"  waiting up to {wait_s:g} s: {error}")
+            said = True
+            time.sleep(RETRY_S)
 
 
 def _take(file: Path) -> str:
@@ -114,7 +149,7 @@ def _remove_if_stale(file: Path) -> None:
         return
     holder = _parsed(text)
     if _lives(holder, age):
-        raise UserError(
+        raise InUse(
             f"run directory '{file.parent}' is in use by process {holder.get('pid', '?')} on "
             f"{holder.get('host', 'an unknown host')} ({holder.get('command', '?')}, since "
             f"{holder.get('since', '?')}, last sign of life {max(0.0, age):.0f} s ago); wait for it or stop it, "

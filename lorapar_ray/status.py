@@ -1,0 +1,84 @@
+"""How far a run is, read from its directory alone: from any machine that sees it, while a stage works or after."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from lorapar_ray.boundary import read_object
+from lorapar_ray.errors import UserError
+from lorapar_ray.pipeline import STAGES
+from lorapar_ray.progress import console, eta
+from lorapar_ray.run_lock import living_holder
+from lorapar_ray.runs import PROGRESS, RunDirectory
+from lorapar_ray.text import one_line
+
+REFRESH_S = 1.0
+SILENT_S = 30.0
+"""Without a sign of progress, its age is shown."""
+
+
+def lines(run: RunDirectory) -> Iterator[str]:
+    """The run, and a line for each stage that it has begun or that comes next.
+
+    Raises:
+        UserError: there is no run, or its manifest is damaged.
+    """
+    manifest = run.manifest()
+    if not manifest:
+        raise UserError(f"run directory '{run.root}' holds no run (no manifest.json)")
+    holder = living_holder(run.root)
+    name = one_line(manifest["identity"].get("name", "?"))
+    yield f"{name} · {run.root} · {_at_work(holder)}"
+    entries = manifest["stages"]
+    for stage in STAGES:
+        entry = entries.get(stage, {})
+        if entry.get("status") == "done":
+            yield f"✓ {stage:<10} {_minutes(entry.get('seconds', 0))}"
+        elif entry:
+            yield f"{'▶' if holder else '✗'} {stage:<10} {_far(run, entry, holder is not None)}"
+        else:
+            yield f"· {stage:<10}"
+
+
+def _at_work(holder: dict[str, Any] | None) -> str:
+    if holder is None:
+        return "nobody is at work"
+    return one_line(
+        f"{holder.get('command', '?')} at work: process {holder.get('pid', '?')} on {holder.get('host', '?')} since "
+        f"{holder.get('since', '?')}"
+    )
+
+
+def _far(run: RunDirectory, entry: dict[str, Any], alive: bool) -> str:
+    if not alive:
+        return f"interrupted after {_minutes(entry.get('seconds', 0))}; the same command goes on from there"
+    try:
+        note = read_object(run.work / PROGRESS, "delete it")
+        done, total, first = (int(note[key]) for key in ("done", "total", "first"))
+        began, now = float(note["began"]), float(note["now"])
+        what, remark = one_line(note["what"]), one_line(note["remark"], 80)
+    except (UserError, KeyError, TypeError, ValueError):
+        return "starting"
+    silence = time.time() - now
+    age = f" · last seen {_minutes(silence)} ago" if silence > SILENT_S else ""
+    return f"{what} {done}/{total}{eta(done - first, total - done, now - began)} {remark}".rstrip() + age
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+def follow(run: RunDirectory) -> None:
+    """Show `lines` on the terminal, again and again, until nobody is at work or Ctrl-C."""
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(Text("\n".join(lines(run))), console=console, auto_refresh=False) as live:
+        try:
+            while living_holder(run.root) is not None:
+                time.sleep(REFRESH_S)
+                live.update(Text("\n".join(lines(run))), refresh=True)
+        except KeyboardInterrupt:
+            pass

@@ -1,0 +1,219 @@
+"""Hand a run to a cluster as a Ray job: the same run is submitted once, and a second call follows the first one's job.
+
+Only Ray's job server is spoken to, so the machine that submits needs no Ray of the cluster's version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import shlex
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lorapar_ray.errors import UserError
+from lorapar_ray.redact import redact
+from lorapar_ray.text import one_line
+from lorapar_ray.threads import in_a_thread
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+CONNECT_TIMEOUT_S = 30.0
+SUBMIT_TIMEOUT_S = 600.0
+WAIT_S = "400"
+"""For the run directory's lock: longer than that of a driver that died with its machine is believed."""
+NOT_SENT = [".git", ".venv", ".hypothesis", "runs", "site", "**/__pycache__"]
+"""Of the working directory."""
+FINAL = ("SUCCEEDED", "FAILED", "STOPPED")
+OURS = "lorapar: "
+"""How the line begins in which a command says why it ends."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is handed over."""
+
+    name: str
+    """Of the run."""
+    run_dir: str
+    options: tuple[str, ...]
+    """Of every command: the config and its overrides."""
+    working_dir: Path
+    redo: tuple[str, ...] = ()
+    """Options of `lorapar run` alone."""
+
+    @property
+    def key(self) -> str:
+        """What the jobs of one run directory have in common: the beginning of their submission ids."""
+        place = hashlib.sha256(f"{self.name}\n{self.run_dir}".encode()).hexdigest()[:8]
+        return f"lorapar-{self.name}-{place}"
+
+    def command(self, *words: str) -> str:
+        """A command line of `lorapar` for the job."""
+        return shlex.join(["python", "-m", "lorapar_ray.cli", *words, *self.options, "--run-dir", self.run_dir])
+
+
+class Jobs:
+    """A cluster's job server."""
+
+    def __init__(self, address: str | None) -> None:
+        """Connect.
+
+        Args:
+            address: URL of the cluster's dashboard; None: `RAY_API_SERVER_ADDRESS`, or this machine.
+
+        Raises:
+            UserError: nothing answers, it is no Ray, or it wants another token.
+        """
+        self.address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
+        if not self.address.startswith(("http://", "https://")):
+            raise UserError(
+                f"--address {self.address}: give the URL of the cluster's dashboard, such as {DEFAULT_ADDRESS}"
+            )
+        self._client = self._ask(self._connect)
+
+    def _connect(self) -> Any:
+        from ray.job_submission import JobSubmissionClient
+
+        return JobSubmissionClient(self.address)
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        try:
+            return in_a_thread(call, name="asking the job server", timeout_s=CONNECT_TIMEOUT_S)
+        except Exception as error:  # requests, aiohttp and Ray each have their own, and a proxy any answer
+            said = one_line(error, 160) or type(error).__name__
+            lower = f"{type(error).__name__} {said}".lower()
+            if "auth" in lower or "401" in lower or "403" in lower:
+                raise UserError(
+                    f"the cluster at {self.address} does not take this machine's token; set RAY_AUTH_MODE=token and "
+                    "RAY_AUTH_TOKEN (or ~/.ray/auth_token) to the cluster's"
+                ) from error
+            raise UserError(
+                f"no Ray job server at {self.address} ({said}); --address takes the URL of the cluster's dashboard"
+            ) from error
+
+    def check(self, handed: Submission) -> None:
+        """Ask every node whether it can run this, in a short job of its own, and show what they say.
+
+        Raises:
+            UserError: some cannot, or the job cannot be submitted.
+        """
+        job = self._start(f"{handed.key}-check", self._known(), handed, handed.command("doctor", "--cluster"))
+        status, why = self._follow(job)
+        if status != "SUCCEEDED":
+            raise UserError(f"the cluster at {self.address} cannot run this ({why}); --no-check tries it all the same")
+
+    def submit(self, handed: Submission) -> str:
+        """Submit the run, unless a job of the same run is at work already; returns the submission id.
+
+        Raises:
+            UserError: the working directory cannot be sent, or the server refuses the job.
+        """
+        known = self._known()
+        for job in _attempts(handed.key, known):
+            if known[job] not in FINAL:
+                print(f"following {job} at {self.address}", flush=True)
+                return job
+        job = self._start(handed.key, known, handed, handed.command("run", *handed.redo))
+        print(f"submitted {job} at {self.address}", flush=True)
+        return job
+
+    def wait(self, job: str) -> None:
+        """Show the log of a job until it ends.
+
+        Raises:
+            UserError: it has failed; says why.
+        """
+        status, why = self._follow(job)
+        if status != "SUCCEEDED":
+            raise UserError(f"{job}: {status.lower()} ({why}); the same command goes on from there")
+
+    def _known(self) -> dict[str, str]:
+        """Status by submission id."""
+        return {job.submission_id: job.status.value for job in self._ask(self._client.list_jobs) if job.submission_id}
+
+    def _start(self, key: str, known: dict[str, str], handed: Submission, command: str) -> str:
+        environment = {
+            "working_dir": str(handed.working_dir),
+            "excludes": NOT_SENT,
+            "env_vars": {"LORAPAR_WAIT_S": WAIT_S},
+        }
+        before = len(_attempts(key, known))
+
+        def submit() -> str:
+            return str(
+                self._client.submit_job(
+                    entrypoint=command,
+                    submission_id=f"{key}-{before + 1}" if before else key,
+                    runtime_env=environment,
+                    metadata={"run": handed.name, "run_dir": handed.run_dir},
+                )
+            )
+
+        try:
+            return in_a_thread(submit, name="submitting the job", timeout_s=SUBMIT_TIMEOUT_S)
+        except (RuntimeError, ValueError, OSError, TimeoutError) as error:
+            raise UserError(f"{self.address} does not take the job: {one_line(error, 300)}") from error
+
+    def _follow(self, job: str) -> tuple[str, str]:
+        """Show a job's log as it grows; returns its final status and, in one line, why it failed."""
+        last = ""
+
+        def seen(text: str) -> None:
+            nonlocal last
+            print(text, end="", flush=True)
+            for line in text.splitlines():
+                last = line.removeprefix(OURS) if line.startswith(OURS) else last
+
+        asyncio.run(self._tail(job, seen))
+        while True:
+            info = self._ask(lambda: self._client.get_job_info(job))
+            if info.status.value in FINAL:
+                return info.status.value, last or redact(one_line(info.message or "", 300))
+            time.sleep(1)
+
+    async def _tail(self, job: str, show: Callable[[str], None]) -> None:
+        async for text in self._client.tail_job_logs(job):
+            show(text)
+
+
+def _attempts(key: str, known: Iterable[str]) -> list[str]:
+    """The jobs of one run: the first is called by its key, later ones have a number."""
+    return [each for each in known if each == key or each.removeprefix(f"{key}-").isdecimal()]
+
+
+def in_working_dir(config: Path, given: Path | None) -> tuple[Path, Path]:
+    """The directory to send (None: this one), and the config's place in it.
+
+    Raises:
+        UserError: the config lies outside of it, so the job would not find it.
+    """
+    root = (given or Path.cwd()).resolve()
+    if not root.is_dir():
+        raise UserError(f"--working-dir '{root}': no such directory")
+    try:
+        return root, config.resolve().relative_to(root)
+    except ValueError:
+        raise UserError(
+            f"--config '{config}': lies outside the working directory '{root}', which is what the job gets; copy it "
+            "there, or choose another --working-dir"
+        ) from None
+
+
+def require_no_secret(words: Sequence[str]) -> None:
+    """A job's command line is shown on the cluster's dashboard.
+
+    Raises:
+        UserError: it would hold a secret that this process knows.
+    """
+    for word in words:
+        if redact(word) != word:
+            raise UserError(
+                f"--set {redact(word)}: the dashboard shows a job's command line; name an environment variable of the "
+                "cluster instead (api_key_env)"
+            )

@@ -1,0 +1,52 @@
+"""`lorapar status`: what a run directory says of itself, at work and after."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from lorapar_ray.errors import UserError
+from lorapar_ray.files import write_json
+from lorapar_ray.progress import noted_in, progress
+from lorapar_ray.run_lock import run_lock
+from lorapar_ray.runs import PROGRESS, RunDirectory
+from lorapar_ray.status import lines
+
+STAGES = {"label": {"status": "done", "seconds": 61.0}, "score": {"status": "started", "seconds": 130.0}}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    write_json(tmp_path / "manifest.json", {"format": 2, "identity": {"name": "x"}, "stages": STAGES})
+    return RunDirectory(tmp_path)
+
+
+def test_a_run_that_was_interrupted(run: RunDirectory) -> None:
+    first, label, score, partition, *_ = lines(run)
+    assert first == f"x · {run.root} · nobody is at work"
+    assert label.split() == ["✓", "label", "1:01"]
+    assert score.split(maxsplit=2) == ["✗", "score", "interrupted after 2:10; the same command goes on from there"]
+    assert partition.split() == ["·", "partition"]
+
+
+def test_a_run_at_work(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorapar_ray.progress.NOTE_EVERY_S", 0.01)
+    counts = iter([2, *[6] * 10_000])
+    with run_lock(run.root):
+        assert next(line for line in lines(run) if "score" in line).split() == ["▶", "score", "starting"]
+        with noted_in(run.work / PROGRESS), progress("score", 10, lambda: (next(counts), "loss 0.5\x1b[2J")):
+            deadline = time.monotonic() + 20
+            while "6/10" not in (line := next(line for line in lines(run) if "score" in line)):
+                assert time.monotonic() < deadline
+        assert line.startswith("▶ score      score 6/10 · 0:0") and line.endswith("left loss 0.5\\x1b[2J")
+        assert not (run.work / PROGRESS).exists()
+        write_json(run.work / PROGRESS, {"done": "many"})
+        assert next(line for line in lines(run) if "score" in line).split() == ["▶", "score", "starting"]
+    assert "nobody is at work" in next(iter(lines(run)))
+
+
+def test_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no run"):
+        list(lines(RunDirectory(tmp_path)))

@@ -1,0 +1,113 @@
+"""Handing a run to a cluster: what is refused before anything is sent, and what nodes that differ are told apart by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorapar_ray.cluster_check import PACKAGES, NodeReport, _gpus, _keys, _models_found, _nodes, _storage, _versions
+from lorapar_ray.config import Config
+from lorapar_ray.errors import UserError
+from lorapar_ray.redact import remember
+from lorapar_ray.submission import Jobs, Submission, _attempts, in_working_dir, require_no_secret
+
+HANDED = Submission("x", "/shared/runs/x", ("--config", "a b.yaml"), Path())
+NODES = {name: {"NodeManagerAddress": f"10.0.0.{place}", "Resources": {"CPU": 4}} for place, name in enumerate("ab")}
+
+
+def report(**changes: Any) -> NodeReport:
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    plain = {"versions": versions, "gpus": 0, "storage": "", "free_gib": 9.0, "models": {}}
+    return NodeReport(**{**plain, **changes})
+
+
+def test_one_run_directory_has_one_row_of_jobs() -> None:
+    assert HANDED.key == Submission("x", "/shared/runs/x", (), Path("/elsewhere")).key
+    assert HANDED.key != Submission("x", "/shared/runs/y", (), Path()).key
+    key = HANDED.key
+    assert _attempts(key, [key, f"{key}-2", f"{key}-check", f"{key}-check-2", f"{key}9"]) == [key, f"{key}-2"]
+    assert HANDED.command("run").endswith("run --config 'a b.yaml' --run-dir /shared/runs/x")
+
+
+def test_a_config_outside_of_what_is_sent_is_refused(tmp_path: Path) -> None:
+    inside = tmp_path / "work" / "configs" / "run.yaml"
+    inside.parent.mkdir(parents=True)
+    assert in_working_dir(inside, tmp_path / "work") == (tmp_path / "work", Path("configs/run.yaml"))
+    with pytest.raises(UserError, match="lies outside the working directory"):
+        in_working_dir(tmp_path / "run.yaml", tmp_path / "work")
+    with pytest.raises(UserError, match="no such directory"):
+        in_working_dir(inside, tmp_path / "none")
+
+
+def test_no_secret_is_put_where_the_dashboard_shows_it() -> None:
+    remember(["sk-live-0123456789"])
+    require_no_secret(["seed=3"])
+    with pytest.raises(UserError, match="the dashboard shows a job's command line") as refused:
+        require_no_secret(["label.teachers.0.extra_body.key=sk-live-0123456789"])
+    assert "sk-live" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("address", "said"), [("head:6379", "give the URL of the"), ("http://127.0.0.1:9", "no Ray")])
+def test_an_address_that_is_no_job_server_is_one_line(address: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Jobs(address)
+
+
+def test_nodes_that_differ_are_named() -> None:
+    other = report(versions={**report().versions, "torch": "2.0.0"})
+    assert _versions(NODES, {"a": report(), "b": report()}).ok
+    found = _versions(NODES, {"a": report(), "b": other})
+    assert not found.ok and "torch is" in found.detail and "but 2.0.0 on 10.0.0.1" in found.detail
+    missing = _versions(NODES, {"a": report(versions={**report().versions, "peft": None})})
+    assert not missing.ok and "but none on 10.0.0.0" in missing.detail
+    assert _nodes(NODES, []).detail == "2 answer, 8 CPU, 0 GPU in all"
+    assert "no answer from 10.0.0.1 within" in _nodes(NODES, ["b"]).detail
+
+
+def test_a_gpu_that_torch_cannot_use_is_named() -> None:
+    gpus = {**NODES, "b": {**NODES["b"], "Resources": {"GPU": 2}}}
+    assert _gpus(gpus, {"a": report(), "b": report(gpus=2)}).ok
+    found = _gpus(gpus, {"a": report(), "b": report(gpus=0)})
+    assert not found.ok and "Ray counts 2 on 10.0.0.1 but torch can use 0" in found.detail
+
+
+def test_storage_is_shared_or_the_node_is_named(tmp_path: Path) -> None:
+    probe = tmp_path / ".probe"
+    for node in "ab":
+        probe.with_name(f"{probe.name}-{node}").write_text(node)
+    assert _storage(NODES, {"a": report(), "b": report()}, probe).ok
+    found = _storage(NODES, {"a": report(), "b": report(storage="No such file or directory")}, probe)
+    assert not found.ok and "is not shared with 10.0.0.1 (No such file or directory)" in found.detail
+    probe.with_name(f"{probe.name}-b").unlink()
+    found = _storage(NODES, {"a": report(), "b": report()}, probe)
+    assert not found.ok and "10.0.0.1 (what it writes is not seen elsewhere)" in found.detail
+    probe.with_name(f"{probe.name}-b").write_text("b")
+    full = _storage(NODES, {"a": report(), "b": report(free_gib=0.5)}, probe)
+    assert not full.ok and "0 GiB free (needs 2)" in full.detail
+
+
+def test_models_and_keys_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = _models_found(NODES, {"a": report(), "b": report(models={"/m": "model '/m': no such directory"})})
+    assert not found.ok and found.detail == "on 10.0.0.1: model '/m': no such directory"
+    remote = {"kind": "remote", "name": "t", "model": "m", "base_url": "https://x.org", "api_key_env": "A_KEY"}
+    source = {"reader": "file", "path": "rows.jsonl"}
+    tree = {
+        "name": "x",
+        "model": {"path": "m"},
+        "data": {"train": [source]},
+        "label": {"teachers": [remote], "quorum": 1},
+    }
+    config = Config.model_validate(tree)
+    monkeypatch.delenv("A_KEY", raising=False)
+    assert _keys(config).detail.startswith("A_KEY not set where jobs run")
+    monkeypatch.setenv("A_KEY", "abc")
+    assert _keys(config).ok
