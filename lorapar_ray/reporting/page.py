@@ -69,7 +69,7 @@ def render(config: Config, data: RunData, figures: dict[str, str]) -> str:
             partition=data.partition,
             samples=_spread(data.samples),
             accuracy=[_result(name, result) for name, result in data.accuracy.items()],
-            verdicts=verdicts({n: data.accuracy[n] for n in ("base", *config.order) if n in data.accuracy}, data.right),
+            verdicts=verdicts(in_order(config, data.accuracy), data.right),
             versions=versions,
         )
     )
@@ -78,6 +78,11 @@ def render(config: Config, data: RunData, figures: dict[str, str]) -> str:
 def _shown(value: Any) -> Any:
     """Foreign text without control characters; what the page marks as safe is our own."""
     return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def in_order(config: Config, accuracy: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The base, and the stages as they followed each other."""
+    return {name: accuracy[name] for name in ("base", *config.order) if name in accuracy}
 
 
 def verdicts(accuracy: dict[str, dict[str, Any]], right: dict[str, dict[str, bool]]) -> list[str]:

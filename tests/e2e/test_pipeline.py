@@ -14,9 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lorapar_ray.adapters import adapter_parameters, attach_lora, save_adapter
+from lorapar_ray.config_file import load_config
 from lorapar_ray.datasets.rows import read_table
+from lorapar_ray.errors import UserError
+from lorapar_ray.exporting.job import export
 from lorapar_ray.partition import load_regions, stage_mask
 from lorapar_ray.pipeline import STAGES
+from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.job import export_plain
 from tests.e2e.conftest import FinishedRun
 from tests.tiny_run import ROOT, lorapar, metrics
@@ -102,6 +106,26 @@ def test_adapters_say_the_same_in_stock_peft_and_stock_vllm(
     assert (plain - tuned).abs().max() > 10 * TOLERANCE
     if name == "pissa":
         assert (tuned - pissa[1]).abs().max() < TOLERANCE
+
+
+def test_what_is_exported_says_the_same(finished: FinishedRun, tmp_path: Path) -> None:
+    run = RunDirectory(finished.run)
+    config = load_config(finished.run / "config.yaml", [])
+    adapter, whole = tmp_path / "adapter", tmp_path / "whole"
+    assert export(config, run, adapter) == "grpo" and export(config, run, whole, "sft", merged=True) == "sft"
+    base = AutoModelForCausalLM.from_pretrained(finished.student, dtype=torch.float32)
+    same = logprobs(PeftModel.from_pretrained(base, str(finished.run / "grpo/adapter")))
+    base = AutoModelForCausalLM.from_pretrained(finished.student, dtype=torch.float32)
+    assert torch.equal(logprobs(PeftModel.from_pretrained(base, str(adapter))), same)
+    base = AutoModelForCausalLM.from_pretrained(finished.student, dtype=torch.float32)
+    tuned = logprobs(PeftModel.from_pretrained(base, str(finished.run / "sft/adapter")))
+    merged = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
+    assert (logprobs(merged) - tuned).abs().max() < TOLERANCE
+    assert "95 % Wilson intervals" in (adapter / "README.md").read_text()
+    with pytest.raises(UserError, match="is there already"):
+        export(config, run, adapter)
+    with pytest.raises(UserError, match="stage 'sft' has not finished"):
+        export(config, RunDirectory(tmp_path / "none"), tmp_path / "other", "sft")
 
 
 def logprobs(model: torch.nn.Module) -> torch.Tensor:

@@ -1,0 +1,89 @@
+"""The model card: data, settings, regions and results of a run, with their doubt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from lorapar_ray.config import Config
+from lorapar_ray.redact import redacted
+from lorapar_ray.reporting.data import MODELS, RunData
+from lorapar_ray.reporting.page import in_order, verdicts
+from lorapar_ray.text import shown
+
+SHOWN = ("adapter", "score", "partition", "sft", "grpo")
+"""Parts of the config that say what was trained and how."""
+
+
+def model_card(config: Config, run: RunData, stage: str, *, merged: bool) -> str:
+    """Markdown with the front matter that the hub reads."""
+    front = {
+        "base_model": config.model.path,
+        "library_name": "transformers" if merged else "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "lora-par"] + ([] if merged else ["peft"]),
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        f"# {config.name}: {MODELS[stage]}\n",
+        _what(config, stage, merged),
+        *_data(config, run),
+        *_regions(run),
+        *_results(config, run),
+        *_settings(config),
+    ]
+    return shown("\n".join(parts))
+
+
+def _what(config: Config, stage: str, merged: bool) -> str:
+    kind = "a merged model" if merged else f"a LoRA adapter for `{config.model.path}`"
+    return (
+        f"This is {kind}, trained with LoRA-PAR ([arXiv 2507.20999](https://arxiv.org/abs/2507.20999)) by "
+        f"`lorapar_ray`: stages {', '.join(config.order[: config.order.index(stage) + 1])}, seed {config.seed}.\n"  # type: ignore[arg-type]
+    )
+
+
+def _data(config: Config, run: RunData) -> Iterator[str]:
+    yield "## Data\n"
+    for source in config.data.train:
+        words = redacted(source.model_dump(mode="json", exclude_defaults=True))
+        yield "- " + ", ".join(f"{key} `{value}`" for key, value in words.items())
+    counts = (run.labels or {}).get("split")
+    if isinstance(counts, dict):
+        yield "\nLabelled: " + ", ".join(f"{count} of System {name}" for name, count in counts.items()) + "."
+    yield ""
+
+
+def _regions(run: RunData) -> Iterator[str]:
+    if run.partition is None:
+        return
+    shares = (f"{name} {share:.1%}" for name, share in run.partition["total"]["shares"].items())
+    yield "## Regions\n"
+    yield f"Of the adapter's elements, at θ = {run.partition['theta']:g}: {', '.join(shares)}.\n"
+
+
+def _results(config: Config, run: RunData) -> Iterator[str]:
+    if not run.accuracy:
+        return
+    yield "## Results\n"
+    yield "Greedy answers to held-out questions, with 95 % Wilson intervals.\n"
+    yield "| | accuracy | 95 % interval | n |"
+    yield "| --- | --- | --- | --- |"
+    for name, found in run.accuracy.items():
+        low, high = found["interval"]
+        yield f"| {MODELS[name]} | {found['accuracy']:.1%} | {low:.1%} – {high:.1%} | {found['n']} |"
+    yield ""
+    yield from (f"- {each}" for each in verdicts(in_order(config, run.accuracy), run.right))
+    yield ""
+
+
+def _settings(config: Config) -> Iterator[str]:
+    yield "## Settings\n"
+    tree: dict[str, Any] = {
+        name: getattr(config, name).model_dump(mode="json", exclude_defaults=True) for name in SHOWN
+    }
+    yield "```yaml"
+    yield yaml.safe_dump(redacted({name: part for name, part in tree.items() if part}), sort_keys=False).rstrip()
+    yield "```\n"

@@ -1,0 +1,66 @@
+"""Write an adapter, or the model that it makes of its base, where it can be taken away."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from lorapar_ray.boundary import read_object
+from lorapar_ray.config import Config
+from lorapar_ray.errors import UserError
+from lorapar_ray.exporting.card import model_card
+from lorapar_ray.files import atomic_path, write_json
+from lorapar_ray.models import loading, resolve_model
+from lorapar_ray.pipeline import is_done
+from lorapar_ray.precision import torch_dtype
+from lorapar_ray.reporting.data import read_run
+from lorapar_ray.runs import RunDirectory
+
+
+def export(config: Config, run: RunDirectory, out: Path, stage: str | None = None, *, merged: bool = False) -> str:
+    """Write a stage's result to `out`, which is not there yet; returns the stage.
+
+    The adapter is a plain LoRA on the original base, also of a run that trained against a residual base (PiSSA, OLoRA).
+
+    Args:
+        stage: `sft` or `grpo`; None: the last of the run's order.
+        merged: the whole model, base + s·BA in the config's dtype, by stock peft, with its tokenizer.
+
+    Raises:
+        UserError: the stage is not the run's or has not finished, `out` is in the way, or the base cannot be loaded.
+    """
+    stage = stage or config.order[-1]
+    if stage not in config.order:
+        raise UserError(f"--stage {stage}: not in this run's order [{', '.join(config.order)}]")
+    if not is_done(config, run, stage):
+        raise UserError(f"stage '{stage}' has not finished in '{run.root}'; run `lorapar run` first")
+    if out.exists():
+        raise UserError(f"--out '{out}': is there already; choose another")
+    folder: Path = {"sft": run.sft, "grpo": run.grpo}[stage] / "adapter"
+    if merged and config.adapter.method != "lora":
+        raise UserError(f"--merged: adapter.method {config.adapter.method} has nothing to merge; export the adapter")
+    with atomic_path(out) as draft:
+        if merged:
+            _merge(config, folder, draft)
+        else:
+            shutil.copytree(folder, draft, ignore=shutil.ignore_patterns("README.md"))
+            settings = read_object(folder / "adapter_config.json")
+            write_json(draft / "adapter_config.json", {**settings, "base_model_name_or_path": config.model.path})
+        (draft / "README.md").write_text(model_card(config, read_run(run), stage, merged=merged))
+    return stage
+
+
+def _merge(config: Config, adapter: Path, out: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = resolve_model(config.model.path)
+    trusted = {"trust_remote_code": config.model.trust_remote_code}
+    with loading(base):
+        dtype = torch_dtype(config.model.dtype, torch.device("cpu"))
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, **trusted)
+        tokenizer = AutoTokenizer.from_pretrained(base, **trusted)
+    whole = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    whole.save_pretrained(out)
+    tokenizer.save_pretrained(out)

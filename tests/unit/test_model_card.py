@@ -1,0 +1,64 @@
+"""The model card says what was trained, on what, and what came of it, without secrets."""
+
+from __future__ import annotations
+
+import yaml
+
+from lorapar_ray.config import Config
+from lorapar_ray.exporting.card import model_card
+from lorapar_ray.redact import remember_config
+from lorapar_ray.reporting.data import RunData
+
+TREE = {
+    "name": "sums",
+    "seed": 3,
+    "model": {"path": "owner/base"},
+    "data": {"train": [{"reader": "file", "path": "rows.jsonl"}]},
+    "grpo": {"learning_rate": 1e-5},
+    "label": {
+        "quorum": 1,
+        "teachers": [{"kind": "remote", "name": "t", "model": "m", "base_url": "https://u:hunter22@x.org"}],
+    },
+}
+
+
+def run() -> RunData:
+    def accuracy(right: int) -> dict[str, object]:
+        return {"accuracy": right / 40, "interval": [0.1, 0.9], "n": 40}
+
+    return RunData(
+        stages={},
+        labels={"split": {"1": 30, "2": 12}},
+        partition={"theta": 0.9, "total": {"shares": {"shared": 0.25}}},
+        scatter=None,
+        sft=[],
+        grpo=[],
+        samples=[],
+        accuracy={"base": accuracy(10), "sft": accuracy(30)},
+        right={
+            "base": {str(each): each < 10 for each in range(40)},
+            "sft": {str(each): each < 30 for each in range(40)},
+        },
+    )
+
+
+def test_the_card() -> None:
+    remember_config(TREE)
+    config = Config.model_validate(TREE)
+    text = model_card(config, run(), "sft", merged=False)
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["base_model"] == "owner/base" and front["library_name"] == "peft"
+    for part in (
+        "stages sft, seed 3",
+        "`rows.jsonl`",
+        "30 of System 1, 12 of System 2",
+        "at θ = 0.9: shared 25.0%",
+        "| stage 1 (SFT) | 75.0% | 10.0% – 90.0% | 40 |",
+        "20 questions gained, 0 lost, exact McNemar p = 1.9e-06; this is a gain.",
+        "learning_rate: 1.0e-05",
+    ):
+        assert part in text, part
+    assert "hunter22" not in text
+    assert (
+        yaml.safe_load(model_card(config, run(), "grpo", merged=True).split("---")[1])["library_name"] == "transformers"
+    )
