@@ -7,13 +7,19 @@ LOCK := requirements/cpu.txt
 JOBS ?= 2
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: quickstart test lint docs setup lock clean
+.PHONY: quickstart test test-fast lint docs setup lock clean
 
 quickstart: setup
 	$(BIN)/lorapar run jobs/configs/quickstart.yaml
 
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 test: setup lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+# For every save: no Ray, no engine, nothing that waits or compiles for seconds.
+test-fast: setup
+	$(PYTEST) tests/unit -m "not slow"
 
 lint: setup docs
 	$(BIN)/ruff check .

@@ -1,11 +1,13 @@
 import os
 
+# Before torch is imported, which reads it once. Several test processes share the cores, and two threads that wait for
+# each other's time slices are many times slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import pytest
 import torch
 from hypothesis import settings
-
-os.environ.setdefault("OMP_NUM_THREADS", "2")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 settings.register_profile("any-machine", deadline=None)  # a busy machine is no failure
 settings.load_profile("any-machine")

@@ -98,6 +98,7 @@ def test_prompts_that_are_too_long_are_listed(tmp_path: Path, published: Path, s
     assert not (run.rejects / f"{stage}.parquet").exists()
 
 
+@pytest.mark.slow
 def test_the_driver_judges_behind_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorapar_ray.evaluation.judging.TIME_LIMIT_S", 2.0)
     rows = [{"prompt": "q", "answer": want} for want in ("4", "9", r"\sqrt{2}", r"2\sqrt{3}")]

@@ -61,6 +61,7 @@ BREAKS = zip(LAYERS, ("hangs", "leaves"), ("timeout", "crashed"), strict=False)
 
 
 @pytest.mark.parametrize(("layer", "reward", "cause"), BREAKS)
+@pytest.mark.slow
 def test_an_isolated_reward_that_breaks_costs_its_sample(layer: str, reward: str, cause: str) -> None:
     specs = [RewardSpec(f"tests.unit.bad_rewards:{reward}", isolate=True)]
     settings = SandboxConfig(layer=layer)  # type: ignore[arg-type]

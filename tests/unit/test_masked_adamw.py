@@ -78,6 +78,7 @@ def test_one_pass_and_torchs_kernel_give_the_same_bits(compiled: bool, monkeypat
         assert torch.equal(mine[~mask], value[~mask])
 
 
+@pytest.mark.slow
 def test_the_compiled_pass_leaves_torchs_threads_as_they_are() -> None:
     """numba lets OpenMP's teams nest when it starts its own, which makes torch's attention eight times slower."""
     code = """

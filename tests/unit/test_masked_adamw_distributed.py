@@ -109,6 +109,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.slow
 def test_shards_and_replicas_step_as_one_process_does(how: str, found: dict[str, Any]) -> None:
     start, values, norms = expected()
     masks = masks_of(network())

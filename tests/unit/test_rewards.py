@@ -65,6 +65,7 @@ def test_unknown_rewards_are_named() -> None:
         ("divides_by_zero", "not_finite"),
     ],
 )
+@pytest.mark.slow
 def test_a_bad_sample_costs_itself_only(reward: str, cause: str) -> None:
     specs = [RewardSpec(f"tests.unit.bad_rewards:{reward}"), RewardSpec("numeric_answer", 2.0)]
     with RewardPool(specs, time_limit_s=0.7, memory_limit_mb=512) as pool:

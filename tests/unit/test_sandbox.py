@@ -150,6 +150,7 @@ def test_only_bubblewrap_allows_processes(sandbox: Sandbox) -> None:
                 wide.run([job])
 
 
+@pytest.mark.slow
 def test_tests_that_hang_cost_their_own_job_only(sandbox: Sandbox) -> None:
     with Sandbox(sandbox.layer.name, Limits(seconds=0.5), workers=1) as narrow:
         groups = list(narrow._all[0]._cgroup.folders)

@@ -19,6 +19,7 @@ import pytest
 from lorapar_ray.sandbox import Job, Limits, Sandbox, Verdict, survey
 from tests.unit import sandbox_attacks as attacks
 
+pytestmark = pytest.mark.slow
 LAYERS = [finding.name for finding in survey() if finding.layer is not None]
 AT_ONCE = 8
 HONEST = Job("def f(x):\n    return x + 2", "assert f(2) == 4", ("f",))

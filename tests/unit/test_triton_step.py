@@ -25,6 +25,7 @@ SHAPES = [(16, 100), (7, 13), (40, 64), (1, 1), (16, 16)]
 SHARES = [0.4, 1.0, 0.1, 1.0, 0.0]
 
 
+@pytest.mark.slow
 def test_interpreted() -> None:
     if INTERPRETED or not has_triton():
         pytest.skip("this is the process that interprets" if INTERPRETED else "Triton is not installed")
