@@ -29,8 +29,14 @@ OF_THE_PLACE = (
     errno.EPERM,
     errno.ENAMETOOLONG,
     errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
     errno.ELOOP,
     errno.EMFILE,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EBUSY,
 )
 """What is wrong with a disk, a directory or a path, and not with this program."""
 
@@ -295,9 +301,10 @@ def main() -> None:
     except UserError as error:
         said: object = getattr(error, "cause", error)  # one from a Ray task carries the task's traceback
     except OSError as error:
-        if error.errno not in OF_THE_PLACE:
+        found: object = getattr(error, "cause", error)
+        if not isinstance(found, OSError) or found.errno not in OF_THE_PLACE:
             raise
-        said = f"'{error.filename}': {error.strerror}; free or make room, or choose another place (--run-dir)"
+        said = f"'{found.filename}': {found.strerror}; free or make room, or choose another place (--run-dir)"
     else:
         return
     print(f"lorapar: {one_line(said)}", file=sys.stderr)

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from lorapar_ray.config import Config, Section
 from lorapar_ray.config.marks import mark_of
+from lorapar_ray.config_file import NOT_YAML, parse_yaml
 from lorapar_ray.files import digest, write_json
 from lorapar_ray.runs import FORMAT, RunDirectory
 from lorapar_ray.stages import Stage
@@ -74,8 +74,8 @@ def _migrated(
 def _tree(run: RunDirectory) -> dict[str, Any]:
     """The settings that the run used last, as they were written then."""
     try:
-        tree = yaml.safe_load((run.root / "config.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+        tree = parse_yaml((run.root / "config.yaml").read_text())
+    except (OSError, *NOT_YAML):
         return {}
     return tree if isinstance(tree, dict) else {}
 

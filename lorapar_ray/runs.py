@@ -120,10 +120,15 @@ class RunDirectory:
             raise UserError(f"run directory '{self.root}' cannot be read: {error.strerror}") from error
         try:
             loaded = json.loads(self.manifest_path.read_text())
-            stages = loaded["stages"].values()
-            whole = isinstance(loaded["identity"], dict) and all(isinstance(entry["status"], str) for entry in stages)
+            version = loaded.get("format", 1)
+            whole = version in (1, FORMAT) and isinstance(loaded["identity"], dict)
+            whole = whole and all(is_entry(entry, version) for entry in loaded["stages"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            whole = False
+            whole, version = False, 0
+        if isinstance(version, int) and version > FORMAT:
+            raise UserError(
+                f"'{self.manifest_path}' is of format {version}, of a later version of lorapar_ray than this; update it"
+            )
         if not whole:
             raise UserError(
                 f"'{self.manifest_path}' is damaged, so what this run has finished is not known; restore the file or "
@@ -137,7 +142,7 @@ class RunDirectory:
         found: dict[str, Any] = self.manifest().get("stages", {}).get(stage, {})
         return found
 
-    def record(self, stage: str, **entry: Any) -> None:
+    def record(self, stage: str, /, **entry: Any) -> None:
         """Replace `stage`'s entry in the manifest; without one, remove it.
 
         Raises:
@@ -154,6 +159,23 @@ class RunDirectory:
     def fingerprints(self) -> Fingerprints:
         """Digests of files that this run has read or written."""
         return Fingerprints(self.work / "digests.json")
+
+
+def is_entry(entry: Any, version: int = FORMAT) -> bool:
+    """Whether a value is what a manifest of this version says of a stage, as far as anything relies on it.
+
+    Raises:
+        KeyError, TypeError, AttributeError: it is not.
+    """
+    inputs, seconds = entry.get("inputs"), entry.get("seconds", 0)
+    parts = [inputs[name] for name in ("settings", "sources", "files")] if version == FORMAT and inputs else []
+    return (
+        isinstance(entry["status"], str)
+        and all(isinstance(each, dict) for each in (*parts, entry.get("versions", {})))
+        and isinstance(seconds, int | float)
+        and 0 <= seconds < float("inf")
+        and all(isinstance(size, int) and isinstance(known, str) for size, known in entry.get("written", {}).values())
+    )
 
 
 def _of_opening(path: Path) -> bool:

@@ -57,7 +57,7 @@ def standing_of(
     entry = entries.get(stage.name)
     if entry is None:
         return Standing("new")
-    why = tuple(changes(stage, config, entry["inputs"], inputs_of(stage, config, entries, prints)))
+    why = tuple(changes(stage, config, entry.get("inputs") or {}, inputs_of(stage, config, entries, prints)))
     if why:
         return Standing("changed", why) if stage.owned(run, config.name) else Standing("new")
     if entry["status"] != "done":

@@ -10,11 +10,12 @@ import json
 import shutil
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lorapar_ray.files import write_json
-from lorapar_ray.runs import RunDirectory
+from lorapar_ray.runs import RunDirectory, is_entry
 
 ENTRY = "entry.json"
 
@@ -46,10 +47,10 @@ def in_trash(run: RunDirectory, stage: str) -> dict[Path, dict[str, Any]]:
     """Folders of a stage with the entries they came with, the newest first."""
     found = {}
     for folder in sorted(run.trash.glob(f"*-{stage}"), reverse=True):
-        try:
-            found[folder] = json.loads((folder / ENTRY).read_text())
-        except (OSError, ValueError):
-            continue
+        with suppress(OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            entry = json.loads((folder / ENTRY).read_text())
+            if is_entry(entry):
+                found[folder] = entry
     return found
 
 

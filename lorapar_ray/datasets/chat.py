@@ -9,15 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from lorapar_ray.boundary import read_object
 from lorapar_ray.errors import UserError
 from lorapar_ray.models import loading
+from lorapar_ray.text import one_line
 
 NO_LOSS = -100
 """Label of a token that is not trained on."""
 Prompt = str | list[dict[str, str]]
 """One user turn as text, or the messages ({role, content}) of a chat up to where the answer begins."""
+SAVE_AGAIN = "save the model again, or correct the file"
+LARGEST_ID = 2**31
 _PROBE = "lorapar"
 
 
@@ -28,7 +33,7 @@ class Encoder:
     tokenizer: Any
     system_prompt: str | None = None
     model_ends: tuple[int, ...] = ()
-    """End tokens that the model's `generation_config.json` names."""
+    """End tokens that the model's own files name."""
 
     @cached_property
     def end_id(self) -> int:
@@ -149,13 +154,33 @@ def load_encoder(model_path: str, system_prompt: str | None, trust_remote_code: 
 
 
 def _model_ends(model_path: str) -> tuple[int, ...]:
-    from transformers import GenerationConfig
+    """End tokens that a model's `generation_config.json` names, or, without one, its `config.json`: as engines do.
 
-    try:
-        ends = GenerationConfig.from_pretrained(model_path).eos_token_id
-    except (OSError, ValueError):  # it has none
-        return ()
-    return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+    Only this field is read: transformers would take a damaged file, or one with another field that it does not like,
+    for none, and sampling would run on.
+
+    Raises:
+        UserError: the file is damaged, or its `eos_token_id` is no token.
+    """
+    from transformers.utils import cached_file
+
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    for name in ("generation_config.json", "config.json"):
+        with loading(model_path):
+            found = cached_file(model_path, name, **missing)
+        if found is not None:
+            return _ends_in(Path(found))
+    return ()
+
+
+def _ends_in(file: Path) -> tuple[int, ...]:
+    tree = read_object(file, SAVE_AGAIN)
+    inner = tree.get("text_config")
+    ends = tree.get("eos_token_id", inner.get("eos_token_id") if isinstance(inner, dict) else None)
+    listed = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if not all(type(end) is int and 0 <= end < LARGEST_ID for end in listed):
+        raise UserError(f"'{file}': eos_token_id {one_line(ends, 60)} is no token and no list of tokens; {SAVE_AGAIN}")
+    return tuple(listed)
 
 
 def decode(encoder: Encoder, ids: Sequence[int]) -> str:

@@ -6,16 +6,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorapar_ray.boundary import parquet_batches
+from lorapar_ray.boundary import parquet_batches, read_object
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.chat import load_encoder
 from lorapar_ray.datasets.rows import COLUMNS
 from lorapar_ray.datasets.tables import reject, reject_table
 from lorapar_ray.datasets.tokens import ROWS_PER_BATCH, Selection, TokenTable, key_of, write_tokens
 from lorapar_ray.errors import UserError
+from lorapar_ray.fingerprints import Fingerprints
 from lorapar_ray.models import model_reference, resolve_model
 from lorapar_ray.progress import console
-from lorapar_ray.runs import RunDirectory, digest
+from lorapar_ray.runs import RunDirectory, digest, write_json
+from lorapar_ray.stages import model_files
 from lorapar_ray.tasks import on_a_worker
 from lorapar_ray.text import markup
 
@@ -72,7 +74,7 @@ def token_table(config: Config, run: RunDirectory) -> Path:
     Raises:
         UserError: the tokenizer cannot be loaded, or the labels are damaged.
     """
-    return _tokens(config, run.work / "tokens.arrow", sorted(run.labels.glob("*.parquet")), COLUMNS | {"system": int})
+    return _tokens(config, run, "tokens.arrow", sorted(run.labels.glob("*.parquet")), COLUMNS | {"system": int})
 
 
 def evaluation_table(config: Config, run: RunDirectory) -> Path:
@@ -81,14 +83,19 @@ def evaluation_table(config: Config, run: RunDirectory) -> Path:
     Raises:
         UserError: the tokenizer cannot be loaded, or the rows are missing or damaged.
     """
-    return _tokens(config, run.work / "test.arrow", [run.data / "test.parquet"], COLUMNS)
+    return _tokens(config, run, "test.arrow", [run.data / "test.parquet"], COLUMNS)
 
 
-def _tokens(config: Config, target: Path, files: list[Path], columns: dict[str, type]) -> Path:
-    """The tokenizer is loaded where the task runs, so a hub name or a package is looked up there and not here."""
-    stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
-    key = digest([config.model.path, config.model.system_prompt, stamps])
-    if key_of(target) != key:
+def _tokens(config: Config, run: RunDirectory, name: str, files: list[Path], columns: dict[str, type]) -> Path:
+    """The tokenizer is loaded where the task runs, so a hub name or a package is looked up there and not here.
+
+    `<name>.json` holds the digest of what was written: a damaged file is written again.
+    """
+    target, prints = run.work / name, run.fingerprints
+    rows = [[file.name, prints.of_file(file)] for file in files if file.is_file()]
+    models = {path: prints.of_input(path) for path in model_files(config.model.path)}
+    key = digest([config.model.path, config.model.system_prompt, models, rows])
+    if key_of(target) != key or not _is_as_written(target, prints):
         on_a_worker(
             _tokenise,
             config.model.model_dump(mode="json"),
@@ -98,7 +105,19 @@ def _tokens(config: Config, target: Path, files: list[Path], columns: dict[str, 
             str(target.resolve()),
             key,
         )
+        write_json(_written(target), {"sha256": prints.of_file(target)})
     return target
+
+
+def _is_as_written(target: Path, prints: Fingerprints) -> bool:
+    try:
+        return bool(read_object(_written(target))["sha256"] == prints.of_file(target))
+    except (UserError, KeyError):
+        return False
+
+
+def _written(target: Path) -> Path:
+    return target.with_name(f"{target.name}.json")
 
 
 def _tokenise(

@@ -69,10 +69,10 @@ def _parquet(file: Path, where: str) -> Iterator[dict[str, Any]]:
 
 
 def _first_character(text: TextIO) -> str:
-    while (character := text.read(1)).isspace():
+    while (chunk := text.read(CHUNK)).isspace():
         pass
     text.seek(0)
-    return character
+    return chunk.lstrip()[:1]
 
 
 def _lines(text: TextIO) -> Iterator[Any]:

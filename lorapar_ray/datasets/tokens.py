@@ -77,7 +77,7 @@ def key_of(path: Path) -> str | None:
     try:
         with pa.memory_map(str(path)) as source:
             schema = pa.ipc.open_file(source).schema
-    except (OSError, pa.ArrowInvalid):
+    except (OSError, ValueError, pa.ArrowException):
         return None
     if schema.names != SCHEMA.names:
         return None

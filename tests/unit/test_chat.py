@@ -39,7 +39,17 @@ def test_an_answer_ends_with_the_templates_token(published: Path) -> None:
     assert encoder.response_ids("4")[-1] == TURN_END
     (published / "generation_config.json").write_text(json.dumps({"eos_token_id": [TURN_END, 7]}))
     assert load_encoder(str(published), None).end_ids == [TURN_END, TEXT_END, 7]
+    (published / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "max_new_tokens": -1}))
+    assert load_encoder(str(published), None).end_ids == [TURN_END, TEXT_END, 7]
+    for damage in ('{"eos_token_id": [0', "[]", '{"eos_token_id": "7"}', '{"eos_token_id": [7, null]}'):
+        (published / "generation_config.json").write_text(damage)
+        with pytest.raises(UserError, match=r"generation_config\.json'"):
+            load_encoder(str(published), None)
     (published / "generation_config.json").unlink()
+    for config in ({"eos_token_id": [9]}, {"text_config": {"eos_token_id": 9}}):
+        (published / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+        assert load_encoder(str(published), None).end_ids == [TURN_END, TEXT_END, 9]
+    (published / "config.json").unlink()
 
 
 def test_what_follows_the_end_or_a_stop_string_is_not_judged(published: Path) -> None:

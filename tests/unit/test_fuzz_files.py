@@ -34,9 +34,10 @@ from lorapar_ray.labeling.output import LABEL_SCHEMA
 from lorapar_ray.labeling.store import Answer, VoteStore
 from lorapar_ray.partition.job import partition_stage
 from lorapar_ray.partition.regions import load_regions
-from lorapar_ray.pipeline import standings
+from lorapar_ray.pipeline import require_leave, standings
+from lorapar_ray.plan import plan
 from lorapar_ray.reporting.data import read_run
-from lorapar_ray.reporting.page import write_report
+from lorapar_ray.reporting.page import _drawable, write_report
 from lorapar_ray.runs import RunDirectory, write_json
 from lorapar_ray.sft.checkpoint import (
     OPTIMIZER,
@@ -374,7 +375,12 @@ def opened(folder: Path) -> RunDirectory:
     run = RunDirectory(folder / "opened")
     run.open(load_config(QUICKSTART))
     put(run.data / "train.parquet", b"x")
-    run.record("label", status="done", inputs={"settings": {"seed": 1}, "sources": {}, "files": {}}, outputs="0" * 64)
+    entry: dict[str, Any] = {
+        **{"status": "done", "inputs": {"settings": {"seed": 1}, "sources": {}, "files": {"a": "0"}}, "seconds": 1.5},
+        **{"outputs": "0" * 64, "written": {"data/train.parquet": [1, "0"]}, "versions": {"ray": "2"}},
+    }
+    run.record("label", **entry)
+    run.record("score", **entry)
     return run
 
 
@@ -382,11 +388,19 @@ def opened(folder: Path) -> RunDirectory:
 @given(data=st.data())
 def test_the_manifest_and_its_cache_of_digests(opened: RunDirectory, data: st.DataObject) -> None:
     config, good = load_config(QUICKSTART), opened.manifest_path.read_bytes()
+    stages = json.loads(good)
+    entries = damaged_json(stages) | changed(stages["stages"]).map(
+        lambda tree: json.dumps({**stages, "stages": tree}).encode()
+    )
     try:
-        put(opened.manifest_path, data.draw(damaged_json(json.loads(good))))
+        put(opened.manifest_path, data.draw(entries))
+        put(opened.trash / "20261127-120000-label" / "entry.json", data.draw(damaged_json(stages["stages"]["label"])))
         put(opened.work / "digests.json", data.draw(damaged_json({"a": [1, 2, "x"]})))
         one_line_or_accepted(lambda: standings(config, opened))
         one_line_or_accepted(lambda: opened.open(config))
+        one_line_or_accepted(lambda: list(plan(config, opened)))
+        one_line_or_accepted(lambda: require_leave(config, opened, ["label"], []))
+        one_line_or_accepted(lambda: _drawable(read_run(opened)))
     finally:
         put(opened.manifest_path, good)
 
