@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import model_validator
 
@@ -19,6 +20,14 @@ from lorapar_ray.config.base import (
 )
 from lorapar_ray.config.engine import EngineConfig, Resources, require_gpu_for_each_rank
 from lorapar_ray.config.marks import Operation, Result
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        return False
 
 
 class TeacherConfig(Section):
@@ -75,6 +84,8 @@ class TeacherConfig(Section):
     def _fields_fit_kind(self) -> TeacherConfig:
         if (self.kind == "remote") != (self.base_url is not None):
             raise ValueError("base_url belongs to kind: remote, and only there")
+        if self.base_url is not None and not _is_address(self.base_url):
+            raise ValueError("base_url: write it as https://host/v1")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas: {self.max_replicas} is below replicas ({self.replicas})")
         require_gpu_for_each_rank("resources", self.resources, "engine", self.engine)

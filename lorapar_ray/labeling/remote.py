@@ -8,6 +8,7 @@ import time
 import zlib
 from typing import Any
 
+from lorapar_ray.boundary import boundary
 from lorapar_ray.config import TeacherConfig
 from lorapar_ray.labeling.prompts import with_thought
 from lorapar_ray.labeling.teachers import Asked, Refused, ShutOut
@@ -33,9 +34,10 @@ class RemoteTeacher:
 
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-        self._client = httpx.AsyncClient(
-            base_url=str(teacher.base_url), headers=headers, timeout=timeout_s, limits=limits
-        )
+        with boundary(f"teacher '{teacher.name}': base_url is no address", "write it as https://host/v1"):
+            self._client = httpx.AsyncClient(
+                base_url=str(teacher.base_url), headers=headers, timeout=timeout_s, limits=limits
+            )
         self._config = teacher
         self._choice = choice
         self._timeout_s = timeout_s

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from pydantic import ValidationError
 
 from lorapar_ray.config import LabelConfig, TeacherConfig
 from lorapar_ray.errors import UserError
@@ -146,6 +147,14 @@ def test_a_key_over_plain_http_is_warned_of(
     teacher = TeacherConfig.model_validate({"name": "far", "kind": "remote", "model": "m", "base_url": base_url})
     secrets.warn_of_plain_http([teacher], keys)
     assert ("plain http" in capsys.readouterr().out) is warned
+
+
+@pytest.mark.parametrize(
+    "address", ["ftp://h/v1", "http://[::1", "http://", "far/v1", "http://h:99999/v1", "http://u:x@1:2:3/v1"]
+)
+def test_an_address_that_is_none_is_one_line_before_anything_starts(address: str) -> None:
+    with pytest.raises(ValidationError, match="base_url: write it as"):
+        TeacherConfig.model_validate({"name": "far", "kind": "remote", "model": "m", "base_url": address})
 
 
 def test_a_new_vote_store_is_its_owners_alone(tmp_path: Path) -> None:
