@@ -82,7 +82,7 @@ def _execute(
     from lorapar_ray.progress import console
     from lorapar_ray.session import ray_session
 
-    check(config, stages)
+    check(config, stages, redo)
     run.open(config)
     with run_lock(run.root, _seconds_to_wait()):
         require_leave(config, run, stages, redo)
@@ -177,10 +177,12 @@ def run_all(
 
 
 def _show_plan(config: Config, run: RunDirectory, redo: Sequence[str]) -> None:
+    from lorapar_ray.pipeline import require_stages
     from lorapar_ray.plan import plan
     from lorapar_ray.progress import console
     from lorapar_ray.text import shown
 
+    require_stages(config, stages_of(config), redo)
     print(shown(config.to_yaml(hide_secrets=True)))
     console.print(f"run directory: {run.root}")
     for line in plan(config, run, redo):

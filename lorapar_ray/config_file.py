@@ -137,7 +137,7 @@ def _copied(value: Any, count: list[int]) -> Any:
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    if not separator or not key:
+    if not separator or not all(key.split(".")):
         raise UserError(f"--set '{key}': write it as section.key=value")
     try:
         value = parse_yaml(text)

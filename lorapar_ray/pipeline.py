@@ -45,14 +45,35 @@ def stages_of(config: Config) -> tuple[str, ...]:
     return (*rest[:first], *config.order, *rest[first:])
 
 
-def check(config: Config, stages: Sequence[str]) -> None:
+def check(config: Config, stages: Sequence[str], redo: Collection[str] = ()) -> None:
     """Find what would end one of `stages` hours after the first has begun.
 
     Raises:
-        UserError: there is nothing to evaluate on, or a reward or a tracker is not there.
+        UserError: `redo` names no stage of these, there is nothing to evaluate on, or a reward or a tracker is not
+            there.
     """
+    require_stages(config, stages, redo)
     for name in stages:
         PIPELINE[name].check(config)
+
+
+def require_stages(config: Config, stages: Sequence[str], redo: Collection[str]) -> None:
+    """Check that every stage of `redo` is among `stages`, those that a command runs, and these among the run's.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name in stages:
+        if name not in stages_of(config):
+            raise UserError(
+                f"{name}: not in this run's order [{', '.join(config.order)}]; add it to order in the config"
+            )
+    unknown = [name for name in redo if name not in stages_of(config)]
+    if unknown:
+        raise UserError(f"--redo {unknown[0]}: not among this run's stages ({', '.join(stages_of(config))})")
+    elsewhere = [name for name in redo if name not in stages]
+    if elsewhere:
+        raise UserError(f"--redo {elsewhere[0]}: this command runs {', '.join(stages)}")
 
 
 def standings(config: Config, run: RunDirectory) -> dict[str, Standing]:
@@ -93,18 +114,14 @@ def require_leave(config: Config, run: RunDirectory, stages: Sequence[str], redo
         redo: the stages that may be replaced, and with them those that use their results.
 
     Raises:
-        UserError: says what has changed or is damaged, what that would replace, and how to allow it.
+        UserError: says what has changed or is damaged, what that would replace, and how to allow it; or which stage
+            has to run before.
     """
-    unknown = [name for name in redo if name not in stages_of(config)]
-    if unknown:
-        raise UserError(f"--redo {unknown[0]}: not among this run's stages ({', '.join(stages_of(config))})")
-    elsewhere = [name for name in redo if name not in stages]
-    if elsewhere:
-        raise UserError(f"--redo {elsewhere[0]}: this command runs {', '.join(stages)}")
     allowed = {*redo, *dependents(config, redo)}
     found = standings(config, run)
     for name in stages:
         stage = PIPELINE[name]
+        _require_needs(stage, config, run, {**found, **dict.fromkeys(stages, Standing("done"))})
         if name in allowed or stage.is_view or found[name].state not in ("changed", "damaged"):
             continue
         if _of_these_inputs(stage, config, run) is None:
@@ -135,8 +152,7 @@ def run_stage(config: Config, run: RunDirectory, name: str, redo: Redo = "no") -
             unasked, the run directory is in use, or what the stage itself raises.
     """
     stage = PIPELINE[name]
-    if name not in stages_of(config):
-        raise UserError(f"{name}: not in this run's order [{', '.join(config.order)}]; add it to order in the config")
+    require_stages(config, [name], ())
     with run_lock(run.root):
         legacy.adopt(config, run, PIPELINE)
         try:

@@ -149,10 +149,10 @@ def _remove_if_stale(file: Path) -> None:
         return
     holder = _parsed(text)
     if _lives(holder, age):
+        pid, host, command, since = (str(holder.get(key, "?"))[:80] for key in ("pid", "host", "command", "since"))
         raise InUse(
-            f"run directory '{file.parent}' is in use by process {holder.get('pid', '?')} on "
-            f"{holder.get('host', 'an unknown host')} ({holder.get('command', '?')}, since "
-            f"{holder.get('since', '?')}, last sign of life {max(0.0, age):.0f} s ago); wait for it or stop it, "
+            f"run directory '{file.parent}' is in use by process {pid} on {host} ({command}, since {since}, last "
+            f"sign of life {max(0.0, age):.0f} s ago); wait for it or stop it, "
             f"or delete '{file}' if it is gone"
         )
     aside = file.with_name(f".{NAME}.{uuid.uuid4().hex}")

@@ -41,11 +41,12 @@ class RunDirectory:
         """`root` may hold `~`, `..` and links; it is followed to where it leads.
 
         Raises:
-            UserError: it leads nowhere: no such user, or links in a circle.
+            UserError: it leads nowhere: no such user, or links in a circle; or its name is not UTF-8.
         """
         try:
             self.root = root = root.expanduser().resolve()
-        except (OSError, RuntimeError) as error:
+            str(root).encode()  # as Arrow and safetensors name files
+        except (OSError, RuntimeError, UnicodeEncodeError) as error:
             raise UserError(f"run directory '{root}' cannot be followed ({error}); choose another") from error
         self.data = root / "data"
         self.labels = root / "labels"
@@ -170,7 +171,7 @@ def is_entry(entry: Any, version: int = FORMAT) -> bool:
     inputs, seconds = entry.get("inputs"), entry.get("seconds", 0)
     parts = [inputs[name] for name in ("settings", "sources", "files")] if version == FORMAT and inputs else []
     return (
-        isinstance(entry["status"], str)
+        entry["status"] in ("started", "done")
         and all(isinstance(each, dict) for each in (*parts, entry.get("versions", {})))
         and isinstance(seconds, int | float)
         and 0 <= seconds < float("inf")

@@ -16,6 +16,9 @@ MAX_CHARACTERS = 1 << 26
 """Of one record: a longer line costs that line only, also where a few compressed bytes inflate to it."""
 
 
+LONGEST_WORD = len("-Infinity") + 1
+
+
 class TooLong:
     """Stands for a line of more than MAX_CHARACTERS."""
 
@@ -68,6 +71,20 @@ def _parquet(file: Path, where: str) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A record; JSON would keep the last of two values of one name in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"'{next(name for name in names if names.count(name) > 1)}' is given twice in one object")
+    return found
+
+
+def _may_go_on(error: json.JSONDecodeError, text: str) -> bool:
+    """Whether what is wrong may only be that the text ends here, in a string, a word or an escape."""
+    return error.msg.startswith("Unterminated string") or error.pos > len(text) - LONGEST_WORD
+
+
 def _first_character(text: TextIO) -> str:
     while (chunk := text.read(CHUNK)).isspace():
         pass
@@ -81,7 +98,7 @@ def _lines(text: TextIO) -> Iterator[Any]:
             yield line
         elif line.strip():
             try:
-                yield json.loads(line)
+                yield json.loads(line, object_pairs_hook=_once_each)
             except json.JSONDecodeError as error:
                 error.lineno = number
                 raise
@@ -99,10 +116,10 @@ def _bounded_lines(text: TextIO) -> Iterator[str | TooLong]:
 
 def _listed(text: TextIO) -> Iterator[Any]:
     """The elements of a JSON list, decoded as they come in."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_once_each)
     buffer, lines, started, ended = "", 1, False, False
     while not ended:
-        chunk = text.read(CHUNK)
+        chunk = text.read(max(CHUNK, len(buffer)))  # doubled, so that a long element is not begun over and over
         buffer += chunk
         if len(buffer) > MAX_CHARACTERS:
             raise json.JSONDecodeError(f"an element of more than {MAX_CHARACTERS} characters", "", 0)
@@ -121,8 +138,8 @@ def _listed(text: TextIO) -> Iterator[Any]:
                 if end == len(buffer) and chunk:
                     break  # a number or word may go on in the next chunk
             except json.JSONDecodeError as error:
-                if chunk:
-                    break  # the element is not all there yet
+                if chunk and _may_go_on(error, buffer):
+                    break
                 error.lineno += lines - 1
                 raise
             yield element

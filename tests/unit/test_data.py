@@ -186,12 +186,22 @@ def test_json_lists_and_jsonl_are_streamed_whatever_their_name(tmp_path: Path) -
         ('[{"a": 1}', "the list does not end"),
         ('{"a": 1}\n{"b"\n', "line 2 is not JSON"),
         ('{"a": 1}\n[2]\n', "row 2 is not a JSON object"),
+        ('{"a": 1}\n{"a": 1, "a": 2}\n', "'a' is given twice in one object"),
+        ('[{"a": {"b": 1, "b": 2}}]', "'b' is given twice in one object"),
+        ('[{"a": 1},\n {"a": x}' + ', {"a": 1}' * 100_000 + "]", "line 2 is not JSON"),
     ],
 )
 def test_a_broken_file_is_one_line_with_the_place(text: str, culprit: str, tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(UserError, match=rf"data\.train\[0\].*rows\.json.*{culprit}"):
         list(read_records(str(tmp_path / "rows.json"), "data.train[0]"))
+
+
+def test_an_element_over_many_chunks_is_read_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorapar_ray.datasets.records.CHUNK", 3)
+    records = [{"a": "x" * length, "b": [True, -1.5e-3, "\u00e9\\"], "c": -12345678901234} for length in range(40)]
+    (tmp_path / "rows.json").write_text(json.dumps(records, indent=1))
+    assert list(read_records(str(tmp_path / "rows.json"), "data.train[0]")) == records
 
 
 def test_reading_and_preparing_hold_a_few_rows_and_not_the_file(

@@ -72,7 +72,9 @@ def test_a_home_directory_in_the_run_directory_is_followed(
     assert (tmp_path / "here" / "manifest.json").is_file()
 
 
-@pytest.mark.parametrize("where", ["x" * 300, "~no-such-user/run", "circle/run", "rows.jsonl/run", "/proc/run"])
+@pytest.mark.parametrize(
+    "where", ["x" * 300, "~no-such-user/run", "circle/run", "rows.jsonl/run", "/proc/run", "\udcff"]
+)
 def test_a_run_directory_that_cannot_be_is_one_line(where: str, tmp_path: Path, cli: Cli) -> None:
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     run = where if where.startswith(("~", "/")) else tmp_path / where

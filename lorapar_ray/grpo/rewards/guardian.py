@@ -2,7 +2,8 @@
 
 It starts the process as its child, becomes the parent of every orphan below it, and when the process ends, when it is
 told to (SIGTERM) or when its own parent is gone, it kills all that is left. What it cannot see: processes that a reward
-had started elsewhere, by a service or another machine.
+had started elsewhere, by a service or another machine. A reward that kills its own guardian leaves behind what it has
+put into a session of its own: that is no accident, and `isolate: true` ends it all the same.
 """
 
 from __future__ import annotations
