@@ -127,7 +127,7 @@ def _stage_command(stage: Stage) -> None:
 
 
 for _stage in ORDER:
-    if _stage.name != "partition":
+    if _stage.name not in ("partition", "evaluate"):
         _stage_command(_stage)
 
 
@@ -152,6 +152,80 @@ def partition(
     loaded, run = _open(config, run_dir, [*(set_ or []), *([] if kept is None else [f"partition.theta={kept}"])])
     _execute(loaded, run, ("partition",), verbose, redo or ())
     console.print(describe(loaded, run))
+
+
+@app.command("evaluate", help=PIPELINE["evaluate"].help + " With --model no run is needed.")
+def evaluate(
+    config: Annotated[list[Path] | None, typer.Option("--config", "-c", help="YAML config of the run.")] = None,
+    run_dir: RunDir = None,
+    set_: Overrides = None,
+    redo: Redo = None,
+    verbose: Verbose = False,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", "-m", help="A directory, a hub name, package:NAME or BASE+ADAPTER; several to compare."
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", "-t", help="With --model: gsm8k,mmlu@5 (examples in the prompt), a file.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="With --model: where the results go.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Questions of each task [default: all].")] = None,
+    engines: Annotated[int | None, typer.Option("--engines", help="Engines that share the questions.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", metavar="NAME=PATH", help="Local data in place of the hub's.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
+) -> None:
+    own = {"--tasks": tasks, "--out": out, "--limit": limit, "--engines": engines, "--data": data, "--chat": chat}
+    if not model:
+        if given := [name for name, value in own.items() if value not in (None, False)]:
+            raise UserError(f"{given[0]}: belongs to --model; in a run's config it is evaluate.{given[0][2:]}")
+        if not config:
+            raise UserError("evaluate: give --config of a run, or --model with --tasks and --out")
+        loaded, run = _open(config, run_dir, set_)
+        _execute(loaded, run, ("evaluate",), verbose, redo or ())
+        return
+    if config or run_dir or redo:
+        raise UserError("--model: evaluates with no run; leave --config, --run-dir and --redo out")
+    if out is None:
+        raise UserError("--out: needed with --model; it is where the results go, and where a later command goes on")
+    from lorapar_ray.evaluation.standalone import evaluate_models, evaluation_of
+    from lorapar_ray.progress import console
+    from lorapar_ray.reporting.evaluation_page import write_page
+
+    fields = {"tasks": tasks.split(",") if tasks else None, "limit": limit, "engines": engines, "chat": chat or None}
+    paths = dict(_name_and_path(each) for each in data) if data else None
+    asked = evaluation_of(model, fields | {"data": paths}, set_ or [])
+    out = out.expanduser().resolve()
+    try:
+        names = evaluate_models(asked, out, verbose)
+    except KeyboardInterrupt:
+        print("lorapar: interrupted; the same command continues where it stopped", file=sys.stderr)
+        raise typer.Exit(130) from None
+    console.print(f"report: {write_page(out, names)}")
+
+
+def _name_and_path(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not equals or not path:
+        raise UserError(f"--data: '{text}' is not NAME=PATH; write gsm8k=data/gsm8k")
+    return name, path
+
+
+@app.command(
+    "lm-eval",
+    help="lm-eval's own command line with our engines as a model: --model lorapar --model_args pretrained=...",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def lm_eval(context: typer.Context) -> None:
+    from lorapar_ray.evaluation.harness import require_lm_eval
+
+    require_lm_eval("lm-eval")
+    from lorapar_ray.evaluation.harness.command import run
+
+    run(context.args)
 
 
 @app.command("run", help="Every stage in order; finished ones are skipped.")

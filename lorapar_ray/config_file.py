@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,39 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     tree = read_yaml(path, f"config '{path}'")
     if not isinstance(tree, dict):
         raise UserError(f"config '{path}': expected a mapping of sections, got {type(tree).__name__}")
+    _override(tree, overrides)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"config '{path}': {_first_problem(error)}") from error
+
+
+def config_of_options(sections: Mapping[str, type[Section]], tree: dict[str, Any], overrides: Sequence[str]) -> Any:
+    """Sections of a config that no file holds, from command line options and overrides: {name: section}.
+
+    Raises:
+        UserError: a field is unknown or out of range, or an override is about another section.
+    """
+    _override(tree, overrides)
+    if apart := [name for name in tree if name not in sections]:
+        raise UserError(f"--set '{apart[0]}': has no meaning here; known are {', '.join(sections)}")
+    found = {}
+    for name, section in sections.items():
+        try:
+            found[name] = section.model_validate(tree.get(name, {}))
+        except ValidationError as error:
+            raise UserError(f"{name}: {_first_problem(error)}") from error
+    return found
+
+
+def _override(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Apply `section.key=value` overrides to a tree, and remember what no message may repeat."""
     _require_all_kept([each.partition("=")[0] for each in overrides])
     for override in overrides:
         key, _, value = override.partition("=")
         remember_config({key.rpartition(".")[2]: value})
         _apply(tree, override)
     remember_config(tree)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"config '{path}': {_first_problem(error)}") from error
 
 
 def _require_all_kept(keys: Sequence[str]) -> None:

@@ -28,6 +28,7 @@ OF_A_FOLDER = (
     ".jsonl",
     ".parquet",
     ".csv",
+    ".yaml",
     ".arrow",
     ".gz",
 )

@@ -56,10 +56,14 @@ def place(config: Config, stage: str, gpus: int) -> Config:
     if stage == "grpo":
         return _stage2(config, gpus)
     if stage == "evaluate":
-        ranks = config.evaluate.engine.tensor_parallel
-        resources = _given(config.evaluate.resources, ranks if gpus else 0)
+        resources = engine_resources(config.evaluate.resources, config.evaluate.engine.tensor_parallel, gpus)
         return _with(config, evaluate=_with(config.evaluate, resources=resources))
     return config
+
+
+def engine_resources(resources: Resources, ranks: int, gpus: int) -> Resources:
+    """Those of an engine of `evaluate` on a cluster with so many GPUs."""
+    return _given(resources, ranks if gpus else 0)
 
 
 def _workers(workers: int, resources: Resources, gpus: int) -> tuple[int, Resources]:

@@ -48,14 +48,17 @@ LARGEST_GAP = 1e-3
 """Of logits, relative to the largest one: the same sums on the same machine."""
 
 
-def require_lora(folder: Path) -> None:
+def require_lora(folder: Path, field: str = "adapter.path") -> None:
     """Check an adapter directory of the user's, as far as that needs no model.
+
+    Args:
+        field: what named it.
 
     Raises:
         UserError: it is missing or damaged, holds no safetensors, another kind of adapter, or a LoRA with settings or
             tensors beyond base + s·BA with one rank and one alpha.
     """
-    where = f"adapter.path '{folder}'"
+    where = f"{field} '{folder}'"
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise UserError(f"{where}: needs {CONFIG} and {WEIGHTS}, as PEFT saves them")
     settings = read_object(folder / CONFIG, FIX)

@@ -1,4 +1,4 @@
-"""Stage `evaluate`."""
+"""Stage `evaluate`, and `lorapar evaluate --model` without a run."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lorapar_ray.config.base import Distinct, PositiveInt, Section, StopStrings
+from lorapar_ray.config.base import Distinct, PositiveFloat, PositiveInt, Section, StopStrings
 from lorapar_ray.config.engine import EngineConfig, Resources, require_gpu_for_each_rank
 from lorapar_ray.config.marks import Operation, Result
+from lorapar_ray.config.sandbox import SandboxConfig
+
+TaskName = Annotated[str, Field(pattern=r"^[^@]+(@[0-9]+)?$", max_length=300)]
+"""`NAME` or `NAME@SHOTS`."""
 
 
 class EvaluateConfig(Section):
-    """Stage `evaluate`: greedy accuracy on the test rows for each named model."""
+    """Stage `evaluate`: accuracy of each named model on the test rows, greedily, and on lm-eval's tasks."""
 
     models: Result[Annotated[Distinct[Literal["base", "sft", "grpo"]], Field(min_length=1)] | None] = None
     """None: the base and every stage of `order`."""
@@ -22,9 +26,46 @@ class EvaluateConfig(Section):
     """Tokens at which an answer is cut."""
     stop: Result[StopStrings] = []
     """Strings at which an answer ends."""
+    tasks: Result[Distinct[TaskName]] = []
+    """Tasks and groups of lm-eval (extra `eval`) and task files: `gsm8k`, `mmlu@5` with five examples in the prompt,
+    `my_task.yaml`."""
+    limit: Result[PositiveInt | None] = None
+    """Questions of each task, the first ones; of MMLU, of each subject. None: all."""
+    data: Result[dict[str, str]] = {}
+    """A file or folder in place of the hub's data: `gsm8k`, `mmlu`, `arc_easy`, `arc_challenge`, `boolq`, `svamp`,
+    `mawps`, `humaneval`, `mbpp`."""
+    include: Result[list[str]] = []
+    """Folders of your own task files."""
+    chat: Result[bool] = False
+    """Ask tasks through the model's chat template, with `model.system_prompt`; else as plain text, as lm-eval does."""
+    max_gen_toks: Result[PositiveInt | None] = None
+    """Tokens at which an answer to a task is cut. None: as the task has it."""
+    samples: Result[PositiveInt] = 1
+    """Answers to each question of a task that generates."""
+    pass_at: Result[PositiveInt] = 1
+    """k of pass@k, from `samples` answers (HumanEval, MBPP, word problems)."""
+    temperature: Result[PositiveFloat | None] = None
+    """Of several samples; a single answer is greedy."""
+    sandbox: Operation[SandboxConfig] = SandboxConfig()
+    """Where programs that a model writes for HumanEval and MBPP run."""
     engine: Result[EngineConfig] = EngineConfig()
+    engines: Operation[PositiveInt] = 1
+    """Engines that share the questions."""
+    serve: Operation[Literal["auto", "merged", "adapter"]] = "auto"
+    """`merged`: adapters are added to the base's weights; `adapter`: served as LoRA. `auto`: merged where it can be."""
     resources: Operation[Resources] = Resources()
-    """Of the engine."""
+    """Of each engine."""
+
+    @model_validator(mode="after")
+    def _samples_suffice(self) -> EvaluateConfig:
+        if self.pass_at > self.samples:
+            raise ValueError(
+                f"pass_at: pass@{self.pass_at} needs at least {self.pass_at} samples of each question; samples is "
+                f"{self.samples}"
+            )
+        if self.samples > 1 and self.temperature is None:
+            raise ValueError("samples: several greedy answers are all the same; set temperature")
+        return self
 
     @model_validator(mode="after")
     def _gpu_for_each_rank(self) -> EvaluateConfig:

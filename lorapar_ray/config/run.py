@@ -78,6 +78,10 @@ class Config(Section):
                     f"adapter.method: {self.adapter.method} has nothing to partition and no engine samples from it; "
                     "set order to [sft] and sft.masked to false"
                 )
+            if self.evaluate.tasks:
+                raise ValueError(
+                    f"evaluate.tasks: needs engines, and none serves {self.adapter.method}; leave it empty"
+                )
             if self.sft.packing or self.sft.gradient_checkpointing or self.sft.sharding != "none":
                 raise ValueError(
                     f"adapter.method: {self.adapter.method} trains without sft.packing, sft.gradient_checkpointing "

@@ -258,6 +258,7 @@ def start_engine(
     place: Any = None,
     actor: type[EngineActor] = EngineActor,
     environment: Mapping[str, str] | None = None,
+    restarts: int = 0,
 ) -> Any:
     """Create the actor and begin starting its engine; returns the handle (await `handle.start.remote()`).
 
@@ -266,6 +267,8 @@ def start_engine(
         where: the config's field that holds `engine`, for what is said where it cannot start.
         place: a placement group with a bundle for this engine; None: anywhere.
         actor, environment: another kind of engine, and variables it needs beside the usual ones.
+        restarts: how often Ray starts the actor again if its process dies, and calls again what was in flight; the new
+            one has no engine and no policy, so only an actor whose calls see to that may ask for it.
     """
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -284,6 +287,8 @@ def start_engine(
     remote = ray.remote(actor).options(
         **asked,
         max_concurrency=1000,
+        max_restarts=restarts,
+        max_task_retries=restarts,
         runtime_env={"env_vars": {**engine_environment(engine, resources), **(environment or {})}},
     )
     return remote.remote(arguments, sync, where)

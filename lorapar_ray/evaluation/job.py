@@ -1,72 +1,99 @@
-"""Stage `evaluate`: greedy answers of the base, of stage 1 and of stage 2, from one engine that swaps policies."""
+"""Stage `evaluate`: the base, stage 1 and stage 2 on the test rows and on lm-eval's tasks, from the same engines."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorapar_ray.adapters import read_adapter_state
 from lorapar_ray.capacity import require
 from lorapar_ray.config import Config
+from lorapar_ray.datasets.chat import load_encoder
 from lorapar_ray.datasets.decoder import Decoding, decoding
 from lorapar_ray.datasets.labelled import evaluation_table, require_room
 from lorapar_ray.datasets.rows import count_rows
 from lorapar_ray.datasets.tokens import UNLABELLED, Questions, Selection, TokenTable
-from lorapar_ray.engines.actor import start_engine
-from lorapar_ray.engines.base_weights import unmergeable
-from lorapar_ray.engines.policy import Policy, read_policy
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.accuracy import accuracy
+from lorapar_ray.evaluation.answers import AnswerStore
+from lorapar_ray.evaluation.engines import Engines
 from lorapar_ray.evaluation.generator import same_length, start_generator
 from lorapar_ray.evaluation.judging import judge, judging_process
+from lorapar_ray.evaluation.requests import Request
+from lorapar_ray.evaluation.serving import Served, serving
+from lorapar_ray.evaluation.tasks import catalogue_of, evaluate_tasks, unfinished
 from lorapar_ray.grpo.rewards import RewardPool
-from lorapar_ray.models import model_reference
+from lorapar_ray.models import model_reference, resolve_model
 from lorapar_ray.progress import console, progress
 from lorapar_ray.runs import RunDirectory, atomic_path, write_json
-from lorapar_ray.tasks import on_a_worker
-
-QUESTIONS_PER_CALL = 16
-"""All calls are made at once, so that the engine's batch stays full; they come back, and are counted, one by one."""
 
 
 def evaluate_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
-    """Write `eval/<name>.json` and `eval/<name>.parquet` for each of `evaluate.models`; finished ones are kept.
+    """Write what the test rows and the tasks say of each of `evaluate.models`; finished parts are kept.
 
+    `eval/<name>.json` and `eval/<name>.parquet` are of the test rows; of the tasks see `lorapar_ray.evaluation.tasks`.
     Every model runs as its stock adapter on the original base, which is how it will be served.
 
     Questions that leave no room for an answer in `evaluate.engine.max_model_len` are left out, for every model alike,
     and listed in `rejects/evaluate.parquet`. An answer ends at the first of the model's end tokens and stop strings.
 
     Raises:
-        UserError: there are no test rows, none is short enough, or an adapter that is to be evaluated is missing.
+        UserError: there is nothing to evaluate on, no question is short enough, or an adapter or a task is missing.
     """
-    count = count_rows(run.data / "test.parquet")
-    if not count:
-        raise UserError("data.test: no rows to evaluate on; give at least one source")
+    rows, settings = count_rows(run.data / "test.parquet"), config.evaluate
+    if not rows and not settings.tasks:
+        raise UserError("data.test: no rows to evaluate on; give at least one source, or evaluate.tasks")
     adapters = {name: _adapter(run, name) for name in config.evaluated}
-    todo = {name: folder for name, folder in adapters.items() if not (run.eval / f"{name}.json").is_file()}
-    if not todo:
-        return {"n": count}
-    settings = config.evaluate
-    require("evaluate", {"resources": (1, settings.resources)})
-    tokens = evaluation_table(config, run)
-    chosen = Selection(str(tokens.resolve()), [UNLABELLED], "data.test", settings.engine.max_model_len)
-    field = "evaluate.engine.max_model_len"
-    require_room(run, TokenTable(tokens), [chosen], stage="evaluate", field=field)
-    asked = list(Questions(chosen))
-    with decoding(config.model) as decoder, judging_process(settings.answer) as process:
-        if config.adapter.method == "lora":
-            policies = {name: None if folder is None else read_policy(folder, 0) for name, folder in todo.items()}
-            serving = _serving(model_reference(config.model.path), todo.values())
-            _answer_all(config, run, decoder, asked, policies, process, **serving)
-        else:
+    todo = {name: folder for name, folder in adapters.items() if rows and not (run.eval / f"{name}.json").is_file()}
+    tasks = unfinished(run.eval, list(adapters), settings.tasks)
+    if not todo and not tasks:
+        return {"n": rows}
+    require("evaluate", {"engines": (settings.engines, settings.resources)})
+    catalogue = catalogue_of(settings) if tasks else None
+    asked = _questions(config, run) if todo else []
+    if config.adapter.method != "lora":
+        with decoding(config.model) as decoder, judging_process(settings.answer) as process:
             _answer_without_engine(config, run, decoder, asked, todo, process)
-    return {"n": len(asked)}
+        return {"n": rows}
+    with _engines(config, adapters) as engines:
+        with progress("engines", settings.engines, lambda: (0, "starting")):
+            engines.start()
+        if todo:
+            with decoding(config.model) as decoder, judging_process(settings.answer) as process:
+                for name, folder in todo.items():
+                    served = Served(engines, folder, AnswerStore(run.work / "evaluate" / f"{name}-rows"))
+                    _answer_rows(config, run, decoder, asked, name, served, process)
+        if catalogue is not None:
+            own = config.model
+            encoder = load_encoder(resolve_model(own.path), own.system_prompt, own.trust_remote_code)
+            answers = run.work / "evaluate"
+            evaluate_tasks(settings, catalogue, engines, adapters, encoder, root=run.eval, answers=answers)
+    return {"n": rows}
+
+
+def _questions(config: Config, run: RunDirectory) -> list[dict[str, Any]]:
+    """The test rows that leave room for an answer, as tokens."""
+    tokens, limit = evaluation_table(config, run), config.evaluate.engine.max_model_len
+    chosen = Selection(str(tokens.resolve()), [UNLABELLED], "data.test", limit)
+    require_room(run, TokenTable(tokens), [chosen], stage="evaluate", field="evaluate.engine.max_model_len")
+    return list(Questions(chosen))
+
+
+def _engines(config: Config, adapters: Mapping[str, Path | None]) -> Engines:
+    settings, base = config.evaluate, model_reference(config.model.path)
+    return Engines(
+        base,
+        settings.engine,
+        settings.resources,
+        settings.engines,
+        seed=config.seed,
+        trust_remote_code=config.model.trust_remote_code,
+        **serving(base, adapters.values(), settings.serve),
+    )
 
 
 def _adapter(run: RunDirectory, name: str) -> Path | None:
@@ -78,63 +105,31 @@ def _adapter(run: RunDirectory, name: str) -> Path | None:
     return folder
 
 
-def _serving(model: str, adapters: Iterable[Path | None]) -> dict[str, Any]:
-    """How the engine is to serve the adapters: merged, or as LoRA where the base's files have other names for what they
-    adapt."""
-    states = [read_adapter_state(folder) for folder in adapters if folder is not None]
-    if not any(on_a_worker(unmergeable, model, list(state)) for state in states):
-        return {"sync": "merged"}
-    ranks = [len(value) for state in states for key, value in state.items() if ".lora_A." in key]
-    return {"sync": "adapter", "max_lora_rank": max(ranks)}
-
-
-def _answer_all(
+def _answer_rows(
     config: Config,
     run: RunDirectory,
     decoder: Decoding,
     rows: list[dict[str, Any]],
-    policies: dict[str, Policy | None],
+    name: str,
+    served: Served,
     process: RewardPool,
-    *,
-    sync: str,
-    max_lora_rank: int | None = None,
 ) -> None:
-    import ray
-
+    """One model's greedy answers to the test rows."""
     settings = config.evaluate
-    actor = start_engine(
-        model_reference(config.model.path),
-        settings.engine,
-        settings.resources,
-        seed=config.seed,
-        where="evaluate.engine",
-        trust_remote_code=config.model.trust_remote_code,
-        sync=sync,
-        max_lora_rank=max_lora_rank,
-    )
-    prompts = [row["prompt_ids"] for row in rows]
     ends = {"stop": list(settings.stop), "stop_token_ids": decoder.end_ids}
     sampling = {"n": 1, "temperature": 0.0, "max_tokens": settings.max_new_tokens, **ends}
-    done: dict[str, Any] = {"n": 0, "name": "starting the engine"}
-    try:
-        with progress("evaluate", len(rows) * len(policies), lambda: (done["n"], done["name"])):
-            ray.get(actor.start.remote())
-            for name, policy in policies.items():
-                done["name"] = name
-                start = time.monotonic()
-                loaded = ray.get(actor.load_policy.remote(policy))
-                if policy is not None and loaded != policy.digest:
-                    raise RuntimeError(f"the engine loaded another adapter than '{name}': {loaded}")
-                asked = {actor.generate.remote(part, sampling): len(part) for part in _batched(prompts)}
-                waiting = list(asked)
-                while waiting:
-                    [answered], waiting = ray.wait(waiting)
-                    done["n"] += asked[answered]
-                answers = [group[0].token_ids for call in asked for group in ray.get(call)]
-                texts = decoder.texts(answers, settings.stop)
-                _write(run, name, rows, texts, process, time.monotonic() - start)
-    finally:
-        ray.kill(actor)
+    requests = [Request("generate", row["prompt_ids"], sampling=sampling) for row in rows]
+    done = 0
+
+    def count(n: int) -> None:
+        nonlocal done
+        done = n
+
+    start = time.monotonic()
+    with progress("evaluate", len(rows), lambda: (done, name)):
+        answers = served.answers(requests, count)
+    texts = decoder.texts([answer.tokens for answer in answers], settings.stop)
+    _write(run, name, rows, texts, process, time.monotonic() - start)
 
 
 def _answer_without_engine(
@@ -168,11 +163,6 @@ def _answer_without_engine(
                 _write(run, name, rows, texts, process, time.monotonic() - start)
     finally:
         ray.kill(actor)
-
-
-def _batched(prompts: list[list[int]]) -> Iterator[list[list[int]]]:
-    for first in range(0, len(prompts), QUESTIONS_PER_CALL):
-        yield prompts[first : first + QUESTIONS_PER_CALL]
 
 
 def _write(

@@ -25,20 +25,26 @@ def settings(config: Config) -> Settings:
 
 
 def check(config: Config) -> None:
-    """There is something to evaluate on."""
-    if not config.data.test:
+    """There is something to evaluate on, and what is named is there."""
+    settings = config.evaluate
+    if not config.data.test and not settings.tasks:
         raise UserError("data.test: no source to evaluate on; give at least one, or run the stages one by one")
+    if settings.tasks:
+        from lorapar_ray.evaluation.tasks import catalogue_of
+
+        catalogue_of(settings)
 
 
 STAGE = Stage(
     name="evaluate",
-    help="Greedy accuracy of the base, stage 1 and stage 2 on the test rows.",
+    help="Accuracy of the base, stage 1 and stage 2 on the test rows and on tasks of lm-eval.",
     needs=lambda config: ("label", *(name for name in config.evaluated if name != "base")),
     settings=settings,
     run=run,
     outputs=("eval",),
     traces=("rejects/evaluate.parquet",),
-    reads=lambda config: model_files(config.model.path),
-    resources=lambda config: asked("evaluate", each_of(1, "engine", config.evaluate.resources)),
+    scratch=("work/evaluate",),
+    reads=lambda config: (*model_files(config.model.path), *config.evaluate.data.values(), *config.evaluate.include),
+    resources=lambda config: asked("evaluate", each_of(config.evaluate.engines, "engine", config.evaluate.resources)),
     check=check,
 )

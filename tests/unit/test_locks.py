@@ -10,8 +10,8 @@ from tests.tiny_run import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = {
-    "cpu": ("cpu", "quickstart", "quantized", "sandbox", "dev"),
-    "gpu": ("gpu", "quickstart", "quantized", "sandbox", "dev"),
+    "cpu": ("cpu", "quickstart", "quantized", "sandbox", "eval", "dev"),
+    "gpu": ("gpu", "quickstart", "quantized", "sandbox", "eval", "dev"),
 }
 SHARED = ("ray", "torch", "transformers", "peft", "trl", "datasets", "reasoning-gym")
 """Whose versions decide results or formats: the same on a laptop and on a GPU."""

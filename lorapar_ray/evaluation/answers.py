@@ -1,0 +1,73 @@
+"""Answers that a model has given, kept as they come: what an interrupted evaluation goes on from.
+
+A folder of Parquet shards, each of which appears whole. A shard holds the answers that came back together, so a driver
+that is killed loses only the questions in flight. Many small shards are now and then merged into one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from uuid import uuid4
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lorapar_ray.boundary import damaged
+from lorapar_ray.evaluation.requests import ANSWER_SCHEMA, Answer, Request, answer_table, answers_of
+from lorapar_ray.files import atomic_path
+
+MERGED_FROM = 64
+"""Shards that become one."""
+DELETE = "delete it; its questions are then asked again"
+
+
+class AnswerStore:
+    """Answers of one model, by the key of their request."""
+
+    def __init__(self, folder: Path | None) -> None:
+        """Read what `folder`, which may not exist yet, holds; None: keep them in memory alone.
+
+        Raises:
+            UserError: a shard is damaged.
+        """
+        self._folder = folder
+        self._answers: dict[str, Answer] = {}
+        self._small: list[Path] = []
+        for shard in sorted([] if folder is None else folder.glob("*.parquet")):
+            with damaged(shard, DELETE):
+                table = pq.read_table(shard, schema=ANSWER_SCHEMA)
+                self._answers |= {answer.key: answer for answer in answers_of(table)}
+            self._small.append(shard)
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def __getitem__(self, key: str) -> Answer:
+        return self._answers[key]
+
+    def missing(self, requests: Iterable[Request]) -> list[Request]:
+        """The requests without an answer, each once."""
+        return list({request.key: request for request in requests if request.key not in self._answers}.values())
+
+    def add(self, answers: Sequence[Answer]) -> None:
+        """Keep some answers; they are on the disk when this returns."""
+        self._answers |= {answer.key: answer for answer in answers}
+        if self._folder is None:
+            return
+        self._small.append(self._write(self._folder, answer_table(answers)))
+        if len(self._small) >= MERGED_FROM:
+            tables = [pq.read_table(shard, schema=ANSWER_SCHEMA) for shard in self._small]
+            merged = self._write(
+                self._folder, pa.concat_tables(tables)
+            )  # until the parts are gone their answers are there twice
+            for shard in self._small:
+                shard.unlink()
+            self._small = [merged]
+
+    @staticmethod
+    def _write(folder: Path, table: pa.Table) -> Path:
+        shard = folder / f"{uuid4().hex}.parquet"
+        with atomic_path(shard) as draft:
+            pq.write_table(table, draft)
+        return shard

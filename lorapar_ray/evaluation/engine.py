@@ -1,0 +1,70 @@
+"""The engine of an evaluation: an `EngineActor` that answers requests, and that comes back as it was when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from lorapar_ray.engines.actor import EngineActor
+from lorapar_ray.evaluation.requests import Answer, answer_table
+
+
+class EvaluationEngine(EngineActor):
+    """Ray starts it again when its process dies, and calls again what was in flight there.
+
+    So each call says which policy it is for: an engine that has just come back has none yet.
+    """
+
+    def __init__(self, arguments: dict[str, Any], sync: str, where: str = "engine") -> None:
+        super().__init__(arguments, sync, where)
+        self._turn = asyncio.Lock()
+
+    async def serve(self, digest: str, policy: Sequence[Any]) -> None:
+        """Have the engine run, with the policy of this digest.
+
+        Args:
+            policy: a reference to it, which is fetched only if it is needed; empty for the base.
+
+        Raises:
+            RuntimeError: what the engine loaded is not that policy.
+        """
+        async with self._turn:
+            await self.start()
+            if self._digest != digest:
+                loaded = await self.load_policy(await policy[0] if policy else None)
+                if loaded != digest:
+                    raise RuntimeError(f"the engine loaded another adapter: {loaded[:9]} instead of {digest[:9]}")
+
+    async def answer(self, requests: pa.Table, digest: str, policy: Sequence[Any]) -> pa.Table:
+        """Answer the rows of a `request_table` under a policy (see `serve`), all in flight together."""
+        await self.serve(digest, policy)
+        answers = await asyncio.gather(*(self._answer(row) for row in requests.to_pylist()))
+        return answer_table(answers)
+
+    async def _answer(self, row: Mapping[str, Any]) -> Answer:
+        from vllm import SamplingParams
+
+        key, kind, ids = row["key"], row["kind"], row["ids"]
+        if kind == "generate":
+            output = await self._run(ids, SamplingParams(**json.loads(row["sampling"])))
+            return Answer(key, tokens=list(output.outputs[0].token_ids))
+        if kind == "score":
+            start = row["start"]
+            output = await self._run(ids, SamplingParams(max_tokens=1, prompt_logprobs=0))
+            found = [entry[token] for entry, token in zip(output.prompt_logprobs[start:], ids[start:], strict=True)]
+            return Answer(key, logprobs=[each.logprob for each in found], greedy=[each.rank == 1 for each in found])
+        targets = row["targets"]
+        sampling = SamplingParams(
+            max_tokens=1, temperature=0.0, logprobs=len(targets), logprob_token_ids=targets, ignore_eos=True
+        )
+        [choice] = (await self._run(ids, sampling)).outputs
+        [likely] = choice.token_ids
+        return Answer(
+            key,
+            logprobs=[choice.logprobs[0][token].logprob for token in targets],
+            greedy=[token == likely for token in targets],
+        )

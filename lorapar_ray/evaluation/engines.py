@@ -1,0 +1,175 @@
+"""R vLLM engines behind Ray Data.
+
+    requests ─► blocks ─► asking worker (Ray Data) ─► R engine actors
+                                │
+    answers  ◄──────────────────┘ as they are finished
+
+Ray Data holds the queue and the backpressure: neither the driver nor the worker keeps more than some blocks in flight.
+The engines outlive one stream of requests, since each takes a minute to start; between two streams they change policy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from lorapar_ray.config import EngineConfig, Resources
+from lorapar_ray.engines.actor import start_engine
+from lorapar_ray.engines.policy import Policy
+from lorapar_ray.errors import UserError
+from lorapar_ray.evaluation.engine import EvaluationEngine
+from lorapar_ray.evaluation.requests import ANSWER_SCHEMA, Answer, Request, answers_of, request_table
+from lorapar_ray.text import reason
+
+REQUESTS_PER_BLOCK = 16
+RESTARTS = 3
+"""Deaths of one engine that are made good before the evaluation stops: more is a broken setup, not bad luck."""
+OBJECT_STORE_BYTES = 256 * 2**20
+FAILURE = "failure"
+"""Key of a row that says, in place of answers, why there are none."""
+
+
+class Engines:
+    """Use as a context manager, or `close` them."""
+
+    def __init__(
+        self,
+        model: str,
+        settings: EngineConfig,
+        resources: Resources,
+        count: int = 1,
+        *,
+        seed: int = 0,
+        where: str = "evaluate.engine",
+        trust_remote_code: bool = False,
+        sync: str = "merged",
+        max_lora_rank: int | None = None,
+    ) -> None:
+        """Create the actors; their engines start with `start`, or with the first request.
+
+        Args:
+            model: what vLLM loads: a directory or a hub name.
+            sync: `merged` or `adapter` (see `start_engine`).
+        """
+        self._at_once = -(-2 * settings.max_num_seqs // REQUESTS_PER_BLOCK)
+        """Blocks an engine has: those that it computes, and the next ones."""
+        self._actors = [
+            start_engine(
+                model,
+                settings,
+                resources,
+                seed=seed,
+                where=where,
+                trust_remote_code=trust_remote_code,
+                sync=sync,
+                max_lora_rank=max_lora_rank,
+                actor=EvaluationEngine,
+                restarts=RESTARTS,
+            )
+            for _ in range(count)
+        ]
+
+    def __enter__(self) -> Engines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Wait until every engine runs.
+
+        Raises:
+            UserError: vLLM cannot serve the model.
+        """
+        import ray
+
+        ray.get([actor.start.remote() for actor in self._actors])
+
+    def answers(self, requests: Sequence[Request], policy: Policy | None = None) -> Iterator[list[Answer]]:
+        """The answers, some at a time, in the order in which they are finished.
+
+        Args:
+            policy: the adapter to answer with; None: the base.
+
+        Raises:
+            UserError: an engine died more than `RESTARTS` times, or could not answer.
+        """
+        import ray
+        from ray.data import ActorPoolStrategy, DataContext
+
+        if not requests:
+            return
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = False
+        # Ray Data takes CPUs that the engines hold for its own and waits for them without end, unless it gets limits
+        limits = {"cpu": 1, "object_store_memory": OBJECT_STORE_BYTES}
+        context.execution_options.resource_limits = context.execution_options.resource_limits.copy(**limits)
+        served = ("base", []) if policy is None else (policy.digest, [ray.put(policy)])
+        blocks = [
+            request_table(requests[first : first + REQUESTS_PER_BLOCK])
+            for first in range(0, len(requests), REQUESTS_PER_BLOCK)
+        ]
+        at_once = self._at_once * len(self._actors)
+        asked = ray.data.from_arrow(blocks).map_batches(
+            Asker,
+            fn_constructor_args=(self._actors, *served),
+            batch_size=None,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            compute=ActorPoolStrategy(
+                size=1, max_concurrent_calls_per_actor=at_once, max_tasks_in_flight_per_actor=2 * at_once
+            ),
+            num_cpus=0,
+        )
+        for table in asked.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            found = answers_of(table)
+            if failed := [answer for answer in found if answer.key.startswith(FAILURE)]:
+                raise UserError(failed[0].key.removeprefix(FAILURE))
+            yield found
+
+    def close(self) -> None:
+        """End the engines."""
+        import ray
+
+        for actor in self._actors:
+            ray.kill(actor)
+
+
+class Asker:
+    """Ray Data's worker: gives each block to the engine that has the fewest."""
+
+    def __init__(self, actors: Sequence[Any], digest: str, policy: Sequence[Any]) -> None:
+        self._actors = actors
+        self._served = digest, policy
+        self._blocks = [0] * len(actors)
+
+    async def __call__(self, block: pa.Table) -> Any:
+        """Yields the `answer_table` of a `request_table`."""
+        place = min(range(len(self._actors)), key=self._blocks.__getitem__)
+        self._blocks[place] += 1
+        try:
+            yield await self._actors[place].answer.remote(block, *self._served)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            yield _failure(error)
+        finally:
+            self._blocks[place] -= 1
+
+
+def _failure(error: Exception) -> pa.Table:
+    """Ray Data would wrap an exception several times over; as a row it is a line."""
+    import ray
+
+    if isinstance(error, ray.exceptions.RayActorError):
+        why = f"evaluate: an engine died {RESTARTS + 1} times; what was answered is kept. {reason(error)}"
+    else:
+        cause = getattr(error, "cause", None) or error
+        why = str(cause) if isinstance(cause, UserError) else f"evaluate: an engine cannot answer ({reason(error)})"
+    return pa.Table.from_pylist(
+        [{"key": FAILURE + why, "tokens": [], "logprobs": [], "greedy": []}], schema=ANSWER_SCHEMA
+    )

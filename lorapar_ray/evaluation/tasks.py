@@ -1,0 +1,131 @@
+"""Tasks of lm-eval for some models on the same engines; what is finished is kept, question by question.
+
+<root>/rows/<model>/<task>.parquet     a row for each question, metric and filter (see `harness.results`)
+<root>/tasks/<model>/<task>.json       shares with their intervals
+<answers>/<model>/*.parquet            what the model said, by request: what an interrupted run goes on from
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorapar_ray.config import EvaluateConfig
+from lorapar_ray.datasets.chat import Encoder
+from lorapar_ray.evaluation.answers import AnswerStore
+from lorapar_ray.evaluation.engines import Engines
+from lorapar_ray.evaluation.harness import require_lm_eval
+from lorapar_ray.evaluation.requests import Answer, Request
+from lorapar_ray.evaluation.serving import Served
+from lorapar_ray.files import write_json
+from lorapar_ray.progress import console, progress
+from lorapar_ray.text import printable
+
+if TYPE_CHECKING:
+    from lorapar_ray.evaluation.harness.catalogue import Catalogue
+
+SHOWN = 12
+"""Lines of a task's shares that are printed; MMLU has a subject for each of 57."""
+
+
+def catalogue_of(settings: EvaluateConfig) -> Catalogue:
+    """The tasks by name, with those of the settings looked up, so that a wrong one is found before an engine starts.
+
+    Raises:
+        UserError: lm-eval is not installed, or a task or its data is not there.
+    """
+    require_lm_eval("evaluate.tasks")
+    from lorapar_ray.evaluation.harness.catalogue import Catalogue, wanted
+
+    catalogue = Catalogue(settings.data, settings.include)
+    for text in settings.tasks:
+        catalogue.load(wanted(text))
+    return catalogue
+
+
+def result_file(root: Path, model: str, task: str) -> Path:
+    """Where the shares of a task are written."""
+    return root / "tasks" / model / f"{file_name(task)}.json"
+
+
+def rows_file(root: Path, model: str, task: str) -> Path:
+    """Where its rows are written."""
+    return root / "rows" / model / f"{file_name(task)}.parquet"
+
+
+def file_name(task: str) -> str:
+    """A task as a file's name; one from a file goes by that file's."""
+    name, at, shots = task.partition("@")
+    stem = Path(name).stem if name.endswith((".yaml", ".yml")) else name
+    return re.sub(r"[^\w.-]+", "_", stem) + at + shots
+
+
+def unfinished(root: Path, models: Sequence[str], tasks: Sequence[str]) -> list[tuple[str, str]]:
+    """(model, task) pairs without a result."""
+    return [(model, task) for model in models for task in tasks if not result_file(root, model, task).is_file()]
+
+
+def evaluate_tasks(
+    settings: EvaluateConfig,
+    catalogue: Catalogue,
+    engines: Engines,
+    models: Mapping[str, Path | None],
+    encoder: Encoder,
+    *,
+    root: Path,
+    answers: Path,
+) -> None:
+    """Write the results of each task for each model; finished ones are kept.
+
+    Args:
+        models: by name, the adapter (None: the bare base) on the base that `engines` serve.
+
+    Raises:
+        UserError: a task cannot be evaluated; what was answered is kept.
+    """
+    from lorapar_ray.evaluation.harness.catalogue import wanted
+    from lorapar_ray.evaluation.harness.results import write_rows
+    from lorapar_ray.evaluation.harness.run import evaluate_task
+
+    for name, adapter in models.items():
+        due = [task for _, task in unfinished(root, [name], settings.tasks)]
+        if not due:
+            continue
+        served = Served(engines, adapter, AnswerStore(answers / name))
+        for task in due:
+            start = time.monotonic()
+            rows, shares = evaluate_task(catalogue, wanted(task), settings, _shown(served, f"{name}: {task}"), encoder)
+            write_rows(rows_file(root, name, task), rows)
+            result = {"model": name, "task": task, "results": shares, "seconds": round(time.monotonic() - start, 2)}
+            write_json(result_file(root, name, task), result)
+            for line in lines(shares)[:SHOWN]:
+                console.print(f"  {name}: {line}")
+
+
+def lines(shares: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Shares as they are printed, groups first."""
+    found = []
+    for share in shares:
+        low, high = share["interval"]
+        what = f"{share['task']}, {share['metric']}" + (f" ({share['filter']})" if share["filter"] != "none" else "")
+        found.append(printable(f"{what}: {share['accuracy']:.1%} [{low:.1%}, {high:.1%}] of {share['n']}"))
+    return found
+
+
+def _shown(served: Served, what: str) -> Callable[[Sequence[Request]], list[Answer]]:
+    """Answers under a progress bar."""
+
+    def ask(requests: Sequence[Request]) -> list[Answer]:
+        done = 0
+
+        def count(n: int) -> None:
+            nonlocal done
+            done = n
+
+        with progress(what, len(requests), lambda: (done, "")):
+            return served.answers(requests, count)
+
+    return ask

@@ -1,0 +1,161 @@
+"""The page of an evaluation: shares with their intervals, models compared question by question, failures to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+
+from lorapar_ray.boundary import damaged, read_object
+from lorapar_ray.evaluation.statistics import paired
+from lorapar_ray.files import atomic_path
+from lorapar_ray.text import shown
+
+FAILURES = 200
+"""Shown of each model and task, spread over all of them."""
+LONGEST = 4000
+"""Characters of a text that is shown."""
+NEXT_TO_NOTHING = ("none", "")
+Decision = tuple[str, str, str]
+"""Task, metric and filter."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an evaluation's folder holds of one model."""
+
+    model: str
+    shares: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+
+
+def read_found(root: Path, models: Sequence[str]) -> list[Found]:
+    """What `root` holds of each model, in this order (see `lorapar_ray.evaluation.tasks`)."""
+    found = []
+    for model in models:
+        results = sorted((root / "tasks" / model).glob("*.json"))
+        labels = [(file, read_object(file)) for file in results]
+        shares = [share | {"asked": label["task"]} for _, label in labels for share in label["results"]]
+        rows = [
+            row | {"asked": label["task"]}
+            for file, label in labels
+            for row in _table(root / "rows" / model / f"{file.stem}.parquet")
+        ]
+        found.append(Found(model, shares, rows))
+    return found
+
+
+def _table(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        return []
+    with damaged(path):
+        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    return rows
+
+
+def write_page(root: Path, models: Sequence[str]) -> Path:
+    """Write `index.html` of a folder of `lorapar evaluate --model`; returns its path."""
+    return write(root / "index.html", "Evaluation", read_found(root, models))
+
+
+def write(page: Path, title: str, found: Sequence[Found]) -> Path:
+    """Write the page: one file with everything inside, all that models wrote escaped."""
+    folder = files("lorapar_ray.reporting")
+    template = folder.joinpath("evaluation.html.j2").read_text()
+    html = (
+        Environment(autoescape=True, finalize=lambda value: shown(value) if isinstance(value, str) else value)
+        .from_string(template)
+        .render(
+            title=title,
+            css=folder.joinpath("style.css").read_text(),
+            shares=[{"model": each.model} | _readable(share) for each in found for share in each.shares],
+            comparisons=list(comparisons(found)),
+            failures=[row for each in found for row in failures(each)],
+            models=[each.model for each in found],
+            tasks=list(dict.fromkeys(row["asked"] for each in found for row in each.rows)),
+        )
+    )
+    with atomic_path(page) as draft:
+        draft.write_text(html, encoding="utf-8")
+    return page
+
+
+def _readable(share: Mapping[str, Any]) -> dict[str, Any]:
+    low, high = share["interval"]
+    return {
+        "asked": share["asked"],
+        "task": share["task"],
+        "metric": _metric(share["metric"], share["filter"]),
+        "n": share["n"],
+        "correct": share.get("correct", "–"),
+        "accuracy": f"{share['accuracy']:.1%}",
+        "interval": f"{low:.1%} – {high:.1%}",
+    }
+
+
+def _metric(metric: str, kind: str) -> str:
+    return metric if kind in NEXT_TO_NOTHING else f"{metric}, {kind}"
+
+
+def comparisons(found: Sequence[Found]) -> Iterator[dict[str, Any]]:
+    """Each model against the first one, on the questions that both have answered: paired difference and McNemar's p."""
+    if not found:
+        return
+    first, *others = found
+    known = _decisions(first)
+    for other in others:
+        theirs = _decisions(other)
+        for key in known:
+            ids = [each for each in known[key] if each in theirs.get(key, {})]
+            if not ids:
+                continue
+            result = paired([known[key][each] for each in ids], [theirs[key][each] for each in ids])
+            low, high = result.interval
+            yield {
+                "first": first.model,
+                "second": other.model,
+                "asked": key[0],
+                "metric": _metric(key[1], key[2]),
+                "n": result.n,
+                "gained": result.gained,
+                "lost": result.lost,
+                "difference": f"{100 * result.difference:+.1f}",
+                "interval": f"{100 * low:+.1f} … {100 * high:+.1f}",
+                "p": f"{result.p:.2g}",
+            }
+
+
+def _decisions(found: Found) -> dict[Decision, dict[str, bool]]:
+    """Right or wrong by decision and question, where each value is one or the other."""
+    by: dict[Decision, dict[str, bool]] = {}
+    for row in found.rows:
+        if row["right"] is not None:
+            by.setdefault((row["asked"], row["metric"], row["filter"]), {})[f"{row['task']}/{row['id']}"] = row["right"]
+    return by
+
+
+def failures(found: Found) -> list[dict[str, Any]]:
+    """Wrong answers of one model by its first metric on each task, some of each task, spread evenly."""
+    metrics: dict[str, Decision] = {}
+    wrong: dict[str, list[dict[str, Any]]] = {}
+    for row in found.rows:
+        decision = (row["asked"], row["metric"], row["filter"])
+        if metrics.setdefault(row["asked"], decision) == decision and row["right"] is False:
+            wrong.setdefault(row["asked"], []).append(row)
+    chosen = []
+    for rows in wrong.values():
+        chosen += rows[:: max(1, -(-len(rows) // FAILURES))]
+    fields = ("asked", "task", "id", "prompt", "completion", "extracted", "target")
+    return [{"model": found.model} | {name: _cut(row[name]) for name in fields} for row in chosen]
+
+
+def _cut(text: Any) -> str:
+    """The end of a long text: of a prompt with examples that is the question."""
+    whole = str(text)
+    return whole if len(whole) <= LONGEST else "…" + whole[-LONGEST:]
