@@ -1,6 +1,12 @@
-"""Evaluation: programs a second through the sandbox, beside the same programs run without one.
+"""Evaluation: decisions beside lm-eval's own class, speed beside `vllm.LLM`, programs a second through the sandbox.
 
-    python jobs/benchmarks/evaluation.py [--quick] [--parts sandbox] --json FILE
+    python jobs/benchmarks/evaluation.py [--quick] [--parts agreement throughput sandbox] [--data FOLDER] --json FILE
+
+`agreement`: 300 questions and more each of GSM8K, MMLU and ARC-Easy (files in `--data`, as published), decided by our
+model class over vLLM and by lm-eval's own `hf` class; see `_agreement.py`. Details go beside the JSON file.
+
+`throughput`: the same prompts through one of our engines, behind Ray Data, and through `vllm.LLM` in a process of its
+own with the same arguments, in turns; once generating, once scoring a continuation.
 
 `sandbox`: honest programs of the kind that models write for HumanEval, each with its tests, in every layer that this
 machine has, on as many at a time as there are cores. The peer is what evaluation scripts commonly do: a new
@@ -10,19 +16,26 @@ machine has, on as many at a time as there are cores. The peer is what evaluatio
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import PIPE
 
+import _agreement
 from _rows import Row, print_table, write_rows
 
 from lorapar_ray.sandbox import Job, Limits, Sandbox, survey
 from lorapar_ray.sandbox.tasks import tests_job
 
+GOAL_SAME = 0.99
+GOAL_SPEED = 0.95
 GOAL_PROGRAMS_PER_S = 20.0
 SECONDS = 30.0
 PROGRAMS = (
@@ -49,17 +62,85 @@ PROGRAMS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="100 programs instead of 1,000")
+    parser.add_argument("--quick", action="store_true", help="fewer questions, prompts and programs")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the public data sets")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, required=True, help="where the rows go")
     arguments = parser.parse_args()
-    rows = [row for part in arguments.parts for row in PARTS[part](arguments.quick)]
+    rows = [row for part in arguments.parts for row in PARTS[part](arguments)]
     print_table(rows)
     write_rows(arguments.json, rows)
 
 
-def sandbox_rate(quick: bool) -> list[Row]:
-    jobs = honest(100 if quick else 1000)
+def agreement(arguments: argparse.Namespace) -> list[Row]:
+    details = arguments.json.with_suffix(".agreement")
+    found = _agreement.compare(arguments.data, arguments.quick, arguments.device, details)
+    (details / "agreement.json").write_text(json.dumps(_agreement.as_json(found), indent=2) + "\n")
+    rows = []
+    for each in found:
+        share = each.same / each.decisions
+        name = f"{each.task}, {each.questions} questions: same decisions as lm-eval's hf class"
+        rows.append(Row(name, share, 1.0, "of decisions", share, f"≥ {GOAL_SAME:g}", share >= GOAL_SAME))
+    return rows
+
+
+def throughput(arguments: argparse.Namespace) -> list[Row]:
+    from lorapar_ray.config import EngineConfig, Resources
+    from lorapar_ray.datasets.chat import load_encoder
+    from lorapar_ray.engines.settings import engine_arguments, engine_environment
+    from lorapar_ray.evaluation.engines import Engines
+    from lorapar_ray.evaluation.requests import Request
+    from lorapar_ray.models import resolve_model
+    from lorapar_ray.session import ray_session
+
+    count, rounds = (32, 1) if arguments.quick else (128, 3)
+    model, gpu = resolve_model(_agreement.MODEL), arguments.device == "cuda"
+    encode = load_encoder(model, None).tokenizer.encode
+    prompts = [encode(f"Question: {row} boxes hold {row % 7 + 2} pens each.\nAnswer:") for row in range(count)]
+    scored = [[*ids, *encode(" There are many pens in all of the boxes.")] for ids in prompts]
+    engine = EngineConfig(max_model_len=256, enforce_eager=not gpu)
+    resources = Resources(cpus=1, gpus=1 if gpu else 0, threads=len(os.sched_getaffinity(0)))
+    sampling = {"temperature": 0.0, "max_tokens": 32, "ignore_eos": True}
+    ours = {
+        "generate": [Request("generate", ids, sampling=sampling) for ids in prompts],
+        "score": [Request("score", all_ids, start=len(ids)) for ids, all_ids in zip(prompts, scored, strict=True)],
+    }
+    seconds: dict[tuple[str, str], list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder, ray_session(), Engines(model, engine, resources) as engines:
+        job = Path(folder) / "job.json"
+        spec = engine_arguments(model, engine, seed=0, trust_remote_code=False)
+        job.write_text(json.dumps({"arguments": spec, "prompts": prompts, "scored": scored, "sampling": sampling}))
+        command = [sys.executable, str(Path(__file__).with_name("_llm_peer.py")), str(job)]
+        environment = os.environ | engine_environment(engine, resources)
+        with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True, env=environment) as peer:
+            assert peer.stdin is not None and peer.stdout is not None
+            engines.start()
+            while (line := peer.stdout.readline()).strip() != "ready":
+                if not line:
+                    raise SystemExit("vllm.LLM did not start")
+            for turn in range(rounds + 1):  # the first is a warm-up of both
+                for kind, requests in ours.items():
+                    print(kind, file=peer.stdin, flush=True)
+                    theirs = float(peer.stdout.readline())
+                    start = time.perf_counter()
+                    answered = sum(len(found) for found in engines.answers(requests))
+                    own = time.perf_counter() - start
+                    assert answered == len(requests)
+                    if turn:
+                        seconds.setdefault((kind, "ours"), []).append(own)
+                        seconds.setdefault((kind, "theirs"), []).append(theirs)
+            peer.stdin.close()
+    rows = []
+    for kind in ours:
+        own, theirs = (count / statistics.median(seconds[kind, who]) for who in ("ours", "theirs"))
+        name = f"{count} prompts, {kind}, one engine, vs vllm.LLM"
+        rows.append(Row(name, own, theirs, "prompts/s", own / theirs, f"≥ {GOAL_SPEED:g}", own / theirs >= GOAL_SPEED))
+    return rows
+
+
+def sandbox_rate(arguments: argparse.Namespace) -> list[Row]:
+    jobs = honest(100 if arguments.quick else 1000)
     cores = len(os.sched_getaffinity(0))
     peer = unconfined(jobs, cores)
     rows = []
@@ -101,8 +182,11 @@ def unconfined(jobs: list[Job], cores: int) -> float:
     return len(jobs) / (time.perf_counter() - start)
 
 
-PARTS: dict[str, Callable[[bool], list[Row]]] = {"sandbox": sandbox_rate}
-"""Each takes whether to be quick."""
+PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
+    "agreement": agreement,
+    "throughput": throughput,
+    "sandbox": sandbox_rate,
+}
 
 
 if __name__ == "__main__":

@@ -13,10 +13,13 @@ from jinja2 import Environment
 from lorapar_ray.boundary import damaged, read_object
 from lorapar_ray.evaluation.statistics import paired
 from lorapar_ray.files import atomic_path
+from lorapar_ray.reporting.data import MODELS
+from lorapar_ray.runs import RunDirectory
 from lorapar_ray.text import shown
 
 FAILURES = 200
 """Shown of each model and task, spread over all of them."""
+TEST_ROWS = "test rows"
 LONGEST = 4000
 """Characters of a text that is shown."""
 NEXT_TO_NOTHING = ("none", "")
@@ -47,6 +50,33 @@ def read_found(root: Path, models: Sequence[str]) -> list[Found]:
         ]
         found.append(Found(model, shares, rows))
     return found
+
+
+def read_run_found(run: RunDirectory) -> list[Found]:
+    """The same of a run's models, with their answers to its test rows."""
+    prompts = {row["id"]: row["prompt"] for row in _table(run.data / "test.parquet")}
+    found = []
+    for each in read_found(run.eval, list(MODELS)):
+        file = run.eval / f"{each.model}.json"
+        shares, rows = list(each.shares), list(each.rows)
+        if file.is_file():
+            result = read_object(file)
+            kind = {"metric": "right", "filter": "", "asked": TEST_ROWS}
+            shares = [{"task": task, **kind, **share} for task, share in _by_task(result).items()] + shares
+            rows = [
+                {**kind, "value": float(row["right"]), "right": row["right"], "task": row["task"], "id": row["id"]}
+                | {"prompt": prompts.get(row["id"], ""), "completion": row["completion"], "extracted": ""}
+                | {"target": row["answer"]}
+                for row in _table(run.eval / f"{each.model}.parquet")
+            ] + rows
+        if shares:
+            found.append(Found(MODELS[each.model], shares, rows))
+    return found
+
+
+def _by_task(result: Mapping[str, Any]) -> dict[str, Any]:
+    whole = {name: result[name] for name in ("n", "correct", "accuracy", "interval")}
+    return {TEST_ROWS: whole} | (result["by_task"] if len(result["by_task"]) > 1 else {})
 
 
 def _table(path: Path) -> list[dict[str, Any]]:

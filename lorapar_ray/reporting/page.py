@@ -14,8 +14,9 @@ from markupsafe import Markup
 from lorapar_ray.boundary import boundary
 from lorapar_ray.config import Config
 from lorapar_ray.evaluation.statistics import Paired, paired
-from lorapar_ray.reporting import charts, partition_charts
+from lorapar_ray.reporting import charts, evaluation_page, partition_charts
 from lorapar_ray.reporting.data import MODELS, RunData, read_run
+from lorapar_ray.reporting.evaluation_page import read_run_found
 from lorapar_ray.runs import RunDirectory, atomic_path
 from lorapar_ray.text import shown
 
@@ -27,7 +28,7 @@ OVERVIEW = ("label_split", "scatter", "theta_qkvgud", "sft_loss", "reward", "acc
 
 
 def write_report(config: Config, run: RunDirectory) -> Path:
-    """Write `report/index.html`, `report/plots/*.svg` and `report/overview.png`; returns the page's path.
+    """Write `index.html`, `evaluation.html`, `plots/*.svg` and `overview.png` in `report/`; returns the first's path.
 
     Sections of stages that have not run say so.
     """
@@ -45,6 +46,8 @@ def write_report(config: Config, run: RunDirectory) -> Path:
     if panels:
         with atomic_path(run.report / "overview.png") as draft:
             charts.overview(draft, data, panels)  # of plots that could be drawn
+    with boundary("report: the evaluation cannot be shown", DAMAGED):
+        evaluation_page.write(run.report / "evaluation.html", f"Evaluation · {config.name}", read_run_found(run))
     page = run.report / "index.html"
     with boundary("report: the page cannot be written", DAMAGED), atomic_path(page) as draft:
         draft.write_text(render(config, data, figures), encoding="utf-8")

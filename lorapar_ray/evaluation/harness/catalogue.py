@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lm_eval.api.task
 import lm_eval.tasks
 from jinja2 import UndefinedError
 from lm_eval.tasks import TaskManager
@@ -181,12 +182,14 @@ class _Factory(TaskFactory):
 
 
 @contextmanager
-def quiet() -> Any:
-    """lm-eval's log without its remarks on every task: only what it calls an error."""
-    logger = logging.getLogger(LOGGER)
+def quiet() -> Iterator[None]:
+    """lm-eval without its remarks and its bar on every task (MMLU has 57): only what it calls an error."""
+    logger, bar = logging.getLogger(LOGGER), lm_eval.api.task.tqdm
     before = logger.level
     logger.setLevel(logging.ERROR)
+    lm_eval.api.task.tqdm = lambda items, **_: items
     try:
         yield
     finally:
         logger.setLevel(before)
+        lm_eval.api.task.tqdm = bar

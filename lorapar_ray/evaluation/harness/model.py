@@ -131,6 +131,11 @@ class HarnessModel(TemplateLM):
                 "instruction-tuned model"
             )
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-probability in nats, whether it is the greedy one) of each continuation; no bar beside that of `ask`."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:

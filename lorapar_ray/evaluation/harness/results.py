@@ -47,7 +47,8 @@ def _rows(task: str, sample: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         extracted = choices[best]
     else:
         completion = "\n".join(map(str, sample["resps"][0]))
-        extracted = str(sample["filtered_resps"][0])
+        found = sample["filtered_resps"][0]
+        extracted = found if isinstance(found, str) else ""  # else verdicts of our own filters
     for metric in sample["metrics"]:
         value = sample[metric]
         if isinstance(value, bool | int | float):

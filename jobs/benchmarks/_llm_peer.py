@@ -1,0 +1,36 @@
+"""`vllm.LLM` in a process of its own: for each line on standard input it answers all prompts and says how long it took.
+
+    python jobs/benchmarks/_llm_peer.py JOB.json
+
+JOB: {arguments of `vllm.LLM`, prompts as token ids, sampling, scored: prompts whose log-probabilities are asked for}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    from vllm import LLM, SamplingParams
+
+    from lorapar_ray.engines.settings import platform_arguments
+
+    llm = LLM(**{**platform_arguments(), **job["arguments"]})
+    work = {
+        "generate": (job["prompts"], SamplingParams(**job["sampling"])),
+        "score": (job["scored"], SamplingParams(max_tokens=1, prompt_logprobs=0)),
+    }
+    print("ready", flush=True)
+    for line in sys.stdin:
+        prompts, sampling = work[line.strip()]
+        start = time.perf_counter()
+        llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+        print(time.perf_counter() - start, flush=True)
+
+
+if __name__ == "__main__":
+    main()
