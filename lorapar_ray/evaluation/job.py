@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from lorapar_ray.capacity import require
 from lorapar_ray.config import Config
-from lorapar_ray.datasets.chat import load_encoder
+from lorapar_ray.datasets.chat import Encoder, load_encoder
 from lorapar_ray.datasets.decoder import Decoding, decoding
 from lorapar_ray.datasets.labelled import evaluation_table, require_room
 from lorapar_ray.datasets.rows import count_rows
@@ -24,7 +24,7 @@ from lorapar_ray.evaluation.engines import Engines
 from lorapar_ray.evaluation.generator import same_length, start_generator
 from lorapar_ray.evaluation.judging import judge, judging_process
 from lorapar_ray.evaluation.requests import Request
-from lorapar_ray.evaluation.serving import Served, serving
+from lorapar_ray.evaluation.serving import Served, require_template, serving
 from lorapar_ray.evaluation.tasks import catalogue_of, evaluate_tasks, unfinished
 from lorapar_ray.grpo.rewards import RewardPool
 from lorapar_ray.models import model_reference, resolve_model
@@ -54,6 +54,7 @@ def evaluate_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
         return {"n": rows}
     require("evaluate", {"engines": (settings.engines, settings.resources)})
     catalogue = catalogue_of(settings) if tasks else None
+    encoder = _encoder(config) if tasks else None
     asked = _questions(config, run) if todo else []
     if config.adapter.method != "lora":
         with decoding(config.model) as decoder, judging_process(settings.answer) as process:
@@ -67,12 +68,19 @@ def evaluate_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
                 for name, folder in todo.items():
                     served = Served(engines, folder, AnswerStore(run.work / "evaluate" / f"{name}-rows"))
                     _answer_rows(config, run, decoder, asked, name, served, process)
-        if catalogue is not None:
-            own = config.model
-            encoder = load_encoder(resolve_model(own.path), own.system_prompt, own.trust_remote_code)
+        if catalogue is not None and encoder is not None:
             answers = run.work / "evaluate"
             evaluate_tasks(settings, catalogue, engines, adapters, encoder, root=run.eval, answers=answers)
     return {"n": rows}
+
+
+def _encoder(config: Config) -> Encoder:
+    """The tokenizer, in this process: lm-eval writes its prompts here."""
+    model = config.model
+    encoder = load_encoder(resolve_model(model.path), model.system_prompt, model.trust_remote_code)
+    if config.evaluate.chat:
+        require_template(encoder.tokenizer)
+    return encoder
 
 
 def _questions(config: Config, run: RunDirectory) -> list[dict[str, Any]]:

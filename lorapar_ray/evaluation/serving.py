@@ -77,6 +77,19 @@ def serving(model: str, adapters: Iterable[Path | None], wanted: Serve = "auto")
     return {"sync": "adapter", "max_lora_rank": max(ranks)}
 
 
+def require_template(tokenizer: Any) -> None:
+    """Check that a model can be asked through a chat template.
+
+    Raises:
+        UserError: it has none.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"model '{tokenizer.name_or_path}': has no chat template; evaluate it without one (evaluate.chat: false), "
+            "or give an instruction-tuned model"
+        )
+
+
 class Served:
     """One model on running engines: gives answers, and keeps them."""
 

@@ -23,7 +23,7 @@ from lorapar_ray.config_file import config_of_options
 from lorapar_ray.datasets.chat import load_encoder
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.engines import Engines
-from lorapar_ray.evaluation.serving import NamedModel, named_model, serving
+from lorapar_ray.evaluation.serving import NamedModel, named_model, require_template, serving
 from lorapar_ray.evaluation.tasks import catalogue_of, evaluate_tasks, unfinished
 from lorapar_ray.files import write_json
 from lorapar_ray.gpus import engine_resources
@@ -93,6 +93,8 @@ def _evaluate_on(base: str, adapters: Mapping[str, Path | None], catalogue: Any,
     """The models that share a base, on one set of engines."""
     settings = asked.settings
     encoder = load_encoder(resolve_model(base), asked.options.system_prompt, asked.options.trust_remote_code)
+    if settings.chat:
+        require_template(encoder.tokenizer)
     resources = engine_resources(settings.resources, settings.engine.tensor_parallel, int(capacity().largest("GPU")))
     require("evaluate", {"engines": (settings.engines, resources)})
     with Engines(

@@ -35,14 +35,17 @@ def catalogue_of(settings: EvaluateConfig) -> Catalogue:
     """The tasks by name, with those of the settings looked up, so that a wrong one is found before an engine starts.
 
     Raises:
-        UserError: lm-eval is not installed, or a task or its data is not there.
+        UserError: lm-eval is not installed, a task or its data is not there, or nothing here can confine the programs
+            that a task runs.
     """
     require_lm_eval("evaluate.tasks")
-    from lorapar_ray.evaluation.harness.catalogue import Catalogue, wanted
+    from lorapar_ray.evaluation.harness.catalogue import SANDBOXED, Catalogue, wanted
+    from lorapar_ray.sandbox import choose
 
     catalogue = Catalogue(settings.data, settings.include)
-    for text in settings.tasks:
-        catalogue.load(wanted(text))
+    loaded = {name for text in settings.tasks for name in catalogue.load(wanted(text))["tasks"]}
+    if loaded & SANDBOXED:
+        choose(settings.sandbox.layer)
     return catalogue
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.dataset
 import pytest
 import torch
 from peft import PeftModel
@@ -144,6 +145,11 @@ def test_the_served_policy_was_proved_at_every_step(finished: FinishedRun) -> No
     for line in on_policy:
         assert line["logprob_gap"] <= 1e-3
         assert 0.99 < line["ratio_min"] <= line["ratio_max"] < 1.01
+
+
+@pytest.mark.parametrize("folder", ["data", "labels"])
+def test_folders_of_data_hold_nothing_else(finished: FinishedRun, folder: str) -> None:
+    assert pyarrow.dataset.dataset(finished.run / folder).count_rows() > 0
 
 
 def test_a_second_run_has_nothing_to_do(finished: FinishedRun) -> None:

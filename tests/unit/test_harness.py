@@ -11,9 +11,11 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from lorapar_ray.adapters import attach_lora, residual_base, save_adapter
 from lorapar_ray.cli import app
 from lorapar_ray.config import EvaluateConfig
 from lorapar_ray.datasets.chat import load_encoder
@@ -419,6 +421,32 @@ def test_a_missing_lm_eval_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("lorapar_ray.evaluation.harness.find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install 'lorapar-ray\[eval\]'"):
         catalogue_of(EvaluateConfig(tasks=["gsm8k"]))
+
+
+def test_programs_that_nothing_can_confine_are_refused_before_an_engine_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(layer: str) -> None:
+        raise UserError(f"sandbox.layer: {layer} does not work here")
+
+    monkeypatch.setattr("lorapar_ray.sandbox.choose", broken)
+    file = lines(tmp_path / "h.jsonl", {"task_id": "x", "prompt": "p", "entry_point": "f", "test": "t"})
+    with pytest.raises(UserError, match=r"sandbox\.layer: auto does not work here"):
+        catalogue_of(EvaluateConfig(tasks=["humaneval"], data={"humaneval": file}))
+
+
+def test_an_adapter_on_a_residual_base_is_named_with_it(student: Path, tmp_path: Path) -> None:
+    model = attach_lora(
+        AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32), rank=2, alpha=4, targets="qkv", init="pissa"
+    )
+    save_adapter(model, tmp_path / "adapter")
+    residual_base(model).save_pretrained(tmp_path / "base")
+    named = named_model(f"{tmp_path}/base+{tmp_path}/adapter")
+    assert (named.base, named.adapter) == (str(tmp_path / "base"), tmp_path / "adapter")
+    kept, merged = Reference(tmp_path / "base"), Reference(student)
+    kept.model = PeftModel.from_pretrained(kept.model, named.adapter).eval()
+    asked = [Request("score", [5, 6, 7, 8], start=1)]
+    assert kept(asked)[0].logprobs == pytest.approx(merged(asked)[0].logprobs, abs=1e-3)  # untrained: the base itself
 
 
 def test_tasks_are_file_names() -> None:

@@ -31,6 +31,8 @@ OUR_TASKS = Path(__file__).parent / "tasks"
 HARNESS = Path(lm_eval.tasks.__file__).parent
 USUAL = ("gsm8k", "mmlu/default", "arc", "super_glue/boolq")
 """lm-eval's folders of the tasks that the paper and its peers report."""
+SANDBOXED = frozenset({"humaneval", "mbpp"})
+"""Ours that run a model's programs."""
 OTHER_SPLITS = ("training_split", "validation_split", "fewshot_split")
 NEAREST = 3
 LOGGER = "lm_eval"

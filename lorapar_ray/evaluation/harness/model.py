@@ -24,6 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from lorapar_ray.datasets.chat import Encoder
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.requests import Answer, Request
+from lorapar_ray.evaluation.serving import require_template
 
 Ask = Callable[[Sequence[Request]], Sequence[Answer]]
 MAX_GEN_TOKS = 256
@@ -97,7 +98,7 @@ class HarnessModel(TemplateLM):
             UserError: the model has none.
         """
         if chat_template:
-            self._require_template()
+            require_template(self.tokenizer)
         return super().chat_template(chat_template)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -108,7 +109,7 @@ class HarnessModel(TemplateLM):
         """
         from jinja2.exceptions import TemplateError
 
-        self._require_template()
+        require_template(self.tokenizer)
         try:
             text: str = self.tokenizer.apply_chat_template(
                 chat_history,
@@ -123,13 +124,6 @@ class HarnessModel(TemplateLM):
                 f"({error}); leave the system prompt out, or evaluate without the template"
             ) from error
         return text
-
-    def _require_template(self) -> None:
-        if self.tokenizer.chat_template is None:
-            raise UserError(
-                f"model '{self.tokenizer.name_or_path}': has no chat template; evaluate it without one, or give an "
-                "instruction-tuned model"
-            )
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability in nats, whether it is the greedy one) of each continuation; no bar beside that of `ask`."""
