@@ -57,7 +57,7 @@ def test_a_users_reward_can_be_isolated(layer: str, tmp_path: Path, monkeypatch:
     assert scored.parts == {specs[0].name: [0.0], specs[1].name: [14.0]}
 
 
-BREAKS = zip(LAYERS, ("hangs", "leaves"), ("timeout", "crashed"), strict=False)
+BREAKS = list(zip(LAYERS, ("hangs", "leaves"), ("timeout", "crashed"), strict=False))
 
 
 @pytest.mark.parametrize(("layer", "reward", "cause"), BREAKS)
