@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.nn import functional
 from lorapar_ray.adapters import adapter_parameters
 from lorapar_ray.importance import GradSums, TokenizedExample, collate
 from lorapar_ray.importance.batching import layout_of
-from lorapar_ray.importance.packed import packed_attention
+from lorapar_ray.importance.capture import attention_of, inputs_of
 from lorapar_ray.logprobs import logits_at
 
 
@@ -28,10 +27,9 @@ def plain_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Each example's mean loss as one writes it: PEFT's forward, float32 logits of the labelled positions."""
     device = next(model.parameters()).device
     layout = layout_of(batch, device)
-    inputs = {key: value.to(device) for key, value in batch.items() if key not in ("labels", "lengths")}
     rows, columns = layout.predicting // layout.shape[1], layout.predicting % layout.shape[1]
-    with packed_attention(model, layout) if layout.packed else nullcontext():
-        logits = logits_at((rows, columns), model, inputs)
+    with attention_of(model, layout):
+        logits = logits_at((rows, columns), model, inputs_of(batch, layout, device))
     losses = functional.cross_entropy(logits.float(), layout.targets, reduction="none")
     return torch.zeros(len(layout.lengths), device=device).index_add(0, layout.owner, losses * layout.weights)
 

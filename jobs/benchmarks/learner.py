@@ -25,11 +25,11 @@ from _rows import Row, print_table, write_rows
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lorapar_ray.adapters import attach_lora
-from lorapar_ray.grpo.attention import use_packed_attention
 from lorapar_ray.grpo.head import TokenScorer
 from lorapar_ray.grpo.memory import PROBE_TOKENS, checkpoint_layers, pass_limits
 from lorapar_ray.grpo.packing import micro_batches, pack, packed_logprobs
 from lorapar_ray.grpo.samples import Sample
+from lorapar_ray.packed_attention import use_packed_attention
 from lorapar_ray.precision import torch_dtype, use_tensor_cores
 
 SHAPES = {

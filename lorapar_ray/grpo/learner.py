@@ -20,7 +20,6 @@ from torch import Tensor
 from lorapar_ray.config import GrpoConfig, ModelConfig
 from lorapar_ray.engines.policy import Policy, PolicySender
 from lorapar_ray.errors import UserError
-from lorapar_ray.grpo.attention import use_packed_attention
 from lorapar_ray.grpo.batches import Batch, Canary, Clock
 from lorapar_ray.grpo.head import TokenScorer
 from lorapar_ray.grpo.loss import part_weight, policy_loss, sampler_figures
@@ -28,6 +27,7 @@ from lorapar_ray.grpo.memory import PROBE_TOKENS, checkpoint_layers, pass_limits
 from lorapar_ray.grpo.packing import PackedRows, group_by_prompt, micro_batches, pack, packed_logprobs, pad
 from lorapar_ray.grpo.samples import MiniBatch, Sample
 from lorapar_ray.optim.schedule import learning_rate_factor
+from lorapar_ray.packed_attention import use_packed_attention
 from lorapar_ray.precision import rounding, use_tensor_cores
 from lorapar_ray.trackers import Curves
 from lorapar_ray.tracking import append_line, keep_lines_until

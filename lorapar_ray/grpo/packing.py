@@ -1,9 +1,9 @@
 """Samples as tensors, each prompt computed once for all completions that share it.
 
 A GRPO group is one prompt with G completions. Laid end to end as `prompt c₁ c₂ … c_G`, with every completion seeing the
-prompt and itself only (`attention`) and its positions counted from the prompt's end, the group costs |p| + Σ|c| tokens
-instead of G·|p| + Σ|c|, and no padding: with long prompts and short answers most of the learner's work goes away, and
-the log-probabilities are the same. A completion's last token predicts nothing and is left out.
+prompt and itself only (see `packed_attention`) and its positions counted from the prompt's end, the group costs
+|p| + Σ|c| tokens instead of G·|p| + Σ|c|, and no padding: with long prompts and short answers most of the learner's
+work goes away, and the log-probabilities are the same. A completion's last token predicts nothing and is left out.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorapar_ray.grpo.attention import make_layout, packed_inputs, spans_of_group
 from lorapar_ray.grpo.head import TokenScorer
 from lorapar_ray.grpo.samples import Sample
+from lorapar_ray.packed_attention import make_layout, packed_inputs, spans_of_group
 
 
 @dataclass(frozen=True)

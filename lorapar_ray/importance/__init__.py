@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from lorapar_ray.importance.batching import TokenizedExample, by_cost, collate, pack
     from lorapar_ray.importance.capture import example_losses, gradient_sums
     from lorapar_ray.importance.criteria import score
-    from lorapar_ray.importance.packed import packs
     from lorapar_ray.importance.sums import GradSums
 
 __all__ = [
@@ -19,7 +18,6 @@ __all__ = [
     "example_losses",
     "gradient_sums",
     "pack",
-    "packs",
     "score",
 ]
 
@@ -29,7 +27,6 @@ __getattr__ = exports(
         "batching": ("TokenizedExample", "by_cost", "collate", "pack"),
         "capture": ("example_losses", "gradient_sums"),
         "criteria": ("score",),
-        "packed": ("packs",),
         "sums": ("GradSums",),
     },
 )

@@ -9,7 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lorapar_ray import packed_attention
 from lorapar_ray.datasets.chat import NO_LOSS
+from lorapar_ray.packed_attention import make_layout, move, spans_of_examples
 
 TOKENS = {"cpu": 2048, "cuda": 4096}
 """Tokens per batch by device: on a GPU enough that computing hides the launches, within 40 GB of activations at 7B."""
@@ -50,7 +52,7 @@ def collate(
 def pack(examples: Sequence[TokenizedExample]) -> dict[str, Tensor]:
     """Examples end to end in one row: `input_ids`, `position_ids` and `labels` [1, T], and `lengths` [examples].
 
-    No token is padding. The attention that keeps the examples apart is `lorapar_ray.importance.packed`'s.
+    No token is padding. `lorapar_ray.packed_attention` keeps the examples apart.
     """
     ids = [torch.as_tensor(example.input_ids, dtype=torch.long) for example in examples]
     labels = [each.clone() for each in ids]
@@ -91,7 +93,6 @@ class Layout:
 
     shape: tuple[int, int]
     lengths: list[int]
-    packed: bool
     offsets: Tensor
     """[examples + 1] int32: where each example's tokens begin, and where the last one's end."""
     predicting: Tensor
@@ -106,6 +107,8 @@ class Layout:
     """[examples · longest] int64: the tokens as padded rows, padding at token 0; None if every length is the same."""
     home: Tensor | None
     """[T] int64: the slot of each token; None if every length is the same."""
+    attention: packed_attention.Layout | None
+    """Of a packed row."""
 
     @property
     def longest(self) -> int:
@@ -146,15 +149,6 @@ def layout_of(batch: dict[str, Any], device: torch.device) -> Layout:
         slots[home] = torch.arange(len(example))
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), ends]).int()
     tensors = (offsets, predicting, successor[predicting], owner, 1 / counts[owner], slots, home)
-    return Layout((rows, width), lengths, packed, *(_moved(each, device) for each in tensors))  # type: ignore[arg-type]
-
-
-def _moved(value: Tensor | None, device: torch.device) -> Tensor | None:
-    return value if value is None else move(value, device)
-
-
-def move(value: Tensor, device: torch.device) -> Tensor:
-    """`value` on `device`, without waiting for a GPU."""
-    if device.type == "cuda" and value.device.type == "cpu":
-        return value.pin_memory().to(device, non_blocking=True)
-    return value.to(device)
+    attention = make_layout(spans_of_examples(lengths), width, device) if packed else None
+    moved = (each if each is None else move(each, device) for each in tensors)
+    return Layout((rows, width), lengths, *moved, attention)  # type: ignore[arg-type]

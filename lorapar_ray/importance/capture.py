@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,9 +26,9 @@ from lorapar_ray.adapters.keys import ADAPTER, adapter_parameters
 from lorapar_ray.errors import UserError
 from lorapar_ray.importance.batching import Layout, layout_of, move
 from lorapar_ray.importance.losses import losses_of
-from lorapar_ray.importance.packed import attention_of
 from lorapar_ray.importance.segments import add_segment_products
 from lorapar_ray.importance.sums import GradSums
+from lorapar_ray.packed_attention import packed_attention_of
 
 LOSS_ONLY = ("labels", "lengths")
 """Parts of a batch that the model is not given."""
@@ -64,7 +64,7 @@ def example_losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     device = next(model.parameters()).device
     layout = layout_of(dict(batch), device)
     with attention_of(model, layout):
-        return losses_of(model, _inputs(batch, device), layout)
+        return losses_of(model, inputs_of(batch, layout, device), layout)
 
 
 @dataclass(eq=False)
@@ -148,7 +148,7 @@ class Scorer:
         self._seen.clear()
         try:
             with attention_of(self.model, layout):  # until the backward pass is over: checkpointed layers compute again
-                losses_of(self.model, _inputs(batch, self.device), layout).sum().backward()
+                losses_of(self.model, inputs_of(batch, layout, self.device), layout).sum().backward()
         finally:
             self._sums = self._layout = None
         sums.n += len(layout.lengths)
@@ -296,8 +296,15 @@ def _block(sums: Mapping[str, Tensor], group: _Group) -> Tensor:
     return top.as_strided((sum(group.ranks), top.shape[1]), top.stride())
 
 
-def _inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {key: move(value, device) for key, value in batch.items() if key not in LOSS_ONLY}
+def inputs_of(batch: Mapping[str, Tensor], layout: Layout, device: torch.device) -> dict[str, Any]:
+    """The model's keyword arguments for a batch."""
+    inputs = {key: move(value, device) for key, value in batch.items() if key not in LOSS_ONLY}
+    return inputs if layout.attention is None else {**inputs, "packed_layout": layout.attention}
+
+
+def attention_of(model: Any, layout: Layout) -> AbstractContextManager[None]:
+    """While it lasts `model` attends as a batch of this layout asks, packed or padded."""
+    return nullcontext() if layout.attention is None else packed_attention_of(model)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def losses_of(model: Any, inputs: Mapping[str, Tensor], layout: Layout) -> Tenso
 
     Args:
         inputs: the model's keyword arguments, on its device, without labels. Packed rows are computed, and later
-            differentiated, within `packed.attention_of`.
+            differentiated, within `capture.attention_of`.
     """
     losses = None
     if _ends_with_its_head.get(model, True):

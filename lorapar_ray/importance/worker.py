@@ -114,7 +114,7 @@ def _score(
     from lorapar_ray.adapters import load_adapter
     from lorapar_ray.importance.batching import TOKENS
     from lorapar_ray.importance.capture import scoring
-    from lorapar_ray.importance.packed import packs
+    from lorapar_ray.packed_attention import packs
     from lorapar_ray.sharding import most_of_any_rank, shard_base
     from lorapar_ray.student import device, load_base, load_tokenizer
 

@@ -18,9 +18,9 @@ from lorapar_ray.importance import (
     example_losses,
     gradient_sums,
     pack,
-    packs,
     score,
 )
+from lorapar_ray.packed_attention import packs
 from lorapar_ray.student import load_base
 from tests.unit.tiny_models import CONFIGS, GROUPED, tiny
 

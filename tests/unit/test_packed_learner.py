@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM, Cohere2Config, Gemma2Config, Mist
 from transformers.models.mamba import MambaConfig
 
 from lorapar_ray.grpo import head
-from lorapar_ray.grpo.attention import make_layout, spans_of_group, use_packed_attention
 from lorapar_ray.grpo.head import TokenScorer, head_logprobs
 from lorapar_ray.grpo.packing import PackedRows, group_by_prompt, pack, packed_logprobs, pad
 from lorapar_ray.grpo.samples import Sample
+from lorapar_ray.packed_attention import make_layout, spans_of_group, use_packed_attention
 from tests.unit.test_grpo_loss import samples
 from tests.unit.tiny_models import SHAPE, tiny
 
@@ -88,8 +88,9 @@ def test_either_way_of_laying_out_a_completion_is_taken_and_reads_each_column_on
         spans = spans_of_group(range(prompt), own)
         width = prompt + sum(lengths)
         layout = make_layout(spans, width, CPU)
-        outputs = sum(batch.queries_nQ.numel() for batch in layout.batches)
-        assert len(set(layout.source_W.tolist())) == width <= outputs
+        outputs = sum(batch.spans * batch.queries for batch in layout.batches)
+        sources = range(width) if layout.source_W is None else layout.source_W.tolist()
+        assert len(set(sources)) == width <= outputs
         cheap = 2 * sum(length * (prompt + length) for length in lengths) + prompt**2 / 2
         assert (len(spans) > len(lengths)) == (cheap < sum((prompt + length) ** 2 / 2 for length in lengths))
 

@@ -1,0 +1,385 @@
+"""Attention over sequences that lie end to end in one row, each of which sees itself, and its prompt if it shares one.
+
+The linear layers see a row without padding. Only for the attention itself are queries, keys and values gathered into
+batches of sequences of like length, for torch's fused kernels: no mask over the whole row, no work between sequences.
+Scoring packs whole examples. Stage 2's learner packs groups, whose prompt stands once for all of its completions: a
+completion of length L behind a shared prompt of length P is laid out in one of two ways, whichever costs less:
+
+- `whole`: prompt and completion as one causal sequence, (P + L)² / 2 pairs, no mask;
+- `behind`: the completion's queries alone against both, L · (P + L) pairs, with a mask that the kernel does not skip.
+
+The least there is are L · P + L² / 2 pairs. The better of the two is within 4/3 of it (at L = P). That is all that
+block masks (FlexAttention) could save, and they need a compilation.
+
+The layout travels with the model's arguments (`packed_layout`), so layers that gradient checkpointing computes again
+have it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+NAME = "lorapar_packed"
+MASKED_COST = 2.0
+"""What a pair costs in a kernel with a mask beside one in the causal kernel."""
+BATCH_COST = {"cpu": 2_000, "cuda": 200_000}
+"""What another batch of sequences costs, in pairs: gathers and launches."""
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+"""What a model may ask of its attention that the fused kernels do not do."""
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+PROBE = (7, 4)
+"""Lengths of the two sequences by which a model is tried."""
+CLOSE = {torch.float32: 1e-4}
+"""Relative distance of logits that rounding explains, by dtype; 0.05 for 16-bit ones."""
+
+
+class UnsupportedAttention(RuntimeError):
+    """The model's attention is not what the packed layout computes."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """One sequence as attention sees it: its queries are the last ones of its keys."""
+
+    keys: Sequence[int]
+    """Columns of the row, from the prompt's first token on."""
+    queries: int
+    """How many of them, from the end, ask."""
+    answers: int
+    """How many of those, from the end, are read: a prompt is read from one of its completions only."""
+
+
+@dataclass
+class SpanBatch:
+    """Spans of like length, padded on the right: n spans, Q queries, K keys."""
+
+    spans: int
+    queries: int
+    keys: int
+    start_n: Tensor
+    """Position of the first query among the keys."""
+    causal: bool
+    """Queries are the keys."""
+    masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
+    """By window and dtype, made once for all layers."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the sequences of one packed row of width W attend; batches lie one after the other."""
+
+    batches: list[SpanBatch]
+    queries_M: Tensor | None
+    """Column of each query, span by span, 0 in padding; None: the row as it is."""
+    keys_M: Tensor | None
+    """The same of the keys and values."""
+    source_W: Tensor | None
+    """Where each column's output lies among the queries; None: the row as it is."""
+    shared: bool
+    """Some column is a key of several spans."""
+
+
+def make_layout(spans: Sequence[Span], width: int, device: torch.device) -> Layout:
+    """Spans into batches; each of the row's `width` columns must be an answer of exactly one span."""
+    source = torch.full((width,), -1)
+    batches: list[SpanBatch] = []
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
+    offset = 0
+    for causal in (True, False):
+        chosen = [span for span in spans if (span.queries == len(span.keys)) == causal]
+        for part in by_length(chosen, causal, BATCH_COST.get(device.type, BATCH_COST["cuda"])):
+            Q, K = max(span.queries for span in part), max(len(span.keys) for span in part)
+            for span in part:
+                columns = torch.as_tensor(span.keys)
+                keys.append(nn.functional.pad(columns, (0, K - len(columns))))
+                queries.append(nn.functional.pad(columns[len(columns) - span.queries :], (0, Q - span.queries)))
+                last = offset + span.queries
+                source[columns[len(columns) - span.answers :]] = torch.arange(last - span.answers, last)
+                offset += Q
+            starts = torch.tensor([len(span.keys) - span.queries for span in part])
+            batches.append(SpanBatch(len(part), Q, K, move(starts, device), causal))
+    if int(source.min()) < 0:
+        raise ValueError("a column of the packed row belongs to no sequence")
+    as_it_is = torch.arange(width)
+    flat_queries, flat_keys = (torch.cat(each) for each in (queries, keys))
+    plain = torch.equal(flat_queries, as_it_is)  # the outputs then lie where the columns do
+    return Layout(
+        batches,
+        queries_M=None if plain else move(flat_queries, device),
+        keys_M=None if torch.equal(flat_keys, as_it_is) else move(flat_keys, device),
+        source_W=None if plain else move(source, device),
+        shared=sum(len(span.keys) for span in spans) > width,
+    )
+
+
+def move(value: Tensor, device: torch.device) -> Tensor:
+    """`value` on `device`, without waiting for a GPU."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
+
+
+def by_length(spans: Sequence[Span], causal: bool, batch_cost: float) -> list[list[Span]]:
+    """Spans from long to short in batches, a new one where padding would cost more than another batch."""
+    parts: list[list[Span]] = []
+    for span in sorted(spans, key=lambda span: (-len(span.keys), -span.queries)):
+        if parts:
+            first = parts[-1][0]
+            padded = max(first.queries, span.queries) * len(first.keys)
+            if padded - span.queries * len(span.keys) <= batch_cost:
+                parts[-1].append(span)
+                continue
+        parts.append([span])
+    return parts
+
+
+def spans_of_group(prompt: range, completions: Sequence[range]) -> list[Span]:
+    """How a prompt and the completions that share it attend, by cost; both are columns of the row."""
+    own = [list(columns) for columns in completions if columns]
+    start = len(prompt)
+    if not own:
+        return [Span(list(prompt), start, start)]
+    whole = sum((start + len(columns)) ** 2 / 2 for columns in own)
+    behind = start**2 / 2 + MASKED_COST * sum(len(columns) * (start + len(columns)) for columns in own)
+    keys = [[*prompt, *columns] for columns in own]
+    if whole <= behind:
+        reads = [len(keys[0]), *(len(columns) for columns in own[1:])]
+        return [Span(each, len(each), read) for each, read in zip(keys, reads, strict=True)]
+    return [
+        Span(list(prompt), start, start),
+        *(Span(each, len(columns), len(columns)) for each, columns in zip(keys, own, strict=True)),
+    ]
+
+
+def spans_of_examples(lengths: Sequence[int]) -> list[Span]:
+    """Examples end to end, each of which sees itself alone."""
+    spans, start = [], 0
+    for length in lengths:
+        spans.append(Span(range(start, start + length), length, length))
+        start += length
+    return spans
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packed_layout: Layout | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """As transformers calls an attention function: [1, heads, W, D] in, [1, W, heads, D] out.
+
+    Raises:
+        UnsupportedAttention: no layout came through the model, or the model asks for more than attention.
+    """
+    asked = [name for name in UNSUPPORTED if options.get(name) is not None]
+    if packed_layout is None or asked or (sliding_window is None and _slides(module)):
+        raise UnsupportedAttention(f"no layout or no window came through the model, or it asks for {asked}")
+    q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+    batches = packed_layout.batches
+    queries = _Queries.apply(q, packed_layout).split([batch.spans * batch.queries for batch in batches])
+    sizes = [batch.spans * batch.keys for batch in batches]
+    keys, values = (_Keys.apply(each, packed_layout).split(sizes) for each in (k, v))
+    outputs = [
+        _attend(*parts, sliding_window, scaling, dropout) for parts in zip(queries, keys, values, batches, strict=True)
+    ]
+    flat = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return _Answers.apply(flat, packed_layout)[None], None
+
+
+def _slides(module: Any) -> bool:
+    kinds = getattr(getattr(module, "config", None), "layer_types", None)
+    return kinds is not None and kinds[module.layer_idx] == "sliding_attention"
+
+
+class _Queries(torch.autograd.Function):
+    """Columns [W, …] as queries [M, …]; of a column's several outputs one is read, so one has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, columns: Tensor, layout: Layout) -> Tensor:
+        ctx.layout = layout
+        return columns.contiguous() if layout.queries_M is None else columns.index_select(0, layout.queries_M)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        source = ctx.layout.source_W
+        return gradient if source is None else gradient.index_select(0, source), None
+
+
+class _Keys(torch.autograd.Function):
+    """Columns [W, …] as keys or values [M, …]. Padding is never attended to, so it gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, columns: Tensor, layout: Layout) -> Tensor:
+        ctx.layout, ctx.shape = layout, columns.shape
+        return columns.contiguous() if layout.keys_M is None else columns.index_select(0, layout.keys_M)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        layout = ctx.layout
+        if layout.shared:
+            return gradient.new_zeros(ctx.shape).index_add_(0, layout.keys_M, gradient), None
+        # without shared columns every span is causal, and its keys lie where its queries do
+        return gradient if layout.keys_M is None else gradient.index_select(0, layout.source_W), None
+
+
+class _Answers(torch.autograd.Function):
+    """Outputs [M, …] of the queries as columns [W, …]."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, layout: Layout) -> Tensor:
+        ctx.layout, ctx.shape = layout, outputs.shape
+        return outputs if layout.source_W is None else outputs.index_select(0, layout.source_W)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        source = ctx.layout.source_W
+        if source is None:
+            return gradient, None
+        return gradient.new_zeros(ctx.shape).index_copy_(0, source, gradient), None
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: SpanBatch,
+    window: int | None,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """Outputs [n · Q, heads, D] of one batch; q is [n · Q, heads, D], k and v are [n · K, heads, D]."""
+    queries, keys, values = (each.view(batch.spans, -1, *each.shape[1:]).transpose(1, 2) for each in (q, k, v))
+    unmasked = batch.causal and (window is None or batch.keys <= window)
+    mask = None if unmasked else _mask(batch, window, q.dtype)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and not (unmasked and q.dtype.itemsize == 2):  # of a GPU's fused kernels only flash takes groups
+        keys, values = (each.repeat_interleave(groups, 1) for each in (keys, values))
+    found = scaled_dot_product_attention(
+        queries, keys, values, mask, dropout, unmasked, scale=scaling, enable_gqa=keys.shape[1] != q.shape[1]
+    )
+    return found.transpose(1, 2).flatten(0, 1)
+
+
+def _mask(batch: SpanBatch, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[n or 1, 1, Q, K], additive: a query sees itself and the `window` - 1 keys before it, or all (None)."""
+    if (window, dtype) not in batch.masks:
+        device = batch.start_n.device
+        start_n = batch.start_n[:1] if batch.causal else batch.start_n
+        asks = start_n[:, None, None] + torch.arange(batch.queries, device=device)[:, None]
+        sees = torch.arange(batch.keys, device=device)
+        hidden = sees > asks
+        if window is not None:
+            hidden |= sees <= asks - window
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
+        batch.masks[window, dtype] = mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
+    return batch.masks[window, dtype]
+
+
+def packs(model: Any) -> bool:
+    """Whether `model` computes for packed sequences what it computes for each alone, tried on two short ones.
+
+    Every layer must ask for the packed attention once, and the logits must be those of the sequences apart. Where
+    tokens meet elsewhere (state spaces, convolutions, linear attention, code of its own), or in a kind of attention
+    that is not known here, they are not; such a model's sequences are padded.
+    """
+    from transformers import AttentionInterface
+
+    device = model.get_input_embeddings().weight.device
+    size = model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)
+    sequences = [torch.randint(size, (length,), generator=generator) for length in PROBE]
+    rows = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in sequences], batch_first=True)
+    positions = torch.cat([torch.arange(length) for length in PROBE])[None]
+    layout = make_layout(spans_of_examples(PROBE), sum(PROBE), device)
+    packed = packed_inputs(torch.cat(sequences)[None].to(device), layout, positions.to(device))
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    calls = 0
+
+    def counted(*arguments: Any, **options: Any) -> tuple[Tensor, None]:
+        nonlocal calls
+        calls += 1
+        return packed_attention(*arguments, **options)
+
+    try:
+        with torch.no_grad():
+            padded = {"input_ids": rows.to(device), "attention_mask": mask.to(device)}
+            apart = model(**padded, use_cache=False).logits.float()
+            with packed_attention_of(model):
+                AttentionInterface.register(NAME, counted)
+                together = model(**packed, use_cache=False).logits.float()
+    except (UnsupportedAttention, ValueError, NotImplementedError, TypeError):
+        return False
+    finally:
+        AttentionInterface.register(NAME, packed_attention)
+        for module in training:
+            module.training = True
+    if calls != model.config.get_text_config().num_hidden_layers:
+        return False
+    apart = torch.cat([apart[index, :length] for index, length in enumerate(PROBE)])
+    distance = (together[0] - apart).norm() / apart.norm()
+    return bool(distance <= CLOSE.get(next(model.parameters()).dtype, 0.05))
+
+
+@contextmanager
+def packed_attention_of(model: Any) -> Iterator[None]:
+    """While it lasts `model` attends as the `packed_layout` among its arguments says; it needs one.
+
+    Raises:
+        UnsupportedAttention: its attention cannot be replaced, or is of a kind that is not known here.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, packed_attention)
+    configs = _configs(model)
+    before = [config._attn_implementation_internal for config in configs]
+    for config in configs:
+        config._attn_implementation_internal = NAME
+    try:
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation_internal = name
+
+
+def use_packed_attention(model: Any) -> bool:
+    """Give `model` the packed attention for good if it `packs`; otherwise leave it as it was."""
+    if not packs(model):
+        return False
+    for config in _configs(model):
+        config._attn_implementation_internal = NAME
+    return True
+
+
+def _configs(model: Any) -> list[Any]:
+    """The configs that the model's parts read, each once."""
+    from transformers import PreTrainedModel
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    parts = [module for module in base.modules() if isinstance(module, PreTrainedModel)]
+    if not parts or not all(part._can_set_attn_implementation() for part in parts):
+        raise UnsupportedAttention("the model's attention cannot be replaced")
+    found = {id(part.config): part.config for part in parts}
+    if any(set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS for config in found.values()):
+        raise UnsupportedAttention("a layer is of a kind that is not known here")
+    return list(found.values())
+
+
+def packed_inputs(input_ids_1W: Tensor, layout: Layout, position_ids_1W: Tensor) -> dict[str, Any]:
+    """The model's inputs for one packed row."""
+    return {"input_ids": input_ids_1W, "position_ids": position_ids_1W, "packed_layout": layout}
