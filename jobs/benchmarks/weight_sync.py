@@ -34,10 +34,10 @@ from lorapar_ray.config import EngineConfig, GrpoConfig, Resources
 from lorapar_ray.engines.actor import start_engine
 from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.policy import PolicySender
-from lorapar_ray.grpo.batches import Batch
 from lorapar_ray.grpo.job import CANARIES
-from lorapar_ray.grpo.learner import GrpoJob, Learner
-from lorapar_ray.grpo.samples import Sample
+from lorapar_ray.grpo.learner import Learner
+from lorapar_ray.grpo.samples import Batch, Sample
+from lorapar_ray.grpo.worker import GrpoJob
 from lorapar_ray.models import resolve_model
 from lorapar_ray.precision import torch_dtype
 from lorapar_ray.session import ray_session

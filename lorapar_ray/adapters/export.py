@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lorapar_ray.adapters.store import read_adapter_state, write_adapter_state
+from lorapar_ray.boundary import read_object
+
+
+def export_plain(initial: Path, trained: Path, out: Path, original: str) -> None:
+    """Write a PiSSA or OLoRA adapter as a plain LoRA of twice the rank on the original base (method, section 4).
+
+    Args:
+        initial: the adapter before training, on the residual base.
+        trained: the adapter after training.
+        original: what the plain adapter's config names as its base.
+    """
+    settings = read_object(trained / "adapter_config.json")
+    state, plain = to_plain_lora(read_adapter_state(initial), read_adapter_state(trained), settings)
+    write_adapter_state(out, {**plain, "base_model_name_or_path": original}, state)
 
 
 def to_plain_lora(

@@ -1,122 +1,18 @@
-"""What passes between engines, rewards and learners in one GRPO step, and the pure steps between them."""
+"""Groups as a step's batch, advantages included, and each learner's share of it: pure functions."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from math import sqrt
+from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
 from lorapar_ray.config import GrpoConfig
-from lorapar_ray.engines.completion import Completion
-from lorapar_ray.errors import UserError
-from lorapar_ray.grpo.advantages import group_advantages, overlong_penalty
-from lorapar_ray.grpo.rewards import RewardBatch
-from lorapar_ray.grpo.samples import MiniBatch, Sample
+from lorapar_ray.grpo.advantages import group_advantages
+from lorapar_ray.grpo.groups import Group
+from lorapar_ray.grpo.samples import Batch, MiniBatch, Sample
 
 EXAMPLES_PER_STEP = 2
-CANARY_FACTOR = 8.0
-"""A measured tolerance in gaps on the bare base: policies that were trained further have been seen to triple it."""
-MOST_TOLERANCE = 0.5
-"""Nats; a gap on the bare base of this size is no numerics: learner and engine have different models."""
-
-
-@dataclass
-class Group:
-    """One prompt, its completions, and (once scored) their rewards."""
-
-    row: dict[str, Any]
-    completions: list[Completion]
-    texts: list[str]
-    rewards: list[float] = field(default_factory=list)
-    parts: dict[str, list[float | None]] = field(default_factory=dict)
-    failures: int = 0
-    """Samples on which a reward failed."""
-    failed: dict[str, int] = field(default_factory=dict)
-    """Samples lost by reward."""
-    errors: dict[str, str] = field(default_factory=dict)
-    """Text of the first failure by reward."""
-    reward_seconds: float = 0.0
-
-    def take(self, scored: RewardBatch, settings: GrpoConfig) -> None:
-        """Fill in what the reward workers found, and the overlong penalty if there is one."""
-        self.rewards, self.parts, self.failures = scored.total, scored.parts, sum(scored.failures.values())
-        self.failed, self.errors = scored.failed, scored.errors
-        if settings.overlong_cache:
-            lengths = [len(done.token_ids) for done in self.completions]
-            limits = settings.max_completion_length, settings.overlong_cache
-            penalties = [overlong_penalty(length, *limits) for length in lengths]
-            self.rewards = [reward + penalty for reward, penalty in zip(self.rewards, penalties, strict=True)]
-            self.parts = {**self.parts, "overlong": list(penalties)}
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation of the rewards: 0 means the group has no advantage to learn from."""
-        if min(self.rewards) == max(self.rewards):
-            return 0.0  # not a rounding error of the mean
-        mean = fmean(self.rewards)
-        return sqrt(fmean((reward - mean) ** 2 for reward in self.rewards))
-
-    @property
-    def solved(self) -> float:
-        """Mean of the first reward (the one for a right answer, by convention), in [0, 1]."""
-        values = [value or 0.0 for value in next(iter(self.parts.values()))]
-        return min(1.0, max(0.0, fmean(values)))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples of one step (or one learner's share), and what happened while they were made."""
-
-    samples: list[Sample]
-    tokens: int
-    """Completion tokens of the whole step, over all learners."""
-    count: int
-    """Samples of the whole step, over all learners."""
-    metrics: dict[str, float]
-    examples: list[dict[str, Any]]
-    prompts: list[int]
-    """Every prompt index the step drew, dropped groups included."""
-    mini_batches: list[MiniBatch] = field(default_factory=list)
-    """One learner's share, as it is trained on; none: all of it at once."""
-
-
-@dataclass(frozen=True)
-class Canary:
-    """Tokens whose log-probabilities the learner and every engine must agree on."""
-
-    token_ids: list[int]
-    start: int
-    logprobs: list[float]
-    """The learner's, of `token_ids[start:]`."""
-
-
-def canary_gap(canaries: Sequence[Canary], scored: Sequence[Sequence[float]]) -> float:
-    """Mean absolute difference, in nats, between the learner's and an engine's log-probabilities of the canaries."""
-    gaps = [
-        abs(ours - theirs)
-        for canary, engine in zip(canaries, scored, strict=True)
-        for ours, theirs in zip(canary.logprobs, engine, strict=True)
-    ]
-    return fmean(gaps) if gaps else 0.0
-
-
-def canary_tolerance(base_gap: float, least: float) -> float:
-    """The canary tolerance of a run, in nats, from the gap that numerics make on the bare base.
-
-    Raises:
-        UserError: the gap is too large for one model.
-    """
-    if not base_gap <= MOST_TOLERANCE:
-        raise UserError(
-            f"grpo: on the bare base the learner and the engine are {base_gap:.3f} nats apart, so they do not have the "
-            "same model; see model.dtype, model.quantization and grpo.rollout_engine, or set grpo.canary_tolerance to "
-            "a number"
-        )
-    return min(MOST_TOLERANCE, max(least, CANARY_FACTOR * base_gap))
 
 
 def make_batch(
@@ -205,19 +101,3 @@ def _example(group: Group) -> dict[str, Any]:
         "answer": group.row["answer"],
         "reward": group.rewards[best],
     }
-
-
-class Clock:
-    """Seconds spent in each phase of a step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the block's wall-clock time to `name`."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start

@@ -1,36 +1,33 @@
-"""Between rollout engines and learners: who samples what under which policy, and what each learner gets.
+"""Between rollout engines and learners: which steps are sampled under which policy, and what each learner gets.
 
-One asynchronous task per optimiser step samples the step's groups and scores each as it comes in. A step may begin as
-soon as a policy at most `max_staleness` versions old is being served: 0 is strictly on-policy, 1 or more overlaps
-sampling with training and bounds the queue to that many finished steps.
+One asynchronous task per optimiser step runs `loop.collect`. A step may begin as soon as a policy at most
+`max_staleness` versions old is being served: 0 is strictly on-policy, 1 or more overlaps sampling with training and
+bounds the queue to that many finished steps.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-import zlib
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import ceil
 from typing import Any
 
 from lorapar_ray.config import GrpoConfig
 from lorapar_ray.engines.actor import start_engine
-from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.policy import Policy
-from lorapar_ray.errors import UserError
 from lorapar_ray.gpus import sync_of
-from lorapar_ray.grpo.batches import MOST_TOLERANCE, Batch, Canary, Clock, Group, canary_tolerance, make_batch, share_of
+from lorapar_ray.grpo.batches import share_of
+from lorapar_ray.grpo.canaries import MOST_TOLERANCE, Canary, canary_tolerance
 from lorapar_ray.grpo.engine_pool import EnginePool, PolicyMismatch
+from lorapar_ray.grpo.loop import collect
 from lorapar_ray.grpo.prompt_stream import PromptStream
 from lorapar_ray.grpo.rewards.actor import RewardWorkers
 from lorapar_ray.grpo.rewards.judge import Judge
+from lorapar_ray.grpo.rollouts import Rollouts
+from lorapar_ray.grpo.samples import Batch
 from lorapar_ray.models import resolve_model
-from lorapar_ray.progress import console
-from lorapar_ray.text import one_line
 
-REWARD_FIELDS = ("answer", "response", "messages", "columns")
 FILLINGS = 3
 """Sequences an engine holds, in fillings of its batch. A group ends with its longest sequence, so that most of those
 in flight are down to a few; what is held back goes to the engine that is done first."""
@@ -59,8 +56,6 @@ class Coordinator:
         self._plan = plan
         self._place = place
         self._settings = GrpoConfig.model_validate(plan["settings"])
-        self._rows: Sequence[dict[str, Any]] = plan["rows"]
-        self._encoder = load_encoder(resolve_model(plan["model"]), None, plan["trust_remote_code"])
         self._stream = self._fresh_stream()
         asked = self._settings.canary_tolerance
         self._calibrated = None if asked == "auto" else asked
@@ -73,11 +68,12 @@ class Coordinator:
         )
         judge = None if plan["judge"] is None else Judge(**plan["judge"])
         self._rewards = RewardWorkers(self._settings, judge, plan.get("withheld", ()))
+        encoder = load_encoder(resolve_model(plan["model"]), None, plan["trust_remote_code"])
+        self._rollouts = Rollouts(self._settings, plan, encoder, self._engines, self._rewards)
         self._steps: dict[int, asyncio.Task[Batch]] = {}
         self._drawn: dict[int, list[int]] = {}
         self._first_step = 0
         self._mismatch: PolicyMismatch | None = None
-        self._told = False
         self._publishing: asyncio.Task[dict[str, float]] | None = None
         self._marked_at = time.monotonic()
         self._marked_busy_s = 0.0
@@ -148,7 +144,10 @@ class Coordinator:
             raise
         for step in range(max(self._first_step, policy.version), policy.version + self._settings.max_staleness + 1):
             if step not in self._steps and step < self._plan["steps"]:
-                self._steps[step] = asyncio.create_task(self._sample(step))
+                drawn = self._drawn[step] = []
+                self._steps[step] = asyncio.create_task(
+                    collect(step, drawn, self._stream, self._rollouts, self._settings)
+                )
         return {
             "seconds/sync": time.monotonic() - start,
             "sync_bytes": float(len(policy.tensors)),
@@ -175,65 +174,9 @@ class Coordinator:
         self._rewards.stop()
         await self._engines.stop()
 
-    async def _sample(self, step: int) -> Batch:
-        """Sample and score one step's groups; those whose rewards are all equal teach nothing and are refilled."""
-        settings = self._settings
-        clock = Clock()
-        groups: list[Group] = []
-        dropped: list[Group] = []
-        self._drawn[step] = []
-        for attempt in range(settings.refill_limit + 1):
-            indices = self._stream.take(settings.prompts_per_step - len(groups))
-            self._drawn[step] += indices
-            with clock.phase("rollout"):
-                sampled = await asyncio.gather(*(self._group(index, step, attempt) for index in indices))
-            for index, group in zip(indices, sampled, strict=True):
-                self._stream.observe(index, group.solved)
-            for group in sampled:
-                (groups if group.spread > 0 else dropped).append(group)
-            if len(groups) == settings.prompts_per_step:
-                break
-        self._report_failures([*groups, *dropped], step)
-        return make_batch(groups, dropped, settings, self._drawn[step], step, clock.seconds)
-
-    def _report_failures(self, groups: list[Group], step: int) -> None:
-        """Show the first failure of a reward; stop if one failed on every sample of the step."""
-        samples = sum(len(group.texts) for group in groups)
-        failed = sum((Counter(group.failed) for group in groups), Counter[str]())
-        errors = {name: text for group in reversed(groups) for name, text in group.errors.items()}
-        for name, count in failed.items():
-            if count == samples:
-                raise UserError(
-                    f"grpo.rewards: '{name}' failed on all {samples} samples of step {step + 1}: {errors[name]}"
-                )
-        if errors and not self._told:
-            self._told = True
-            first = "; ".join(f"{name}: {text}" for name, text in errors.items())
-            console.print(f"  a reward failed on some samples, which count 0 for it; the first: {one_line(first, 500)}")
-
-    async def _group(self, index: int, step: int, attempt: int) -> Group:
-        row = self._rows[index]
-        sampling = {
-            "n": self._settings.group_size,
-            "temperature": self._settings.temperature,
-            "max_tokens": self._settings.max_completion_length,
-            "stop": list(self._settings.stop),
-            "stop_token_ids": self._encoder.end_ids,
-            "seed": zlib.crc32(f"{self._plan['seed']}/{step}/{attempt}/{index}".encode()),
-        }
-        [completions] = await self._engines.run(lambda engine: engine.generate.remote([row["prompt_ids"]], sampling))
-        group = Group(row=row, completions=completions, texts=self._decode(completions))
-        columns = {key: [row[key]] * len(group.texts) for key in REWARD_FIELDS if key in row}
-        columns["completion_ids"] = [done.token_ids for done in completions]
-        columns["trainer_state"] = [{"global_step": step, "max_steps": self._plan["steps"]}] * len(group.texts)
-        start = time.monotonic()
-        group.take(await self._rewards.score([row["prompt"]] * len(group.texts), group.texts, columns), self._settings)
-        group.reward_seconds = time.monotonic() - start
-        return group
-
     def _fresh_stream(self) -> PromptStream:
         return PromptStream(
-            len(self._rows), self._plan["seed"], by_solve_rate=self._settings.curriculum == "solve_rate"
+            len(self._plan["rows"]), self._plan["seed"], by_solve_rate=self._settings.curriculum == "solve_rate"
         )
 
     def _new_engine(self) -> Any:
@@ -249,6 +192,3 @@ class Coordinator:
             max_lora_rank=self._plan["lora_rank"],
             place=self._place,
         )
-
-    def _decode(self, completions: list[Completion]) -> list[str]:
-        return [self._encoder.answer_text(done.token_ids, self._settings.stop) for done in completions]

@@ -14,7 +14,7 @@ from typing import Any
 
 from lorapar_ray.engines.policy import Policy, PolicyReceiver
 from lorapar_ray.errors import UserError
-from lorapar_ray.grpo.batches import Canary, canary_gap
+from lorapar_ray.grpo.canaries import Canary, canary_gap
 
 LOSSES = 5
 """Engines lost in one place between two policies before the run stops: that is a broken setup, not bad luck."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -26,3 +27,20 @@ class MiniBatch:
     """Completion tokens of the update, over all learners: the loss's normaliser."""
     count: int
     """Samples of the update, over all learners."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one step (or one learner's share), and what happened while they were made."""
+
+    samples: list[Sample]
+    tokens: int
+    """Completion tokens of the whole step, over all learners."""
+    count: int
+    """Samples of the whole step, over all learners."""
+    metrics: dict[str, float]
+    examples: list[dict[str, Any]]
+    prompts: list[int]
+    """Every prompt index the step drew, dropped groups included."""
+    mini_batches: list[MiniBatch] = field(default_factory=list)
+    """One learner's share, as it is trained on; none: all of it at once."""

@@ -148,7 +148,19 @@ def layout_of(batch: dict[str, Any], device: torch.device) -> Layout:
         slots = torch.zeros(len(lengths) * longest, dtype=torch.long)
         slots[home] = torch.arange(len(example))
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), ends]).int()
-    tensors = (offsets, predicting, successor[predicting], owner, 1 / counts[owner], slots, home)
+    tensors = (offsets, predicting, successor[predicting], owner, 1 / counts[owner])
     attention = make_layout(spans_of_examples(lengths), width, device) if packed else None
-    moved = (each if each is None else move(each, device) for each in tensors)
-    return Layout((rows, width), lengths, *moved, attention)  # type: ignore[arg-type]
+    offsets, predicting, targets, owner, weights = (move(each, device) for each in tensors)
+    slots, home = (None if each is None else move(each, device) for each in (slots, home))
+    return Layout(
+        (rows, width),
+        lengths,
+        offsets,
+        predicting,
+        targets,
+        owner,
+        weights,
+        slots=slots,
+        home=home,
+        attention=attention,
+    )

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from lorapar_ray.adapters.keys import ADAPTER, adapter_parameters
 from lorapar_ray.errors import UserError
-from lorapar_ray.importance.batching import Layout, layout_of, move
+from lorapar_ray.importance.batching import Layout, layout_of
 from lorapar_ray.importance.losses import losses_of
 from lorapar_ray.importance.segments import add_segment_products
 from lorapar_ray.importance.sums import GradSums
-from lorapar_ray.packed_attention import packed_attention_of
+from lorapar_ray.packed_attention import move, packed_attention_of
 
 LOSS_ONLY = ("labels", "lengths")
 """Parts of a batch that the model is not given."""

@@ -18,7 +18,7 @@ from lorapar_ray.engines.processes import start_async_llm
 from lorapar_ray.engines.settings import engine_arguments, engine_environment, memory_share
 from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.prompts import with_template, with_thought
-from lorapar_ray.models import resolve_model
+from lorapar_ray.models import model_reference, resolve_model
 from lorapar_ray.workers import ray_options
 
 ROOM_FOR_CHOICE = 16
@@ -150,4 +150,5 @@ def target(teacher: TeacherConfig, app: str, choice: str, seed: int) -> Any:
     from ray import serve
 
     deployment = serve.deployment(HostedTeacher).options(**deployment_options(teacher))
-    return serve.RunTarget(deployment.bind(teacher.model_dump(mode="json"), choice, seed), name=app, route_prefix=None)
+    fields = {**teacher.model_dump(mode="json"), "model": model_reference(teacher.model)}
+    return serve.RunTarget(deployment.bind(fields, choice, seed), name=app, route_prefix=None)

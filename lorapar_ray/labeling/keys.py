@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ from lorapar_ray.config import LabelConfig, TeacherConfig
 from lorapar_ray.files import digest
 from lorapar_ray.fingerprints import Fingerprints
 from lorapar_ray.labeling.prompts import rotations, voting_prompt
-from lorapar_ray.models import PACKAGE_PREFIX, PACKAGED, resolve_model
+from lorapar_ray.models import PACKAGE_PREFIX, is_hub_name, package_version, resolve_model
+from lorapar_ray.tasks import on_a_worker
 
 ASKED_OF = ("name", "kind", "model", "use_chat_template", "thinking_tokens", "base_url", "endpoint", "extra_body")
 
@@ -39,13 +39,23 @@ def revision(teacher: TeacherConfig, prints: Fingerprints) -> str:
     """
     if teacher.kind != "serve":
         return teacher.revision or ""
-    if teacher.model.startswith(PACKAGE_PREFIX):
-        module = PACKAGED[teacher.model.removeprefix(PACKAGE_PREFIX)][0]
-        return version(packages_distributions()[module][0])
-    model = resolve_model(teacher.model)
-    if Path(model).is_dir():
-        return str(prints.of_input(model))
-    return hub_commit(model, teacher.revision or "main")
+    model = teacher.model
+    if Path(model).expanduser().is_dir() and not model.startswith(PACKAGE_PREFIX):
+        return str(prints.of_input(resolve_model(model)))
+    if is_hub_name(model):
+        return hub_commit(model, teacher.revision or "main")
+    here = package_version(model) if model.startswith(PACKAGE_PREFIX) else None
+    return here or str(on_a_worker(weights_here, model))
+
+
+def weights_here(model: str) -> str:
+    """`revision` of a package or a directory on a machine that has it (a Ray task).
+
+    Raises:
+        UserError: this machine does not.
+    """
+    found = resolve_model(model)
+    return str(package_version(model) if model.startswith(PACKAGE_PREFIX) else Fingerprints(Path()).of_input(found))
 
 
 def hub_commit(model: str, wanted: str) -> str:

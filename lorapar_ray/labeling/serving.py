@@ -32,11 +32,8 @@ def start_teachers(config: Config) -> tuple[dict[str, str], dict[str, str]]:
     from ray.serve.config import HTTPOptions
 
     from lorapar_ray.labeling.hosted import target
-    from lorapar_ray.models import resolve_model
 
     hosted = [teacher for teacher in config.label.teachers if teacher.kind == "serve"]
-    for teacher in hosted:
-        resolve_model(teacher.model)  # a wrong path should be one line here, not a replica that never starts
     logging.getLogger("ray.serve").setLevel(logging.getLogger("ray").getEffectiveLevel())  # its own default is INFO
     serve.start(http_options=HTTPOptions(host="127.0.0.1", location="NoServer"))
     targets = [target(teacher, apps[teacher.name], config.label.prompt.choice, config.seed) for teacher in hosted]

@@ -185,18 +185,23 @@ class MaskedAdamW(torch.optim.Optimizer):
         return loss
 
     @torch.no_grad()
-    def clip_and_step(self, max_norm: float) -> Tensor:
+    def clip_and_step(self, max_norm: float, only_finite: bool = False) -> Tensor:
         """`clip_grad_norm_`, then `step`; returns the norm, on the parameters' device, without waiting for it.
 
         On a GPU these are three launches, and the gradients are left as they were: the step alone sees them clipped.
+
+        Args:
+            only_finite: leave the step out where the norm is not finite; this waits for the norm.
         """
         gradients = self._for_one_launch()
         if gradients is None or self._triton is None:
             norm = self.clip_grad_norm_(max_norm)
-            self.step()
+            if not only_finite or norm.isfinite():
+                self.step()
             return norm
         norm = self._triton.joint_norm(gradients, max_norm)
-        self._triton.step(self.param_groups, gradients, clip=True)
+        if not only_finite or norm.isfinite():
+            self._triton.step(self.param_groups, gradients, clip=True)
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -7,7 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lorapar_ray.boundary import last_line, read_object
+from lorapar_ray.adapters.export import export_plain
+from lorapar_ray.boundary import last_line
 from lorapar_ray.config import Config, SftConfig
 from lorapar_ray.datasets.labelled import require_room, token_table
 from lorapar_ray.datasets.tokens import Selection, TokenTable
@@ -54,15 +55,6 @@ def warm_up_job(config: Config, run: RunDirectory, adapter: Path, chosen: Select
     chosen = replace(chosen, max_length=settings.max_length)
     require_room(run, TokenTable(Path(chosen.path)), [chosen], stage="warmup", field="sft.max_length")
     return _job(config, run, settings, chosen, "warmup", adapter, run.adapter, None)
-
-
-def export_plain(initial: Path, trained: Path, out: Path, original: str) -> None:
-    """Write a PiSSA or OLoRA adapter as a plain LoRA of twice the rank on the original base (method, section 4)."""
-    from lorapar_ray.adapters import read_adapter_state, to_plain_lora, write_adapter_state
-
-    settings = read_object(trained / "adapter_config.json")
-    state, plain = to_plain_lora(read_adapter_state(initial), read_adapter_state(trained), settings)
-    write_adapter_state(out, {**plain, "base_model_name_or_path": original}, state)
 
 
 def _job(

@@ -26,6 +26,7 @@ from lorapar_ray.sft.loss import mean_loss
 from lorapar_ray.sft.passes import Passes
 from lorapar_ray.sft.rows import Rows, collate, losses_in
 from lorapar_ray.sft.step_log import StepLog
+from lorapar_ray.sharding import sum_over_ranks
 
 Example = dict[str, Any]
 
@@ -147,12 +148,9 @@ class TrainingLoop:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss.view(1)])
-        dist.all_reduce(flat)
-        parts = flat[:-1].split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
-        return flat[-1]
+        total = loss.clone()
+        sum_over_ranks([*(parameter.grad for parameter in parameters if parameter.grad is not None), total])
+        return total
 
     @torch.no_grad()
     def _start_alike(self) -> None:

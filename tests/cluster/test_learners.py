@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from lorapar_ray.adapters.job import make_adapter
 from lorapar_ray.config import Config, Resources
-from lorapar_ray.grpo.batches import Batch, share_of
-from lorapar_ray.grpo.learner import GrpoJob, learn_worker
-from lorapar_ray.grpo.samples import Sample
+from lorapar_ray.grpo.batches import share_of
+from lorapar_ray.grpo.samples import Batch, Sample
+from lorapar_ray.grpo.worker import GrpoJob, learn_worker
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.workers import run_workers
 from tests.tiny_run import metrics, save_tiny_student, tiny_config

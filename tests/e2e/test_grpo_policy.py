@@ -16,7 +16,7 @@ from lorapar_ray.adapters import adapter_parameters, load_adapter
 from lorapar_ray.config import EngineConfig, Resources
 from lorapar_ray.engines.actor import start_engine
 from lorapar_ray.engines.policy import PolicySender
-from lorapar_ray.grpo.batches import Canary
+from lorapar_ray.grpo.canaries import Canary
 from lorapar_ray.grpo.engine_pool import EnginePool, PolicyMismatch
 from lorapar_ray.logprobs import token_logprobs
 from lorapar_ray.session import ray_session

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lorapar_ray.adapters import adapter_parameters, attach_lora, save_adapter
+from lorapar_ray.adapters.export import export_plain
 from lorapar_ray.config_file import load_config
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.errors import UserError
@@ -22,7 +23,6 @@ from lorapar_ray.exporting.job import export
 from lorapar_ray.partition import load_regions, stage_mask
 from lorapar_ray.pipeline import STAGES
 from lorapar_ray.runs import RunDirectory
-from lorapar_ray.sft.job import export_plain
 from tests.e2e.conftest import FinishedRun
 from tests.tiny_run import ROOT, lorapar, metrics
 

@@ -12,7 +12,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from lorapar_ray.engines.policy import Policy, PolicyReceiver, PolicySender
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo import engine_pool
-from lorapar_ray.grpo.batches import Canary, canary_tolerance
+from lorapar_ray.grpo.canaries import Canary, canary_tolerance
 from lorapar_ray.grpo.engine_pool import LOSSES, EnginePool
 
 

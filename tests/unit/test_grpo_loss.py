@@ -10,7 +10,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from lorapar_ray import logprobs
 from lorapar_ray.grpo.advantages import group_advantages, overlong_penalty
-from lorapar_ray.grpo.learner import step_metrics
+from lorapar_ray.grpo.figures import step_metrics
 from lorapar_ray.grpo.loss import LossType, part_weight, policy_loss
 from lorapar_ray.grpo.packing import group_by_prompt, micro_batches
 from lorapar_ray.grpo.samples import Sample

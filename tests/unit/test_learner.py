@@ -11,10 +11,10 @@ import torch
 from lorapar_ray.adapters import attach_lora, save_adapter
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
-from lorapar_ray.grpo.batches import Batch, share_of
-from lorapar_ray.grpo.learner import GrpoJob, Learner
-from lorapar_ray.grpo.packing import packed_logprobs
-from lorapar_ray.grpo.samples import Sample
+from lorapar_ray.grpo.batches import share_of
+from lorapar_ray.grpo.learner import Learner
+from lorapar_ray.grpo.samples import Batch, Sample
+from lorapar_ray.grpo.worker import GrpoJob
 from lorapar_ray.student import load_base
 from tests.cluster.test_learners import batch
 from tests.tiny_run import save_tiny_student, tiny_config
@@ -57,7 +57,7 @@ def learner(job: GrpoJob, **settings: Any) -> Learner:
 def honest(learner: Learner, whole: Batch, gap: float = 0.0) -> Batch:
     """The batch as if this learner's policy had sampled it, `gap` nats off."""
     with torch.no_grad():
-        logprobs, _ = packed_logprobs(learner.scorer, learner._rows([[it] for it in whole.samples]), temperature=1.0)
+        logprobs, _ = learner.forward.logprobs(learner.forward.rows([[it] for it in whole.samples]), temperature=1.0)
     pairs = zip(whole.samples, logprobs, strict=True)
     return replace(
         whole, samples=[replace(it, logprobs=(own[: len(it.token_ids)] - gap).tolist()) for it, own in pairs]
@@ -73,10 +73,10 @@ def test_the_first_of_two_updates_is_on_policy_and_the_second_is_clipped(job: Gr
     ours = learner(job, loss=loss, updates_per_batch=2, clip_low=0.02, clip_high=1.02 if loss == "cispo" else 0.02)
     share = share_of(honest(ours, batch(0)), 0, 1)
     old: dict[int, torch.Tensor] = {}
-    first = ours._update(share.mini_batches[0], old, 1)
+    first = ours.updates.take(share.mini_batches[0], old, 1)
     assert first["clip_high_share"] == first["clip_low_share"] == 0.0
     assert first["ratio_max"] == pytest.approx(1.0, abs=1e-4)
-    second = ours._update(share.mini_batches[0], old, 1)
+    second = ours.updates.take(share.mini_batches[0], old, 1)
     assert second["clip_high_share"] > 0.0
     assert second["ratio_max"] == pytest.approx(1.0, abs=1e-4)  # the old policy's, beside the sampler's
 
@@ -86,7 +86,7 @@ def test_the_old_policy_of_later_mini_batches_is_the_one_before_the_first_update
     share = share_of(honest(ours, batch(0)), 0, 1, mini_batch=1)
     assert [(part.count, part.tokens) for part in share.mini_batches] == [(4, 20), (4, 24), (4, 28)]
     expected = {id(sample): sample.logprobs for part in share.mini_batches for sample in part.samples}
-    old = ours._old_logprobs(share.mini_batches)
+    old = ours.updates.old_logprobs(share.mini_batches)
     first = {id(sample) for sample in share.mini_batches[0].samples}
     assert old.keys() == expected.keys() - first
     for key, found in old.items():

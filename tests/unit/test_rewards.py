@@ -8,8 +8,8 @@ import psutil
 import pytest
 
 from lorapar_ray.errors import UserError
-from lorapar_ray.grpo.batches import Group
 from lorapar_ray.grpo.coordinator import Coordinator
+from lorapar_ray.grpo.groups import Group
 from lorapar_ray.grpo.rewards import RewardPool, RewardSpec, get_reward
 from lorapar_ray.grpo.rewards.calling import call
 from lorapar_ray.grpo.rewards.process import open_environment

@@ -1,0 +1,89 @@
+"""Forward passes over samples: how many go into one, how they are laid out, and passes beside ranks with more to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorapar_ray.config import GrpoConfig
+from lorapar_ray.grpo.head import TokenScorer
+from lorapar_ray.grpo.memory import PROBE_TOKENS, checkpoint_layers, pass_limits
+from lorapar_ray.grpo.packing import PackedRows, group_by_prompt, micro_batches, pack, packed_logprobs, pad
+from lorapar_ray.grpo.samples import Sample
+from lorapar_ray.packed_attention import use_packed_attention
+
+
+class Forward:
+    """The model of one learner as it computes log-probabilities of samples."""
+
+    def __init__(
+        self, model: Any, settings: GrpoConfig, *, pad_id: int, filler: Sample, sharded: bool, device: torch.device
+    ) -> None:
+        """Take the model, and find out what it can do.
+
+        Args:
+            filler: a short sample for dummy passes.
+            sharded: the base is cut over the learners, so each pass needs them all.
+        """
+        self._settings, self._pad_id, self._filler = settings, pad_id, filler
+        self._sharded, self.device = sharded, device
+        base = model.get_base_model()
+        self.packed = use_packed_attention(base)
+        """Prompts are computed once, and rows hold no padding."""
+        self._scorer = TokenScorer(model)
+        self._tokens = settings.micro_batch_tokens or 0
+        share = settings.learner_resources.gpu_count if device.type == "cuda" else 1 / settings.learners
+        tokens, checkpointed = pass_limits(
+            model,
+            self.rows([[Sample([5] * PROBE_TOKENS, [5], [0.0], 0.0, finished=True, version=0)]]).inputs,
+            settings.max_prompt_length + settings.max_completion_length,
+            share=min(1.0, share or 1.0),
+            checkpointing=settings.gradient_checkpointing,
+        )
+        if checkpointed:
+            checkpoint_layers(base)
+        self._tokens = settings.micro_batch_tokens or tokens
+
+    def micro_batches(self, samples: Sequence[Sample]) -> list[list[list[Sample]]]:
+        """Samples as passes, each a list of groups that share a prompt."""
+        groups = group_by_prompt(samples) if self.packed else [[sample] for sample in samples]
+        return list(micro_batches(groups, self._tokens, self._settings.micro_batch_size))
+
+    def rows(self, groups: Sequence[Sequence[Sample]]) -> PackedRows:
+        """One pass's tensors."""
+        if self.packed:
+            return pack(groups, self.device)
+        return pad([sample for group in groups for sample in group], self._pad_id, self.device)
+
+    def logprobs(self, rows: PackedRows, temperature: float | None = None) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropy (no gradient), float32, [B, T]; at the sampling temperature unless given."""
+        asked = self._settings.temperature if temperature is None else temperature
+        return packed_logprobs(self._scorer, rows, temperature=asked)
+
+    def passes_of_all(self, passes: int) -> int:
+        """Passes that every rank makes: where the base is cut over the learners, each needs all of them.
+
+        Asked before the first one: within a pass a rank answers nothing but the gathering of weights.
+        """
+        if not self._sharded:
+            return passes
+        from lorapar_ray.sharding import most_of_any_rank
+
+        return most_of_any_rank(passes, self.device)
+
+    def dummy_passes(self, passes: int, backward: bool = True) -> None:
+        """Forward and backward passes that change nothing, beside ranks that have more to do."""
+        if passes == 0:
+            return
+        rows = self.rows([[self._filler]])
+        for _ in range(passes):
+            if backward and self._settings.kl_beta > 0:
+                with torch.no_grad():
+                    self.logprobs(rows)
+            with torch.set_grad_enabled(backward):
+                logprobs_BT, _ = self.logprobs(rows)
+            if backward:
+                (logprobs_BT.sum() * 0.0).backward()

@@ -1,0 +1,100 @@
+"""Stage 2's loop, top down: sample → reward → advantage → step → publish.
+
+    coordinator  `collect`: sample ─► reward ─► advantage ──── a batch, of which each learner gets its share ────┐
+         ▲                                                                                                       ▼
+         └── every engine serves the policy and proves it ◄──────────── publish ◄─ step: `learn`, on each learner
+
+`collect` runs once for each optimiser step, in the coordinator, which says when a step may begin (`coordinator.py`).
+`learn` runs on each learner from the first step to the last. What they call is in `rollouts.py` (engines and reward
+workers), `batches.py` (advantages), `learner.py` and `update.py` (loss, optimiser), and `engine_pool.py` (publishing).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+from lorapar_ray.config import GrpoConfig
+from lorapar_ray.grpo.batches import make_batch
+from lorapar_ray.grpo.clock import Clock
+from lorapar_ray.grpo.groups import Group
+from lorapar_ray.grpo.prompt_stream import PromptStream
+from lorapar_ray.grpo.rollouts import Rollouts
+from lorapar_ray.grpo.samples import Batch
+
+if TYPE_CHECKING:
+    from lorapar_ray.grpo.journal import Journal
+    from lorapar_ray.grpo.learner import Learner
+
+
+async def collect(step: int, drawn: list[int], stream: PromptStream, rollouts: Rollouts, settings: GrpoConfig) -> Batch:
+    """One step's batch: groups that teach something. Those whose rewards are all equal are replaced by others.
+
+    Args:
+        step: the version that will train on it.
+        drawn: gets the prompts as they are drawn; a checkpoint meanwhile hands them back to the stream.
+    """
+    clock = Clock()
+    groups: list[Group] = []
+    dropped: list[Group] = []
+    for attempt in range(settings.refill_limit + 1):
+        indices = stream.take(settings.prompts_per_step - len(groups))
+        drawn += indices
+        with clock.phase("rollout"):
+            found = await asyncio.gather(*(_group(rollouts, index, step, attempt) for index in indices))
+        for index, group in zip(indices, found, strict=True):
+            stream.observe(index, group.solved)
+            (groups if group.spread > 0 else dropped).append(group)
+        if len(groups) == settings.prompts_per_step:
+            break
+    rollouts.report_failures([*groups, *dropped], step)
+    return make_batch(groups, dropped, settings, drawn, step, clock.seconds)  # with each sample's advantage
+
+
+async def _group(rollouts: Rollouts, index: int, step: int, attempt: int) -> Group:
+    group = await rollouts.sample(index, step, attempt)
+    await rollouts.reward(group, step)
+    return group
+
+
+def learn(learner: Learner, coordinator: Any, journal: Journal | None, rank: int, world: int) -> None:
+    """Train from the newest checkpoint to the last step, in step with the other learners.
+
+    Args:
+        coordinator: handle of the actor that runs `collect`.
+        journal: of the learner that leads (rank 0): it publishes the policy, writes metrics and checkpoints.
+    """
+    import ray
+    import torch.distributed as dist
+
+    steps, settings = learner.job.steps, learner.settings
+    computes_canaries = journal is not None or learner.sharded  # a base that is cut over the learners needs them all
+    step, stream = learner.restore(rank, world)
+    canaries = learner.canaries() if computes_canaries else []
+    measured = settings.canary_tolerance == "auto"
+    base_canaries = learner.base_canaries() if measured and computes_canaries else []
+    if journal is not None:
+        ray.get(coordinator.resume.remote(step, stream))
+        journal.begin(step)
+        if measured:
+            ray.get(coordinator.calibrate.remote(base_canaries, learner.rounding))
+        ray.get(coordinator.publish.remote(learner.policy(step), canaries))
+    while step < steps:
+        start = time.monotonic()
+        if world > 1:
+            dist.barrier()  # no rank asks for a batch before rank 0 has published the policy
+        batch: Batch = ray.get(coordinator.batch.remote(step, rank, world))
+        waited = time.monotonic() - start
+        clock = Clock()
+        with clock.phase("learn"):
+            metrics = learner.step(batch, step, world)
+            canaries = learner.canaries() if computes_canaries else []
+        step += 1
+        if journal is not None:
+            metrics |= ray.get(coordinator.publish.remote(learner.policy(step), canaries))
+            journal.write(step, batch, metrics, clock.seconds["learn"], waited, time.monotonic() - start)
+            if step % settings.checkpoint_every == 0 and step < steps:
+                learner.save(step, ray.get(coordinator.checkpoint.remote(step - 1)))
+    if journal is not None:
+        learner.finish()
