@@ -51,7 +51,7 @@ class Stage:
     check: Callable[[Config], None] = _nothing
     """Finds what would end the stage late; raises UserError."""
     is_view: bool = False
-    """It only shows what the run holds: it may be written anew without being asked to, at any time."""
+    """It only shows what the run holds: it may be written again at any time, without `--redo`."""
 
     def owned(self, run: RunDirectory, name: str) -> list[Path]:
         """Everything of this stage that there is in a run called `name`."""

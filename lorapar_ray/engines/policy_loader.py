@@ -7,7 +7,7 @@ base + s·BA.
 On a GPU linear weights lie as a checkpoint has them, so the merged ones are copied into the tensors that are there:
 CUDA graphs, which captured those, see the new policy. On a CPU, and under quantisation, vLLM repacks them for its
 kernels; there its layerwise reload puts the adapted modules, and only those, back into checkpoint form, loads and
-repacks them. (Over a whole model it would warn, rightly but to no use, of each module that gets no weights.)
+repacks them. (Over a whole model it would warn of each module that gets no weights, which is intended here.)
 """
 
 from __future__ import annotations

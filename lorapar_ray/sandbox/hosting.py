@@ -21,7 +21,7 @@ def host(module: str, arguments: Sequence[str], layer: LayerName = "auto") -> su
     """Start `python -m module arguments`: it reads what this process can import, and nothing else.
 
     No network, no environment, no file outside `sys.path` and the working directory, nothing writable but a small /tmp
-    (bubblewrap alone). Its memory is its own affair; killing the process that is returned ends all that it started.
+    (bubblewrap alone). It has to limit its own memory; killing the process that is returned ends all that it started.
 
     Raises:
         UserError: this machine has no such layer.

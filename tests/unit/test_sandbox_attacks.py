@@ -24,7 +24,7 @@ LAYERS = [finding.name for finding in survey() if finding.layer is not None]
 AT_ONCE = 8
 HONEST = Job("def f(x):\n    return x + 2", "assert f(2) == 4", ("f",))
 SLACK_S = 30.0
-"""A busy machine starts and ends processes late; a job that went on for ever would still be seen."""
+"""A busy machine starts and ends processes late; a job without an end would still be seen."""
 
 
 @dataclass
