@@ -35,9 +35,8 @@ from lorapar_ray.labeling import job
 from lorapar_ray.labeling.hosted import choice_tokens
 from lorapar_ray.labeling.job import label
 from lorapar_ray.labeling.prompts import voting_prompt, with_template
-from lorapar_ray.labeling.simulated import true_system
+from lorapar_ray.labeling.simulated import binomial_majority_accuracy, true_system
 from lorapar_ray.labeling.store import VoteStore
-from lorapar_ray.labeling.votes import binomial_majority_accuracy
 from lorapar_ray.models import resolve_model
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.session import ray_session

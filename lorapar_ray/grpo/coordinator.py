@@ -101,7 +101,7 @@ class Coordinator:
     async def calibrate(self, canaries: list[Canary], least: float) -> float:
         """Set the canary tolerance from the gap on the bare base, once for the run; returns it.
 
-        A policy cannot blind its own proof that way: what is measured was never served to anybody.
+        A policy cannot loosen its own proof that way: the bare base is measured before any policy is served.
 
         Args:
             canaries: with the learner's log-probabilities under the bare base.

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from math import comb, exp, isinf, isnan, log
+from math import exp, isinf, isnan, log
 from typing import Literal
 
 SMALLEST = -30.0
@@ -163,8 +163,3 @@ class Agreement:
         observed = agreeing / (raters * (raters - 1) * rows)
         chance = sum((count / (raters * rows)) ** 2 for count in shares.values())
         return None if chance == 1 else (observed - chance) / (1 - chance)
-
-
-def binomial_majority_accuracy(p: float, n: int) -> float:
-    """Probability that the majority of n independent teachers (n odd), each right with probability p, is right."""
-    return sum(comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n // 2 + 1, n + 1))

@@ -25,8 +25,7 @@ from lorapar_ray.datasets.prepare import prepare
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.job import label
-from lorapar_ray.labeling.simulated import true_system
-from lorapar_ray.labeling.votes import binomial_majority_accuracy
+from lorapar_ray.labeling.simulated import binomial_majority_accuracy, true_system
 from lorapar_ray.runs import RunDirectory
 from tests.cluster.faulty_teachers import noted
 from tests.tiny_run import ROOT, command, lorapar, write_config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from lorapar_ray.errors import UserError
 from lorapar_ray.importance import GradSums
 from lorapar_ray.importance.halves import Halves, half_scores, load_halves, save_halves
-from lorapar_ray.importance.units import sum_units
 from lorapar_ray.partition.control import average_ranks, control_curve, half_control
 from lorapar_ray.partition.curves import theta_curves
 from lorapar_ray.partition.regions import assign_regions, load_regions, round_half_up, save_regions, stage_mask
@@ -190,6 +189,14 @@ def test_control_ranks_a_sample_of_a_large_adapter(monkeypatch: pytest.MonkeyPat
     assert sampled == half_control(*halves(noise=1.0), theta=0.9)
     assert sampled["spearman"] != exact["spearman"]
     assert sampled["spearman"]["system1"] == pytest.approx(exact["spearman"]["system1"], abs=0.1)
+
+
+def sum_units(units: Sequence[Path]) -> GradSums:
+    """The sums of several units together, added in their order."""
+    total = GradSums.load(units[0])
+    for unit in units[1:]:
+        total.add(GradSums.load(unit))
+    return total
 
 
 def test_the_control_grows_with_the_units_and_ends_with_all_of_them(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ from pydantic import ValidationError
 
 from lorapar_ray.config import LabelConfig
 from lorapar_ray.labeling.prompts import numbers, rotations
+from lorapar_ray.labeling.simulated import binomial_majority_accuracy
 from lorapar_ray.labeling.store import Answer
 from lorapar_ray.labeling.votes import (
     Agreement,
     Vote,
     average_log_probs,
     balanced,
-    binomial_majority_accuracy,
     calibrated,
     fewest_to_decide,
     lead,
