@@ -21,7 +21,7 @@ import yaml
 from lorapar_ray.config import Config
 from lorapar_ray.config_file import load_config
 from lorapar_ray.evaluation import wilson_interval
-from lorapar_ray.pipeline import PIPELINE, run_stage, stages_of, standings
+from lorapar_ray.pipeline import PIPELINE, is_done, run_stage, stages_of
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.session import ray_session
 from lorapar_ray.standing import inputs_of
@@ -97,8 +97,7 @@ def execute(config: Config, run: RunDirectory, last: str | None) -> None:
     run.open(config)
     for name in SHARED:
         borrow(config, run, name)
-    found = standings(config, run)
-    if all(found[name].state == "done" for name in stages):
+    if all(is_done(config, run, name) for name in stages):
         return
     with ray_session():
         for name in stages:
@@ -107,7 +106,7 @@ def execute(config: Config, run: RunDirectory, last: str | None) -> None:
 
 def borrow(config: Config, run: RunDirectory, stage: str) -> None:
     """Copy `stage` from a sibling run that finished it on the same inputs."""
-    if standings(config, run)[stage].state == "done":
+    if is_done(config, run, stage):
         return
     wanted = inputs_of(PIPELINE[stage], config, run.manifest()["stages"], run.fingerprints)
     for sibling in sorted(run.root.parent.iterdir()):

@@ -92,6 +92,11 @@ def pending(config: Config, run: RunDirectory, stages: Sequence[str] | None = No
     return [name for name in due if stages is None or name in stages]
 
 
+def is_done(config: Config, run: RunDirectory, name: str) -> bool:
+    """Whether `name` has finished on its present inputs, and its results are as it left them."""
+    return standings(config, run)[name].state == "done"
+
+
 def dependents(config: Config, names: Collection[str]) -> list[str]:
     """The stages after `names` that use their results, directly or not."""
     found: list[str] = []
