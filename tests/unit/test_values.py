@@ -5,12 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.named import NAMED
 from lorapar_ray.datasets.prepare import prepare
-from lorapar_ray.datasets.rows import read_table
+from lorapar_ray.datasets.rows import COLUMNS, iterate_rows, read_table, write_rows
 from lorapar_ray.errors import UserError
 from lorapar_ray.runs import RunDirectory
 
@@ -62,6 +64,20 @@ def test_chats_keep_their_roles(tmp_path: Path) -> None:
     rows, _ = prepared(tmp_path, source, instruction="Number only.")
     assert rows[0]["prompt"] == "System: You calculate.\n\nUser: 1+1?\nNumber only."
     assert rows[0]["messages"] == [CHAT[0], {"role": "user", "content": "1+1?\nNumber only."}]
+
+
+def test_questions_of_earlier_versions_are_read_as_before(tmp_path: Path) -> None:
+    old = dict.fromkeys(COLUMNS, "x")
+    table = pa.Table.from_pylist(
+        [{**old, "messages": json.dumps(CHAT), "columns": '{"a": 1}'}, {**old, "messages": ""}]
+    )
+    pq.write_table(table, tmp_path / "train.parquet")
+    pq.write_table(pa.Table.from_pylist([old]), tmp_path / "older.parquet")
+    first, second = iterate_rows(tmp_path / "train.parquet")
+    assert (first.messages, first.columns, second.messages, second.columns) == (CHAT, '{"a": 1}', [], "")
+    assert [row.messages for row in iterate_rows(tmp_path / "older.parquet")] == [[]]
+    write_rows(tmp_path / "new.parquet", [first, second])
+    assert list(iterate_rows(tmp_path / "new.parquet")) == [first, second]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from lorapar_ray.config import LabelConfig
 from lorapar_ray.errors import UserError
 from lorapar_ray.fingerprints import Fingerprints
 from lorapar_ray.labeling.calibration import measured_bias
-from lorapar_ray.labeling.keys import teacher_keys
+from lorapar_ray.labeling.keys import revision, teacher_keys, weights_here
 from lorapar_ray.labeling.pending import PendingBlocks, write_pending
 from lorapar_ray.labeling.store import VoteStore, question_key
 from lorapar_ray.labeling.votes import (
@@ -62,6 +62,17 @@ def test_a_cached_vote_belongs_to_a_teacher_its_weights_and_the_prompt(tmp_path:
     (model / "config.json").write_text('{"retrained": true}')
     others.append(key())
     assert len({before, *others}) == len(others) + 1
+
+
+def test_weights_have_one_name_on_every_machine(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for model in (str(tmp_path), "package:smollm2-135m-instruct"):
+        teacher = LabelConfig.model_validate({"teachers": [{"name": "a", "model": model}]}).teachers[0]
+        assert revision(teacher, Fingerprints(tmp_path / "none")) == weights_here(model) != ""
+    with pytest.raises(UserError, match="no such directory"):
+        weights_here(str(tmp_path / "elsewhere"))
+    with pytest.raises(UserError, match=r"'package:other': unknown"):
+        weights_here("package:other")
 
 
 def test_five_teachers_after_three_ask_only_the_new_two(tmp_path: Path) -> None:
