@@ -34,7 +34,6 @@ class Forward:
         self.packed = use_packed_attention(base)
         """Prompts are computed once, and rows hold no padding."""
         self._scorer = TokenScorer(model)
-        self._tokens = settings.micro_batch_tokens or 0
         share = settings.learner_resources.gpu_count if device.type == "cuda" else 1 / settings.learners
         tokens, checkpointed = pass_limits(
             model,
