@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,25 @@ def boundary(what: str, fix: str = "") -> Iterator[None]:
         if not isinstance(error, Exception) and not panic:
             raise
         raise UserError(f"{what} ({reason(error)})" + (f"; {fix}" if fix else "")) from error
+
+
+def imported(name: str, what: str, fix: str = "is it on PYTHONPATH?") -> Any:
+    """The function or class that `module:name` names.
+
+    Args:
+        what: the field that names it, with its value.
+
+    Raises:
+        UserError: there is none, it cannot be called, or its module fails, or exits, while it is imported.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{what} cannot be imported ({reason(error)}); {fix}") from error
+    if not callable(found):
+        raise UserError(f"{what} is no function and no class but a {type(found).__name__}; {fix}")
+    return found
 
 
 def damaged(path: Path, fix: str = REDO) -> Any:

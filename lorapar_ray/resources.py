@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lorapar_ray.config import Resources, TeacherConfig
 from lorapar_ray.gpus import RULES
+from lorapar_ray.redact import redacted
 
 
 def asked(stage: str, *parts: str) -> str:
@@ -22,7 +23,7 @@ def teacher(config: TeacherConfig) -> str:
     """What one teacher asks for: replicas with their placement, or another machine."""
     if config.kind == "remote":
         limit = f", at most {config.requests_per_second:g} requests/s" if config.requests_per_second else ""
-        return f"{config.name} (remote, {config.endpoint} at {config.base_url}{limit})"
+        return f"{config.name} (remote, {config.endpoint} at {redacted(config.base_url)}{limit})"
     if config.kind == "python":
         return f"{config.name} ({config.model}, in the asking worker)"
     ranks, most = config.engine.tensor_parallel, config.max_replicas or config.replicas

@@ -14,9 +14,9 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, Protocol, TypeVar
 
+from lorapar_ray.boundary import imported
 from lorapar_ray.config import LabelConfig, TeacherConfig
 from lorapar_ray.errors import UserError
 
@@ -134,10 +134,5 @@ def python_class(teacher: TeacherConfig) -> Any:
     Raises:
         UserError: there is none.
     """
-    module, _, name = teacher.model.partition(":")
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"teacher '{teacher.name}': no class '{teacher.model}' ({error}); write it as module:Class, importable here"
-        ) from error
+    what = f"teacher '{teacher.name}': class '{teacher.model}'"
+    return imported(teacher.model, what, "write it as module:Class, importable here")

@@ -47,7 +47,7 @@ def test_placement_and_scaling_come_from_the_config() -> None:
 
 
 def test_what_a_teacher_lacks_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="teacher 'a': no class 'simulated:a'"):
+    with pytest.raises(UserError, match="teacher 'a': class 'simulated:a' cannot be imported"):
         python_class(panel("a").teachers[0])
     monkeypatch.delenv("LORAPAR_NO_SUCH_KEY", raising=False)
     remote = {"name": "far", "kind": "remote", "model": "m", "base_url": "http://127.0.0.1:1"}

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -51,8 +52,21 @@ def test_option_letters_overlap_and_expressions() -> None:
 def test_unknown_rewards_are_named() -> None:
     with pytest.raises(UserError, match="'brilliance' is unknown; use numeric_answer"):
         get_reward("brilliance")
-    with pytest.raises(UserError, match="cannot be imported"):
-        get_reward("no_such_module:reward")
+    for name in ("no_such_module:reward", ":", ":x", "os:", "..x:y"):
+        with pytest.raises(UserError, match=f"'{name}' cannot be imported"):
+            get_reward(name)
+    with pytest.raises(UserError, match="'os:path' is no function and no class but a module"):
+        get_reward("os:path")
+
+
+@pytest.mark.parametrize("body", ["raise RuntimeError('[/INST]')", "import sys; sys.exit(7)", "def f(:", "1 / 0", "\0"])
+def test_a_module_that_breaks_while_it_is_imported_is_one_line(
+    body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_rewards.py").write_text(body)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match="'broken_rewards:f' cannot be imported"):
+        get_reward("broken_rewards:f")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorapar_ray import redact
+from lorapar_ray import redact, resources
 from lorapar_ray.config import Config
 from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
@@ -103,7 +103,9 @@ def test_a_config_is_shown_without_what_stands_where_secrets_do() -> None:
             }
         ],
     }
-    kept = Config.model_validate(tree).to_yaml(hide_secrets=True)
+    config = Config.model_validate(tree)
+    assert "http://***@h" in resources.teacher(config.label.teachers[0])
+    kept = config.to_yaml(hide_secrets=True)
     assert "http://***@h" in kept and "it" not in yaml.safe_load(kept)["label"]["teachers"][0]["extra_body"]["api_key"]
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lorapar_ray.boundary import imported
 from lorapar_ray.config import JUDGE
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.rewards import code, functions
@@ -41,14 +41,10 @@ def get_reward(name: str) -> RewardFunction:
     if name in NAMES:
         found: RewardFunction = getattr(functions, name)
         return found
-    module, separator, function = name.partition(":")
-    if not separator:
+    if ":" not in name:
         raise UserError(f"grpo.rewards: '{name}' is unknown; use {', '.join((*NAMES, JUDGE))} or module:function")
-    try:
-        loaded: Any = getattr(import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"grpo.rewards: '{name}' cannot be imported ({error}); is it on PYTHONPATH?") from error
-    return loaded  # type: ignore[no-any-return]
+    loaded: RewardFunction = imported(name, f"grpo.rewards: '{name}'")
+    return loaded
 
 
 def require_rewards(settings: GrpoConfig) -> None:
