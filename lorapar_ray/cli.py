@@ -278,11 +278,13 @@ def submit(
     check: Annotated[bool, typer.Option(help="Ask every node first.")] = True,
     follow: Annotated[bool, typer.Option(help="Show the job's log until it ends.")] = True,
 ) -> None:
+    from lorapar_ray.pipeline import require_stages
     from lorapar_ray.submission import Jobs, Submission, in_working_dir, require_no_secret
 
     path = _one("CONFIG", config)
     loaded = load_config(path, set_ or [])
     require_no_secret(set_ or [])
+    require_stages(loaded, stages_of(loaded), redo or ())
     root, inside = in_working_dir(path, working_dir)
     options = ["--config", str(inside), *(word for each in set_ or [] for word in ("--set", each))]
     again = tuple(word for each in redo or [] for word in ("--redo", each))

@@ -36,6 +36,7 @@ _KEY = re.compile(
 )
 """How the keys of well-known services look."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+_LOGIN = re.compile(r"://[^\s/:@]*:[^\s/@]+@")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 
 _known: set[str] = set()
@@ -71,7 +72,9 @@ def has_secret(tree: Any) -> bool:
 
 
 def redact(text: str) -> str:
-    """`text` with every known secret, and the beginning of one, replaced by `***`."""
+    """`text` with every known secret, the beginning of one, and any URL's user and password replaced by `***`."""
+    if "://" in text:
+        text = _LOGIN.sub(f"://{HIDDEN}@", text)
     for form in _forms:
         if form in text:
             text = text.replace(form, HIDDEN)

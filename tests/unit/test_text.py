@@ -109,6 +109,12 @@ def test_a_config_is_shown_without_what_stands_where_secrets_do() -> None:
     assert "http://***@h" in kept and "it" not in yaml.safe_load(kept)["label"]["teachers"][0]["extra_body"]["api_key"]
 
 
+def test_a_password_in_a_url_is_known_wherever_it_comes_from() -> None:
+    assert shown("no server at http://u:p4ss@h:1/x (http://:p@h) or http://h:1/a@b") == (
+        "no server at http://***@h:1/x (http://***@h) or http://h:1/a@b"
+    )
+
+
 def test_a_key_in_place_of_its_variables_name_is_known() -> None:
     remember_config({"api_key_env": "my-own-9fj2kfj2kf"})
     assert shown("my-own-9fj2kfj2kf") == "***"
