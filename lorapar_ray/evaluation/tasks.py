@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.config import EvaluateConfig
 from lorapar_ray.datasets.chat import Encoder
+from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.answers import AnswerStore
 from lorapar_ray.evaluation.engines import Engines
 from lorapar_ray.evaluation.harness import require_lm_eval
@@ -42,6 +44,9 @@ def catalogue_of(settings: EvaluateConfig) -> Catalogue:
     from lorapar_ray.evaluation.harness.catalogue import SANDBOXED, Catalogue, wanted
     from lorapar_ray.sandbox import choose
 
+    for first, second in combinations(settings.tasks, 2):
+        if file_name(first) == file_name(second):
+            raise UserError(f"evaluate.tasks: '{first}' and '{second}' would be written as one; rename a task file")
     catalogue = Catalogue(settings.data, settings.include)
     loaded = {name for text in settings.tasks for name in catalogue.load(wanted(text))["tasks"]}
     if loaded & SANDBOXED:

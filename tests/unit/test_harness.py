@@ -451,6 +451,8 @@ def test_an_adapter_on_a_residual_base_is_named_with_it(student: Path, tmp_path:
 
 def test_tasks_are_file_names() -> None:
     assert [file_name(text) for text in ("gsm8k@8", "mine/my task.yaml@0", "mmlu")] == ["gsm8k@8", "my_task@0", "mmlu"]
+    with pytest.raises(UserError, match="would be written as one"):
+        catalogue_of(EvaluateConfig(tasks=["a/mine.yaml", "b/mine.yaml"]))
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the public data sets")
