@@ -7,12 +7,12 @@ where two continuations part.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ QUICK = {"gsm8k@0": 4, "mmlu@0": 1, "arc_easy@0": 8}
 MAX_MODEL_LEN = 2048
 MAX_GEN_TOKS = 64
 """Of both, to bound the time on a CPU."""
-HF_BATCH = 8
+HF_BATCH = {"generate_until": 64, "multiple_choice": 8}
+"""Of the peer, which scores over the whole vocabulary at once: larger batches of choices need gigabytes."""
 
 
 @dataclass
@@ -57,7 +58,9 @@ def compare(data: Path, quick: bool, device: str, keep: Path | None) -> list[Com
     catalogue = Catalogue({family: str(data / folder) for family, folder in DATA.items()})
     tasks = QUICK if quick else TASKS
     ours = _kept(keep, "ours", lambda: _ours(catalogue, tasks, device))
-    theirs = _kept(keep, "hf", lambda: _theirs(catalogue, tasks, device))
+    theirs = {
+        task: _kept(keep, f"hf-{task}", partial(_theirs, catalogue, task, n, device)) for task, n in tasks.items()
+    }
     found = [_compared(task, ours[task], theirs[task]) for task in tasks]
     _margins(found, {task: (ours[task], theirs[task]) for task in tasks}, device)
     return found
@@ -98,7 +101,7 @@ def _our_class(ask: Any, encoder: Any) -> Any:
     return HarnessModel(ask, encoder, MAX_MODEL_LEN)
 
 
-def _theirs(catalogue: Any, tasks: Mapping[str, int], device: str) -> dict[str, Any]:
+def _theirs(catalogue: Any, task: str, limit: int, device: str) -> dict[str, Any]:
     import torch
     from lm_eval.models.huggingface import HFLM
 
@@ -106,12 +109,9 @@ def _theirs(catalogue: Any, tasks: Mapping[str, int], device: str) -> dict[str, 
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = HFLM(
-        pretrained=resolve_model(MODEL), device=device, dtype="float32", batch_size=HF_BATCH, max_length=MAX_MODEL_LEN
+        pretrained=resolve_model(MODEL), device=device, dtype="float32", batch_size=1, max_length=MAX_MODEL_LEN
     )
-    found = {task: _evaluated(catalogue, task, n, model) for task, n in tasks.items()}
-    del model
-    gc.collect()
-    return found
+    return _evaluated(catalogue, task, limit, model)
 
 
 def _evaluated(catalogue: Any, task: str, limit: int, model: Any) -> dict[str, Any]:
@@ -122,6 +122,8 @@ def _evaluated(catalogue: Any, task: str, limit: int, model: Any) -> dict[str, A
     from lorapar_ray.evaluation.harness.results import rows_of
 
     loaded = catalogue.load(wanted(task))
+    if hasattr(model, "batch_size_per_gpu"):
+        model.batch_size_per_gpu = HF_BATCH[next(iter(loaded["tasks"].values())).get_config("output_type")]
     for each in loaded["tasks"].values():
         if each.get_config("output_type") == "generate_until":
             each.set_config(key="generation_kwargs", value={"max_gen_toks": MAX_GEN_TOKS}, update=True)
