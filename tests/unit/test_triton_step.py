@@ -164,6 +164,9 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm() -> None:
     for mine, gradient in zip(ours, gradients(0), strict=True):
         mine.grad = gradient
     ours[1].grad = torch.full_like(ours[1], float("inf"))
+    before = [mine.detach().clone() for mine in ours]
+    assert not masked.clip_and_step(1.0, only_finite=True).isfinite()
+    assert all(torch.equal(mine, old) for mine, old in zip(ours, before, strict=True))
     assert not masked.clip_and_step(1.0).isfinite()
     launched(masked)
 
