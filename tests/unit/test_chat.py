@@ -1,16 +1,22 @@
 """Prompts as tokens, where an answer ends, and what happens to prompts that are too long."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
 from lorapar_ray.boundary import read_lines
+from lorapar_ray.config import Config
+from lorapar_ray.datasets import labelled
 from lorapar_ray.datasets.chat import load_encoder
-from lorapar_ray.datasets.labelled import require_room
+from lorapar_ray.datasets.labelled import require_room, token_table
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.datasets.tokens import Selection, TokenTable, write_tokens
 from lorapar_ray.errors import UserError
@@ -116,6 +122,39 @@ def test_the_driver_judges_behind_limits(monkeypatch: pytest.MonkeyPatch) -> Non
     with judging_process("numeric") as process:
         right, lost = judge(process, rows, texts)
     assert right == [True, False, False, True] and lost <= 1
+
+
+def test_tokens_are_written_again_for_what_has_changed_or_is_damaged(
+    tmp_path: Path, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def here(work: Any, *arguments: Any) -> None:
+        made.append("made")
+        work(*arguments)
+
+    monkeypatch.setattr(labelled, "on_a_worker", here)  # the work itself, without a cluster
+    model, run = tmp_path / "model", RunDirectory(tmp_path / "run")
+    shutil.copytree(published, model)
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    run.labels.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(long_and_short()), run.labels / "part-00000.parquet")
+    tree = {"name": "r", "model": {"path": str(model)}, "data": {"train": [{"reader": "file", "path": "x"}]}}
+    config = Config.model_validate(tree)
+    whole = TokenTable(token_table(config, run)).tokens(1).tolist()
+    os.utime(run.labels / "part-00000.parquet", (1, 1))
+    file = token_table(config, run)
+    assert made == ["made"]
+    content = bytearray(file.read_bytes())
+    content[content.index(whole[-1].to_bytes(4, "little"))] ^= 1
+    for damage in (bytes(content), bytes(content[:200])):
+        file.write_bytes(damage)
+        assert TokenTable(token_table(config, run)).tokens(1).tolist() == whole
+    assert len(made) == 3
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|im_end|>"}))
+    token_table(config, run)
+    assert len(made) == 4
 
 
 def test_only_a_newline_ends_a_line_of_metrics(tmp_path: Path) -> None:

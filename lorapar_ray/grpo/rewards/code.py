@@ -6,16 +6,20 @@ import ast
 import json
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from lorapar_ray.boundary import boundary
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.rewards.functions import Completions, text_of
+from lorapar_ray.text import one_line
 
 if TYPE_CHECKING:
     from lorapar_ray.config import SandboxConfig
     from lorapar_ray.sandbox import Job, Sandbox
 
 CODE_TESTS = "code_tests"
+TESTS = "give a program of asserts, a list of such texts, or a row of HumanEval or MBPP"
 SHARE = 0.6
 """Of a reward's time limit: what one program gets at most, so that a program alone never breaks its reward process."""
 
@@ -60,6 +64,11 @@ def job_of(completion: str, answer: str) -> Job:
     Raises:
         UserError: the answer holds no tests.
     """
+    with boundary(f"{CODE_TESTS}: an answer of the data is no set of tests: {one_line(answer, 60)!r}", TESTS):
+        return _job_of(completion, answer)
+
+
+def _job_of(completion: str, answer: str) -> Job:
     from lorapar_ray.sandbox.tasks import code_of, humaneval_job, mbpp_job, tests_job
 
     given = _parsed(answer)
@@ -79,10 +88,8 @@ def _parsed(answer: str) -> Any:
     if not answer.lstrip().startswith(("[", "{")):
         return answer
     for read in (json.loads, ast.literal_eval):
-        try:
+        with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             return read(answer)
-        except (ValueError, SyntaxError):
-            continue
     raise UserError(f"{CODE_TESTS}: an answer is neither JSON nor a program: {answer[:60]!r}")
 
 
