@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from io import TextIOWrapper
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from lorapar_ray.ablations.grids import GRIDS
 from lorapar_ray.config import Config
 from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
@@ -41,6 +42,7 @@ OF_THE_PLACE = (
 """What is wrong with a disk, a directory or a path, and not with this program."""
 
 Value = TypeVar("Value", str, Path)
+Number = TypeVar("Number", int, float)
 
 app = typer.Typer(
     help="LoRA-PAR on Ray: label, score, partition, SFT, GRPO, evaluate, report.",
@@ -332,6 +334,43 @@ def export(
     target = out.expanduser()
     done = write(config, run, target, stage, merged=merged)
     print(f"{'merged model' if merged else 'adapter'} of {done} in '{target}'")
+
+
+@app.command("ablate", help="Run a grid of arms, and say which claims they bear out. Grids: " + ", ".join(GRIDS) + ".")
+def ablate(
+    grid: Annotated[str, typer.Argument(help="Which arms.")],
+    config: Annotated[Path, typer.Argument(help="YAML config that the arms change.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="[default: runs/<name>-<grid>]")] = None,
+    seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "1,2,3,4,5",
+    rates: Annotated[str, typer.Option(help="Of a tuned grid's sweep, relative to the config's.")] = "0.25,0.5,1,2,4",
+    only: Annotated[list[str] | None, typer.Option("--only", metavar="ARM", help="Leave out the others.")] = None,
+    set_: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the arms and what they share; run nothing.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    from lorapar_ray.ablations.job import described, make_plan, run_plan
+
+    folder = out or Path("runs") / f"{load_config(config, set_ or []).name}-{grid}"
+    plan = make_plan(
+        grid,
+        config,
+        set_ or [],
+        folder,
+        seeds=_numbers("--seeds", seeds, int),
+        only=only or [],
+        rates=_numbers("--rates", rates, float),
+    )
+    if dry_run:
+        print("\n".join(described(plan)))
+    elif failed := run_plan(plan, verbose=verbose):
+        raise UserError(f"{len(failed)} of the runs failed, the others are in '{folder}/table.md'; first: {failed[0]}")
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    try:
+        return [kind(each) for each in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text}: give numbers separated by commas") from None
 
 
 @app.command("doctor", help="Check versions, engines, cores, memory, disk and Ray, a line each.")

@@ -52,5 +52,6 @@ class PartitionConfig(Section):
     """Which elements of the shared part `alpha` and `beta` take: the most important ones, or drawn ones."""
     scope: Result[Literal["global", "module_type", "layer"]] = "global"
     """What is ranked together: all elements, those of each module type, or those of each layer."""
-    mask: Result[Literal["importance", "random"]] = "importance"
-    """`random`: sets of the same sizes drawn at random, the paper's baseline."""
+    mask: Result[Literal["importance", "random", "swapped"]] = "importance"
+    """`random`: sets of the same sizes drawn at random, the paper's baseline. `swapped`: each stage gets what the other
+    System needs, a control."""

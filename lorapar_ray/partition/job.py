@@ -48,6 +48,8 @@ def _cut(config: Config, run: RunDirectory) -> dict[str, Any]:
             random_mask(each, sum(int(mask.sum()) for mask in kept[index].values()), seed=config.seed + index)
             for index, each in enumerate(scores)
         ]
+    if settings.mask == "swapped":
+        kept, scores = kept[::-1], scores[::-1]
     regions = assign_regions(
         *kept, *scores, alpha=settings.alpha, beta=settings.beta, activation=settings.activation, seed=config.seed
     )

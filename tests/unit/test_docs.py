@@ -38,7 +38,8 @@ def test_every_command_is_one_that_lorapar_takes(page: Path, monkeypatch: pytest
         command = COMMANDS.commands[words[0]]  # type: ignore[attr-defined]
         with command.make_context(words[0], words[1:]) as context:
             given = context.params
-        [config] = given.get("config") or given.get("config_option") or [Path()]
+        named = given.get("config") or given.get("config_option") or Path()
+        [config] = named if isinstance(named, list | tuple) else [named]
         overrides = [each for each in given.get("set_") or [] if "FOLDER" not in each]
         if config.is_file():
             load_config(config, overrides)

@@ -1,0 +1,241 @@
+"""The grids: which arms there are, which claims they decide, and the paper's figures (arXiv 2507.20999, LLaMA2-7B)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PLAIN = "sft.masked=false"
+UNMASKED = (PLAIN, "grpo.masked=false")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: the config with a few settings changed."""
+
+    name: str
+    changes: tuple[str, ...] = ()
+    """As for `--set`."""
+    paper: str = ""
+    """Its figure there, in % on GSM8K."""
+    rank_share: float = 1.0
+    """Of the config's rank, at the same scaling alpha / rank."""
+    teachers: int | None = None
+    """The config's first so many; None: all."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That one arm ends above another."""
+
+    text: str
+    better: str
+    worse: str
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Arms that are compared."""
+
+    name: str
+    help: str
+    arms: tuple[Arm, ...]
+    claims: tuple[Claim, ...] = ()
+    tuned: bool = False
+    """Each arm gets a learning rate of its own from a sweep on a validation split: at one rate for all, that of the
+    importance mask, a random mask is an unfair control (arXiv 2405.02596)."""
+
+    def arm(self, name: str) -> Arm:
+        """The arm of that name."""
+        return next(each for each in self.arms if each.name == name)
+
+
+def _strategies() -> Grid:
+    one = "label.quorum=1"
+    return Grid(
+        "strategies",
+        "how the questions are split (table 1)",
+        (
+            Arm("single", ("label.strategy=single", one), "25.32", teachers=1),
+            Arm("single-role-play", ("label.strategy=single_roleplay", one), "26.23", teachers=1),
+            Arm("random", ("label.strategy=random",), "25.85"),
+            Arm("vote", ("label.strategy=vote",), "27.07"),
+        ),
+        (
+            Claim("voting beats one teacher", "vote", "single-role-play"),
+            Claim("role-play beats none", "single-role-play", "single"),
+            Claim("voted labels beat drawn ones", "vote", "random"),
+        ),
+    )
+
+
+def _activation() -> Grid:
+    paper = {
+        (0, 0): "18.88/19.03",
+        (0, 0.5): "18.12/25.25",
+        (0, 1): "18.35/23.58",
+        (0.5, 0): "23.65/25.85",
+        (0.5, 0.5): "24.79/29.57",
+        (0.5, 1): "24.94/31.01",
+        (1, 0): "27.75/27.75",
+        (1, 0.5): "26.99/31.92",
+        (1, 1): "27.14/34.37",
+    }
+    arms = tuple(
+        Arm(f"a{alpha:g}-b{beta:g}", (f"partition.alpha={alpha:g}", f"partition.beta={beta:g}"), figure)
+        for (alpha, beta), figure in paper.items()
+    )
+    return Grid(
+        "activation",
+        "how much of the shared region each stage trains (table 2)",
+        arms,
+        tuple(Claim("α = β = 1 ends highest", "a1-b1", arm.name) for arm in arms if arm.name != "a1-b1"),
+    )
+
+
+def _theta() -> Grid:
+    paper = {
+        "qkv": ("0", "1.44", "15.77", "18.44", "20.55", "22.29", "23.73", "23.65", "23.35", "26.46"),
+        "gud": ("12.13", "6.90", "5.76", "6.22", "11.14", "17.36", "21.15", "22.14", "25.47", "30.25"),
+        "qkvgud": ("8.87", "12.59", "11.90", "13.04", "13.12", "15.16", "20.62", "24.03", "27.3", "30.63"),
+    }
+    drawn = {
+        "qkv": {0.3: "0", 0.6: "11.22", 0.9: "21.30"},
+        "gud": {0.3: "3.11", 0.6: "17.13", 0.9: "23.43"},
+        "qkvgud": {0.3: "6.29", 0.6: "13.87", 0.9: "23.43"},
+    }
+    arms, claims = [], []
+    for targets, figures in paper.items():
+        for place, figure in enumerate(figures):
+            theta = (place + 1) / 10
+            change = (f"adapter.targets={targets}", f"partition.theta={theta:g}")
+            name = f"{targets}-{theta:g}"
+            if theta == 1:
+                arms.append(Arm(name, (f"adapter.targets={targets}", *UNMASKED), figure))
+                continue
+            arms.append(Arm(name, change, figure))
+            if theta in drawn[targets]:
+                arms.append(Arm(f"{name}-random", (*change, "partition.mask=random"), drawn[targets][theta]))
+                claims.append(Claim("the chosen subset beats a random one of its size", name, f"{name}-random"))
+    claims.append(Claim("about 40 % of the elements reach the full adapter", "qkvgud-0.9", "qkvgud-1"))
+    return Grid("theta", "how much is kept, of which modules, against random (table 3)", tuple(arms), tuple(claims))
+
+
+def _methods() -> Grid:
+    one, two = "sft.epochs=1", "sft.epochs=2"
+    rl = (*UNMASKED, "order=[sft, grpo]")
+    return Grid(
+        "methods",
+        "LoRA-PAR against what people use, one and two epochs (table 4)",
+        (
+            Arm("lora-1", (PLAIN, "order=[sft]", one), "27.8"),
+            Arm("lora-2", (PLAIN, "order=[sft]", two), "31.86"),
+            Arm("lora-plus-2", (PLAIN, "order=[sft]", two, "sft.lora_plus_ratio=8")),
+            Arm("olora-1", (PLAIN, "order=[sft]", "adapter.init=olora", one), "29.57"),
+            Arm("olora-2", (PLAIN, "order=[sft]", "adapter.init=olora", two), "32.83"),
+            Arm("pissa-1", (PLAIN, "order=[sft]", "adapter.init=pissa", one), "30.78"),
+            Arm("pissa-2", (PLAIN, "order=[sft]", "adapter.init=pissa", two), "33.59"),
+            Arm("lora-rl", rl),
+            Arm("pissa-rl", (*rl, "adapter.init=pissa"), "30.63/37.45"),
+            Arm("lora-par", (), "27.07/34.57"),
+            Arm("lora-par-pissa", ("adapter.init=pissa",), "28.73/38.97"),
+            Arm("lora-par-pissa-0.95", ("adapter.init=pissa", "partition.theta=0.95"), "30.86/41.85"),
+        ),
+        (
+            Claim("LoRA-PAR ends above two epochs of LoRA", "lora-par", "lora-2"),
+            Claim("LoRA-PAR ends above LoRA and RL without a mask", "lora-par", "lora-rl"),
+            Claim("LoRA-PAR on PiSSA ends above PiSSA and RL", "lora-par-pissa", "pissa-rl"),
+            Claim("θ = 0.95 ends above 0.9", "lora-par-pissa-0.95", "lora-par-pissa"),
+        ),
+    )
+
+
+def _order() -> Grid:
+    return Grid(
+        "order",
+        "which stage comes first",
+        (
+            Arm("sft-grpo", ("order=[sft, grpo]",), "81.65 (Qwen2.5-7B)"),
+            Arm("grpo-sft", ("order=[grpo, sft]",), "68.46 (Qwen2.5-7B)"),
+        ),
+        (Claim("SFT before RL ends higher", "sft-grpo", "grpo-sft"),),
+    )
+
+
+def _peft() -> Grid:
+    only = (PLAIN, "order=[sft]")
+    learnt = (
+        *only,
+        "sft.gradient_checkpointing=false",
+        "sft.packing=false",
+        "sft.sharding=none",
+    )  # all they allow
+    return Grid(
+        "peft",
+        "other parameter-efficient methods",
+        (
+            Arm("prompt-tuning", (*learnt, "adapter.method=prompt_tuning", "sft.learning_rate=0.03"), "22.37"),
+            Arm("p-tuning", (*learnt, "adapter.method=p_tuning", "sft.learning_rate=0.003"), "24.18"),
+            Arm("prefix-tuning", (*learnt, "adapter.method=prefix_tuning", "sft.learning_rate=0.03"), "25.7"),
+            Arm("ia3", (*learnt, "adapter.method=ia3", "sft.learning_rate=0.005"), "22.97"),
+            Arm("qlora", (*only, "model.quantization=nf4")),
+            Arm("lora", only, "27.8"),
+        ),
+        (Claim("LoRA ends above IA3", "lora", "ia3"),),
+    )
+
+
+def _stage1() -> Grid:
+    only = ("order=[sft]",)
+    pissa = "adapter.init=pissa"
+    return Grid(
+        "stage1",
+        "which elements stage 1 trains, at one learning rate for all",
+        (
+            Arm("lora", (*only, PLAIN)),
+            Arm("lora-par", only),
+            Arm("random-mask", (*only, "partition.mask=random")),
+            Arm("pissa", (*only, PLAIN, pissa)),
+            Arm("lora-par-pissa", (*only, pissa)),
+            Arm("random-mask-pissa", (*only, pissa, "partition.mask=random")),
+        ),
+        (
+            Claim("the mask beats a random one of its size", "lora-par", "random-mask"),
+            Claim("the mask reaches the full LoRA", "lora-par", "lora"),
+            Claim("on PiSSA the mask beats training everything", "lora-par-pissa", "pissa"),
+        ),
+    )
+
+
+def _mask() -> Grid:
+    stage1 = ("order=[sft]",)
+    controls = {
+        "random": ("partition.mask=random",),
+        "magnitude": ("score.criterion=magnitude",),
+        "first-order": ("score.criterion=taylor1",),
+        "swapped": ("partition.mask=swapped",),
+    }
+    arms = (
+        Arm("importance", stage1),
+        *(Arm(name, (*stage1, *changes)) for name, changes in controls.items()),
+        Arm("smaller-lora", (*stage1, PLAIN), rank_share=0.4),  # what θ = 0.9 keeps
+        Arm("full-lora", (*stage1, PLAIN)),
+    )
+    said = {
+        "random": "the importance mask beats a random one of its size at a rate of its own",
+        "magnitude": "second-order importance beats magnitude",
+        "first-order": "second-order importance beats first-order",
+        "swapped": "a stage's own mask beats the other System's",
+        "smaller-lora": "the mask beats a LoRA of lower rank with as many parameters",
+        "full-lora": "the mask reaches the full LoRA",
+    }
+    return Grid(
+        "mask",
+        "stage 1 by mask, each at a learning rate of its own",
+        arms,
+        tuple(Claim(text, "importance", name) for name, text in said.items()),
+        tuned=True,
+    )
+
+
+_ALL = (_strategies(), _activation(), _theta(), _methods(), _order(), _peft(), _stage1(), _mask())
+GRIDS: dict[str, Grid] = {grid.name: grid for grid in _ALL}

@@ -1,0 +1,192 @@
+"""Run a grid: what is equal once, a failed run beside the others, and a table of what is finished at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorapar_ray.ablations import tables
+from lorapar_ray.ablations.grids import GRIDS, Arm, Grid
+from lorapar_ray.ablations.results import Outcome, decide, read_outcome, summarise, validation_loss
+from lorapar_ray.ablations.sharing import SHARED, borrow
+from lorapar_ray.ablations.units import Unit, counted, main_runs, sweep
+from lorapar_ray.boundary import read_object
+from lorapar_ray.errors import UserError
+from lorapar_ray.pipeline import PIPELINE, check, pending, run_stage
+from lorapar_ray.progress import console
+from lorapar_ray.session import ray_session
+from lorapar_ray.text import one_line
+
+RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A grid on one config."""
+
+    grid: Grid
+    arms: tuple[Arm, ...]
+    file: Path
+    overrides: tuple[str, ...]
+    out: Path
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...] = RATES
+    """Of a tuned grid's sweep, relative to the config's learning rate."""
+
+    @property
+    def sweeps(self) -> list[Unit]:
+        """The runs from which each arm's learning rate is chosen."""
+        if not self.grid.tuned or len(self.rates) < 2:
+            return []
+        return sweep(self.arms, self.file, self.overrides, self.out, self.seeds[0], self.rates)
+
+    def units(self, rates: dict[str, float]) -> list[Unit]:
+        """The runs that are compared."""
+        return main_runs(self.arms, self.file, self.overrides, self.out, self.seeds, rates)
+
+
+def make_plan(
+    grid: str,
+    file: Path,
+    overrides: Sequence[str],
+    out: Path,
+    *,
+    seeds: Sequence[int],
+    only: Sequence[str] = (),
+    rates: Sequence[float] = RATES,
+) -> Plan:
+    """Check everything before anything starts.
+
+    Raises:
+        UserError: no such grid or arm, or an arm that the config does not allow.
+    """
+    if grid not in GRIDS:
+        raise UserError(f"ablate: no grid '{grid}'; there are {', '.join(GRIDS)}")
+    chosen = GRIDS[grid]
+    names = [arm.name for arm in chosen.arms]
+    for name in only:
+        if name not in names:
+            raise UserError(f"--only {name}: no such arm of '{grid}'; there are {', '.join(names)}")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UserError("--seeds: give different whole numbers, such as 1,2,3")
+    arms = tuple(arm for arm in chosen.arms if not only or arm.name in only)
+    for key in {each.partition("=")[0] for each in overrides}:
+        if key == "seed" or any(change.startswith(f"{key}=") for arm in arms for change in arm.changes):
+            raise UserError(f"--set {key}: the grid '{grid}' sets it itself; leave it out, or choose arms with --only")
+    plan = Plan(chosen, arms, file, tuple(overrides), out, tuple(seeds), tuple(rates))
+    for unit in [*plan.sweeps, *plan.units({})]:
+        try:
+            check(unit.config, unit.stages)
+        except UserError as error:
+            raise UserError(f"arm {unit.arm}: {error}") from error
+    return plan
+
+
+def described(plan: Plan) -> Iterator[str]:
+    """What running it would take, for `--dry-run`."""
+    sweeps, units = plan.sweeps, plan.units({})
+    yield f"{plan.grid.name}: {plan.grid.help}; {len(plan.arms)} arms × {len(plan.seeds)} seeds in '{plan.out}'"
+    for arm in plan.arms:
+        rank = [f"rank × {arm.rank_share:g}"] if arm.rank_share != 1 else []
+        teachers = [f"{arm.teachers} teacher"] if arm.teachers is not None else []
+        yield f"  {arm.name:<22} {' '.join([*arm.changes, *rank, *teachers]) or 'the config as it is'}"
+    if sweeps:
+        rates = ", ".join(f"{rate:g}" for rate in plan.rates)
+        yield f"  first {len(sweeps)} short runs for each arm's learning rate (× {rates})"
+    seconds = _seconds(plan)
+    known = 0.0
+    for stage, wanted, computed in counted([*sweeps, *units]):
+        took = seconds.get(stage)
+        known += (took or 0.0) * computed
+        each = f", about {took:.0f} s each by those that are finished" if took else ""
+        yield f"  {stage:<10} {computed} of {wanted} are computed, the others are copies{each}"
+    if known:
+        yield f"  about {known / 3600:.1f} hours in all, what is finished included"
+    for claim in plan.grid.claims:
+        yield f"  decides whether {claim.text} ({claim.better} against {claim.worse})"
+
+
+def run_plan(plan: Plan, *, verbose: bool = False) -> list[str]:
+    """Run what is not finished, and write the tables.
+
+    Returns:
+        a line for each run that failed.
+    """
+    failed: list[str] = []
+    plan.out.mkdir(parents=True, exist_ok=True)
+    sweeps = plan.sweeps
+    _run_all(sweeps, plan.out, failed, verbose)
+    _run_all(plan.units(_chosen(sweeps)), plan.out, failed, verbose)
+    console.print(report(plan))
+    return failed
+
+
+def report(plan: Plan) -> str:
+    """Write the tables of what is finished; returns the Markdown."""
+    units = plan.units(_chosen(plan.sweeps))
+    found: dict[str, list[Outcome]] = {}
+    base: list[Outcome] = []
+    for unit in units:
+        rate = unit.config.sft.learning_rate
+        outcome = read_outcome(unit.folder, unit.seed, unit.config.order[-1], rate)
+        if outcome is not None:
+            found.setdefault(unit.arm, []).append(outcome)
+        start = read_outcome(unit.folder, unit.seed, "base", 0.0)
+        if start is not None and not base:  # the base knows no seed
+            base = [Outcome(0, start.right, 0.0, None)]
+    verdicts = [decide(claim, found.get(claim.better, []), found.get(claim.worse, [])) for claim in plan.grid.claims]
+    summaries = {arm: summarise(arm, outcomes) for arm, outcomes in found.items()}
+    first = summarise("base", base) if base else None
+    return tables.write(plan.out, plan.grid, first, summaries, [each for each in verdicts if each is not None])
+
+
+def _chosen(sweeps: Sequence[Unit]) -> dict[str, float]:
+    """By arm, the learning rate of the lowest validation loss; arms whose sweep is not finished are left out."""
+    losses: dict[str, dict[float, float]] = {}
+    complete: dict[str, bool] = {}
+    for unit in sweeps:
+        assert unit.rate is not None
+        loss = validation_loss(unit.folder) if (unit.folder / "manifest.json").is_file() else None
+        complete[unit.arm] = complete.get(unit.arm, True) and loss is not None
+        if loss is not None:
+            losses.setdefault(unit.arm, {})[unit.rate] = loss
+    return {arm: min(known, key=lambda rate: known[rate]) for arm, known in losses.items() if complete[arm]}
+
+
+def _run_all(units: Sequence[Unit], out: Path, failed: list[str], verbose: bool) -> None:
+    due = [unit for unit in units if not _finished(unit)]
+    with ray_session(verbose) if due else nullcontext():
+        for place, unit in enumerate(due):
+            console.print(f"[{place + 1}/{len(due)}] {unit.title}")
+            try:
+                _run(unit, out)
+            except UserError as error:  # the other arms end all the same
+                failed.append(f"{unit.title}: {one_line(error, 300)}")
+                console.print(f"  {failed[-1]}")
+
+
+def _finished(unit: Unit) -> bool:
+    return bool(unit.run.manifest()) and not pending(unit.config, unit.run, unit.stages)
+
+
+def _run(unit: Unit, out: Path) -> None:
+    run = unit.run
+    run.open(unit.config)
+    siblings = sorted(each.parent for each in out.glob("**/manifest.json"))
+    for name in unit.stages:
+        if name in SHARED and borrow(unit.config, run, name, siblings):
+            console.print(f"  {name} is a copy")
+        else:
+            run_stage(unit.config, run, name)
+
+
+def _seconds(plan: Plan) -> dict[str, float]:
+    """By stage, how long it took on average where it has finished."""
+    spent: dict[str, list[float]] = {}
+    for file in plan.out.glob("**/manifest.json"):
+        for name, entry in read_object(file).get("stages", {}).items():
+            if entry.get("status") == "done" and name in PIPELINE:
+                spent.setdefault(name, []).append(float(entry.get("seconds", 0.0)))
+    return {name: sum(each) / len(each) for name, each in spent.items()}

@@ -1,0 +1,150 @@
+"""What finished runs of a grid say: accuracies by arm, and a verdict on each claim."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Literal
+
+from lorapar_ray.ablations.grids import Claim
+from lorapar_ray.boundary import read_lines, read_object
+from lorapar_ray.datasets.rows import read_table
+from lorapar_ray.evaluation.statistics import paired, wilson_interval
+
+Right = dict[str, bool]
+"""By question, whether it was answered correctly."""
+MARGIN = 0.01
+"""A difference whose whole interval is smaller than this, 1 point, is none worth having."""
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+"""Student's t at 97.5 %, by degrees of freedom from 1; beyond the last it is taken for 1.96 + 2.6 / df."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished run."""
+
+    seed: int
+    right: Right
+    learning_rate: float
+    active_share: float | None
+    """Of the adapter's elements that stage 1 trains."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One arm over its seeds."""
+
+    arm: str
+    accuracy: float
+    interval: tuple[float, float]
+    """95 %, Wilson, of all answers together."""
+    n: int
+    """Answers: questions × seeds."""
+    by_seed: dict[int, float]
+    learning_rate: float
+    active_share: float | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the runs say of one claim."""
+
+    claim: Claim
+    found: Literal["held", "not held", "undecided"]
+    difference: float
+    interval: tuple[float, float]
+    """95 %: over seeds where there are three or more (Student's t), else over questions (Newcombe)."""
+    p: float
+    """Exact McNemar, the questions of all seeds together."""
+    questions: int
+    seeds: int
+    sentence: str
+
+
+def read_outcome(folder: Path, seed: int, last: str, learning_rate: float) -> Outcome | None:
+    """A run's answers by its last stage; None if it has not been evaluated."""
+    file = folder / "eval" / f"{last}.parquet"
+    if not (folder / "eval" / f"{last}.json").is_file():
+        return None
+    right = {row["id"]: row["right"] for row in read_table(file, {"id": str, "right": bool})}
+    lines = read_lines(folder / "metrics" / "sft.jsonl")
+    return Outcome(seed, right, learning_rate, lines[-1].get("active_share") if lines else None)
+
+
+def validation_loss(folder: Path) -> float | None:
+    """The lowest that a run of a sweep has reached; None if it has not finished stage 1."""
+    if read_object(folder / "manifest.json")["stages"].get("sft", {}).get("status") != "done":
+        return None
+    return min((float(line["loss"]) for line in read_lines(folder / "metrics" / "sft_validation.jsonl")), default=None)
+
+
+def summarise(arm: str, outcomes: Sequence[Outcome]) -> Summary:
+    """One arm's row of the table; `outcomes` is not empty."""
+    right = sum(sum(each.right.values()) for each in outcomes)
+    n = sum(len(each.right) for each in outcomes)
+    by_seed = {each.seed: sum(each.right.values()) / len(each.right) for each in outcomes}
+    first = outcomes[0]
+    return Summary(arm, right / n, wilson_interval(right, n), n, by_seed, first.learning_rate, first.active_share)
+
+
+def decide(claim: Claim, better: Sequence[Outcome], worse: Sequence[Outcome]) -> Verdict | None:
+    """Compare two arms on the seeds and questions that both have answered; None if there are none."""
+    others = {each.seed: each for each in worse}
+    pairs = [(each, others[each.seed]) for each in better if each.seed in others]
+    ours, theirs, steps = [], [], []
+    for first, second in pairs:
+        same = sorted(first.right.keys() & second.right.keys())
+        if same:
+            ours += [first.right[key] for key in same]
+            theirs += [second.right[key] for key in same]
+            steps.append(sum(first.right[key] - second.right[key] for key in same) / len(same))
+    if not ours:
+        return None
+    change = paired(theirs, ours)
+    difference, interval = change.difference, change.interval
+    if len(steps) >= 3:
+        difference, interval = mean_interval(steps)
+    found = _found(interval)
+    reached = sum(ours) / len(ours), sum(theirs) / len(theirs)
+    words = _sentence(claim, found, reached, difference, interval, change.p, len(steps))
+    return Verdict(claim, found, difference, interval, change.p, len(ours), len(steps), words)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """Mean and 95 % interval of its expectation by Student's t; at least two values."""
+    n = len(values)
+    mean = sum(values) / n
+    deviation = sqrt(sum((each - mean) ** 2 for each in values) / (n - 1))
+    t = T_975[n - 2] if n - 2 < len(T_975) else 1.96 + 2.6 / (n - 1)
+    reach = t * deviation / sqrt(n)
+    return mean, (mean - reach, mean + reach)
+
+
+def _found(interval: tuple[float, float]) -> Literal["held", "not held", "undecided"]:
+    low, high = interval
+    if low > 0:
+        return "held"
+    return "not held" if high < 0 or (low > -MARGIN and high < MARGIN) else "undecided"
+
+
+def _sentence(
+    claim: Claim,
+    found: str,
+    reached: tuple[float, float],
+    difference: float,
+    interval: tuple[float, float],
+    p: float,
+    seeds: int,
+) -> str:
+    low, high = (100 * bound for bound in interval)
+    better, worse = (f"{each:.1%}" for each in reached)
+    over = f"{seeds} seeds" if seeds > 1 else "one seed"
+    so = {"held": "so the claim held here.", "not held": "so the claim did not hold here."}
+    said = claim.text[0].upper() + claim.text[1:]
+    ending = so.get(found, "which decides nothing at this size.")
+    return (
+        f"{said}: {claim.better} reached {better} and {claim.worse} {worse} over {over}, a difference of "
+        f"{100 * difference:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}; exact McNemar p = {p:.2g}), {ending}"
+    )

@@ -1,0 +1,125 @@
+"""What a grid comes down to: one run for each arm and seed, and which stages several of them share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorapar_ray.ablations.grids import Arm
+from lorapar_ray.config import Config
+from lorapar_ray.config_file import load_config
+from lorapar_ray.files import digest
+from lorapar_ray.pipeline import PIPELINE, stages_of
+from lorapar_ray.runs import RunDirectory
+
+VALIDATION = 0.1
+"""Share of the training rows on whose loss a sweep chooses."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One run of a grid."""
+
+    arm: str
+    seed: int
+    config: Config
+    folder: Path
+    rate: float | None = None
+    """Of a sweep, relative to the config's; None: no sweep."""
+
+    @property
+    def run(self) -> RunDirectory:
+        """Its run directory."""
+        return RunDirectory(self.folder)
+
+    @property
+    def title(self) -> str:
+        """For the log."""
+        return f"{self.arm}, seed {self.seed}" + ("" if self.rate is None else f", rate × {self.rate:g}")
+
+    @property
+    def stages(self) -> list[str]:
+        """What is to run: a sweep ends with stage 1, whose validation loss it is for."""
+        names = [name for name in stages_of(self.config) if name != "report"]
+        return names if self.rate is None else names[: names.index("sft") + 1]
+
+
+def merged(*groups: Sequence[str]) -> list[str]:
+    """Overrides of which a later group's replace an earlier one's."""
+    found: dict[str, str] = {}
+    for change in (each for group in groups for each in group):
+        found[change.partition("=")[0].strip()] = change
+    return list(found.values())
+
+
+def changes_of(arm: Arm, file: Path, overrides: Sequence[str], rate: float = 1.0) -> list[str]:
+    """The arm's overrides of a config, with its learning rate multiplied by `rate`.
+
+    Raises:
+        UserError: the config does not allow them.
+    """
+    teachers: list[str] = []
+    if arm.teachers is not None:
+        kept = load_config(file, overrides).label.teachers[: arm.teachers]
+        teachers = [f"label.teachers={json.dumps([each.model_dump(mode='json') for each in kept])}"]
+    changes = merged(overrides, arm.changes, teachers)
+    config = load_config(file, changes)
+    if arm.rank_share != 1:
+        rank = max(1, round(arm.rank_share * config.adapter.rank))
+        alpha = config.adapter.alpha * rank / config.adapter.rank
+        changes = merged(changes, [f"adapter.rank={rank}", f"adapter.alpha={alpha:g}"])
+    return changes if rate == 1 else merged(changes, [f"sft.learning_rate={config.sft.learning_rate * rate:.6g}"])
+
+
+def sweep(
+    arms: Iterable[Arm], file: Path, overrides: Sequence[str], out: Path, seed: int, rates: Sequence[float]
+) -> list[Unit]:
+    """Every arm at every learning rate, on one seed, with a part of the training rows held out."""
+    units: list[Unit] = []
+    own = [f"seed={seed}", f"sft.validation={VALIDATION}", "order=[sft]", "evaluate.models=[sft]"]
+    for arm in arms:
+        for rate in rates:
+            config = load_config(file, merged(changes_of(arm, file, overrides, rate), own))
+            units.append(Unit(arm.name, seed, config, out / "sweep" / f"{arm.name}-{rate:g}", rate))
+    return units
+
+
+def main_runs(
+    arms: Iterable[Arm], file: Path, overrides: Sequence[str], out: Path, seeds: Sequence[int], rates: dict[str, float]
+) -> list[Unit]:
+    """Every arm on every seed; the first run evaluates the base, which is the same in all.
+
+    Args:
+        rates: by arm, what its sweep chose, relative to the config's learning rate.
+    """
+    units: list[Unit] = []
+    for arm in arms:
+        changes = changes_of(arm, file, overrides, rates.get(arm.name, 1.0))
+        for seed in seeds:
+            plain = load_config(file, merged(changes, [f"seed={seed}", "evaluate.models=null"]))
+            asked = ["base", plain.order[-1]] if not units else [plain.order[-1]]
+            config = plain.model_copy(update={"evaluate": plain.evaluate.model_copy(update={"models": asked})})
+            units.append(Unit(arm.name, seed, config, out / f"{arm.name}-{seed}"))
+    return units
+
+
+def shared_keys(unit: Unit) -> dict[str, str]:
+    """By stage, what decides its result: runs whose keys are equal share that stage."""
+    keys: dict[str, str] = {}
+    for name in unit.stages:
+        stage = PIPELINE[name]
+        settings = {path: setting.value for path, setting in stage.settings(unit.config).items()}
+        needs = {need: keys[need] for need in stage.needs(unit.config) if need in keys}
+        keys[name] = digest(json.loads(json.dumps([name, settings, needs], default=str)))
+    return keys
+
+
+def counted(units: Sequence[Unit]) -> Iterator[tuple[str, int, int]]:
+    """(stage, how often it is needed, how often it is computed) over all units."""
+    keys = [shared_keys(unit) for unit in units]
+    for name in PIPELINE:
+        wanted = [each[name] for each in keys if name in each]
+        if wanted:
+            yield name, len(wanted), len(set(wanted))

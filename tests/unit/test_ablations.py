@@ -1,0 +1,132 @@
+"""Grids of arms: every arm is a config of its own, equal stages are made once, and verdicts follow from the answers."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lorapar_ray.ablations.grids import GRIDS, Claim
+from lorapar_ray.ablations.job import described, make_plan, report
+from lorapar_ray.ablations.results import Outcome, decide, mean_interval
+from lorapar_ray.ablations.sharing import borrow
+from lorapar_ray.ablations.units import counted, shared_keys
+from lorapar_ray.errors import UserError
+from lorapar_ray.pipeline import is_done, run_stage
+from lorapar_ray.runs import RunDirectory
+from tests.tiny_run import ROOT, tiny_config, write_config
+
+SHIPPED = ROOT / "jobs" / "configs"
+CLAIM = Claim("the first beats the second", "first", "second")
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("file", ["arithmetic.yaml", "gsm8k-llama2-7b.yaml"])
+def test_every_arm_is_a_run_of_its_own(name: str, file: str, tmp_path: Path) -> None:
+    grid = GRIDS[name]
+    if name == "strategies" and file == "arithmetic.yaml":
+        pytest.skip("its config has no teachers")
+    plan = make_plan(name, SHIPPED / file, [], tmp_path, seeds=[1])
+    units = plan.units({})
+    assert len(units) == len(grid.arms)
+    assert len({json.dumps(shared_keys(unit), sort_keys=True) for unit in units}) == len(units)
+    assert {claim.better for claim in grid.claims} | {claim.worse for claim in grid.claims} <= {
+        a.name for a in grid.arms
+    }
+    assert len(plan.sweeps) == (5 * len(grid.arms) if grid.tuned else 0)
+    assert units[0].config.evaluated[0] == "base" and units[1].config.evaluated == [units[1].config.order[-1]]
+    shown = "\n".join(described(plan))
+    assert all(arm.name in shown for arm in grid.arms) and "are computed, the others are copies" in shown
+
+
+def test_what_arms_share_is_counted(tmp_path: Path) -> None:
+    units = make_plan("activation", SHIPPED / "gsm8k-llama2-7b.yaml", [], tmp_path, seeds=[1]).units({})
+    needed = {stage: (wanted, computed) for stage, wanted, computed in counted(units)}
+    assert needed["label"] == needed["score"] == (9, 1)
+    assert needed["partition"] == needed["grpo"] == (9, 9)
+    smaller = make_plan("mask", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1], only=["smaller-lora"]).units({})
+    assert (smaller[0].config.adapter.rank, smaller[0].config.adapter.alpha) == (3, 6)
+
+
+def test_a_stage_of_equal_inputs_is_copied(tmp_path: Path) -> None:
+    plain = tiny_config(Path("student")) | {"label": {"strategy": "random"}}
+    file = write_config(tmp_path / "tiny.yaml", plain)
+    plan = make_plan("mask", file, [], tmp_path / "out", seeds=[1, 2], only=["importance", "random"], rates=[1])
+    first, other, second, _ = plan.units({})
+    first.run.open(first.config)
+    run_stage(first.config, first.run, "label")
+    for unit, same in ((second, True), (other, False)):
+        unit.run.open(unit.config)
+        assert borrow(unit.config, unit.run, "label", [first.folder]) is same
+        assert is_done(unit.config, unit.run, "label") is same
+    copied = {path.name: path.read_bytes() for path in second.run.labels.iterdir()}
+    assert copied == {path.name: path.read_bytes() for path in first.run.labels.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"grid": "maks"}, "no grid 'maks'; there are strategies"),
+        ({"only": ["randm"]}, "no such arm of 'mask'"),
+        ({"seeds": [1, 1]}, "--seeds: give different"),
+        ({"overrides": ["order=[sft]"]}, "--set order: the grid 'mask' sets it itself"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: dict[str, Any], said: str, tmp_path: Path) -> None:
+    given = {"grid": "mask", "seeds": [1], **arguments}
+    with pytest.raises(UserError, match=said):
+        make_plan(given.pop("grid"), SHIPPED / "arithmetic.yaml", given.pop("overrides", []), tmp_path, **given)
+
+
+def outcomes(*right: int, n: int = 200) -> list[Outcome]:
+    return [Outcome(seed, {str(q): q < count for q in range(n)}, 1e-3, 0.4) for seed, count in enumerate(right)]
+
+
+def test_a_claim_is_held_not_held_or_undecided() -> None:
+    held = decide(CLAIM, outcomes(120, 124, 122), outcomes(90, 91, 95))
+    assert held is not None and held.found == "held" and held.seeds == 3 and held.questions == 600
+    assert held.difference == pytest.approx((30 + 33 + 27) / 600)
+    assert "a difference of +15.0 points" in held.sentence and held.sentence.endswith("so the claim held here.")
+    reverse = decide(CLAIM, outcomes(90, 91, 95), outcomes(120, 124, 122))
+    assert reverse is not None and reverse.found == "not held"
+    equal = decide(CLAIM, outcomes(100, 100, 100), outcomes(100, 100, 100))
+    assert equal is not None and equal.found == "not held" and equal.p == 1
+    noisy = decide(CLAIM, outcomes(120, 80, 110), outcomes(90, 100, 95))
+    assert noisy is not None and noisy.found == "undecided" and "decides nothing" in noisy.sentence
+    one = decide(CLAIM, outcomes(120), outcomes(90))
+    assert one is not None and one.found == "held" and "over one seed" in one.sentence
+    assert decide(CLAIM, outcomes(120), []) is None
+
+
+def test_the_interval_over_seeds_is_students() -> None:
+    mean, (low, high) = mean_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3 and (low, high) == pytest.approx((3 - 1.9634, 3 + 1.9634), abs=1e-3)
+
+
+def test_the_tables_hold_what_is_finished(tmp_path: Path) -> None:
+    two = ["importance", "random"]
+    plan = make_plan("mask", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1, 2, 3], only=two, rates=[1])
+
+    def finish(arm: str, seed: int, name: str, right: int) -> None:
+        folder = RunDirectory(tmp_path / f"{arm}-{seed}").eval
+        folder.mkdir(parents=True, exist_ok=True)
+        table = pa.table({"id": [str(each) for each in range(100)], "right": [each < right for each in range(100)]})
+        pq.write_table(table, folder / f"{name}.parquet")
+        (folder / f"{name}.json").write_text("{}")
+
+    finish("importance", 1, "base", 10)
+    for seed in (1, 2, 3):
+        finish("importance", seed, "sft", 50 + seed)
+        finish("random", seed, "sft", 30 + seed)
+    text = report(plan)
+    assert "| base | – | – | 10.0% |" in text and "| importance | 0.001 | – | 52.0% |" in text
+    assert "- **held**: The importance mask beats a random one of its size" in text
+    table = list(csv.reader((tmp_path / "table.csv").read_text().splitlines()))
+    assert [row[0] for row in table] == ["arm", "base", "importance", "random"]
+    assert r"52.0\% & " in (tmp_path / "table.tex").read_text()
+    assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
