@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lorapar_ray.boundary import boundary
 from lorapar_ray.config import GrpoConfig, ModelConfig
 from lorapar_ray.engines.policy import Policy, PolicySender
 from lorapar_ray.grpo import checkpoint
@@ -18,6 +19,7 @@ from lorapar_ray.grpo.update import Updates, assign
 from lorapar_ray.grpo.worker import GrpoJob
 from lorapar_ray.optim.schedule import learning_rate_factor
 from lorapar_ray.precision import rounding, use_tensor_cores
+from lorapar_ray.tensortree import OTHERS
 
 
 class Learner:
@@ -121,14 +123,20 @@ class Learner:
         checkpoint.save(Path(self.job.checkpoints), step, tree)
 
     def restore(self, rank: int, world: int) -> tuple[int, dict[str, Any] | None]:
-        """Load the newest checkpoint; returns (steps done, prompt stream state)."""
-        tree = checkpoint.newest(Path(self.job.checkpoints), rank, world)
+        """Load the newest checkpoint; returns (steps done, prompt stream state).
+
+        Raises:
+            UserError: it is damaged in a way that its length does not show.
+        """
+        folder = Path(self.job.checkpoints)
+        tree = checkpoint.newest(folder, rank, world)
         if tree is None:
             return 0, None
-        assign(self.parameters, tree["parameters"])
-        self.optimizer.load_state_dict(tree["optimizer"])
-        torch.set_rng_state(tree["rng"])
-        return tree["step"], tree["stream"]
+        with boundary(f"grpo: the newest checkpoint in '{folder}' is damaged", OTHERS):
+            assign(self.parameters, tree["parameters"])
+            self.optimizer.load_state_dict(tree["optimizer"])
+            torch.set_rng_state(tree["rng"])
+            return int(tree["step"]), tree["stream"]
 
     def finish(self) -> None:
         """Write the trained adapter."""

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from safetensors import SafetensorError, safe_open
-
+from lorapar_ray.boundary import open_tensors
+from lorapar_ray.errors import UserError
 from lorapar_ray.importance.sums import GradSums
 
 
@@ -114,9 +114,9 @@ class PartWriter:
 
 
 def _units_in(file: Path) -> list[int]:
+    """Empty for a damaged file: its units are done anew."""
     try:
-        with safe_open(file, framework="pt") as opened:
-            units: list[int] = json.loads(opened.metadata()["units"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):  # damaged: its units are done anew
+        units = json.loads(open_tensors(file).metadata()["units"])
+    except (UserError, ValueError, RecursionError, KeyError, TypeError):
         return []
-    return units
+    return units if isinstance(units, list) and all(type(unit) is int for unit in units) else []

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import save_file
 
 from lorapar_ray.importance import GradSums
 from lorapar_ray.importance.parts import Part, PartWriter, Plan, done_units, finished, sums_of
@@ -79,3 +81,14 @@ def test_windows_keep_the_units_and_their_order() -> None:
     lengths = [10] * 23
     found = list(windows([0, 2, 4, 6, 8], PLAN, 1, lengths, 40))
     assert found == [[0, 2], [4, 6], [8]]
+
+
+@pytest.mark.parametrize("units", ["3", '["a"]', "[true]", "{}", "null", "[" * 100_000, "", None])
+def test_sums_of_units_that_are_none_do_not_count(tmp_path: Path, units: str | None) -> None:
+    part = Part(1, 0, 0)
+    file = tmp_path / part.name / "writer.safetensors"
+    file.parent.mkdir()
+    save_file({"a": torch.ones(1)}, file, metadata=None if units is None else {"units": units})
+    assert finished(tmp_path, part) == {}
+    file.write_bytes(file.read_bytes()[:-1])
+    assert finished(tmp_path, part) == {}
