@@ -1,4 +1,4 @@
-"""Start a function on the workers of a Ray Train group: what scoring, stage 1 and stage 2 share."""
+"""Work away from the driver: a function on every worker of a Ray Train group, or once, as a task on some machine."""
 
 from __future__ import annotations
 
@@ -81,6 +81,34 @@ def _work(task: dict[str, Any]) -> None:
             refusal, redact(str(getattr(error, "cause", error)))
         )  # one that came from an actor carries its traceback
         raise
+
+
+def on_a_worker(function: Callable[..., Any], *arguments: Any, resources: Resources | None = None) -> Any:
+    """Run `function(*arguments)` as a Ray task and wait for what it returns.
+
+    Args:
+        function: importable by name on the workers.
+        resources: None: no core of its own, and no GPU.
+
+    Raises:
+        UserError: as the task raised it.
+    """
+    import ray
+
+    asked = Resources(cpus=0) if resources is None else resources
+    task = ray.remote(_told).options(**ray_options(asked), runtime_env={"env_vars": worker_environment(asked)})
+    result, problem = ray.get(task.remote(function, arguments))
+    if problem is not None:
+        raise UserError(problem)
+    return result
+
+
+def _told(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, str | None]:
+    """(result, None), or (None, message of a user's error): as an error it would carry the worker's traceback."""
+    try:
+        return function(*arguments), None
+    except UserError as error:
+        return None, str(error)
 
 
 def worker_environment(resources: Resources) -> dict[str, str]:

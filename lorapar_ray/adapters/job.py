@@ -12,7 +12,7 @@ from lorapar_ray.config import AdapterConfig, Config, ModelConfig
 from lorapar_ray.models import resolve_model
 from lorapar_ray.runs import RunDirectory, atomic_path
 from lorapar_ray.student import RESIDUAL_INITS, base_reference, load_base
-from lorapar_ray.tasks import on_a_worker
+from lorapar_ray.workers import on_a_worker
 
 
 def make_adapter(config: Config, run: RunDirectory, target: Path) -> None:

@@ -18,8 +18,8 @@ from lorapar_ray.models import model_reference, resolve_model
 from lorapar_ray.progress import console
 from lorapar_ray.runs import RunDirectory, digest, write_json
 from lorapar_ray.stages import model_files
-from lorapar_ray.tasks import on_a_worker
 from lorapar_ray.text import markup
+from lorapar_ray.workers import on_a_worker
 
 
 def require_room(

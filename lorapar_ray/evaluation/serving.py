@@ -17,7 +17,7 @@ from lorapar_ray.evaluation.answers import AnswerStore
 from lorapar_ray.evaluation.engines import Engines
 from lorapar_ray.evaluation.requests import Answer, Request
 from lorapar_ray.models import model_reference, resolve_model
-from lorapar_ray.tasks import on_a_worker
+from lorapar_ray.workers import on_a_worker
 
 Serve = Literal["auto", "merged", "adapter"]
 

@@ -26,9 +26,8 @@ from lorapar_ray.grpo.worker import GrpoJob, learn_worker
 from lorapar_ray.progress import progress
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.student import RESIDUAL_INITS, base_reference, starting_adapter
-from lorapar_ray.tasks import on_a_worker
 from lorapar_ray.tracking import require_trackers
-from lorapar_ray.workers import run_workers
+from lorapar_ray.workers import on_a_worker, run_workers
 
 CANARIES = 4
 CANARY_TOKENS = 32

@@ -10,7 +10,7 @@ from lorapar_ray.files import digest
 from lorapar_ray.fingerprints import Fingerprints
 from lorapar_ray.labeling.prompts import rotations, voting_prompt
 from lorapar_ray.models import PACKAGE_PREFIX, is_hub_name, package_version, resolve_model
-from lorapar_ray.tasks import on_a_worker
+from lorapar_ray.workers import on_a_worker
 
 ASKED_OF = ("name", "kind", "model", "use_chat_template", "thinking_tokens", "base_url", "endpoint", "extra_body")
 
