@@ -21,7 +21,7 @@ class EvaluateConfig(Section):
     models: Result[Annotated[Distinct[Literal["base", "sft", "grpo"]], Field(min_length=1)] | None] = None
     """None: the base and every stage of `order`."""
     answer: Result[Literal["numeric", "exact", "option_letter"]] = "numeric"
-    """How an answer is compared with the reference."""
+    """How an answer is compared with the reference: by its value, by its text, or by the letter that it chooses."""
     max_new_tokens: Result[PositiveInt] = 256
     """Tokens at which an answer is cut."""
     stop: Result[StopStrings] = []

@@ -24,7 +24,8 @@ def wilson_interval(correct: int, n: int, z: float = Z_95) -> tuple[float, float
     centre = share + z * z / (2 * n)
     spread = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    low, high = (centre - spread) / scale, (centre + spread) / scale
+    return 0.0 if correct == 0 else low, 1.0 if correct == n else high  # not what rounding leaves of them
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

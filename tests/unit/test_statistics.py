@@ -8,7 +8,14 @@ from math import comb
 import pytest
 
 from lorapar_ray.errors import UserError
-from lorapar_ray.evaluation.statistics import mcnemar_exact, mean_pass_at_k, newcombe_interval, paired, pass_at_k
+from lorapar_ray.evaluation.statistics import (
+    mcnemar_exact,
+    mean_pass_at_k,
+    newcombe_interval,
+    paired,
+    pass_at_k,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +55,12 @@ def test_mcnemar_by_hand(gained: int, lost: int, p: float) -> None:
 def test_mcnemar_of_many_questions_neither_overflows_nor_stalls() -> None:
     assert mcnemar_exact(3000, 3000) == 1.0
     assert 0 <= mcnemar_exact(5000, 1000) < 1e-300
+
+
+def test_an_interval_of_none_or_all_reaches_the_end_exactly() -> None:
+    for n in range(1, 60):
+        assert wilson_interval(0, n)[0] == 0.0 and wilson_interval(n, n)[1] == 1.0
+    assert wilson_interval(0, 3)[1] == pytest.approx(0.5615, abs=1e-4)
 
 
 def test_the_paired_interval_by_hand() -> None:
