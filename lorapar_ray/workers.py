@@ -39,12 +39,13 @@ def run_workers(
         UserError: as the worker raised it, or the cluster cannot hold the group.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+
+    from lorapar_ray.train_group import TrainGroup
 
     require(name, {"workers": (workers, resources)})
     refusal = storage.resolve() / f"{name}-{os.getpid()}-refused.json"
     refusal.unlink(missing_ok=True)
-    trainer = TorchTrainer(
+    trainer = TrainGroup(
         _work,
         train_loop_config={"function": function, "argument": argument, "refusal": refusal},
         scaling_config=ScalingConfig(

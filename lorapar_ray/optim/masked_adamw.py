@@ -72,6 +72,11 @@ def trainable_share(masks: Mapping[str, Tensor]) -> float:
     return sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
 
 
+WORTH_COMPILING = 2**18
+"""Active elements of a group from which the compiled pass saves several milliseconds a step, and so earns the 3 s that
+compiling it takes. Below, torch's kernel gives the same bits."""
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Parameters that are stepped together: of one kind, their state side by side in flat buffers."""
@@ -235,6 +240,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         gradients = [parameter.grad for parameter in parameters]
         if (
             not self._fused
+            or sum(state["exp_avg"].numel() for state in states) < WORTH_COMPILING
             or all(index is None for index in indices)
             or any(gradient is None for gradient in gradients)
             or len({state["step"] for state in states}) > 1

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +15,13 @@ from lorapar_ray.cpu.one_pass import one_pass
 from lorapar_ray.optim import MaskedAdamW, learning_rate_factor, masked_param_groups, trainable_share
 
 SHAPE = (8, 6)  # a multiple of LANES, as adapters are
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_however_small() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lorapar_ray.optim.masked_adamw.WORTH_COMPILING", 0)
+        yield
 
 
 def parameter(seed: int, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
