@@ -7,12 +7,13 @@ LOCK := requirements/cpu.txt
 JOBS ?= 2
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: quickstart test test-fast lint docs setup lock clean
+.PHONY: quickstart test test-fast test-chaos lint docs setup lock clean
 
 quickstart: setup
 	$(BIN)/lorapar run jobs/configs/quickstart.yaml
 
-PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# Of the tests that kill processes at drawn moments `test` runs a sample; SEED=N repeats one that was printed.
+PYTEST = LORAPAR_CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: setup lint
 	$(PYTEST)
@@ -20,6 +21,11 @@ test: setup lint
 # For every save: no Ray, no engine, nothing that waits or compiles for seconds.
 test-fast: setup
 	$(PYTEST) tests/unit -m "not slow"
+
+# Every one of them, ROUNDS times, each time at other moments.
+ROUNDS ?= 3
+test-chaos: setup
+	$(PYTEST) -m chaos --chaos all --chaos-rounds $(ROUNDS)
 
 lint: setup docs
 	$(BIN)/ruff check .

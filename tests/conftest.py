@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 
 # Before torch is imported, which reads it once. Several test processes share the cores, and two threads that wait for
 # each other's time slices are many times slower than one.
@@ -9,6 +10,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import local_ray
+
+pytest_plugins = ["tests.chaos"]
 settings.register_profile("any-machine", deadline=None)  # a busy machine is no failure
 settings.load_profile("any-machine")
 
@@ -25,3 +29,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(without)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A Ray on this machine, the same for all tests of this process that ask for one."""
+    local_ray.start()
+    yield
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """That Ray ends before a file that does not ask for it: no other test meets it."""
+    if nextitem is None or (item.path != nextitem.path and "cluster" not in getattr(nextitem, "fixturenames", ())):
+        local_ray.stop()

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from lorapar_ray.cli import main
 from lorapar_ray.models import resolve_model
 
 ROOT = Path(__file__).parents[1]
@@ -100,8 +103,22 @@ def write_config(path: Path, config: dict[str, Any]) -> Path:
     return path
 
 
+def lorapar_here(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The CLI's entry point in this process, whose Ray it uses if there is one."""
+    output, errors, usual, status = StringIO(), StringIO(), sys.argv, 0
+    sys.argv = ["lorapar", *map(str, arguments)]
+    try:
+        with redirect_stdout(output), redirect_stderr(errors):
+            main()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        sys.argv = usual
+    return subprocess.CompletedProcess(list(map(str, arguments)), status, output.getvalue(), errors.getvalue())
+
+
 def lorapar(*arguments: str | Path, timeout: float = 1000, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the CLI as a user would; output is captured."""
+    """Run the CLI as a user would, in a process of its own; output is captured."""
     return subprocess.run(
         command(*arguments), cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=timeout
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny_run import lorapar, save_tiny_student, tiny_config, write_config
+from tests.tiny_run import lorapar, lorapar_here, save_tiny_student, tiny_config, write_config
 
 pytestmark = pytest.mark.cluster
 
@@ -25,10 +25,11 @@ def config(student: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def refused(stage: str, config: dict[str, Any], folder: Path, *culprits: str, **environment: str) -> None:
-    """Run a stage; it must end with one line that names every culprit."""
+    """Run a stage, in a process of its own where it needs its own environment; one line must name every culprit."""
     path = write_config(folder / "config.yaml", config)
     arguments = (stage, path) if stage == "run" else (stage, "-c", path)
-    done = lorapar(*arguments, "-d", folder / "run", timeout=500, **environment)
+    whole = (*arguments, "-d", folder / "run")
+    done = lorapar(*whole, timeout=500, **environment) if environment else lorapar_here(*whole)
     lines = [line for line in done.stderr.splitlines() if line.startswith("lorapar:")]
     assert done.returncode == 2, done.stderr[-1500:]
     assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr[-1500:]
@@ -57,7 +58,7 @@ def test_fields(
 
 
 def test_a_missing_config(tmp_path: Path) -> None:
-    done = lorapar("run", tmp_path / "nowhere.yaml")
+    done = lorapar_here("run", tmp_path / "nowhere.yaml")
     assert done.returncode == 2 and "nowhere.yaml': no such file" in done.stderr
 
 
@@ -87,7 +88,7 @@ def test_a_full_disk_keeps_the_run_and_the_next_try_finishes(config: dict[str, A
     (fault / "sitecustomize.py").write_text(FULL_DISK)
     refused("label", config, tmp_path, "no space left on the disk of", "part-00000.parquet", PYTHONPATH=str(fault))
     assert (tmp_path / "run" / "data" / "train.parquet").is_file()
-    again = lorapar("label", "-c", tmp_path / "config.yaml", "-d", tmp_path / "run")
+    again = lorapar_here("label", "-c", tmp_path / "config.yaml", "-d", tmp_path / "run")
     assert again.returncode == 0, again.stderr
 
 
@@ -121,7 +122,7 @@ def test_no_ray(config: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def labelled(labelled_once: Path, tmp_path: Path) -> Path:
+def labelled(cluster: None, labelled_once: Path, tmp_path: Path) -> Path:
     """A copy for each test: what one leaves of `score` is not gone over by the next."""
     return Path(shutil.copytree(labelled_once, tmp_path / "labelled"))
 
@@ -130,7 +131,7 @@ def labelled(labelled_once: Path, tmp_path: Path) -> Path:
 def labelled_once(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("labelled")
     config = {**tiny_config(student), "label": {"strategy": "random"}}
-    done = lorapar("label", "-c", write_config(folder / "config.yaml", config), "-d", folder / "run")
+    done = lorapar_here("label", "-c", write_config(folder / "config.yaml", config), "-d", folder / "run")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -148,7 +149,7 @@ def test_a_cluster_that_is_too_small(labelled: Path, config: dict[str, Any]) -> 
     refused("score", {**config, "score": greedy}, labelled, "score: asks for", "999", "the cluster has")
 
 
-def test_a_missing_model(config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_missing_model(cluster: None, config: dict[str, Any], tmp_path: Path) -> None:
     path = write_config(tmp_path / "config.yaml", {**config, "model": {"path": "./no/such/model"}})
-    assert lorapar("label", "-c", path, "-d", tmp_path / "run").returncode == 0
+    assert lorapar_here("label", "-c", path, "-d", tmp_path / "run").returncode == 0
     refused("score", {**config, "model": {"path": "./no/such/model"}}, tmp_path, "model './no/such/model'")

@@ -124,19 +124,23 @@ def test_the_majority_of_simulated_teachers_is_as_good_as_the_binomial_says(
     assert summary["teachers"]["a"]["latency"]["p50"] < 1 and summary["tokens"] == 9000
 
 
-def test_kill_9_on_the_driver_costs_only_the_blocks_in_flight(run: RunDirectory, log: Path, tmp_path: Path) -> None:
+@pytest.mark.chaos("label")
+def test_kill_9_on_the_driver_costs_only_the_blocks_in_flight(
+    chance: random.Random, run: RunDirectory, log: Path, tmp_path: Path
+) -> None:
+    votes = chance.randint(30, 120)
     config = settings(tmp_path, [faulty(name, log, latency_s=0.5) for name in "ab"])
     arguments = ("label", "-c", write_config(tmp_path / "config.yaml", config), "-d", run.root)
     process = subprocess.Popen(
         command(*arguments), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    wait_for(lambda: stored(run) > 70)
+    wait_for(lambda: stored(run) > votes)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(30)
     worker = int(log.read_text().splitlines()[-1].split()[0])
     wait_for(lambda: not psutil.pid_exists(worker))  # it goes on asking until it sees that its driver is gone
     asked, kept = sum(noted(log).values()), stored(run)
-    assert 70 < kept < 2 * ROWS and not (run.label_summary).exists()
+    assert votes < kept < 2 * ROWS and not (run.label_summary).exists()
     again = lorapar(*arguments)
     assert again.returncode == 0, again.stderr
     assert complete(run)
@@ -147,7 +151,11 @@ def test_kill_9_on_the_driver_costs_only_the_blocks_in_flight(run: RunDirectory,
     assert "votes asked for" in again.stdout
 
 
-def test_kill_9_on_an_asking_worker_in_mid_run(cluster: None, run: RunDirectory, log: Path, tmp_path: Path) -> None:
+@pytest.mark.chaos("label")
+def test_kill_9_on_an_asking_worker_in_mid_run(
+    chance: random.Random, cluster: None, run: RunDirectory, log: Path, tmp_path: Path
+) -> None:
+    asked = chance.randint(40, 120)
     config = settings(tmp_path, [faulty(name, log, latency_s=0.1) for name in "ab"])
     driver = str(os.getpid())
 
@@ -156,7 +164,7 @@ def test_kill_9_on_an_asking_worker_in_mid_run(cluster: None, run: RunDirectory,
         return {int(line.split()[0]) for line in lines if line.split()[0] != driver}
 
     def murder() -> None:
-        wait_for(lambda: bool(workers()) and sum(noted(log).values()) > 80)
+        wait_for(lambda: bool(workers()) and sum(noted(log).values()) > asked)
         for pid in workers():
             os.kill(pid, signal.SIGKILL)
 

@@ -10,6 +10,7 @@ from lorapar_ray.config import Config, EngineConfig
 from lorapar_ray.engines.actor import EngineActor, start_engine
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.placement import reserved
+from tests import local_ray
 
 pytestmark = pytest.mark.cluster
 GPUS = 3
@@ -19,6 +20,7 @@ GPUS = 3
 def gpus() -> Iterator[None]:
     import ray
 
+    local_ray.stop()
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         labels = {"group": "rollouts"}
         ray.init("local", num_cpus=8, num_gpus=GPUS, include_dashboard=False, _temp_dir=folder, labels=labels)

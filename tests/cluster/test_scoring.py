@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import psutil
@@ -97,8 +98,9 @@ def test_a_run_resumed_on_another_number_of_workers_gives_the_same_scores(
     same(scores_of(run), alone)
 
 
+@pytest.mark.chaos("score")
 def test_a_killed_worker_is_replaced_and_counts_nothing_twice(
-    alone: list[Scores], student: Path, tmp_path: Path
+    chance: Random, alone: list[Scores], student: Path, tmp_path: Path
 ) -> None:
     config, run = make_run(student, tmp_path / "run", workers=2, batch_tokens=32, unit_size=1, checkpoint_every_s=0)
     killed: list[Path] = []
@@ -108,7 +110,7 @@ def test_a_killed_worker_is_replaced_and_counts_nothing_twice(
         while not (done := sums_in(run)):
             pause.wait(0.02)
         ours = psutil.Process().children(recursive=True)
-        worker = next(process for process in ours if "RayTrainWorker" in " ".join(process.cmdline()))
+        worker = chance.choice([each for each in ours if "RayTrainWorker" in " ".join(each.cmdline())])
         killed.extend(done)
         worker.kill()
 

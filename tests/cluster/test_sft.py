@@ -3,6 +3,7 @@
 import json
 import threading
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import psutil
@@ -15,7 +16,7 @@ from lorapar_ray.partition import load_regions, stage_mask
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.job import train_stage1
 from tests.sft_run import ready_run, weights
-from tests.tiny_run import lorapar, metrics, save_tiny_student, tiny_config, write_config
+from tests.tiny_run import lorapar_here, metrics, save_tiny_student, tiny_config, write_config
 
 pytestmark = pytest.mark.cluster
 LOSS_TOLERANCE = 2e-5
@@ -64,8 +65,10 @@ def test_the_layout_changes_no_loss(alone: RunDirectory, student: Path, tmp_path
         torch.testing.assert_close(after[key], reference[key], rtol=1e-2, atol=1e-3)
 
 
-def test_a_killed_worker_ends_in_the_same_adapter(cluster: None, student: Path, tmp_path: Path) -> None:
-    """With dropout, so that the generators' states count; the kill falls between two checkpoints."""
+@pytest.mark.chaos("sft")
+def test_a_killed_worker_ends_in_the_same_adapter(chance: Random, cluster: None, student: Path, tmp_path: Path) -> None:
+    """With dropout, so that the generators' states count."""
+    steps = chance.randint(1, 8)
     options = {**TWO_WORKERS, "epochs": 8, "micro_batch_size": 2, "checkpoint_every": 2}
     undisturbed, disturbed = (ready_run(student, tmp_path / name, dropout=0.2, **options) for name in ("a", "b"))
     train_stage1(*undisturbed)
@@ -73,10 +76,10 @@ def test_a_killed_worker_ends_in_the_same_adapter(cluster: None, student: Path, 
 
     def kill_one() -> None:
         pause = threading.Event()
-        while len(metrics(disturbed[1].root, "sft")) < 3:
+        while len(metrics(disturbed[1].root, "sft")) < steps:
             pause.wait(0.02)
         ours = psutil.Process().children(recursive=True)
-        worker = next(process for process in ours if "RayTrainWorker" in " ".join(process.cmdline()))
+        worker = chance.choice([each for each in ours if "RayTrainWorker" in " ".join(each.cmdline())])
         killed.append(len(metrics(disturbed[1].root, "sft")))
         worker.kill()
 
@@ -135,14 +138,16 @@ def test_the_export_leaves_the_residual_base_behind(stopped: RunDirectory, stude
     assert (logits(stopped.adapter / "base", stopped.adapter) - trained).abs().max() > 10 * EXPORT_TOLERANCE
 
 
-def test_a_baseline_without_engine_or_partition_runs_from_label_to_report(student: Path, tmp_path: Path) -> None:
+def test_a_baseline_without_engine_or_partition_runs_from_label_to_report(
+    cluster: None, student: Path, tmp_path: Path
+) -> None:
     plain = tiny_config(student) | {
         "label": {"strategy": "random"},
         "order": ["sft"],
         "adapter": {"method": "prefix_tuning", "virtual_tokens": 4},
         "sft": {"masked": False, "max_steps": 2, "batch_size": 4, "max_length": 128},
     }
-    done = lorapar("run", write_config(tmp_path / "config.yaml", plain), "--run-dir", tmp_path / "run")
+    done = lorapar_here("run", write_config(tmp_path / "config.yaml", plain), "--run-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     for name in ("base", "sft"):
         assert json.loads((tmp_path / "run" / "eval" / f"{name}.json").read_text())["n"] == 12

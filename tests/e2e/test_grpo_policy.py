@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from lorapar_ray.engines.policy import PolicySender
 from lorapar_ray.grpo.canaries import Canary
 from lorapar_ray.grpo.engine_pool import EnginePool, PolicyMismatch
 from lorapar_ray.logprobs import token_logprobs
-from lorapar_ray.session import ray_session
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.faulty_engine import FAULT, FaultyEngine
-from tests.tiny_run import ENGINE
+from tests.e2e.test_interruption import copy_before
+from tests.tiny_run import ENGINE, lorapar_here, metrics
 
 pytestmark = pytest.mark.e2e
 TOLERANCE = 1e-3
@@ -54,12 +53,6 @@ class Source:
         logits = self.model(input_ids=ids).logits[:, START - 1 : -1]
         logprobs, _ = token_logprobs(logits, ids[:, START:])
         return self.sender.policy(self.version, sent), [Canary(TOKENS, START, logprobs[0].tolist())]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with ray_session():
-        yield
 
 
 def engine_of(student: Path, fault: Path) -> Any:
@@ -132,6 +125,15 @@ def test_an_adapter_is_swapped_under_requests_that_go_on_with_their_own(cluster:
         await pool.stop()
 
     asyncio.run(go())
+
+
+def test_a_policy_that_cannot_be_proved_stops_the_run(cluster: None, finished: FinishedRun, tmp_path: Path) -> None:
+    run = copy_before(finished, "grpo", tmp_path / "run")
+    stopped = lorapar_here("grpo", "-c", finished.config, "-d", run, "--set", "grpo.canary_tolerance=1e-12")
+    assert stopped.returncode == 2, stopped.stderr
+    (line,) = [line for line in stopped.stderr.splitlines() if line.startswith("lorapar:")]
+    assert "does not serve policy 0" in line and "canary" in line
+    assert metrics(run, "grpo") == []
 
 
 async def many_seeded_prompts(pool: EnginePool) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from random import Random
 
 import psutil
 import pytest
@@ -19,13 +20,18 @@ from tests.tiny_run import ROOT, command, lorapar, metrics
 
 pytestmark = pytest.mark.e2e
 STEPS, DRIVER_AFTER = 10, 8
-VICTIMS = {  # by finished steps: part of the command line of what is killed then; the driver comes last
-    1: "ray::EngineActor",
-    3: "VLLM::EngineCore",
-    5: "lorapar_ray.grpo.rewards.worker",
-    6: "ray::RewardActor",
-    7: "ray::RayTrainWorker",
-}
+ENGINES = ["ray::EngineActor", "VLLM::EngineCore"]
+REWARDS = ["lorapar_ray.grpo.rewards.worker", "ray::RewardActor"]
+LEARNERS = ["ray::RayTrainWorker"]
+"""Parts of the command lines of what is killed."""
+
+
+def draw(chance: Random, thorough: bool) -> dict[str, int]:
+    """What is killed after how many finished steps: one of each kind, or all; the driver comes last."""
+    victims = [each for kind in (ENGINES, REWARDS, LEARNERS) for each in (kind if thorough else [chance.choice(kind)])]
+    chance.shuffle(victims)
+    steps = sorted(chance.sample(range(1, DRIVER_AFTER - 1), len(victims)))
+    return dict(zip(victims, steps, strict=True))
 
 
 def find(root: psutil.Process, what: str) -> psutil.Process | None:
@@ -39,7 +45,9 @@ def find(root: psutil.Process, what: str) -> psutil.Process | None:
     return None
 
 
-def test_every_kind_of_process_may_die(finished: FinishedRun, tmp_path: Path) -> None:
+@pytest.mark.chaos("grpo")
+def test_every_kind_of_process_may_die(chance: Random, thorough: bool, finished: FinishedRun, tmp_path: Path) -> None:
+    victims = draw(chance, thorough)
     run = copy_before(finished, "grpo", tmp_path / "run")
     changes = (f"steps={STEPS}", "max_staleness=1", "refill_limit=0", "checkpoint_every=1")
     arguments = ["grpo", "-c", finished.config, "-d", run, *(f"--set=grpo.{change}" for change in changes)]
@@ -53,7 +61,7 @@ def test_every_kind_of_process_may_die(finished: FinishedRun, tmp_path: Path) ->
             assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
             assert time.monotonic() < deadline, f"hangs after {killed}: {(tmp_path / 'log').read_text()[-3000:]}"
             done = len(metrics(run, "grpo"))
-            for after, what in VICTIMS.items():
+            for what, after in victims.items():
                 if what not in killed and done >= after and (victim := find(root, what)) is not None:
                     orphans += victim.children(recursive=True)
                     os.kill(victim.pid, signal.SIGKILL)
@@ -64,7 +72,7 @@ def test_every_kind_of_process_may_die(finished: FinishedRun, tmp_path: Path) ->
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(60)
         log.close()
-    assert killed == list(VICTIMS.values())
+    assert killed == list(victims)
     assert not [orphan for orphan in orphans if orphan.is_running()], "engines outlive their actors"
     before = metrics(run, "grpo")
     # what a run is computed with may change on the way: twice the learners and engines, other micro-batches
@@ -81,7 +89,7 @@ def test_every_kind_of_process_may_die(finished: FinishedRun, tmp_path: Path) ->
     assert [line["policy_version"] for line in lines] == list(range(1, STEPS + 1))
     kept = len(before) - 1  # what a step wrote before its checkpoint was there is done again
     assert lines[:kept] == before[:kept]
-    assert max(line["engines_replaced"] for line in before) == 2
+    assert max(line["engines_replaced"] for line in before) == len(set(ENGINES) & set(victims))
     assert all(line["staleness_max"] <= 1 for line in lines)
     drawn = [prompt for line in lines for prompt in line["prompts"]]
     prompts = json.loads((run / "manifest.json").read_text())["stages"]["grpo"]["prompts"]

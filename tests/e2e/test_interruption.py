@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from random import Random
 
 import psutil
 import pytest
@@ -81,7 +82,9 @@ def kill_descendant(root: int, name: str) -> None:
     found[0].kill()
 
 
-def test_labelling_survives_kill_9_on_a_replica_and_on_an_engine(tmp_path: Path) -> None:
+@pytest.mark.chaos("label")
+def test_labelling_survives_kill_9_on_a_replica_and_on_an_engine(chance: Random, tmp_path: Path) -> None:
+    votes = chance.randint(8, 30)
     config = write_config(tmp_path / "tiny.yaml", tiny_config(save_tiny_student(tmp_path / "student")))
     run = tmp_path / "run"
     changes = {"calibration": "content_free", "rows_per_block": 2, "concurrency": 2, "teachers.1.thinking_tokens": 4}
@@ -90,7 +93,7 @@ def test_labelling_survives_kill_9_on_a_replica_and_on_an_engine(tmp_path: Path)
         command("label", "-c", config, "-d", run, *changed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     pause, deadline = threading.Event(), time.monotonic() + 600
-    while len(before := stored_votes(run)) <= 20:
+    while len(before := stored_votes(run)) <= votes:
         assert process.poll() is None and time.monotonic() < deadline, "labelling never got that far"
         pause.wait(0.1)
     kill_descendant(process.pid, "ray::ServeReplica:lorapar-tiny-a:a")
@@ -120,7 +123,8 @@ def title(process: psutil.Process) -> str:
         return ""
 
 
-def test_scoring_goes_on_with_the_units_that_are_there(finished: FinishedRun, tmp_path: Path) -> None:
+@pytest.mark.chaos("score")
+def test_scoring_goes_on_with_the_units_that_are_there(chaos_round: int, finished: FinishedRun, tmp_path: Path) -> None:
     run = copy_before(finished, "score", tmp_path / "run")
     units = run / "work" / "score"
     stop_when(
@@ -136,13 +140,16 @@ def test_scoring_goes_on_with_the_units_that_are_there(finished: FinishedRun, tm
             torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-9)
 
 
-def test_sft_stopped_twice_ends_in_the_same_adapter(finished: FinishedRun, tmp_path: Path) -> None:
+@pytest.mark.chaos("sft")
+def test_sft_stopped_twice_ends_in_the_same_adapter(chance: Random, finished: FinishedRun, tmp_path: Path) -> None:
+    first = chance.randint(1, 4)
+    second = chance.randint(first + 2, first + 4)
     run = copy_before(finished, "sft", tmp_path / "run")
     arguments = ("sft", "-c", finished.config, "-d", run)
-    status, errors = stop_when(lambda: len(metrics(run, "sft")) >= 3, signal.SIGINT, *arguments)
+    status, errors = stop_when(lambda: len(metrics(run, "sft")) >= first, signal.SIGINT, *arguments)
     assert status == 130, errors
     assert errors.splitlines()[-1] == "lorapar: interrupted; the same command continues where it stopped"
-    stop_when(lambda: len(metrics(run, "sft")) >= 6, signal.SIGKILL, *arguments)
+    stop_when(lambda: len(metrics(run, "sft")) >= second, signal.SIGKILL, *arguments)
     again = lorapar(*arguments)
     assert again.returncode == 0, again.stderr
     steps = [line["step"] for line in metrics(run, "sft")]
@@ -150,12 +157,3 @@ def test_sft_stopped_twice_ends_in_the_same_adapter(finished: FinishedRun, tmp_p
     ours, theirs = weights(run / "sft" / "adapter"), weights(finished.run / "sft" / "adapter")
     for key, value in theirs.items():
         torch.testing.assert_close(ours[key], value, rtol=1e-5, atol=1e-7)
-
-
-def test_a_policy_that_cannot_be_proved_stops_the_run(finished: FinishedRun, tmp_path: Path) -> None:
-    run = copy_before(finished, "grpo", tmp_path / "run")
-    stopped = lorapar("grpo", "-c", finished.config, "-d", run, "--set", "grpo.canary_tolerance=1e-12")
-    assert stopped.returncode == 2, stopped.stderr
-    (line,) = [line for line in stopped.stderr.splitlines() if line.startswith("lorapar:")]
-    assert "does not serve policy 0" in line and "canary" in line
-    assert metrics(run, "grpo") == []

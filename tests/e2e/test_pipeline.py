@@ -24,7 +24,7 @@ from lorapar_ray.partition import load_regions, stage_mask
 from lorapar_ray.pipeline import STAGES
 from lorapar_ray.runs import RunDirectory
 from tests.e2e.conftest import FinishedRun
-from tests.tiny_run import ROOT, lorapar, metrics
+from tests.tiny_run import ROOT, lorapar_here, metrics
 
 pytestmark = pytest.mark.e2e
 TOKENS = [1, 504, 216, 33, 1043, 28, 7, 99, 2048, 12, 345]
@@ -153,13 +153,13 @@ def test_folders_of_data_hold_nothing_else(finished: FinishedRun, folder: str) -
 
 
 def test_a_second_run_has_nothing_to_do(finished: FinishedRun) -> None:
-    again = lorapar("run", finished.config, "--run-dir", finished.run, timeout=300)
+    again = lorapar_here("run", finished.config, "--run-dir", finished.run)
     assert again.returncode == 0
     assert "nothing to do" in again.stdout
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(finished: FinishedRun, tmp_path: Path) -> None:
-    shown = lorapar("run", finished.config, "--run-dir", tmp_path / "new", "--dry-run", timeout=300)
+    shown = lorapar_here("run", finished.config, "--run-dir", tmp_path / "new", "--dry-run")
     assert shown.returncode == 0
     assert "rollout_actors: 1" in shown.stdout
     assert "1 × rollout engine (1 CPU + GPU auto), 1 × learner (1 CPU + GPU auto)" in shown.stdout
@@ -171,14 +171,14 @@ def test_recutting_needs_no_scoring_and_nothing_of_work(finished: FinishedRun, t
     shutil.rmtree(run / "work")
     command = ("partition", "-c", finished.config, "-d", run, "--theta")
     cut, before = ((folder / "partition" / "regions.safetensors").read_bytes() for folder in (run, finished.run))
-    shown = lorapar(*command, "0.5,0.9", timeout=120)
+    shown = lorapar_here(*command, "0.5,0.9")
     assert shown.returncode == 0, shown.stderr
     assert "θ 0.5" in shown.stdout and "θ 0.9" in shown.stdout
     assert cut == before
-    unasked = lorapar(*command, "0.5", timeout=120)
+    unasked = lorapar_here(*command, "0.5")
     assert unasked.returncode == 2 and "partition.theta 0.9 → 0.5" in unasked.stderr, unasked.stderr
     assert (run / "partition" / "regions.safetensors").read_bytes() == before
-    recut = lorapar(*command, "0.5", "--redo", "partition", timeout=120)
+    recut = lorapar_here(*command, "0.5", "--redo", "partition")
     assert recut.returncode == 0 and "θ 0.5" in recut.stdout, recut.stderr
     summary, old = (json.loads((folder / "partition" / "summary.json").read_text()) for folder in (run, finished.run))
     assert summary["theta"] == 0.5

@@ -1,7 +1,6 @@
 """Each training stage learns: on a task that a tiny model learns in seconds, its curve passes the values stated here.
 
 A sign error in a loss, advantages in another order and a mask that lets nothing through make these tests fail.
-`tests/e2e/test_pipeline.py` asserts the same of the whole stages with real engines.
 """
 
 from pathlib import Path

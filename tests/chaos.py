@@ -1,0 +1,62 @@
+"""Tests that kill processes, at moments and places drawn from a seed: a pytest plugin.
+
+A test with the mark `chaos(stage)` draws from the fixture `chance`. By default one such test of each stage runs, itself
+drawn; `--chaos all` runs every one, `--chaos-rounds N` each so often with other draws. The seed is printed;
+LORAPAR_CHAOS_SEED sets it.
+"""
+
+import os
+from random import Random, SystemRandom
+
+import pytest
+
+SEED = "LORAPAR_CHAOS_SEED"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--chaos", choices=("sample", "all"), default="sample", help="kill tests: one of each stage, or all"
+    )
+    parser.addoption("--chaos-rounds", type=int, default=1, help="how often each kill test runs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "chaos(stage): kills processes of a stage at drawn moments")
+    if not os.environ.get(SEED):
+        os.environ[SEED] = str(SystemRandom().randrange(10**6))  # before xdist's processes start, which inherit it
+
+
+def pytest_report_header() -> str:
+    return f"kill tests: seed {os.environ[SEED]}; {SEED} sets it"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "chaos_round" in metafunc.fixturenames:
+        metafunc.parametrize("chaos_round", range(metafunc.config.getoption("--chaos-rounds")))
+
+
+@pytest.fixture
+def chance(chaos_round: int, request: pytest.FixtureRequest) -> Random:
+    """Of this test, in this round, under this seed."""
+    return Random(f"{os.environ[SEED]} {request.node.nodeid}")
+
+
+@pytest.fixture
+def thorough(request: pytest.FixtureRequest) -> bool:
+    """Whether a test that kills many kinds of process kills all of them."""
+    return bool(request.config.getoption("--chaos") == "all")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--chaos") == "all":
+        return
+    by_stage: dict[str, list[str]] = {}
+    for item in items:
+        if (mark := item.get_closest_marker("chaos")) is not None:
+            by_stage.setdefault(mark.args[0], []).append(item.nodeid)
+    draw = Random(os.environ[SEED])
+    kept = {draw.choice(sorted(by_stage[stage])) for stage in sorted(by_stage)}
+    left = [item for item in items if item.get_closest_marker("chaos") and item.nodeid not in kept]
+    items[:] = [item for item in items if item not in left]
+    config.hook.pytest_deselected(items=left)
