@@ -1,5 +1,6 @@
 """Scores do not depend on who computed them: other numbers of workers, a base in pieces, a worker that is killed."""
 
+import shutil
 import threading
 from pathlib import Path
 from random import Random
@@ -52,11 +53,17 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Scores]:
-    """Scores by one undisturbed worker."""
+def finished(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A run that one undisturbed worker scored."""
     config, run = make_run(student, tmp_path_factory.mktemp("alone"))
     score_stage(config, run)
-    return scores_of(run)
+    return run
+
+
+@pytest.fixture
+def alone(finished: RunDirectory) -> list[Scores]:
+    """Its scores."""
+    return scores_of(finished)
 
 
 def same(ours: list[Scores], theirs: list[Scores]) -> None:
@@ -84,15 +91,14 @@ def test_workers_and_sharding_change_nothing(
 
 
 def test_a_run_resumed_on_another_number_of_workers_gives_the_same_scores(
-    alone: list[Scores], student: Path, tmp_path: Path
+    finished: RunDirectory, alone: list[Scores], student: Path, tmp_path: Path
 ) -> None:
-    config, run = make_run(student, tmp_path / "run")
-    score_stage(config, run)
+    config, run = make_run(student, tmp_path / "run", workers=3, resources={"cpus": 0.5})
+    shutil.copytree(finished.work / "score", run.work / "score")
     kept, lost = sums_in(run)[::2], sums_in(run)[1::2]
     written = {file: file.stat().st_mtime_ns for file in kept}
     for file in lost:
         file.unlink()
-    config, _ = make_run(student, tmp_path / "run", workers=3, resources={"cpus": 0.5})
     score_stage(config, run)
     assert len(sums_in(run)) > len(kept) and written == {file: file.stat().st_mtime_ns for file in kept}
     same(scores_of(run), alone)
