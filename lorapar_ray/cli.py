@@ -17,6 +17,7 @@ from lorapar_ray.ablations.grids import GRIDS
 from lorapar_ray.config import Config
 from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
+from lorapar_ray.files import expanded
 from lorapar_ray.pipeline import ORDER, PIPELINE, stages_of
 from lorapar_ray.run_lock import run_lock
 from lorapar_ray.runs import RunDirectory
@@ -200,7 +201,7 @@ def evaluate(
     fields = {"tasks": tasks.split(",") if tasks else None, "limit": limit, "engines": engines, "chat": chat or None}
     paths = dict(_name_and_path(each) for each in data) if data else None
     asked = evaluation_of(model, fields | {"data": paths}, set_ or [])
-    out = out.expanduser().resolve()
+    out = expanded(out, "--out").resolve()
     try:
         names = evaluate_models(asked, out, verbose)
     except KeyboardInterrupt:
@@ -268,14 +269,14 @@ def _show_plan(config: Config, run: RunDirectory, redo: Sequence[str]) -> None:
 @app.command("submit", help="Check a cluster and run a config on it as a Ray job; again, to follow the same job.")
 def submit(
     config: Annotated[list[Path], typer.Argument(help="YAML config of the run, inside the working directory.")],
-    run_dir: Annotated[Path, typer.Option("--run-dir", "-d", help="On storage that every node reaches.")],
+    run_dir: Annotated[list[Path], typer.Option("--run-dir", "-d", help="On storage that every node reaches.")],
     address: Annotated[
-        str | None, typer.Option(help="URL of the cluster's dashboard [default: $RAY_API_SERVER_ADDRESS].")
+        list[str] | None, typer.Option(help="URL of the cluster's dashboard [default: $RAY_API_SERVER_ADDRESS].")
     ] = None,
     set_: Overrides = None,
     redo: Redo = None,
     working_dir: Annotated[
-        Path | None, typer.Option(help="Sent to the cluster: code and config [default: this directory].")
+        list[Path] | None, typer.Option(help="Sent to the cluster: code and config [default: this directory].")
     ] = None,
     check: Annotated[bool, typer.Option(help="Ask every node first.")] = True,
     follow: Annotated[bool, typer.Option(help="Show the job's log until it ends.")] = True,
@@ -285,13 +286,14 @@ def submit(
 
     path = _one("CONFIG", config)
     loaded = load_config(path, set_ or [])
+    place = _one("--run-dir", run_dir)
     require_no_secret(set_ or [])
     require_stages(loaded, stages_of(loaded), redo or ())
-    root, inside = in_working_dir(path, working_dir)
+    root, inside = in_working_dir(path, _one("--working-dir", working_dir) if working_dir else None)
     options = ["--config", str(inside), *(word for each in set_ or [] for word in ("--set", each))]
     again = tuple(word for each in redo or [] for word in ("--redo", each))
-    jobs = Jobs(address)
-    handed = Submission(loaded.name, str(run_dir), tuple(options), root, again)
+    jobs = Jobs(_one("--address", address) if address else None)
+    handed = Submission(loaded.name, str(place), tuple(options), root, again)
     if check:
         jobs.check(handed)
     job = jobs.submit(handed)
@@ -306,12 +308,12 @@ def submit(
 
 @app.command("status", help="How far a run is: live on a terminal, once elsewhere.")
 def status(
-    run_dir: Annotated[Path, typer.Option("--run-dir", "-d", help="Of the run.")],
+    run_dir: Annotated[list[Path], typer.Option("--run-dir", "-d", help="Of the run.")],
     once: Annotated[bool, typer.Option("--once", help="Do not follow.")] = False,
 ) -> None:
     from lorapar_ray.status import follow, lines
 
-    run = RunDirectory(run_dir)
+    run = RunDirectory(_one("--run-dir", run_dir))
     if once or not sys.stdout.isatty():
         print("\n".join(lines(run)))
     else:
@@ -320,19 +322,19 @@ def status(
 
 @app.command("export", help="A finished adapter, or the merged model, with a card of its data, settings and results.")
 def export(
-    run_dir: Annotated[Path, typer.Option("--run-dir", "-d", help="Of the run.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="A directory that is not there yet.")],
-    stage: Annotated[str | None, typer.Option(help="sft or grpo [default: the last of the run's order].")] = None,
+    run_dir: Annotated[list[Path], typer.Option("--run-dir", "-d", help="Of the run.")],
+    out: Annotated[list[Path], typer.Option("--out", "-o", help="A directory that is not there yet.")],
+    stage: Annotated[list[str] | None, typer.Option(help="sft or grpo [default: the last of the run's order].")] = None,
     merged: Annotated[bool, typer.Option("--merged", help="The whole model instead of the adapter.")] = False,
 ) -> None:
     from lorapar_ray.exporting.job import export as write
 
-    run = RunDirectory(run_dir)
+    run, target = RunDirectory(_one("--run-dir", run_dir)), expanded(_one("--out", out), "--out")
     if not run.manifest():
         raise UserError(f"run directory '{run.root}' holds no run (no manifest.json)")
     config = load_config(run.root / "config.yaml", [])
-    target = out.expanduser()
-    done = write(config, run, target, stage, merged=merged)
+    chosen = _one("--stage", stage) if stage else None
+    done = write(config, run, target, chosen, merged=merged)
     print(f"{'merged model' if merged else 'adapter'} of {done} in '{target}'")
 
 
@@ -390,7 +392,7 @@ def doctor(
 
         loaded = load_config(_one("--config", config), set_ or []) if config else None
         with ray_session():
-            findings = examine_cluster(loaded, _one("--run-dir", run_dir).expanduser() if run_dir else None)
+            findings = examine_cluster(loaded, expanded(_one("--run-dir", run_dir), "--run-dir") if run_dir else None)
     else:
         findings = examine()
     for finding in findings:

@@ -15,6 +15,21 @@ from typing import Any
 from lorapar_ray.errors import UserError
 
 
+def expanded(path: str | Path, field: str = "path") -> Path:
+    """A path whose `~` is followed.
+
+    Args:
+        field: names it in messages.
+
+    Raises:
+        UserError: it begins with `~name` of no user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{field} '{path}': there is no such user's home directory") from error
+
+
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
     """Yield a sibling path to write a file or directory to; on a clean exit it replaces `target`.

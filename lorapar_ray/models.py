@@ -18,19 +18,20 @@ from pathlib import Path
 
 from lorapar_ray.boundary import boundary
 from lorapar_ray.errors import UserError
+from lorapar_ray.files import expanded
 
 PACKAGE_PREFIX = "package:"
 
 
 def cache_root() -> Path:
     """Directory for unpacked models: `$LORAPAR_CACHE`, else `~/.cache/lorapar_ray`."""
-    return Path(os.environ.get("LORAPAR_CACHE", "~/.cache/lorapar_ray")).expanduser()
+    return expanded(os.environ.get("LORAPAR_CACHE", "~/.cache/lorapar_ray"), "LORAPAR_CACHE")
 
 
 def model_reference(path: str) -> str:
     """A config's model as workers are told of it: what this machine has as a directory by its whole path, so that a
     worker's own working directory does not matter; anything else as it stands. Workers call `resolve_model` on it."""
-    local = Path(path).expanduser()
+    local = expanded(path, "model")
     return str(local.resolve()) if not path.startswith(PACKAGE_PREFIX) and local.is_dir() else path
 
 
@@ -50,7 +51,7 @@ def resolve_model(path: str) -> str:
     """
     if path.startswith(PACKAGE_PREFIX):
         return str(_unpack(path.removeprefix(PACKAGE_PREFIX)))
-    local = Path(path).expanduser()
+    local = expanded(path, "model")
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise UserError(f"model '{path}': the directory holds no config.json; point it at a saved model")

@@ -9,6 +9,7 @@ from lorapar_ray.adapters.given import require_lora, take_over
 from lorapar_ray.boundary import boundary
 from lorapar_ray.capacity import require
 from lorapar_ray.config import AdapterConfig, Config, ModelConfig
+from lorapar_ray.files import expanded
 from lorapar_ray.models import resolve_model
 from lorapar_ray.runs import RunDirectory, atomic_path
 from lorapar_ray.student import RESIDUAL_INITS, base_reference, load_base
@@ -23,7 +24,7 @@ def make_adapter(config: Config, run: RunDirectory, target: Path) -> None:
     """
     adapter = config.adapter.model_dump(mode="json")
     if config.adapter.path is not None:
-        given = Path(config.adapter.path).expanduser().resolve()
+        given = expanded(config.adapter.path, "adapter.path").resolve()
         require_lora(given)
         adapter["path"] = str(given)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lorapar_ray.errors import UserError
+from lorapar_ray.files import expanded
 
 CHUNK = 1 << 16
 MAX_CHARACTERS = 1 << 26
@@ -34,7 +35,7 @@ def read_records(path: str, where: str) -> Iterator[dict[str, Any] | TooLong]:
     Raises:
         UserError: no such file, not of these forms, or a record that is no object.
     """
-    file = Path(path).expanduser()
+    file = expanded(path, where)
     if not file.is_file():
         raise UserError(f"{where}: no such file '{path}'; paths are relative to the working directory")
     if file.suffix == ".parquet":

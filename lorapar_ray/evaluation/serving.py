@@ -16,6 +16,7 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.answers import AnswerStore
 from lorapar_ray.evaluation.engines import Engines
 from lorapar_ray.evaluation.requests import Answer, Request
+from lorapar_ray.files import expanded
 from lorapar_ray.models import model_reference, resolve_model
 from lorapar_ray.workers import on_a_worker
 
@@ -40,7 +41,7 @@ def named_model(text: str, where: str = "--model") -> NamedModel:
     Raises:
         UserError: there is no such model or adapter, or the adapter is no plain LoRA.
     """
-    whole = Path(text).expanduser()
+    whole = expanded(text)
     if whole.is_dir() and (whole / "adapter_config.json").is_file():
         named = read_object(whole / "adapter_config.json", "save the adapter again").get("base_model_name_or_path")
         if not isinstance(named, str) or not named:
@@ -51,7 +52,7 @@ def named_model(text: str, where: str = "--model") -> NamedModel:
     else:
         resolve_model(text)
         return NamedModel(model_reference(text), None)
-    folder = Path(adapter).expanduser()
+    folder = expanded(adapter)
     require_lora(folder, where)
     resolve_model(base)
     return NamedModel(model_reference(base), folder.resolve())

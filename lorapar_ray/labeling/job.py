@@ -23,6 +23,7 @@ from lorapar_ray.boundary import read_object
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.rows import count_rows
 from lorapar_ray.errors import UserError
+from lorapar_ray.files import expanded
 from lorapar_ray.labeling.asker import Asker, read_result
 from lorapar_ray.labeling.calibration import ask_probes, measured_bias, probes, unanswered
 from lorapar_ray.labeling.keys import teacher_keys
@@ -94,7 +95,7 @@ class _Voting:
         self.rows = self.run.data / "train.parquet"
         self.work = self.run.work / "label"
         self.total = count_rows(self.rows)
-        self.store = VoteStore(Path(label.cache).expanduser() if label.cache else self.run.work / "votes.sqlite")
+        self.store = VoteStore(expanded(label.cache, "label.cache") if label.cache else self.run.work / "votes.sqlite")
         self.session = Session(run=_run_id(self.work / "run.json"))
         self.probes = probes(label, self.rows, self.config.seed)
 

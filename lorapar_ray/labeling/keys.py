@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapar_ray.config import LabelConfig, TeacherConfig
-from lorapar_ray.files import digest
+from lorapar_ray.files import digest, expanded
 from lorapar_ray.fingerprints import Fingerprints
 from lorapar_ray.labeling.prompts import rotations, voting_prompt
 from lorapar_ray.models import PACKAGE_PREFIX, is_hub_name, package_version, resolve_model
@@ -40,7 +40,7 @@ def revision(teacher: TeacherConfig, prints: Fingerprints) -> str:
     if teacher.kind != "serve":
         return teacher.revision or ""
     model = teacher.model
-    if Path(model).expanduser().is_dir() and not model.startswith(PACKAGE_PREFIX):
+    if expanded(model, "teacher's model").is_dir() and not model.startswith(PACKAGE_PREFIX):
         return str(prints.of_input(resolve_model(model)))
     if is_hub_name(model):
         return hub_commit(model, teacher.revision or "main")

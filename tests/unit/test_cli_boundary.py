@@ -3,12 +3,17 @@
 import errno
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from lorapar_ray import cli
+from lorapar_ray.datasets.records import read_records
 from lorapar_ray.errors import UserError
+from lorapar_ray.models import model_reference, resolve_model
+from tests.tiny_run import tiny_config, write_config
 
 RUN = "from lorapar_ray.cli import main; main()"
 
@@ -50,3 +55,26 @@ def test_a_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(cli, "app", fail)
     with pytest.raises(OSError):
         cli.main()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda path: model_reference(path),
+        lambda path: resolve_model(path),
+        lambda path: list(read_records(path, "data.train[0]")),
+        lambda path: cli.export([Path("nowhere")], [Path(path)]),
+    ],
+)
+def test_a_home_of_nobody_is_one_line(use: Callable[[str], object]) -> None:
+    with pytest.raises(UserError, match="no such user's home"):
+        use("~no-such-user/x")
+
+
+@pytest.mark.parametrize(
+    "command", ["status -d a -d b", "export -d a -d b -o c", "export -d a -o b -o c", "submit c.yaml -d a -d b"]
+)
+def test_no_option_drops_an_earlier_one_in_silence(command: str, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.yaml", tiny_config(Path("a/b")))
+    outcome = CliRunner().invoke(cli.app, command.replace("c.yaml", str(config)).split())
+    assert isinstance(outcome.exception, UserError) and "given 2 times" in str(outcome.exception)

@@ -26,6 +26,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lorapar_ray.boundary import boundary
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.harness.local_data import FAMILIES, family_of, local_dataset, split_files
+from lorapar_ray.files import expanded
 
 OUR_TASKS = Path(__file__).parent / "tasks"
 HARNESS = Path(lm_eval.tasks.__file__).parent
@@ -80,9 +81,9 @@ class Catalogue:
             raise UserError(
                 f"evaluate.data: '{unknown[0]}' is not among those that may be given as files: {', '.join(FAMILIES)}"
             )
-        if missing := [folder for folder in include if not Path(folder).expanduser().is_dir()]:
+        if missing := [folder for folder in include if not expanded(folder).is_dir()]:
             raise UserError(f"evaluate.include: no such folder '{missing[0]}'")
-        self._own = [OUR_TASKS, *(Path(folder).expanduser() for folder in include)]
+        self._own = [OUR_TASKS, *(expanded(folder) for folder in include)]
         self._manager = self._managed([*(HARNESS / folder for folder in USUAL), *self._own])
 
     def _managed(self, folders: Sequence[Path], everything: bool = False) -> TaskManager:
@@ -118,7 +119,7 @@ class Catalogue:
             UserError: there is no such task (with the nearest names), its data is missing or lacks a column, or it
                 would run a model's programs in this process.
         """
-        file = Path(task.name).expanduser()
+        file = expanded(task.name)
         is_file = file.suffix in (".yaml", ".yml")
         if is_file and not file.is_file():
             raise UserError(f"evaluate.tasks: no such task file '{task.name}'")

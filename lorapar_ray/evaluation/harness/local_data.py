@@ -15,6 +15,7 @@ from typing import Any
 
 from lorapar_ray.datasets.records import TooLong, read_records
 from lorapar_ray.errors import UserError
+from lorapar_ray.files import expanded
 
 Record = Mapping[str, Any]
 SPLITS = {"train": "train", "dev": "dev", "val": "validation", "test": "test"}
@@ -52,7 +53,7 @@ def split_files(family: str, path: str, evaluated: str) -> dict[str, Path]:
     Raises:
         UserError: there are none, or two for one split.
     """
-    where, place = f"evaluate.data.{family}", Path(path).expanduser()
+    where, place = f"evaluate.data.{family}", expanded(path, f"evaluate.data.{family}")
     if place.is_file():
         return {evaluated: place}
     if not place.is_dir():
