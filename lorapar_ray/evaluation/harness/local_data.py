@@ -8,7 +8,7 @@ Adapters' collection of short-answer sets is understood too. `datasets` never se
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -130,16 +130,14 @@ def _listed_choices(instruction: str) -> tuple[str, list[str]]:
 
 
 def _boolq(record: Record) -> list[dict[str, Any]]:
+    """Without a passage, as LLM-Adapters has it, only `boolq_closed_book` can be asked."""
     answer = record["answer"] if "answer" in record else record["label"]
     label = int(answer) if isinstance(answer, bool | int) else {"false": 0, "true": 1}[str(answer).lower()]
-    if "instruction" in record:  # without its passage: only for boolq_closed_book
-        question = record["instruction"].partition("question: ")[2].partition("\n")[0].rstrip("? ")
-        return [{"question": question, "label": label}]
-    return (
-        [{"question": record["question"].rstrip("?"), "label": label}]
-        if "passage" not in record
-        else [{"question": record["question"].rstrip("?"), "passage": record["passage"], "label": label}]
-    )
+    if "instruction" in record:
+        question, rest = record["instruction"].partition("question: ")[2].partition("\n")[0], {}
+    else:
+        question, rest = record["question"], {name: record[name] for name in ("passage",) if name in record}
+    return [{"question": question.rstrip("? "), "label": label, **rest}]
 
 
 def _word_problem(record: Record) -> list[dict[str, Any]]:
@@ -208,8 +206,3 @@ def family_of(config: Mapping[str, Any]) -> str | None:
         "openai/openai_humaneval": "humaneval",
         "google-research-datasets/mbpp": "mbpp",
     }.get(path)
-
-
-def columns_of(rows: Iterable[Record]) -> set[str]:
-    """Names of the columns that every row has."""
-    return set.intersection(*(set(row) for row in rows))
