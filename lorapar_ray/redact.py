@@ -30,13 +30,15 @@ _NAME = re.compile(
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _PART_OF_TEXT = re.compile(r"^(?:bos|eos|pad|unk|sep|cls|mask|stop)[_-]?token$", re.I)
 _KEY = re.compile(
-    r"(?<![A-Za-z0-9])(?:(?:sk|pk|rk|gsk|nvapi|tgp|r8|fw|xai|pplx|glpat|xox[abp])[-_][A-Za-z0-9_-]{16,}"
-    r"|hf_[A-Za-z0-9]{20,}|gh[opsur]_[A-Za-z0-9]{20,}|AIza[A-Za-z0-9_-]{30,}|AKIA[A-Z0-9]{12,}"
+    r"(?<![A-Za-z0-9])(?:(?:sk|pk|rk|gsk|nvapi|tgp|r8|fw|xai|pplx|glpat|xox[abp])[-_]"
+    r"(?:(?:proj|ant|api\d\d|or|v1|live|test|svcacct)[-_]){0,3}"
+    r"(?=[A-Za-z]{0,99}\d)(?=\d{0,99}[A-Za-z])[A-Za-z0-9]{16,}[A-Za-z0-9_-]*"
+    r"|hf_[A-Za-z0-9]{30,}|gh[opsur]_[A-Za-z0-9]{30,}|AIza[A-Za-z0-9_-]{30,}|AKIA[A-Z0-9]{12,}"
     r"|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]*)"
 )
-"""How the keys of well-known services look."""
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
-_LOGIN = re.compile(r"://[^\s/:@]*:[^\s/@]+@")
+"""How the keys of well-known services look: a long run of letters and digits mixed, which names are not."""
+_URL = re.compile(r"(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]{0,20}://[^\s'\"<>]+")
+_LOGIN = re.compile(r"://[^\s/:@]{0,200}:[^\s/@]{1,200}@")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 
 _known: set[str] = set()

@@ -109,6 +109,14 @@ def test_a_config_is_shown_without_what_stands_where_secrets_do() -> None:
     assert "http://***@h" in kept and "it" not in yaml.safe_load(kept)["label"]["teachers"][0]["extra_body"]["api_key"]
 
 
+def test_a_name_that_begins_like_a_key_is_none() -> None:
+    names = ["/models/sk-llama-finetuned-v2-large", "pk-something-with-a-long-name-2024", "hf_transformers_cache_dir_2"]
+    remember_config({"model": {"path": names}})
+    assert [redacted(name) for name in names] == names
+    remember_config({"note": "sk-ant-api03-abcdefghij0123456789-_x"})
+    assert shown("sk-ant-api03-abcdefghij0123456789-_x") == "***"
+
+
 def test_a_password_in_a_url_is_known_wherever_it_comes_from() -> None:
     assert shown("no server at http://u:p4ss@h:1/x (http://:p@h) or http://h:1/a@b") == (
         "no server at http://***@h:1/x (http://***@h) or http://h:1/a@b"
