@@ -12,7 +12,8 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 quickstart: setup
 	$(BIN)/lorapar run jobs/configs/quickstart.yaml
 
-# Of the tests that kill processes at drawn moments `test` runs a sample; SEED=N repeats one that was printed.
+# Of the tests that kill processes at drawn moments `test` runs a sample, the same each time; SEED=N draws another.
+SEED ?= 1
 PYTEST = LORAPAR_CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: setup lint
@@ -24,6 +25,7 @@ test-fast: setup
 
 # Every one of them, ROUNDS times, each time at other moments.
 ROUNDS ?= 3
+test-chaos: SEED =
 test-chaos: setup
 	$(PYTEST) -m chaos --chaos all --chaos-rounds $(ROUNDS)
 

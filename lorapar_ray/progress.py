@@ -33,6 +33,7 @@ class SafeConsole(Console):
 console = SafeConsole(highlight=False, soft_wrap=True, markup=False, emoji=False)
 LOG_EVERY_S = 10.0
 NOTE_EVERY_S = 2.0
+FEW = 10
 
 _note: ContextVar[Path | None] = ContextVar("note", default=None)
 
@@ -72,12 +73,12 @@ def progress(what: str, total: int, poll: Callable[[], tuple[int, str]]) -> Iter
 
 
 def _note_down(file: Path, what: str, total: int, poll: Callable[[], tuple[int, str]], stop: threading.Event) -> None:
-    first, _ = poll()
-    note = {"what": what, "first": first, "total": total, "began": time.time()}
+    pace = Pace(total)
     while not stop.is_set():
         done, remark = poll()
+        note = {"what": what, "done": done, "total": total, "left": pace.left(done), "remark": remark}
         with suppress(OSError, UserError):  # a full disk ends the stage with its own words
-            write_json(file, {**note, "done": done, "remark": remark, "now": time.time()})
+            write_json(file, {**note, "now": time.time()})
         stop.wait(NOTE_EVERY_S)
 
 
@@ -100,23 +101,34 @@ def _bar(what: str, total: int, poll: Callable[[], tuple[int, str]], stop: threa
 
 
 def _lines(what: str, total: int, poll: Callable[[], tuple[int, str]], stop: threading.Event) -> None:
-    start = time.monotonic()
-    first, _ = poll()
-    shown = None
+    pace, shown = Pace(total), None
     while True:
         finished = stop.wait(LOG_EVERY_S)
         done, remark = poll()
         if finished or done != shown:
-            left = eta(done - first, total - done, time.monotonic() - start)
-            console.print(f"  {what} {done}/{total}{left} {remark}".rstrip())
+            console.print(f"  {what} {done}/{total}{pace.left(done)} {remark}".rstrip())
             shown = done
         if finished:
             return
 
 
-def eta(fresh: int, left: int, elapsed_s: float) -> str:
-    """How long the rest takes at the pace so far, as ` · m:ss left`; empty where nothing can be said."""
-    if fresh <= 0 or left <= 0:
-        return ""
-    seconds = elapsed_s / fresh * left
-    return f" · {int(seconds // 60)}:{int(seconds % 60):02d} left"
+class Pace:
+    """How long the rest takes at the pace since the work moved first: what came before that was starting."""
+
+    def __init__(self, total: int) -> None:
+        """`total`: the count at which the work is done; of few things nothing is told."""
+        self._total = total
+        self._before: int | None = None
+        self._since: tuple[int, float] | None = None
+
+    def left(self, done: int) -> str:
+        """As ` · m:ss left`; empty where nothing can be told yet."""
+        now = time.monotonic()
+        if self._before is not None and done > self._before and self._since is None:
+            self._since = done, now
+        self._before = done
+        if self._since is None or self._total < FEW or not self._since[0] < done < self._total:
+            return ""
+        first, start = self._since
+        seconds = (now - start) / (done - first) * (self._total - done)
+        return f" · {int(seconds // 60)}:{int(seconds % 60):02d} left"

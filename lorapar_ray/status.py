@@ -9,7 +9,7 @@ from typing import Any
 from lorapar_ray.boundary import read_object
 from lorapar_ray.errors import UserError
 from lorapar_ray.pipeline import STAGES
-from lorapar_ray.progress import console, eta
+from lorapar_ray.progress import console
 from lorapar_ray.run_lock import living_holder
 from lorapar_ray.runs import PROGRESS, RunDirectory
 from lorapar_ray.text import one_line
@@ -56,14 +56,13 @@ def _far(run: RunDirectory, entry: dict[str, Any], alive: bool) -> str:
         return f"interrupted after {_minutes(entry.get('seconds', 0))}; the same command goes on from there"
     try:
         note = read_object(run.work / PROGRESS, "delete it")
-        done, total, first = (int(note[key]) for key in ("done", "total", "first"))
-        began, now = float(note["began"]), float(note["now"])
-        what, remark = one_line(note["what"]), one_line(note["remark"], 80)
+        done, total, now = int(note["done"]), int(note["total"]), float(note["now"])
+        what, left, remark = one_line(note["what"]), one_line(note["left"]), one_line(note["remark"], 80)
     except (UserError, KeyError, TypeError, ValueError):
         return "starting"
     silence = time.time() - now
     age = f" · last seen {_minutes(silence)} ago" if silence > SILENT_S else ""
-    return f"{what} {done}/{total}{eta(done - first, total - done, now - began)} {remark}".rstrip() + age
+    return " ".join(each for each in (what, f"{done}/{total}", left, remark) if each) + age
 
 
 def _minutes(seconds: float) -> str:

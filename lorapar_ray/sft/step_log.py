@@ -17,6 +17,8 @@ from torch import Tensor
 from lorapar_ray.tracking import append_line, memory_mib
 
 Write = Callable[[Mapping[str, Any], int], None]
+Arriving = Callable[[], tuple[list[float], float]]
+"""The figures, and by `time.monotonic` when they were there."""
 
 
 class StepLog:
@@ -29,7 +31,7 @@ class StepLog:
             active_share: active elements over all elements, which every line repeats.
         """
         self._file, self._curves, self._share = file, curves, active_share
-        self._waiting: tuple[int, dict[str, float], int, Callable[[], list[float]]] | None = None
+        self._waiting: tuple[int, dict[str, float], int, Arriving] | None = None
         self._clock = time.monotonic()
 
     def put(self, step: int, loss: Tensor, norm: Tensor, rate: float, tokens: int) -> None:
@@ -44,9 +46,8 @@ class StepLog:
             return
         step, known, tokens, arriving = self._waiting
         self._waiting = None
-        loss, norm = arriving()
-        now = time.monotonic()
-        seconds, self._clock = now - self._clock, now
+        (loss, norm), ended = arriving()
+        seconds, self._clock = ended - self._clock, ended
         line = {
             "step": step,
             "loss": loss,
@@ -76,18 +77,19 @@ class StepLog:
         self._clock = time.monotonic()
 
 
-def _on_their_way(figures: Tensor) -> Callable[[], list[float]]:
-    """Send figures to host memory; the function returned waits for them."""
+def _on_their_way(figures: Tensor) -> Arriving:
+    """Send figures to host memory; the function returned waits for them, and says when they were computed."""
     if figures.device.type != "cuda":
-        return figures.tolist
+        computed: list[float] = figures.tolist()
+        now = time.monotonic()
+        return lambda: (computed, now)
     there = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
     there.copy_(figures, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record()
 
-    def read() -> list[float]:
+    def read() -> tuple[list[float], float]:
         arrived.synchronize()
-        found: list[float] = there.tolist()
-        return found
+        return there.tolist(), time.monotonic()
 
     return read

@@ -1,5 +1,6 @@
 """Stage 1's loop beside TRL's SFTTrainer, its loss beside TRL's head, and its rows."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -316,3 +317,16 @@ def test_graphs_give_the_losses_of_launching_one_by_one(tmp_path: Path, packing:
     if not dropout:
         for key, value in adapter.items():
             torch.testing.assert_close(value, reference[key], rtol=1e-2, atol=1e-3)
+
+
+def test_a_steps_seconds_end_where_its_figures_were_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("lorapar_ray.sft.step_log.time.monotonic", lambda: now[0])
+    log = StepLog(tmp_path / "steps.jsonl", None, 1.0)
+    for step, ended in enumerate((10.0, 12.0, 15.0), start=1):
+        now[0] = ended
+        log.put(step, torch.tensor(1.0), torch.tensor(1.0), 1e-3, tokens=60)
+    log.flush()  # at once, as before a checkpoint
+    lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert [line["seconds"] for line in lines] == [10, 2, 3]
+    assert [line["tokens_per_s"] for line in lines] == [6, 30, 20]

@@ -9,7 +9,7 @@ import pytest
 
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import write_json
-from lorapar_ray.progress import noted_in, progress
+from lorapar_ray.progress import Pace, noted_in, progress
 from lorapar_ray.run_lock import run_lock
 from lorapar_ray.runs import PROGRESS, RunDirectory
 from lorapar_ray.status import lines
@@ -33,14 +33,14 @@ def test_a_run_that_was_interrupted(run: RunDirectory) -> None:
 
 def test_a_run_at_work(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorapar_ray.progress.NOTE_EVERY_S", 0.01)
-    counts = iter([2, *[6] * 10_000])
+    counts = iter([2, 3, *[6] * 10_000])
     with run_lock(run.root):
         assert next(line for line in lines(run) if "score" in line).split() == ["▶", "score", "starting"]
         with noted_in(run.work / PROGRESS), progress("score", 10, lambda: (next(counts), "loss 0.5\x1b[2J")):
             deadline = time.monotonic() + 20
             while "6/10" not in (line := next(line for line in lines(run) if "score" in line)):
                 assert time.monotonic() < deadline
-        assert line.startswith("▶ score      score 6/10 · 0:0") and line.endswith("left loss 0.5\\x1b[2J")
+        assert line.startswith("▶ score      score 6/10") and line.endswith("loss 0.5\\x1b[2J")
         assert not (run.work / PROGRESS).exists()
         write_json(run.work / PROGRESS, {"done": "many"})
         assert next(line for line in lines(run) if "score" in line).split() == ["▶", "score", "starting"]
@@ -50,3 +50,14 @@ def test_a_run_at_work(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> No
 def test_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run"):
         list(lines(RunDirectory(tmp_path)))
+
+
+def test_the_pace_is_that_since_the_work_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([100.0, 160.0, 170.0, 180.0, 190.0])
+    monkeypatch.setattr("lorapar_ray.progress.time.monotonic", lambda: next(now))
+    pace = Pace(20)  # a minute of starting, then a step in 5 s
+    assert [pace.left(done) for done in (0, 1, 3, 5, 20)] == ["", "", " · 1:25 left", " · 1:15 left", ""]
+    few = iter([0.0, 10.0, 20.0])
+    monkeypatch.setattr("lorapar_ray.progress.time.monotonic", lambda: next(few))
+    three = Pace(3)
+    assert [three.left(done) for done in (0, 1, 2)] == ["", "", ""]
