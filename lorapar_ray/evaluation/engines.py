@@ -114,7 +114,8 @@ class Engines:
             for first in range(0, len(requests), REQUESTS_PER_BLOCK)
         ]
         at_once = self._at_once * len(self._actors)
-        asked = ray.data.from_arrow(blocks).map_batches(
+        # `from_arrow` asks for a CPU to look at its tables with, and there is none where the engines hold them all
+        asked = ray.data.from_blocks(blocks).map_batches(
             Asker,
             fn_constructor_args=(self._actors, *served),
             batch_size=None,
