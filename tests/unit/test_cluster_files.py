@@ -220,7 +220,8 @@ def test_every_stage_has_its_job(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(ROOT / "jobs")
-    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
+    for name in ("RAY_ADDRESS", "LORAPAR_WAIT_S"):  # which a job sets for its process
+        monkeypatch.setenv(name, "0")
     monkeypatch.setattr(sys, "argv", [f"{command}.py", "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "jobs" / f"{command}.py"), run_name="__main__")
