@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import shlex
 import time
@@ -27,6 +28,12 @@ WAIT_S = "400"
 """For the run directory's lock: longer than that of a driver that died with its machine is believed."""
 NOT_SENT = [".git", ".venv", ".hypothesis", "runs", "site", "**/__pycache__"]
 """Of the working directory."""
+CHATTY = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
+"""Loggers of Ray's that tell of every upload and connection."""
 FINAL = ("SUCCEEDED", "FAILED", "STOPPED")
 OURS = "lorapar: "
 """How the line begins in which a command says why it ends."""
@@ -80,6 +87,8 @@ class Jobs:
     def _connect(self) -> Any:
         from ray.job_submission import JobSubmissionClient
 
+        for name in CHATTY:
+            logging.getLogger(name).setLevel(logging.WARNING)
         return JobSubmissionClient(self.address)
 
     def _ask(self, call: Callable[[], T]) -> T:

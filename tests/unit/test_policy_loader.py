@@ -106,6 +106,7 @@ def test_ranks_that_loaded_different_policies_are_found() -> None:
 
 def test_modules_with_other_names_in_the_files_are_refused_in_one_line(tmp_path: Path) -> None:
     save_file({"language_model.model.layers.0.mlp.up_proj.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
     keys = [f"base_model.model.model.layers.0.mlp.up_proj.lora_{part}.weight" for part in "AB"]
     missing = unmergeable(str(tmp_path), keys)
     assert missing == ["model.layers.0.mlp.up_proj.weight"]

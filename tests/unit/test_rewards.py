@@ -9,11 +9,11 @@ import psutil
 import pytest
 
 from lorapar_ray.errors import UserError
-from lorapar_ray.grpo.coordinator import Coordinator
 from lorapar_ray.grpo.groups import Group
 from lorapar_ray.grpo.rewards import RewardPool, RewardSpec, get_reward
 from lorapar_ray.grpo.rewards.calling import call
 from lorapar_ray.grpo.rewards.process import open_environment
+from lorapar_ray.grpo.rollouts import Rollouts
 from tests.unit import trl_rewards
 
 TAGGED = "<reasoning>\nadd\n</reasoning>\n<answer>\n6\n</answer>"
@@ -204,18 +204,18 @@ def test_a_rewards_environment_holds_nothing_secret(monkeypatch: pytest.MonkeyPa
 def test_a_step_on_which_one_reward_fails_everywhere_stops_with_that_rewards_text(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    coordinator = Coordinator.__new__(Coordinator)
-    coordinator._told = False
+    rollouts = Rollouts.__new__(Rollouts)
+    rollouts._told = False
 
     def group(failed: dict[str, int], errors: dict[str, str]) -> Group:
         return Group(row={}, completions=[], texts=["a", "b"], failed=failed, errors=errors)
 
     some = [group({"rare": 1, "typo": 2}, {"rare": "ValueError: one", "typo": "KeyError: 'x'"}), group({}, {})]
-    coordinator._report_failures(some, step=0)
-    coordinator._report_failures(some, step=1)
+    rollouts.report_failures(some, step=0)
+    rollouts.report_failures(some, step=1)
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("failed on some samples") == 1 and "typo: KeyError: 'x'" in said and "rare: ValueError" in said
     everywhere = [*some[:1], group({"typo": 2}, {"typo": "KeyError: 'y'"})]
     with pytest.raises(UserError, match=r"'typo' failed on all 4 samples of step 3: KeyError: 'x'"):
-        coordinator._report_failures(everywhere, step=2)
-    coordinator._report_failures([], step=3)
+        rollouts.report_failures(everywhere, step=2)
+    rollouts.report_failures([], step=3)
