@@ -77,10 +77,10 @@ def evaluate_models(asked: Evaluation, out: Path, verbose: bool = False) -> list
         raise UserError("--tasks: none given; write --tasks gsm8k,mmlu@5")
     found = {text: named_model(text) for text in asked.models}
     names = dict(zip(found, short_names(list(found)), strict=True))
-    _require_same(out, asked, {names[text]: model for text, model in found.items()})
     due = {model for model, _ in unfinished(out, list(names.values()), asked.settings.tasks)}
     waiting = [text for text in found if names[text] in due]
-    catalogue = catalogue_of(asked.settings) if waiting else None
+    catalogue = catalogue_of(asked.settings) if waiting else None  # an unknown task leaves nothing behind in `out`
+    _require_same(out, asked, {names[text]: model for text, model in found.items()})
     with ray_session(verbose) if waiting else nullcontext():
         for base in dict.fromkeys(found[text].base for text in waiting):
             adapters = {names[text]: found[text].adapter for text in waiting if found[text].base == base}

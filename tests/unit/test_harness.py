@@ -29,6 +29,7 @@ from lorapar_ray.evaluation.harness.results import leaves, summary
 from lorapar_ray.evaluation.harness.run import evaluate_task
 from lorapar_ray.evaluation.requests import Answer, Request
 from lorapar_ray.evaluation.serving import named_model, serving
+from lorapar_ray.evaluation.standalone import evaluate_models, evaluation_of
 from lorapar_ray.evaluation.tasks import catalogue_of, file_name, result_file, rows_file
 from lorapar_ray.reporting.evaluation_page import read_found, write_page
 from tests.tiny_run import save_tiny_student
@@ -474,3 +475,13 @@ def test_real_files_are_read_whole() -> None:
     assert questions == dict(zip(names, (1319, 2376, 3270, 1000, 238, 164, 500, 14042), strict=True))
     groups = leaves(loaded["mmlu@5"]["groups"])
     assert len(groups["mmlu"]) == 57 and "mmlu_anatomy" in groups["mmlu_stem"]
+
+
+def test_a_command_that_is_refused_leaves_nothing_that_refuses_the_next(tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    asked = evaluation_of([str(model)], {"tasks": ["nonsense"]}, [])
+    with pytest.raises(UserError, match="nonsense"):
+        evaluate_models(asked, out)
+    assert not out.exists()
