@@ -6,17 +6,15 @@ import os
 import sys
 from pathlib import Path
 
-WAIT_S = "400"
-"""Longer than the lock of a driver that died with its machine is believed (`lorapar_ray.run_lock`)."""
-
 
 def job(command: str) -> None:
     """Run `lorapar COMMAND` with this process's arguments, inside a submitted Ray job."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the submitted working directory, uninstalled
     from lorapar_ray.cli import main
+    from lorapar_ray.run_lock import JOB_WAIT_S, WAIT
 
     os.environ.setdefault("RAY_ADDRESS", "auto")
-    os.environ.setdefault("LORAPAR_WAIT_S", WAIT_S)
+    os.environ.setdefault(WAIT, JOB_WAIT_S)
     given = sys.argv[1:]
     if not any(word.startswith(("--run-dir", "-d", "--help")) for word in given):
         sys.exit("lorapar: --run-dir: give a directory that every node can reach; the job's own goes when it ends")

@@ -19,7 +19,7 @@ from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import expanded
 from lorapar_ray.pipeline import ORDER, PIPELINE, stages_of
-from lorapar_ray.run_lock import run_lock
+from lorapar_ray.run_lock import WAIT, run_lock
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.stages import Stage
 
@@ -108,11 +108,11 @@ def _execute(
 
 def _seconds_to_wait() -> float:
     """For another command to leave the run directory: a job that is started again finds its dead driver's lock."""
-    given = os.environ.get("LORAPAR_WAIT_S", "0")
+    given = os.environ.get(WAIT, "0")
     try:
         return float(given)
     except ValueError:
-        raise UserError(f"LORAPAR_WAIT_S={given}: not a number of seconds") from None
+        raise UserError(f"{WAIT}={given}: not a number of seconds") from None
 
 
 def _stage_command(stage: Stage) -> None:

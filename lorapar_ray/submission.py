@@ -18,14 +18,13 @@ from typing import Any, TypeVar
 
 from lorapar_ray.errors import UserError
 from lorapar_ray.redact import redact
+from lorapar_ray.run_lock import JOB_WAIT_S, WAIT
 from lorapar_ray.text import one_line
 from lorapar_ray.threads import in_a_thread
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 CONNECT_TIMEOUT_S = 30.0
 SUBMIT_TIMEOUT_S = 600.0
-WAIT_S = "400"
-"""For the run directory's lock: longer than that of a driver that died with its machine is believed."""
 NOT_SENT = [".git", ".venv", ".hypothesis", "runs", "site", "**/__pycache__"]
 """Of the working directory."""
 CHATTY = (
@@ -150,7 +149,7 @@ class Jobs:
         environment = {
             "working_dir": str(handed.working_dir),
             "excludes": NOT_SENT,
-            "env_vars": {"LORAPAR_WAIT_S": WAIT_S},
+            "env_vars": {WAIT: JOB_WAIT_S},
         }
         before = len(_attempts(key, known))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from lorapar_ray.ablations import tables
@@ -35,7 +36,7 @@ class Plan:
     rates: tuple[float, ...] = RATES
     """Of a tuned grid's sweep, relative to the config's learning rate."""
 
-    @property
+    @cached_property
     def sweeps(self) -> list[Unit]:
         """The runs from which each arm's learning rate is chosen."""
         if not self.grid.tuned or len(self.rates) < 2:

@@ -7,26 +7,19 @@ from typing import Any
 
 import pytest
 
-from lorapar_ray.cluster_check import PACKAGES, NodeReport, _gpus, _keys, _models_found, _nodes, _storage, _versions
+from lorapar_ray.cluster_check import NodeReport, _gpus, _keys, _models_found, _nodes, _storage, _versions
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
 from lorapar_ray.redact import remember
 from lorapar_ray.submission import Jobs, Submission, _attempts, in_working_dir, require_no_secret
+from lorapar_ray.versions import installed_versions
 
 HANDED = Submission("x", "/shared/runs/x", ("--config", "a b.yaml"), Path())
 NODES = {name: {"NodeManagerAddress": f"10.0.0.{place}", "Resources": {"CPU": 4}} for place, name in enumerate("ab")}
 
 
 def report(**changes: Any) -> NodeReport:
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    plain = {"versions": versions, "gpus": 0, "storage": "", "free_gib": 9.0, "models": {}}
+    plain = {"versions": installed_versions(), "gpus": 0, "storage": "", "free_gib": 9.0, "models": {}}
     return NodeReport(**{**plain, **changes})
 
 
