@@ -65,10 +65,10 @@ def require(stage: str, groups: dict[str, tuple[int, Resources]], hint: str = ""
     Raises:
         UserError: names the resource or the label, what is wanted and what the cluster has.
     """
-    require_room(stage, capacity(), groups, hint or f"{stage}.{next(iter(groups))}")
+    require_fit(stage, capacity(), groups, hint or f"{stage}.{next(iter(groups))}")
 
 
-def require_room(stage: str, has: Capacity, groups: dict[str, tuple[int, Resources]], hint: str) -> None:
+def require_fit(stage: str, has: Capacity, groups: dict[str, tuple[int, Resources]], hint: str) -> None:
     """See `require`; on a known cluster."""
     for kind, each in (("CPU", "cpus"), ("GPU", "gpu_count")):
         wanted = {name: (count, float(getattr(resources, each))) for name, (count, resources) in groups.items()}

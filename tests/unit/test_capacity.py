@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorapar_ray.capacity import Capacity, require_room
+from lorapar_ray.capacity import Capacity, require_fit
 from lorapar_ray.config import Resources
 from lorapar_ray.errors import UserError
 
@@ -13,7 +13,7 @@ GROUPS = {"workers": (4, Resources(cpus=2, gpus=1))}
 
 def room(has: Capacity, **nodes: str) -> None:
     groups = {name: (count, each.model_copy(update={"nodes": nodes})) for name, (count, each) in GROUPS.items()}
-    require_room("sft", has, groups, "sft.workers")
+    require_fit("sft", has, groups, "sft.workers")
 
 
 def test_what_fits_now_is_let_through_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
