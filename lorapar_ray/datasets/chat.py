@@ -181,3 +181,8 @@ def _ends_in(file: Path) -> tuple[int, ...]:
     if not all(type(end) is int and 0 <= end < LARGEST_ID for end in listed):
         raise UserError(f"'{file}': eos_token_id {one_line(ends, 60)} is no token and no list of tokens; {SAVE_AGAIN}")
     return tuple(listed)
+
+
+def decode(encoder: Encoder, ids: Sequence[int]) -> str:
+    """`Encoder.answer_text` without stop strings; kept for scripts that import it."""
+    return encoder.answer_text(ids)
