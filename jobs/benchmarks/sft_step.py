@@ -32,8 +32,9 @@ from lorapar_ray.adapters import adapter_parameters, attach_lora
 from lorapar_ray.config import SftConfig
 from lorapar_ray.optim import MaskedAdamW, masked_param_groups
 from lorapar_ray.precision import torch_dtype
+from lorapar_ray.sft.arm import Worker
 from lorapar_ray.sft.batches import plan_batches
-from lorapar_ray.sft.loop import TrainingLoop, Worker
+from lorapar_ray.sft.loop import TrainingLoop
 from lorapar_ray.sft.passes import EagerPasses, GraphPasses, Passes, compile_layers
 from lorapar_ray.sft.rows import Rows, collate
 from lorapar_ray.sft.step_log import StepLog

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,24 @@ from lorapar_ray.sft.rows import Rows
 
 
 def summed_loss(model: Any, rows: Rows) -> Tensor:
-    """Minus the log-probability of the target tokens, summed: float32, scalar.
+    """Minus the log-probability of the target tokens, summed: float32, scalar."""
+    return token_losses(model, rows).sum()
+
+
+def arm_losses(model: Any, rows: Rows) -> Tensor:
+    """The same of each adapter's tokens: float32 [arms]."""
+    return of_each_arm(token_losses(model, rows), rows)
+
+
+def of_each_arm(values_N: Tensor, rows: Rows) -> Tensor:
+    """Sums [arms] of `values_N` by whose they are."""
+    if rows.arm_N is None:
+        return values_N.sum()[None]
+    return values_N.new_zeros(rows.arms).index_add(0, rows.arm_N, values_N)
+
+
+def token_losses(model: Any, rows: Rows) -> Tensor:
+    """Minus the log-probability of each target token: float32 [N], 0 for entries that only fill up.
 
     What the model does to its logits (soft caps, scales) counts. A model that puts virtual tokens before each row
     is fine; one without an output head of its own computes all logits.
@@ -27,20 +44,23 @@ def summed_loss(model: Any, rows: Rows) -> Tensor:
         taken = True
         return (_at_places(arguments[0], rows)[None],)
 
+    inputs: dict[str, Any] = {"input_ids": rows.input_ids, "use_cache": False}
+    if rows.arms > 1:
+        inputs["arms"] = rows.arms
     head = model.get_output_embeddings()
     handle = None if head is None else head.register_forward_pre_hook(select)
     try:
         if rows.position_ids is None:
             with _one_sequence_a_row():
-                logits = model(input_ids=rows.input_ids, use_cache=False).logits
+                logits = model(**inputs).logits
         else:
-            logits = model(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False).logits
+            logits = model(**inputs, position_ids=rows.position_ids).logits
     finally:
         if handle is not None:
             handle.remove()
     logits = logits.squeeze(0) if taken else _at_places(logits, rows)
     logprobs, _ = token_logprobs(logits, rows.targets)
-    return -(logprobs * rows.weights).sum()
+    return -(logprobs * rows.weights)
 
 
 @contextmanager
@@ -64,14 +84,22 @@ def _at_places(of_every_token: Tensor, rows: Rows) -> Tensor:
     return own.flatten(0, 1).index_select(0, rows.places)
 
 
-def mean_loss(model: Any, batches: list[Rows], device: torch.device, *, over_ranks: bool) -> float:
+def mean_loss(model: Any, batches: Sequence[Rows], device: torch.device, *, over_ranks: bool) -> float:
     """Mean loss per target token of all batches, of all ranks too if asked, each token counted once."""
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    return mean_losses(model, batches, device, arms=1, over_ranks=over_ranks)[0]
+
+
+def mean_losses(
+    model: Any, batches: Iterable[Rows], device: torch.device, *, arms: int, over_ranks: bool
+) -> list[float]:
+    """The same of each of `arms` adapters; NaN for one without a target token."""
+    totals = torch.zeros(2, arms, dtype=torch.float64, device=device)
     with torch.no_grad():
         for batch in batches:
             rows = batch.to(device)
-            totals[0] += summed_loss(model, rows)
-            totals[1] += rows.weights.sum()
+            totals[0, : rows.arms] += arm_losses(model, rows)
+            totals[1, : rows.arms] += of_each_arm(rows.weights, rows)
     if over_ranks:
         torch.distributed.all_reduce(totals)
-    return float(totals[0] / totals[1])
+    found: list[float] = (totals[0] / totals[1]).tolist()
+    return found

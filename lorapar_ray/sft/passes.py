@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lorapar_ray.sft.loss import summed_loss
-from lorapar_ray.sft.rows import Rows, rows_in
+from lorapar_ray.packed_attention import move
+from lorapar_ray.sft.loss import arm_losses
+from lorapar_ray.sft.rows import Rows, Shape, rows_in
 
 GRAPHS = 32
 """Shapes that get a graph; what comes after them runs without."""
@@ -26,34 +27,47 @@ WARM_UP = 2
 class Passes(Protocol):
     """What a training loop asks for."""
 
-    def begin(self, tokens: int) -> None:
-        """Start a step whose loss is divided by so many tokens: no gradient, no loss yet."""
+    def begin(self, *tokens: int) -> None:
+        """Start a step in which each adapter's loss is divided by so many tokens: no gradient, no loss yet."""
 
     def add(self, rows: Rows) -> None:
         """Add a micro-batch's gradients and loss; `rows` may still lie in host memory."""
 
     def loss(self) -> Tensor:
-        """The step's loss so far, on the device."""
+        """The step's loss so far of each adapter: [arms], on the device."""
 
 
 class EagerPasses:
     """Every operation launched by itself."""
 
-    def __init__(self, model: Any, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
-        self._model, self._parameters, self._device = model, list(parameters), device
-        self._scale = 0.0
-        self._loss = torch.zeros((), device=device)
+    def __init__(
+        self, model: Any, parameters: Sequence[nn.Parameter], device: torch.device, arms: int | None = None
+    ) -> None:
+        """Take what trains.
 
-    def begin(self, tokens: int) -> None:
-        self._scale = 1.0 / max(1, tokens)
+        Args:
+            arms: adapters that train together: the gradients are then kept from step to step, since each adapter's are
+                views of them. None: one adapter.
+        """
+        self._model, self._parameters, self._device = model, list(parameters), device
+        self._arms = arms or 1
+        self._kept = None if arms is None else flat_gradients(self._parameters, device)
+        self._scale = self._loss = torch.zeros(self._arms, device=device)
+
+    def begin(self, *tokens: int) -> None:
+        self._scale = _inverse(tokens, self._arms, self._device)
+        self._loss = torch.zeros(self._arms, device=self._device)
+        if self._kept is not None:
+            self._kept.zero_()
+            return
         for parameter in self._parameters:
             parameter.grad = None
-        self._loss = torch.zeros((), device=self._device)
 
     def add(self, rows: Rows) -> None:
-        loss = summed_loss(self._model, rows.to(self._device)) * self._scale
-        loss.backward()
-        self._loss += loss.detach()
+        rows = rows.to(self._device)
+        losses = arm_losses(self._model, rows) * self._scale[: rows.arms]
+        losses.sum().backward()
+        self._loss[: rows.arms] += losses.detach()
 
     def loss(self) -> Tensor:
         return self._loss
@@ -62,18 +76,19 @@ class EagerPasses:
 class GraphPasses:
     """One CUDA graph per shape of micro-batch."""
 
-    def __init__(self, model: Any, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
-        """The parameters' gradients become views of one buffer, which stays for as long as this does."""
-        self._model, self._device = model, device
-        sizes = [parameter.numel() for parameter in parameters]
-        self._gradients = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
-        for parameter, part in zip(parameters, self._gradients.split(sizes), strict=True):
-            if parameter.dtype != torch.float32:
-                raise ValueError(f"trained parameters are float32, got {parameter.dtype}")
-            parameter.grad = part.view_as(parameter)
-        self._loss = torch.zeros((), device=device)
-        self._scale = torch.zeros((), device=device)
-        self._graphs: dict[tuple[int, int, int, bool], tuple[Tensor, Callable[[], None]]] = {}
+    def __init__(
+        self, model: Any, parameters: Sequence[nn.Parameter], device: torch.device, arms: int | None = None
+    ) -> None:
+        """The parameters' gradients become views of one buffer, which stays for as long as this does.
+
+        Args:
+            arms: adapters that train together; None: one.
+        """
+        self._model, self._device, self._arms = model, device, arms or 1
+        self._gradients = flat_gradients(parameters, device)
+        self._loss = torch.zeros(self._arms, device=device)
+        self._scale = torch.zeros(self._arms, device=device)
+        self._graphs: dict[Shape, tuple[Tensor, Callable[[], None]]] = {}
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self.capturing = True
@@ -84,10 +99,10 @@ class GraphPasses:
         """Shapes that have a graph."""
         return len(self._graphs)
 
-    def begin(self, tokens: int) -> None:
+    def begin(self, *tokens: int) -> None:
         self._gradients.zero_()
         self._loss.zero_()
-        self._scale.fill_(1.0 / max(1, tokens))
+        self._scale.copy_(_inverse(tokens, self._arms, self._device))
 
     def add(self, rows: Rows) -> None:
         if rows.shape not in self._graphs and self.capturing and len(self._graphs) < GRAPHS:
@@ -103,9 +118,9 @@ class GraphPasses:
         return self._loss.clone()  # the next step begins before this one's is read
 
     def _pass(self, rows: Rows) -> None:
-        loss = summed_loss(self._model, rows) * self._scale
-        loss.backward()
-        self._loss += loss.detach()
+        losses = arm_losses(self._model, rows) * self._scale[: rows.arms]
+        losses.sum().backward()
+        self._loss[: rows.arms] += losses.detach()
 
     def _capture(self, rows: Rows) -> None:
         """Make the graph for a shape; gradients, loss and generator are as if nothing had run."""
@@ -131,6 +146,27 @@ class GraphPasses:
             self._gradients.copy_(before[0])
             self._loss.copy_(before[1])
             torch.cuda.set_rng_state(before[2], self._device)
+
+
+def flat_gradients(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
+    """One buffer of zeros, of which the parameters' gradients become views.
+
+    Raises:
+        ValueError: a parameter is not float32.
+    """
+    sizes = [parameter.numel() for parameter in parameters]
+    flat = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+    for parameter, part in zip(parameters, flat.split(sizes), strict=True):
+        if parameter.dtype != torch.float32:
+            raise ValueError(f"trained parameters are float32, got {parameter.dtype}")
+        parameter.grad = part.view_as(parameter)
+    return flat
+
+
+def _inverse(tokens: Sequence[int], arms: int, device: torch.device) -> Tensor:
+    """[arms]: what each adapter's summed loss is multiplied by; 0 for those that take no step."""
+    factors = [1.0 / max(1, count) for count in tokens]
+    return move(torch.tensor(factors + [0.0] * (arms - len(factors))), device)
 
 
 def _flat(rows: Rows) -> Tensor:

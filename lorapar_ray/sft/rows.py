@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Shape = tuple[int, int, int, bool, int]
+"""B, T, N, whether rows are packed, and the number of adapters."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -27,15 +30,19 @@ class Rows:
     """int64 [N]: the tokens that have a loss."""
     weights: Tensor
     """int64 [N]: 1, and 0 for entries that only fill up a bucket."""
+    arm_N: Tensor | None = None
+    """int64 [N]: which adapter's loss each is, where several train together; None: there is one."""
+    arms: int = 1
+    """Adapters that the rows belong to, B / arms rows each, one adapter's after the other's."""
 
     @property
-    def shape(self) -> tuple[int, int, int, bool]:
-        """B, T, N and whether rows are packed: what a CUDA graph is made for."""
-        return (*self.input_ids.shape, len(self.places), self.position_ids is not None)
+    def shape(self) -> Shape:
+        """What a CUDA graph is made for."""
+        return (*self.input_ids.shape, len(self.places), self.position_ids is not None, self.arms)
 
     def tensors(self) -> list[Tensor]:
         """All of them, in a fixed order."""
-        some = [self.input_ids, self.position_ids, self.places, self.targets, self.weights]
+        some = [self.input_ids, self.position_ids, self.places, self.targets, self.weights, self.arm_N]
         return [tensor for tensor in some if tensor is not None]
 
     def to(self, device: torch.device) -> Rows:
@@ -46,23 +53,28 @@ class Rows:
         return rows_in(flat, self.shape)
 
 
-def rows_in(flat: Tensor, shape: tuple[int, int, int, bool]) -> Rows:
+def rows_in(flat: Tensor, shape: Shape) -> Rows:
     """Rows of a shape as views of one int64 buffer, in the order of `Rows.tensors`."""
-    rows, length, losses, packed = shape
-    sizes = [rows * length] * (1 + packed) + [losses] * 3
+    rows, length, losses, packed, arms = shape
+    sizes = [rows * length] * (1 + packed) + [losses] * (3 + (arms > 1))
     parts = list(flat.split(sizes))
     ids = parts.pop(0).view(rows, length)
     positions = parts.pop(0).view(rows, length) if packed else None
-    return Rows(ids, positions, *parts)
+    owners = parts.pop() if arms > 1 else None
+    places, targets, weights = parts
+    return Rows(ids, positions, places, targets, weights, owners, arms)
 
 
-def collate(rows: Sequence[Sequence[dict[str, Any]]], *, packed: bool, filler: int, buckets: bool = False) -> Rows:
+def collate(
+    rows: Sequence[Sequence[dict[str, Any]]], *, packed: bool, filler: int, buckets: bool = False, arms: int = 1
+) -> Rows:
     """Lay examples ({input_ids, response_start}) out as `rows` says; a row without any has no loss.
 
     Args:
         packed: each example of a row attends to itself alone.
         filler: the token to fill up with.
         buckets: fill T and N up to one of a few sizes, so that few shapes occur.
+        arms: adapters that train together; as many rows of each, one adapter's after the other's.
     """
     lengths = [sum(len(example["input_ids"]) for example in row) for row in rows]
     length = max(2, *lengths)
@@ -72,6 +84,7 @@ def collate(rows: Sequence[Sequence[dict[str, Any]]], *, packed: bool, filler: i
     positions = torch.arange(length).repeat(len(rows), 1)
     places: list[int] = []
     targets: list[int] = []
+    owners: list[int] = []
     for number, row in enumerate(rows):
         at = 0
         for example in row:
@@ -81,6 +94,7 @@ def collate(rows: Sequence[Sequence[dict[str, Any]]], *, packed: bool, filler: i
             first = number * length + at
             places += range(first + start - 1, first + len(tokens) - 1)
             targets += tokens[start:]
+            owners += [number * arms // len(rows)] * (len(tokens) - start)
             at += len(tokens)
         positions[number, at:] = torch.arange(length - at)
     fill = bucket(max(1, len(places))) - len(places) if buckets else 0
@@ -92,6 +106,8 @@ def collate(rows: Sequence[Sequence[dict[str, Any]]], *, packed: bool, filler: i
         torch.tensor(places + padding, dtype=torch.int64),
         torch.tensor(targets + padding, dtype=torch.int64),
         torch.tensor(weights, dtype=torch.int64),
+        torch.tensor(owners + padding, dtype=torch.int64) if arms > 1 else None,
+        arms,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
@@ -11,11 +12,12 @@ import numpy as np
 
 from lorapar_ray.config import AdapterConfig, ModelConfig, SftConfig
 from lorapar_ray.datasets.tokens import Examples, Selection, TokenTable
-from lorapar_ray.sft.batches import deal, lay_out, plan_batches, split_validation
+from lorapar_ray.sft.batches import BatchPlan, deal, lay_out, plan_batches, split_validation
 
 if TYPE_CHECKING:
+    from lorapar_ray.sft.arm import Micro, Worker
     from lorapar_ray.sft.passes import Passes
-    from lorapar_ray.sft.rows import Rows
+    from lorapar_ray.sft.step_log import StepLog
 
 COMPILE_FROM = 2e18
 """Floating-point operations of a worker's whole job from which compiling pays its minute: minutes of a large GPU's
@@ -49,27 +51,74 @@ class SftJob:
 
 def train_worker(payload: dict[str, Any]) -> None:
     """Train on this worker's share; rank 0 writes the adapter (a Ray Train function)."""
-    import ray.train
     import torch
 
     from lorapar_ray.adapters import save_adapter, save_method
-    from lorapar_ray.optim import trainable_share
-    from lorapar_ray.sft.checkpoint import last_checkpoint
-    from lorapar_ray.sft.loop import TrainingLoop, Worker
-    from lorapar_ray.sft.step_log import StepLog
-    from lorapar_ray.student import device, load_tokenizer
-    from lorapar_ray.trackers import Curves
-    from lorapar_ray.tracking import keep_lines_until
+    from lorapar_ray.sft.loop import TrainingLoop
+    from lorapar_ray.sft.rows import collate
+    from lorapar_ray.student import load_tokenizer
 
     job = SftJob(**payload)
     settings = SftConfig.model_validate(job.settings)
-    context, metrics = ray.train.get_context(), Path(job.metrics)
-    worker = Worker(context.get_world_rank(), context.get_world_size(), device())
-    leads = worker.rank == 0
+    worker = this_worker()
     torch.manual_seed(job.seed)
     model = _load(job, settings)
     parameters, masks = _active(job, model)
     filler = load_tokenizer(job.base, ModelConfig.model_validate(job.model)).eos_token_id
+    work = prepared(job, settings, masks, worker)
+    loop = TrainingLoop(
+        model,
+        optimizer_of(settings, parameters, masks),
+        passes_of(job, settings, model, list(parameters.values()), work.tokens / worker.world, worker.device),
+        settings=settings,
+        plan=work.plan,
+        examples=work.examples,
+        validation=[collate(micro, packed=settings.packing, filler=filler) for micro in work.validation],
+        filler=filler,
+        worker=worker,
+        checkpoints=Path(job.checkpoints),
+        log=work.log,
+    )
+    loop.run(work.resume_from)
+    if worker.rank == 0:
+        (save_adapter if job.adapter["method"] == "lora" else save_method)(model, Path(job.adapter_out))
+
+
+def this_worker() -> Worker:
+    """This process among those of its Ray Train group."""
+    import ray.train
+
+    from lorapar_ray.sft.arm import Worker
+    from lorapar_ray.student import device
+
+    context = ray.train.get_context()
+    return Worker(context.get_world_rank(), context.get_world_size(), device())
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a job needs beside the model."""
+
+    plan: BatchPlan
+    examples: Examples
+    validation: list[Micro]
+    """This worker's micro-batches; every other worker has as many."""
+    tokens: int
+    """Of all steps, over all workers."""
+    log: StepLog
+    resume_from: str | None
+    """A checkpoint to go on from."""
+
+
+def prepared(job: SftJob, settings: SftConfig, masks: dict[str, Any], worker: Worker) -> Prepared:
+    """Read what a job trains on, and where it stands; lines of the log that the rest will write again are removed."""
+    from lorapar_ray.optim import trainable_share
+    from lorapar_ray.sft.checkpoint import last_checkpoint
+    from lorapar_ray.sft.step_log import StepLog
+    from lorapar_ray.trackers import Curves
+    from lorapar_ray.tracking import keep_lines_until
+
+    leads, metrics = worker.rank == 0, Path(job.metrics)
     train, held_out = _examples(job, settings)
     plan = plan_batches(train.lengths, settings, worker.world, job.seed)
     found = last_checkpoint(Path(job.checkpoints), worker.world)
@@ -78,24 +127,14 @@ def train_worker(payload: dict[str, Any]) -> None:
             keep_lines_until(file, 0 if found is None else found[1])
     folder = metrics.with_name("tensorboard") / job.name
     curves = Curves(settings.report_to, job.name, folder, "sft").write if leads else None
-    lengths = train.lengths
-    tokens = sum(lengths[each] for row in plan.rows for each in row)
-    loop = TrainingLoop(
-        model,
-        _optimizer(settings, parameters, masks),
-        _passes(job, settings, model, parameters, tokens / worker.world, worker.device),
-        settings=settings,
-        plan=plan,
-        examples=train,
-        validation=_validation(held_out, settings, worker.world, worker.rank, filler),
-        filler=filler,
-        worker=worker,
-        checkpoints=Path(job.checkpoints),
-        log=StepLog(metrics if leads else None, curves, trainable_share(masks)),
+    return Prepared(
+        plan,
+        train,
+        _validation(held_out, settings, worker.world, worker.rank),
+        sum(train.lengths[each] for row in plan.rows for each in row),
+        StepLog(metrics if leads else None, curves, trainable_share(masks)),
+        None if found is None else found[0],
     )
-    loop.run(None if found is None else found[0])
-    if leads:
-        (save_adapter if job.adapter["method"] == "lora" else save_method)(model, Path(job.adapter_out))
 
 
 def _examples(job: SftJob, settings: SftConfig) -> tuple[Examples, Examples]:
@@ -109,10 +148,21 @@ def _examples(job: SftJob, settings: SftConfig) -> tuple[Examples, Examples]:
     )
 
 
-def _passes(
-    job: SftJob, settings: SftConfig, model: Any, parameters: dict[str, Any], tokens: float, device: Any
+def passes_of(
+    job: SftJob,
+    settings: SftConfig,
+    model: Any,
+    parameters: Sequence[Any],
+    tokens: float,
+    device: Any,
+    arms: int | None = None,
 ) -> Passes:
-    """How forward and backward run, and what of the model that needs."""
+    """How forward and backward run, and what of the model that needs.
+
+    Args:
+        tokens: of a worker's whole job.
+        arms: adapters that train together; None: one.
+    """
     import torch
 
     from lorapar_ray.sft.passes import EagerPasses, GraphPasses, compile_layers
@@ -120,7 +170,7 @@ def _passes(
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if device.type != "cuda":
-        return EagerPasses(model, list(parameters.values()), device)
+        return EagerPasses(model, parameters, device, arms)
     if next(model.get_base_model().parameters()).dtype != torch.float32:
         torch.backends.cuda.matmul.allow_tf32 = True  # the adapter's products alone: the base's are bfloat16
     graphs = not settings.gradient_checkpointing and settings.sharding == "none" and job.model["quantization"] is None
@@ -129,10 +179,10 @@ def _passes(
         work = 6.0 * sum(parameter.numel() for parameter in model.parameters()) * tokens
         chosen = "graphs" if work < COMPILE_FROM else "compile"
     if not graphs or chosen == "none":
-        return EagerPasses(model, list(parameters.values()), device)
+        return EagerPasses(model, parameters, device, arms)
     if chosen == "compile":
         compile_layers(model)
-    return GraphPasses(model, list(parameters.values()), device)
+    return GraphPasses(model, parameters, device, arms)
 
 
 def _load(job: SftJob, settings: SftConfig) -> Any:
@@ -156,21 +206,27 @@ def _load(job: SftJob, settings: SftConfig) -> Any:
 
 def _active(job: SftJob, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """(parameters, masks) by name: LoRA's A and B under a stage's region, or all that another method trains."""
-    import torch
-
     from lorapar_ray.adapters import adapter_parameters
-    from lorapar_ray.partition import load_regions, stage_mask
 
     if job.adapter["method"] == "lora":
         parameters = adapter_parameters(model)
     else:
         parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
+    return parameters, masks_of(job, parameters)
+
+
+def masks_of(job: SftJob, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """By name, which elements train: those of stage 1's region, or all."""
+    import torch
+
+    from lorapar_ray.partition import load_regions, stage_mask
+
     if job.regions is not None:
-        return parameters, stage_mask(load_regions(Path(job.regions))[0], stage=1)
-    return parameters, {key: torch.ones(value.shape, dtype=torch.bool) for key, value in parameters.items()}
+        return stage_mask(load_regions(Path(job.regions))[0], stage=1)
+    return {key: torch.ones(value.shape, dtype=torch.bool) for key, value in parameters.items()}
 
 
-def _optimizer(settings: SftConfig, parameters: dict[str, Any], masks: dict[str, Any]) -> Any:
+def optimizer_of(settings: SftConfig, parameters: dict[str, Any], masks: dict[str, Any]) -> Any:
     from lorapar_ray.optim import MaskedAdamW, masked_param_groups
 
     groups = masked_param_groups(
@@ -183,16 +239,11 @@ def _optimizer(settings: SftConfig, parameters: dict[str, Any], masks: dict[str,
     return MaskedAdamW(groups, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
 
 
-def _validation(examples: Examples, settings: SftConfig, workers: int, rank: int, filler: int) -> list[Rows]:
+def _validation(examples: Examples, settings: SftConfig, workers: int, rank: int) -> list[Micro]:
     """This worker's micro-batches of the validation rows; every worker has as many."""
-    from lorapar_ray.sft.rows import collate
-
     lengths = examples.lengths
     rows = lay_out(range(len(examples)), lengths, settings.max_length if settings.packing else None)
     size = settings.micro_batch_size
     count = workers * ceil(len(rows) / (workers * size))
     dealt = [[examples[each] for each in row] for row in deal(rows, count, size)]
-    return [
-        collate(dealt[k * size : (k + 1) * size], packed=settings.packing, filler=filler)
-        for k in range(rank, count, workers)
-    ]
+    return [dealt[k * size : (k + 1) * size] for k in range(rank, count, workers)]

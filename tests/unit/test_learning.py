@@ -21,8 +21,9 @@ from lorapar_ray.grpo.learner import GrpoJob, Learner
 from lorapar_ray.importance import GradSums, score
 from lorapar_ray.optim import MaskedAdamW, masked_param_groups
 from lorapar_ray.partition import assign_regions, keep_top, save_regions, stage_mask
+from lorapar_ray.sft.arm import Worker
 from lorapar_ray.sft.batches import plan_batches
-from lorapar_ray.sft.loop import TrainingLoop, Worker
+from lorapar_ray.sft.loop import TrainingLoop
 from lorapar_ray.sft.passes import EagerPasses
 from lorapar_ray.sft.step_log import StepLog
 from tests.tiny_run import metrics

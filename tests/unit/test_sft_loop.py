@@ -17,9 +17,10 @@ from trl.trainer.utils import add_fused_lm_head
 from lorapar_ray.adapters import adapter_parameters, attach_lora
 from lorapar_ray.config import SftConfig
 from lorapar_ray.optim import MaskedAdamW, masked_param_groups
+from lorapar_ray.sft.arm import Worker
 from lorapar_ray.sft.batches import plan_batches
 from lorapar_ray.sft.checkpoint import Progress, last_checkpoint, load_checkpoint, save_checkpoint
-from lorapar_ray.sft.loop import TrainingLoop, Worker
+from lorapar_ray.sft.loop import TrainingLoop
 from lorapar_ray.sft.loss import summed_loss
 from lorapar_ray.sft.passes import EagerPasses, GraphPasses, Passes
 from lorapar_ray.sft.rows import bucket, collate, losses_in, rows_in

@@ -1,0 +1,150 @@
+"""Several LoRA adapters of one shape on one frozen base, in one forward and backward pass.
+
+The rows of a batch lie adapter by adapter, as many of each. The base's products run once over all tokens: one read of
+each weight and one launch, over a larger matrix. The adapters' matrices lie in stacks [K, …], so their products are
+batched ones over K contiguous slices, as many launches as for one adapter. A row never meets another adapter's
+matrices, and where a row is not a number the others' rows are not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorapar_ray.adapters.keys import ADAPTER
+
+PREFIX = "base_model.model."
+"""What PEFT puts before a module's name."""
+
+
+@dataclass
+class Batch:
+    """What is being computed now, as every layer needs to know it."""
+
+    arms: int = 1
+    """Adapters, from the first on, that have rows in it."""
+    tokens: int = 0
+
+
+class ManyLora(nn.Module):
+    """A frozen linear layer with K LoRA adapters beside it."""
+
+    scaling_K11: Tensor
+
+    def __init__(
+        self, base_layer: nn.Module, a_KRI: Tensor, b_KOR: Tensor, scaling_K: Tensor, dropout: float, batch: Batch
+    ) -> None:
+        """Take the layer, and each adapter's A, B and scaling."""
+        super().__init__()
+        self.base_layer, self.batch = base_layer, batch
+        self.lora_A, self.lora_B = nn.Parameter(a_KRI), nn.Parameter(b_KOR)
+        self.register_buffer("scaling_K11", scaling_K[:, None, None], persistent=False)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, I] to [..., O]; the tokens of the arms lie one after the other, as many of each.
+
+        Raises:
+            ValueError: the layer sees only some of the tokens, so whose they are is not known (a mixture of experts).
+        """
+        arms = self.batch.arms
+        if x.shape[:-1].numel() != self.batch.tokens:
+            raise ValueError("a layer with an adapter sees only some of the tokens; such a model's arms train alone")
+        result = self.base_layer(x)
+        stacks: list[Tensor] = [self.lora_A, self.lora_B, self.scaling_K11]
+        if arms < len(self.lora_A):  # a slice costs its backward pass a launch
+            stacks = [each[:arms] for each in stacks]
+        a, b, scaling = stacks
+        own = self.dropout(x.to(a.dtype)).reshape(arms, -1, x.shape[-1])
+        change = torch.bmm(torch.bmm(own, a.mT) * scaling, b.mT)
+        return (result + change.view(result.shape)).to(result.dtype)
+
+
+class ManyAdapters(nn.Module):
+    """A causal language model with K adapters, which takes `arms` beside the model's own inputs."""
+
+    def __init__(
+        self,
+        base: Any,
+        states: Sequence[Mapping[str, Tensor]],
+        scalings: Sequence[float],
+        *,
+        dropout: float,
+        device: torch.device,
+    ) -> None:
+        """Put the adapters on `base`, whose layers are replaced and whose weights are frozen.
+
+        Args:
+            states: of each adapter, by PEFT's keys; all of the same keys and shapes.
+            scalings: of each, alpha / rank.
+        """
+        super().__init__()
+        self.base, self.arms = base, len(states)
+        self._batch = Batch()
+        self._layers: dict[str, ManyLora] = {}
+        base.requires_grad_(False)
+        scaling_K = torch.tensor(list(scalings), dtype=torch.float32, device=device)
+        for key in sorted(states[0]):
+            if ".lora_A." not in key:
+                continue
+            name = key.removeprefix(PREFIX).partition(".lora_A.")[0]
+            a, b = (
+                torch.stack([state[each].float() for state in states]).to(device)
+                for each in (key, key.replace(".lora_A.", ".lora_B."))
+            )
+            layer = ManyLora(base.get_submodule(name), a, b, scaling_K, dropout, self._batch)
+            base.set_submodule(name, layer)
+            self._layers[f"{PREFIX}{name}"] = layer
+        self._of_arm = [self._views(number) for number in range(self.arms)]
+
+    def forward(self, arms: int = 1, **inputs: Any) -> Any:
+        """The base's outputs for rows of the first `arms` adapters, as many of each."""
+        self._batch.arms, self._batch.tokens = arms, inputs["input_ids"].numel()
+        return self.base(**inputs)
+
+    def stacks(self) -> list[nn.Parameter]:
+        """Every adapter's parameters together, which gradients are computed for."""
+        return [stack for layer in self._layers.values() for stack in (layer.lora_A, layer.lora_B)]
+
+    def parameters_of(self, arm: int) -> dict[str, nn.Parameter]:
+        """One adapter's parameters by PEFT's saved keys, sorted: views of the stacks."""
+        return self._of_arm[arm]
+
+    def named_parameters_of(self, arm: int) -> dict[str, nn.Parameter]:
+        """The same by the names that they have in a PeftModel of this adapter alone."""
+        return {key.replace(".weight", f".{ADAPTER}.weight"): value for key, value in self._of_arm[arm].items()}
+
+    def state_of(self, arm: int) -> dict[str, Tensor]:
+        """Copies of one adapter's parameters on the CPU, by PEFT's saved keys."""
+        return {key: value.detach().cpu().clone() for key, value in self._of_arm[arm].items()}
+
+    def share_gradients(self) -> None:
+        """Make each adapter's gradients views of the stacks', which must be there to stay."""
+        for name, layer in self._layers.items():
+            for matrix, stack in (("A", layer.lora_A), ("B", layer.lora_B)):
+                assert stack.grad is not None
+                for arm, gradient in enumerate(stack.grad):
+                    self._of_arm[arm][f"{name}.lora_{matrix}.weight"].grad = gradient
+
+    def get_base_model(self) -> Any:
+        """As a PeftModel does."""
+        return self.base
+
+    def get_output_embeddings(self) -> Any:
+        """As a PeftModel does."""
+        return self.base.get_output_embeddings()
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """As a PeftModel does."""
+        self.base.gradient_checkpointing_enable(**options)
+
+    def _views(self, arm: int) -> dict[str, nn.Parameter]:
+        found = {}
+        for name, layer in self._layers.items():
+            found[f"{name}.lora_A.weight"] = nn.Parameter(layer.lora_A.data[arm])
+            found[f"{name}.lora_B.weight"] = nn.Parameter(layer.lora_B.data[arm])
+        return dict(sorted(found.items()))

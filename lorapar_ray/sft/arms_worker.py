@@ -1,0 +1,84 @@
+"""What one Ray Train worker does for several arms of stage 1 on one frozen base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from lorapar_ray.config import AdapterConfig, ModelConfig, SftConfig
+from lorapar_ray.sft.worker import SftJob, masks_of, optimizer_of, passes_of, prepared, this_worker
+
+
+def train_arms_worker(payload: dict[str, Any]) -> None:
+    """Train every job of `payload["jobs"]`, which share a base; rank 0 writes their adapters (a Ray Train function).
+
+    Raises:
+        UserError: an adapter, a region or a checkpoint is damaged or missing.
+    """
+    import torch
+
+    from lorapar_ray.adapters.many import ManyAdapters
+    from lorapar_ray.adapters.store import read_adapter_state, write_adapter_state
+    from lorapar_ray.sft.arm import Arm
+    from lorapar_ray.sft.arms_loop import ArmsLoop
+    from lorapar_ray.student import load_base, load_tokenizer
+
+    jobs = [SftJob(**each) for each in payload["jobs"]]
+    every = [SftConfig.model_validate(job.settings) for job in jobs]
+    first, worker = jobs[0], this_worker()
+    configs = [_adapter_config(Path(job.adapter_in)) for job in jobs]
+    states = [read_adapter_state(Path(job.adapter_in)) for job in jobs]
+    model_config = ModelConfig.model_validate(first.model)
+    torch.manual_seed(first.seed)
+    model = ManyAdapters(
+        load_base(model_config, first.base),
+        states,
+        [scaling_of(config) for config in configs],
+        dropout=AdapterConfig.model_validate(first.adapter).dropout,
+        device=worker.device,
+    )
+    masks = [masks_of(job, model.parameters_of(number)) for number, job in enumerate(jobs)]
+    works = [prepared(job, own, mask, worker) for job, own, mask in zip(jobs, every, masks, strict=True)]
+    tokens = sum(work.tokens for work in works) / worker.world
+    passes = passes_of(first, every[0], model, model.stacks(), tokens, worker.device, arms=len(jobs))
+    model.share_gradients()
+    arms = [
+        Arm(
+            model.named_parameters_of(number),
+            optimizer_of(own, model.parameters_of(number), masks[number]),
+            settings=own,
+            plan=work.plan,
+            examples=work.examples,
+            validates=bool(work.validation),
+            worker=worker,
+            checkpoints=Path(job.checkpoints),
+            log=work.log,
+        )
+        for number, (job, own, work) in enumerate(zip(jobs, every, works, strict=True))
+    ]
+    ArmsLoop(
+        model,
+        arms,
+        passes,
+        validation=[work.validation for work in works],
+        packed=every[0].packing,
+        filler=load_tokenizer(first.base, model_config).eos_token_id,
+        worker=worker,
+    ).run([work.resume_from for work in works])
+    if worker.rank == 0:
+        for number, job in enumerate(jobs):
+            write_adapter_state(Path(job.adapter_out), configs[number], model.state_of(number))
+
+
+def scaling_of(config: Mapping[str, Any]) -> float:
+    """LoRA's scaling by an `adapter_config.json`."""
+    rank = float(config["r"])
+    return float(config["lora_alpha"]) / (sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    return found
