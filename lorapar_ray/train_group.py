@@ -1,20 +1,38 @@
-"""Ray Train's group of workers, without the helpers that nothing here uses."""
+"""Ray Train's group of workers, without the helpers that nothing here uses, on the network that Ray itself uses."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+from lorapar_ray.network import meet_on_rays_interface
 
 UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
 """Each is an actor, and so two seconds of a core at every start. Workers read their own files, not Ray's datasets; and
 Ray itself removes a group's resources when the driver ends, which a dead controller makes it do."""
 
 
+class _Backend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(meet_on_rays_interface)
+        super().on_start(worker_group, backend_config)
+
+
+class _Torch(TorchConfig):
+    @property
+    def backend_cls(self) -> type[_Backend]:
+        return _Backend
+
+
 class TrainGroup(TorchTrainer):
-    """`TorchTrainer` without `UNUSED`."""
+    """`TorchTrainer` without `UNUSED`, whose processes meet on Ray's network."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, torch_config=_Torch(), **options)
 
     def _create_default_callbacks(self) -> list[Any]:
         return [each for each in super()._create_default_callbacks() if not isinstance(each, UNUSED)]

@@ -1,0 +1,35 @@
+"""Which network interface the processes of several machines meet on: the one by which Ray knows the machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+
+
+def interface_of(address: str, interfaces: Mapping[str, Sequence[str]]) -> str | None:
+    """The interface that has an address; None if none has (a machine behind address translation).
+
+    Args:
+        interfaces: addresses by interface, an IPv6 one perhaps with its zone (`fe80::1%eth0`).
+    """
+    for name, addresses in interfaces.items():
+        if address in (each.partition("%")[0] for each in addresses):
+            return name
+    return None
+
+
+def meet_on_rays_interface() -> None:
+    """Let gloo in this process, a Ray worker, listen on the interface by which Ray knows this machine.
+
+    Left to itself gloo takes the address to which the host's own name resolves: 127.0.1.1 on a Debian, where no other
+    machine finds it. One that the user has chosen (`GLOO_SOCKET_IFNAME`) stays.
+    """
+    import psutil
+    import ray
+
+    found = {name: [each.address for each in listed] for name, listed in psutil.net_if_addrs().items()}
+    interface = interface_of(ray.util.get_node_ip_address(), found)
+    if interface is not None:
+        os.environ.setdefault(GLOO_INTERFACE, interface)

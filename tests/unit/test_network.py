@@ -1,0 +1,25 @@
+"""The interface on which the processes of several machines meet."""
+
+import os
+
+import pytest
+import ray
+
+from lorapar_ray.network import GLOO_INTERFACE, interface_of, meet_on_rays_interface
+
+
+def test_an_interface_is_found_by_its_address() -> None:
+    found = {"lo": ["127.0.0.1", "::1"], "eth0": ["10.0.0.2", "fe80::1%eth0"]}
+    assert interface_of("10.0.0.2", found) == "eth0" and interface_of("fe80::1", found) == "eth0"
+    assert interface_of("127.0.0.1", found) == "lo"
+    assert interface_of("203.0.113.7", found) is None  # the address by which others know a machine behind a router
+
+
+def test_gloo_listens_where_ray_does_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setenv(GLOO_INTERFACE, "eth7")
+    meet_on_rays_interface()
+    assert os.environ[GLOO_INTERFACE] == "eth7"
+    monkeypatch.delenv(GLOO_INTERFACE)
+    meet_on_rays_interface()
+    assert os.environ[GLOO_INTERFACE] == "lo"
