@@ -92,8 +92,18 @@ def require_fit(stage: str, has: Capacity, groups: dict[str, tuple[int, Resource
 
 
 def _missing(asked: dict[str, str], nodes: tuple[dict[str, str], ...]) -> str:
-    """The label that no node has, as `key=value`; selectors such as `in(…)` and `!…` are left to Ray."""
+    """The label that no node has, as `key=value`."""
     for key, value in asked.items():
-        if not value.startswith(("!", "in(")) and all(labels.get(key) != value for labels in nodes):
+        if not any(_selects(value, labels.get(key)) for labels in nodes):
             return f"{key}={value}"
     return ""
+
+
+def _selects(selector: str, label: str | None) -> bool:
+    """Whether Ray's label selector (`a`, `!a`, `in(a, b)`, `!in(a, b)`) takes a node with this label, or without it."""
+    wanted = selector.removeprefix("!")
+    if wanted.startswith("in(") and wanted.endswith(")"):
+        found = label in [each.strip() for each in wanted[3:-1].split(",")]
+    else:
+        found = label == wanted
+    return found != selector.startswith("!")

@@ -47,6 +47,9 @@ def test_a_cluster_that_stands_at_zero_is_waited_for(capsys: pytest.CaptureFixtu
 def test_a_label_that_no_node_has_is_named() -> None:
     has = Capacity({"CPU": 8, "GPU": 4}, labels=({"group": "learners", "market": "spot"}, {}))
     room(has, group="learners", market="!on-demand")
+    room(has, group="in(rollouts, learners)", market="!in(on-demand,reserved)", zone="!a")
     with pytest.raises(UserError, match="sft: workers asks for nodes with the label group=rollouts, which no node"):
         room(has, group="rollouts")
+    with pytest.raises(UserError, match=r"label group=in\(teachers, rollouts\), which no node"):
+        room(has, group="in(teachers, rollouts)")
     room(Capacity({}, {"CPU": 64, "GPU": 4}), group="rollouts")  # its nodes are still to come
