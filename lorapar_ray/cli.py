@@ -282,11 +282,12 @@ def submit(
     follow: Annotated[bool, typer.Option(help="Show the job's log until it ends.")] = True,
 ) -> None:
     from lorapar_ray.pipeline import require_stages
-    from lorapar_ray.submission import Jobs, Submission, in_working_dir, require_no_secret
+    from lorapar_ray.submission import Jobs, Submission, in_working_dir, require_no_secret, require_whole_path
 
     path = _one("CONFIG", config)
     loaded = load_config(path, set_ or [])
     place = _one("--run-dir", run_dir)
+    require_whole_path(place)
     require_no_secret(set_ or [])
     require_stages(loaded, stages_of(loaded), redo or ())
     root, inside = in_working_dir(path, _one("--working-dir", working_dir) if working_dir else None)

@@ -213,6 +213,19 @@ def in_working_dir(config: Path, given: Path | None) -> tuple[Path, Path]:
         ) from None
 
 
+def require_whole_path(run_dir: Path) -> None:
+    """A job begins in a copy of the working directory that each of its machines has for itself.
+
+    Raises:
+        UserError: the run directory would lie in the copy of one machine.
+    """
+    if not run_dir.is_absolute():
+        raise UserError(
+            f"--run-dir '{run_dir}': give its whole path, on storage that every node reaches; a job's own directory "
+            "goes when the job ends"
+        )
+
+
 def require_no_secret(words: Sequence[str]) -> None:
     """A job's command line is shown on the cluster's dashboard.
 

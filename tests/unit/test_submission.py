@@ -11,7 +11,7 @@ from lorapar_ray.cluster_check import NodeReport, _gpus, _keys, _models_found, _
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
 from lorapar_ray.redact import remember
-from lorapar_ray.submission import Jobs, Submission, _attempts, in_working_dir, require_no_secret
+from lorapar_ray.submission import Jobs, Submission, _attempts, in_working_dir, require_no_secret, require_whole_path
 from lorapar_ray.versions import installed_versions
 
 HANDED = Submission("x", "/shared/runs/x", ("--config", "a b.yaml"), Path())
@@ -39,6 +39,12 @@ def test_a_config_outside_of_what_is_sent_is_refused(tmp_path: Path) -> None:
         in_working_dir(tmp_path / "run.yaml", tmp_path / "work")
     with pytest.raises(UserError, match="no such directory"):
         in_working_dir(inside, tmp_path / "none")
+
+
+def test_a_run_directory_in_the_job_s_own_is_refused() -> None:
+    require_whole_path(Path("/shared/runs/x"))
+    with pytest.raises(UserError, match="--run-dir 'runs/x': give its whole path, on storage that every node reaches"):
+        require_whole_path(Path("runs/x"))
 
 
 def test_no_secret_is_put_where_the_dashboard_shows_it() -> None:
