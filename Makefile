@@ -7,7 +7,7 @@ LOCK := requirements/cpu.txt
 JOBS ?= 2
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: quickstart test test-fast test-chaos lint docs setup lock clean
+.PHONY: quickstart test test-fast test-chaos test-cluster lint docs setup lock clean
 
 quickstart: setup
 	$(BIN)/lorapar run jobs/configs/quickstart.yaml
@@ -28,6 +28,10 @@ ROUNDS ?= 3
 test-chaos: SEED =
 test-chaos: setup
 	$(PYTEST) -m chaos --chaos all --chaos-rounds $(ROUNDS)
+
+# The pipeline over several machines made of Linux namespaces, and their losses: as root, some minutes.
+test-cluster: setup
+	$(BIN)/python -m pytest -m hosts tests/hosts
 
 lint: setup docs
 	$(BIN)/ruff check .

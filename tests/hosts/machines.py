@@ -1,0 +1,257 @@
+"""Several machines on this one, by Linux namespaces: each has an address, a disk, process numbers, a host name, shared
+memory and a home of its own, and shares one folder with the others.
+
+A machine's disk is this machine's as far as it is only read (the installed software); what it writes, it alone sees.
+Its name resolves to 127.0.1.1 there, as Debian sets it up. Needs root, `ip` (iproute2), bridges, veth and overlayfs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+BRIDGE = "lorapar"
+HOME = "/home/node"
+SHARED = "/shared"
+
+# Runs as process 1 of a machine: the disk, then it waits for orphans, as an init does, until it is killed.
+INIT = """
+set -eu
+mount --make-rprivate /
+mount -t tmpfs -o size=2g none "$OWN/layer"
+mkdir "$OWN/layer/written" "$OWN/layer/work" "$OWN/layer/root"
+root="$OWN/layer/root"
+mount -t overlay overlay -o "lowerdir=/,upperdir=$OWN/layer/written,workdir=$OWN/layer/work" "$root"
+mkdir -p "$root$SHARED" "$root$NODE_HOME"
+mount --bind "$COMMON" "$root$SHARED"
+mount --bind "$OWN/tmp" "$root/tmp"
+mount --rbind /dev "$root/dev"
+mount -t tmpfs -o "size=$SHM" none "$root/dev/shm"
+mount --rbind /sys "$root/sys"
+mount -t proc proc "$root/proc"
+cp "$OWN/hosts" "$root/etc/hosts"
+rm "$root/etc/resolv.conf"
+touch "$root/etc/resolv.conf"
+hostname "$NODE"
+cd "$root"
+pivot_root . mnt
+umount -l /mnt
+echo ready
+exec python3 -c '
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+while True:
+    try:
+        os.wait()
+    except ChildProcessError:
+        time.sleep(0.2)
+'
+"""
+
+
+class Machine:
+    """One of them, switched on."""
+
+    def __init__(self, name: str, address: str, own: Path, init: subprocess.Popen[str], cable: str) -> None:
+        self.name = name
+        self.address = address
+        self.own = own
+        self.cable = cable
+        """The network interface of this machine at whose other end it is."""
+        self._unshare = init
+        [child] = psutil.Process(init.pid).children()
+        self.init = child.pid
+        self._space = _pid_space(self.init)
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    def start(self, command: str | Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """Begin a command there; its output goes to `log`."""
+        words = shlex.split(command) if isinstance(command, str) else list(command)
+        with self.log.open("ab") as log:
+            inside = ["nsenter", f"--target={self.init}", "--net", "--mount", "--pid", "--uts", "--ipc", "--root"]
+            process = subprocess.Popen(
+                [*inside, f"--wdns={HOME}", "--", *words],
+                env=self._environment(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        self._started.append(process)
+        return process
+
+    def run(self, command: str | Sequence[str], environment: Mapping[str, str], timeout: float = 60) -> int:
+        """Run a command there; returns its exit status."""
+        return self.start(command, environment).wait(timeout)
+
+    def _environment(self, given: Mapping[str, str]) -> dict[str, str]:
+        path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+        return {"PATH": path, "HOME": HOME, "LANG": "C.UTF-8", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **given}
+
+    @property
+    def log(self) -> Path:
+        return self.own / "log"
+
+    @property
+    def tmp(self) -> Path:
+        """Its `/tmp`, as this machine sees it."""
+        return self.own / "tmp"
+
+    def processes(self) -> dict[int, str]:
+        """What runs there: command line by its number on this machine."""
+        found = {}
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                if _pid_space(process.pid) == self._space and process.pid != self.init:
+                    found[process.pid] = " ".join(process.cmdline()).strip()
+        return found
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes that it has sent and received since it was switched on."""
+        counters = Path("/sys/class/net") / self.cable / "statistics"
+        return int((counters / "rx_bytes").read_text()), int((counters / "tx_bytes").read_text())
+
+    def unplug(self) -> None:
+        """Cut it off from the network; its processes go on."""
+        _ip("link", "set", self.cable, "down")
+
+    def plug_in(self) -> None:
+        """Heal that."""
+        _ip("link", "set", self.cable, "up")
+
+    def switch_off(self) -> None:
+        """End it with everything that runs there, as a power failure does."""
+        with suppress(ProcessLookupError):
+            os.kill(self.init, signal.SIGKILL)  # the kernel ends every process of its namespace
+        for process in self._started:
+            process.wait(60)
+        self._unshare.wait(60)
+
+
+@contextmanager
+def machines(names: Sequence[str], folder: Path, shm: str = "2g") -> Iterator[dict[str, Machine]]:
+    """Switch machines on while the block runs, this one being a further one on their network.
+
+    Args:
+        folder: for their disks; `folder / "shared"` is what they all see as `SHARED`.
+        shm: size of their shared memory.
+    """
+    _remove_abandoned()
+    bridge, own = f"{BRIDGE}{os.getpid()}", os.getpid() % 2**14
+    network = f"10.{192 + own // 256}.{own % 256}"
+    common = folder / "shared"
+    common.mkdir(parents=True, exist_ok=True)
+    addresses = {name: f"{network}.{10 + index}" for index, name in enumerate(names)}
+    with ExitStack() as stack:
+        _ip("link", "add", bridge, "type", "bridge")
+        stack.callback(_ip, "link", "del", bridge)
+        _ip("address", "add", f"{network}.1/24", "dev", bridge)
+        _ip("link", "set", bridge, "up")
+        found = {}
+        for index, (name, address) in enumerate(addresses.items()):
+            machine = _switch_on(name, address, folder / name, common, addresses, f"{bridge}.{index}", shm)
+            stack.callback(machine.switch_off)
+            _ip("link", "set", machine.cable, "master", bridge, "up")
+            inside = ["nsenter", f"--target={machine.init}", "--net", "ip"]
+            for words in (
+                ("link", "set", "lo", "up"),
+                ("address", "add", f"{address}/24", "dev", "eth0"),
+                ("link", "set", "eth0", "up"),
+                ("route", "add", "default", "via", f"{network}.1"),
+            ):
+                subprocess.run([*inside, *words], check=True)
+            found[name] = machine
+        yield found
+
+
+def why_not() -> str:
+    """Why this machine cannot have such machines inside; empty if it can."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "network namespaces need Linux and root"
+    for tool in ("ip", "unshare", "nsenter", "pivot_root"):
+        if shutil.which(tool) is None:
+            return f"`{tool}` is missing (packages iproute2 and util-linux)"
+    attempt = f"unshare --net --mount --pid --uts --ipc --fork sh -c {shlex.quote(TRY)}"
+    tried = subprocess.run(attempt, shell=True, capture_output=True, text=True)
+    return tried.stderr.strip().replace("\n", "; ")[-200:] if tried.returncode else ""
+
+
+TRY = """
+set -e
+ip link add lorapar-a type veth peer name lorapar-b
+ip link add lorapar-c type bridge
+mount --make-rprivate /
+mount -t tmpfs none /mnt
+mkdir /mnt/written /mnt/work /mnt/root
+mount -t overlay overlay -o lowerdir=/,upperdir=/mnt/written,workdir=/mnt/work /mnt/root
+"""
+
+
+def _switch_on(
+    name: str, address: str, own: Path, common: Path, addresses: Mapping[str, str], cable: str, shm: str
+) -> Machine:
+    for part in ("layer", "tmp"):
+        (own / part).mkdir(parents=True)
+    (own / "tmp").chmod(0o1777)
+    node = f"node-{name}"
+    others = "".join(f"{place}\t{each}\n" for each, place in addresses.items())
+    (own / "hosts").write_text(f"127.0.0.1\tlocalhost\n127.0.1.1\t{node}\n{others}")
+    given = {"OWN": str(own), "COMMON": str(common), "SHARED": SHARED, "NODE_HOME": HOME, "NODE": node, "SHM": shm}
+    init = subprocess.Popen(
+        ["unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child=KILL", "sh", "-c", INIT],
+        env={**os.environ, **given},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_end_with_the_parent,
+    )
+    assert init.stdout is not None and init.stderr is not None
+    if init.stdout.readline() != "ready\n":
+        raise RuntimeError(f"machine '{name}' did not start: {init.stderr.read()}")
+    machine = Machine(name, address, own, init, cable)
+    _ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", str(machine.init))
+    return machine
+
+
+def _end_with_the_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _remove_abandoned() -> None:
+    """Bridges of tests that were killed; everything else of them has ended with them."""
+    for link in Path("/sys/class/net").glob(f"{BRIDGE}[0-9]*"):
+        owner = link.name.removeprefix(BRIDGE)
+        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
+            _ip("link", "del", link.name)
+
+
+def _pid_space(pid: int) -> str:
+    return str(Path(f"/proc/{pid}/ns/pid").readlink())
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True)
+
+
+def wait_until(what: str, seen: Callable[[], object], limit_s: float = 120, every_s: float = 0.2) -> None:
+    """Until `seen()` is true.
+
+    Raises:
+        TimeoutError: names what was waited for.
+    """
+    deadline = time.monotonic() + limit_s
+    while not seen():
+        if time.monotonic() > deadline:
+            raise TimeoutError(what)
+        time.sleep(every_s)

@@ -1,0 +1,69 @@
+"""The tiny run over machines: where its parts go, and how it is submitted from a machine that is none of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.hosts.machines import SHARED
+from tests.hosts.topology import Topology
+from tests.tiny_run import tiny_config, write_config
+
+STEPS = 8
+TRAINING = {"cpus": 1.5, "threads": 1, "nodes": {"group": "in(teachers,training)"}}
+"""A node has two CPUs, so two of these are on two nodes."""
+ENGINES = {"cpus": 1, "nodes": {"group": "engines"}}
+REWARD = '''
+def letters(prompts, completions, **_):
+    """Share of characters that are lower-case letters."""
+    return [sum(c.islower() for c in text) / max(1, len(text)) for text in completions]
+'''
+
+
+class Sent(NamedTuple):
+    """What a client hands over."""
+
+    cluster: Topology
+    folder: Path
+    """Sent to the cluster, whose machines see nothing else of the client."""
+    shared: Path
+    """What they see as `SHARED`; the client of a real cluster would not."""
+
+    def submit(self, run: str, *options: str) -> subprocess.Popen[str]:
+        """`lorapar submit`, begun in the folder; standard error goes with standard output."""
+        return subprocess.Popen(
+            self.command(run, *options),
+            cwd=self.folder,
+            env=self.cluster.client(HOME=str(self.folder.parent)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def command(self, run: str, *options: str) -> Sequence[str]:
+        """That command line."""
+        given = ["run.yaml", "--run-dir", f"{SHARED}/{run}", "--address", self.cluster.address, *options]
+        return [sys.executable, "-m", "lorapar_ray.cli", "submit", *given]
+
+
+def placed_config() -> dict[str, Any]:
+    """The tiny config with a machine for each part, and a reward that only the folder holds."""
+    config = tiny_config(Path(SHARED, "student"))
+    for teacher in config["label"]["teachers"]:
+        teacher["resources"] |= {"nodes": {"group": "teachers"}}
+    config["score"] |= {"workers": 2, "resources": TRAINING, "unit_size": 1}
+    config["sft"] |= {"workers": 2, "resources": TRAINING}
+    config["grpo"] |= {"learners": 2, "learner_resources": TRAINING, "rollout_resources": ENGINES, "steps": STEPS}
+    config["grpo"] |= {"rewards": [{"name": "my_rewards:letters"}]}
+    config["evaluate"] |= {"resources": ENGINES}
+    return config
+
+
+def write_sent(folder: Path) -> Path:
+    """The folder with config and reward."""
+    write_config(folder / "run.yaml", placed_config())
+    (folder / "my_rewards.py").write_text(REWARD)
+    return folder

@@ -1,0 +1,50 @@
+"""The whole pipeline on three machines: teachers on one, engines on another, two learners on two. It is submitted from
+a fourth that sees neither their disks nor the folder that they share."""
+
+import json
+import os
+from collections.abc import Mapping
+
+import pytest
+
+from lorapar_ray.pipeline import STAGES
+from tests.hosts.conftest import FarRun
+from tests.hosts.run import STEPS, Sent
+from tests.tiny_run import metrics
+
+pytestmark = pytest.mark.hosts
+
+
+def machines_of(what: str, titles: Mapping[str, set[str]]) -> set[str]:
+    """Where a kind of Ray process ran."""
+    return {name for name, seen in titles.items() if any(title.startswith(f"ray::{what}") for title in seen)}
+
+
+def test_every_part_runs_where_it_should(far: FarRun) -> None:
+    assert far.status == 0, far.output[-3000:]
+    stages = json.loads((far.run / "manifest.json").read_text())["stages"]
+    assert {name: stages[name]["status"] for name in STAGES} == dict.fromkeys(STAGES, "done")
+    assert [line["policy_version"] for line in metrics(far.run, "grpo")] == list(range(1, STEPS + 1))
+    assert all(line["reward_failures"] == 0 for line in metrics(far.run, "grpo"))
+    print(json.dumps({name: sorted(seen) for name, seen in far.titles.items()}, indent=1))
+    assert machines_of("ServeReplica:lorapar-tiny-a", far.titles) == {"head"}
+    assert machines_of("ServeReplica:lorapar-tiny-b", far.titles) == {"head"}
+    assert machines_of("RayTrainWorker", far.titles) == {"head", "training"}
+    assert machines_of("EngineActor", far.titles) == {"engines"}
+
+
+def test_nothing_of_the_run_is_left_on_a_machine_s_own_disk(far: FarRun, sent: Sent) -> None:
+    """Nor of the client's: what a run keeps lies in its directory."""
+    assert far.status == 0, far.output[-3000:]
+    for name, machine in sent.cluster.on.items():
+        left = [entry.name for entry in os.scandir(machine.tmp)]
+        assert left == ["ray"], (name, left)
+        assert not machine.run(["sh", "-c", 'test -z "$(ls -A /dev/shm | grep lorapar)"'], {}), name
+    assert not list(sent.folder.glob("runs"))
+
+
+def test_the_token_is_nowhere(far: FarRun, sent: Sent) -> None:
+    assert sent.cluster.token not in far.output
+    for file in far.run.rglob("*"):
+        if file.is_file():
+            assert sent.cluster.token.encode() not in file.read_bytes(), file

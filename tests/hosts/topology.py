@@ -1,0 +1,128 @@
+"""The services of `cluster/compose.yaml`, each on a machine of its own, started by the commands that the file says."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.hosts.machines import Machine, machines, wait_until
+from tests.tiny_run import ROOT
+
+COMPOSE = ROOT / "cluster" / "compose.yaml"
+START_LIMIT_S = 180
+
+
+class Topology:
+    """A Ray cluster over machines; a service that fails is started again, as the file asks."""
+
+    def __init__(self, services: Mapping[str, Any], on: Mapping[str, Machine], variables: Mapping[str, str]) -> None:
+        self.on = on
+        self.token = variables["RAY_AUTH_TOKEN"]
+        self.restarts: list[str] = []
+        """Services that were started again."""
+        self._services = services
+        self._variables = variables
+        self._over = threading.Event()
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self._keeper = threading.Thread(target=self._keep_up, daemon=True)
+
+    @property
+    def address(self) -> str:
+        """Of the dashboard, as another machine on the network reaches it."""
+        return f"http://{self.on['head'].address}:8265"
+
+    def environment(self, name: str) -> dict[str, str]:
+        """A service's own."""
+        given = self._services[name]["environment"]
+        return {key: substituted(str(value), self._variables) for key, value in given.items()}
+
+    def start(self) -> None:
+        """Start every service in the file's order, in which each comes behind what it depends on."""
+        for name, service in self._services.items():
+            for needed in service.get("depends_on", {}):
+                self.require_healthy(needed)
+            self._begin(name)
+            wait_until(f"{name} runs", lambda name=name: self.running(name), START_LIMIT_S)
+        self._keeper.start()
+
+    def stop(self) -> None:
+        """No service is started any more."""
+        self._over.set()
+        if self._keeper.is_alive():
+            self._keeper.join()
+
+    def running(self, name: str) -> bool:
+        """Whether a service's command has said that its node runs."""
+        text = self.on[name].log.read_text()
+        if self._nodes[name].poll() is not None and not self._over.is_set() and not self._keeper.is_alive():
+            raise RuntimeError(f"{name}: {text[-3000:]}")
+        return text.count("Ray runtime started") > self.restarts.count(name)
+
+    def _begin(self, name: str) -> None:
+        self._nodes[name] = self.on[name].start(self._services[name]["command"], self.environment(name))
+
+    def _keep_up(self) -> None:
+        """`restart: on-failure`: everything of a container ends with its command, then that is started again."""
+        while not self._over.wait(0.5):
+            for name, node in list(self._nodes.items()):
+                if node.poll() in (None, 0) or self._services[name]["restart"] != "on-failure":
+                    continue
+                for left in self.on[name].processes():
+                    with suppress(ProcessLookupError):
+                        os.kill(left, signal.SIGKILL)
+                self.restarts.append(name)
+                self._begin(name)
+
+    def kill_raylet(self, name: str) -> None:
+        """End a machine's Ray node by `kill -9`."""
+        [raylet] = [pid for pid, line in self.on[name].processes().items() if line.split()[0].endswith("raylet/raylet")]
+        os.kill(raylet, signal.SIGKILL)
+
+    def require_healthy(self, name: str) -> None:
+        """Run a service's health check."""
+        check = self._services[name]["healthcheck"]["test"]
+        assert check[0] == "CMD"
+        if self.on[name].run(check[1:], self.environment(name)):
+            raise RuntimeError(f"{name} is not healthy: {self.on[name].log.read_text()[-2000:]}")
+
+    def client(self, **changed: str) -> dict[str, str]:
+        """Environment of a machine that is no part of the cluster and may submit to it."""
+        own = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "LORAPAR_"))}
+        return own | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, **changed}
+
+
+@contextmanager
+def topology(folder: Path) -> Iterator[Topology]:
+    """The cluster of the compose file while the block runs; its volume is `folder / "shared"`."""
+    compose = yaml.safe_load(COMPOSE.read_text())
+    services = compose["services"]
+    [(name, volume)] = [each.split(":") for each in services["head"]["volumes"]]
+    assert volume == "/shared" and name in compose["volumes"]
+    variables = {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    with machines(list(services), folder, services["head"]["shm_size"].removesuffix("b")) as on:
+        cluster = Topology(services, on, variables)
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            cluster.stop()
+
+
+def substituted(text: str, variables: Mapping[str, str]) -> str:
+    """`${NAME:?why}` and `${NAME:-other}` as Docker Compose fills them in."""
+
+    def value(found: re.Match[str]) -> str:
+        name, operator, otherwise = found.groups()
+        return variables.get(name) or (otherwise if operator == ":-" else "")
+
+    return re.sub(r"\$\{(\w+)(:[?-])([^}]*)\}", value, text)
