@@ -2,7 +2,7 @@
 
 Both compute in float32, so that what is compared is the two ways of asking and not the rounding of bfloat16. Where they
 decide otherwise the reason is looked for in the logits: how far apart the two best choices are, or the two best tokens
-where two continuations part.
+where two continuations part. What either has answered is kept as it comes, so that an interrupted comparison goes on.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,17 @@ from typing import Any
 MODEL = "package:smollm2-135m-instruct"
 DATA = {"gsm8k": "gsm8k", "mmlu": "mmlu", "arc_easy": "llm_adapters/ARC-Easy"}
 """Folders of `--data` by family."""
-TASKS = {"gsm8k@0": 300, "mmlu@0": 6, "arc_easy@0": 300}
+TASKS = {"gsm8k@0": 300, "mmlu@0": 6, "arc_easy@0": 300, "gsm8k@8": 48, "mmlu@5": 1}
 """Questions of each task; of MMLU in each of its 57 subjects."""
 QUICK = {"gsm8k@0": 4, "mmlu@0": 1, "arc_easy@0": 8}
-MAX_MODEL_LEN = 2048
+MAX_MODEL_LEN = 4096
+"""The longest prompt with five examples of MMLU fits."""
 MAX_GEN_TOKS = 64
 """Of both, to bound the time on a CPU."""
-HF_BATCH = {"generate_until": 64, "multiple_choice": 8}
+HF_BATCH = {"gsm8k@0": 32, "gsm8k@8": 8, "mmlu@0": 8, "mmlu@5": 1, "arc_easy@0": 8}
 """Of the peer, which scores over the whole vocabulary at once: larger batches of choices need gigabytes."""
+HF_KEPT_BATCHES = 2
+"""Of the peer's batches, those that are written together."""
 
 
 @dataclass
@@ -51,36 +55,37 @@ class Compared:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def compare(data: Path, quick: bool, device: str, keep: Path | None) -> list[Compared]:
-    """Evaluate with both; `keep`: a folder for the rows by question."""
+def compare(data: Path, quick: bool, device: str, keep: Path) -> list[Compared]:
+    """Evaluate with both.
+
+    Args:
+        keep: folder for what each answers, from which a later call goes on.
+    """
     from lorapar_ray.evaluation.harness.catalogue import Catalogue
 
     catalogue = Catalogue({family: str(data / folder) for family, folder in DATA.items()})
     tasks = QUICK if quick else TASKS
-    ours = _kept(keep, "ours", lambda: _ours(catalogue, tasks, device))
-    theirs = {
-        task: _kept(keep, f"hf-{task}", partial(_theirs, catalogue, task, n, device)) for task, n in tasks.items()
-    }
+    ours = _ours(catalogue, tasks, device, keep)
+    theirs = {task: _theirs(catalogue, task, n, device, keep) for task, n in tasks.items()}
     found = [_compared(task, ours[task], theirs[task]) for task in tasks]
     _margins(found, {task: (ours[task], theirs[task]) for task in tasks}, device)
     return found
 
 
-def _kept(folder: Path | None, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `work` gives, or gave before to the same folder."""
-    if folder is None:
-        return work()
-    file = folder / f"agreement-{name}.json"
+def _kept(file: Path, work: Callable[[], Any]) -> Any:
+    """What `work` gives, or gave before to the same file."""
     if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(work()))
-    found: dict[str, Any] = json.loads(file.read_text())
-    return found
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(".draft")
+        draft.write_text(json.dumps(work()))
+        draft.rename(file)
+    return json.loads(file.read_text())
 
 
-def _ours(catalogue: Any, tasks: Mapping[str, int], device: str) -> dict[str, Any]:
+def _ours(catalogue: Any, tasks: Mapping[str, int], device: str, keep: Path) -> dict[str, Any]:
     from lorapar_ray.config import EngineConfig, Resources
     from lorapar_ray.datasets.chat import load_encoder
+    from lorapar_ray.evaluation.answers import AnswerStore
     from lorapar_ray.evaluation.engines import Engines
     from lorapar_ray.evaluation.serving import Served, named_model
     from lorapar_ray.models import resolve_model
@@ -89,10 +94,16 @@ def _ours(catalogue: Any, tasks: Mapping[str, int], device: str) -> dict[str, An
     model = named_model(MODEL)
     engine = EngineConfig(dtype="float32", max_model_len=MAX_MODEL_LEN, enforce_eager=device == "cpu")
     resources = Resources(cpus=1, gpus=0 if device == "cpu" else 1, threads=len(os.sched_getaffinity(0)))
-    with ray_session(), Engines(model.base, engine, resources) as engines:
-        engines.start()
-        served, encoder = Served(engines, None), load_encoder(resolve_model(MODEL), None)
-        return {task: _evaluated(catalogue, task, n, _our_class(served.answers, encoder)) for task, n in tasks.items()}
+    files = {task: keep / f"ours-{task}-{n}.json" for task, n in tasks.items()}
+    with ExitStack() as closing:
+        ours: Any = None
+        if not all(file.is_file() for file in files.values()):
+            closing.enter_context(ray_session())
+            engines = closing.enter_context(Engines(model.base, engine, resources))
+            engines.start()
+            served = Served(engines, None, AnswerStore(keep / "answers"))
+            ours = _our_class(served.answers, load_encoder(resolve_model(MODEL), None))
+        return {task: _kept(files[task], partial(_evaluated, catalogue, task, tasks[task], ours)) for task in tasks}
 
 
 def _our_class(ask: Any, encoder: Any) -> Any:
@@ -101,17 +112,38 @@ def _our_class(ask: Any, encoder: Any) -> Any:
     return HarnessModel(ask, encoder, MAX_MODEL_LEN)
 
 
-def _theirs(catalogue: Any, task: str, limit: int, device: str) -> dict[str, Any]:
-    import torch
-    from lm_eval.models.huggingface import HFLM
+def _theirs(catalogue: Any, task: str, limit: int, device: str, keep: Path) -> dict[str, Any]:
+    def work() -> dict[str, Any]:
+        import torch
+        from lm_eval.models.huggingface import HFLM
 
-    from lorapar_ray.models import resolve_model
+        from lorapar_ray.models import resolve_model
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = HFLM(
-        pretrained=resolve_model(MODEL), device=device, dtype="float32", batch_size=1, max_length=MAX_MODEL_LEN
-    )
-    return _evaluated(catalogue, task, limit, model)
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        batch = HF_BATCH[task]
+        model = HFLM(
+            pretrained=resolve_model(MODEL), device=device, dtype="float32", batch_size=batch, max_length=MAX_MODEL_LEN
+        )
+        for kind in ("loglikelihood", "generate_until"):
+            answers = _in_parts(getattr(model, kind), batch * HF_KEPT_BATCHES, keep / f"hf-{task}-{limit}")
+            setattr(model, kind, answers)
+        return _evaluated(catalogue, task, limit, model)
+
+    found: dict[str, Any] = _kept(keep / f"hf-{task}-{limit}.json", work)
+    return found
+
+
+def _in_parts(answer: Callable[..., list[Any]], size: int, keep: Path) -> Callable[..., list[Any]]:
+    """`answer`, some requests at a time, each part of which is kept: a task's requests have one order."""
+
+    def answers(requests: Sequence[Any], **_: Any) -> list[Any]:
+        found = []
+        for first in range(0, len(requests), size):
+            part = list(requests[first : first + size])
+            found += _kept(keep / f"{first}.json", partial(answer, part, disable_tqdm=True))
+        return found
+
+    return answers
 
 
 def _evaluated(catalogue: Any, task: str, limit: int, model: Any) -> dict[str, Any]:
@@ -122,8 +154,6 @@ def _evaluated(catalogue: Any, task: str, limit: int, model: Any) -> dict[str, A
     from lorapar_ray.evaluation.harness.results import rows_of
 
     loaded = catalogue.load(wanted(task))
-    if hasattr(model, "batch_size_per_gpu"):
-        model.batch_size_per_gpu = HF_BATCH[next(iter(loaded["tasks"].values())).get_config("output_type")]
     for each in loaded["tasks"].values():
         if each.get_config("output_type") == "generate_until":
             each.set_config(key="generation_kwargs", value={"max_gen_toks": MAX_GEN_TOKS}, update=True)

@@ -87,7 +87,7 @@ class Sandlock:
         devices = ["/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"]
         settings = _settings(start) | {
             "tasks": None,
-            "landlock": {"readable": sorted({*folders, *devices}), "package": _sandlock_home()},
+            "landlock": {"readable": sorted({*folders, *devices}), "library": _sandlock_library()},
             "seccomp": {"processes": start.forks, "metadata": False},
         }
         return python_command(start.module, settings)
@@ -197,8 +197,12 @@ def python_files() -> tuple[Path, ...]:
     return tuple(kept)
 
 
-def _sandlock_home() -> str:
+@lru_cache
+def _sandlock_library() -> str:
     found = find_spec("sandlock")
-    if found is None or found.origin is None:
-        raise UserError("sandbox: the package sandlock is not installed; pip install sandlock")
-    return str(Path(found.origin).parent.parent)
+    libraries = (
+        [] if found is None or found.origin is None else [*Path(found.origin).parent.glob("libsandlock_ffi*.so")]
+    )
+    if not libraries:
+        raise UserError("sandbox: the package sandlock or its library is not installed; pip install sandlock")
+    return str(libraries[0])

@@ -9,10 +9,13 @@ from __future__ import annotations
 import os
 import sys
 from types import ModuleType
-from typing import Any
 
 from .confinement import confine
 from .wire import Channel, Closed, WireError, decode, encode
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 NAME = "candidate"
 """`__name__` of the program, so that a `__main__` block does not run."""

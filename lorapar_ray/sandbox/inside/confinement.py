@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
-import sys
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
@@ -27,7 +30,7 @@ def confine(settings: dict[str, Any]) -> None:
 
     Args:
         settings: what `layers` makes of `Limits`: memory_bytes (or None), file_bytes, open_files, seconds (or None).
-            `tasks`, or None where the user's other processes would count too. `landlock`, {readable, package} of
+            `tasks`, or None where the user's other processes would count too. `landlock`, {readable, library} of
             `_landlock`, or None. `seccomp`, {processes, metadata} of `seccomp.program`, or None where the filter is in
             force already.
     """
@@ -54,17 +57,34 @@ def forbid_processes() -> None:
     _filter(processes=False, metadata=False)
 
 
-def _landlock(readable: list[str], package: str) -> None:
+def _landlock(readable: list[str], library: str) -> None:
     """`readable` can be read and nothing can be written; signals and abstract sockets end at this process.
 
-    `package` is the folder from which sandlock is imported.
+    `library` is sandlock's, called without its Python package, which takes longer to import than a program to run.
     """
-    path = list(sys.path)
-    sys.path.append(package)
-    from sandlock import Sandbox, confine
+    import ctypes
 
-    sys.path[:] = path  # not `remove`: that takes the first of two, and the order of the user's path would change
-    confine(Sandbox(fs_readable=readable))
+    sandlock = ctypes.CDLL(library)
+    pointer = ctypes.c_void_p
+    for name, parameters in (
+        ("sandbox_builder_new", ()),
+        ("sandbox_builder_fs_read", (pointer, ctypes.c_char_p)),
+        ("sandbox_builder_on_exit", (pointer, ctypes.c_uint8)),
+        ("sandbox_builder_on_error", (pointer, ctypes.c_uint8)),
+        ("sandbox_build", (pointer, pointer, pointer)),
+    ):
+        function = getattr(sandlock, f"sandlock_{name}")
+        function.restype, function.argtypes = pointer, parameters
+    sandlock.sandlock_confine.argtypes = (pointer,)
+    policy = sandlock.sandlock_sandbox_builder_new()
+    for path in readable:
+        policy = sandlock.sandlock_sandbox_builder_fs_read(policy, os.fsencode(path))
+    policy = sandlock.sandlock_sandbox_builder_on_exit(policy, 0)  # commit: there is no other filesystem to undo
+    policy = sandlock.sandlock_sandbox_builder_on_error(policy, 1)  # abort
+    error, said = ctypes.c_int(0), ctypes.c_char_p()
+    built = sandlock.sandlock_sandbox_build(policy, ctypes.byref(error), ctypes.byref(said))
+    if not built or error.value or sandlock.sandlock_confine(built):
+        raise OSError(f"Landlock cannot be set up: {(said.value or b'').decode(errors='replace')}")
 
 
 def _drop_capabilities() -> None:
@@ -82,7 +102,6 @@ def _drop_capabilities() -> None:
 
 def _filter(processes: bool, metadata: bool) -> None:
     import ctypes
-    import os
 
     from . import seccomp
 

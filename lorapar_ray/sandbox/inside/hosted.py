@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import runpy
 import sys
-from typing import Any
 
 from .confinement import confine
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def main(settings: dict[str, Any]) -> None:

@@ -15,7 +15,10 @@ import os
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 MAX_MESSAGE = 16 * 2**20
 """Bytes. A longer message is refused before it is read."""
