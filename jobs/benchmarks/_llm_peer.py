@@ -2,7 +2,8 @@
 
     python jobs/benchmarks/_llm_peer.py JOB.json
 
-JOB: {arguments of `vllm.LLM`, prompts as token ids, sampling, scored: prompts whose log-probabilities are asked for}.
+JOB: {arguments of `vllm.LLM`, sampling, and as token ids `generate`: prompts, `score`: prompts whose log-probabilities
+are asked for}.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ def main() -> None:
 
     llm = LLM(**{**platform_arguments(), **job["arguments"]})
     work = {
-        "generate": (job["prompts"], SamplingParams(**job["sampling"])),
-        "score": (job["scored"], SamplingParams(max_tokens=1, prompt_logprobs=0)),
+        "generate": (job["generate"], SamplingParams(**job["sampling"])),
+        "score": (job["score"], SamplingParams(max_tokens=1, prompt_logprobs=0)),
     }
     print("ready", flush=True)
     for line in sys.stdin:

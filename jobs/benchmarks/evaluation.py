@@ -1,12 +1,16 @@
 """Evaluation: decisions beside lm-eval's own class, speed beside `vllm.LLM`, programs a second through the sandbox.
 
-    python jobs/benchmarks/evaluation.py [--quick] [--parts agreement throughput sandbox] [--data FOLDER] --json FILE
+    python jobs/benchmarks/evaluation.py [--quick] [--parts agreement throughput scaling sandbox] [--data FOLDER]
+        --json FILE
 
 `agreement`: 300 questions and more each of GSM8K, MMLU and ARC-Easy (files in `--data`, as published), decided by our
-model class over vLLM and by lm-eval's own `hf` class; see `_agreement.py`. Details go beside the JSON file.
+model class over vLLM and by lm-eval's own `hf` class; fewer with examples in the prompt; see `_agreement.py`. Details
+and answers go beside the JSON file: the same command again goes on from them.
 
 `throughput`: the same prompts through one of our engines, behind Ray Data, and through `vllm.LLM` in a process of its
 own with the same arguments, in turns; once generating, once scoring a continuation.
+
+`scaling`: the same prompts through two engines and through one, each of one CPU core (or of a GPU of its own).
 
 `sandbox`: honest programs of the kind that models write for HumanEval, each with its tests, in every layer that this
 machine has, on as many at a time as there are cores. The peer is what evaluation scripts commonly do: a new
@@ -27,6 +31,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import PIPE
+from typing import TYPE_CHECKING
 
 import _agreement
 from _rows import Row, print_table, write_rows
@@ -34,9 +39,14 @@ from _rows import Row, print_table, write_rows
 from lorapar_ray.sandbox import Job, Limits, Sandbox, survey
 from lorapar_ray.sandbox.tasks import tests_job
 
+if TYPE_CHECKING:
+    from lorapar_ray.evaluation.engines import Engines
+    from lorapar_ray.evaluation.requests import Request
+
 GOAL_SAME = 0.99
 GOAL_SPEED = 0.95
 GOAL_PROGRAMS_PER_S = 20.0
+SAMPLING = {"temperature": 0.0, "max_tokens": 32, "ignore_eos": True}
 SECONDS = 30.0
 PROGRAMS = (
     (
@@ -87,30 +97,21 @@ def agreement(arguments: argparse.Namespace) -> list[Row]:
 
 def throughput(arguments: argparse.Namespace) -> list[Row]:
     from lorapar_ray.config import EngineConfig, Resources
-    from lorapar_ray.datasets.chat import load_encoder
     from lorapar_ray.engines.settings import engine_arguments, engine_environment
     from lorapar_ray.evaluation.engines import Engines
-    from lorapar_ray.evaluation.requests import Request
     from lorapar_ray.models import resolve_model
     from lorapar_ray.session import ray_session
 
-    count, rounds = (32, 1) if arguments.quick else (128, 3)
-    model, gpu = resolve_model(_agreement.MODEL), arguments.device == "cuda"
-    encode = load_encoder(model, None).tokenizer.encode
-    prompts = [encode(f"Question: {row} boxes hold {row % 7 + 2} pens each.\nAnswer:") for row in range(count)]
-    scored = [[*ids, *encode(" There are many pens in all of the boxes.")] for ids in prompts]
+    rounds, gpu = 1 if arguments.quick else 3, arguments.device == "cuda"
+    work, model = _work(arguments), resolve_model(_agreement.MODEL)
     engine = EngineConfig(max_model_len=256, enforce_eager=not gpu)
     resources = Resources(cpus=1, gpus=1 if gpu else 0, threads=len(os.sched_getaffinity(0)))
-    sampling = {"temperature": 0.0, "max_tokens": 32, "ignore_eos": True}
-    ours = {
-        "generate": [Request("generate", ids, sampling=sampling) for ids in prompts],
-        "score": [Request("score", all_ids, start=len(ids)) for ids, all_ids in zip(prompts, scored, strict=True)],
-    }
     seconds: dict[tuple[str, str], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, ray_session(), Engines(model, engine, resources) as engines:
         job = Path(folder) / "job.json"
         spec = engine_arguments(model, engine, seed=0, trust_remote_code=False)
-        job.write_text(json.dumps({"arguments": spec, "prompts": prompts, "scored": scored, "sampling": sampling}))
+        asked = {kind: [list(request.ids) for request in requests] for kind, requests in work.items()}
+        job.write_text(json.dumps({"arguments": spec, **asked, "sampling": SAMPLING}))
         command = [sys.executable, str(Path(__file__).with_name("_llm_peer.py")), str(job)]
         environment = os.environ | engine_environment(engine, resources)
         with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True, env=environment) as peer:
@@ -120,23 +121,73 @@ def throughput(arguments: argparse.Namespace) -> list[Row]:
                 if not line:
                     raise SystemExit("vllm.LLM did not start")
             for turn in range(rounds + 1):  # the first is a warm-up of both
-                for kind, requests in ours.items():
+                for kind, requests in work.items():
                     print(kind, file=peer.stdin, flush=True)
                     theirs = float(peer.stdout.readline())
-                    start = time.perf_counter()
-                    answered = sum(len(found) for found in engines.answers(requests))
-                    own = time.perf_counter() - start
-                    assert answered == len(requests)
+                    own = _seconds(engines, requests)
                     if turn:
                         seconds.setdefault((kind, "ours"), []).append(own)
                         seconds.setdefault((kind, "theirs"), []).append(theirs)
             peer.stdin.close()
     rows = []
-    for kind in ours:
-        own, theirs = (count / statistics.median(seconds[kind, who]) for who in ("ours", "theirs"))
-        name = f"{count} prompts, {kind}, one engine, vs vllm.LLM"
+    for kind, requests in work.items():
+        own, theirs = (len(requests) / statistics.median(seconds[kind, who]) for who in ("ours", "theirs"))
+        name = f"{len(requests)} prompts, {kind}, one engine, vs vllm.LLM"
         rows.append(Row(name, own, theirs, "prompts/s", own / theirs, f"≥ {GOAL_SPEED:g}", own / theirs >= GOAL_SPEED))
     return rows
+
+
+def scaling(arguments: argparse.Namespace) -> list[Row]:
+    from lorapar_ray.capacity import capacity
+    from lorapar_ray.config import EngineConfig, Resources
+    from lorapar_ray.evaluation.engines import Engines
+    from lorapar_ray.models import resolve_model
+    from lorapar_ray.session import ray_session
+
+    rounds, gpu = 1 if arguments.quick else 3, arguments.device == "cuda"
+    work, model = _work(arguments), resolve_model(_agreement.MODEL)
+    engine = EngineConfig(max_model_len=256, enforce_eager=not gpu)
+    resources = Resources(cpus=1, gpus=1 if gpu else 0, threads=1)
+    rates: dict[tuple[str, int], float] = {}
+    with ray_session():
+        if gpu and capacity().largest("GPU") < 2:
+            print("scaling: one GPU here, so no second engine")
+            return []
+        for count in (1, 2):
+            with Engines(model, engine, resources, count) as engines:
+                engines.start()
+                for kind, requests in work.items():
+                    own = [_seconds(engines, requests) for _ in range(rounds + 1)][1:]
+                    rates[kind, count] = len(requests) / statistics.median(own)
+    rows = []
+    for kind, requests in work.items():
+        two, one = rates[kind, 2], rates[kind, 1]
+        name = f"{len(requests)} prompts, {kind}, two engines of one {'GPU' if gpu else 'core'} each, vs one of them"
+        rows.append(Row(name, two, one, "prompts/s", two / one, "", None))
+    return rows
+
+
+def _work(arguments: argparse.Namespace) -> dict[str, list[Request]]:
+    """The same prompts to go on from, and to score a continuation of."""
+    from lorapar_ray.datasets.chat import load_encoder
+    from lorapar_ray.evaluation.requests import Request
+    from lorapar_ray.models import resolve_model
+
+    encode = load_encoder(resolve_model(_agreement.MODEL), None).tokenizer.encode
+    count = 32 if arguments.quick else 128
+    prompts = [encode(f"Question: {row} boxes hold {row % 7 + 2} pens each.\nAnswer:") for row in range(count)]
+    ending = encode(" There are many pens in all of the boxes.")
+    return {
+        "generate": [Request("generate", ids, sampling=SAMPLING) for ids in prompts],
+        "score": [Request("score", [*ids, *ending], start=len(ids)) for ids in prompts],
+    }
+
+
+def _seconds(engines: Engines, requests: list[Request]) -> float:
+    start = time.perf_counter()
+    answered = sum(len(found) for found in engines.answers(requests))
+    assert answered == len(requests)
+    return time.perf_counter() - start
 
 
 def sandbox_rate(arguments: argparse.Namespace) -> list[Row]:
@@ -185,6 +236,7 @@ def unconfined(jobs: list[Job], cores: int) -> float:
 PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "agreement": agreement,
     "throughput": throughput,
+    "scaling": scaling,
     "sandbox": sandbox_rate,
 }
 
