@@ -78,9 +78,11 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, required=True, help="where the rows go")
     arguments = parser.parse_args()
-    rows = [row for part in arguments.parts for row in PARTS[part](arguments)]
+    rows: list[Row] = []
+    for part in arguments.parts:
+        rows += PARTS[part](arguments)
+        write_rows(arguments.json, rows)
     print_table(rows)
-    write_rows(arguments.json, rows)
 
 
 def agreement(arguments: argparse.Namespace) -> list[Row]:

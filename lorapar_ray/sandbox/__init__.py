@@ -23,6 +23,8 @@ What it does NOT protect against:
 - A fault of CPython in the tests' process: it parses the program's answers (JSON, built into plain values).
 - `sandlock`: names, sizes and times of files can be found out (Landlock does not hide `stat`), not their contents.
 - `sandlock` and `process` where no cgroup can be made: the number of threads is bounded by the address space alone.
+- `bubblewrap` where no cgroup can be made: how many empty files a program makes in its /tmp is bounded by its seconds
+  alone; each takes about a kilobyte of the kernel's memory until the job ends.
 - `process`: reads of every file that this user may read, and writes where this user may write.
 - Denial of service below the limits: each job may use all of its seconds, memory and output.
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import select
+import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
@@ -21,6 +26,8 @@ LayerName = Literal["auto", "bubblewrap", "sandlock", "process"]
 HERE = Path(__file__).parent
 FILE_BYTES = 16 * 2**20
 OPEN_FILES = 64
+REAP_S = 2.0
+"""For bubblewrap to see that what it started has ended."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +54,15 @@ class Bubblewrap:
     def __init__(self, binary: str) -> None:
         self._binary = binary
 
-    def command(self, start: Start, fd: int) -> list[str]:
-        """What to execute; `fd` holds the system call filter."""
+    def command(self, start: Start, fd: int, told: int) -> list[str]:
+        """What to execute; `fd` holds the system call filter, and to `told` goes who was started."""
         options = [
             *("--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"),
             *("--unshare-cgroup-try", "--disable-userns", "--cap-drop", "ALL"),
             *("--new-session", "--die-with-parent", "--clearenv", "--hostname", "sandbox"),
-            *("--seccomp", str(fd)),
+            *("--seccomp", str(fd), "--info-fd", str(told)),
+            # a program of one process needs no other to wait for its children
+            *(() if start.forks or start.limits.processes else ("--as-pid-1",)),
             *("--size", str(start.limits.scratch_mb * 2**20), "--tmpfs", "/tmp", "--chdir", "/tmp"),
         ]
         for path in system_folders():
@@ -80,7 +89,7 @@ class Sandlock:
 
     name: LayerName = "sandlock"
 
-    def command(self, start: Start, fd: int) -> list[str]:
+    def command(self, start: Start, fd: int, told: int) -> list[str]:
         """What to execute."""
         folders = [str(path.resolve()) for path in (*system_folders(), *python_files(), HERE / "inside")]
         folders += [str(Path(path).resolve()) for path in start.readable]
@@ -102,7 +111,7 @@ class Process:
 
     name: LayerName = "process"
 
-    def command(self, start: Start, fd: int) -> list[str]:
+    def command(self, start: Start, fd: int, told: int) -> list[str]:
         """What to execute."""
         seccomp_settings = {"processes": start.forks, "metadata": False}
         settings = _settings(start) | {"tasks": None, "landlock": None, "seccomp": seccomp_settings}
@@ -116,6 +125,44 @@ class Process:
 Layer = Bubblewrap | Sandlock | Process
 
 
+class Confined(subprocess.Popen[bytes]):
+    """A confined process, or the bubblewrap that waits for it."""
+
+    def __init__(self, command: list[str], told: int, **options: Any) -> None:
+        """`told`: the read end of a pipe on which bubblewrap says whom it started; closed with the process."""
+        self._told = told
+        super().__init__(command, **options)
+
+    def kill(self) -> None:
+        """End what is confined first, so that bubblewrap sees it end and ends too.
+
+        Killed itself, it would leave a zombie to process 1, which counts in the cgroup until process 1 looks; in many
+        containers it never does.
+        """
+        if self.returncode is None and (inner := self._inner()) is not None:
+            with suppress(ProcessLookupError):
+                os.kill(inner, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):
+                self.wait(REAP_S)
+        super().kill()
+
+    def _inner(self) -> int | None:
+        """The child, as long as bubblewrap has it: its number is no other process's until then."""
+        try:
+            if select.select([self._told], [], [], 0)[0]:
+                child = int(json.loads(os.read(self._told, 4096) or b"{}").get("child-pid", 0))
+                parent = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1]
+                return child if int(parent) == self.pid else None
+        except (OSError, ValueError):
+            pass  # it has ended
+        return None
+
+    def __del__(self) -> None:
+        with suppress(OSError):
+            os.close(self._told)
+        super().__del__()
+
+
 def spawn(
     layer: Layer,
     start: Start,
@@ -124,7 +171,7 @@ def spawn(
     stdout: int,
     stderr: int | None,
     wrap: Callable[[list[str]], list[str]] = list,
-) -> subprocess.Popen[bytes]:
+) -> Confined:
     """Start a confined process, without any environment; it dies with the calling thread.
 
     Args:
@@ -137,18 +184,19 @@ def spawn(
     if start.limits.processes and not isinstance(layer, Bubblewrap):
         raise UserError(f"sandbox: only bubblewrap can end what a program starts; '{layer.name}' allows no processes")
     program = layer.filter(start)
-    with tempfile.TemporaryFile() as file:
+    told, tell = os.pipe()
+    with tempfile.TemporaryFile() as file, os.fdopen(tell, "wb"):
         if program is not None:
             file.write(program)
             file.flush()
             file.seek(0)
-        keep = () if program is None else (file.fileno(),)
-        return subprocess.Popen(
-            wrap(layer.command(start, file.fileno())),
+        return Confined(
+            wrap(layer.command(start, file.fileno(), tell)),
+            told,
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
-            pass_fds=keep,
+            pass_fds=() if program is None else (file.fileno(), tell),
             env={},
             cwd="/",
             start_new_session=True,

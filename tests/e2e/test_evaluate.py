@@ -8,30 +8,64 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lorapar_ray.adapters import adapter_parameters, attach_lora, export_plain, residual_base, save_adapter
+from lorapar_ray.config import EvaluateConfig
+from lorapar_ray.datasets.chat import load_encoder
+from lorapar_ray.evaluation.harness.catalogue import Catalogue, wanted
+from lorapar_ray.evaluation.harness.run import evaluate_task
 from tests.tiny_run import ROOT, save_tiny_student
+from tests.unit.test_harness import Reference
 
 pytestmark = pytest.mark.e2e
 QUESTIONS = 160
 ENGINE = ("dtype=float32", "max_num_seqs=8", "enforce_eager=true", "max_model_len=128")
+SAMPLES = ("samples=4", "temperature=0.8", "pass_at=2", "max_gen_toks=12")
+TOLERANCE = 2e-3
+"""Nats, of a choice's log-probability as it is shown."""
+PROGRAM = {
+    "task_id": "tiny/0",
+    "prompt": 'def double(n):\n    """Twice n."""\n',
+    "entry_point": "double",
+    "test": "def check(candidate):\n    assert candidate(4) == 8\n",
+}
 
 
-def adapter(student: Path, folder: Path) -> Path:
-    """A LoRA whose B is not zero, as PEFT saves it."""
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(student),
-        LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+@dataclass
+class Pissa:
+    """A PiSSA adapter after some training."""
+
+    residual: Path
+    """The base that it was trained on."""
+    adapter: Path
+    plain: Path
+    """The same as an ordinary LoRA for the original base."""
+
+
+def pissa(student: Path, folder: Path) -> Pissa:
+    model = attach_lora(
+        AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32), rank=4, alpha=8, init="pissa"
     )
-    model.save_pretrained(folder)
-    return folder
+    save_adapter(model, folder / "initial")
+    with torch.no_grad():
+        for number, parameter in enumerate(adapter_parameters(model).values()):
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+            parameter.add_(0.3 * parameter.std() * noise)
+    save_adapter(model, folder / "adapter")
+    export_plain(folder / "initial", folder / "adapter", folder / "plain", str(student))
+    residual_base(model).save_pretrained(folder / "residual")
+    AutoTokenizer.from_pretrained(student).save_pretrained(folder / "residual")
+    return Pissa(folder / "residual", folder / "adapter", folder / "plain")
 
 
 def questions(file: Path) -> Path:
@@ -73,11 +107,17 @@ def engine_of(process: subprocess.Popen[str]) -> Any:
 
 def test_nothing_answered_is_asked_again_whoever_is_killed(tmp_path: Path) -> None:
     student = save_tiny_student(tmp_path / "student")
-    lora = adapter(student, tmp_path / "lora")
+    tuned = pissa(student, tmp_path)
     data, out = questions(tmp_path / "arc.jsonl"), tmp_path / "out"
-    settings = [part for each in ENGINE for part in ("--set", f"evaluate.engine.{each}")]
-    command = ["evaluate", "--model", student, "--model", f"{student}+{lora}", "--tasks", "arc_easy@0", *settings]
-    command += ["--data", f"arc_easy={data}", "--out", out]
+    (tmp_path / "programs.jsonl").write_text(json.dumps(PROGRAM) + "\n")
+    settings = [f"evaluate.engine.{each}" for each in ENGINE] + [f"evaluate.{each}" for each in SAMPLES]
+    command = ["evaluate", "--model", tuned.residual, "--model", f"{tuned.residual}+{tuned.adapter}", "--out", out]
+    command += ["--tasks", "arc_easy@0,humaneval", "--data", f"arc_easy={data}"]
+    command += [
+        "--data",
+        f"humaneval={tmp_path / 'programs.jsonl'}",
+        *(x for each in settings for x in ("--set", each)),
+    ]
 
     driver = started(*command)
     until(driver, lambda: shards(out))
@@ -95,12 +135,16 @@ def test_nothing_answered_is_asked_again_whoever_is_killed(tmp_path: Path) -> No
     assert driver.returncode == 0, said
     assert core is not None, said
 
-    names = ["student", "student_lora"]
-    results = {file.parent.name: json.loads(file.read_text())["results"] for file in (out / "tasks").rglob("*.json")}
-    assert len(results) == 2 and all(share["n"] == QUESTIONS for shares in results.values() for share in shares), names
-    rows = {file.parent.name: pq.read_table(file).to_pylist() for file in (out / "rows").rglob("*.parquet")}
-    base, tuned = (rows[name] for name in sorted(rows, key=len))
-    assert [row["completion"] for row in base] != [row["completion"] for row in tuned]
+    names = ("residual", "residual_adapter")
+    [base, ours], [_, samples] = (
+        [next((out / "rows").glob(f"*{name}/{task}.parquet")) for name in names] for task in ("arc_easy@0", "humaneval")
+    )
+    rows = {file: pq.read_table(file).to_pylist() for file in (base, ours, samples)}
+    assert len(rows[base]) == len(rows[ours]) == 2 * QUESTIONS  # acc and acc_norm
+    assert [row["completion"] for row in rows[base]] != [row["completion"] for row in rows[ours]]
+    assert_decided_as_by_peft(rows[ours], student, tuned.plain, data)
+    [row] = rows[samples]
+    assert row["value"] in (0.0, 0.5, 1.0) and len(set(row["completion"].split("\n"))) > 1, row
     answered = [pq.read_table(folder, columns=["key"])["key"].to_pylist() for folder in (out / "answers").iterdir()]
     assert all(len(keys) == len(set(keys)) for keys in answered), "a question was asked again"
     assert "Compared question by question" in (out / "index.html").read_text()
@@ -121,7 +165,9 @@ def test_nothing_answered_is_asked_again_whoever_is_killed(tmp_path: Path) -> No
         "metric_list": [{"metric": "acc"}],
     }
     (tmp_path / "mine.yaml").write_text(json.dumps(task))
-    arguments = f"pretrained={student},adapter={lora},serve=adapter,dtype=float32,enforce_eager=True,max_model_len=128"
+    arguments = (
+        f"pretrained={student},adapter={tuned.plain},serve=adapter,dtype=float32,enforce_eager=True,max_model_len=128"
+    )
     theirs = started(
         *("lm-eval", "--model", "lorapar", "--model_args", arguments, "--tasks", "mine"),
         *("--include_path", tmp_path, "--output_path", tmp_path / "lm-eval"),
@@ -130,5 +176,24 @@ def test_nothing_answered_is_asked_again_whoever_is_killed(tmp_path: Path) -> No
     assert theirs.returncode == 0, said
     [file] = (tmp_path / "lm-eval").rglob("results_*.json")
     found = json.loads(file.read_text())["results"]["mine"]["acc,none"]
-    [ours] = [share["accuracy"] for share in results[max(results, key=len)] if share["metric"] == "acc"]
-    assert found == pytest.approx(ours, abs=2 / QUESTIONS), re.sub(r"\s+", " ", said)[-400:]
+    rights = [row["value"] for row in rows[ours] if row["metric"] == "acc"]
+    assert found == pytest.approx(sum(rights) / QUESTIONS, abs=2 / QUESTIONS), re.sub(r"\s+", " ", said)[-400:]
+
+
+def assert_decided_as_by_peft(rows: list[dict[str, Any]], student: Path, plain: Path, data: Path) -> None:
+    """The plain adapter on the original base, by transformers and peft, gives the same choices the same chances."""
+    reference = Reference(student)
+    reference.model = PeftModel.from_pretrained(reference.model, str(plain)).eval()
+    settings, encoder = EvaluateConfig(engine={"max_model_len": 128}), load_encoder(str(student), None)
+    theirs, _ = evaluate_task(Catalogue({"arc_easy": str(data)}), wanted("arc_easy@0"), settings, reference, encoder)
+    margins = []
+    for row, other in zip(rows, theirs, strict=True):
+        scores, wanted_scores = (
+            [float(line.split()[0]) for line in each["completion"].split("\n")] for each in (row, other)
+        )
+        assert scores == pytest.approx(wanted_scores, abs=TOLERANCE)
+        best, second, *_ = sorted(scores, reverse=True)
+        if row["metric"] == "acc" and best - second > 2 * TOLERANCE:
+            assert row["right"] == other["right"], row
+            margins.append(best - second)
+    assert len(margins) > 0.9 * QUESTIONS

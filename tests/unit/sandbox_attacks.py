@@ -217,6 +217,11 @@ FILES: dict[str, str] = {  # what the layer `process` does not keep away
     "change the harness": _tries(
         "[open(os.path.join(p, 'inside', 'wire.py'), 'a') for p in sys.path if os.path.isdir(p + '/inside')]"
     ),
+    "reopen by path": _tries(
+        "os.open(f\"/proc/self/fd/{os.open('SECRET', os.O_PATH)}\", os.O_RDONLY)",
+        "os.open('secret', os.O_RDONLY, dir_fd=os.open(os.path.dirname('SECRET'), os.O_PATH))",
+    ),
+    "exchange the secret": _syscall(316, -100, "b'SECRET'", -100, "b'WITNESS'", 2),
     "symlink to the secret": _tries("os.symlink('SECRET', '/tmp/MARK') or open('/tmp/MARK').read()"),
     "hard link to the secret": _tries("os.link('SECRET', '/tmp/MARK') or open('/tmp/MARK').read()"),
     "climb out": _tries("os.listdir('/tmp/../../../../../home')", "os.chdir('WITNESS') or open('../secret').read()"),
@@ -234,7 +239,46 @@ FILES: dict[str, str] = {  # what the layer `process` does not keep away
     ),
 }
 
+IOCTL = "fcntl.ioctl(os.open(os.__file__, os.O_RDONLY), {}, bytes({}))"
+FLAG = "struct.pack('l', 64 | struct.unpack('l', fcntl.ioctl(file, 0x80086601, bytes(8)))[0])"
+
 ESCAPES: dict[str, str] = {
+    "flags of a library's file": _tries(
+        f"[fcntl.ioctl(file, 0x40086602, {FLAG}) for file in [os.open(os.__file__, os.O_RDONLY)]]",
+        IOCTL.format(0x80086601, 8),
+        imports="import fcntl, struct",
+    ),
+    "its extended flags": _tries(IOCTL.format(0x801C581F, 28), imports="import fcntl"),
+    "its version": _tries(IOCTL.format(0x80087601, 8), imports="import fcntl"),
+    "verity on it": _tries(IOCTL.format(0x40806685, 128), imports="import fcntl"),
+    "lock it": _tries("fcntl.flock(open(os.__file__), fcntl.LOCK_EX | fcntl.LOCK_NB) is None", imports="import fcntl"),
+    "its mode and owner by descriptor": _tries(
+        "os.fchmod(os.open(os.__file__, os.O_RDONLY), 0o644) is None",
+        "os.fchown(os.open(os.__file__, os.O_RDONLY), 0, 0) is None",
+        "os.utime(os.open(os.__file__, os.O_RDONLY)) is None",
+    ),
+    "slots of asynchronous input": _syscall(206, 1, "ctypes.byref(ctypes.c_void_p())"),
+    "room of the user's pipes": _tries("fcntl.fcntl(os.pipe()[1], 1031, 2**20)", imports="import fcntl"),
+    "huge pages": SYSCALL + "def f():\n    libc.mmap.restype = ctypes.c_void_p\n"
+    "    return libc.mmap(0, 2**21, 3, 0x40022, -1, 0) != 2**64 - 1 or ctypes.get_errno() != 1",
+    "a core of its own": SYSCALL + "def f():\n    return libc.prctl(62, 1, 0, 0, 0) == 0",
+    "become another user": _tries(
+        *("os.setuid(65534) is None", "os.setgid(65534) is None", "os.setgroups([]) is None"),
+        "os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1)) is None",
+    ),
+    "timers of the user": SYSCALL
+    + dedent(
+        """
+        def f():
+            n, timer = 0, ctypes.c_int(0)
+            while n < 1000 and libc.syscall(ctypes.c_long(222), 0, 0, ctypes.byref(timer)) >= 0:
+                n += 1
+            return n > 64
+        """
+    ),
+    "attributes that no limit counts": _tries(
+        "open('/tmp/x', 'w').close() or os.setxattr('/tmp/x', 'user.a', bytes(60000)) is None"
+    ),
     "environment": _tries("[each for each in os.environ if each not in ('PWD', 'LC_CTYPE')]"),
     "connect to the network": _tries(
         "socket.create_connection(('127.0.0.1', PORT), 1)",
@@ -446,4 +490,8 @@ FLOODS: dict[str, str] = {
     "compressed bomb": "import zlib\ndef f():\n    d = zlib.compress(bytes(2**24))\n    return zlib.decompress(d * 1) * 999",
     "sums of ranges": "def f(): return sum(range(10**12))",
     "long string": "def f(): return 'x' * 2**28",
+    "empty files": "import itertools, os\ndef f():\n    for n in itertools.count(): os.close(os.open(f'/tmp/{n}', os.O_CREAT))",
+    "descriptors in flight": (
+        "import socket\ndef f():\n    a, b = socket.socketpair()\n    while True: socket.send_fds(a, [b'x'], [0] * 200)"
+    ),
 }

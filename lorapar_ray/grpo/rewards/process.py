@@ -112,6 +112,8 @@ class RewardProcess:
                 self._process.terminate()  # the guardian ends the rest
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(END_LIMIT_S)
+            else:
+                self._process.kill()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()

@@ -16,6 +16,8 @@ PR_SET_SECCOMP = 22
 PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
 LAST_CAPABILITY = 63
+PENDING_SIGNALS = 64
+"""Queued signals and timers, of which all processes of a user share a number."""
 
 
 def limit(what: int, most: int) -> None:
@@ -39,6 +41,7 @@ def confine(settings: dict[str, Any]) -> None:
     limit(resource.RLIMIT_NOFILE, settings["open_files"])
     limit(resource.RLIMIT_MEMLOCK, 0)
     limit(resource.RLIMIT_MSGQUEUE, 0)
+    limit(resource.RLIMIT_SIGPENDING, PENDING_SIGNALS)
     if settings["seconds"] is not None:
         limit(resource.RLIMIT_CPU, int(settings["seconds"]) + 2)
     if settings["landlock"] is not None:

@@ -34,14 +34,25 @@ NEVER = (
     *(141, 142, 144, 203, 314, 251, 256, 279),  # priorities, affinity and memory placement, of other processes too
     *(253, 254, 294),  # inotify: who reads which of the shared files, and when
     *(162, 306),  # sync, syncfs
+    73,  # flock: a lock on a file that can only be read holds up everybody else who locks it
+    *(206, 207, 208, 209, 210),  # asynchronous input and output, of which the whole machine has a fixed number of slots
+    *(188, 189, 190),  # setting extended attributes, which the size of /tmp does not count
 )
 METADATA = (
     *(90, 91, 268, 92, 93, 94, 260),  # chmod, chown
     *(132, 235, 261, 280),  # utime
-    *(188, 189, 190, 197, 198, 199),  # extended attributes
+    *(197, 198, 199),  # removing extended attributes
     *(133, 259),  # mknod
 )
 """What Landlock leaves free: a file's mode, owner and times."""
+LOCKS = (6, 7, 37, 38)
+"""fcntl: F_SETLK, F_SETLKW and those of open files; for programs that have files of their own, as sqlite has."""
+DEVICE_CONTROL = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+"""ioctl requests that are let through: TCGETS, TCGETS2, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX.
+
+Others change a file that is only open for reading (its flags, its version), type into a terminal, or ask a device.
+"""
+MAP_HUGETLB = 0x40000
 
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _LOAD, _EQUAL, _ABOVE, _ANY, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
@@ -53,7 +64,8 @@ def program(*, processes: bool, metadata: bool, execute: bool | None = None, pid
     Args:
         processes: whether new processes may be started; threads always may.
         execute: whether this process may become another program; None: as `processes`.
-        metadata: whether modes, owners and times of files may be changed (where no file but its own is writable).
+        metadata: whether modes, owners and times of files may be changed, and files locked (where its own alone
+            may be written).
         pid: the process that the filter is for, which may then signal itself alone; None: any it can see.
     """
     denied = _ERRNO | errno.EPERM
@@ -77,17 +89,17 @@ def program(*, processes: bool, metadata: bool, execute: bool | None = None, pid
         code += _on_argument(CLONE, 0, [(_ANY, 1, 0, CLONE_THREAD), (_RETURN, 0, 0, denied)])
     code += _unless_zero(302, 0, denied)  # prlimit64 of another process
     code += _unless_zero(44, 4, denied)  # sendto an address
-    code += _on_argument(157, 0, [(_EQUAL, 0, 1, 1), (_RETURN, 0, 0, denied)])  # prctl(PR_SET_PDEATHSIG)
-    # fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX make the kernel send signals; F_SETLEASE stops others' writes, and F_NOTIFY
-    # watches folders
-    for command in (8, 10, 15, 1024, 1026):
+    for option in (1, 62):  # prctl: PR_SET_PDEATHSIG, PR_SCHED_CORE, which keeps others off a core
+        code += _on_argument(157, 0, [(_EQUAL, 0, 1, option), (_RETURN, 0, 0, denied)])
+    # fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX make the kernel send signals; F_SETLEASE stops others' writes, F_NOTIFY
+    # watches folders, and F_SETPIPE_SZ uses up what the user's pipes may hold together
+    for command in (8, 10, 15, 1024, 1026, 1031, *(() if metadata else LOCKS)):
         code += _on_argument(72, 1, [(_EQUAL, 0, 1, command), (_RETURN, 0, 0, denied)])
     code += _on_argument(53, 0, [(_EQUAL, 1, 0, 1), (_RETURN, 0, 0, denied)])  # socketpair of another family than Unix
-    code += _on_argument(
-        16, 1, [(_ABOVE, 0, 2, 0x88FF), (_ABOVE, 1, 0, 0x89FF), (_RETURN, 0, 0, denied)]
-    )  # of a socket
-    for request in (0x5412, 0x541C):  # ioctl: TIOCSTI, TIOCLINUX
-        code += _on_argument(16, 1, [(_EQUAL, 0, 1, request), (_RETURN, 0, 0, denied)])
+    code += _on_argument(9, 3, [(_ANY, 0, 1, MAP_HUGETLB), (_RETURN, 0, 0, denied)])  # mmap out of others' huge pages
+    past = reversed(range(1, len(DEVICE_CONTROL) + 1))
+    allowed = [(_EQUAL, jump, 0, request) for jump, request in zip(past, DEVICE_CONTROL, strict=True)]
+    code += _on_argument(16, 1, [*allowed, (_RETURN, 0, 0, denied)])
     if pid is not None:
         code += _on_argument(234, 0, [(_EQUAL, 1, 0, pid), (_RETURN, 0, 0, denied)])  # tgkill
     for number in NEW_ALLOWED:
