@@ -29,8 +29,8 @@ MAX_GEN_TOKS = 64
 """Of both, to bound the time on a CPU."""
 HF_BATCH = {"gsm8k@0": 32, "gsm8k@8": 8, "mmlu@0": 8, "mmlu@5": 1, "arc_easy@0": 8}
 """Of the peer, which scores over the whole vocabulary at once: larger batches of choices need gigabytes."""
-HF_KEPT_BATCHES = 2
-"""Of the peer's batches, those that are written together."""
+HF_KEPT = 16
+"""Answers of the peer that are written together, or a whole batch if that is more."""
 
 
 @dataclass
@@ -125,7 +125,7 @@ def _theirs(catalogue: Any, task: str, limit: int, device: str, keep: Path) -> d
             pretrained=resolve_model(MODEL), device=device, dtype="float32", batch_size=batch, max_length=MAX_MODEL_LEN
         )
         for kind in ("loglikelihood", "generate_until"):
-            answers = _in_parts(getattr(model, kind), batch * HF_KEPT_BATCHES, keep / f"hf-{task}-{limit}")
+            answers = _in_parts(getattr(model, kind), max(HF_KEPT, batch), keep / f"hf-{task}-{limit}")
             setattr(model, kind, answers)
         return _evaluated(catalogue, task, limit, model)
 
@@ -140,7 +140,7 @@ def _in_parts(answer: Callable[..., list[Any]], size: int, keep: Path) -> Callab
         found = []
         for first in range(0, len(requests), size):
             part = list(requests[first : first + size])
-            found += _kept(keep / f"{first}.json", partial(answer, part, disable_tqdm=True))
+            found += _kept(keep / f"{first}-{first + len(part)}.json", partial(answer, part, disable_tqdm=True))
         return found
 
     return answers
