@@ -28,31 +28,54 @@ from lorapar_ray.versions import installed_versions
 def perform(
     stage: Stage, config: Config, run: RunDirectory, inputs: dict[str, Any], *, spent: float, aside: Path | None
 ) -> None:
-    """Do the work of a stage and record it.
+    """Do the work of a stage and record it (see `performing`).
+
+    Raises:
+        UserError: no space is left on the disk, or what the stage itself raises.
+    """
+    console.print(f"[bold]{stage.name}[/]", markup=True)
+    with performing(stage, config, run, inputs, spent=spent, aside=aside) as notes:
+        notes |= stage.run(placed(config, stage.name), run)
+    console.print(f"[green]✓[/] {stage.name}: {run.entry(stage.name)['seconds']:.0f} s", markup=True)
+
+
+@contextmanager
+def performing(
+    stage: Stage,
+    config: Config,
+    run: RunDirectory,
+    inputs: dict[str, Any],
+    *,
+    spent: float,
+    aside: Path | None,
+    sharing: int = 1,
+) -> Iterator[dict[str, Any]]:
+    """Record a stage around the block that does its work; what the block puts into the dict is recorded with it.
 
     Args:
         inputs: what decides its result (see `standing.inputs_of`).
         spent: seconds that it has run before it was interrupted.
         aside: where the results are that it replaces. They are put back if it ends before it has written anything, and
             removed once it has finished.
+        sharing: runs whose stages the block does together; each took its share of the seconds.
 
     Raises:
-        UserError: no space is left on the disk, or what the stage itself raises.
+        UserError: no space is left on the disk, or a process was killed for want of memory.
     """
     name, prints = stage.name, run.fingerprints
     run.record(name, status="started", inputs=inputs, seconds=spent)
     prints.save()
     if not stage.is_view:
         run.keep_config(config)
-    console.print(f"[bold]{name}[/]", markup=True)
     start = time.monotonic()
+    notes: dict[str, Any] = {}
     finished = False
     try:
         with of_the_machine(run, name), growing(config.cluster), noted_in(run.work / PROGRESS):
-            notes = stage.run(_placed(config, name), run)
+            yield notes
         finished = True
     finally:
-        seconds = round(spent + time.monotonic() - start, 2)
+        seconds = round(spent + (time.monotonic() - start) / sharing, 2)
         if not finished and run.root.is_dir():
             if aside is not None and not stage.owned(run, config.name):
                 trash.put_back(run, name, aside)
@@ -70,10 +93,9 @@ def perform(
     )
     trash.empty(run, name)
     shutil.rmtree(run.work / "ray", ignore_errors=True)
-    console.print(f"[green]✓[/] {name}: {seconds:.0f} s", markup=True)
 
 
-def _placed(config: Config, name: str) -> Config:
+def placed(config: Config, name: str) -> Config:
     """The config with the stage's `gpus: auto` as numbers for the cluster that this process is connected to."""
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():

@@ -7,7 +7,9 @@ run over them: it says what has changed and waits to be told with `redo`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +21,7 @@ from lorapar_ray.grpo.stage import STAGE as GRPO
 from lorapar_ray.importance.stage import STAGE as SCORE
 from lorapar_ray.labeling.stage import STAGE as LABEL
 from lorapar_ray.partition.stage import STAGE as PARTITION
-from lorapar_ray.perform import perform
+from lorapar_ray.perform import perform, performing, placed
 from lorapar_ray.progress import console
 from lorapar_ray.reporting.stage import STAGE as REPORT
 from lorapar_ray.run_lock import run_lock
@@ -156,12 +158,64 @@ def run_stage(config: Config, run: RunDirectory, name: str, redo: Redo = "no") -
     with run_lock(run.root):
         legacy.adopt(config, run, PIPELINE)
         try:
-            _run_stage(stage, config, run, redo)
+            due = _due(stage, config, run, redo)
+            if due is None:
+                console.print(f"[green]✓[/] {name}: done", markup=True)
+            else:
+                perform(stage, config, run, due.inputs, spent=due.spent, aside=due.aside)
         finally:
             run.fingerprints.save()
 
 
-def _run_stage(stage: Stage, config: Config, run: RunDirectory, redo: Redo) -> None:
+Member = tuple[Config, RunDirectory]
+"""A run and its config."""
+
+
+def run_together(name: str, members: Sequence[Member], work: Callable[[list[Member]], list[dict[str, Any]]]) -> None:
+    """Run one stage of several runs at once, and record it in each; runs in which it is done are left out.
+
+    Args:
+        work: does the work of all, going on from what each has; returns notes for each one's manifest.
+
+    Raises:
+        UserError: as `run_stage`, for any of them, before anything starts; or what `work` raises.
+    """
+    stage = PIPELINE[name]
+    with ExitStack() as held:
+        due: list[tuple[Member, _Due]] = []
+        for config, run in members:
+            require_stages(config, [name], ())
+            held.enter_context(run_lock(run.root))
+            held.callback(run.fingerprints.save)
+            legacy.adopt(config, run, PIPELINE)
+            found = _due(stage, config, run, "no")
+            if found is not None:
+                due.append(((config, run), found))
+        if not due:
+            return
+        notes = [
+            held.enter_context(
+                performing(stage, config, run, each.inputs, spent=each.spent, aside=each.aside, sharing=len(due))
+            )
+            for (config, run), each in due
+        ]
+        for note, found_note in zip(
+            notes, work([(placed(config, name), run) for (config, run), _ in due]), strict=True
+        ):
+            note |= found_note
+
+
+@dataclass(frozen=True)
+class _Due:
+    """A stage that is to run; see `perform.performing`."""
+
+    inputs: dict[str, Any]
+    spent: float
+    aside: Path | None
+
+
+def _due(stage: Stage, config: Config, run: RunDirectory, redo: Redo) -> _Due | None:
+    """What is to be done of a stage, with results that it replaces set aside; None: it is done."""
     name = stage.name
     found = standings(config, run)
     _require_needs(stage, config, run, found)
@@ -169,8 +223,7 @@ def _run_stage(stage: Stage, config: Config, run: RunDirectory, redo: Redo) -> N
         found = standings(config, run)
     now = found[name].state
     if now == "done" and redo != "yes":
-        console.print(f"[green]✓[/] {name}: done", markup=True)
-        return
+        return None
     replaces = now in ("changed", "damaged")
     if replaces and redo == "no" and not stage.is_view:
         raise UserError(_refusal(config, run, name, found))
@@ -184,7 +237,7 @@ def _run_stage(stage: Stage, config: Config, run: RunDirectory, redo: Redo) -> N
     elif anew and (owned := stage.owned(run, config.name)):
         aside = trash.set_aside(run, name, owned, entry)
     spent = entry.get("seconds", 0.0) if now == "unfinished" and aside is None else 0.0
-    perform(stage, config, run, inputs, spent=spent, aside=aside)
+    return _Due(inputs, spent, aside)
 
 
 def _require_needs(stage: Stage, config: Config, run: RunDirectory, found: dict[str, Standing]) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from lorapar_ray.ablations import tables
+from lorapar_ray.ablations.at_once import alone_because, batches, train_at_once
 from lorapar_ray.ablations.grids import GRIDS, Arm, Grid
 from lorapar_ray.ablations.results import Outcome, decide, read_outcome, summarise, validation_loss
 from lorapar_ray.ablations.sharing import SHARED, borrow
@@ -17,6 +19,7 @@ from lorapar_ray.boundary import read_object
 from lorapar_ray.errors import UserError
 from lorapar_ray.pipeline import PIPELINE, check, pending, run_stage
 from lorapar_ray.progress import console
+from lorapar_ray.redact import redact
 from lorapar_ray.session import ray_session
 from lorapar_ray.text import one_line
 
@@ -96,6 +99,13 @@ def described(plan: Plan) -> Iterator[str]:
     if sweeps:
         rates = ", ".join(f"{rate:g}" for rate in plan.rates)
         yield f"  first {len(sweeps)} short runs for each arm's learning rate (× {rates})"
+    groups = [group for group in (*batches(sweeps), *batches(units)) if len(group) > 1]
+    if groups:
+        trained = sum(map(len, groups))
+        most = max(map(len, groups))
+        yield f"  stage 1 of {trained} runs trains at once, up to {most} adapters on one frozen base (sft.arms_at_once)"
+    for name, why in alone_because([*sweeps, *units]):
+        yield f"  stage 1 of {name} trains alone: {why}"
     seconds = _seconds(plan)
     known = 0.0
     for stage, wanted, computed in counted([*sweeps, *units]):
@@ -159,24 +169,50 @@ def _chosen(sweeps: Sequence[Unit]) -> dict[str, float]:
 def _run_all(units: Sequence[Unit], out: Path, failed: list[str], verbose: bool) -> None:
     due = [unit for unit in units if not _finished(unit)]
     with ray_session(verbose) if due else nullcontext():
-        for place, unit in enumerate(due):
-            console.print(f"[{place + 1}/{len(due)}] {unit.title}")
-            try:
-                _run(unit, out)
-            except UserError as error:  # the other arms end all the same
-                failed.append(f"{unit.title}: {one_line(error, 300)}")
-                console.print(f"  {failed[-1]}")
+        done = 0
+        for together in batches(due):
+            ready: list[Unit] = []
+            for unit in together:
+                done += 1
+                console.print(f"[{done}/{len(due)}] {unit.title}")
+                with _reported(unit, out, failed):
+                    unit.run.open(unit.config)
+                    _run(unit, out, unit.before_stage1 if len(together) > 1 else unit.stages)
+                    ready.append(unit)
+            if len(together) > 1:
+                train_at_once(ready)
+                for unit in ready:
+                    console.print(unit.title)
+                    with _reported(unit, out, failed):
+                        _run(unit, out, [name for name in unit.stages if name not in unit.before_stage1])
+
+
+@contextmanager
+def _reported(unit: Unit, out: Path, failed: list[str]) -> Iterator[None]:
+    """Note why a run ends early; the others end all the same."""
+    try:
+        yield
+    except Exception as error:
+        said = (
+            one_line(error, 300) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error, 200)}"
+        )
+        if not isinstance(error, UserError):
+            file = out / "failures" / f"{unit.folder.name}.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(redact(traceback.format_exc()))
+            said += f" (a defect: the whole of it is in '{file}')"
+        failed.append(f"{unit.title}: {said}")
+        console.print(f"  {failed[-1]}")
 
 
 def _finished(unit: Unit) -> bool:
     return bool(unit.run.manifest()) and not pending(unit.config, unit.run, unit.stages)
 
 
-def _run(unit: Unit, out: Path) -> None:
+def _run(unit: Unit, out: Path, stages: Sequence[str]) -> None:
     run = unit.run
-    run.open(unit.config)
     siblings = sorted(each.parent for each in out.glob("**/manifest.json"))
-    for name in unit.stages:
+    for name in stages:
         if name in SHARED and borrow(unit.config, run, name, siblings):
             console.print(f"  {name} is a copy")
         else:

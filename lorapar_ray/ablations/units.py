@@ -45,6 +45,11 @@ class Unit:
         names = [name for name in stages_of(self.config) if name != "report"]
         return names if self.rate is None else names[: names.index("sft") + 1]
 
+    @property
+    def before_stage1(self) -> list[str]:
+        """The stages that come before stage 1, those of them that are to run; all where there is no stage 1."""
+        return self.stages[: self.stages.index("sft")] if "sft" in self.stages else self.stages
+
 
 def merged(*groups: Sequence[str]) -> list[str]:
     """Overrides of which a later group's replace an earlier one's."""

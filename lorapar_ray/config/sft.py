@@ -76,6 +76,10 @@ class SftConfig(Section):
     """Stop after so many validations in a row without a lower loss; None: never."""
     keep: Result[Literal["best", "last"]] = "best"
     """With a validation split: the adapter of the lowest validation loss, or of the last step."""
+    arms_at_once: Operation[PositiveInt] = 4
+    """In a grid (`lorapar ablate`): runs of equal base, rank, targets and batches whose adapters train together on one
+    frozen base, each on its own rows and in its own steps; but for rounding and the draws of dropout each ends as it
+    does alone. Each takes memory for its activations. 1: one run after the other."""
     workers: Operation[PositiveInt] = 1
     """Training workers that share each step's examples."""
     sharding: Operation[Literal["none", "fsdp2"]] = "none"

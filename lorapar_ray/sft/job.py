@@ -28,19 +28,33 @@ def train_stage1(config: Config, run: RunDirectory) -> dict[str, Any]:
         UserError: no labelled row belongs to those Systems, every prompt is longer than `sft.max_length`, or a tracker
             of `sft.report_to` is not installed.
     """
+    job, notes = stage1_job(config, run)
+    _run(job, config.sft, notes["examples"], "sft", run)
+    if residual(config):
+        export_plain(run.adapter, run.sft / "trained", run.sft / "adapter", config.model.path)
+    return notes
+
+
+def stage1_job(config: Config, run: RunDirectory) -> tuple[SftJob, dict[str, Any]]:
+    """Stage 1 of a run as a job for workers, and what the manifest says of it.
+
+    Raises:
+        UserError: as `train_stage1`.
+    """
     require_trackers(config.sft.report_to, "sft.report_to")
     tokens = token_table(config, run)
     chosen = Selection(str(tokens.resolve()), config.sft.systems, "sft.systems", config.sft.max_length)
     regions = run.partition / "regions.safetensors" if config.sft.masked else None
-    residual = config.adapter.method == "lora" and config.adapter.init in RESIDUAL_INITS
-    out = run.sft / ("trained" if residual else "adapter")
+    out = run.sft / ("trained" if residual(config) else "adapter")
     (count,) = require_room(run, TokenTable(tokens), [chosen], stage="sft", field="sft.max_length")
     trained_on = count - validation_rows(count, config.sft.validation)
     job = _job(config, run, config.sft, chosen, "sft", starting_adapter(config, run, "sft"), out, regions)
-    _run(job, config.sft, trained_on, "sft", run)
-    if residual:
-        export_plain(run.adapter, out, run.sft / "adapter", config.model.path)
-    return {"examples": trained_on, "steps": steps_in(config.sft, trained_on)}
+    return job, {"examples": trained_on, "steps": steps_in(config.sft, trained_on)}
+
+
+def residual(config: Config) -> bool:
+    """Whether the adapter trains against a base that a part was taken out of."""
+    return config.adapter.method == "lora" and config.adapter.init in RESIDUAL_INITS
 
 
 def warm_up_job(config: Config, run: RunDirectory, adapter: Path, chosen: Selection) -> SftJob:

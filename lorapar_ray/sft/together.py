@@ -1,0 +1,87 @@
+"""Stage 1 of several runs at once: their adapters train on one frozen base, in one group of workers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lorapar_ray.boundary import last_line
+from lorapar_ray.config import Config
+from lorapar_ray.config.marks import deciding
+from lorapar_ray.files import digest
+from lorapar_ray.progress import progress
+from lorapar_ray.runs import RunDirectory
+from lorapar_ray.sft.arms_worker import train_arms_worker
+from lorapar_ray.sft.job import stage1_job
+from lorapar_ray.sft.worker import SftJob
+from lorapar_ray.workers import run_workers
+
+INITS = ("default", "gaussian")
+SHARED_ADAPTER = ("rank", "dropout", "targets")
+OWN = {
+    *("systems", "masked", "learning_rate", "lora_plus_ratio", "schedule", "warmup_ratio", "weight_decay", "betas"),
+    *("max_grad_norm", "keep", "patience", "report_to"),
+}
+"""Settings of `sft` in which runs that train together may differ."""
+
+
+def why_alone(config: Config) -> str | None:
+    """Why a run's stage 1 cannot share a base with any other's, as a setting; None: it can."""
+    if config.adapter.method != "lora":
+        return f"adapter.method: {config.adapter.method}"
+    if config.adapter.init not in INITS:
+        return f"adapter.init: {config.adapter.init}"
+    if config.sft.sharding != "none":
+        return f"sft.sharding: {config.sft.sharding}"
+    return None
+
+
+def shape_of(config: Config) -> str:
+    """A digest that is equal for runs whose stage 1 can train together: base, rank, targets, rows of a batch."""
+    sft = {key: value for key, value in config.sft.model_dump(mode="json").items() if key not in OWN}
+    adapter = {key: getattr(config.adapter, key) for key in SHARED_ADAPTER}
+    model = {key: value.value for key, value in deciding(config.model).items()} | {"attention": config.model.attention}
+    return digest(json.loads(json.dumps([model, adapter, sft], default=str)))
+
+
+def train_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[dict[str, Any]]:
+    """`train_stage1` of every run; each gets the files that it would get alone.
+
+    Args:
+        members: of one `shape_of`, and `why_alone` None.
+
+    Returns:
+        what each one's manifest says of it.
+
+    Raises:
+        UserError: as `train_stage1`, of any of them.
+    """
+    made = [stage1_job(config, run) for config, run in members]
+    jobs, notes = [job for job, _ in made], [note for _, note in made]
+    config, run = members[0]
+    with progress(f"sft × {len(jobs)}", sum(note["steps"] for note in notes), lambda: steps_of_all(jobs)):
+        run_workers(
+            train_arms_worker,
+            {"jobs": [job.payload() for job in jobs]},
+            name="sft",
+            workers=config.sft.workers,
+            resources=config.sft.resources,
+            storage=run.work / "ray",
+        )
+    for job in jobs:
+        shutil.rmtree(job.checkpoints, ignore_errors=True)
+    return notes
+
+
+def steps_of_all(jobs: Sequence[SftJob]) -> tuple[int, str]:
+    """Steps so far, of all arms together, and a remark."""
+    last = [line for job in jobs if (line := last_line(Path(job.metrics)))]
+    if not last:
+        return 0, "starting workers"
+    losses = ", ".join(f"{line['loss']:.3f}" for line in last)
+    return sum(
+        line["step"] for line in last
+    ), f"loss {losses} · {sum(line['tokens_per_s'] for line in last):.0f} tokens/s"
