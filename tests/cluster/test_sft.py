@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from lorapar_ray.partition import load_regions, stage_mask
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.job import train_stage1
+from lorapar_ray.sft.together import shape_of, train_together, why_alone
 from tests.sft_run import ready_run, weights
 from tests.tiny_run import lorapar_here, metrics, save_tiny_student, tiny_config, write_config
 
@@ -63,6 +64,34 @@ def test_the_layout_changes_no_loss(alone: RunDirectory, student: Path, tmp_path
         assert torch.equal(before[key].view(torch.int32)[~active], after[key].view(torch.int32)[~active]), key
         assert not torch.equal(before[key][active], after[key][active]), key
         torch.testing.assert_close(after[key], reference[key], rtol=1e-2, atol=1e-3)
+
+
+def test_arms_at_once_leave_the_files_that_each_leaves_alone(
+    alone: RunDirectory, student: Path, tmp_path: Path
+) -> None:
+    """By two workers, beside another arm of its own rate and of every element."""
+    options = {**MEASURED, **TWO_WORKERS, "micro_batch_size": 2}
+    own = {"learning_rate": 3e-3, "masked": False, "schedule": "linear"}
+    members = [ready_run(student, tmp_path / "a", **options), ready_run(student, tmp_path / "b", **options, **own)]
+    assert [why_alone(config) for config, _ in members] == [None, None]
+    assert len({shape_of(config) for config, _ in members}) == 1
+    notes = train_together(members)
+    run, other = (run for _, run in members)
+    assert notes[0]["steps"] == len(metrics(run.root, "sft")) == len(metrics(other.root, "sft"))
+    for mine, line in zip(metrics(run.root, "sft"), metrics(alone.root, "sft"), strict=True):
+        assert mine["loss"] == pytest.approx(line["loss"], rel=LOSS_TOLERANCE)
+        assert mine.keys() == line.keys()
+    assert validation_losses(run) == pytest.approx(validation_losses(alone), rel=LOSS_TOLERANCE)
+    for key, value in weights(alone.sft / "adapter").items():
+        torch.testing.assert_close(weights(run.sft / "adapter")[key], value, rtol=1e-2, atol=1e-3)
+        assert not torch.equal(weights(other.sft / "adapter")[key], weights(other.adapter)[key])
+    names = [sorted(path.name for path in (each.sft / "adapter").iterdir()) for each in (run, other, alone)]
+    assert names[0] == names[1] == names[2]
+    text = "adapter_config.json"
+    assert json.loads((run.sft / "adapter" / text).read_text()) == json.loads(
+        (alone.sft / "adapter" / text).read_text()
+    )
+    assert not list(run.work.glob("sft/checkpoints/*"))
 
 
 @pytest.mark.chaos("sft")

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lorapar_ray.ablations.at_once import batches
 from lorapar_ray.ablations.grids import GRIDS, Claim
 from lorapar_ray.ablations.job import described, make_plan, report
 from lorapar_ray.ablations.results import Outcome, decide, mean_interval
@@ -66,6 +67,29 @@ def test_a_stage_of_equal_inputs_is_copied(tmp_path: Path) -> None:
         assert is_done(unit.config, unit.run, "label") is same
     copied = {path.name: path.read_bytes() for path in second.run.labels.iterdir()}
     assert copied == {path.name: path.read_bytes() for path in first.run.labels.iterdir()}
+
+
+def test_runs_of_one_shape_train_at_once(tmp_path: Path) -> None:
+    def sizes(grid: str, *overrides: str, **options: Any) -> list[list[str]]:
+        plan = make_plan(
+            grid, SHIPPED / "arithmetic.yaml", overrides, tmp_path, **{"seeds": [1], "rates": [1], **options}
+        )
+        made = batches(plan.units({}))
+        assert [unit.title for group in made for unit in group] != []
+        return [[unit.arm for unit in group] for group in made]
+
+    mask = ["importance", "random", "magnitude", "first-order", "swapped", "smaller-lora", "full-lora"]
+    assert sizes("mask", "sft.arms_at_once=6") == [[*mask[:5], mask[6]], [mask[5]]]
+    assert sizes("mask", "sft.arms_at_once=4") == [mask[:4], [mask[4], mask[6]], [mask[5]]]
+    assert sizes("mask", "sft.arms_at_once=1") == [[name] for name in mask]
+    assert sizes("mask", seeds=[1, 2], only=["random"]) == [["random", "random"]]
+    assert sizes("mask", "sft.sharding=fsdp2", only=["random", "swapped"]) == [["random"], ["swapped"]]
+    stage1 = [["lora", "lora-par", "random-mask"], ["pissa"], ["lora-par-pissa"], ["random-mask-pissa"]]
+    assert sizes("stage1") == stage1
+    plan = make_plan("stage1", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1])
+    shown = "\n".join(described(plan))
+    assert "stage 1 of 3 runs trains at once, up to 3 adapters on one frozen base" in shown
+    assert "stage 1 of pissa trains alone: adapter.init: pissa" in shown and "lora-par trains" not in shown
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,258 @@
+"""Stage 1 of several arms on one frozen base beside the same arms one after the other.
+
+    python jobs/benchmarks/arms.py [--quick] [--device DEVICE] [--shape 135m|1b|1.5b] [--arms K] --json FILE
+
+K arms (masks of 40 %, seeds and learning rates of their own) of rank 8 on QKVGUD, 16 rows a step of 20 to 60 tokens, of
+which the last 3 to 8 have a loss; the base has random weights. Both sides run stage 1's loop, passes and optimiser as
+`lorapar` does: `TrainingLoop` for each arm, `ArmsLoop` for all. Starting workers and loading the model, which the arms
+share too, is not counted.
+
+- arms per hour: K × the median step alone / the median step together, in the device's dtype;
+- losses: in float32, the largest relative distance of any step's loss from the arm's alone;
+- launches: operations of a forward and backward pass that compute something (views left out), for each arm's step. What
+  a launch costs depends on the device, their number does not: a CPU computes for long in each, so there the gain of
+  fewer and larger products is small; on a GPU a small model's step is the time of its launches;
+- memory: what a further arm adds to the peak, and of that its adapter with gradients, and its optimiser.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from _memory import device_memory, private_memory
+from _rows import Row, print_table, write_rows
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lorapar_ray.adapters import adapter_parameters, adapter_state, attach_lora
+from lorapar_ray.adapters.many import ManyAdapters
+from lorapar_ray.config import SftConfig
+from lorapar_ray.optim import MaskedAdamW, masked_param_groups
+from lorapar_ray.precision import torch_dtype
+from lorapar_ray.sft.arm import Arm, Worker
+from lorapar_ray.sft.arms_loop import ArmsLoop
+from lorapar_ray.sft.batches import plan_batches
+from lorapar_ray.sft.loop import TrainingLoop
+from lorapar_ray.sft.loss import arm_losses
+from lorapar_ray.sft.passes import EagerPasses, GraphPasses
+from lorapar_ray.sft.rows import collate
+from lorapar_ray.sft.step_log import StepLog
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "135m": {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+    },
+    "1b": {
+        "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
+    },
+    "1.5b": {
+        "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+        "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+ROWS, MICRO, ACTIVE, RATE = 16, 8, 0.4, 1e-4
+GOAL = 2.5
+"""Times as many arms per hour, for 4."""
+MIB = 2**20
+
+
+class Bench:
+    """A shape on a device, and the arms on it."""
+
+    def __init__(self, shape: str, device: torch.device, arms: int, steps: int) -> None:
+        self.shape, self.device, self.arms, self.steps = shape, device, arms, steps
+        self.worker = Worker(0, 1, device)
+        draw = torch.Generator().manual_seed(1)
+        size, count = SHAPES[shape]["vocab_size"], ROWS * steps
+        lengths = torch.randint(20, 61, (count,), generator=draw).tolist()
+        answers = torch.randint(3, 9, (count,), generator=draw).tolist()
+        self.examples = [
+            {"input_ids": torch.randint(3, size, (n,), generator=draw).tolist(), "response_start": n - answer}
+            for n, answer in zip(lengths, answers, strict=True)
+        ]
+
+    def settings(self, arm: int, micro: int = MICRO) -> SftConfig:
+        return SftConfig(
+            batch_size=ROWS,
+            micro_batch_size=micro,
+            max_steps=self.steps,
+            learning_rate=RATE * (1 + arm),
+            max_length=160,
+        )
+
+    def base(self, dtype: torch.dtype) -> Any:
+        from transformers import AutoModelForCausalLM, LlamaConfig
+
+        torch.manual_seed(0)
+        with self.device:
+            return AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[self.shape]), dtype=dtype)
+
+    def peft(self, arm: int, dtype: torch.dtype) -> Any:
+        return attach_lora(self.base(dtype), rank=8, alpha=16, init="gaussian", seed=arm).to(self.device)
+
+    def many(self, arms: int, dtype: torch.dtype) -> ManyAdapters:
+        states = [adapter_state(self.peft(arm, dtype)) for arm in range(arms)]
+        return ManyAdapters(self.base(dtype), states, [2.0] * arms, dropout=0.0, device=self.device)
+
+    def optimizer(self, arm: int, parameters: dict[str, Any]) -> MaskedAdamW:
+        draw = torch.Generator().manual_seed(arm)
+        masks = {key: torch.rand(value.shape, generator=draw) < ACTIVE for key, value in parameters.items()}
+        rate = self.settings(arm).learning_rate
+        return MaskedAdamW(masked_param_groups(parameters, masks, lr=rate, weight_decay=0.01), lr=rate)
+
+    def parts(self, arm: int, folder: Path, micro: int = MICRO) -> dict[str, Any]:
+        settings = self.settings(arm, micro)
+        return {
+            "settings": settings,
+            "plan": plan_batches([len(each["input_ids"]) for each in self.examples], settings, 1, seed=arm),
+            "examples": self.examples,
+            "worker": self.worker,
+            "checkpoints": None,
+            "log": StepLog(folder / f"{arm}.jsonl", None, ACTIVE),
+        }
+
+    def passes(self, model: Any, parameters: Sequence[Any], arms: int | None = None) -> Any:
+        kind = GraphPasses if self.device.type == "cuda" else EagerPasses
+        return kind(model, parameters, self.device, arms)
+
+    def alone(self, arm: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+        """Lines of the log of one arm."""
+        model = self.peft(arm, dtype)
+        parameters = adapter_parameters(model)
+        with tempfile.TemporaryDirectory() as folder:
+            TrainingLoop(
+                model, self.optimizer(arm, parameters), self.passes(model, list(parameters.values())),
+                validation=[], filler=0, **self.parts(arm, Path(folder)),
+            ).run(None)  # fmt: skip
+            return lines_of(Path(folder) / f"{arm}.jsonl")
+
+    def together(self, arms: int, dtype: torch.dtype, micro: int = MICRO) -> tuple[list[list[dict[str, Any]]], int]:
+        """(lines of the log of each arm, bytes of one arm's optimiser)."""
+        model = self.many(arms, dtype)
+        passes = self.passes(model, model.stacks(), arms)
+        model.share_gradients()
+        with tempfile.TemporaryDirectory() as folder:
+            made = [
+                Arm(
+                    model.named_parameters_of(arm), self.optimizer(arm, model.parameters_of(arm)), validates=False,
+                    **self.parts(arm, Path(folder), micro),
+                )
+                for arm in range(arms)
+            ]  # fmt: skip
+            loop = ArmsLoop(
+                model, made, passes, validation=[()] * arms, packed=False, filler=0, worker=self.worker
+            )  # fmt: skip
+            loop.run([None] * arms)
+            held = sum(made[0].optimizer.state_bytes().values())
+            return [lines_of(Path(folder) / f"{arm}.jsonl") for arm in range(arms)], held
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def steady(lines: Sequence[dict[str, Any]]) -> float:
+    """Median seconds of the steps but the first two, in which graphs are captured."""
+    return statistics.median(line["seconds"] for line in lines[2:])
+
+
+def speed(bench: Bench, dtype: torch.dtype) -> list[Row]:
+    arms = bench.arms
+    before = steady(bench.alone(0, dtype))
+    ours = steady(bench.together(arms, dtype)[0][0])
+    after = steady(bench.alone(arms - 1, dtype))
+    alone = (before + after) / 2
+    print(f"alone {before:.3f} and {after:.3f} s a step; {arms} together {ours:.3f}", flush=True)
+    ratio = arms * alone / ours
+    steps_per_hour = 3600 / ours * arms
+    goal, met = (f"≥ {GOAL:g}", ratio >= GOAL) if arms == 4 else ("–", None)
+    name = f"{bench.shape}, {arms} arms: arm-steps per hour"
+    rows = [Row(name, steps_per_hour, 3600 / alone, "1/h", ratio, goal, met)]
+    narrow = steady(bench.together(arms, dtype, max(1, MICRO // arms))[0][0])
+    name = f"{bench.shape}, {arms} arms, as many rows in a pass as one arm alone: arm-steps per hour"
+    return [*rows, Row(name, 3600 / narrow * arms, 3600 / alone, "1/h", arms * alone / narrow, "–", None)]
+
+
+def equality(bench: Bench) -> Row:
+    bench = Bench(bench.shape, bench.device, bench.arms, 4)
+    together = bench.together(bench.arms, torch.float32)[0]
+    gap = 0.0
+    for arm, mine in enumerate(together):
+        for line, other in zip(mine, bench.alone(arm, torch.float32), strict=True):
+            gap = max(gap, abs(line["loss"] - other["loss"]) / other["loss"])
+    name = f"{bench.shape}, {bench.arms} arms, float32: losses of {bench.steps} steps apart from alone, at most"
+    return Row(name, gap, None, "relative", None, "≤ 1e-05", gap <= 1e-5)
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function._schema.returns
+        self.count += not any(each.alias_info is not None and not each.alias_info.is_write for each in results)
+        return function(*args, **(kwargs or {}))
+
+
+def launches(bench: Bench, arms: int, dtype: torch.dtype) -> int:
+    """Of one forward and backward pass over a micro-batch of each arm."""
+    model = bench.many(arms, dtype).train() if arms > 1 else bench.peft(0, dtype).train()
+    rows = collate([[each] for each in bench.examples[:2]] * arms, packed=False, filler=0, arms=arms)
+    for _ in range(2):  # gradients are there the second time
+        with Launches() as counted:
+            arm_losses(model, rows.to(bench.device)).sum().backward()
+    return counted.count
+
+
+def memory(bench: Bench, dtype: torch.dtype) -> list[Row]:
+    bench = Bench(bench.shape, bench.device, bench.arms, 2)
+    peaks, held = [], 0
+    for arms in (1, bench.arms):
+        with device_memory() if bench.device.type == "cuda" else private_memory() as seen:
+            _, held = bench.together(arms, dtype)
+        peaks.append(seen.added)
+    adapter = sum(each.nbytes for each in adapter_state(bench.peft(0, dtype)).values())
+    further = (peaks[1] - peaks[0]) / (bench.arms - 1) / MIB
+    return [
+        Row(f"{bench.shape}: memory of a further arm", further, peaks[0] / MIB, "MiB, MiB with 1", None, "–", None),
+        Row(f"{bench.shape}: of that its adapter and gradients", 2 * adapter / MIB, None, "MiB", None, "–", None),
+        Row(f"{bench.shape}: of that its optimiser", held / MIB, None, "MiB", None, "–", None),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer steps")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shape", choices=list(SHAPES), default="135m")
+    parser.add_argument("--arms", type=int, default=4)
+    parser.add_argument("--json", type=Path, required=True, help="where the rows go")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False  # losses are compared
+    dtype = torch_dtype("auto", device)
+    steps = (6 if arguments.quick else 12) if device.type == "cpu" else (20 if arguments.quick else 60)
+    bench = Bench(arguments.shape, device, arguments.arms, steps)
+    one, several = launches(bench, 1, dtype), launches(bench, bench.arms, dtype)
+    name = f"{bench.shape}, {bench.arms} arms: launches of a pass for each arm"
+    rows = [Row(name, several / bench.arms, float(one), "", one * bench.arms / several, "–", None)]
+    for part in (lambda: [equality(bench)], lambda: speed(bench, dtype), lambda: memory(bench, dtype)):
+        rows += part()
+        write_rows(arguments.json, rows)
+        print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
