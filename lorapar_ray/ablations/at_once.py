@@ -1,12 +1,14 @@
-"""Which runs of a grid train their stage 1 together, and that they do."""
+"""Which runs of a grid train on one base and are evaluated by one set of engines, and that they do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from lorapar_ray.ablations.sharing import SHARED
 from lorapar_ray.ablations.units import Unit
 from lorapar_ray.errors import UserError
-from lorapar_ray.pipeline import PIPELINE, Member, is_done, run_together
+from lorapar_ray.evaluation.job import engines_of, evaluate_together
+from lorapar_ray.pipeline import PIPELINE, is_done, run_together
 from lorapar_ray.progress import console
 from lorapar_ray.sft.together import shape_of, train_together, why_alone
 from lorapar_ray.standing import inputs_of
@@ -40,23 +42,39 @@ def alone_because(units: Sequence[Unit]) -> Iterator[tuple[str, str]]:
     yield from whys.items()
 
 
-def train_at_once(units: Sequence[Unit]) -> None:
-    """Train stage 1 of runs of one batch together; of those with equal inputs one, which the others may copy.
+def run_at_once(units: Sequence[Unit], stage: str) -> None:
+    """Run stage `sft` or `evaluate` of several runs together, as far as they can.
+
+    Of runs whose stage 1 has equal inputs one trains, which the others may copy.
 
     A group that cannot end is no failure yet: each of its runs then goes on alone, from where the group came to, and
     the one that was the reason says so itself.
     """
-    members: dict[str, tuple[Unit, Member]] = {}
+    groups: dict[str, dict[str, Unit]] = {}
     for unit in units:
-        if not is_done(unit.config, unit.run, "sft"):
-            run = unit.run
-            inputs = inputs_of(PIPELINE["sft"], unit.config, run.manifest()["stages"], run.fingerprints)
-            members.setdefault(str(inputs), (unit, (unit.config, run)))
-    if len(members) < 2:
-        return
-    console.print(f"sft of {len(members)} runs at once: " + "; ".join(unit.title for unit, _ in members.values()))
+        if stage in unit.stages and not is_done(unit.config, unit.run, stage):
+            group = groups.setdefault(_alike(unit, stage), {})
+            group.setdefault(_equal(unit, stage), unit)
+    for group in groups.values():
+        if len(group) > 1:
+            _run_group(list(group.values()), stage)
+
+
+def _alike(unit: Unit, stage: str) -> str:
+    return shape_of(unit.config) if stage == "sft" else engines_of(unit.config)
+
+
+def _equal(unit: Unit, stage: str) -> str:
+    if stage not in SHARED:
+        return unit.title
+    return str(inputs_of(PIPELINE[stage], unit.config, unit.run.manifest()["stages"], unit.run.fingerprints))
+
+
+def _run_group(units: Sequence[Unit], stage: str) -> None:
+    console.print(f"{stage} of {len(units)} runs at once: " + "; ".join(unit.title for unit in units))
+    members = [(unit.config, unit.run) for unit in units]
     try:
-        run_together("sft", [member for _, member in members.values()], train_together)
+        run_together(stage, members, train_together if stage == "sft" else evaluate_together)
     except Exception as error:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         console.print(f"  not at once, but one after the other: {kind}{one_line(error, 300)}")

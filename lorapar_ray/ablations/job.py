@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lorapar_ray.ablations import tables
-from lorapar_ray.ablations.at_once import alone_because, batches, train_at_once
+from lorapar_ray.ablations.at_once import alone_because, batches, run_at_once
 from lorapar_ray.ablations.grids import GRIDS, Arm, Grid
 from lorapar_ray.ablations.results import Outcome, decide, read_outcome, summarise, validation_loss
 from lorapar_ray.ablations.sharing import SHARED, borrow
@@ -23,6 +23,8 @@ from lorapar_ray.redact import redact
 from lorapar_ray.session import ray_session
 from lorapar_ray.text import one_line
 
+AT_ONCE = ("sft", "evaluate")
+"""Stages that several runs take together."""
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
@@ -170,21 +172,30 @@ def _run_all(units: Sequence[Unit], out: Path, failed: list[str], verbose: bool)
     due = [unit for unit in units if not _finished(unit)]
     with ray_session(verbose) if due else nullcontext():
         done = 0
-        for together in batches(due):
-            ready: list[Unit] = []
-            for unit in together:
-                done += 1
-                console.print(f"[{done}/{len(due)}] {unit.title}")
-                with _reported(unit, out, failed):
-                    unit.run.open(unit.config)
-                    _run(unit, out, unit.before_stage1 if len(together) > 1 else unit.stages)
-                    ready.append(unit)
-            if len(together) > 1:
-                train_at_once(ready)
-                for unit in ready:
-                    console.print(unit.title)
-                    with _reported(unit, out, failed):
-                        _run(unit, out, [name for name in unit.stages if name not in unit.before_stage1])
+        for group in batches(due):
+            console.print(
+                f"[{done + 1}–{done + len(group)}/{len(due)}]" if len(group) > 1 else f"[{done + 1}/{len(due)}]"
+            )
+            done += len(group)
+            _run_batch(group, out, failed)
+
+
+def _run_batch(units: Sequence[Unit], out: Path, failed: list[str]) -> None:
+    """Run the units' stages, those of `AT_ONCE` together; a unit that fails is left out of what comes after."""
+    going, firsts = list(units), AT_ONCE if len(units) > 1 else ()
+    for number in range(1 + len(firsts)):
+        if number:
+            run_at_once(going, firsts[number - 1])
+        for unit in list(going):
+            stages = unit.parts(firsts)[number]
+            if not stages:
+                continue
+            console.print(unit.title)
+            with _reported(unit, out, failed):
+                unit.run.open(unit.config)
+                _run(unit, out, stages)
+                continue
+            going.remove(unit)
 
 
 @contextmanager

@@ -45,10 +45,14 @@ class Unit:
         names = [name for name in stages_of(self.config) if name != "report"]
         return names if self.rate is None else names[: names.index("sft") + 1]
 
-    @property
-    def before_stage1(self) -> list[str]:
-        """The stages that come before stage 1, those of them that are to run; all where there is no stage 1."""
-        return self.stages[: self.stages.index("sft")] if "sft" in self.stages else self.stages
+    def parts(self, firsts: Sequence[str]) -> list[list[str]]:
+        """The stages that are to run, a new part beginning with each stage of `firsts`, which are in order."""
+        found: list[list[str]] = [[] for _ in range(1 + len(firsts))]
+        part = 0
+        for name in self.stages:
+            part = firsts.index(name) + 1 if name in firsts else part
+            found[part].append(name)
+        return found
 
 
 def merged(*groups: Sequence[str]) -> list[str]:

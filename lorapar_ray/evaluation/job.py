@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from lorapar_ray.evaluation.tasks import catalogue_of, evaluate_tasks, unfinishe
 from lorapar_ray.grpo.rewards import RewardPool
 from lorapar_ray.models import model_reference, resolve_model
 from lorapar_ray.progress import console, progress
-from lorapar_ray.runs import RunDirectory, atomic_path, write_json
+from lorapar_ray.runs import RunDirectory, atomic_path, digest, write_json
 
 
 def evaluate_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
@@ -44,34 +45,92 @@ def evaluate_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
     Raises:
         UserError: there is nothing to evaluate on, no question is short enough, or an adapter or a task is missing.
     """
-    rows, settings = count_rows(run.data / "test.parquet"), config.evaluate
-    if not rows and not settings.tasks:
-        raise UserError("data.test: no rows to evaluate on; give at least one source, or evaluate.tasks")
-    adapters = {name: _adapter(run, name) for name in config.evaluated}
-    todo = {name: folder for name, folder in adapters.items() if rows and not (run.eval / f"{name}.json").is_file()}
-    tasks = unfinished(run.eval, list(adapters), settings.tasks)
-    if not todo and not tasks:
-        return {"n": rows}
+    return evaluate_together([(config, run)])[0]
+
+
+def evaluate_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[dict[str, Any]]:
+    """`evaluate_stage` of several runs, one after the other on the same engines.
+
+    Args:
+        members: runs of one `engines_of`; returns what each one's manifest says.
+
+    Raises:
+        UserError: as `evaluate_stage`, of any of them.
+    """
+    parts = [part for config, run in members if (part := _Part.of(config, run)).waits]
+    notes = [{"n": count_rows(run.data / "test.parquet")} for _, run in members]
+    if not parts:
+        return notes
+    config = parts[0].config
+    settings = config.evaluate
     require("evaluate", {"engines": (settings.engines, settings.resources)})
-    catalogue = catalogue_of(settings) if tasks else None
-    encoder = _encoder(config) if tasks else None
-    asked = _questions(config, run) if todo else []
+    for part in parts:
+        part.prepare()
     if config.adapter.method != "lora":
-        with decoding(config.model) as decoder, judging_process(settings.answer) as process:
-            _answer_without_engine(config, run, decoder, asked, todo, process)
-        return {"n": rows}
-    with _engines(config, adapters) as engines:
+        for part in parts:
+            with decoding(part.config.model) as decoder, judging_process(settings.answer) as process:
+                _answer_without_engine(part.config, part.run, decoder, part.asked, part.todo, process)
+        return notes
+    with _engines(config, [folder for part in parts for folder in part.adapters.values()]) as engines:
         with progress("engines", settings.engines, lambda: (0, "starting")):
             engines.start()
-        if todo:
-            with decoding(config.model) as decoder, judging_process(settings.answer) as process:
-                for name, folder in todo.items():
-                    served = Served(engines, folder, AnswerStore(run.work / "evaluate" / f"{name}-rows"))
-                    _answer_rows(config, run, decoder, asked, name, served, process)
-        if catalogue is not None and encoder is not None:
-            answers = run.work / "evaluate"
-            evaluate_tasks(settings, catalogue, engines, adapters, encoder, root=run.eval, answers=answers)
-    return {"n": rows}
+        for part in parts:
+            part.answer(engines)
+    return notes
+
+
+def engines_of(config: Config) -> str:
+    """A digest that is equal for runs that the same engines can evaluate."""
+    names = ("engine", "engines", "resources", "serve")
+    settings = {name: value for name, value in config.evaluate.model_dump(mode="json").items() if name in names}
+    return digest([config.model.model_dump(mode="json"), config.adapter.method, settings])
+
+
+@dataclass
+class _Part:
+    """What one run's evaluation has to do."""
+
+    config: Config
+    run: RunDirectory
+    adapters: dict[str, Path | None]
+    todo: dict[str, Path | None]
+    """Models that have not answered the test rows."""
+    tasks: bool
+    """Some task of lm-eval is not finished."""
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    catalogue: Any = None
+    encoder: Encoder | None = None
+
+    @classmethod
+    def of(cls, config: Config, run: RunDirectory) -> _Part:
+        rows, settings = count_rows(run.data / "test.parquet"), config.evaluate
+        if not rows and not settings.tasks:
+            raise UserError("data.test: no rows to evaluate on; give at least one source, or evaluate.tasks")
+        adapters = {name: _adapter(run, name) for name in config.evaluated}
+        todo = {name: folder for name, folder in adapters.items() if rows and not (run.eval / f"{name}.json").is_file()}
+        return cls(config, run, adapters, todo, bool(unfinished(run.eval, list(adapters), settings.tasks)))
+
+    @property
+    def waits(self) -> bool:
+        return bool(self.todo) or self.tasks
+
+    def prepare(self) -> None:
+        """What can fail before an engine starts."""
+        self.catalogue = catalogue_of(self.config.evaluate) if self.tasks else None
+        self.encoder = _encoder(self.config) if self.tasks else None
+        self.asked = _questions(self.config, self.run) if self.todo else []
+
+    def answer(self, engines: Engines) -> None:
+        settings, answers = self.config.evaluate, self.run.work / "evaluate"
+        if self.todo:
+            with decoding(self.config.model) as decoder, judging_process(settings.answer) as process:
+                for name, folder in self.todo.items():
+                    served = Served(engines, folder, AnswerStore(answers / f"{name}-rows"))
+                    _answer_rows(self.config, self.run, decoder, self.asked, name, served, process)
+        if self.catalogue is not None and self.encoder is not None:
+            evaluate_tasks(
+                settings, self.catalogue, engines, self.adapters, self.encoder, root=self.run.eval, answers=answers
+            )
 
 
 def _encoder(config: Config) -> Encoder:
@@ -91,7 +150,7 @@ def _questions(config: Config, run: RunDirectory) -> list[dict[str, Any]]:
     return list(Questions(chosen))
 
 
-def _engines(config: Config, adapters: Mapping[str, Path | None]) -> Engines:
+def _engines(config: Config, adapters: Sequence[Path | None]) -> Engines:
     settings, base = config.evaluate, model_reference(config.model.path)
     return Engines(
         base,
@@ -100,7 +159,7 @@ def _engines(config: Config, adapters: Mapping[str, Path | None]) -> Engines:
         settings.engines,
         seed=config.seed,
         trust_remote_code=config.model.trust_remote_code,
-        **serving(base, adapters.values(), settings.serve),
+        **serving(base, adapters, settings.serve),
     )
 
 
