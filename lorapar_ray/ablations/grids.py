@@ -21,6 +21,8 @@ class Arm:
     """Of the config's rank, at the same scaling alpha / rank."""
     teachers: int | None = None
     """The config's first so many; None: all."""
+    votes: bool = False
+    """Only where teachers vote."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,7 @@ def _mask() -> Grid:
     arms = (
         Arm("importance", stage1),
         *(Arm(name, (*stage1, *changes)) for name, changes in controls.items()),
+        Arm("shuffled-labels", (*stage1, "label.shuffled=true"), votes=True),
         Arm("smaller-lora", (*stage1, PLAIN), rank_share=0.4),  # what θ = 0.9 keeps
         Arm("full-lora", (*stage1, PLAIN)),
     )
@@ -224,6 +227,7 @@ def _mask() -> Grid:
         "random": "the importance mask beats a random one of its size at a rate of its own",
         "magnitude": "second-order importance beats magnitude",
         "first-order": "second-order importance beats first-order",
+        "shuffled-labels": "voted labels beat the same labels shuffled",
         "swapped": "a stage's own mask beats the other System's",
         "smaller-lora": "the mask beats a LoRA of lower rank with as many parameters",
         "full-lora": "the mask reaches the full LoRA",

@@ -16,6 +16,7 @@ from lorapar_ray.ablations.results import Outcome, decide, read_outcome, summari
 from lorapar_ray.ablations.sharing import SHARED, borrow
 from lorapar_ray.ablations.units import Unit, counted, main_runs, sweep
 from lorapar_ray.boundary import read_object
+from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
 from lorapar_ray.pipeline import PIPELINE, check, pending, run_stage
 from lorapar_ray.progress import console
@@ -78,6 +79,10 @@ def make_plan(
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError("--seeds: give different whole numbers, such as 1,2,3")
     arms = tuple(arm for arm in chosen.arms if not only or arm.name in only)
+    if load_config(file, overrides).label.strategy == "random":
+        if without := [arm.name for arm in arms if arm.votes and arm.name in only]:
+            raise UserError(f"--only {without[0]}: needs teachers that vote, and label.strategy is random")
+        arms = tuple(arm for arm in arms if not arm.votes)
     for key in {each.partition("=")[0] for each in overrides}:
         if key == "seed" or any(change.startswith(f"{key}=") for arm in arms for change in arm.changes):
             raise UserError(f"--set {key}: the grid '{grid}' sets it itself; leave it out, or choose arms with --only")
@@ -117,7 +122,8 @@ def described(plan: Plan) -> Iterator[str]:
         yield f"  {stage:<10} {computed} of {wanted} are computed, the others are copies{each}"
     if known:
         yield f"  about {known / 3600:.1f} hours in all, what is finished included"
-    for claim in plan.grid.claims:
+    names = {arm.name for arm in plan.arms}
+    for claim in (each for each in plan.grid.claims if {each.better, each.worse} <= names):
         yield f"  decides whether {claim.text} ({claim.better} against {claim.worse})"
 
 

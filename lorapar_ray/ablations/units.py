@@ -90,7 +90,7 @@ def sweep(
     own = [f"seed={seed}", f"sft.validation={VALIDATION}", "order=[sft]", "evaluate.models=[sft]"]
     for arm in arms:
         for rate in rates:
-            config = load_config(file, merged(changes_of(arm, file, overrides, rate), own))
+            config = _sharing_votes(load_config(file, merged(changes_of(arm, file, overrides, rate), own)), out)
             units.append(Unit(arm.name, seed, config, out / "sweep" / f"{arm.name}-{rate:g}", rate))
     return units
 
@@ -107,11 +107,19 @@ def main_runs(
     for arm in arms:
         changes = changes_of(arm, file, overrides, rates.get(arm.name, 1.0))
         for seed in seeds:
-            plain = load_config(file, merged(changes, [f"seed={seed}", "evaluate.models=null"]))
+            plain = _sharing_votes(load_config(file, merged(changes, [f"seed={seed}", "evaluate.models=null"])), out)
             asked = ["base", plain.order[-1]] if not units else [plain.order[-1]]
             config = plain.model_copy(update={"evaluate": plain.evaluate.model_copy(update={"models": asked})})
             units.append(Unit(arm.name, seed, config, out / f"{arm.name}-{seed}"))
     return units
+
+
+def _sharing_votes(config: Config, out: Path) -> Config:
+    """The config with one file of votes for the whole grid: what a teacher was asked once it is not asked again."""
+    if config.label.strategy == "random" or config.label.cache is not None:
+        return config
+    cache = str((out / "votes.sqlite").absolute())
+    return config.model_copy(update={"label": config.label.model_copy(update={"cache": cache})})
 
 
 def shared_keys(unit: Unit) -> dict[str, str]:

@@ -158,6 +158,9 @@ class LabelConfig(Section):
     teachers whose bias drowns their judgement."""
     weights: Result[Literal["equal", "confidence"]] = "equal"
     """`confidence`: a vote counts as much as its calibrated probability."""
+    shuffled: Result[bool] = False
+    """A control: the votes' labels are drawn anew among the questions, as many of each System. What a run still gains
+    from them is not owed to the votes."""
     quorum: Operation[PositiveInt] = 1
     """Teachers that must still answer; with fewer the stage stops and can be resumed."""
     concurrency: Operation[PositiveInt] = 64
@@ -191,6 +194,8 @@ class LabelConfig(Section):
             raise ValueError("teachers: strategy vote needs at least one teacher")
         if self.strategy.startswith("single") and len(self.teachers) != 1:
             raise ValueError(f"teachers: strategy {self.strategy} takes exactly one teacher")
+        if self.strategy == "random" and self.shuffled:
+            raise ValueError("shuffled: is a control for votes, and strategy random has none; leave it out")
         if self.strategy != "random" and self.quorum > len(self.teachers):
             raise ValueError(f"quorum: {self.quorum} is more than the {len(self.teachers)} teachers")
         systems = sorted(self.definitions)

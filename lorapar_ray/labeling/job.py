@@ -27,11 +27,12 @@ from lorapar_ray.files import expanded
 from lorapar_ray.labeling.asker import Asker, read_result
 from lorapar_ray.labeling.calibration import ask_probes, measured_bias, probes, unanswered
 from lorapar_ray.labeling.keys import teacher_keys
-from lorapar_ray.labeling.output import write_labels, write_random_labels
+from lorapar_ray.labeling.output import LABELS, write_labels, write_random_labels
 from lorapar_ray.labeling.panel import Panel, reasons
 from lorapar_ray.labeling.pending import write_pending
 from lorapar_ray.labeling.secrets import secrets, warn_of_plain_http
 from lorapar_ray.labeling.serving import require_room, start_teachers, stop_teachers
+from lorapar_ray.labeling.shuffled import shuffle_labels
 from lorapar_ray.labeling.store import VoteStore as VoteStore  # re-exported: a benchmark times it
 from lorapar_ray.labeling.summary import Session, render
 from lorapar_ray.labeling.teachers import python_class
@@ -61,6 +62,9 @@ def label(config: Config, run: RunDirectory) -> dict[str, Any]:
             summary = write_labels(config, run, voting.store, voting.keys, voting.bias, voting.session)
         finally:
             voting.store.close()
+        if config.label.shuffled:
+            shuffle_labels(run.labels / LABELS, config.seed)
+            console.print("  a control: the labels are shuffled among the questions")
     summary = redacted(summary)
     write_json(run.label_summary, summary)
     console.print(render(summary), markup=True)

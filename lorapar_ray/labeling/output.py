@@ -20,6 +20,7 @@ from lorapar_ray.labeling.votes import Decision, Vote, majority
 from lorapar_ray.labeling.voting import Keys, votes_of
 from lorapar_ray.runs import RunDirectory, atomic_path
 
+LABELS = "part-00000.parquet"
 VOTE = pa.struct(
     [("teacher", pa.string()), ("system", pa.int64()), ("confidence", pa.float64()), ("latency_s", pa.float64())]
 )
@@ -96,7 +97,7 @@ def _why(reasons: Mapping[str, str]) -> str:
 def _tables(run: RunDirectory) -> Iterator[tuple[TableWriter, TableWriter]]:
     """The tables of labels and rejects; both appear when the block ends well, the rejects only if there are any."""
     with (
-        atomic_path(run.labels / "part-00000.parquet") as draft,
+        atomic_path(run.labels / LABELS) as draft,
         reject_table(run.rejects / "label.parquet") as rejects,
     ):
         labels = TableWriter(draft, LABEL_SCHEMA)

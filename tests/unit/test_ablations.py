@@ -17,10 +17,15 @@ from lorapar_ray.ablations.job import described, make_plan, report
 from lorapar_ray.ablations.results import Outcome, decide, mean_interval
 from lorapar_ray.ablations.sharing import borrow
 from lorapar_ray.ablations.units import counted, shared_keys
+from lorapar_ray.datasets.prepare import prepare
+from lorapar_ray.datasets.rows import iterate_rows
 from lorapar_ray.errors import UserError
+from lorapar_ray.labeling.keys import teacher_keys
+from lorapar_ray.labeling.store import VoteStore, question_key
 from lorapar_ray.pipeline import is_done, run_stage
 from lorapar_ray.runs import RunDirectory
 from tests.tiny_run import ROOT, tiny_config, write_config
+from tests.unit.votes import answer
 
 SHIPPED = ROOT / "jobs" / "configs"
 CLAIM = Claim("the first beats the second", "first", "second")
@@ -34,15 +39,16 @@ def test_every_arm_is_a_run_of_its_own(name: str, file: str, tmp_path: Path) -> 
         pytest.skip("its config has no teachers")
     plan = make_plan(name, SHIPPED / file, [], tmp_path, seeds=[1])
     units = plan.units({})
-    assert len(units) == len(grid.arms)
+    voted = file != "arithmetic.yaml"
+    assert len(units) == len(plan.arms) == sum(voted or not arm.votes for arm in grid.arms)
     assert len({json.dumps(shared_keys(unit), sort_keys=True) for unit in units}) == len(units)
     assert {claim.better for claim in grid.claims} | {claim.worse for claim in grid.claims} <= {
         a.name for a in grid.arms
     }
-    assert len(plan.sweeps) == (5 * len(grid.arms) if grid.tuned else 0)
+    assert len(plan.sweeps) == (5 * len(plan.arms) if grid.tuned else 0)
     assert units[0].config.evaluated[0] == "base" and units[1].config.evaluated == [units[1].config.order[-1]]
     shown = "\n".join(described(plan))
-    assert all(arm.name in shown for arm in grid.arms) and "are computed, the others are copies" in shown
+    assert all(arm.name in shown for arm in plan.arms) and "are computed, the others are copies" in shown
 
 
 def test_what_arms_share_is_counted(tmp_path: Path) -> None:
@@ -92,11 +98,42 @@ def test_runs_of_one_shape_train_at_once(tmp_path: Path) -> None:
     assert "stage 1 of pissa trains alone: adapter.init: pissa" in shown and "lora-par trains" not in shown
 
 
+def test_shuffled_labels_are_the_votes_dealt_anew_and_no_teacher_is_asked_twice(tmp_path: Path) -> None:
+    teacher = {"name": "a", "kind": "python", "model": "lorapar_ray.labeling.simulated:SimulatedTeacher"}
+    voting = {"teachers": [teacher], "calibration": "none"}
+    file = write_config(tmp_path / "tiny.yaml", tiny_config(Path("student")) | {"label": voting})
+    arms = ["importance", "shuffled-labels"]
+    plan = make_plan("mask", file, [], tmp_path / "out", seeds=[1], only=arms, rates=[1])
+    found = []
+    for unit in plan.units({}):
+        config, run = unit.config, unit.run
+        run.open(config)
+        if not found:  # one teacher's answers to everything: none has to start
+            other = RunDirectory(tmp_path / "other")
+            prepare(config, other)
+            (keys,) = teacher_keys(config.label, config.label.teachers[0], "student", run.fingerprints)
+            store, rows = VoteStore(Path(config.label.cache or "")), list(iterate_rows(other.data / "train.parquet"))
+            store.add(
+                (question_key(r.prompt, r.answer), keys, answer(1.0 if n % 3 else -1.0)) for n, r in enumerate(rows)
+            )
+            store.close()
+        run_stage(config, run, "label")
+        found.append(pq.read_table(run.labels / "part-00000.parquet").to_pylist())
+    voted, dealt = found
+    assert len(voted) == len(dealt) > 10
+    assert [row["id"] for row in voted] == [row["id"] for row in dealt]
+    assert [row["votes"] for row in voted] == [row["votes"] for row in dealt]
+    own, drawn = ([row["system"] for row in rows] for rows in (voted, dealt))
+    assert own != drawn and sorted(own) == sorted(drawn) and set(own) == {1, 2}
+    assert own == [row["votes"][0]["system"] for row in voted]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ({"grid": "maks"}, "no grid 'maks'; there are strategies"),
         ({"only": ["randm"]}, "no such arm of 'mask'"),
+        ({"only": ["shuffled-labels"]}, "needs teachers that vote, and label.strategy is random"),
         ({"seeds": [1, 1]}, "--seeds: give different"),
         ({"overrides": ["order=[sft]"]}, "--set order: the grid 'mask' sets it itself"),
     ],
