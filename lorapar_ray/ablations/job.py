@@ -24,6 +24,7 @@ from lorapar_ray.redact import redact
 from lorapar_ray.session import ray_session
 from lorapar_ray.text import one_line
 
+PAGE = "index.html"
 AT_ONCE = ("sft", "evaluate")
 """Stages that several runs take together."""
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -138,12 +139,15 @@ def run_plan(plan: Plan, *, verbose: bool = False) -> list[str]:
     sweeps = plan.sweeps
     _run_all(sweeps, plan.out, failed, verbose)
     _run_all(plan.units(_chosen(sweeps)), plan.out, failed, verbose)
-    console.print(report(plan))
+    console.print(report(plan, failed))
+    console.print(f"the page: {plan.out / PAGE}")
     return failed
 
 
-def report(plan: Plan) -> str:
-    """Write the tables of what is finished; returns the Markdown."""
+def report(plan: Plan, failed: Sequence[str] = ()) -> str:
+    """Write the tables and the page of what is finished; returns the table as Markdown."""
+    from lorapar_ray.ablations.page import write_page
+
     units = plan.units(_chosen(plan.sweeps))
     found: dict[str, list[Outcome]] = {}
     base: list[Outcome] = []
@@ -158,7 +162,11 @@ def report(plan: Plan) -> str:
     verdicts = [decide(claim, found.get(claim.better, []), found.get(claim.worse, [])) for claim in plan.grid.claims]
     summaries = {arm: summarise(arm, outcomes) for arm, outcomes in found.items()}
     first = summarise("base", base) if base else None
-    return tables.write(plan.out, plan.grid, first, summaries, [each for each in verdicts if each is not None])
+    known = [each for each in verdicts if each is not None]
+    folders = {arm.name: [unit.folder for unit in units if unit.arm == arm.name] for arm in plan.arms}
+    page = plan.out / PAGE
+    write_page(page, plan.grid, plan.arms, first, summaries, known, folders, planned=len(units), failed=failed)
+    return tables.write(plan.out, plan.grid, first, summaries, known)
 
 
 def _chosen(sweeps: Sequence[Unit]) -> dict[str, float]:

@@ -106,7 +106,7 @@ def decide(claim: Claim, better: Sequence[Outcome], worse: Sequence[Outcome]) ->
     difference, interval = change.difference, change.interval
     if len(steps) >= 3:
         difference, interval = mean_interval(steps)
-    found = _found(interval)
+    found = _found(interval, claim.reaches)
     reached = sum(ours) / len(ours), sum(theirs) / len(theirs)
     words = _sentence(claim, found, reached, difference, interval, change.p, len(steps))
     return Verdict(claim, found, difference, interval, change.p, len(ours), len(steps), words)
@@ -122,11 +122,13 @@ def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
     return mean, (mean - reach, mean + reach)
 
 
-def _found(interval: tuple[float, float]) -> Literal["held", "not held", "undecided"]:
+def _found(interval: tuple[float, float], reaches: bool) -> Literal["held", "not held", "undecided"]:
+    """Whether an arm is ahead, or with `reaches` not behind by `MARGIN`, by the interval of the difference."""
     low, high = interval
-    if low > 0:
+    if low > (-MARGIN if reaches else 0):
         return "held"
-    return "not held" if high < 0 or (low > -MARGIN and high < MARGIN) else "undecided"
+    none = not reaches and low > -MARGIN and high < MARGIN
+    return "not held" if high < 0 or none else "undecided"
 
 
 def _sentence(

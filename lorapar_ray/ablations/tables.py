@@ -59,38 +59,16 @@ def latex(cells: Sequence[Sequence[str]]) -> str:
     return "\n".join([rf"\begin{{tabular}}{{{'l' + 'r' * (len(HEAD) - 1)}}}", *body, r"\end{tabular}"]) + "\n"
 
 
-def plot(grid: Grid, base: Summary | None, found: dict[str, Summary], target: Path) -> None:
-    """Accuracy of each arm with its interval, each seed a dot; an SVG."""
-    from matplotlib import pyplot as plt
-
-    from lorapar_ray.reporting.charts import INK, QUIET, STYLE, SYSTEM2
-
-    shown = [found[arm.name] for arm in grid.arms if arm.name in found][::-1]
-    with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(7, 1 + 0.32 * len(shown)))
-        for place, row in enumerate(shown):
-            low, high = row.interval
-            axis.plot([100 * low, 100 * high], [place, place], color=SYSTEM2, linewidth=2)
-            seeds = [100 * each for each in row.by_seed.values()]
-            axis.plot(seeds, [place] * len(seeds), "o", color=QUIET, markersize=4)
-            axis.plot(100 * row.accuracy, place, "o", color=INK, markersize=6)
-        if base is not None:
-            axis.axvline(100 * base.accuracy, color=QUIET, linestyle="--", label="base")
-            axis.legend(loc="lower right")
-        axis.set(title=f"{grid.name}: {grid.help}", xlabel="accuracy, % (95 % interval; small dots: seeds)")
-        axis.set_yticks(range(len(shown)), [row.arm for row in shown])
-        with atomic_path(target) as draft:
-            figure.savefig(draft, format="svg", bbox_inches="tight", metadata={"Date": None})
-        plt.close(figure)
-
-
 def write(out: Path, grid: Grid, base: Summary | None, found: dict[str, Summary], verdicts: Sequence[Verdict]) -> str:
     """Write `table.md`, `table.csv`, `table.tex` and `plot.svg`; returns the first."""
+    from lorapar_ray.ablations.charts import accuracies
+
     cells = rows(grid, base, found)
     text = markdown(cells, verdicts)
     for name, content in (("table.md", text), ("table.csv", comma_separated(cells)), ("table.tex", latex(cells))):
         with atomic_path(out / name) as draft:
             draft.write_text(content)
     if found:
-        plot(grid, base, found, out / "plot.svg")
+        with atomic_path(out / "plot.svg") as draft:
+            draft.write_text('<?xml version="1.0" encoding="utf-8"?>\n' + accuracies(grid, base, found))
     return text

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,8 @@ def test_a_claim_is_held_not_held_or_undecided() -> None:
     assert reverse is not None and reverse.found == "not held"
     equal = decide(CLAIM, outcomes(100, 100, 100), outcomes(100, 100, 100))
     assert equal is not None and equal.found == "not held" and equal.p == 1
+    reached = decide(replace(CLAIM, reaches=True), outcomes(100, 100, 100), outcomes(100, 100, 100))
+    assert reached is not None and reached.found == "held"
     noisy = decide(CLAIM, outcomes(120, 80, 110), outcomes(90, 100, 95))
     assert noisy is not None and noisy.found == "undecided" and "decides nothing" in noisy.sentence
     one = decide(CLAIM, outcomes(120), outcomes(90))
@@ -191,3 +195,8 @@ def test_the_tables_hold_what_is_finished(tmp_path: Path) -> None:
     assert [row[0] for row in table] == ["arm", "base", "importance", "random"]
     assert r"52.0\% & " in (tmp_path / "table.tex").read_text()
     assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("<svg") == 2 and "6 of 6 runs are evaluated" in page
+    assert "✓ held" in page and "importance − random" in page and not re.search(r'(src|href)="(?!#)', page)
+    report(plan, ["random, seed 1: <b>"])
+    assert "random, seed 1: &lt;b&gt;" in (tmp_path / "index.html").read_text()

@@ -1,0 +1,97 @@
+"""A grid's plots, each told apart without colour too: by place, by its line, by a name beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from typing import Any
+
+from matplotlib import pyplot as plt
+
+from lorapar_ray.ablations.grids import Grid
+from lorapar_ray.ablations.results import Summary, Verdict
+from lorapar_ray.reporting.charts import INK, QUIET, STYLE, SYSTEM2
+
+Line = tuple[list[int], list[float]]
+"""Steps, and a value at each."""
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+"""Okabe and Ito's, which the colour-blind tell apart."""
+DASHES = ("-", "--", ":", "-.")
+WIDTH = 5.4
+"""Of a plot, in inches: as much as a phone shows without scrolling."""
+MARKS = {"held": "o", "not held": "X", "undecided": "D"}
+
+
+def accuracies(grid: Grid, base: Summary | None, found: Mapping[str, Summary]) -> str:
+    """Accuracy of each arm with its interval, each seed a dot; an SVG."""
+    shown = [found[arm.name] for arm in grid.arms if arm.name in found][::-1]
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(WIDTH, 1.4 + 0.32 * len(shown)), layout="constrained")
+        for place, row in enumerate(shown):
+            low, high = row.interval
+            axis.plot([100 * low, 100 * high], [place, place], color=SYSTEM2, linewidth=2)
+            seeds = [100 * each for each in row.by_seed.values()]
+            axis.plot(seeds, [place] * len(seeds), "o", color=QUIET, markersize=4)
+            axis.plot(100 * row.accuracy, place, "o", color=INK, markersize=6)
+        if base is not None:
+            axis.axvline(100 * base.accuracy, color=QUIET, linestyle="--", label="base")
+            figure.legend(loc="outside lower left", ncol=3)
+        axis.set(title=f"{grid.name}: accuracy", xlabel="% right (95 % interval; small dots: seeds)")
+        axis.set_yticks(range(len(shown)), [row.arm for row in shown])
+        return _svg(figure)
+
+
+def effects(verdicts: Sequence[Verdict]) -> str:
+    """The difference of each claim with its interval; an SVG."""
+    shown = list(verdicts)[::-1]
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(WIDTH, 1.5 + 0.36 * len(shown)), layout="constrained")
+        axis.axvline(0, color=INK, linewidth=1)
+        for kind, mark in MARKS.items():
+            places = [place for place, each in enumerate(shown) if each.found == kind]
+            for place in places:
+                low, high = shown[place].interval
+                axis.plot([100 * low, 100 * high], [place, place], color=SYSTEM2, linewidth=2)
+            if places:
+                values = [100 * shown[place].difference for place in places]
+                axis.plot(values, places, mark, color=INK, markersize=7, label=kind, linestyle="none")
+        axis.set_yticks(range(len(shown)), [f"{each.claim.better} − {each.claim.worse}" for each in shown])
+        axis.set(title="Differences", xlabel="points of accuracy (95 % interval)")
+        figure.legend(loc="outside lower left", ncol=3)
+        return _svg(figure)
+
+
+def losses(lines: Mapping[str, Sequence[Line]]) -> str:
+    """Stage 1's loss by arm, the mean over seeds, smoothed; an SVG."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(WIDTH, 3.4 + 0.2 * len(lines) / 2), layout="constrained")
+        for number, (arm, seeds) in enumerate(lines.items()):
+            steps, mean = mean_line(seeds)
+            style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
+            axis.plot(steps, smoothed(mean), linewidth=1.8, label=arm, **style)
+        axis.set(title="Stage 1: loss, mean over seeds", xlabel="step", ylabel="cross-entropy, nats/token")
+        figure.legend(loc="outside lower left", ncol=2)
+        return _svg(figure)
+
+
+def mean_line(seeds: Sequence[Line]) -> Line:
+    """Means over the seeds, as far as all of them go."""
+    length = min(len(steps) for steps, _ in seeds)
+    return seeds[0][0][:length], [sum(line[1][place] for line in seeds) / len(seeds) for place in range(length)]
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """An exponential mean, which one step in five moves by two thirds."""
+    found, mean = [], values[0]
+    for value in values:
+        mean += 0.2 * (value - mean)
+        found.append(mean)
+    return found
+
+
+def _svg(figure: Any) -> str:
+    text = StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    whole = text.getvalue()
+    return whole[whole.index("<svg") :]

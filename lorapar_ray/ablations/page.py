@@ -1,0 +1,81 @@
+"""A grid's page: verdicts, plots and the table, one file with everything inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment
+from markupsafe import Markup
+
+from lorapar_ray.ablations import charts, tables
+from lorapar_ray.ablations.grids import Arm, Grid
+from lorapar_ray.ablations.results import Summary, Verdict
+from lorapar_ray.boundary import read_lines
+from lorapar_ray.files import atomic_path
+from lorapar_ray.text import shown
+
+MARKS = {"held": "✓", "not held": "✗", "undecided": "?"}
+
+
+def write_page(
+    target: Path,
+    grid: Grid,
+    arms: Sequence[Arm],
+    base: Summary | None,
+    found: Mapping[str, Summary],
+    verdicts: Sequence[Verdict],
+    folders: Mapping[str, Sequence[Path]],
+    *,
+    planned: int,
+    failed: Sequence[str] = (),
+) -> None:
+    """Write the page; what has not been run yet is left out.
+
+    Args:
+        folders: by arm, its run directories.
+        planned: runs that are to be evaluated.
+    """
+    plots = []
+    if found:
+        plots.append(charts.accuracies(grid, base, found))
+    if verdicts:
+        plots.append(charts.effects(verdicts))
+    if lines := loss_lines(folders):
+        plots.append(charts.losses(lines))
+    folder = files("lorapar_ray.reporting")
+    environment = Environment(autoescape=True, finalize=_plain)
+    html = environment.from_string(folder.joinpath("grid.html.j2").read_text()).render(
+        title=f"Grid {grid.name}",
+        help=grid.help[0].upper() + grid.help[1:],
+        css=folder.joinpath("style.css").read_text(),
+        marks=MARKS,
+        verdicts=verdicts,
+        plots=[Markup(plot) for plot in plots],
+        head=tables.HEAD,
+        rows=tables.rows(grid, base, dict(found)),
+        arms=arms,
+        finished=sum(len(each.by_seed) for each in found.values()),
+        planned=planned,
+        failed=failed,
+    )
+    with atomic_path(target) as draft:
+        draft.write_text(html, encoding="utf-8")
+
+
+def loss_lines(folders: Mapping[str, Sequence[Path]]) -> dict[str, list[charts.Line]]:
+    """Stage 1's loss by arm and seed, as far as there is any."""
+    found: dict[str, list[charts.Line]] = {}
+    for arm, runs in folders.items():
+        for run in runs:
+            lines = read_lines(run / "metrics" / "sft.jsonl")
+            if lines:
+                line = [each["step"] for each in lines], [each["loss"] for each in lines]
+                found.setdefault(arm, []).append(line)
+    return found
+
+
+def _plain(value: object) -> object:
+    """Foreign text without control characters; what is marked as safe is our own."""
+    return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
