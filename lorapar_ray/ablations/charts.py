@@ -74,6 +74,30 @@ def losses(lines: Mapping[str, Sequence[Line]]) -> str:
         return _svg(figure)
 
 
+def frontier(lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """What each line costs of the first stage's skill at which gain in the second's; an SVG.
+
+    Args:
+        lines: by name, (gain, cost) of each arm, means over seeds.
+    """
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(WIDTH, 3.8), layout="constrained")
+        axis.axhline(0, color=INK, linewidth=1)
+        for number, (name, points) in enumerate(lines.items()):
+            gains, costs = zip((0.0, 0.0), *sorted(points), strict=True)
+            style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
+            axis.plot(
+                [100 * g for g in gains], [100 * c for c in costs], marker="osD^"[number % 4], label=name, **style
+            )
+        axis.set(
+            title="What the second stage costs of the first",
+            xlabel="gained in the second stage's skill, points",
+            ylabel="lost of the first stage's, points",
+        )
+        figure.legend(loc="outside lower left", ncol=2)
+        return _svg(figure)
+
+
 def mean_line(seeds: Sequence[Line]) -> Line:
     """Means over the seeds, as far as all of them go."""
     length = min(len(steps) for steps, _ in seeds)

@@ -23,6 +23,10 @@ class Arm:
     """The config's first so many; None: all."""
     votes: bool = False
     """Only where teachers vote."""
+    second_rate: float = 1.0
+    """Of the last training stage's learning rate."""
+    line: str = ""
+    """Of a grid of retention: arms of one line differ in `second_rate` alone."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Grid:
     tuned: bool = False
     """Each arm gets a learning rate of its own from a sweep on a validation split: at one rate for all, that of the
     importance mask, a random mask is an unfair control (arXiv 2405.02596)."""
+    lines: tuple[Claim, ...] = ()
+    """Of a grid of retention: that the second stage costs one line less of the first's skill than another."""
 
     def arm(self, name: str) -> Arm:
         """The arm of that name."""
@@ -243,5 +249,33 @@ def _mask() -> Grid:
     )
 
 
-_ALL = (_strategies(), _activation(), _theta(), _methods(), _order(), _peft(), _stage1(), _mask())
+RETAINED = {
+    "disjoint": ("partition.alpha=0", "partition.beta=0"),
+    "shared": ("partition.alpha=1", "partition.beta=1"),
+    "random": ("partition.alpha=0", "partition.beta=0", "partition.mask=random"),
+    "unmasked": UNMASKED,
+}
+"""Lines of a grid of retention. Disjoint regions are System 1's own elements and System 2's own."""
+SECOND_RATES = (0.5, 1.0, 2.0)
+
+
+def _retention(name: str, order: str, help_: str) -> Grid:
+    arms = tuple(
+        Arm(f"{line}-{rate:g}", (f"order={order}", *changes), second_rate=rate, line=line)
+        for line, changes in RETAINED.items()
+        for rate in SECOND_RATES
+    )
+    lines = (
+        Claim("disjoint regions keep more than training every element", "disjoint", "unmasked"),
+        Claim("disjoint regions keep more than random ones", "disjoint", "random"),
+        Claim("disjoint regions keep more than shared ones", "disjoint", "shared"),
+    )
+    return Grid(name, help_, arms, lines=lines)
+
+
+_RETENTION = (
+    _retention("retention", "[sft, grpo]", "what stage 2 costs of stage 1's skill, at equal gain in its own"),
+    _retention("retention-reversed", "[grpo, sft]", "what stage 1 costs of stage 2's skill, where it comes second"),
+)
+_ALL = (_strategies(), _activation(), _theta(), _methods(), _order(), _peft(), _stage1(), _mask(), *_RETENTION)
 GRIDS: dict[str, Grid] = {grid.name: grid for grid in _ALL}

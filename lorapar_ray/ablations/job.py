@@ -13,11 +13,13 @@ from lorapar_ray.ablations import tables
 from lorapar_ray.ablations.at_once import alone_because, batches, run_at_once
 from lorapar_ray.ablations.grids import GRIDS, Arm, Grid
 from lorapar_ray.ablations.results import Outcome, decide, read_outcome, summarise, validation_loss
+from lorapar_ray.ablations.retention import Point, compare, joined, markdown, read_point
 from lorapar_ray.ablations.sharing import SHARED, borrow
 from lorapar_ray.ablations.units import Unit, counted, main_runs, sweep
 from lorapar_ray.boundary import read_object
 from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
+from lorapar_ray.files import atomic_path
 from lorapar_ray.pipeline import PIPELINE, check, pending, run_stage
 from lorapar_ray.progress import console
 from lorapar_ray.redact import redact
@@ -52,7 +54,7 @@ class Plan:
 
     def units(self, rates: dict[str, float]) -> list[Unit]:
         """The runs that are compared."""
-        return main_runs(self.arms, self.file, self.overrides, self.out, self.seeds, rates)
+        return main_runs(self.arms, self.file, self.overrides, self.out, self.seeds, rates, bool(self.grid.lines))
 
 
 def make_plan(
@@ -126,6 +128,8 @@ def described(plan: Plan) -> Iterator[str]:
     names = {arm.name for arm in plan.arms}
     for claim in (each for each in plan.grid.claims if {each.better, each.worse} <= names):
         yield f"  decides whether {claim.text} ({claim.better} against {claim.worse})"
+    for claim in plan.grid.lines:
+        yield f"  decides whether {claim.text}, at equal gain ({claim.better} against {claim.worse})"
 
 
 def run_plan(plan: Plan, *, verbose: bool = False) -> list[str]:
@@ -163,10 +167,38 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
     summaries = {arm: summarise(arm, outcomes) for arm, outcomes in found.items()}
     first = summarise("base", base) if base else None
     known = [each for each in verdicts if each is not None]
+    lines = _lines(plan, units)
+    kept = [each for claim in plan.grid.lines if (each := compare(claim, joined(lines))) is not None]
     folders = {arm.name: [unit.folder for unit in units if unit.arm == arm.name] for arm in plan.arms}
-    page = plan.out / PAGE
-    write_page(page, plan.grid, plan.arms, first, summaries, known, folders, planned=len(units), failed=failed)
-    return tables.write(plan.out, plan.grid, first, summaries, known)
+    write_page(
+        plan.out / PAGE,
+        plan.grid,
+        plan.arms,
+        first,
+        summaries,
+        known,
+        folders,
+        planned=len(units),
+        failed=failed,
+        kept=kept,
+        lines=lines,
+    )
+    text = tables.write(plan.out, plan.grid, first, summaries, known)
+    if not lines:
+        return text
+    with atomic_path(plan.out / "retention.md") as draft:
+        draft.write_text(markdown(lines, kept))
+    return f"{text}\n{markdown(lines, kept)}"
+
+
+def _lines(plan: Plan, units: Sequence[Unit]) -> dict[str, dict[str, list[Point]]]:
+    """Of a grid of retention: by line and arm, the points of finished runs."""
+    found: dict[str, dict[str, list[Point]]] = {}
+    for unit in units if plan.grid.lines else ():
+        point = read_point(unit.folder, unit.config)
+        if point is not None:
+            found.setdefault(plan.grid.arm(unit.arm).line, {}).setdefault(unit.arm, []).append(point)
+    return found
 
 
 def _chosen(sweeps: Sequence[Unit]) -> dict[str, float]:

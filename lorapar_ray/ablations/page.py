@@ -12,6 +12,7 @@ from markupsafe import Markup
 from lorapar_ray.ablations import charts, tables
 from lorapar_ray.ablations.grids import Arm, Grid
 from lorapar_ray.ablations.results import Summary, Verdict
+from lorapar_ray.ablations.retention import Kept, Point, mean_of
 from lorapar_ray.boundary import read_lines
 from lorapar_ray.files import atomic_path
 from lorapar_ray.text import shown
@@ -30,20 +31,26 @@ def write_page(
     *,
     planned: int,
     failed: Sequence[str] = (),
+    kept: Sequence[Kept] = (),
+    lines: Mapping[str, Mapping[str, Sequence[Point]]] | None = None,
 ) -> None:
     """Write the page; what has not been run yet is left out.
 
     Args:
         folders: by arm, its run directories.
         planned: runs that are to be evaluated.
+        kept: verdicts of a grid of retention.
+        lines: its points, by line and arm.
     """
     plots = []
     if found:
         plots.append(charts.accuracies(grid, base, found))
     if verdicts:
         plots.append(charts.effects(verdicts))
-    if lines := loss_lines(folders):
-        plots.append(charts.losses(lines))
+    if lines:
+        plots.append(charts.frontier({line: [mean_of(each) for each in arms.values()] for line, arms in lines.items()}))
+    if curves := loss_lines(folders):
+        plots.append(charts.losses(curves))
     folder = files("lorapar_ray.reporting")
     environment = Environment(autoescape=True, finalize=_plain)
     html = environment.from_string(folder.joinpath("grid.html.j2").read_text()).render(
@@ -51,7 +58,7 @@ def write_page(
         help=grid.help[0].upper() + grid.help[1:],
         css=folder.joinpath("style.css").read_text(),
         marks=MARKS,
-        verdicts=verdicts,
+        verdicts=[*verdicts, *kept],
         plots=[Markup(plot) for plot in plots],
         head=tables.HEAD,
         rows=tables.rows(grid, base, dict(found)),

@@ -79,6 +79,10 @@ def changes_of(arm: Arm, file: Path, overrides: Sequence[str], rate: float = 1.0
         rank = max(1, round(arm.rank_share * config.adapter.rank))
         alpha = config.adapter.alpha * rank / config.adapter.rank
         changes = merged(changes, [f"adapter.rank={rank}", f"adapter.alpha={alpha:g}"])
+    if arm.second_rate != 1:
+        last = config.order[-1]
+        own = getattr(config, last).learning_rate * arm.second_rate
+        changes = merged(changes, [f"{last}.learning_rate={own:.6g}"])
     return changes if rate == 1 else merged(changes, [f"sft.learning_rate={config.sft.learning_rate * rate:.6g}"])
 
 
@@ -96,19 +100,27 @@ def sweep(
 
 
 def main_runs(
-    arms: Iterable[Arm], file: Path, overrides: Sequence[str], out: Path, seeds: Sequence[int], rates: dict[str, float]
+    arms: Iterable[Arm],
+    file: Path,
+    overrides: Sequence[str],
+    out: Path,
+    seeds: Sequence[int],
+    rates: dict[str, float],
+    every_stage: bool = False,
 ) -> list[Unit]:
     """Every arm on every seed; the first run evaluates the base, which is the same in all.
 
     Args:
         rates: by arm, what its sweep chose, relative to the config's learning rate.
+        every_stage: evaluate what each training stage left, not the last one alone.
     """
     units: list[Unit] = []
     for arm in arms:
         changes = changes_of(arm, file, overrides, rates.get(arm.name, 1.0))
         for seed in seeds:
             plain = _sharing_votes(load_config(file, merged(changes, [f"seed={seed}", "evaluate.models=null"])), out)
-            asked = ["base", plain.order[-1]] if not units else [plain.order[-1]]
+            trained = list(plain.order) if every_stage else [plain.order[-1]]
+            asked = trained if units else ["base", *trained]
             config = plain.model_copy(update={"evaluate": plain.evaluate.model_copy(update={"models": asked})})
             units.append(Unit(arm.name, seed, config, out / f"{arm.name}-{seed}"))
     return units

@@ -48,7 +48,8 @@ def test_every_arm_is_a_run_of_its_own(name: str, file: str, tmp_path: Path) -> 
         a.name for a in grid.arms
     }
     assert len(plan.sweeps) == (5 * len(plan.arms) if grid.tuned else 0)
-    assert units[0].config.evaluated[0] == "base" and units[1].config.evaluated == [units[1].config.order[-1]]
+    trained = units[1].config.order if grid.lines else units[1].config.order[-1:]
+    assert units[0].config.evaluated[0] == "base" and units[1].config.evaluated == trained
     shown = "\n".join(described(plan))
     assert all(arm.name in shown for arm in plan.arms) and "are computed, the others are copies" in shown
 

@@ -1,0 +1,158 @@
+"""What the second training stage costs of the first one's skill, and what it gains in its own.
+
+A skill is the accuracy on the test rows of the tasks whose training questions are mostly labelled that System. A run is
+a point: the second skill's gain over the second stage, and the first skill's loss. Runs that differ in the second
+stage's learning rate alone make a line, from (0, 0), where nothing was trained. Two lines are compared at equal gain:
+at the largest that both reach, between points by linear interpolation, seed by seed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+from lorapar_ray.ablations.grids import Claim
+from lorapar_ray.ablations.results import mean_interval
+from lorapar_ray.config import Config
+from lorapar_ray.datasets.rows import read_table
+
+Skills = dict[int, float]
+"""By System, the share of its test rows that are right."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One finished run."""
+
+    seed: int
+    gain: float
+    """Of the second stage's skill, from before that stage to after it."""
+    cost: float
+    """What the first stage's skill fell by meanwhile."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the runs say of a claim."""
+
+    claim: Claim
+    found: Literal["held", "not held", "undecided"]
+    difference: float
+    """Of the costs at equal gain; above 0: the better line keeps more."""
+    interval: tuple[float, float] | None
+    """95 %, over seeds (Student's t); None: fewer than three."""
+    gains: tuple[float, ...]
+    """At which each seed was compared."""
+    sentence: str
+
+
+def systems_of_tasks(labels: Path) -> dict[str, int]:
+    """By task, the System that most of its training questions are labelled."""
+    votes: dict[str, Counter[int]] = {}
+    for row in read_table(labels, {"task": str, "system": int}):
+        votes.setdefault(row["task"], Counter())[row["system"]] += 1
+    return {task: min(found, key=lambda system: (-found[system], system)) for task, found in votes.items()}
+
+
+def skills_in(file: Path, systems: Mapping[str, int]) -> Skills:
+    """Skills by a table of answers; a System without a question is left out."""
+    right: dict[int, list[bool]] = {}
+    for row in read_table(file, {"task": str, "right": bool}):
+        if row["task"] in systems:
+            right.setdefault(systems[row["task"]], []).append(row["right"])
+    return {system: sum(each) / len(each) for system, each in right.items()}
+
+
+def read_point(folder: Path, config: Config) -> Point | None:
+    """The point of a run with two training stages; None where it is not evaluated, or no task is a System's own."""
+    files = [folder / "eval" / f"{stage}.parquet" for stage in config.order]
+    if len(files) != 2 or not all(file.is_file() for file in files):
+        return None
+    systems = systems_of_tasks(folder / "labels")
+    before, after = (skills_in(file, systems) for file in files)
+    own = {"sft": config.sft.systems[0], "grpo": config.grpo.systems[0]}
+    first, second = (own[stage] for stage in config.order)
+    if first == second or not {first, second} <= before.keys() & after.keys():
+        return None
+    return Point(config.seed, after[second] - before[second], before[first] - after[first])
+
+
+def mean_of(points: Sequence[Point]) -> tuple[float, float]:
+    """Gain and cost, means over seeds."""
+    return sum(each.gain for each in points) / len(points), sum(each.cost for each in points) / len(points)
+
+
+def joined(lines: Mapping[str, Mapping[str, Sequence[Point]]]) -> dict[str, list[Point]]:
+    """By line, the points of all its arms."""
+    return {line: [point for points in arms.values() for point in points] for line, arms in lines.items()}
+
+
+def cost_at(points: Sequence[Point], gain: float) -> float:
+    """The cost at a gain between 0 and the largest of `points`, on the line from (0, 0) through them."""
+    line = [(0.0, 0.0), *sorted((each.gain, each.cost) for each in points if each.gain > 0)]
+    for (left, low), (right, high) in pairwise(line):
+        if left <= gain <= right:
+            return high if right == left else low + (high - low) * (gain - left) / (right - left)
+    raise ValueError(f"gain {gain} is beyond the line's {line[-1][0]}")
+
+
+def compare(claim: Claim, lines: Mapping[str, Sequence[Point]]) -> Kept | None:
+    """What the lines of two arms say of a claim; None where no seed has gained anything on both."""
+    differences, gains = [], []
+    better, worse = (lines.get(name, ()) for name in (claim.better, claim.worse))
+    for seed in sorted({each.seed for each in better} & {each.seed for each in worse}):
+        pair = [[each for each in line if each.seed == seed] for line in (better, worse)]
+        gain = min(max(each.gain for each in line) for line in pair)
+        if gain > 0:
+            mine, theirs = (cost_at(line, gain) for line in pair)
+            differences.append(theirs - mine)
+            gains.append(gain)
+    if not differences:
+        return None
+    difference, interval = sum(differences) / len(differences), None
+    if len(differences) >= 3:
+        difference, interval = mean_interval(differences)
+    found: Literal["held", "not held", "undecided"] = "undecided"
+    if interval is not None and (interval[0] > 0 or interval[1] < 0):
+        found = "held" if interval[0] > 0 else "not held"
+    return Kept(claim, found, difference, interval, tuple(gains), _sentence(claim, found, difference, interval, gains))
+
+
+def _sentence(
+    claim: Claim, found: str, difference: float, interval: tuple[float, float] | None, gains: Sequence[float]
+) -> str:
+    reach = (
+        f"95 % interval {100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}" if interval else "too few for an interval"
+    )
+    said = claim.text[0].upper() + claim.text[1:]
+    endings = {"held": "so the claim held here.", "not held": "so the claim did not hold here."}
+    mean = 100 * sum(gains) / len(gains)
+    return (
+        f"{said}: at a gain of {mean:.1f} points in the second stage's skill, {claim.better} kept "
+        f"{100 * difference:+.1f} points more of the first stage's than {claim.worse} "
+        f"({len(gains)} seeds that gained on both; {reach}), "
+        + endings.get(found, "which decides nothing at this size.")
+    )
+
+
+def markdown(lines: Mapping[str, Mapping[str, Sequence[Point]]], kept: Sequence[Kept]) -> str:
+    """A table of the points, means over seeds, and a line for each claim.
+
+    Args:
+        lines: by line, by arm.
+    """
+    text = [
+        "| line | arm | gained in the second skill | lost of the first | seeds |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for line, arms in lines.items():
+        for arm, points in arms.items():
+            gain, cost = (100 * each for each in mean_of(points))
+            text.append(f"| {line} | {arm} | {gain:+.1f} points | {cost:+.1f} points | {len(points)} |")
+    if kept:
+        text += ["", *(f"- **{each.found}**: {each.sentence}" for each in kept)]
+    return "\n".join(text) + "\n"

@@ -1,0 +1,96 @@
+"""What a second stage costs of the first one's skill: points, lines, and lines compared at equal gain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lorapar_ray.ablations.grids import GRIDS, Claim
+from lorapar_ray.ablations.job import described, make_plan, report
+from lorapar_ray.ablations.retention import Point, compare, cost_at, read_point, systems_of_tasks
+from lorapar_ray.ablations.units import Unit
+from tests.tiny_run import ROOT
+
+CONFIG = ROOT / "jobs" / "configs" / "quickstart.yaml"
+CLAIM = Claim("the first keeps more", "first", "second")
+
+
+def test_a_line_begins_where_nothing_was_trained() -> None:
+    points = [Point(1, 0.1, 0.05), Point(1, 0.3, 0.09), Point(1, -0.1, 0.5)]
+    assert cost_at(points, 0.05) == pytest.approx(0.025)
+    assert cost_at(points, 0.2) == pytest.approx(0.07)
+    assert cost_at(points, 0.3) == pytest.approx(0.09)
+    assert cost_at(points, 0.0) == 0
+    with pytest.raises(ValueError, match="beyond"):
+        cost_at(points, 0.31)
+
+
+def test_lines_are_compared_at_equal_gain_seed_by_seed() -> None:
+    first = [Point(seed, gain, 0.1 * gain) for seed in (1, 2, 3) for gain in (0.1, 0.3)]
+    second = [Point(seed, 0.2, 0.08 + 0.001 * seed) for seed in (1, 2, 3, 4)]
+    kept = compare(CLAIM, {"first": first, "second": second})
+    assert kept is not None and kept.gains == (0.2, 0.2, 0.2)
+    assert kept.difference == pytest.approx(0.062) and kept.found == "held"
+    assert "at a gain of 20.0 points" in kept.sentence and "first kept +6.2 points more" in kept.sentence
+    reverse = compare(Claim("x", "second", "first"), {"first": first, "second": second})
+    assert reverse is not None and reverse.found == "not held"
+    few = compare(CLAIM, {"first": first[:2], "second": second})
+    assert few is not None and few.found == "undecided" and few.interval is None
+    assert compare(CLAIM, {"first": first, "second": [Point(1, -0.1, 0.0)]}) is None
+    assert compare(CLAIM, {"first": first}) is None
+
+
+def finish(unit: Unit, answers: dict[str, tuple[int, int]]) -> None:
+    """An evaluated run: by stage, how many of 100 sums and of 100 riddles are right."""
+    run = unit.run
+    for folder in (run.labels, run.eval):
+        folder.mkdir(parents=True, exist_ok=True)
+    labels = {"task": ["sum"] * 5 + ["riddle"] * 5, "system": [1, 1, 1, 2, 1, 2, 2, 1, 2, 2]}
+    pq.write_table(pa.table(labels), run.labels / "part-00000.parquet")
+    for stage, right in answers.items():
+        rows = [
+            (f"{task}{n}", task, n < count)
+            for task, count in zip(("sum", "riddle"), right, strict=True)
+            for n in range(100)
+        ]
+        table = {"id": [r[0] for r in rows], "task": [r[1] for r in rows], "right": [r[2] for r in rows]}
+        pq.write_table(pa.table(table), run.eval / f"{stage}.parquet")
+        (run.eval / f"{stage}.json").write_text("{}")
+
+
+@pytest.mark.parametrize("grid", ["retention", "retention-reversed"])
+def test_the_report_says_what_the_second_stage_cost(grid: str, tmp_path: Path) -> None:
+    arms = [arm.name for arm in GRIDS[grid].arms if arm.line in ("disjoint", "unmasked")]
+    plan = make_plan(grid, CONFIG, [], tmp_path, seeds=[1, 2, 3], only=arms)
+    units = plan.units({})
+    first, second = units[0].config.order
+    assert units[0].config.evaluated == ["base", first, second] and units[1].config.evaluated == [first, second]
+    rates = [getattr(unit.config, second).learning_rate for unit in units[::3][:3]]
+    assert rates == pytest.approx([0.5e-3, 1e-3, 2e-3])
+    assert "disjoint regions keep more than training every element, at equal gain" in "\n".join(described(plan))
+    for unit in units:
+        number = int(10 * {"0.5": 1, "1": 2, "2": 3}[unit.arm.partition("-")[2]])
+        cost = number // 10 if unit.arm.startswith("disjoint") else number
+        skills = {"sft": (60, 20), "grpo": (60 - cost, 20 + number)}
+        if grid == "retention-reversed":
+            skills = {"grpo": (20, 60), "sft": (20 + number, 60 - cost + unit.seed % 2)}
+        finish(unit, skills)
+    point = read_point(units[0].folder, units[0].config)
+    assert point is not None and point.gain == pytest.approx(0.1)
+    assert systems_of_tasks(units[0].run.labels) == {"sum": 1, "riddle": 2}
+    text = report(plan)
+    assert "| disjoint | disjoint-2 | +30.0 points |" in text and "- **held**: Disjoint regions keep more" in text
+    page = (tmp_path / "index.html").read_text()
+    assert "What the second stage costs of the first" in page and "✓ held" in page
+    assert (tmp_path / "retention.md").read_text() in text
+
+
+def test_a_run_without_a_task_of_each_system_is_no_point(tmp_path: Path) -> None:
+    [unit] = make_plan("retention", CONFIG, [], tmp_path, seeds=[1], only=["shared-1"]).units({})
+    assert read_point(unit.folder, unit.config) is None
+    finish(unit, {"sft": (60, 20), "grpo": (50, 30)})
+    pq.write_table(pa.table({"task": ["sum", "riddle"], "system": [1, 1]}), unit.run.labels / "part-00000.parquet")
+    assert read_point(unit.folder, unit.config) is None
