@@ -10,15 +10,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.config import EngineConfig, Resources
 from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.phases import Phases
-from lorapar_ray.engines.policy import Policy, PolicyReceiver
 from lorapar_ray.engines.processes import start_async_llm
 from lorapar_ray.models import resolve_model
 from lorapar_ray.workers import ray_options
+
+if TYPE_CHECKING:  # imports torch, which the fork server would wait for
+    from lorapar_ray.engines.policy import Policy, PolicyReceiver
 
 WATCH_S = 1.0
 """Between two looks at whether the engine lives."""
@@ -41,7 +43,7 @@ class EngineActor:
         self._loads = 0
         self._using: Counter[int] = Counter()
         self._requests = 0
-        self._receiver = PolicyReceiver()
+        self._receiver: PolicyReceiver | None = None
         self._open = asyncio.Event()
         self._open.set()
         self._watch: asyncio.Task[None] | None = None
@@ -82,7 +84,7 @@ class EngineActor:
             digest = await self._load_merged(None) if self._sync == "merged" else "base"
             self._version = -1
         else:
-            folder = _spill(self._receiver.adapter(policy), policy.config)
+            folder = _spill(self._adapter(policy), policy.config)
             try:
                 if self._sync == "merged":
                     digest = await self._load_merged(str(folder))
@@ -95,6 +97,13 @@ class EngineActor:
         self._digest = digest
         await self._forget()
         return digest
+
+    def _adapter(self, policy: Policy) -> bytes:
+        """The whole adapter file of `policy`."""
+        from lorapar_ray.engines.policy import PolicyReceiver
+
+        self._receiver = self._receiver or PolicyReceiver()
+        return self._receiver.adapter(policy)
 
     async def _load_merged(self, folder: str | None) -> str:
         """The digest that every rank of the engine read."""

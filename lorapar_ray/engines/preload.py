@@ -6,7 +6,9 @@ core; its GPU worker is left to the forked process.
 
 import contextlib
 
-with contextlib.suppress(ImportError):
+from lorapar_ray.heavy_imports import without_collecting
+
+with without_collecting(), contextlib.suppress(ImportError):
     import setproctitle
 
     setproctitle.getproctitle()  # finds where a title goes, which fails once the environment beside it has moved

@@ -23,6 +23,7 @@ from typing import Any
 
 from lorapar_ray.engines.phases import Phases
 from lorapar_ray.engines.refusals import leave_cause, refusing
+from lorapar_ray.heavy_imports import without_collecting
 
 PRELOAD = "lorapar_ray.engines.preload"
 UNUSABLE = "unusable"
@@ -51,7 +52,7 @@ def start_async_llm(arguments: Mapping[str, Any], phases: Phases, where: str) ->
 
 def _start(arguments: Mapping[str, Any], phases: Phases, notes: Path, forks: bool) -> Any:
     """As `start_async_llm`; a forked process leaves in `notes` why it has ended."""
-    with phases.phase("importing vLLM"):
+    with phases.phase("importing vLLM"), without_collecting():
         if forks:
             begin_to_import()
         from vllm import AsyncEngineArgs
