@@ -24,6 +24,11 @@ LONGEST_IPC_ROOT = 60
 ONE_MACHINE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
 """A machine is not drained from under its own driver, so that no process need watch for it; and looking after a few
 workers twice a second costs nothing."""
+QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal"}
+"""Ray's C++ prints its errors straight into the terminal, such as a warning about any actor pool of Ray Data. What goes
+wrong reaches the driver as an exception or an event too."""
+
+_started_here = False
 
 
 @contextmanager
@@ -49,10 +54,16 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not verbose:
         os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+    quiet = {} if verbose else QUIET
     logs = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     address = os.environ.get("RAY_ADDRESS", "").strip()
-    with _cluster(address, logs) if address and address != "local" else _local(logs):
+    with _environment(quiet), _cluster(address, logs) if address and address != "local" else _local(logs):
         yield
+
+
+def is_own_ray() -> bool:
+    """Whether this process has started the Ray that it is connected to, so that all of it ends with this process."""
+    return _started_here
 
 
 @contextmanager
@@ -77,6 +88,7 @@ def _cluster(address: str, logs: dict[str, Any]) -> Iterator[None]:
 def _local(logs: dict[str, Any]) -> Iterator[None]:
     import ray
 
+    global _started_here
     with local_files() as files, _loopback_only(), _short_ipc_paths(files), _environment(ONE_MACHINE):
         try:
             ray.init(
@@ -91,9 +103,11 @@ def _local(logs: dict[str, Any]) -> Iterator[None]:
                 f"Ray could not start on this machine with its files in '{files.sockets}' ({one_line(error, 120)}); "
                 "RAY_TMPDIR names another place for them; try `lorapar doctor`"
             ) from error
+        _started_here = True
         try:
             yield
         finally:
+            _started_here = False
             ray.shutdown()
 
 

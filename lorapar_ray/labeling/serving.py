@@ -8,6 +8,7 @@ import time
 from lorapar_ray.capacity import require
 from lorapar_ray.config import Config
 from lorapar_ray.progress import console
+from lorapar_ray.session import is_own_ray
 from lorapar_ray.text import markup, one_line
 
 
@@ -49,7 +50,7 @@ def start_teachers(config: Config) -> tuple[dict[str, str], dict[str, str]]:
                 failed[name] = "it could not start: " + one_line(status[app].message, 300)
                 console.print(f"  [yellow]teacher {name} abstains[/]: {markup(failed[name])}", markup=True)
                 waiting.pop(name)
-        time.sleep(0.5)
+        time.sleep(0.1)
     return running, failed
 
 
@@ -65,14 +66,19 @@ def require_room(config: Config) -> None:
 
 
 def stop_teachers(config: Config) -> None:
-    """Free the teachers' resources; Serve itself stays if it runs other applications."""
-    apps = applications(config)
+    """Free the teachers' resources, and wait until they are free.
+
+    Serve itself ends with a Ray of this process's own; on a cluster it is ended unless it runs other applications.
+    """
+    apps = set(applications(config).values())
     if not apps:
         return
     from ray import serve
 
-    if set(serve.status().applications) <= set(apps.values()):
+    if not is_own_ray() and set(serve.status().applications) <= apps:
         serve.shutdown()
         return
-    for app in apps.values():
-        serve.delete(app)
+    for app in apps:
+        serve.delete(app, _blocking=False)
+    while apps & set(serve.status().applications):
+        time.sleep(0.1)
