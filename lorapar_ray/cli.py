@@ -264,6 +264,31 @@ def _show_plan(config: Config, run: RunDirectory, redo: Sequence[str]) -> None:
     console.print(f"run directory: {run.root}")
     for line in plan(config, run, redo):
         console.print(f"  {line}")
+    _show_memory(config)
+
+
+def _show_memory(config: Config) -> None:
+    """What the run will take of its GPUs, where it has any.
+
+    Raises:
+        UserError: a process cannot fit.
+    """
+    from lorapar_ray.gpu_memory.device import device_of
+    from lorapar_ray.progress import console
+
+    device = device_of(config)
+    if not device.count or config.adapter.method != "lora":
+        return
+    from lorapar_ray.gpu_memory import memory_lines, student_size
+
+    try:
+        size = student_size(config.model, config.adapter)
+    except UserError as error:
+        console.print(f"GPU memory: not estimated here: {error}")
+        return
+    console.print("GPU memory:")
+    for line in memory_lines(config, stages_of(config), size, device):
+        console.print(f"  {line}")
 
 
 @app.command("submit", help="Check a cluster and run a config on it as a Ray job; again, to follow the same job.")

@@ -97,7 +97,7 @@ def _most(teacher: TeacherConfig) -> int:
 
 def _share(processes: int, free: float) -> float:
     """What each of some processes gets of `free` GPUs: a whole one, or a part such that all of them fit."""
-    if processes <= free:
+    if processes <= max(free, 0.0):
         return 1.0
     whole = floor(free)
     part = 1.0 / ceil(processes / whole) if whole else max(free, 0.0) / processes

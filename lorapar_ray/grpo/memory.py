@@ -71,14 +71,14 @@ def layer_bytes_per_token(model: Any) -> float:
 
 @contextmanager
 def saved_bytes(model: Any) -> Iterator[dict[int, int]]:
-    """Bytes of each storage that autograd keeps meanwhile, by address; without the model's own weights."""
-    own = {value.untyped_storage().data_ptr() for value in model.parameters() if value.device.type != "meta"}
+    """Bytes of each storage that autograd keeps meanwhile, by its number; without the model's own weights."""
+    own = {value.untyped_storage()._cdata for value in model.parameters()}
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

@@ -34,6 +34,12 @@ def test_a_teacher_over_several_gpus_takes_them_first() -> None:
     assert [teacher.resources.gpus for teacher in label.teachers] == [2, 0.5, 0.5]
 
 
+def test_numbers_that_are_more_than_there_is_are_left_for_the_check_of_the_cluster() -> None:
+    fixed = [{**teacher, "resources": {"gpus": 1}} for teacher in TEACHERS]
+    label = place(config(label={"teachers": fixed}), "label", 1).label
+    assert [teacher.resources.gpus for teacher in label.teachers] == [1, 1, 1]
+
+
 def test_numbers_are_kept_and_taken_off() -> None:
     fixed = [{**TEACHERS[0], "resources": {"gpus": 1}}, TEACHERS[1], {**TEACHERS[2], "resources": {"gpus": 0}}]
     label = place(config(label={"teachers": fixed}), "label", 2).label

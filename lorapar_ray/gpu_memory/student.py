@@ -1,0 +1,139 @@
+"""The student's size, by building it without its weights: torch's meta device keeps shapes and no numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorapar_ray.config import AdapterConfig, ModelConfig
+from lorapar_ray.grpo.memory import saved_bytes
+
+PROBE_TOKENS = 128
+NF4_BYTES = 0.53
+"""Of a weight in 4 bits: its code, and its share of the quantised constants (arXiv 2305.14314, section 3)."""
+
+
+@dataclass(frozen=True)
+class StudentSize:
+    """Bytes, if not said otherwise."""
+
+    base: float
+    """The frozen weights as training holds them."""
+    served: float
+    """The same as an engine holds them: in 16 bits."""
+    largest_layer: float
+    """Of a decoder layer, which sharding gathers whole."""
+    elements: int
+    """Trained numbers of the adapter."""
+    kept: float
+    """What a forward pass keeps for the backward one, per token; without dropout, as in scoring and stage 2."""
+    kept_with_dropout: float
+    """The same in stage 1."""
+    checkpointed: float
+    """The same with gradient checkpointing: every layer's input."""
+    recomputed: float
+    """Beside that, what one layer keeps while it is computed again, per token, at most."""
+    cache: float
+    """Keys and values of one token in 16 bits, over all layers."""
+    vocabulary: int
+    """Numbers of a token's logits."""
+
+
+def student_size(model: ModelConfig, adapter: AdapterConfig) -> StudentSize:
+    """Of `model` with `adapter` on a GPU.
+
+    Attention is counted as the fused kernels compute it: queries, keys, values and output, no matrix of all pairs.
+
+    Raises:
+        UserError: the model's configuration cannot be read here.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lorapar_ray.adapters import adapter_parameters, attach_lora
+    from lorapar_ray.models import loading, resolve_model
+
+    path = resolve_model(model.path)
+    with loading(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    dtype = torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype)
+    with torch.device("meta"), loading(path):
+        base = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=model.trust_remote_code
+        )
+    text = config.get_text_config()
+    numbers = {key: value.numel() for key, value in base.named_parameters()}
+    layers = _layers(base)
+    in_layers = sum(value.numel() for layer in layers for value in layer.parameters())
+    outside = sum(numbers.values()) - in_layers
+    linear = NF4_BYTES if model.quantization else dtype.itemsize
+    trained = attach_lora(
+        base, rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, targets=adapter.targets
+    )
+    kept, kept_with_dropout = _kept_per_token(trained.eval()), _kept_per_token(trained.train())
+    inputs = float(len(layers) * text.hidden_size * dtype.itemsize)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    key_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return StudentSize(
+        base=in_layers * linear + outside * dtype.itemsize,
+        served=2.0 * (in_layers + outside),
+        largest_layer=in_layers / max(1, len(layers)) * linear,
+        elements=sum(value.numel() for value in adapter_parameters(trained).values()),
+        kept=kept,
+        kept_with_dropout=kept_with_dropout,
+        checkpointed=inputs,
+        recomputed=kept_with_dropout / max(1, len(layers)),
+        cache=2.0 * 2 * len(layers) * key_heads * head_dim,
+        vocabulary=text.vocab_size,
+    )
+
+
+def _layers(base: Any) -> list[Any]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _kept_per_token(model: Any) -> float:
+    """Bytes that autograd keeps for a token of a forward pass, without the weights; nothing is computed."""
+    ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device="meta")
+    mask = torch.zeros(1, 1, PROBE_TOKENS, PROBE_TOKENS, dtype=torch.bool, device="meta")  # else the ids are looked at
+    with saved_bytes(model) as kept, _fused_attention():
+        output = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+    del output  # until here what it keeps was alive, so that no two storages had one number
+    return sum(kept.values()) / PROBE_TOKENS
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """On the meta device torch would take the kernel that keeps a matrix of all pairs, which no GPU gets."""
+    usual = torch.nn.functional.scaled_dot_product_attention
+    torch.nn.functional.scaled_dot_product_attention = _Fused.attend
+    try:
+        yield
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = usual
+
+
+class _Fused(torch.autograd.Function):
+    """Keeps what FlashAttention keeps (arXiv 2307.08691): queries, keys, values, output and a number per query."""
+
+    @staticmethod
+    def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        result: Tensor = _Fused.apply(query, key, value)
+        return result
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        normalisers = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+        ctx.save_for_backward(query, key, value, output, normalisers)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise NotImplementedError("only memory is looked at")

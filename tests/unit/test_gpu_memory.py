@@ -1,0 +1,122 @@
+"""What a plan says of GPU memory: against what autograd keeps on a CPU, and what fits which GPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from lorapar_ray.adapters import attach_lora
+from lorapar_ray.cli import app
+from lorapar_ray.config import AdapterConfig, Config, ModelConfig
+from lorapar_ray.config_file import load_config
+from lorapar_ray.errors import UserError
+from lorapar_ray.gpu_memory import Device, StudentSize, memory_lines, needs_of, student_size
+from lorapar_ray.gpus import place
+from lorapar_ray.grpo.memory import kept_bytes_per_token
+
+GIB = 2**30
+LLAMA = Path(__file__).parents[2] / "jobs/configs/gsm8k-llama2-7b.yaml"
+SHARED = [
+    "grpo.rollout_actors=1",
+    "grpo.learners=1",
+    "grpo.rollout_resources.gpus=auto",
+    "grpo.learner_resources.gpus=auto",
+]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The configuration of LLaMA2-7B, whose sizes are the class's defaults, without weights."""
+    folder = tmp_path_factory.mktemp("llama")
+    LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def one_gpu(llama: str) -> Config:
+    return load_config(LLAMA, [f"model.path={llama}", *SHARED])
+
+
+@pytest.fixture(scope="module")
+def size(one_gpu: Config) -> StudentSize:
+    return student_size(one_gpu.model, one_gpu.adapter)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_what_is_kept_is_what_autograd_keeps(tmp_path: Path, dropout: float) -> None:
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, vocab_size=128
+    )
+    config._attn_implementation = "sdpa"
+    config.save_pretrained(tmp_path)
+    adapter = AdapterConfig(rank=4, alpha=8, dropout=dropout)
+    told = student_size(ModelConfig(path=str(tmp_path), dtype="float32"), adapter)
+    model = attach_lora(LlamaForCausalLM(config), rank=4, alpha=8, dropout=dropout).train(dropout > 0)
+    ids = torch.arange(64)[None]
+    seen = kept_bytes_per_token(model, {"input_ids": ids, "position_ids": ids})
+    assert (told.kept_with_dropout if dropout else told.kept) == pytest.approx(seen, rel=0.03)
+    assert told.base == sum(4 * value.numel() for key, value in model.named_parameters() if "lora_" not in key)
+    assert told.elements == sum(value.numel() for key, value in model.named_parameters() if "lora_" in key)
+
+
+def test_llama2_7b_engine_and_learner_share_one_gpu_of_80_gib(one_gpu: Config, size: StudentSize) -> None:
+    engine, learner = needs_of(place(one_gpu, "grpo", 1), "grpo", size)
+    assert (engine.share, learner.share) == (0.6, 0.4)
+    assert 13.5e9 < learner.bytes < learner.share * 80 * GIB
+    assert 13.5e9 < engine.bytes < engine.share * 80 * GIB
+    list(memory_lines(one_gpu, ["score", "sft", "grpo", "evaluate"], size, Device(1, 80 * GIB)))
+
+
+def test_what_cannot_fit_is_refused_behind_the_lines(one_gpu: Config, size: StudentSize) -> None:
+    seen = []
+    with pytest.raises(UserError, match=r"grpo: a learner takes at least 1\d\.\d GiB \(base 12\.6\) and has 12\.0 GiB"):
+        seen.extend(memory_lines(one_gpu, ["grpo"], size, Device(1, 30 * GIB)))
+    with pytest.raises(UserError, match=r"score: a worker .*activations.*score\.batch_tokens"):
+        for line in memory_lines(one_gpu, ["score", "grpo"], size, Device(1, 40 * GIB)):
+            seen.append(line)
+    assert any("learner" in line for line in seen)
+
+
+SMALLER: list[tuple[str, str, Callable[[Any], float]]] = [
+    ("model.quantization=nf4", "grpo", lambda needs: needs[1].parts["base"]),
+    ("score.gradient_checkpointing=true", "score", lambda needs: needs[0].parts["activations"]),
+    ("score.batch_tokens=1024", "score", lambda needs: needs[0].parts["activations"]),
+    ("adapter.rank=4", "sft", lambda needs: needs[0].parts["adapter and moments"]),
+    ("evaluate.engine.enforce_eager=true", "evaluate", lambda needs: needs[0].bytes),
+]
+
+
+@pytest.mark.parametrize(("setting", "stage", "part"), SMALLER)
+def test_what_the_advice_names_takes_less(
+    llama: str, one_gpu: Config, size: StudentSize, setting: str, stage: str, part: Callable[[Any], float]
+) -> None:
+    changed = load_config(LLAMA, [f"model.path={llama}", *SHARED, setting])
+    other = student_size(changed.model, changed.adapter) if setting.startswith(("model", "adapter")) else size
+    before = needs_of(place(one_gpu, stage, 1), stage, size)
+    after = needs_of(place(changed, stage, 1), stage, other)
+    assert part(after) < part(before) - GIB / 10
+
+
+def test_a_plan_shows_it_where_there_are_gpus_and_ends_with_what_cannot_fit(llama: str, tmp_path: Path) -> None:
+    def told(*settings: str) -> Any:
+        tree = yaml.safe_load(LLAMA.read_text())
+        tree["data"] = {name: [{"reader": "file", "path": str(rows)}] for name in ("train", "test")}
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+        options = [word for each in (f"model.path={llama}", *SHARED, *settings) for word in ("--set", each)]
+        command = ["run", str(tmp_path / "c.yaml"), "--dry-run", "--run-dir", str(tmp_path / "run"), *options]
+        return CliRunner().invoke(app, command)
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    assert "GPU memory" not in told("cluster.max_gpus=0").output
+    fits = told("cluster.max_gpus=8", "cluster.gpu_memory_gib=80")
+    assert fits.exit_code == 0, fits.output
+    assert "1 × learner: at least 14.6 GiB" in " ".join(fits.output.split())
+    refused = told("cluster.max_gpus=1", "cluster.gpu_memory_gib=30")
+    assert refused.exit_code != 0
+    assert "score: a worker takes at least" in str(refused.exception)
