@@ -26,7 +26,7 @@ ONE_MACHINE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_HEALTH_CHE
 workers twice a second costs nothing."""
 QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal"}
 """Ray's C++ prints its errors straight into the terminal, such as a warning about any actor pool of Ray Data. What goes
-wrong reaches the driver as an exception or an event too."""
+wrong reaches the driver as an exception or an event too; `--verbose` shows both."""
 
 _started_here = False
 
@@ -54,10 +54,9 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not verbose:
         os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
-    quiet = {} if verbose else QUIET
     logs = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     address = os.environ.get("RAY_ADDRESS", "").strip()
-    with _environment(quiet), _cluster(address, logs) if address and address != "local" else _local(logs):
+    with _cluster(address, logs) if address and address != "local" else _local(logs):
         yield
 
 
@@ -72,7 +71,8 @@ def _cluster(address: str, logs: dict[str, Any]) -> Iterator[None]:
 
     try:
         require_ray_at(address)
-        in_a_thread(lambda: ray.init(address=address, **logs), name="connecting to Ray", timeout_s=JOIN_TIMEOUT_S)
+        with _quiet(logs):
+            in_a_thread(lambda: ray.init(address=address, **logs), name="connecting to Ray", timeout_s=JOIN_TIMEOUT_S)
     except _NO_RAY as error:
         why = one_line(error, 120) or type(error).__name__
         raise UserError(
@@ -91,13 +91,14 @@ def _local(logs: dict[str, Any]) -> Iterator[None]:
     global _started_here
     with local_files() as files, _loopback_only(), _short_ipc_paths(files), _environment(ONE_MACHINE):
         try:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                _temp_dir=str(files.sockets),
-                object_spilling_directory=str(files.spilled),
-                **logs,
-            )
+            with _quiet(logs):
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    _temp_dir=str(files.sockets),
+                    object_spilling_directory=str(files.spilled),
+                    **logs,
+                )
         except _NO_RAY as error:
             raise UserError(
                 f"Ray could not start on this machine with its files in '{files.sockets}' ({one_line(error, 120)}); "
@@ -112,6 +113,26 @@ def _local(logs: dict[str, Any]) -> Iterator[None]:
 
 
 _NO_RAY = (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError, AssertionError)
+
+
+@contextmanager
+def _quiet(logs: dict[str, Any]) -> Iterator[None]:
+    """Let the Ray that is connected to meanwhile print no C++ errors, nor that it has been told so."""
+    if logs["log_to_driver"]:
+        yield
+        return
+    with tempfile.TemporaryFile() as aside, _environment(QUIET):
+        terminal = os.dup(2)
+        os.dup2(aside.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            aside.seek(0)
+            for line in aside:
+                if next(iter(QUIET)).encode() not in line:
+                    os.write(2, line)
 
 
 @contextmanager

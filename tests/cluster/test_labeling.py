@@ -143,6 +143,7 @@ def test_kill_9_on_the_driver_costs_only_the_blocks_in_flight(
     assert votes < kept < 2 * ROWS and not (run.label_summary).exists()
     again = lorapar(*arguments)
     assert again.returncode == 0, again.stderr
+    assert again.stderr == "", "Ray has no line in a good run's output"
     assert complete(run)
     twice = sum(count - 1 for count in noted(log).values())
     assert twice <= asked - kept + 2, (
