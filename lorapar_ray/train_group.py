@@ -14,6 +14,9 @@ from lorapar_ray.network import meet_on_rays_interface
 UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
 """Each is an actor, and so two seconds of a core at every start. Workers read their own files, not Ray's datasets; and
 Ray itself removes a group's resources when the driver ends, which a dead controller makes it do."""
+COLLECTIVE_LIMIT_S = 7200
+"""For one collective operation, on gloo and NCCL alike. Ranks wait in one while rank 0 publishes a policy, and that waits
+up to half an hour for an engine to be rebuilt; a dead rank is found by Ray, not by this."""
 
 
 class _Backend(_TorchBackend):
@@ -32,7 +35,7 @@ class TrainGroup(TorchTrainer):
     """`TorchTrainer` without `UNUSED`, whose processes meet on Ray's network."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, torch_config=_Torch(), **options)
+        super().__init__(*arguments, torch_config=_Torch(timeout_s=COLLECTIVE_LIMIT_S), **options)
 
     def _create_default_callbacks(self) -> list[Any]:
         return [each for each in super()._create_default_callbacks() if not isinstance(each, UNUSED)]
