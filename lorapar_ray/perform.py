@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.fingerprints import meaning
 from lorapar_ray.gpus import place
 from lorapar_ray.progress import console, noted_in
+from lorapar_ray.run_metrics import report_progress
 from lorapar_ray.runs import PROGRESS, RunDirectory
 from lorapar_ray.stages import Stage
 from lorapar_ray.standing import written
@@ -71,7 +73,8 @@ def performing(
     notes: dict[str, Any] = {}
     finished = False
     try:
-        with of_the_machine(run, name), growing(config.cluster), noted_in(run.work / PROGRESS):
+        noted = noted_in(run.work / PROGRESS, partial(report_progress, config.name))
+        with of_the_machine(run, name), growing(config.cluster), noted:
             yield notes
         finished = True
     finally:

@@ -35,13 +35,19 @@ LOG_EVERY_S = 10.0
 NOTE_EVERY_S = 2.0
 FEW = 10
 
-_note: ContextVar[Path | None] = ContextVar("note", default=None)
+Report = Callable[[str, int], Callable[[int], None]]
+"""(name of the work, the count at which it is done) → what takes the count so far."""
+
+_note: ContextVar[tuple[Path, Report] | None] = ContextVar("note", default=None)
 
 
 @contextmanager
-def noted_in(file: Path) -> Iterator[None]:
-    """Write down in `file` how far the work of the block is, for `lorapar status`; the file goes when it ends."""
-    token = _note.set(file)
+def noted_in(file: Path, report: Report) -> Iterator[None]:
+    """Write down in `file` how far the work of the block is, for `lorapar status`; the file goes when it ends.
+
+    `report` is told, too.
+    """
+    token = _note.set((file, report))
     try:
         yield
     finally:
@@ -60,9 +66,9 @@ def progress(what: str, total: int, poll: Callable[[], tuple[int, str]]) -> Iter
     """
     stop = threading.Event()
     draw = _bar if console.is_terminal else _lines
-    file = _note.get()
-    if file is not None:
-        threading.Thread(target=_note_down, args=(file, what, total, poll, stop), daemon=True).start()
+    note = _note.get()
+    if note is not None:
+        threading.Thread(target=_note_down, args=(*note, what, total, poll, stop), daemon=True).start()
     painter = threading.Thread(target=draw, args=(what, total, poll, stop), daemon=True)
     painter.start()
     try:
@@ -72,10 +78,13 @@ def progress(what: str, total: int, poll: Callable[[], tuple[int, str]]) -> Iter
         painter.join()
 
 
-def _note_down(file: Path, what: str, total: int, poll: Callable[[], tuple[int, str]], stop: threading.Event) -> None:
-    pace = Pace(total)
+def _note_down(
+    file: Path, report: Report, what: str, total: int, poll: Callable[[], tuple[int, str]], stop: threading.Event
+) -> None:
+    pace, told = Pace(total), report(what, total)
     while not stop.is_set():
         done, remark = poll()
+        told(done)
         note = {"what": what, "done": done, "total": total, "left": pace.left(done), "remark": remark}
         with suppress(OSError, UserError):  # a full disk ends the stage with its own words
             write_json(file, {**note, "now": time.time()})

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorapar_ray.run_metrics import report_figures
 from lorapar_ray.tracking import PROJECT
 
 Write = Callable[[Mapping[str, float], int], None]
@@ -28,16 +29,8 @@ class Curves:
 
 
 def _ray_metrics(run: str, stage: str) -> Write:
-    """One gauge, `lorapar_<stage>`, with the figure's name as a tag: Prometheus and the Ray dashboard read it."""
-    from ray.util.metrics import Gauge
-
-    gauge = Gauge(f"lorapar_{stage}", f"Figures of the last step of {stage}", tag_keys=("run", "figure"))
-
-    def write(figures: Mapping[str, float], step: int) -> None:
-        for name, value in figures.items():
-            gauge.set(value, {"run": run, "figure": name})
-
-    return write
+    report = report_figures(run, stage)
+    return lambda figures, step: report(figures)
 
 
 def _tensorboard(run: str, folder: Path) -> Write:

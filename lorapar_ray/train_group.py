@@ -15,8 +15,8 @@ UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
 """Each is an actor, and so two seconds of a core at every start. Workers read their own files, not Ray's datasets; and
 Ray itself removes a group's resources when the driver ends, which a dead controller makes it do."""
 COLLECTIVE_LIMIT_S = 7200
-"""For one collective operation, on gloo and NCCL alike. Ranks wait in one while rank 0 publishes a policy, and that waits
-up to half an hour for an engine to be rebuilt; a dead rank is found by Ray, not by this."""
+"""For one collective operation, on gloo and NCCL alike. Ranks wait in one while rank 0 publishes a policy, which may
+take half an hour for an engine to be rebuilt; a dead rank is found by Ray, not by this."""
 
 
 class _Backend(_TorchBackend):

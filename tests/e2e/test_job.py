@@ -10,9 +10,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -20,6 +22,7 @@ from lorapar_ray.pipeline import STAGES
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.test_interruption import copy_before
 from tests.tiny_run import ROOT, metrics
+from tests.unit.test_dashboard import figures
 
 pytestmark = pytest.mark.e2e
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -33,9 +36,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def cluster(environment: dict[str, str], folder: str) -> Iterator[str]:
-    """Two nodes with a token; yields the dashboard's address."""
+def cluster(environment: dict[str, str], folder: str) -> Iterator[tuple[str, list[str]]]:
+    """Two nodes with a token; yields the dashboard's address, and where Prometheus would read each node's metrics."""
     port, dashboard = free_port(), free_port()
+    exporters: list[str] = []
     common = ["--disable-usage-stats", "--block", "--node-ip-address=127.0.0.1"]
     head = [RAY, "start", "--head", f"--port={port}", "--num-cpus=0", f"--dashboard-port={dashboard}"]
     worker = [RAY, "start", f"--address=127.0.0.1:{port}", "--num-cpus=3", "--labels=group=work"]
@@ -43,18 +47,48 @@ def cluster(environment: dict[str, str], folder: str) -> Iterator[str]:
     try:
         for start in ([*head, f"--temp-dir={folder}"], worker):
             agent = f"--dashboard-agent-listen-port={free_port()}"  # another Ray on this machine has the default one
-            node = subprocess.Popen([*start, *common, agent], env=environment, stdout=subprocess.PIPE, text=True)
+            metrics_port = free_port()
+            exporters.append(f"http://127.0.0.1:{metrics_port}/metrics")
+            agent_options = [agent, f"--metrics-export-port={metrics_port}"]
+            node = subprocess.Popen(
+                [*start, *common, *agent_options], env=environment, stdout=subprocess.PIPE, text=True
+            )
             nodes.append(node)
             assert node.stdout is not None
             for line in node.stdout:
                 if "--block" in line or "Ray runtime started" in line:
                     break
-        yield f"http://127.0.0.1:{dashboard}"
+        yield f"http://127.0.0.1:{dashboard}", exporters
     finally:
         for node in reversed(nodes):
             node.terminate()
         for node in nodes:
             node.wait(60)
+
+
+@contextmanager
+def watched(exporters: list[str]) -> Iterator[set[str]]:
+    """Collects our metrics as Prometheus would while the block runs: `name figure` or `name work` of each."""
+    seen: set[str] = set()
+    stop = threading.Event()
+
+    def scrape() -> None:
+        while not stop.wait(1.0):
+            for place in exporters:
+                with suppress(OSError), urlopen(place, timeout=5) as answer:
+                    text = answer.read().decode()
+                    seen.update(
+                        " ".join(each)
+                        for each in re.findall(r'^ray_(lorapar_\w+)\{.*?(?:figure|work)="([^"]+)"', text, re.M)
+                    )
+
+    scraper = threading.Thread(target=scrape)
+    scraper.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        scraper.join()
 
 
 def test_a_submitted_job_finishes_the_pipeline(finished: FinishedRun, tmp_path: Path) -> None:
@@ -80,7 +114,8 @@ def test_a_submitted_job_finishes_the_pipeline(finished: FinishedRun, tmp_path: 
 
     with (
         tempfile.TemporaryDirectory(prefix="lorapar-job-", ignore_cleanup_errors=True) as temporary,
-        cluster(environment, temporary) as address,
+        cluster(environment, temporary) as (address, exporters),
+        watched(exporters) as seen,
     ):
         stranger = submit(address, RAY_AUTH_TOKEN=secrets.token_hex(32))
         elsewhere = submit(address, "--set", "model.path=/no/such/model")
@@ -101,6 +136,8 @@ def test_a_submitted_job_finishes_the_pipeline(finished: FinishedRun, tmp_path: 
     assert first.returncode == 0 and first.stdout == f"submitted {job} at {address}\n"
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert done.stdout.startswith(f"following {job} at {address}\n")
+    shown = {f"lorapar_grpo {figure}" for figure in figures("grpo")}
+    assert shown | {"lorapar_done grpo", "lorapar_total evaluate"} <= seen, sorted(seen)
     assert token not in first.stdout + done.stdout + done.stderr
     lines = metrics(run, "grpo")
     assert len(lines) == 4 and all(0 < line["reward/judge"] < 1 and line["reward_failures"] == 0 for line in lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,15 +34,20 @@ def test_a_run_that_was_interrupted(run: RunDirectory) -> None:
 
 def test_a_run_at_work(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorapar_ray.progress.NOTE_EVERY_S", 0.01)
-    counts = iter([2, 3, *[6] * 10_000])
+    counts, told = iter([2, 3, *[6] * 10_000]), []
+
+    def report(what: str, total: int) -> Callable[[int], None]:
+        return lambda done: told.append((what, done, total))
+
     with run_lock(run.root):
         assert next(line for line in lines(run) if "score" in line).split() == ["▶", "score", "starting"]
-        with noted_in(run.work / PROGRESS), progress("score", 10, lambda: (next(counts), "loss 0.5\x1b[2J")):
+        with noted_in(run.work / PROGRESS, report), progress("score", 10, lambda: (next(counts), "loss 0.5\x1b[2J")):
             deadline = time.monotonic() + 20
             while "6/10" not in (line := next(line for line in lines(run) if "score" in line)):
                 assert time.monotonic() < deadline
         assert line.startswith("▶ score      score 6/10") and line.endswith("loss 0.5\\x1b[2J")
         assert not (run.work / PROGRESS).exists()
+        assert {("score", 2, 10), ("score", 6, 10)} <= set(told)
         write_json(run.work / PROGRESS, {"done": "many"})
         assert next(line for line in lines(run) if "score" in line).split() == ["▶", "score", "starting"]
     assert "nobody is at work" in next(iter(lines(run)))

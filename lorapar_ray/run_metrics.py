@@ -1,0 +1,43 @@
+"""What Prometheus can read of a run at work, through Ray's own metrics: `cluster/grafana/lorapar.json` draws it.
+
+Ray puts `ray_` before these names. Every process that sets one does so for itself; there is no service to start.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+
+PROGRESS_METRICS = ("lorapar_done", "lorapar_total")
+"""Gauges of every stage, by `run` and `work` (what its progress bar is called)."""
+FIGURE_METRICS = ("lorapar_sft", "lorapar_grpo")
+"""Gauges of the training stages, by `run` and `figure`: the numbers of a step, as in `metrics/<stage>.jsonl`."""
+
+
+def report_progress(run: str, work: str, total: int) -> Callable[[int], None]:
+    """A function that takes the count so far; without Ray in this process it does nothing."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return lambda done: None
+    from ray.util.metrics import Gauge
+
+    words = ("Units of work that are done", "Units of work in all")
+    done_gauge, total_gauge = (
+        Gauge(name, text, tag_keys=("run", "work")) for name, text in zip(PROGRESS_METRICS, words, strict=True)
+    )
+    tags = {"run": run, "work": work}
+    total_gauge.set(total, tags)
+    return lambda done: done_gauge.set(done, tags)
+
+
+def report_figures(run: str, stage: str) -> Callable[[Mapping[str, float]], None]:
+    """A function that takes a step's figures."""
+    from ray.util.metrics import Gauge
+
+    gauge = Gauge(f"lorapar_{stage}", f"Figures of the last step of {stage}", tag_keys=("run", "figure"))
+
+    def write(figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            gauge.set(value, {"run": run, "figure": name})
+
+    return write
