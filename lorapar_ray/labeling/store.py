@@ -118,7 +118,7 @@ class VoteStore:
             raise UserError(
                 f"label.cache: '{self._path}' cannot be written ({error.strerror}); name another"
             ) from error
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter of names that are no text
             raise UserError(
                 f"label.cache: '{self._path}' is not a vote cache ({error}); delete it or name another"
             ) from error
