@@ -99,7 +99,7 @@ def tiny_config(student: Path) -> dict[str, Any]:
 def write_config(path: Path, config: dict[str, Any]) -> Path:
     """The config as a YAML file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    path.write_text(yaml.dump(config, Dumper=yaml.CSafeDumper, sort_keys=False))  # ten times as fast as `safe_dump`
     return path
 
 

@@ -25,6 +25,7 @@ HUMANEVAL = {
 }
 
 
+@pytest.mark.slow
 def test_programs_are_rewarded_for_passing_their_tests() -> None:
     completions = [
         *(f"Here it is:\n{ADD}\nDone.", "def add(a, b):\n    return a - b", "while True: pass", "no program", ADD),

@@ -29,7 +29,7 @@ def load(folder: Path, content: bytes, *overrides: str) -> Config | None:
     file.write_bytes(content)
     config: Config | None = one_line_or_accepted(lambda: load_config(file, overrides))
     if config is not None:
-        again = yaml.safe_load(config.to_yaml())
+        again = yaml.load(config.to_yaml(), Loader=yaml.CSafeLoader)
         assert isinstance(again, dict) and again["name"] == config.name
     return config
 
@@ -40,6 +40,7 @@ def test_a_damaged_file(tmp_path_factory: pytest.TempPathFactory, content: bytes
     load(tmp_path_factory.getbasetemp(), content)
 
 
+@pytest.mark.slow
 @fuzzed(350)
 @given(tree=st.one_of(changed(WRITTEN), changed(WHOLE)))
 def test_a_field_of_another_kind(tmp_path_factory: pytest.TempPathFactory, tree: Any) -> None:

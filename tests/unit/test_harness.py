@@ -477,6 +477,7 @@ def test_real_files_are_read_whole() -> None:
     assert len(groups["mmlu"]) == 57 and "mmlu_anatomy" in groups["mmlu_stem"]
 
 
+@pytest.mark.slow
 def test_a_command_that_is_refused_leaves_nothing_that_refuses_the_next(tmp_path: Path) -> None:
     model, out = tmp_path / "model", tmp_path / "out"
     model.mkdir()

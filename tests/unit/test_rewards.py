@@ -163,6 +163,7 @@ def test_the_first_failure_is_told(name: str, text: str) -> None:
     assert text in scored.errors[reward]
 
 
+@pytest.mark.slow
 def test_a_reward_process_is_contained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     monkeypatch.setenv("HF_TOKEN", "hf-very-secret")

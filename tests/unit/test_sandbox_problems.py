@@ -72,6 +72,7 @@ def test_humaneval(sandbox: Sandbox) -> None:
     check(sandbox, [row["task_id"] for row in rows], right, changed)
 
 
+@pytest.mark.slow
 def test_mbpp(sandbox: Sandbox) -> None:
     rows = mbpp()
     right = [mbpp_job(row, row["code"]) for row in rows]
