@@ -2,7 +2,7 @@
 
     python jobs/benchmarks/data_path.py [--quick] [--rows N] --json FILE
 
-N questions (a million; --quick: 20,000) and a tenth of them, each in a process of its own, go through label (one
+N questions (a million; --quick: 100,000) and a tenth of them, each in a process of its own, go through label (one
 simulated teacher without latency), score (8 examples of each System), partition and stage 1's first step, on a random
 model of two layers. Memory is the driver's own, resident and not backed by files, at its peak in each stage. Last, what
 the labelled questions cost a process: as the memory-mapped token file, beside all of them as Python rows (`to_pylist`).
@@ -30,10 +30,12 @@ from lorapar_ray.pipeline import run_stage
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.session import ray_session
 
-ROWS, QUICK = 1_000_000, 20_000
+ROWS, QUICK = 1_000_000, 100_000
 STAGES = ("label", "score", "partition", "sft")
 FLAT = 1.25
 """Of the peak at a tenth of the rows, what counts as flat."""
+AT_ONCE = 1024
+"""Questions in flight, and in a block: nobody waits for a teacher here, and each block is a task of Ray's."""
 MIB = 2**20
 
 
@@ -109,7 +111,13 @@ def fields(folder: Path, count: int) -> dict[str, Any]:
         "name": "data-path",
         "model": {"path": tiny_model(folder / "student"), "dtype": "float32"},
         "data": {"train": [{"reader": "file", "path": str(source)}]},
-        "label": {"teachers": [teacher], "calibration": "none", "quorum": 1, "concurrency": 256},
+        "label": {
+            "teachers": [teacher],
+            "calibration": "none",
+            "quorum": 1,
+            "concurrency": AT_ONCE,
+            "rows_per_block": AT_ONCE,
+        },
         "adapter": {"rank": 4, "alpha": 8, "init": "gaussian"},
         "score": {"examples_per_system": 8, "unit_size": 8, "max_length": 64},
         "sft": {"max_steps": 1, "batch_size": 8, "max_length": 64},
