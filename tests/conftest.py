@@ -18,8 +18,15 @@ pytest_plugins = ["tests.chaos"]
 settings.register_profile("any-machine", deadline=None)  # a busy machine is no failure
 settings.load_profile("any-machine")
 
-FIRST = ("tests/e2e/test_pipeline.py", "tests/cluster", "tests/e2e")
-"""The run that the other end-to-end tests start from is made while another process tests without it."""
+FIRST = (
+    *(f"tests/{name}.py" for name in ("e2e/test_pipeline", "cluster/test_sft", "cluster/test_scoring")),
+    *(f"tests/e2e/test_{name}.py" for name in ("grpo_policy", "job", "evaluate", "grpo_recovery", "interruption")),
+    *(f"tests/cluster/test_{name}.py" for name in ("labeling", "learners", "bad_input")),
+    *("tests/e2e", "tests/cluster"),
+    *(f"tests/unit/test_{name}.py" for name in ("sandbox_attacks", "fuzz_files", "fuzz_config", "rewards", "chat")),
+)
+"""The longest files first, so that the processes which share the tests end together; while one makes the run that most
+of tests/e2e start from, another tests without it. Files that share a process's Ray follow each other."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
