@@ -7,7 +7,7 @@ LOCK := requirements/cpu.txt
 JOBS ?= 2
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: quickstart test test-fast test-chaos test-cluster lint docs setup lock clean
+.PHONY: quickstart test test-fast test-chaos test-cluster coverage lint docs setup lock clean
 
 quickstart: setup
 	$(BIN)/lorapar run jobs/configs/quickstart.yaml
@@ -32,6 +32,14 @@ test-chaos: setup
 # The pipeline over several machines made of Linux namespaces, and their losses: as root, some minutes.
 test-cluster: setup
 	$(BIN)/python -m pytest -m hosts tests/hosts
+
+# Lines of the package that the tests run, in Ray's and vLLM's processes too; TESTS=tests for all of them.
+TESTS ?= tests/unit
+coverage: setup
+	rm -f .coverage .coverage.*
+	LORAPAR_CHAOS_SEED=$(SEED) $(BIN)/python -m coverage run -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 lint: setup docs
 	$(BIN)/ruff check .
