@@ -46,7 +46,7 @@ def _steps_of(path: Path, workers: int) -> int | None:
     try:
         state = json.loads((path / STATE).read_text())
         step = int(state["global_step"])
-    except (OSError, ValueError, OverflowError, RecursionError, KeyError, TypeError):  # killed before or while it was written
+    except (OSError, ValueError, OverflowError, RecursionError, KeyError, TypeError):  # half written
         return None
     try:
         found = load_tree(path / _rng_file(0))
