@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -232,34 +232,29 @@ def _run_batch(units: Sequence[Unit], out: Path, failed: list[str]) -> None:
     for number in range(1 + len(firsts)):
         if number:
             run_at_once(going, firsts[number - 1])
-        for unit in list(going):
-            stages = unit.parts(firsts)[number]
-            if not stages:
-                continue
-            console.print(unit.title)
-            with _reported(unit, out, failed):
-                unit.run.open(unit.config)
-                _run(unit, out, stages)
-                continue
-            going.remove(unit)
+        going = [unit for unit in going if _run_part(unit, unit.parts(firsts)[number], out, failed)]
 
 
-@contextmanager
-def _reported(unit: Unit, out: Path, failed: list[str]) -> Iterator[None]:
-    """Note why a run ends early; the others end all the same."""
+def _run_part(unit: Unit, stages: Sequence[str], out: Path, failed: list[str]) -> bool:
+    """Run some stages of a unit; tells whether they ended. Why not is noted: the other arms end all the same."""
+    if not stages:
+        return True
+    console.print(unit.title)
     try:
-        yield
-    except Exception as error:
-        said = (
-            one_line(error, 300) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error, 200)}"
-        )
-        if not isinstance(error, UserError):
-            file = out / "failures" / f"{unit.folder.name}.txt"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(redact(traceback.format_exc()))
-            said += f" (a defect: the whole of it is in '{file}')"
-        failed.append(f"{unit.title}: {said}")
-        console.print(f"  {failed[-1]}")
+        unit.run.open(unit.config)
+        _run(unit, out, stages)
+    except UserError as error:
+        said = one_line(error, 300)
+    except Exception as error:  # a defect of ours or of a library's
+        file = out / "failures" / f"{unit.folder.name}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(redact(traceback.format_exc()))
+        said = f"{type(error).__name__}: {one_line(error, 200)} (the whole of it is in '{file}')"
+    else:
+        return True
+    failed.append(f"{unit.title}: {said}")
+    console.print(f"  {failed[-1]}")
+    return False
 
 
 def _finished(unit: Unit) -> bool:

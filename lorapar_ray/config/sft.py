@@ -65,7 +65,7 @@ class SftConfig(Section):
     """How a GPU is given a step's operations. `none`: one by one. `graphs`: one CUDA graph per bucket of lengths,
     which frees a small model's step from its launches. `compile`: graphs of compiled layers; compiling takes a
     minute. `auto`: graphs, compiled where the job is long enough to gain. On a CPU, and with gradient checkpointing,
-    a sharded or a 4-bit base, it is always `none`."""
+    a sharded or a 4-bit base, it is always `none`; arms that train at once are never compiled."""
     checkpoint_every: Operation[PositiveInt] = 50
     """Steps between two checkpoints."""
     validation: Result[Annotated[float, Field(ge=0, lt=1)]] = 0.0

@@ -178,6 +178,8 @@ def passes_of(
     if chosen == "auto":
         work = 6.0 * sum(parameter.numel() for parameter in model.parameters()) * tokens
         chosen = "graphs" if work < COMPILE_FROM else "compile"
+    if chosen == "compile" and arms is not None:
+        chosen = "graphs"  # a compiled layer would be compiled again for each number of tokens
     if not graphs or chosen == "none":
         return EagerPasses(model, parameters, device, arms)
     if chosen == "compile":

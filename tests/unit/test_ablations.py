@@ -24,7 +24,7 @@ from lorapar_ray.datasets.rows import iterate_rows
 from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.keys import teacher_keys
 from lorapar_ray.labeling.store import VoteStore, question_key
-from lorapar_ray.pipeline import is_done, run_stage
+from lorapar_ray.pipeline import PIPELINE, is_done, run_stage, run_together
 from lorapar_ray.runs import RunDirectory
 from tests.tiny_run import ROOT, tiny_config, write_config
 from tests.unit.votes import answer
@@ -76,6 +76,36 @@ def test_a_stage_of_equal_inputs_is_copied(tmp_path: Path) -> None:
         assert is_done(unit.config, unit.run, "label") is same
     copied = {path.name: path.read_bytes() for path in second.run.labels.iterdir()}
     assert copied == {path.name: path.read_bytes() for path in first.run.labels.iterdir()}
+
+
+def test_a_stage_of_several_runs_is_recorded_in_each_as_if_it_had_run_alone(tmp_path: Path) -> None:
+    file = write_config(tmp_path / "tiny.yaml", tiny_config(Path("student")) | {"label": {"strategy": "random"}})
+    plan = make_plan("mask", file, [], tmp_path / "out", seeds=[1, 2, 3], only=["importance"], rates=[1])
+    *together, alone = [(unit.config, unit.run) for unit in plan.units({})]
+    for config, run in (*together, alone):
+        run.open(config)
+
+    def cut_off(members: list[Any]) -> list[dict[str, Any]]:
+        PIPELINE["label"].run(*members[0])
+        raise UserError("no room")
+
+    with pytest.raises(UserError, match="no room"):
+        run_together("label", together, cut_off)
+    assert [run.entry("label")["status"] for _, run in together] == ["started", "started"]
+    assert not any((run.root / "lock.json").exists() for _, run in together)
+    asked: list[int] = []
+
+    def work(members: list[Any]) -> list[dict[str, Any]]:
+        asked.append(len(members))
+        return [PIPELINE["label"].run(*member) for member in members]
+
+    run_stage(*together[1], "label")  # one goes on alone, the rest together
+    run_together("label", [*together, alone], work)
+    run_together("label", [*together, alone], work)
+    assert asked == [2]
+    assert all(is_done(config, run, "label") for config, run in (*together, alone))
+    entries = [run.entry("label") for _, run in (together[0], together[1])]
+    assert entries[0].keys() == entries[1].keys() and entries[0]["labelled"] > 0
 
 
 def test_runs_of_one_shape_train_at_once(tmp_path: Path) -> None:

@@ -215,16 +215,22 @@ def test_an_arm_that_diverges_leaves_the_others_as_they_are(tmp_path: Path) -> N
     require_alike(THREE[1], tmp_path / "together" / "b", other, tmp_path / "b", theirs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_losses_and_gradients_are_each_arms_own(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "checkpointing"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)]
+)
+def test_losses_and_gradients_are_each_arms_own(dtype: torch.dtype, checkpointing: bool) -> None:
     trials = [Trial(str(seed), seed, 1.0) for seed in (1, 2, 3)]
     model = ManyAdapters(tiny().to(dtype), [each.state() for each in trials], [2.0] * 3, dropout=0.0, device=CPU)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
     own = [[[each] for each in examples(6)[:2]], [[each] for each in examples(6)[2:4]], [[examples(6)[4]], []]]
     rows = collate([row for each in own for row in each], packed=False, filler=0, buckets=True, arms=3)
     again = rows_in(torch.cat([tensor.flatten() for tensor in rows.tensors()]), rows.shape)
     assert all(torch.equal(a, b) for a, b in zip(again.tensors(), rows.tensors(), strict=True))
     losses = arm_losses(model, again)
-    gradients = torch.autograd.grad(losses.sum(), model.stacks())
+    losses.sum().backward()  # what checkpointing computes again it computes here
+    gradients = [stack.grad for stack in model.stacks()]
     for number, trial in enumerate(trials):
         peft = attach_lora(tiny().to(dtype), rank=RANK, alpha=ALPHA)
         parameters = adapter_parameters(peft)
@@ -232,14 +238,16 @@ def test_losses_and_gradients_are_each_arms_own(dtype: torch.dtype) -> None:
             parameters[key].data.copy_(value)
         loss = summed_loss(peft, collate(own[number], packed=False, filler=0))
         tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
-        torch.testing.assert_close(losses[number], loss, **tolerance)
+        torch.testing.assert_close(losses[number].detach(), loss.detach(), **tolerance)
         names = {id(stack): place for place, stack in enumerate(model.stacks())}
         theirs = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
         assert len(names) == len(theirs)
         for key in model.parameters_of(number):
             layer = model._layers[key.partition(".lora_")[0]]
             stack = layer.lora_A if ".lora_A." in key else layer.lora_B
-            mine = gradients[names[id(stack)]][number]
+            gradient = gradients[names[id(stack)]]
+            assert gradient is not None
+            mine = gradient[number]
             scale = float(theirs[key].abs().max())
             torch.testing.assert_close(
                 mine, theirs[key], rtol=1e-3, atol=(1e-4 if dtype == torch.float32 else 0.1) * scale
