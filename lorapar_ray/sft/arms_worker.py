@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from lorapar_ray.boundary import read_object
 from lorapar_ray.config import AdapterConfig, ModelConfig, SftConfig
 from lorapar_ray.sft.worker import SftJob, masks_of, optimizer_of, passes_of, prepared, this_worker
 
@@ -29,7 +29,7 @@ def train_arms_worker(payload: dict[str, Any]) -> None:
     jobs = [SftJob(**each) for each in payload["jobs"]]
     every = [SftConfig.model_validate(job.settings) for job in jobs]
     first, worker = jobs[0], this_worker()
-    configs = [_adapter_config(Path(job.adapter_in)) for job in jobs]
+    configs = [read_object(Path(job.adapter_in) / "adapter_config.json") for job in jobs]
     states = [read_adapter_state(Path(job.adapter_in)) for job in jobs]
     model_config = ModelConfig.model_validate(first.model)
     torch.manual_seed(first.seed)
@@ -77,8 +77,3 @@ def scaling_of(config: Mapping[str, Any]) -> float:
     """LoRA's scaling by an `adapter_config.json`."""
     rank = float(config["r"])
     return float(config["lora_alpha"]) / (sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _adapter_config(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-    return found

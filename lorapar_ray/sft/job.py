@@ -30,8 +30,7 @@ def train_stage1(config: Config, run: RunDirectory) -> dict[str, Any]:
     """
     job, notes = stage1_job(config, run)
     _run(job, config.sft, notes["examples"], "sft", run)
-    if residual(config):
-        export_plain(run.adapter, run.sft / "trained", run.sft / "adapter", config.model.path)
+    export_if_residual(config, run)
     return notes
 
 
@@ -50,6 +49,12 @@ def stage1_job(config: Config, run: RunDirectory) -> tuple[SftJob, dict[str, Any
     trained_on = count - validation_rows(count, config.sft.validation)
     job = _job(config, run, config.sft, chosen, "sft", starting_adapter(config, run, "sft"), out, regions)
     return job, {"examples": trained_on, "steps": steps_in(config.sft, trained_on)}
+
+
+def export_if_residual(config: Config, run: RunDirectory) -> None:
+    """Write what a residual base's adapter has become as a plain one for the original base."""
+    if residual(config):
+        export_plain(run.adapter, run.sft / "trained", run.sft / "adapter", config.model.path)
 
 
 def residual(config: Config) -> bool:

@@ -11,15 +11,15 @@ from typing import Any
 from lorapar_ray.boundary import last_line
 from lorapar_ray.config import Config
 from lorapar_ray.config.marks import deciding
+from lorapar_ray.errors import UserError
 from lorapar_ray.files import digest
 from lorapar_ray.progress import progress
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.arms_worker import train_arms_worker
-from lorapar_ray.sft.job import stage1_job
+from lorapar_ray.sft.job import export_if_residual, residual, stage1_job
 from lorapar_ray.sft.worker import SftJob
 from lorapar_ray.workers import run_workers
 
-INITS = ("default", "gaussian")
 SHARED_ADAPTER = ("rank", "dropout", "targets")
 OWN = {
     *("systems", "masked", "learning_rate", "lora_plus_ratio", "schedule", "warmup_ratio", "weight_decay", "betas"),
@@ -32,7 +32,7 @@ def why_alone(config: Config) -> str | None:
     """Why a run's stage 1 cannot share a base with any other's, as a setting; None: it can."""
     if config.adapter.method != "lora":
         return f"adapter.method: {config.adapter.method}"
-    if config.adapter.init not in INITS:
+    if config.adapter.init == "adapter":  # its rank and its targets are its own
         return f"adapter.init: {config.adapter.init}"
     if config.sft.sharding != "none":
         return f"sft.sharding: {config.sft.sharding}"
@@ -44,6 +44,9 @@ def shape_of(config: Config) -> str:
     sft = {key: value for key, value in config.sft.model_dump(mode="json").items() if key not in OWN}
     adapter = {key: getattr(config.adapter, key) for key in SHARED_ADAPTER}
     model = {key: value.value for key, value in deciding(config.model).items()} | {"attention": config.model.attention}
+    if residual(config):  # what the base has lost
+        adapter |= {"init": config.adapter.init, "alpha": config.adapter.alpha}
+        adapter |= {"seed": config.seed} if config.adapter.init == "pissa_fast" else {}
     return digest(json.loads(json.dumps([model, adapter, sft], default=str)))
 
 
@@ -57,10 +60,11 @@ def train_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[dict[
         what each one's manifest says of it.
 
     Raises:
-        UserError: as `train_stage1`, of any of them.
+        UserError: as `train_stage1`, of any of them, or their residual bases are not the same.
     """
     made = [stage1_job(config, run) for config, run in members]
     jobs, notes = [job for job, _ in made], [note for _, note in made]
+    require_one_base([(run, job.base) for (_, run), job in zip(members, jobs, strict=True)])
     config, run = members[0]
     with progress(f"sft × {len(jobs)}", sum(note["steps"] for note in notes), lambda: steps_of_all(jobs)):
         run_workers(
@@ -71,9 +75,22 @@ def train_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[dict[
             resources=config.sft.resources,
             storage=run.work / "ray",
         )
-    for job in jobs:
+    for (config, run), job in zip(members, jobs, strict=True):
         shutil.rmtree(job.checkpoints, ignore_errors=True)
+        export_if_residual(config, run)
     return notes
+
+
+def require_one_base(bases: Sequence[tuple[RunDirectory, str]]) -> None:
+    """Check that runs train on the same base, each of which may have a copy of its own.
+
+    Raises:
+        UserError: the copies differ.
+    """
+    if len({base for _, base in bases}) == 1:
+        return
+    if len({run.fingerprints.of_input(base) for run, base in bases}) > 1:
+        raise UserError("the residual bases of these runs differ: each trains against its own")
 
 
 def steps_of_all(jobs: Sequence[SftJob]) -> tuple[int, str]:
@@ -82,6 +99,5 @@ def steps_of_all(jobs: Sequence[SftJob]) -> tuple[int, str]:
     if not last:
         return 0, "starting workers"
     losses = ", ".join(f"{line['loss']:.3f}" for line in last)
-    return sum(
-        line["step"] for line in last
-    ), f"loss {losses} · {sum(line['tokens_per_s'] for line in last):.0f} tokens/s"
+    speed = sum(line["tokens_per_s"] for line in last)
+    return sum(line["step"] for line in last), f"loss {losses} · {speed:.0f} tokens/s"

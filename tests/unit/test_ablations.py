@@ -26,6 +26,7 @@ from lorapar_ray.labeling.keys import teacher_keys
 from lorapar_ray.labeling.store import VoteStore, question_key
 from lorapar_ray.pipeline import PIPELINE, is_done, run_stage, run_together
 from lorapar_ray.runs import RunDirectory
+from lorapar_ray.sft.together import require_one_base
 from tests.tiny_run import ROOT, tiny_config, write_config
 from tests.unit.votes import answer
 
@@ -123,12 +124,26 @@ def test_runs_of_one_shape_train_at_once(tmp_path: Path) -> None:
     assert sizes("mask", "sft.arms_at_once=1") == [[name] for name in mask]
     assert sizes("mask", seeds=[1, 2], only=["random"]) == [["random", "random"]]
     assert sizes("mask", "sft.sharding=fsdp2", only=["random", "swapped"]) == [["random"], ["swapped"]]
-    stage1 = [["lora", "lora-par", "random-mask"], ["pissa"], ["lora-par-pissa"], ["random-mask-pissa"]]
-    assert sizes("stage1") == stage1
-    plan = make_plan("stage1", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1])
+    lora, pissa = ["lora", "lora-par", "random-mask"], ["pissa", "lora-par-pissa", "random-mask-pissa"]
+    assert sizes("stage1") == [lora, pissa]
+    assert sizes("stage1", "sft.sharding=fsdp2") == [[name] for name in (*lora, *pissa)]
+    plan = make_plan("peft", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1, 2])
     shown = "\n".join(described(plan))
-    assert "stage 1 of 3 runs trains at once, up to 3 adapters on one frozen base" in shown
-    assert "stage 1 of pissa trains alone: adapter.init: pissa" in shown and "lora-par trains" not in shown
+    assert "stage 1 of 4 runs trains at once, up to 2 adapters on one frozen base" in shown
+    assert "stage 1 of ia3 trains alone: adapter.method: ia3" in shown and "of lora trains" not in shown
+
+
+def test_residual_bases_are_compared_by_what_they_hold(tmp_path: Path) -> None:
+    runs = [RunDirectory(tmp_path / name) for name in "abc"]
+    for number, run in enumerate(runs):
+        base = run.adapter / "base"
+        base.mkdir(parents=True)
+        (base / "model.safetensors").write_bytes(b"same" if number < 2 else b"other")
+    bases = [(run, str(run.adapter / "base")) for run in runs]
+    require_one_base(bases[:2])
+    with pytest.raises(UserError, match="residual bases of these runs differ"):
+        require_one_base(bases)
+    require_one_base([(runs[0], "package:x"), (runs[2], "package:x")])
 
 
 def test_shuffled_labels_are_the_votes_dealt_anew_and_no_teacher_is_asked_twice(tmp_path: Path) -> None:
