@@ -21,7 +21,7 @@ from lorapar_ray.sft.batches import plan_batches
 from lorapar_ray.sft.checkpoint import last_checkpoint
 from lorapar_ray.sft.loop import TrainingLoop
 from lorapar_ray.sft.loss import arm_losses, summed_loss
-from lorapar_ray.sft.passes import EagerPasses
+from lorapar_ray.sft.passes import EagerPasses, GraphPasses
 from lorapar_ray.sft.rows import collate, rows_in
 from lorapar_ray.sft.step_log import StepLog
 from lorapar_ray.tracking import keep_lines_until
@@ -102,18 +102,20 @@ def alone(trial: Trial, folder: Path) -> dict[str, Tensor]:
     return adapter_state(model)
 
 
-def together(trials: list[Trial], folder: Path) -> list[dict[str, Tensor]]:
+def together(
+    trials: list[Trial], folder: Path, make: Any = EagerPasses, device: torch.device = CPU
+) -> list[dict[str, Tensor]]:
     model = ManyAdapters(
-        tiny(), [each.state() for each in trials], [ALPHA / RANK] * len(trials), dropout=0.0, device=CPU
+        tiny().to(device), [each.state() for each in trials], [ALPHA / RANK] * len(trials), dropout=0.0, device=device
     )
-    passes = EagerPasses(model, model.stacks(), CPU, arms=len(trials))
+    passes = make(model, model.stacks(), device, arms=len(trials))
     model.share_gradients()
     arms = [
         Arm(
             model.named_parameters_of(number),
             each.optimizer(model.parameters_of(number)),
             validates=bool(each.validation()),
-            **each.parts(folder / each.name),
+            **{**each.parts(folder / each.name), "worker": Worker(0, 1, device)},
         )
         for number, each in enumerate(trials)
     ]
@@ -124,7 +126,7 @@ def together(trials: list[Trial], folder: Path) -> list[dict[str, Tensor]]:
         validation=[each.validation() for each in trials],
         packed=trials[0].config.packing,
         filler=0,
-        worker=WORKER,
+        worker=Worker(0, 1, device),
     ).run([found(folder / each.name) for each in trials])
     return [model.state_of(number) for number in range(len(trials))]
 
@@ -252,6 +254,20 @@ def test_losses_and_gradients_are_each_arms_own(dtype: torch.dtype, checkpointin
             torch.testing.assert_close(
                 mine, theirs[key], rtol=1e-3, atol=(1e-4 if dtype == torch.float32 else 0.1) * scale
             )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packing", [False, True])
+def test_graphs_of_arms_give_the_losses_of_launching_one_by_one(packing: bool, tmp_path: Path) -> None:
+    trials = [replace(each, settings={**(each.settings or {}), "packing": packing}) for each in THREE]
+    device = torch.device("cuda")
+    together(trials, tmp_path / "graphs", GraphPasses, device)
+    together(trials, tmp_path / "eager", EagerPasses, device)
+    for trial in trials:
+        ours, theirs = (metrics(tmp_path / kind / trial.name, "sft") for kind in ("graphs", "eager"))
+        assert len(ours) == len(theirs) > 0
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
 def test_a_layer_that_sees_some_of_the_tokens_is_refused() -> None:
