@@ -141,8 +141,15 @@ def run_plan(plan: Plan, *, verbose: bool = False) -> list[str]:
     failed: list[str] = []
     plan.out.mkdir(parents=True, exist_ok=True)
     sweeps = plan.sweeps
-    _run_all(sweeps, plan.out, failed, verbose)
-    _run_all(plan.units(_chosen(sweeps)), plan.out, failed, verbose)
+    for _ in _run_all(sweeps, plan.out, failed, verbose):
+        pass
+    rates = _chosen(sweeps)
+    units = [unit for unit in plan.units(rates) if not sweeps or unit.arm in rates]
+    for arm in plan.arms:
+        if sweeps and arm.name not in rates:
+            console.print(f"{arm.name}: its sweep is not finished, so no rate is known for it, and it is left out")
+    for _ in _run_all(units, plan.out, failed, verbose):
+        report(plan, failed)
     console.print(report(plan, failed))
     console.print(f"the page: {plan.out / PAGE}")
     return failed
@@ -214,7 +221,8 @@ def _chosen(sweeps: Sequence[Unit]) -> dict[str, float]:
     return {arm: min(known, key=lambda rate: known[rate]) for arm, known in losses.items() if complete[arm]}
 
 
-def _run_all(units: Sequence[Unit], out: Path, failed: list[str], verbose: bool) -> None:
+def _run_all(units: Sequence[Unit], out: Path, failed: list[str], verbose: bool) -> Iterator[None]:
+    """Run what is not finished; yields after each batch of runs."""
     due = [unit for unit in units if not _finished(unit)]
     with ray_session(verbose) if due else nullcontext():
         done = 0
@@ -224,6 +232,7 @@ def _run_all(units: Sequence[Unit], out: Path, failed: list[str], verbose: bool)
             )
             done += len(group)
             _run_batch(group, out, failed)
+            yield
 
 
 def _run_batch(units: Sequence[Unit], out: Path, failed: list[str]) -> None:
