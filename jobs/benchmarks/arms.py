@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from _memory import device_memory, private_memory
 from _rows import Row, print_table, write_rows
+from _shapes import SHAPES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorapar_ray.adapters import adapter_parameters, adapter_state, attach_lora
@@ -44,20 +45,6 @@ from lorapar_ray.sft.passes import EagerPasses, GraphPasses
 from lorapar_ray.sft.rows import collate
 from lorapar_ray.sft.step_log import StepLog
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "135m": {
-        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
-    },
-    "1b": {
-        "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
-    },
-    "1.5b": {
-        "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-        "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
-    },
-}  # fmt: skip
 ROWS, MICRO, ACTIVE, RATE = 16, 8, 0.4, 1e-4
 GOAL = 2.5
 """Times as many arms per hour, for 4."""
@@ -235,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer steps")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--shape", choices=list(SHAPES), default="135m")
+    parser.add_argument("--shape", choices=("135m", "1b", "1.5b"), default="135m")
     parser.add_argument("--arms", type=int, default=4)
     parser.add_argument("--json", type=Path, required=True, help="where the rows go")
     arguments = parser.parse_args()

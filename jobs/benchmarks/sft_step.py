@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from _rows import Row, print_table, write_rows
+from _shapes import SHAPES
 
 from lorapar_ray.adapters import adapter_parameters, attach_lora
 from lorapar_ray.config import SftConfig
@@ -39,20 +40,7 @@ from lorapar_ray.sft.passes import EagerPasses, GraphPasses, Passes, compile_lay
 from lorapar_ray.sft.rows import Rows, collate
 from lorapar_ray.sft.step_log import StepLog
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "135m": {
-        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
-    },
-    "1b": {
-        "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
-    },
-    "7b": {
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 32,
-    },
-}  # fmt: skip
+PARTS = ("135m", "1b", "7b")
 ROWS, MICRO, LENGTH = 16, 8, 512
 ACTIVE = 0.4
 RATE = 1e-5
@@ -62,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer steps; no compiled 7b")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--part", action="append", choices=list(SHAPES), help="default: all that the device can run")
+    parser.add_argument("--part", action="append", choices=PARTS, help="default: all that the device can run")
     parser.add_argument("--json", type=Path, required=True, help="where the rows go")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)

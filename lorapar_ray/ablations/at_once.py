@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from math import ceil
 
 from lorapar_ray.ablations.sharing import SHARED
 from lorapar_ray.ablations.units import Unit
@@ -16,16 +18,20 @@ from lorapar_ray.text import one_line
 
 
 def batches(units: Sequence[Unit]) -> list[list[Unit]]:
-    """The units in the order in which they run, those whose stage 1 trains together in one list."""
+    """The units in the order in which they run, those whose stage 1 trains together in one list.
+
+    Those of one shape are spread evenly over as few lists as `sft.arms_at_once` allows.
+    """
+    shapes = [_shape(unit) for unit in units]
+    count = Counter(shapes)
     made: list[list[Unit]] = []
     filling: dict[str, list[Unit]] = {}
-    for unit in units:
-        most = unit.config.sft.arms_at_once
-        if most == 1 or "sft" not in unit.stages or why_alone(unit.config):
+    for unit, shape in zip(units, shapes, strict=True):
+        if shape is None:
             made.append([unit])
             continue
-        shape = shape_of(unit.config)
-        if len(filling.get(shape, ())) in (0, most):
+        lists = ceil(count[shape] / unit.config.sft.arms_at_once)
+        if shape not in filling or len(filling[shape]) == ceil(count[shape] / lists):
             filling[shape] = []
             made.append(filling[shape])
         filling[shape].append(unit)
@@ -33,13 +39,22 @@ def batches(units: Sequence[Unit]) -> list[list[Unit]]:
 
 
 def alone_because(units: Sequence[Unit]) -> Iterator[tuple[str, str]]:
-    """(arm, why) for arms whose stage 1 cannot share a base with any other's, each arm once."""
-    whys = {unit.arm: why for unit in units if "sft" in unit.stages and (why := why_alone(unit.config))}
-    own = [group[0] for group in batches(units) if len(group) == 1 and group[0].arm not in whys]
-    for unit in own:
+    """(arm, why) for arms whose stage 1 cannot share a base with any other run's, each arm once."""
+    count = Counter(map(_shape, units))
+    whys: dict[str, str] = {}
+    for unit in units:
         if "sft" in unit.stages and unit.config.sft.arms_at_once > 1:
-            whys[unit.arm] = "no other run is left of its rank, targets and batches"
+            why = why_alone(unit.config)
+            if why is None and count[_shape(unit)] == 1:
+                why = "no other run has its rank, targets and batches"
+            if why is not None:
+                whys.setdefault(unit.arm, why)
     yield from whys.items()
+
+
+def _shape(unit: Unit) -> str | None:
+    alone = unit.config.sft.arms_at_once == 1 or "sft" not in unit.stages or why_alone(unit.config) is not None
+    return None if alone else shape_of(unit.config)
 
 
 def run_at_once(units: Sequence[Unit], stage: str) -> None:

@@ -114,7 +114,7 @@ def described(plan: Plan) -> Iterator[str]:
         trained = sum(map(len, groups))
         most = max(map(len, groups))
         yield f"  stage 1 of {trained} runs trains at once, up to {most} adapters on one frozen base (sft.arms_at_once)"
-    for name, why in alone_because([*sweeps, *units]):
+    for name, why in dict([*alone_because(sweeps), *alone_because(units)]).items():
         yield f"  stage 1 of {name} trains alone: {why}"
     seconds = _seconds(plan)
     known = 0.0
