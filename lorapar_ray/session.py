@@ -69,6 +69,11 @@ def is_own_ray() -> bool:
 def _cluster(address: str, logs: dict[str, Any]) -> Iterator[None]:
     import ray
 
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            f"RAY_ADDRESS={address} is the URL of a cluster's dashboard, which `lorapar submit --address` takes; on a "
+            "machine of the cluster set it to auto"
+        )
     try:
         require_ray_at(address)
         with _quiet(logs):

@@ -157,6 +157,12 @@ def test_a_port_where_nobody_listens_is_one_line(monkeypatch: pytest.MonkeyPatch
             pass
 
 
+def test_the_address_of_a_dashboard_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(UserError, match=r"URL of a cluster's dashboard, .* set it to auto"), session.ray_session():
+        pass
+
+
 def test_work_that_never_comes_back_has_an_end() -> None:
     with pytest.raises(TimeoutError, match=r"connect: not done within 0\.05 s"):
         in_a_thread(lambda: time.sleep(5), name="connect", timeout_s=0.05)
