@@ -112,6 +112,16 @@ def _told(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any
         return None, str(error)
 
 
+def beside_the_driver() -> dict[str, Any]:
+    """Options of an actor that asks for no core and without which a stage ends: the machine that it goes to is the one
+    without which the stage ends in any case, as with Ray Train's controller. Left to Ray it could be any."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
+
+
 def worker_environment(resources: Resources) -> dict[str, str]:
     """Environment of a process that computes with torch: as many threads as it asked for cores, and no hub look-ups."""
     threads = {"OMP_NUM_THREADS": str(resources.compute_threads), "TOKENIZERS_PARALLELISM": "false"}

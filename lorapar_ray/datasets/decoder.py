@@ -10,7 +10,7 @@ from lorapar_ray.config import ModelConfig, Resources
 from lorapar_ray.datasets.chat import load_encoder
 from lorapar_ray.errors import UserError
 from lorapar_ray.models import model_reference, resolve_model
-from lorapar_ray.workers import worker_environment
+from lorapar_ray.workers import beside_the_driver, worker_environment
 
 
 class Decoder:
@@ -59,8 +59,9 @@ def decoding(model: ModelConfig) -> Iterator[Decoding]:
     """
     import ray
 
-    options = {"num_cpus": 0, "runtime_env": {"env_vars": worker_environment(Resources(cpus=0, gpus=0))}}
-    actor = ray.remote(Decoder).options(**options).remote(model_reference(model.path), model.trust_remote_code)
+    environment = {"env_vars": worker_environment(Resources(cpus=0, gpus=0))}
+    kind = ray.remote(Decoder).options(**beside_the_driver(), runtime_env=environment)
+    actor = kind.remote(model_reference(model.path), model.trust_remote_code)
     try:
         ends = ray.get(actor.start.remote())
         if isinstance(ends, str):
