@@ -17,7 +17,7 @@ from typing import Any
 from lorapar_ray.config import Config
 from lorapar_ray.doctor import GIB, INSTALL, Finding
 from lorapar_ray.errors import UserError
-from lorapar_ray.models import resolve_model
+from lorapar_ray.models import require_there
 from lorapar_ray.text import one_line
 from lorapar_ray.versions import installed_versions
 
@@ -100,7 +100,7 @@ def report(node: str, probe: str | None, models: list[str]) -> dict[str, Any]:
     missing = {}
     for model in models:
         try:
-            resolve_model(model)
+            require_there(model)
         except UserError as error:
             missing[model] = str(error)
     storage, free = _read_probe(Path(probe), node) if probe else ("", 0.0)

