@@ -8,6 +8,7 @@ Its name resolves to 127.0.1.1 there, as Debian sets it up. Needs root, `ip` (ip
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import shlex
 import shutil
@@ -21,9 +22,12 @@ from pathlib import Path
 
 import psutil
 
-BRIDGE = "lorapar"
+BRIDGE = "lp"
+"""Begins the names of network interfaces, which may have 15 characters."""
 HOME = "/home/node"
 SHARED = "/shared"
+WRITTEN = "/srv"
+"""What a machine has written to its disk, `/tmp` aside."""
 
 # Runs as process 1 of a machine: the disk, then it waits for orphans, as an init does, until it is killed.
 INIT = """
@@ -40,6 +44,7 @@ mount --rbind /dev "$root/dev"
 mount -t tmpfs -o "size=$SHM" none "$root/dev/shm"
 mount --rbind /sys "$root/sys"
 mount -t proc proc "$root/proc"
+mount --bind "$OWN/layer/written" "$root$WRITTEN"
 cp "$OWN/hosts" "$root/etc/hosts"
 rm "$root/etc/resolv.conf"
 touch "$root/etc/resolv.conf"
@@ -60,6 +65,9 @@ while True:
 """
 
 
+_networks = itertools.count()
+
+
 class Machine:
     """One of them, switched on."""
 
@@ -77,11 +85,9 @@ class Machine:
 
     def start(self, command: str | Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """Begin a command there; its output goes to `log`."""
-        words = shlex.split(command) if isinstance(command, str) else list(command)
         with self.log.open("ab") as log:
-            inside = ["nsenter", f"--target={self.init}", "--net", "--mount", "--pid", "--uts", "--ipc", "--root"]
             process = subprocess.Popen(
-                [*inside, f"--wdns={HOME}", "--", *words],
+                self._inside(command),
                 env=self._environment(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -90,9 +96,25 @@ class Machine:
         self._started.append(process)
         return process
 
-    def run(self, command: str | Sequence[str], environment: Mapping[str, str], timeout: float = 60) -> int:
-        """Run a command there; returns its exit status."""
-        return self.start(command, environment).wait(timeout)
+    def run(
+        self, command: str | Sequence[str], environment: Mapping[str, str], timeout: float = 180
+    ) -> tuple[int, str]:
+        """Run a command there; returns its exit status and what it printed."""
+        done = subprocess.run(
+            self._inside(command),
+            env=self._environment(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
+        return done.returncode, done.stdout
+
+    def _inside(self, command: str | Sequence[str]) -> list[str]:
+        words = shlex.split(command) if isinstance(command, str) else list(command)
+        spaces = ["--net", "--mount", "--pid", "--uts", "--ipc", "--root", f"--wdns={HOME}"]
+        return ["nsenter", f"--target={self.init}", *spaces, "--", *words]
 
     def _environment(self, given: Mapping[str, str]) -> dict[str, str]:
         path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
@@ -147,7 +169,8 @@ def machines(names: Sequence[str], folder: Path, shm: str = "2g") -> Iterator[di
         shm: size of their shared memory.
     """
     _remove_abandoned()
-    bridge, own = f"{BRIDGE}{os.getpid()}", os.getpid() % 2**14
+    count = next(_networks)
+    bridge, own = f"{BRIDGE}{os.getpid()}.{count}", (os.getpid() + 1000 * count) % 2**14
     network = f"10.{192 + own // 256}.{own % 256}"
     common = folder / "shared"
     common.mkdir(parents=True, exist_ok=True)
@@ -206,7 +229,15 @@ def _switch_on(
     node = f"node-{name}"
     others = "".join(f"{place}\t{each}\n" for each, place in addresses.items())
     (own / "hosts").write_text(f"127.0.0.1\tlocalhost\n127.0.1.1\t{node}\n{others}")
-    given = {"OWN": str(own), "COMMON": str(common), "SHARED": SHARED, "NODE_HOME": HOME, "NODE": node, "SHM": shm}
+    given = {
+        "OWN": str(own),
+        "COMMON": str(common),
+        "SHARED": SHARED,
+        "WRITTEN": WRITTEN,
+        "NODE_HOME": HOME,
+        "NODE": node,
+        "SHM": shm,
+    }
     init = subprocess.Popen(
         ["unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child=KILL", "sh", "-c", INIT],
         env={**os.environ, **given},
@@ -230,9 +261,9 @@ def _end_with_the_parent() -> None:
 
 def _remove_abandoned() -> None:
     """Bridges of tests that were killed; everything else of them has ended with them."""
-    for link in Path("/sys/class/net").glob(f"{BRIDGE}[0-9]*"):
-        owner = link.name.removeprefix(BRIDGE)
-        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
+    for link in Path("/sys/class/net").glob(f"{BRIDGE}[0-9]*.*"):
+        owner = link.name.removeprefix(BRIDGE).partition(".")[0]
+        if (link / "bridge").is_dir() and owner.isdecimal() and not psutil.pid_exists(int(owner)):
             _ip("link", "del", link.name)
 
 

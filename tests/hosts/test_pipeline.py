@@ -2,17 +2,21 @@
 a fourth that sees neither their disks nor the folder that they share."""
 
 import json
-import os
 from collections.abc import Mapping
 
 import pytest
 
 from lorapar_ray.pipeline import STAGES
 from tests.hosts.conftest import FarRun
+from tests.hosts.machines import WRITTEN
 from tests.hosts.run import STEPS, Sent
 from tests.tiny_run import metrics
 
 pytestmark = pytest.mark.hosts
+
+
+KEPT = ("safetensors", "parquet", "arrow", "sqlite", "jsonl")
+"""Kinds of file that a run consists of."""
 
 
 def machines_of(what: str, titles: Mapping[str, set[str]]) -> set[str]:
@@ -26,21 +30,21 @@ def test_every_part_runs_where_it_should(far: FarRun) -> None:
     assert {name: stages[name]["status"] for name in STAGES} == dict.fromkeys(STAGES, "done")
     assert [line["policy_version"] for line in metrics(far.run, "grpo")] == list(range(1, STEPS + 1))
     assert all(line["reward_failures"] == 0 for line in metrics(far.run, "grpo"))
-    print(json.dumps({name: sorted(seen) for name, seen in far.titles.items()}, indent=1))
     assert machines_of("ServeReplica:lorapar-tiny-a", far.titles) == {"head"}
     assert machines_of("ServeReplica:lorapar-tiny-b", far.titles) == {"head"}
     assert machines_of("RayTrainWorker", far.titles) == {"head", "training"}
     assert machines_of("EngineActor", far.titles) == {"engines"}
+    assert machines_of("Coordinator", far.titles) == machines_of("Decoder", far.titles) == {"head"}  # the driver's
 
 
 def test_nothing_of_the_run_is_left_on_a_machine_s_own_disk(far: FarRun, sent: Sent) -> None:
-    """Nor of the client's: what a run keeps lies in its directory."""
+    """Nor on the client's: what a run keeps lies in its directory."""
     assert far.status == 0, far.output[-3000:]
+    kept = [word for suffix in KEPT for word in ("-o", "-name", f"*.{suffix}")][1:]
     for name, machine in sent.cluster.on.items():
-        left = [entry.name for entry in os.scandir(machine.tmp)]
-        assert left == ["ray"], (name, left)
-        assert not machine.run(["sh", "-c", 'test -z "$(ls -A /dev/shm | grep lorapar)"'], {}), name
-    assert not list(sent.folder.glob("runs"))
+        status, found = machine.run(["find", WRITTEN, "/tmp", "/dev/shm", "(", *kept, ")"], {})
+        assert (status, found) == (0, ""), name
+    assert sorted(each.name for each in sent.folder.iterdir()) == ["my_rewards.py", "run.yaml"]
 
 
 def test_the_token_is_nowhere(far: FarRun, sent: Sent) -> None:

@@ -85,15 +85,17 @@ class Topology:
 
     def kill_raylet(self, name: str) -> None:
         """End a machine's Ray node by `kill -9`."""
-        [raylet] = [pid for pid, line in self.on[name].processes().items() if line.split()[0].endswith("raylet/raylet")]
+        found = self.on[name].processes().items()
+        [raylet] = [pid for pid, line in found if line.partition(" ")[0].endswith("/raylet")]
         os.kill(raylet, signal.SIGKILL)
 
     def require_healthy(self, name: str) -> None:
         """Run a service's health check."""
         check = self._services[name]["healthcheck"]["test"]
         assert check[0] == "CMD"
-        if self.on[name].run(check[1:], self.environment(name)):
-            raise RuntimeError(f"{name} is not healthy: {self.on[name].log.read_text()[-2000:]}")
+        status, said = self.on[name].run(check[1:], self.environment(name))
+        if status:
+            raise RuntimeError(f"{name} is not healthy: {said}")
 
     def client(self, **changed: str) -> dict[str, str]:
         """Environment of a machine that is no part of the cluster and may submit to it."""
