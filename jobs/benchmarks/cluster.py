@@ -1,0 +1,171 @@
+"""Several machines: how soon a submitted run speaks, what crosses the network in a step, how long a loss is felt.
+
+    python jobs/benchmarks/cluster.py [--quick] --json FILE
+
+As root. Three machines made of Linux namespaces (`tests/hosts`) run the tiny pipeline: teachers on one, an engine on
+another, two learners on two. So times are those of a model of a few thousand weights on shared cores: what Ray, starts
+and the network's protocols take, not what a GPU does.
+
+- Submit: `lorapar submit`, without its check, beside a bare Ray job that prints a line, until the line is shown.
+- Bytes: sent and received by each machine's network card while stage 2 makes steps, and in the same time at rest.
+  The peer of a step is what a push of every weight to one engine would take.
+- Recovery: `kill -9` of the raylet under the engine, and under a learner, until the second step of stage 2 after it is
+  written, beside two usual steps; a machine whose command failed is started again at once. `--quick` leaves this out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from _rows import Row, print_table, write_rows
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.hosts.machines import wait_until, why_not  # noqa: E402
+from tests.hosts.run import Sent, write_sent  # noqa: E402
+from tests.hosts.topology import topology  # noqa: E402
+from tests.tiny_run import metrics, save_tiny_student  # noqa: E402
+
+FIRST_LINE_GOAL_S = 10.0
+STEPS = 60
+WATCHED = 10
+"""Steps over which bytes are counted."""
+REST_S = 10.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="no recoveries")
+    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--json", type=Path, required=True, help="where the rows go")
+    arguments = parser.parse_args()
+    if reason := why_not():
+        raise SystemExit(f"no machines inside this one: {reason}")
+    with TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        student = save_tiny_student(root / "shared" / "student")
+        weights = sum(file.stat().st_size for file in student.glob("*.safetensors"))
+        with topology(root) as cluster:
+            sent = Sent(cluster, write_sent(root / "client" / "sent"), root / "shared")
+            rows = measured(sent, weights, recoveries=not arguments.quick)
+    print_table(rows)
+    write_rows(arguments.json, rows)
+
+
+def measured(sent: Sent, weights: int, *, recoveries: bool) -> list[Row]:
+    """All rows, out of one run."""
+    ray_alone = first_line_s(bare_job(sent), "hello")
+    at_rest = {name: sum(amounts) / REST_S for name, amounts in traffic(sent, lambda: time.sleep(REST_S)).items()}
+    run = sent.shared / "runs" / "measured"
+    job = sent.submit("runs/measured", "--no-check", "--set", f"grpo.steps={STEPS}")
+    ours = first_line_s(job, "label")
+    rows = [
+        Row(
+            "submit to the first line",
+            ours,
+            ray_alone,
+            "s",
+            ours / ray_alone,
+            f"< {FIRST_LINE_GOAL_S:g} s",
+            ours < FIRST_LINE_GOAL_S,
+        )
+    ]
+    with drained(job):
+        wait_for_step(run, 3)
+        rows += step_rows(sent, run, at_rest, weights)
+        if recoveries:
+            rows += [recovery(sent, run, name) for name in ("engines", "training")]
+    return rows
+
+
+def bare_job(sent: Sent) -> subprocess.Popen[str]:
+    """The same folder sent by `ray job submit`, to print a line."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    command = [ray, "job", "submit", "--address", sent.cluster.address, "--working-dir", ".", "--", "echo", "hello"]
+    return subprocess.Popen(
+        command,
+        cwd=sent.folder,
+        env=sent.cluster.client(HOME=str(sent.folder.parent)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def first_line_s(job: subprocess.Popen[str], beginning: str) -> float:
+    """Seconds until a job that was just submitted shows a line."""
+    start = time.monotonic()
+    assert job.stdout is not None
+    for line in job.stdout:
+        if line.startswith(beginning):
+            return time.monotonic() - start
+    raise RuntimeError(f"the job ended without saying '{beginning}'")
+
+
+@contextmanager
+def drained(job: subprocess.Popen[str]) -> Iterator[None]:
+    """Read on, so that the job's client does not stop; the run is left unfinished."""
+    reader = threading.Thread(target=lambda: list(job.stdout or ()), daemon=True)
+    reader.start()
+    try:
+        yield
+    finally:
+        job.kill()
+        job.wait()
+
+
+def traffic(sent: Sent, during: Callable[[], object]) -> dict[str, tuple[int, int]]:
+    """Bytes that each machine sent and received meanwhile."""
+    before = {name: machine.traffic() for name, machine in sent.cluster.on.items()}
+    during()
+    after = {name: machine.traffic() for name, machine in sent.cluster.on.items()}
+    return {name: (after[name][0] - before[name][0], after[name][1] - before[name][1]) for name in before}
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    """Until a step of stage 2 is written down."""
+    wait_until(f"step {step}", lambda: len(metrics(run, "grpo")) >= step, 600, every_s=0.02)
+
+
+def step_rows(sent: Sent, run: Path, at_rest: dict[str, float], weights: int) -> list[Row]:
+    """What crosses each machine's network card in a step."""
+    first, start = len(metrics(run, "grpo")), time.monotonic()
+    found = traffic(sent, lambda: wait_for_step(run, first + WATCHED))
+    steps, seconds = len(metrics(run, "grpo")) - first, time.monotonic() - start
+    rows = [Row("a step of stage 2", seconds / steps, None, "s", None, "", None)]
+    for name, (out, into) in found.items():
+        each = (out + into - at_rest[name] * seconds) / steps / 1000
+        peer = weights / 1000 if name == "engines" else None
+        ratio = each / peer if peer else None
+        rows.append(Row(f"through {name}'s card in a step, above rest", each, peer, "kB", ratio, "", None))
+        rows.append(Row(f"through {name}'s card at rest", at_rest[name] / 1000, None, "kB/s", None, "", None))
+    return rows
+
+
+def recovery(sent: Sent, run: Path, name: str) -> Row:
+    """Until the second step after the loss of a machine's Ray; the first may have been sampled already."""
+    begun, usual = len(metrics(run, "grpo")), median_step_s(run)
+    start = time.monotonic()
+    sent.cluster.kill_raylet(name)
+    wait_for_step(run, begun + 2)
+    lost = time.monotonic() - start
+    return Row(f"raylet of '{name}' killed, until the second step after", lost, 2 * usual, "s", None, "", None)
+
+
+def median_step_s(run: Path) -> float:
+    """Of the steps so far."""
+    return median(line["seconds"] for line in metrics(run, "grpo"))
+
+
+if __name__ == "__main__":
+    main()
