@@ -95,7 +95,7 @@ def bare_job(sent: Sent) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command,
         cwd=sent.folder,
-        env=sent.cluster.client(HOME=str(sent.folder.parent)),
+        env=sent.cluster.client(HOME=str(sent.folder.parent), PYTHONUNBUFFERED="1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
