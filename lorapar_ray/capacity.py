@@ -1,12 +1,14 @@
 """What the cluster has, what it may grow to, and whether a stage's processes can ever fit it.
 
 An autoscaling cluster may stand at zero nodes: what it may grow to counts as room, and a stage that needs more than
-there is now waits for it, as Ray itself does.
+there is now waits for it, as Ray itself does. A cluster that has lost nodes is given time to get them back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -15,7 +17,27 @@ from lorapar_ray.config import ClusterConfig, Resources
 from lorapar_ray.errors import UserError
 from lorapar_ray.progress import console
 
+LOOK_AGAIN_S = 2.0
+"""While a lost node is waited for."""
+
 _growth: ContextVar[ClusterConfig | None] = ContextVar("growth", default=None)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One that there is."""
+
+    labels: dict[str, str]
+    amounts: dict[str, float]
+    """By Ray's name of the resource, whether in use or not."""
+
+    def holds(self, resources: Resources) -> float:
+        """How many such processes fit on it when it is free; a part of a GPU is a part of one of them."""
+        cpus, gpus, each = self.amounts.get("CPU", 0.0), self.amounts.get("GPU", 0.0), resources.gpu_count
+        by_cpu = math.floor(cpus / resources.cpus + 1e-9) if resources.cpus else math.inf
+        if not each:
+            return by_cpu
+        return min(by_cpu, gpus // each if each >= 1 else math.floor(gpus) * math.floor(1 / each + 1e-9))
 
 
 @dataclass(frozen=True)
@@ -25,8 +47,9 @@ class Capacity:
     now: dict[str, float]
     most: dict[str, float] = field(default_factory=dict)
     """What an autoscaling cluster may grow to."""
-    labels: tuple[dict[str, str], ...] = ()
-    """Of each node that there is."""
+    nodes: tuple[Node, ...] = ()
+    lost: int = 0
+    """Nodes that were there and are not; they, or others for them, may come back."""
 
     def largest(self, kind: str) -> float:
         """What there is, or may come to be, of a resource."""
@@ -50,13 +73,15 @@ def capacity() -> Capacity:
     growth = _growth.get() or ClusterConfig()
     may = {"CPU": growth.max_cpus, "GPU": growth.max_gpus}
     most = {kind: float(amount) for kind, amount in may.items() if amount is not None}
-    return Capacity(ray.cluster_resources(), most, tuple(dict(node["Labels"]) for node in ray.nodes() if node["Alive"]))
+    known = ray.nodes()
+    alive = [Node(dict(node["Labels"]), dict(node["Resources"])) for node in known if node["Alive"]]
+    return Capacity(ray.cluster_resources(), most, tuple(alive), len(known) - len(alive))
 
 
 def require(stage: str, groups: dict[str, tuple[int, Resources]], hint: str = "") -> None:
     """Fail at once, instead of waiting without end, when the cluster can never hold what `stage` asks for.
 
-    Says so where it can, but has to grow first.
+    Says so where it can, but has to grow first. Where nodes were lost, waits for `cluster.wait_s` before it fails.
 
     Args:
         groups: by what they are, how many processes there are and what each asks for; all run at the same time.
@@ -65,7 +90,26 @@ def require(stage: str, groups: dict[str, tuple[int, Resources]], hint: str = ""
     Raises:
         UserError: names the resource or the label, what is wanted and what the cluster has.
     """
-    require_fit(stage, capacity(), groups, hint or f"{stage}.{next(iter(groups))}")
+    limit_s = (_growth.get() or ClusterConfig()).wait_s
+    require_soon(stage, capacity, groups, hint or f"{stage}.{next(iter(groups))}", limit_s)
+
+
+def require_soon(
+    stage: str, look: Callable[[], Capacity], groups: dict[str, tuple[int, Resources]], hint: str, limit_s: float
+) -> None:
+    """See `require`; on a cluster that `look` shows as it is now."""
+    deadline, said = time.monotonic() + limit_s, False
+    while True:
+        has = look()
+        try:
+            return require_fit(stage, has, groups, hint)
+        except UserError as error:
+            if has.most or not has.lost or time.monotonic() > deadline:
+                raise
+            if not said:
+                console.print(f"  {stage} waits up to {limit_s:g} s for a node that was lost: {error}")
+            said = True
+            time.sleep(LOOK_AGAIN_S)
 
 
 def require_fit(stage: str, has: Capacity, groups: dict[str, tuple[int, Resources]], hint: str) -> None:
@@ -83,18 +127,29 @@ def require_fit(stage: str, has: Capacity, groups: dict[str, tuple[int, Resource
             )
         if amount > now + 1e-9:
             console.print(f"  {stage} waits for nodes: {amount:g} {kind} ({parts}), the cluster has {now:g} so far")
-    for name, (_, resources) in groups.items():
-        if missing := _missing(resources.nodes, has.labels) if not has.most else "":
+    if has.most or not has.nodes:
+        return  # which nodes there will be is not known
+    for name, (count, resources) in groups.items():
+        if missing := _missing(resources.nodes, has.nodes):
             raise UserError(
                 f"{stage}: {name} asks for nodes with the label {missing}, which no node of this cluster has; correct "
                 "the `nodes` of its resources, or start nodes with `ray start --labels`"
             )
+        room = sum(node.holds(resources) for node in has.nodes if not _missing(resources.nodes, (node,)))
+        if count > room:
+            labels = ", ".join(f"{key}={value}" for key, value in resources.nodes.items())
+            gpus = f" and {resources.gpu_count:g} GPU" if resources.gpu_count else ""
+            raise UserError(
+                f"{stage}: asks for {name} {count} × {resources.cpus:g} CPU{gpus}, each on a single node"
+                f"{f' with {labels}' if labels else ''}, and the nodes hold {room:g} of them; lower {hint} or the "
+                "resources, or add nodes (cluster.max_cpus if it grows on demand)"
+            )
 
 
-def _missing(asked: dict[str, str], nodes: tuple[dict[str, str], ...]) -> str:
+def _missing(asked: dict[str, str], nodes: tuple[Node, ...]) -> str:
     """The label that no node has, as `key=value`."""
     for key, value in asked.items():
-        if not any(_selects(value, labels.get(key)) for labels in nodes):
+        if not any(_selects(value, node.labels.get(key)) for node in nodes):
             return f"{key}={value}"
     return ""
 

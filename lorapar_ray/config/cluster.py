@@ -18,4 +18,5 @@ class ClusterConfig(Section):
     gpu_memory_gib: Operation[PositiveFloat | None] = None
     """Of one GPU, for the estimate of `lorapar run --dry-run`; None: that of this machine's GPUs, if it has any."""
     wait_s: Operation[PositiveFloat] = 600.0
-    """For room for stage 2's engines: as long as a node takes to start, or other jobs to end."""
+    """For room for stage 2's engines: as long as a node takes to start, or other jobs to end. A stage that needs a node
+    which the cluster has lost waits as long for it, or another, to be there."""

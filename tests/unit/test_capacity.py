@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lorapar_ray.capacity import Capacity, require_fit
+from lorapar_ray import capacity
+from lorapar_ray.capacity import Capacity, Node, require_fit, require_soon
 from lorapar_ray.config import Resources
 from lorapar_ray.errors import UserError
 
@@ -45,7 +46,8 @@ def test_a_cluster_that_stands_at_zero_is_waited_for(capsys: pytest.CaptureFixtu
 
 
 def test_a_label_that_no_node_has_is_named() -> None:
-    has = Capacity({"CPU": 8, "GPU": 4}, labels=({"group": "learners", "market": "spot"}, {}))
+    amounts = {"CPU": 8.0, "GPU": 4.0}
+    has = Capacity(amounts, nodes=(Node({"group": "learners", "market": "spot"}, amounts), Node({}, {})))
     room(has, group="learners", market="!on-demand")
     room(has, group="in(rollouts, learners)", market="!in(on-demand,reserved)", zone="!a")
     with pytest.raises(UserError, match="sft: workers asks for nodes with the label group=rollouts, which no node"):
@@ -53,3 +55,52 @@ def test_a_label_that_no_node_has_is_named() -> None:
     with pytest.raises(UserError, match=r"label group=in\(teachers, rollouts\), which no node"):
         room(has, group="in(teachers, rollouts)")
     room(Capacity({}, {"CPU": 64, "GPU": 4}), group="rollouts")  # its nodes are still to come
+
+
+def test_processes_that_no_single_node_holds_are_refused() -> None:
+    small = tuple(Node({"group": "a"}, {"CPU": 3.0, "GPU": 2.0}) for _ in range(4))
+    large = Node({"group": "b"}, {"CPU": 64.0, "GPU": 8.0})
+    room(Capacity({"CPU": 12, "GPU": 8}, nodes=small))
+    said = (
+        r"sft: asks for workers 4 × 2 CPU and 1 GPU, each on a single node with group=a, and the nodes hold 3 of them"
+    )
+    with pytest.raises(UserError, match=said):
+        room(Capacity({"CPU": 73, "GPU": 14}, nodes=(*small[:3], large)), group="a")
+    with pytest.raises(UserError, match=r"and the nodes hold 0 of them; lower sft\.workers"):
+        room(Capacity({"CPU": 8, "GPU": 4}, nodes=(Node({}, {"CPU": 1.0, "GPU": 4.0}),) * 8))
+    room(Capacity({"CPU": 12, "GPU": 8}, {"CPU": 99}, nodes=small[:1]))  # it may grow
+
+
+@pytest.mark.parametrize(
+    ("resources", "count"),
+    [
+        (Resources(cpus=0.1), 30),  # three CPUs, and no part lost in binary fractions
+        (Resources(cpus=0, gpus=0.6), 2),  # a process never gets parts of two GPUs
+        (Resources(cpus=0, gpus=0.5), 4),
+        (Resources(cpus=0, gpus=2), 1),
+        (Resources(cpus=4), 0),
+        (Resources(cpus=0), float("inf")),
+    ],
+)
+def test_how_many_processes_a_node_holds(resources: Resources, count: float) -> None:
+    assert Node({}, {"CPU": 3.0, "GPU": 2.0}).holds(resources) == count
+
+
+def test_a_lost_node_is_waited_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(capacity, "LOOK_AGAIN_S", 0.0)
+    groups = {"workers": (1, Resources(cpus=2, nodes={"group": "a"}))}
+    other, wanted = (Node({"group": group}, {"CPU": 2.0}) for group in "ba")
+    without = Capacity({"CPU": 2}, nodes=(other,), lost=1)
+    seen = iter([without, without, Capacity({"CPU": 4}, nodes=(other, wanted), lost=1)])
+    require_soon("sft", lambda: next(seen), groups, "sft.workers", 60.0)
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        said.count("sft waits up to 60 s for a node that was lost: sft: workers asks for nodes with the label group=a")
+        == 1
+    )
+    assert next(seen, None) is None
+    with pytest.raises(UserError, match="group=a, which no node"):
+        require_soon("sft", lambda: without, groups, "sft.workers", 0.0)
+    never = Capacity({"CPU": 2}, nodes=(other,))
+    with pytest.raises(UserError, match="group=a, which no node"):
+        require_soon("sft", lambda: never, groups, "sft.workers", 60.0)
