@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -362,6 +362,34 @@ def export(
     chosen = _one("--stage", stage) if stage else None
     done = write(config, run, target, chosen, merged=merged)
     print(f"{'merged model' if merged else 'adapter'} of {done} in '{target}'")
+
+
+@app.command("serve", help="A finished run behind the OpenAI protocol: base, sft, grpo, and auto, which chooses.")
+def serve(
+    run_dir: Annotated[list[Path], typer.Option("--run-dir", "-d", help="Of the run.")],
+    host: Annotated[str, typer.Option(help="Another one needs a key in LORAPAR_API_KEY.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    replicas: Annotated[int, typer.Option(min=1, help="Engines side by side.")] = 1,
+    set_: Overrides = None,
+    verbose: Verbose = False,
+) -> None:
+    from lorapar_ray.progress import console
+    from lorapar_ray.serving.job import Address, server_key, serving, wait
+    from lorapar_ray.session import ray_session
+
+    run, address = RunDirectory(_one("--run-dir", run_dir)), Address(host, port)
+    if not run.manifest():
+        raise UserError(f"run directory '{run.root}' holds no run (no manifest.json)")
+    config = load_config(run.root / "config.yaml", set_ or [])
+    server_key(address)
+    with ray_session(verbose), serving(config, run, address, replicas) as told:
+        console.print(f"serving {', '.join(told['models'])} at {address.url}")
+        if "agreement" in told:
+            console.print(
+                f"auto: the student's own vote agrees with the labels on {told['agreement']:.0%} (chance 50 %)"
+            )
+        with suppress(KeyboardInterrupt):
+            wait()
 
 
 @app.command("ablate", help="Run a grid of arms, and say which claims they bear out. Grids: " + ", ".join(GRIDS) + ".")

@@ -282,14 +282,13 @@ def start_engine(
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    from lorapar_ray.engines.settings import engine_arguments, engine_environment, memory_share
+    from lorapar_ray.engines.settings import engine_arguments, engine_environment, lora_arguments, memory_share
 
     arguments = memory_share(resources) | engine_arguments(
         model_path, engine, seed=seed, trust_remote_code=trust_remote_code
     )
     if sync == "adapter":
-        allowed = next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= (max_lora_rank or 8))
-        arguments |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": allowed}
+        arguments |= lora_arguments(max_lora_rank or 8, adapters=2)
     asked = ray_options(resources)
     if place is not None:  # whose bundles say which nodes
         asked = {**asked, "label_selector": None, "scheduling_strategy": PlacementGroupSchedulingStrategy(place)}

@@ -57,6 +57,12 @@ def memory_share(resources: Resources) -> dict[str, Any]:
     }
 
 
+def lora_arguments(rank: int, adapters: int) -> dict[str, Any]:
+    """Arguments of an engine that holds so many LoRA adapters of up to `rank` at once; vLLM knows some ranks only."""
+    allowed = next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank)
+    return {"enable_lora": True, "max_loras": adapters, "max_lora_rank": allowed}
+
+
 def cache_room(part: int, peak: int, *, graphs: bool) -> int:
     """What is left of an engine's part of a GPU for its key-value cache, in bytes.
 

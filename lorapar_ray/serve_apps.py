@@ -1,0 +1,67 @@
+"""Applications on Ray Serve: started quietly, waited for, and ended without a word about it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from lorapar_ray.session import is_own_ray
+from lorapar_ray.text import one_line
+
+POLL_S = 0.1
+
+
+def start_serve(**http: Any) -> None:
+    """Start Serve if it does not run; `http`: Ray's `HTTPOptions`."""
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    logging.getLogger("ray.serve").setLevel(logging.getLogger("ray").getEffectiveLevel())  # its own default is INFO
+    serve.start(http_options=HTTPOptions(**http))
+
+
+def deployed(targets: Iterable[Any], apps: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Deploy all at once; yields each as it runs or has failed: its name, and why it failed (empty: it runs).
+
+    Args:
+        targets: of `serve.run_many`.
+        apps: application of each name.
+    """
+    from ray import serve
+
+    serve.run_many(list(targets), wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    waiting = dict(apps)
+    while waiting:
+        status = serve.status().applications
+        for name, app in list(waiting.items()):
+            state = status[app].status if app in status else None
+            if state in ("RUNNING", "DEPLOY_FAILED", "UNHEALTHY"):
+                waiting.pop(name)
+                yield name, "" if state == "RUNNING" else _why(status[app])
+        time.sleep(POLL_S)
+
+
+def _why(app: Any) -> str:
+    """The exception's own line: a deployment's message ends in its traceback, an application's says less."""
+    told = [each.message for each in app.deployments.values() if each.message] or [app.message]
+    lines = [line.strip() for line in told[0].splitlines() if line.strip()]
+    return one_line(lines[-1] if lines else "no reason given", 300)
+
+
+def end(apps: Iterable[str]) -> None:
+    """Free the applications' resources, and wait until they are free.
+
+    Serve itself ends with a Ray of this process's own; on a cluster it is ended unless it runs other applications.
+    """
+    from ray import serve
+
+    own = set(apps)
+    if not is_own_ray() and set(serve.status().applications) <= own:
+        serve.shutdown()
+        return
+    for app in own:
+        serve.delete(app, _blocking=False)
+    while own & set(serve.status().applications):
+        time.sleep(POLL_S)

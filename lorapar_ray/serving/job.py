@@ -1,0 +1,189 @@
+"""`lorapar serve`: deploy a finished run on Ray Serve, and keep it there until the command is ended."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset as ds
+
+from lorapar_ray.adapters import read_adapter_state
+from lorapar_ray.capacity import capacity, require
+from lorapar_ray.config import Config
+from lorapar_ray.engines.settings import engine_environment
+from lorapar_ray.errors import UserError
+from lorapar_ray.gpus import place
+from lorapar_ray.labeling.job import student_name
+from lorapar_ray.models import model_reference, resolve_model
+from lorapar_ray.pipeline import is_done
+from lorapar_ray.runs import RunDirectory
+from lorapar_ray.serve_apps import deployed, end, start_serve
+from lorapar_ray.serving.requests import AUTO, digest_of
+from lorapar_ray.serving.routing import QUESTIONS, stages_by_system
+from lorapar_ray.session import is_own_ray
+from lorapar_ray.text import one_line
+
+APP = "lorapar-serve"
+KEY = "LORAPAR_API_KEY"
+"""Environment variable that holds the server's key."""
+
+
+READY_S = 120.0
+"""For a replica that runs to say what it serves."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the server listens."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+    @property
+    def url(self) -> str:
+        """What a client is given."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}/v1"
+
+
+def server_key(address: Address) -> str | None:
+    """The key in the environment; None if there is none and only this machine can reach the address.
+
+    Raises:
+        UserError: others can reach it.
+    """
+    key = os.environ.get(KEY) or None
+    local = address.host == "localhost" or (_is_ip(address.host) and ip_address(address.host).is_loopback)
+    if key is None and not local:
+        raise UserError(f"--host {address.host}: others can reach it; put a key into {KEY}, or leave the host out")
+    return key
+
+
+def require_free(address: Address) -> None:
+    """Check that nobody listens there; Serve would try again and again.
+
+    Raises:
+        UserError: somebody does, or this machine has no such address.
+    """
+    try:
+        with socket.create_server((address.host, address.port), family=_family(address.host)):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--port {address.port}: cannot listen there ({error.strerror or error}); choose another"
+        ) from None
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _is_ip(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def finished_adapters(config: Config, run: RunDirectory) -> dict[str, Path]:
+    """The stock adapter of each training stage that has finished.
+
+    Raises:
+        UserError: the adapters are no LoRA, which is what one engine serves side by side.
+    """
+    if config.adapter.method != "lora":
+        raise UserError(
+            f"adapter.method {config.adapter.method}: `lorapar serve` serves LoRA; export the adapter instead"
+        )
+    folders: dict[str, Path] = {"sft": run.sft / "adapter", "grpo": run.grpo / "adapter"}
+    return {stage: folders[stage].resolve() for stage in config.order if is_done(config, run, stage)}
+
+
+def labelled_questions(config: Config, run: RunDirectory, adapters: Mapping[str, Path]) -> dict[int, list[str]]:
+    """Questions of each System to find the threshold of `auto` on, drawn by the run's seed; empty: no `auto`."""
+    stages = stages_by_system(config)
+    if not stages or not set(stages.values()) <= set(adapters) or not run.labels.is_dir():
+        return {}
+    table = ds.dataset(run.labels, format="parquet").to_table(columns=["prompt", "system"])
+    found: dict[int, list[str]] = {}
+    for system in (1, 2):
+        own = [row["prompt"] for row in table.to_pylist() if row["system"] == system]
+        found[system] = random.Random(config.seed).sample(own, min(QUESTIONS, len(own)))
+    return found if all(found.values()) else {}
+
+
+@contextmanager
+def serving(config: Config, run: RunDirectory, address: Address, replicas: int = 1) -> Iterator[dict[str, Any]]:
+    """Serve while the block runs; connected to Ray. Yields the names of the models, and what `auto` agrees with.
+
+    Raises:
+        UserError: the run has not finished a stage, the cluster is too small, the port is taken, or the engine cannot
+            start.
+    """
+    import ray
+    from ray import serve
+
+    from lorapar_ray.serving.replica import Replica
+    from lorapar_ray.workers import ray_options
+
+    key, adapters = server_key(address), finished_adapters(config, run)
+    if is_own_ray():
+        require_free(address)
+    resolve_model(config.model.path)
+    config = place(config, "evaluate", int(capacity().largest("GPU")))
+    settings = config.evaluate
+    require("serve", {"replicas": (replicas, settings.resources)}, "--replicas")
+    ranks = [
+        len(value)
+        for folder in adapters.values()
+        for name, value in read_adapter_state(folder).items()
+        if "lora_A" in name
+    ]
+    questions = labelled_questions(config, run, adapters)
+    fields = {**config.model_dump(mode="json")}
+    fields["model"]["path"] = model_reference(config.model.path)
+    deployment = serve.deployment(Replica).options(
+        name="server",
+        num_replicas=replicas,
+        max_ongoing_requests=2 * settings.engine.max_num_seqs,
+        max_queued_requests=8 * settings.engine.max_num_seqs,
+        health_check_timeout_s=120,
+        ray_actor_options={
+            **ray_options(settings.resources),
+            "runtime_env": {"env_vars": engine_environment(settings.engine, settings.resources)},
+        },
+    )
+    bound = deployment.bind(
+        fields,
+        {name: str(folder) for name, folder in adapters.items()},
+        max(ranks, default=8),
+        student_name(config),
+        questions,
+        None if key is None else digest_of(key),
+    )
+    try:
+        start_serve(host=address.host, port=address.port, location="HeadOnly")
+        [(_, why)] = deployed([serve.RunTarget(bound, name=APP, route_prefix="/")], {APP: APP})
+        if why:
+            raise UserError(f"serve: could not start ({why})")
+        told = serve.get_app_handle(APP).ready.remote().result(timeout_s=READY_S)
+        yield {"models": ["base", *adapters, *([AUTO] if "agreement" in told else [])], **told}
+    except (RuntimeError, ray.exceptions.RayError, TimeoutError) as error:
+        raise UserError(f"serve: could not start ({one_line(error, 300)})") from error
+    finally:
+        end([APP])
+
+
+def wait() -> None:
+    """Until Ctrl-C, or the process is told to end."""
+    while True:
+        time.sleep(3600)

@@ -1,0 +1,168 @@
+"""A Serve replica: one vLLM engine with the run's adapters side by side, behind vLLM's own OpenAI serving.
+
+Three routes and no other: vLLM's server has many more, some of which change it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from asyncio import gather
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from ray import serve
+
+from lorapar_ray.config import Config
+from lorapar_ray.engines.phases import Phases
+from lorapar_ray.engines.processes import start_async_llm
+from lorapar_ray.engines.settings import engine_arguments, lora_arguments, memory_share
+from lorapar_ray.labeling.hosted import choice_tokens
+from lorapar_ray.labeling.prompts import with_template
+from lorapar_ray.models import resolve_model
+from lorapar_ray.serving.openai_side import openai_state
+from lorapar_ray.serving.requests import AUTO, BadRequest, parsed, question_in, require_key, with_system_prompt
+from lorapar_ray.serving.routing import Threshold, fit_threshold, routing_prompt, stages_by_system
+from lorapar_ray.text import one_line
+
+SYSTEM_HEADER = "x-lorapar-system"
+
+# What the routes use is imported, not defined below: Serve pickles them as they are when the class is decorated.
+app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+
+
+@serve.ingress(app)
+class Replica:
+    """Base, stages and `auto` of one run."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        adapters: Mapping[str, str],
+        max_rank: int,
+        student: str,
+        labelled: Mapping[int, list[str]],
+        key_digest: str | None,
+    ) -> None:
+        """Start the engine.
+
+        Args:
+            adapters: directory of each stage's adapter.
+            student: what the student is called in the voting prompt.
+            labelled: questions of each System, to find the threshold of `auto` on; empty: there is no `auto`.
+            key_digest: of the key that clients give (`requests.digest_of`); None: none is asked for.
+        """
+        self._config, self._adapters, self._labelled = Config.model_validate(config), adapters, labelled
+        self._key, self._student, settings = key_digest, student, self._config.evaluate
+        self._path = resolve_model(self._config.model.path)
+        trusted = self._config.model.trust_remote_code
+        arguments = {
+            **memory_share(settings.resources),
+            **engine_arguments(self._path, settings.engine, seed=self._config.seed, trust_remote_code=trusted),
+            **(lora_arguments(max_rank, len(adapters)) if adapters else {}),
+        }
+        self._engine = start_async_llm(arguments, Phases("server"), "evaluate.engine")
+        self._tokenizer = self._engine.get_tokenizer()
+        self._state: Any = None
+        self._threshold: Threshold | None = None
+        self._asked = 0
+
+    async def ready(self) -> dict[str, Any]:
+        """Finish starting: the OpenAI side, and the threshold of `auto`. Returns what there is to say of it."""
+        if self._state is None:
+            self._state = await openai_state(self._engine, self._path, self._adapters)
+            if self._labelled:
+                odds = {system: await gather(*map(self._odds, asked)) for system, asked in self._labelled.items()}
+                self._threshold = fit_threshold(odds[1], odds[2])
+        found = self._threshold
+        return {"pid": os.getpid()} | ({} if found is None else {"agreement": found.agreement})
+
+    async def check_health(self) -> None:
+        """Serve asks now and then, and replaces a replica whose engine has died."""
+        await self.ready()
+        await self._engine.check_health()
+
+    @app.get("/health")
+    async def health(self) -> Response:
+        """Whether the engine lives."""
+        await self.check_health()
+        return Response(status_code=200)
+
+    @app.get("/v1/models")
+    async def models(self, request: Request) -> Response:
+        """The models a client may name."""
+        try:
+            require_key(request.headers, self._key)
+        except BadRequest as error:
+            return JSONResponse(error.body, error.status)
+        listed = (await self._state.openai_serving_models.show_available_models()).model_dump()
+        if self._threshold is not None:
+            listed["data"].append({**listed["data"][0], "id": AUTO, "root": AUTO})
+        return JSONResponse(listed)
+
+    @app.post("/v1/chat/completions")
+    async def chat(self, request: Request) -> Response:
+        """A chat completion, as a whole or as a stream."""
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+        return await self._answer(
+            request, ChatCompletionRequest, self._state.openai_serving_chat.create_chat_completion
+        )
+
+    @app.post("/v1/completions")
+    async def complete(self, request: Request) -> Response:
+        """The completion of a text."""
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+        return await self._answer(request, CompletionRequest, self._state.openai_serving_completion.create_completion)
+
+    async def _answer(self, request: Request, kind: Any, create: Any) -> Response:
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+        from vllm.exceptions import VLLMError
+
+        headers: dict[str, str] = {}
+        try:
+            require_key(request.headers, self._key)
+            asked = with_system_prompt(parsed(await request.body()), self._config.model.system_prompt)
+            if asked.get("model") == AUTO and self._threshold is not None:
+                system = await self._system(question_in(asked))
+                asked["model"], headers = stages_by_system(self._config)[system], {SYSTEM_HEADER: str(system)}
+            answer = await create(kind.model_validate(asked), request)
+        except BadRequest as error:
+            return JSONResponse(error.body, error.status)
+        except (ValueError, TypeError, OverflowError, NotImplementedError, VLLMError) as error:
+            return JSONResponse(BadRequest(400, one_line(error, 300)).body, 400)
+        if isinstance(answer, ErrorResponse):
+            return JSONResponse(answer.model_dump(), answer.error.code)
+        if hasattr(answer, "model_dump"):
+            return JSONResponse(answer.model_dump(), headers=headers)
+        return StreamingResponse(answer, media_type="text/event-stream", headers=headers)
+
+    async def _system(self, question: str) -> int:
+        assert self._threshold is not None
+        return 2 if await self._odds(question) >= self._threshold.log_odds else 1
+
+    async def _odds(self, question: str) -> float:
+        """The student's log-odds of System 2, in nats; the base votes, whichever adapter answers."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        choice = self._config.label.prompt.choice
+        prompt = with_template(routing_prompt(self._config, self._student, question), self._tokenizer, None, choice)
+        ids, (first, second) = choice_tokens(self._tokenizer, prompt, ["1", "2"])
+        room = self._config.evaluate.engine.max_model_len - 1
+        if len(ids) > room:
+            raise BadRequest(
+                400, f"model '{AUTO}': the question is too long ({len(ids)} tokens with what surrounds it)"
+            )
+        params = SamplingParams(max_tokens=1, temperature=1.0, allowed_token_ids=[first, second], logprobs=2)
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        self._asked += 1
+        last: Any = None
+        async for output in self._engine.generate({"prompt_token_ids": ids}, params, request_id=f"auto-{self._asked}"):
+            last = output
+        table = last.outputs[0].logprobs[0]
+        low, high = (table[token].logprob if token in table else -math.inf for token in (first, second))
+        return float(high - low) if math.isfinite(high - low) else math.copysign(1e3, high - low)

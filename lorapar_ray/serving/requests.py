@@ -1,0 +1,109 @@
+"""What a client may ask for: checked before any of it reaches the engine."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Mapping
+from typing import Any
+
+MOST_BYTES = 2**20
+MOST_COMPLETIONS = 8
+"""`n` of one request."""
+MOST_PROMPTS = 64
+"""Of one request for completions."""
+AUTO = "auto"
+
+
+class BadRequest(ValueError):
+    """An answer with a status instead of a completion."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status = status
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """As the OpenAI protocol has it."""
+        kind = "authentication_error" if self.status == 401 else "invalid_request_error"
+        return {"error": {"message": str(self), "type": kind, "param": None, "code": self.status}}
+
+
+def digest_of(key: str) -> str:
+    """What replicas are told in place of the key: they compare, and cannot give it away."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def require_key(headers: Mapping[str, str], digest: str | None) -> None:
+    """Compare `Authorization: Bearer …` with the key in constant time.
+
+    Args:
+        digest: of the key (`digest_of`); None: no key is asked for.
+
+    Raises:
+        BadRequest: it is another, or none.
+    """
+    given = headers.get("authorization", "").removeprefix("Bearer ")
+    if digest is not None and not hmac.compare_digest(digest_of(given), digest):
+        raise BadRequest(401, "give the server's key as `Authorization: Bearer KEY`")
+
+
+def parsed(body: bytes) -> dict[str, Any]:
+    """A request's JSON within the limits.
+
+    Raises:
+        BadRequest: it is no JSON object, or asks for too much.
+    """
+    if len(body) > MOST_BYTES:
+        raise BadRequest(413, f"the request is larger than {MOST_BYTES} bytes")
+    try:
+        asked = json.loads(body)
+    except (ValueError, RecursionError):
+        raise BadRequest(400, "the body is not JSON") from None
+    if not isinstance(asked, dict):
+        raise BadRequest(400, "the body is not a JSON object")
+    for name in ("n", "best_of"):
+        if isinstance(asked.get(name), int) and asked[name] > MOST_COMPLETIONS:
+            raise BadRequest(400, f"{name}: at most {MOST_COMPLETIONS}")
+    prompts = asked.get("prompt")
+    if (
+        isinstance(prompts, list)
+        and any(isinstance(each, list | str) for each in prompts)
+        and len(prompts) > MOST_PROMPTS
+    ):
+        raise BadRequest(400, f"prompt: at most {MOST_PROMPTS} in one request")
+    return asked
+
+
+def with_system_prompt(asked: dict[str, Any], text: str | None) -> dict[str, Any]:
+    """The request with the system prompt that the run was trained under, if it has messages and none of its own."""
+    messages = asked.get("messages")
+    own = isinstance(messages, list) and any(
+        isinstance(each, dict) and each.get("role") == "system" for each in messages
+    )
+    if text is None or not isinstance(messages, list) or not messages or own:
+        return asked
+    return {**asked, "messages": [{"role": "system", "content": text}, *messages]}
+
+
+def question_in(asked: Mapping[str, Any]) -> str:
+    """What `auto` goes by: the last message of the user, or the prompt.
+
+    Raises:
+        BadRequest: there is no text.
+    """
+    found: Any = asked.get("prompt")
+    messages = asked.get("messages")
+    if isinstance(messages, list):
+        own = [each.get("content") for each in messages if isinstance(each, dict) and each.get("role") == "user"]
+        found = own[-1] if own else None
+        if isinstance(found, list):
+            found = " ".join(
+                part["text"] for part in found if isinstance(part, dict) and isinstance(part.get("text"), str)
+            )
+    if not isinstance(found, str) or not found.strip():
+        raise BadRequest(
+            400, f"model '{AUTO}' goes by one question: give one prompt, or a message of the user with text"
+        )
+    return found

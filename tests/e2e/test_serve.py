@@ -1,0 +1,113 @@
+"""`lorapar serve` on a finished run, asked by the real `openai` client: four models, 16 clients at once, a killed replica."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psutil
+import pytest
+from openai import AuthenticationError, BadRequestError, NotFoundError, OpenAI
+
+from tests.e2e.conftest import FinishedRun
+from tests.e2e.test_job import free_port
+from tests.tiny_run import ROOT
+
+pytestmark = pytest.mark.e2e
+SECRET = "not-for-everyone"
+ASKED: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0}
+
+
+@pytest.fixture(scope="module")
+def server(
+    finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command at work, and where it listens."""
+    command = [
+        sys.executable,
+        "-m",
+        "lorapar_ray.cli",
+        "serve",
+        "--run-dir",
+        str(finished.run),
+        "--port",
+        str(free_port()),
+    ]
+    environment = {**os.environ, "LORAPAR_API_KEY": SECRET}
+    environment.pop("RAY_ADDRESS", None)
+    log = tmp_path_factory.mktemp("serve") / "stderr"
+    with log.open("w") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        assert said.startswith("serving base, sft, grpo, auto at http://127.0.0.1:"), said + log.read_text()
+        told = process.stdout.readline()
+        assert re.fullmatch(r"auto: the student's own vote agrees with the labels on \d+% \(chance 50 %\)\n", told)
+        yield process, said.split()[-1]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        assert SECRET not in log.read_text() + process.stdout.read()
+
+
+@pytest.fixture(scope="module")
+def client(server: tuple[Any, str]) -> OpenAI:
+    return OpenAI(base_url=server[1], api_key=SECRET, max_retries=0)
+
+
+def ask(client: OpenAI, model: str, question: str) -> tuple[str, str, str | None]:
+    """(the model that answered, what it said, the System that `auto` chose)"""
+    message: list[Any] = [{"role": "user", "content": question}]
+    raw = client.chat.completions.with_raw_response.create(model=model, messages=message, **ASKED)
+    answer = raw.parse()
+    return answer.model, answer.choices[0].message.content or "", raw.headers.get("x-lorapar-system")
+
+
+def test_every_model_answers_and_auto_is_one_of_the_stages(client: OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["base", "sft", "grpo", "auto"]
+    questions = [f"State the final answer: {number} + 1 =" for number in range(6)]
+    answers = {model: [ask(client, model, each)[1] for each in questions] for model in ("base", "sft", "grpo")}
+    assert answers["base"] != answers["sft"] != answers["grpo"]
+    for place, question in enumerate(questions):
+        stage, said, system = ask(client, "auto", question)
+        assert stage == {"1": "sft", "2": "grpo"}[system or ""] and said == answers[stage][place]
+
+
+def test_a_stream_says_the_same(client: OpenAI) -> None:
+    message: list[Any] = [{"role": "user", "content": "2 + 2 ="}]
+    parts = client.chat.completions.create(model="grpo", messages=message, stream=True, **ASKED)
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == ask(client, "grpo", "2 + 2 =")[1]
+
+
+def test_refusals(client: OpenAI, server: tuple[Any, str]) -> None:
+    with pytest.raises(AuthenticationError):
+        list(OpenAI(base_url=server[1], api_key="other", max_retries=0).models.list())
+    with pytest.raises(NotFoundError, match="`nobody` does not exist"):
+        ask(client, "nobody", "x")
+    with pytest.raises(BadRequestError, match="maximum context length"):
+        ask(client, "base", "x " * 5000)
+    with pytest.raises(NotFoundError):  # vLLM's own server would take another adapter here
+        client.post("/load_lora_adapter", body={"lora_name": "x", "lora_path": "/"}, cast_to=object)
+
+
+def test_sixteen_clients_at_once_and_a_killed_replica(client: OpenAI, server: tuple[Any, str]) -> None:
+    models = ("base", "sft", "grpo", "auto")
+
+    def answered(number: int) -> str:
+        return ask(client, models[number % 4], f"{number % 8} + 5 =")[1]
+
+    alone = [answered(number) for number in range(8)]
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(answered, range(48)))
+    assert together[:8] == together[8:16] == together[40:] and len(together) == 48
+    [replica] = [each for each in psutil.Process(server[0].pid).children(recursive=True) if _is_replica(each)]
+    replica.kill()
+    patient = client.with_options(max_retries=8, timeout=120)
+    assert [ask(patient, models[number % 4], f"{number % 8} + 5 =")[1] for number in range(8)] == alone
+
+
+def _is_replica(process: psutil.Process) -> bool:
+    return "ServeReplica" in " ".join(process.cmdline())

@@ -1,0 +1,174 @@
+"""What `lorapar serve` checks before an engine is asked, and how `auto` chooses."""
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from lorapar_ray.cli import app
+from lorapar_ray.config import Config
+from lorapar_ray.errors import UserError
+from lorapar_ray.runs import RunDirectory
+from lorapar_ray.serving.job import KEY, Address, finished_adapters, labelled_questions, require_free, server_key
+from lorapar_ray.serving.requests import (
+    MOST_BYTES,
+    BadRequest,
+    digest_of,
+    parsed,
+    question_in,
+    require_key,
+    with_system_prompt,
+)
+from lorapar_ray.serving.routing import fit_threshold, routing_prompt, stages_by_system
+
+
+def config(**sections: Any) -> Config:
+    tree = {"name": "x", "model": {"path": "m"}, "data": {"train": [{"reader": "file", "path": "rows.jsonl"}]}}
+    return Config.model_validate(tree | sections)
+
+
+@pytest.mark.parametrize(
+    ("system1", "system2", "log_odds", "agreement"),
+    [
+        ([-3.0, -2.0], [1.0, 4.0], -0.5, 1.0),
+        ([5.0, 6.0], [8.0, 9.0], 7.0, 1.0),  # a model that leans to System 2 whatever it is asked
+        ([0.0, 1.0, 2.0, 10.0], [3.0, 4.0], 2.5, 0.875),
+        ([1.0, 1.0], [1.0], 2.0, 0.5),
+    ],
+)
+def test_the_threshold_parts_the_labelled_questions_best(
+    system1: list[float], system2: list[float], log_odds: float, agreement: float
+) -> None:
+    found = fit_threshold(system1, system2)
+    assert (found.log_odds, found.agreement) == (log_odds, agreement)
+
+
+def test_the_student_reads_the_run_s_own_prompt_and_no_answer() -> None:
+    text = routing_prompt(config(), "Small", "What is 2 + 3?")
+    assert text.startswith("Act as the language model Small. ")
+    assert text.endswith("\n\nQuestion: What is 2 + 3?\nAnswer:\nSystem:")
+
+
+def test_auto_needs_two_stages_for_the_two_systems() -> None:
+    assert stages_by_system(config()) == {1: "sft", 2: "grpo"}
+    assert stages_by_system(config(order=["sft"])) == {}
+    assert stages_by_system(config(sft={"systems": [1, 2]})) == {}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "why"),
+    [
+        (b"{", 400, "not JSON"),
+        (b"[" * 100_000, 400, "not JSON"),
+        (b"[]", 400, "not a JSON object"),
+        (b" " * (MOST_BYTES + 1), 413, "larger than"),
+        (json.dumps({"n": 9}).encode(), 400, "n: at most 8"),
+        (json.dumps({"best_of": 99}).encode(), 400, "best_of: at most 8"),
+        (json.dumps({"prompt": ["x"] * 65}).encode(), 400, "prompt: at most 64"),
+    ],
+)
+def test_requests_beyond_the_limits(body: bytes, status: int, why: str) -> None:
+    with pytest.raises(BadRequest, match=why) as refused:
+        parsed(body)
+    assert refused.value.status == status
+    assert refused.value.body["error"]["code"] == status
+
+
+def test_a_long_prompt_of_token_ids_is_one_prompt() -> None:
+    assert parsed(json.dumps({"prompt": [7] * 500}).encode()) == {"prompt": [7] * 500}
+
+
+@pytest.mark.parametrize(
+    ("asked", "question"),
+    [
+        ({"prompt": "What?"}, "What?"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "a"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "c"}]}, "c"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
+            "a b",
+        ),
+    ],
+)
+def test_auto_goes_by_the_last_question(asked: dict[str, Any], question: str) -> None:
+    assert question_in(asked) == question
+
+
+@pytest.mark.parametrize(
+    "asked", [{}, {"messages": []}, {"messages": "x"}, {"messages": [5]}, {"prompt": [1, 2]}, {"prompt": " "}]
+)
+def test_auto_without_a_question(asked: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest, match="give one prompt"):
+        question_in(asked)
+
+
+def test_the_key_is_compared_and_not_kept() -> None:
+    digest = digest_of("s3cret")
+    assert "s3cret" not in digest
+    require_key({"authorization": "Bearer s3cret"}, digest)
+    require_key({}, None)
+    for headers in (
+        {},
+        {"authorization": "Bearer other"},
+        {"authorization": "Bearer s3cret\u00e9"},
+        {"authorization": digest},
+    ):
+        with pytest.raises(BadRequest) as refused:
+            require_key(headers, digest)
+        assert refused.value.status == 401
+
+
+def test_the_run_s_system_prompt_is_added_where_the_client_has_none() -> None:
+    mine, theirs = {"role": "user", "content": "q"}, {"role": "system", "content": "s"}
+    assert with_system_prompt({"messages": [mine]}, "")["messages"] == [{"role": "system", "content": ""}, mine]
+    assert with_system_prompt({"messages": [theirs, mine]}, "")["messages"] == [theirs, mine]
+    assert with_system_prompt({"messages": [mine]}, None)["messages"] == [mine]
+    assert with_system_prompt({"prompt": "p"}, "x") == {"prompt": "p"}
+
+
+def test_other_machines_need_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEY, raising=False)
+    assert (
+        server_key(Address()) is None
+        and server_key(Address("::1")) is None
+        and server_key(Address("localhost")) is None
+    )
+    for host in ("0.0.0.0", "::", "10.1.2.3", "node7"):
+        with pytest.raises(UserError, match=f"put a key into {KEY}"):
+            server_key(Address(host))
+    monkeypatch.setenv(KEY, "k")
+    assert server_key(Address("0.0.0.0")) == "k"
+
+
+def test_a_port_that_is_taken_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port {port}: cannot listen there"):
+            require_free(Address(port=port))
+    require_free(Address(port=port))
+
+
+def test_the_threshold_s_questions_are_labelled_ones_and_the_same_each_time(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.labels.mkdir()
+    rows = [{"prompt": f"q{number}", "system": 1 + number % 2} for number in range(300)]
+    pq.write_table(pa.Table.from_pylist(rows), run.labels / "part-00000.parquet")
+    adapters = {"sft": tmp_path, "grpo": tmp_path}
+    found = labelled_questions(config(), run, adapters)
+    assert {system: len(set(own)) for system, own in found.items()} == {1: 64, 2: 64}
+    assert all(int(question[1:]) % 2 == 0 for question in found[1]) and found == labelled_questions(
+        config(), run, adapters
+    )
+    assert labelled_questions(config(), run, {"sft": tmp_path}) == {}
+
+
+def test_what_cannot_be_served_is_refused_by_name(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["serve", "--run-dir", str(tmp_path)])
+    assert "holds no run" in str(done.exception)
+    with pytest.raises(UserError, match="serves LoRA"):
+        finished_adapters(config(adapter={"method": "ia3"}), RunDirectory(tmp_path))
