@@ -79,10 +79,9 @@ def parsed(body: bytes) -> dict[str, Any]:
 def with_system_prompt(asked: dict[str, Any], text: str | None) -> dict[str, Any]:
     """The request with the system prompt that the run was trained under, if it has messages and none of its own."""
     messages = asked.get("messages")
-    own = isinstance(messages, list) and any(
-        isinstance(each, dict) and each.get("role") == "system" for each in messages
-    )
-    if text is None or not isinstance(messages, list) or not messages or own:
+    if text is None or not isinstance(messages, list) or not messages:
+        return asked
+    if any(isinstance(each, dict) and each.get("role") == "system" for each in messages):
         return asked
     return {**asked, "messages": [{"role": "system", "content": text}, *messages]}
 

@@ -1,4 +1,4 @@
-"""`lorapar serve` on a finished run, asked by the real `openai` client: four models, 16 clients at once, a killed replica."""
+"""`lorapar serve` on a finished run, by the real `openai` client: four models, 16 clients at once, a killed replica."""
 
 import os
 import re
@@ -22,21 +22,14 @@ SECRET = "not-for-everyone"
 ASKED: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0}
 
 
+Server = tuple[subprocess.Popen[str], str]
+"""The command at work, and where it listens."""
+
+
 @pytest.fixture(scope="module")
-def server(
-    finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The command at work, and where it listens."""
-    command = [
-        sys.executable,
-        "-m",
-        "lorapar_ray.cli",
-        "serve",
-        "--run-dir",
-        str(finished.run),
-        "--port",
-        str(free_port()),
-    ]
+def server(finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    command = [sys.executable, "-m", "lorapar_ray.cli", "serve", "--run-dir", str(finished.run)]
+    command += ["--port", str(free_port())]
     environment = {**os.environ, "LORAPAR_API_KEY": SECRET}
     environment.pop("RAY_ADDRESS", None)
     log = tmp_path_factory.mktemp("serve") / "stderr"
@@ -54,7 +47,7 @@ def server(
 
 
 @pytest.fixture(scope="module")
-def client(server: tuple[Any, str]) -> OpenAI:
+def client(server: Server) -> OpenAI:
     return OpenAI(base_url=server[1], api_key=SECRET, max_retries=0)
 
 
@@ -82,7 +75,7 @@ def test_a_stream_says_the_same(client: OpenAI) -> None:
     assert "".join(part.choices[0].delta.content or "" for part in parts) == ask(client, "grpo", "2 + 2 =")[1]
 
 
-def test_refusals(client: OpenAI, server: tuple[Any, str]) -> None:
+def test_refusals(client: OpenAI, server: Server) -> None:
     with pytest.raises(AuthenticationError):
         list(OpenAI(base_url=server[1], api_key="other", max_retries=0).models.list())
     with pytest.raises(NotFoundError, match="`nobody` does not exist"):
@@ -93,7 +86,7 @@ def test_refusals(client: OpenAI, server: tuple[Any, str]) -> None:
         client.post("/load_lora_adapter", body={"lora_name": "x", "lora_path": "/"}, cast_to=object)
 
 
-def test_sixteen_clients_at_once_and_a_killed_replica(client: OpenAI, server: tuple[Any, str]) -> None:
+def test_sixteen_clients_at_once_and_a_killed_replica(client: OpenAI, server: Server) -> None:
     models = ("base", "sft", "grpo", "auto")
 
     def answered(number: int) -> str:

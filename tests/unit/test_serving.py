@@ -171,4 +171,6 @@ def test_what_cannot_be_served_is_refused_by_name(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["serve", "--run-dir", str(tmp_path)])
     assert "holds no run" in str(done.exception)
     with pytest.raises(UserError, match="serves LoRA"):
-        finished_adapters(config(adapter={"method": "ia3"}), RunDirectory(tmp_path))
+        finished_adapters(
+            config(adapter={"method": "ia3"}, order=["sft"], sft={"masked": False}), RunDirectory(tmp_path)
+        )
