@@ -3,8 +3,8 @@
     python jobs/benchmarks/serving.py --run-dir DIR [--quick] --json FILE
 
 `DIR` is a finished run with both stages. Its test questions go to `sft`, `grpo` and `auto`, greedily, under the run's
-own limits; the peer of `auto` is stage 2's adapter for every question, as one would serve without routing. Then the same
-requests, from 16 clients, go to `grpo` here and to stock `vllm serve` with the same engine settings and adapters.
+own limits; the peer of `auto` is stage 2's adapter for every question, as one would serve without routing. Then the
+same requests, from 16 clients, go to `grpo` here and to stock `vllm serve` with the same engine settings and adapters.
 `--quick` asks 40 questions.
 """
 
