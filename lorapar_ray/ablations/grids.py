@@ -217,7 +217,8 @@ def _stage1() -> Grid:
 
 
 def _mask() -> Grid:
-    stage1 = ("order=[sft]",)
+    # With α below 1 two random sets, which overlap less, would leave stage 1 more elements than two chosen ones do
+    stage1 = ("order=[sft]", "partition.alpha=1")
     controls = {
         "random": ("partition.mask=random",),
         "magnitude": ("score.criterion=magnitude",),
@@ -228,8 +229,8 @@ def _mask() -> Grid:
         Arm("importance", stage1),
         *(Arm(name, (*stage1, *changes)) for name, changes in controls.items()),
         Arm("shuffled-labels", (*stage1, "label.shuffled=true"), votes=True),
-        Arm("smaller-lora", (*stage1, PLAIN), rank_share=0.4),  # what θ = 0.9 keeps
-        Arm("full-lora", (*stage1, PLAIN)),
+        Arm("smaller-lora", ("order=[sft]", PLAIN), rank_share=0.4),  # what θ = 0.9 keeps
+        Arm("full-lora", ("order=[sft]", PLAIN)),
     )
     said = {
         "random": "the importance mask beats a random one of its size at a rate of its own",
