@@ -51,6 +51,8 @@ class Grid:
     tuned: bool = False
     """Each arm gets a learning rate of its own from a sweep on a validation split: at one rate for all, that of the
     importance mask, a random mask is an unfair control (arXiv 2405.02596)."""
+    free: tuple[str, ...] = ()
+    """Settings of some arm that `--set` may give the others."""
     lines: tuple[Claim, ...] = ()
     """Of a grid of retention: that the second stage costs one line less of the first's skill than another."""
 
@@ -230,7 +232,7 @@ def _mask() -> Grid:
         *(Arm(name, (*stage1, *changes)) for name, changes in controls.items()),
         Arm("shuffled-labels", (*stage1, "label.shuffled=true"), votes=True),
         Arm("smaller-lora", ("order=[sft]", PLAIN), rank_share=0.4),  # what θ = 0.9 keeps
-        Arm("full-lora", ("order=[sft]", PLAIN)),
+        Arm("full-lora", (*stage1, "partition.theta=1")),  # and not unmasked, which would start without the warm-up
     )
     said = {
         "random": "the importance mask beats a random one of its size at a rate of its own",
@@ -247,6 +249,7 @@ def _mask() -> Grid:
         arms,
         tuple(Claim(text, "importance", name, reaches=name == "full-lora") for name, text in said.items()),
         tuned=True,
+        free=("partition.theta",),
     )
 
 

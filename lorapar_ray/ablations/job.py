@@ -86,7 +86,7 @@ def make_plan(
         if without := [arm.name for arm in arms if arm.votes and arm.name in only]:
             raise UserError(f"--only {without[0]}: needs teachers that vote, and label.strategy is random")
         arms = tuple(arm for arm in arms if not arm.votes)
-    for key in {each.partition("=")[0] for each in overrides}:
+    for key in {each.partition("=")[0] for each in overrides} - set(chosen.free):
         if key == "seed" or any(change.startswith(f"{key}=") for arm in arms for change in arm.changes):
             raise UserError(f"--set {key}: the grid '{grid}' sets it itself; leave it out, or choose arms with --only")
     plan = Plan(chosen, arms, file, tuple(overrides), out, tuple(seeds), tuple(rates))

@@ -124,6 +124,8 @@ def test_runs_of_one_shape_train_at_once(tmp_path: Path) -> None:
     assert sizes("mask", "sft.arms_at_once=1") == [[name] for name in mask]
     assert sizes("mask", seeds=[1, 2], only=["random"]) == [["random", "random"]]
     assert sizes("mask", "sft.sharding=fsdp2", only=["random", "swapped"]) == [["random"], ["swapped"]]
+    theta = make_plan("mask", SHIPPED / "arithmetic.yaml", ["partition.theta=0.5"], tmp_path, seeds=[1]).units({})
+    assert {unit.arm: unit.config.partition.theta for unit in theta} == dict.fromkeys(mask, 0.5) | {"full-lora": 1}
     lora, pissa = ["lora", "lora-par", "random-mask"], ["pissa", "lora-par-pissa", "random-mask-pissa"]
     assert sizes("stage1") == [lora, pissa]
     assert sizes("stage1", "sft.sharding=fsdp2") == [[name] for name in (*lora, *pissa)]
