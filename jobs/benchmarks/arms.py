@@ -2,10 +2,10 @@
 
     python jobs/benchmarks/arms.py [--quick] [--device DEVICE] [--shape 135m|1b|1.5b] [--arms K] --json FILE
 
-K arms (masks of 40 %, seeds and learning rates of their own) of rank 8 on QKVGUD, 16 rows a step of 20 to 60 tokens, of
-which the last 3 to 8 have a loss; the base has random weights. Both sides run stage 1's loop, passes and optimiser as
-`lorapar` does: `TrainingLoop` for each arm, `ArmsLoop` for all. Starting workers and loading the model, which the arms
-share too, is not counted.
+K arms (masks of 40 %, seeds and learning rates of their own) of rank 8 on QKVGUD, 16 rows a step (8 with `--quick`) of
+20 to 60 tokens, of which the last 3 to 8 have a loss; the base has random weights. Both sides run stage 1's loop,
+passes and optimiser as `lorapar` does: `TrainingLoop` for each arm, `ArmsLoop` for all. Starting workers and loading the
+model, which the arms share too, is not counted.
 
 - arms per hour: K × the median step alone / the median step together, in the device's dtype;
 - losses: in float32, the largest relative distance of any step's loss from the arm's alone;
@@ -21,7 +21,9 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from _rows import Row, print_table, write_rows
 from _shapes import SHAPES
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorapar_ray.adapters import adapter_parameters, adapter_state, attach_lora
+from lorapar_ray.adapters import adapter_parameters, attach_lora
 from lorapar_ray.adapters.many import ManyAdapters
 from lorapar_ray.config import SftConfig
 from lorapar_ray.optim import MaskedAdamW, masked_param_groups
@@ -45,7 +47,7 @@ from lorapar_ray.sft.passes import EagerPasses, GraphPasses
 from lorapar_ray.sft.rows import collate
 from lorapar_ray.sft.step_log import StepLog
 
-ROWS, MICRO, ACTIVE, RATE = 16, 8, 0.4, 1e-4
+MICRO, ACTIVE, RATE = 8, 0.4, 1e-4
 GOAL = 2.5
 """Times as many arms per hour, for 4."""
 MIB = 2**20
@@ -54,49 +56,68 @@ MIB = 2**20
 class Bench:
     """A shape on a device, and the arms on it."""
 
-    def __init__(self, shape: str, device: torch.device, arms: int, steps: int) -> None:
-        self.shape, self.device, self.arms, self.steps = shape, device, arms, steps
+    def __init__(self, shape: str, device: torch.device, arms: int, rows: int) -> None:
+        self.shape, self.device, self.arms, self.rows = shape, device, arms, rows
         self.worker = Worker(0, 1, device)
         draw = torch.Generator().manual_seed(1)
-        size, count = SHAPES[shape]["vocab_size"], ROWS * steps
+        size, count = SHAPES[shape]["vocab_size"], rows * 8
         lengths = torch.randint(20, 61, (count,), generator=draw).tolist()
         answers = torch.randint(3, 9, (count,), generator=draw).tolist()
         self.examples = [
             {"input_ids": torch.randint(3, size, (n,), generator=draw).tolist(), "response_start": n - answer}
             for n, answer in zip(lengths, answers, strict=True)
         ]
+        empty = attach_lora(self.empty(torch.float32), rank=8, alpha=16)
+        self.sizes = {key: value.shape for key, value in adapter_parameters(empty).items()}
+        self.bases: dict[torch.dtype, Any] = {}
 
-    def settings(self, arm: int, micro: int = MICRO) -> SftConfig:
+    def settings(self, arm: int, steps: int, micro: int = MICRO) -> SftConfig:
+        rate = RATE * (1 + arm)
         return SftConfig(
-            batch_size=ROWS,
-            micro_batch_size=micro,
-            max_steps=self.steps,
-            learning_rate=RATE * (1 + arm),
-            max_length=160,
+            batch_size=self.rows, micro_batch_size=micro, max_steps=steps, learning_rate=rate, max_length=160
         )
 
-    def base(self, dtype: torch.dtype) -> Any:
+    def empty(self, dtype: torch.dtype) -> Any:
+        """The base without weights."""
         from transformers import AutoModelForCausalLM, LlamaConfig
 
-        torch.manual_seed(0)
-        with self.device:
+        with torch.device("meta"):
             return AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[self.shape]), dtype=dtype)
 
+    def base(self, dtype: torch.dtype) -> Any:
+        """A copy of the base, whose weights are drawn once."""
+        from transformers import AutoModelForCausalLM, LlamaConfig
+
+        if dtype not in self.bases:
+            torch.manual_seed(0)
+            with self.device:
+                self.bases = {dtype: AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[self.shape]), dtype=dtype)}
+        return deepcopy(self.bases[dtype])
+
+    def state(self, arm: int) -> dict[str, torch.Tensor]:
+        """The adapter that an arm starts from."""
+        draw = torch.Generator().manual_seed(arm)
+        return {key: 0.01 * torch.randn(size, generator=draw) for key, size in self.sizes.items()}
+
     def peft(self, arm: int, dtype: torch.dtype) -> Any:
-        return attach_lora(self.base(dtype), rank=8, alpha=16, init="gaussian", seed=arm).to(self.device)
+        model = attach_lora(self.base(dtype), rank=8, alpha=16).to(self.device)
+        state = self.state(arm)
+        for key, parameter in adapter_parameters(model).items():
+            parameter.data.copy_(state[key])
+        return model
 
     def many(self, arms: int, dtype: torch.dtype) -> ManyAdapters:
-        states = [adapter_state(self.peft(arm, dtype)) for arm in range(arms)]
+        states = [self.state(arm) for arm in range(arms)]
         return ManyAdapters(self.base(dtype), states, [2.0] * arms, dropout=0.0, device=self.device)
 
     def optimizer(self, arm: int, parameters: dict[str, Any]) -> MaskedAdamW:
         draw = torch.Generator().manual_seed(arm)
         masks = {key: torch.rand(value.shape, generator=draw) < ACTIVE for key, value in parameters.items()}
-        rate = self.settings(arm).learning_rate
+        rate = RATE * (1 + arm)
         return MaskedAdamW(masked_param_groups(parameters, masks, lr=rate, weight_decay=0.01), lr=rate)
 
-    def parts(self, arm: int, folder: Path, micro: int = MICRO) -> dict[str, Any]:
-        settings = self.settings(arm, micro)
+    def parts(self, arm: int, folder: Path, steps: int, micro: int = MICRO) -> dict[str, Any]:
+        settings = self.settings(arm, steps, micro)
         return {
             "settings": settings,
             "plan": plan_batches([len(each["input_ids"]) for each in self.examples], settings, 1, seed=arm),
@@ -110,18 +131,20 @@ class Bench:
         kind = GraphPasses if self.device.type == "cuda" else EagerPasses
         return kind(model, parameters, self.device, arms)
 
-    def alone(self, arm: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    def alone(self, arm: int, dtype: torch.dtype, steps: int) -> list[dict[str, Any]]:
         """Lines of the log of one arm."""
         model = self.peft(arm, dtype)
         parameters = adapter_parameters(model)
         with tempfile.TemporaryDirectory() as folder:
             TrainingLoop(
                 model, self.optimizer(arm, parameters), self.passes(model, list(parameters.values())),
-                validation=[], filler=0, **self.parts(arm, Path(folder)),
+                validation=[], filler=0, **self.parts(arm, Path(folder), steps),
             ).run(None)  # fmt: skip
             return lines_of(Path(folder) / f"{arm}.jsonl")
 
-    def together(self, arms: int, dtype: torch.dtype, micro: int = MICRO) -> tuple[list[list[dict[str, Any]]], int]:
+    def together(
+        self, arms: int, dtype: torch.dtype, steps: int, micro: int = MICRO
+    ) -> tuple[list[list[dict[str, Any]]], int]:
         """(lines of the log of each arm, bytes of one arm's optimiser)."""
         model = self.many(arms, dtype)
         passes = self.passes(model, model.stacks(), arms)
@@ -130,7 +153,7 @@ class Bench:
             made = [
                 Arm(
                     model.named_parameters_of(arm), self.optimizer(arm, model.parameters_of(arm)), validates=False,
-                    **self.parts(arm, Path(folder), micro),
+                    **self.parts(arm, Path(folder), steps, micro),
                 )
                 for arm in range(arms)
             ]  # fmt: skip
@@ -151,31 +174,29 @@ def steady(lines: Sequence[dict[str, Any]]) -> float:
     return statistics.median(line["seconds"] for line in lines[2:])
 
 
-def speed(bench: Bench, dtype: torch.dtype) -> list[Row]:
+def speed(bench: Bench, dtype: torch.dtype, steps: int) -> list[Row]:
     arms = bench.arms
-    before = steady(bench.alone(0, dtype))
-    ours = steady(bench.together(arms, dtype)[0][0])
-    after = steady(bench.alone(arms - 1, dtype))
+    before = steady(bench.alone(0, dtype, steps))
+    ours = steady(bench.together(arms, dtype, steps)[0][0])
+    after = steady(bench.alone(arms - 1, dtype, steps))
     alone = (before + after) / 2
     print(f"alone {before:.3f} and {after:.3f} s a step; {arms} together {ours:.3f}", flush=True)
     ratio = arms * alone / ours
-    steps_per_hour = 3600 / ours * arms
     goal, met = (f"≥ {GOAL:g}", ratio >= GOAL) if arms == 4 else ("–", None)
     name = f"{bench.shape}, {arms} arms: arm-steps per hour"
-    rows = [Row(name, steps_per_hour, 3600 / alone, "1/h", ratio, goal, met)]
-    narrow = steady(bench.together(arms, dtype, max(1, MICRO // arms))[0][0])
+    rows = [Row(name, 3600 / ours * arms, 3600 / alone, "1/h", ratio, goal, met)]
+    narrow = steady(bench.together(arms, dtype, steps, max(1, MICRO // arms))[0][0])
     name = f"{bench.shape}, {arms} arms, as many rows in a pass as one arm alone: arm-steps per hour"
     return [*rows, Row(name, 3600 / narrow * arms, 3600 / alone, "1/h", arms * alone / narrow, "–", None)]
 
 
-def equality(bench: Bench) -> Row:
-    bench = Bench(bench.shape, bench.device, bench.arms, 4)
-    together = bench.together(bench.arms, torch.float32)[0]
+def equality(bench: Bench, steps: int) -> Row:
+    together = bench.together(bench.arms, torch.float32, steps)[0]
     gap = 0.0
     for arm, mine in enumerate(together):
-        for line, other in zip(mine, bench.alone(arm, torch.float32), strict=True):
+        for line, other in zip(mine, bench.alone(arm, torch.float32, steps), strict=True):
             gap = max(gap, abs(line["loss"] - other["loss"]) / other["loss"])
-    name = f"{bench.shape}, {bench.arms} arms, float32: losses of {bench.steps} steps apart from alone, at most"
+    name = f"{bench.shape}, {bench.arms} arms, float32: losses of {steps} steps apart from alone, at most"
     return Row(name, gap, None, "relative", None, "≤ 1e-05", gap <= 1e-5)
 
 
@@ -193,23 +214,29 @@ class Launches(TorchDispatchMode):
 
 
 def launches(bench: Bench, arms: int, dtype: torch.dtype) -> int:
-    """Of one forward and backward pass over a micro-batch of each arm."""
-    model = bench.many(arms, dtype).train() if arms > 1 else bench.peft(0, dtype).train()
+    """Of one forward and backward pass over a micro-batch of each arm; nothing is computed for it."""
+    meta = torch.device("meta")
+    if arms > 1:
+        states = [{key: torch.empty(size, device=meta) for key, size in bench.sizes.items()}] * arms
+        model: Any = ManyAdapters(bench.empty(dtype), states, [2.0] * arms, dropout=0.0, device=meta)
+    else:
+        model = attach_lora(bench.empty(dtype), rank=8, alpha=16)
     rows = collate([[each] for each in bench.examples[:2]] * arms, packed=False, filler=0, arms=arms)
+    parts: dict[str, Any] = {name: part.to(meta) for name, part in vars(rows).items() if torch.is_tensor(part)}
     for _ in range(2):  # gradients are there the second time
         with Launches() as counted:
-            arm_losses(model, rows.to(bench.device)).sum().backward()
+            arm_losses(model.train(), replace(rows, **parts)).sum().backward()
     return counted.count
 
 
 def memory(bench: Bench, dtype: torch.dtype) -> list[Row]:
-    bench = Bench(bench.shape, bench.device, bench.arms, 2)
     peaks, held = [], 0
+    bench.base(dtype)
     for arms in (1, bench.arms):
         with device_memory() if bench.device.type == "cuda" else private_memory() as seen:
-            _, held = bench.together(arms, dtype)
+            _, held = bench.together(arms, dtype, 2)
         peaks.append(seen.added)
-    adapter = sum(each.nbytes for each in adapter_state(bench.peft(0, dtype)).values())
+    adapter = sum(each.nbytes for each in bench.state(0).values())
     further = (peaks[1] - peaks[0]) / (bench.arms - 1) / MIB
     return [
         Row(f"{bench.shape}: memory of a further arm", further, peaks[0] / MIB, "MiB, MiB with 1", None, "–", None),
@@ -220,7 +247,7 @@ def memory(bench: Bench, dtype: torch.dtype) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer steps")
+    parser.add_argument("--quick", action="store_true", help="fewer rows and steps")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", choices=("135m", "1b", "1.5b"), default="135m")
     parser.add_argument("--arms", type=int, default=4)
@@ -230,12 +257,18 @@ def main() -> None:
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False  # losses are compared
     dtype = torch_dtype("auto", device)
-    steps = (6 if arguments.quick else 12) if device.type == "cpu" else (20 if arguments.quick else 60)
-    bench = Bench(arguments.shape, device, arguments.arms, steps)
+    bench = Bench(arguments.shape, device, arguments.arms, 8 if arguments.quick else 16)
+    steps = (6 if arguments.quick else 12) if device.type == "cpu" else 40
     one, several = launches(bench, 1, dtype), launches(bench, bench.arms, dtype)
     name = f"{bench.shape}, {bench.arms} arms: launches of a pass for each arm"
     rows = [Row(name, several / bench.arms, float(one), "", one * bench.arms / several, "–", None)]
-    for part in (lambda: [equality(bench)], lambda: speed(bench, dtype), lambda: memory(bench, dtype)):
+    print_table(rows)
+    parts: list[Callable[[], list[Row]]] = [
+        lambda: speed(bench, dtype, steps),
+        lambda: memory(bench, dtype),
+        lambda: [equality(bench, 2 if arguments.quick else 6)],
+    ]
+    for part in parts:
         rows += part()
         write_rows(arguments.json, rows)
         print_table(rows)
