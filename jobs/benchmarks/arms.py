@@ -4,8 +4,8 @@
 
 K arms (masks of 40 %, seeds and learning rates of their own) of rank 8 on QKVGUD, 16 rows a step (8 with `--quick`) of
 20 to 60 tokens, of which the last 3 to 8 have a loss; the base has random weights. Both sides run stage 1's loop,
-passes and optimiser as `lorapar` does: `TrainingLoop` for each arm, `ArmsLoop` for all. Starting workers and loading the
-model, which the arms share too, is not counted.
+passes and optimiser as `lorapar` does: `TrainingLoop` for each arm, `ArmsLoop` for all. Starting workers and loading
+the model, which the arms share too, is not counted.
 
 - arms per hour: K × the median step alone / the median step together, in the device's dtype;
 - losses: in float32, the largest relative distance of any step's loss from the arm's alone;
