@@ -237,6 +237,7 @@ def catalogue(tmp_path: Path) -> Catalogue:
         ({"gsm8k": [GSM8K]}, "gsm8k@x", "NAME@SHOTS"),
         ({"gsm8q": [GSM8K]}, "gsm8k", "not among those that may be given as files"),
         ({}, "lost.yaml", "no such task file"),
+        ({}, "mawps", "give a file, --data mawps=FILE"),
         ({}, "mine.yaml", "reads a column that its data lacks ('hint' is undefined)"),
         ({}, "unsafe.yaml", "runs a model's programs in this process, which is refused"),
     ],

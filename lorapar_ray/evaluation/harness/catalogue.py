@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lm_eval.api.task
 import lm_eval.tasks
 from jinja2 import UndefinedError
@@ -34,6 +35,8 @@ USUAL = ("gsm8k", "mmlu/default", "arc", "super_glue/boolq")
 """lm-eval's folders of the tasks that the paper and its peers report."""
 SANDBOXED = frozenset({"humaneval", "mbpp"})
 """Ours that run a model's programs."""
+LOCAL_ONLY = frozenset({"mawps"})
+"""Ours whose data is nowhere on the hub in a form that is read here."""
 OTHER_SPLITS = ("training_split", "validation_split", "fewshot_split")
 NEAREST = 3
 LOGGER = "lm_eval"
@@ -175,6 +178,8 @@ class _Factory(TaskFactory):
     def _load_full_config(self, entry: Entry, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
         config = super()._load_full_config(entry, overrides)
         family = family_of(config)
+        if family in LOCAL_ONLY and family not in self._data:
+            raise UserError(f"evaluate.data.{family}: has no place on the hub; give a file, --data {family}=FILE")
         if family is not None and family in self._data:
             evaluated = config.get("test_split") or config["validation_split"]
             there = split_files(family, self._data[family], evaluated)
@@ -186,13 +191,16 @@ class _Factory(TaskFactory):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval without its remarks and its bar on every task (MMLU has 57): only what it calls an error."""
+    """lm-eval without its remarks and the bars on every task (MMLU has 57): only what it calls an error."""
     logger, bar = logging.getLogger(LOGGER), lm_eval.api.task.tqdm
-    before = logger.level
+    before, silent = logger.level, datasets.are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)
     lm_eval.api.task.tqdm = lambda items, **_: items
+    datasets.disable_progress_bars()
     try:
         yield
     finally:
         logger.setLevel(before)
         lm_eval.api.task.tqdm = bar
+        if not silent:
+            datasets.enable_progress_bars()
