@@ -229,3 +229,13 @@ def test_every_stage_has_its_job(
     monkeypatch.setattr(sys, "argv", [f"{command}.py", "--config", "run.yaml"])
     with pytest.raises(SystemExit, match="lorapar: --run-dir: give a directory that every node can reach"):
         runpy.run_path(str(ROOT / "jobs" / f"{command}.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize("words", [["--run-dir", "runs/x"], ["--run-dir=runs/x"], ["-d", "runs/x"], ["-druns/x"]])
+def test_a_job_s_run_directory_is_a_whole_path(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "jobs")
+    for name in ("RAY_ADDRESS", "LORAPAR_WAIT_S"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--config", "run.yaml", *words])
+    with pytest.raises(SystemExit, match="lorapar: --run-dir 'runs/x': give its whole path"):
+        runpy.run_path(str(ROOT / "jobs" / "sft.py"), run_name="__main__")
