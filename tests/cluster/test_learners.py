@@ -14,8 +14,8 @@ from lorapar_ray.grpo.batches import share_of
 from lorapar_ray.grpo.samples import Batch, Sample
 from lorapar_ray.grpo.worker import GrpoJob, learn_worker
 from lorapar_ray.runs import RunDirectory
-from lorapar_ray.workers import run_workers
 from tests.tiny_run import metrics, save_tiny_student, tiny_config
+from tests.together import run_in_one_group
 
 pytestmark = pytest.mark.cluster
 STEPS = 2
@@ -57,41 +57,53 @@ def run(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config
     return config, run
 
 
-def learn(run: tuple[Config, RunDirectory], folder: Path, learners: int, **grpo: Any) -> dict[str, torch.Tensor]:
-    """The adapter after STEPS steps by so many learners."""
+def learn(run: tuple[Config, RunDirectory], folders: dict[Path, dict[str, Any]], learners: int) -> None:
+    """STEPS steps by so many learners with each of some settings, into a folder each."""
     import ray
 
     config, directory = run
-    coordinator = ray.remote(ScriptedCoordinator).options(name=f"scripted-{folder.name}", num_cpus=0).remote()
-    job = GrpoJob(
-        model=config.model.model_dump(mode="json"),
-        settings={**config.grpo.model_dump(mode="json"), "checkpoint_every": 100, **grpo},
-        base=config.model.path,
-        adapter_in=str(directory.adapter),
-        adapter_out=str(folder / "adapter"),
-        regions=None,
-        canaries=[[[5, 6, 7, 8], 2]],
-        checkpoints=str(folder / "checkpoints"),
-        metrics=str(folder / "metrics" / "grpo.jsonl"),
-        samples=str(folder / "metrics" / "samples.jsonl"),
-        steps=STEPS,
-        coordinator=f"scripted-{folder.name}",
-        run="test",
-        seed=0,
-    )
-    resources = Resources(cpus=1 / learners)
-    run_workers(learn_worker, job.payload(), name="grpo", workers=learners, resources=resources, storage=folder / "ray")
-    ray.kill(coordinator)
+    fakes = [
+        ray.remote(ScriptedCoordinator).options(name=f"scripted-{each.name}", num_cpus=0).remote() for each in folders
+    ]
+    jobs = [
+        GrpoJob(
+            model=config.model.model_dump(mode="json"),
+            settings={**config.grpo.model_dump(mode="json"), "checkpoint_every": 100, **grpo},
+            base=config.model.path,
+            adapter_in=str(directory.adapter),
+            adapter_out=str(folder / "adapter"),
+            regions=None,
+            canaries=[[[5, 6, 7, 8], 2]],
+            checkpoints=str(folder / "checkpoints"),
+            metrics=str(folder / "metrics" / "grpo.jsonl"),
+            samples=str(folder / "metrics" / "samples.jsonl"),
+            steps=STEPS,
+            coordinator=f"scripted-{folder.name}",
+            run="test",
+            seed=0,
+        )
+        for folder, grpo in folders.items()
+    ]
+    resources, storage = Resources(cpus=1 / learners), next(iter(folders)) / "ray"
+    group = {"name": "grpo", "workers": learners, "resources": resources, "storage": storage}
+    run_in_one_group([(learn_worker, job.payload()) for job in jobs], [group])
+    for fake in fakes:
+        ray.kill(fake)
+
+
+def learnt(folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter after those steps."""
     assert [line["canaries"] for line in metrics(folder, "grpo")] == [1.0] * STEPS
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
 def test_learners_together_take_the_step_of_one(run: tuple[Config, RunDirectory], tmp_path: Path) -> None:
     settings = {"kl_beta": 0.05, "mini_batch": 2}  # the second update has a single group: one learner gets nothing
-    alone = learn(run, tmp_path / "alone", 1, **settings)
-    before = load_file(run[1].adapter / "adapter_model.safetensors")
+    learn(run, {tmp_path / "alone": settings}, 1)
+    learn(run, {tmp_path / "two": settings, tmp_path / "cut": {**settings, "sharding": "fsdp2"}}, 2)
+    before, alone = load_file(run[1].adapter / "adapter_model.safetensors"), learnt(tmp_path / "alone")
     assert all(not torch.equal(alone[key], value) for key, value in before.items())
-    for name, sharding in (("two", "none"), ("cut", "fsdp2")):
-        together = learn(run, tmp_path / name, 2, sharding=sharding, **settings)
+    for name in ("two", "cut"):
+        together = learnt(tmp_path / name)
         for key, value in alone.items():
             torch.testing.assert_close(together[key], value, rtol=1e-3, atol=1e-6)

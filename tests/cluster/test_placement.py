@@ -23,7 +23,7 @@ def gpus() -> Iterator[None]:
     local_ray.stop()
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         labels = {"group": "rollouts"}
-        ray.init("local", num_cpus=8, num_gpus=GPUS, include_dashboard=False, _temp_dir=folder, labels=labels)
+        ray.init("local", num_cpus=5, num_gpus=GPUS, include_dashboard=False, _temp_dir=folder, labels=labels)
         yield
         ray.shutdown()
 

@@ -2,6 +2,8 @@
 
 import shutil
 import threading
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,6 +20,7 @@ from lorapar_ray.importance.job import score_stage
 from lorapar_ray.pipeline import run_stage
 from lorapar_ray.runs import RunDirectory
 from tests.tiny_run import save_tiny_student, tiny_config
+from tests.together import run_together
 
 pytestmark = pytest.mark.cluster
 Scores = dict[str, torch.Tensor]
@@ -73,35 +76,47 @@ def same(ours: list[Scores], theirs: list[Scores]) -> None:
             torch.testing.assert_close(mine[key], value, rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    "score",
-    [
-        {"workers": 3, "resources": {"cpus": 0.5}},
-        {"workers": 2, "sharding": "fsdp2"},
-        {"workers": 2, "sharding": "fsdp2", "gradient_checkpointing": True},
-    ],
-)
-def test_workers_and_sharding_change_nothing(
-    alone: list[Scores], student: Path, tmp_path: Path, score: dict[str, Any]
-) -> None:
-    config, run = make_run(student, tmp_path / "run", **score)
-    score_stage(config, run)
-    same(scores_of(run), alone)
+CUT = {"workers": 2, "sharding": "fsdp2"}
+THREE = {"workers": 3, "resources": {"cpus": 0.5}}
+
+
+def scored(runs: Sequence[tuple[Config, RunDirectory]]) -> list[RunDirectory]:
+    run_together("lorapar_ray.importance.job", [partial(score_stage, *each) for each in runs])
+    return [run for _, run in runs]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_cut_base_changes_nothing(checkpointing: bool, cut: dict[bool, RunDirectory], alone: list[Scores]) -> None:
+    same(scores_of(cut[checkpointing]), alone)
+    require_halves(cut[checkpointing])
+
+
+@pytest.fixture(scope="module")
+def cut(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, RunDirectory]:
+    """The base cut over two workers, without and with gradient checkpointing."""
+    root = tmp_path_factory.mktemp("cut")
+    how = (False, True)
+    runs = [make_run(student, root / str(each), **CUT, gradient_checkpointing=each) for each in how]
+    return dict(zip(how, scored(runs), strict=True))
+
+
+def require_halves(run: RunDirectory) -> None:
     assert [halves.examples for halves in load_halves(run.scores / "halves")] == [(6, 6), (12, 12), (13, 13)]
 
 
-def test_a_run_resumed_on_another_number_of_workers_gives_the_same_scores(
+def test_other_numbers_of_workers_change_nothing_from_the_beginning_or_on_the_way(
     finished: RunDirectory, alone: list[Scores], student: Path, tmp_path: Path
 ) -> None:
-    config, run = make_run(student, tmp_path / "run", workers=3, resources={"cpus": 0.5})
+    whole, (config, run) = make_run(student, tmp_path / "whole", **THREE), make_run(student, tmp_path / "run", **THREE)
     shutil.copytree(finished.work / "score", run.work / "score")
     kept, lost = sums_in(run)[::2], sums_in(run)[1::2]
     written = {file: file.stat().st_mtime_ns for file in kept}
     for file in lost:
         file.unlink()
-    score_stage(config, run)
+    for each in scored([whole, (config, run)]):
+        same(scores_of(each), alone)
+        require_halves(each)
     assert len(sums_in(run)) > len(kept) and written == {file: file.stat().st_mtime_ns for file in kept}
-    same(scores_of(run), alone)
 
 
 @pytest.mark.chaos("score")

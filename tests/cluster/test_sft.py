@@ -2,6 +2,7 @@
 
 import json
 import threading
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,12 +13,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from lorapar_ray.config import Config
 from lorapar_ray.partition import load_regions, stage_mask
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.job import train_stage1
 from lorapar_ray.sft.together import shape_of, train_together, why_alone
 from tests.sft_run import ready_run, weights
 from tests.tiny_run import lorapar_here, metrics, save_tiny_student, tiny_config, write_config
+from tests.together import run_together
 
 pytestmark = pytest.mark.cluster
 LOSS_TOLERANCE = 2e-5
@@ -33,25 +36,45 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_student(tmp_path_factory.mktemp("student"))
 
 
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "two workers": {**TWO_WORKERS, "micro_batch_size": 2},
+    "a cut base": {**TWO_WORKERS, "sharding": "fsdp2", "gradient_checkpointing": True, "micro_batch_size": 3},
+    "packed rows": {**TWO_WORKERS, "packing": True, "micro_batch_size": 1},
+}
+STEADY = {"schedule": "constant", "warmup_ratio": 0.0, "validation": 0.3, "validate_every": 1}
+
+
 @pytest.fixture(scope="module")
-def alone(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """Two epochs by one worker in one forward pass a step."""
-    config, run = ready_run(student, tmp_path_factory.mktemp("alone"), micro_batch_size=8, **MEASURED)
-    train_stage1(config, run)
-    return run
+def by_one(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDirectory]:
+    """What one worker trained: `alone` two epochs in one forward pass a step; `stopped` PiSSA, at far too high a rate
+    until its validation loss has not fallen twice."""
+    root = tmp_path_factory.mktemp("by_one")
+    stopping = {"init": "pissa", "epochs": 20, "patience": 2, "learning_rate": 0.05, **STEADY}
+    return trained(
+        {
+            "alone": ready_run(student, root / "alone", micro_batch_size=8, **MEASURED),
+            "stopped": ready_run(student, root / "stopped", **stopping),
+        }
+    )
 
 
-@pytest.mark.parametrize(
-    "sft",
-    [
-        {**TWO_WORKERS, "micro_batch_size": 2},
-        {**TWO_WORKERS, "sharding": "fsdp2", "gradient_checkpointing": True, "micro_batch_size": 3},
-        {**TWO_WORKERS, "packing": True, "micro_batch_size": 1},
-    ],
-)
-def test_the_layout_changes_no_loss(alone: RunDirectory, student: Path, tmp_path: Path, sft: dict[str, Any]) -> None:
-    config, run = ready_run(student, tmp_path / "run", **MEASURED, **sft)
-    train_stage1(config, run)
+@pytest.fixture(scope="module")
+def by_two(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDirectory]:
+    """The two epochs of `alone` in each of the layouts."""
+    root = tmp_path_factory.mktemp("by_two")
+    return trained({name: ready_run(student, root / name, **MEASURED, **how) for name, how in LAYOUTS.items()})
+
+
+def trained(runs: dict[str, tuple[Config, RunDirectory]]) -> dict[str, RunDirectory]:
+    run_together("lorapar_ray.sft.job", [partial(train_stage1, *each) for each in runs.values()])
+    return {name: run for name, (_, run) in runs.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_changes_no_loss(
+    layout: str, by_one: dict[str, RunDirectory], by_two: dict[str, RunDirectory]
+) -> None:
+    run, alone = by_two[layout], by_one["alone"]
     ours, theirs = metrics(run.root, "sft"), metrics(alone.root, "sft")
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, len(theirs) + 1))
     for name, tolerance in (("loss", LOSS_TOLERANCE), ("grad_norm", 1e-3)):
@@ -67,9 +90,10 @@ def test_the_layout_changes_no_loss(alone: RunDirectory, student: Path, tmp_path
 
 
 def test_arms_at_once_leave_the_files_that_each_leaves_alone(
-    alone: RunDirectory, student: Path, tmp_path: Path
+    by_one: dict[str, RunDirectory], student: Path, tmp_path: Path
 ) -> None:
     """By two workers, beside another arm of its own rate and of every element."""
+    alone = by_one["alone"]
     options = {**MEASURED, **TWO_WORKERS, "micro_batch_size": 2}
     own = {"learning_rate": 3e-3, "masked": False, "schedule": "linear"}
     members = [ready_run(student, tmp_path / "a", **options), ready_run(student, tmp_path / "b", **options, **own)]
@@ -123,26 +147,14 @@ def test_a_killed_worker_ends_in_the_same_adapter(chance: Random, cluster: None,
         assert torch.equal(weights(disturbed[1].sft / "adapter")[key], value), key
 
 
-STEADY = {"schedule": "constant", "warmup_ratio": 0.0, "validation": 0.3, "validate_every": 1}
-
-
-@pytest.fixture(scope="module")
-def stopped(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """PiSSA, trained at far too high a rate until its validation loss has not fallen twice."""
-    config, run = ready_run(
-        student, tmp_path_factory.mktemp("pissa"), init="pissa", epochs=20, patience=2, learning_rate=0.05, **STEADY
-    )
-    train_stage1(config, run)
-    return run
-
-
 def validation_losses(run: RunDirectory) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in metrics(run.root, "sft_validation")}
 
 
 def test_a_validation_split_stops_early_and_keeps_the_best(
-    stopped: RunDirectory, student: Path, tmp_path: Path
+    by_one: dict[str, RunDirectory], student: Path, tmp_path: Path
 ) -> None:
+    stopped = by_one["stopped"]
     losses = validation_losses(stopped)
     best = min(losses, key=lambda step: losses[step])
     assert max(losses) == best + 2 < 40, losses
@@ -153,7 +165,8 @@ def test_a_validation_split_stops_early_and_keeps_the_best(
     assert len(list((run.metrics / "tensorboard").rglob("events.out.tfevents.*"))) == 1
 
 
-def test_the_export_leaves_the_residual_base_behind(stopped: RunDirectory, student: Path) -> None:
+def test_the_export_leaves_the_residual_base_behind(by_one: dict[str, RunDirectory], student: Path) -> None:
+    stopped = by_one["stopped"]
     ids = torch.arange(100, 132).view(2, 16)
 
     def logits(base: Path, adapter: Path) -> torch.Tensor:

@@ -1,0 +1,50 @@
+"""Jobs of Ray Train in one group of workers: starting a group takes longer than a small job."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from lorapar_ray.workers import run_workers
+
+
+class _Later(Exception):
+    """The stage stops where it would start its own group."""
+
+
+def run_together(module: str, stages: Sequence[Callable[[], Any]]) -> None:
+    """Run stages that each start a group of as many workers: all their jobs in one, then what the stages do after it.
+
+    Args:
+        module: where the stages look up `run_workers`.
+        stages: each calls `run_workers` once, or not at all where its results are there.
+    """
+    jobs: list[tuple[Any, ...]] = []
+    groups: list[dict[str, Any]] = []
+
+    def put_off(function: Any, argument: Any, **group: Any) -> None:
+        jobs.append((function, argument))
+        groups.append(group)
+        raise _Later
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{module}.run_workers", put_off)
+        for stage in stages:
+            with suppress(_Later):
+                stage()
+        run_in_one_group(jobs, groups)
+        patch.setattr(f"{module}.run_workers", lambda *_, **__: None)
+        for stage in stages:
+            stage()
+
+
+def run_in_one_group(jobs: Sequence[tuple[Any, ...]], groups: Sequence[dict[str, Any]]) -> None:
+    """The jobs (function, argument), one after the other, in the first of their groups; all have as many workers."""
+    assert len({(group["workers"], str(group["resources"])) for group in groups}) == 1
+    run_workers(_one_after_another, {"jobs": list(jobs)}, **groups[0])
+
+
+def _one_after_another(payload: dict[str, Any]) -> None:
+    for function, argument in payload["jobs"]:
+        function(argument)
