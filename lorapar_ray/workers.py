@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lorapar_ray.capacity import require
 from lorapar_ray.config import Resources
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import write_json
+from lorapar_ray.heavy_imports import without_collecting
 from lorapar_ray.redact import redact
 from lorapar_ray.threads import in_a_thread
 
@@ -75,6 +77,8 @@ def _work(task: dict[str, Any]) -> None:
     refusal: Path = task["refusal"]
     if refusal.is_file():
         return
+    with without_collecting():
+        import_module("peft")  # torch and transformers with it: what each of these functions begins with
     try:
         task["function"](task["argument"])
     except UserError as error:
