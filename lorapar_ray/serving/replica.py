@@ -28,6 +28,8 @@ from lorapar_ray.serving.routing import Threshold, fit_threshold, routing_prompt
 from lorapar_ray.text import one_line
 
 SYSTEM_HEADER = "x-lorapar-system"
+CERTAIN = 1e3
+"""Log-odds, in nats, where one of the choices has no probability at all."""
 
 # What the routes use is imported, not defined below: Serve pickles them as they are when the class is decorated.
 app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
@@ -73,8 +75,9 @@ class Replica:
         """Finish starting: the OpenAI side, and the threshold of `auto`. Returns what there is to say of it."""
         if self._state is None:
             self._state = await openai_state(self._engine, self._path, self._adapters)
-            if self._labelled:
-                odds = {system: await gather(*map(self._odds, asked)) for system, asked in self._labelled.items()}
+            short = {system: [each for each in own if self._fits(each)] for system, own in self._labelled.items()}
+            if short and all(short.values()):
+                odds = {system: await gather(*map(self._odds, own)) for system, own in short.items()}
                 self._threshold = fit_threshold(odds[1], odds[2])
         found = self._threshold
         return {"pid": os.getpid()} | ({} if found is None else {"agreement": found.agreement})
@@ -144,16 +147,26 @@ class Replica:
         assert self._threshold is not None
         return 2 if await self._odds(question) >= self._threshold.log_odds else 1
 
+    def _vote(self, question: str) -> tuple[list[int], list[int]]:
+        """(token ids of what the student is asked, the tokens of the two choices)"""
+        choice = self._config.label.prompt.choice
+        prompt = with_template(routing_prompt(self._config, self._student, question), self._tokenizer, None, choice)
+        return choice_tokens(self._tokenizer, prompt, ["1", "2"])
+
+    def _fits(self, question: str) -> bool:
+        return len(self._vote(question)[0]) < self._config.evaluate.engine.max_model_len
+
     async def _odds(self, question: str) -> float:
-        """The student's log-odds of System 2, in nats; the base votes, whichever adapter answers."""
+        """The student's log-odds of System 2, in nats; the base votes, whichever adapter answers.
+
+        Raises:
+            BadRequest: the question is too long for the engine.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        choice = self._config.label.prompt.choice
-        prompt = with_template(routing_prompt(self._config, self._student, question), self._tokenizer, None, choice)
-        ids, (first, second) = choice_tokens(self._tokenizer, prompt, ["1", "2"])
-        room = self._config.evaluate.engine.max_model_len - 1
-        if len(ids) > room:
+        ids, (first, second) = self._vote(question)
+        if len(ids) >= self._config.evaluate.engine.max_model_len:
             raise BadRequest(
                 400, f"model '{AUTO}': the question is too long ({len(ids)} tokens with what surrounds it)"
             )
@@ -165,4 +178,4 @@ class Replica:
             last = output
         table = last.outputs[0].logprobs[0]
         low, high = (table[token].logprob if token in table else -math.inf for token in (first, second))
-        return float(high - low) if math.isfinite(high - low) else math.copysign(1e3, high - low)
+        return float(high - low) if math.isfinite(high - low) else math.copysign(CERTAIN, high - low)

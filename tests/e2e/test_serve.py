@@ -82,6 +82,8 @@ def test_refusals(client: OpenAI, server: Server) -> None:
         ask(client, "nobody", "x")
     with pytest.raises(BadRequestError, match="maximum context length"):
         ask(client, "base", "x " * 5000)
+    with pytest.raises(BadRequestError, match="model 'auto': the question is too long"):
+        ask(client, "auto", "x " * 5000)
     with pytest.raises(NotFoundError):  # vLLM's own server would take another adapter here
         client.post("/load_lora_adapter", body={"lora_name": "x", "lora_path": "/"}, cast_to=object)
 
