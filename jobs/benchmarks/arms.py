@@ -8,6 +8,7 @@ passes and optimiser as `lorapar` does: `TrainingLoop` for each arm, `ArmsLoop` 
 the model, which the arms share too, is not counted.
 
 - arms per hour: K × the median step alone / the median step together, in the device's dtype;
+- processor time of an arm's step: on a CPU this hardly depends on what else the machine does;
 - losses: in float32, the largest relative distance of any step's loss from the arm's alone;
 - launches: operations of a forward and backward pass that compute something (views left out), for each arm's step. What
   a launch costs depends on the device, their number does not: a CPU computes for long in each, so there the gain of
@@ -21,6 +22,7 @@ import argparse
 import json
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -70,6 +72,8 @@ class Bench:
         empty = attach_lora(self.empty(torch.float32), rank=8, alpha=16)
         self.sizes = {key: value.shape for key, value in adapter_parameters(empty).items()}
         self.bases: dict[torch.dtype, Any] = {}
+        self.processor_s = 0.0
+        """Processor seconds of the last run's steps."""
 
     def settings(self, arm: int, steps: int, micro: int = MICRO) -> SftConfig:
         rate = RATE * (1 + arm)
@@ -131,15 +135,21 @@ class Bench:
         kind = GraphPasses if self.device.type == "cuda" else EagerPasses
         return kind(model, parameters, self.device, arms)
 
+    def run(self, steps: Callable[[], None]) -> None:
+        start = time.process_time()
+        steps()
+        self.processor_s = time.process_time() - start
+
     def alone(self, arm: int, dtype: torch.dtype, steps: int) -> list[dict[str, Any]]:
         """Lines of the log of one arm."""
         model = self.peft(arm, dtype)
         parameters = adapter_parameters(model)
         with tempfile.TemporaryDirectory() as folder:
-            TrainingLoop(
+            loop = TrainingLoop(
                 model, self.optimizer(arm, parameters), self.passes(model, list(parameters.values())),
                 validation=[], filler=0, **self.parts(arm, Path(folder), steps),
-            ).run(None)  # fmt: skip
+            )  # fmt: skip
+            self.run(lambda: loop.run(None))
             return lines_of(Path(folder) / f"{arm}.jsonl")
 
     def together(
@@ -160,7 +170,7 @@ class Bench:
             loop = ArmsLoop(
                 model, made, passes, validation=[()] * arms, packed=False, filler=0, worker=self.worker
             )  # fmt: skip
-            loop.run([None] * arms)
+            self.run(lambda: loop.run([None] * arms))
             held = sum(made[0].optimizer.state_bytes().values())
             return [lines_of(Path(folder) / f"{arm}.jsonl") for arm in range(arms)], held
 
@@ -177,7 +187,9 @@ def steady(lines: Sequence[dict[str, Any]]) -> float:
 def speed(bench: Bench, dtype: torch.dtype, steps: int) -> list[Row]:
     arms = bench.arms
     before = steady(bench.alone(0, dtype, steps))
+    spent = bench.processor_s / steps
     ours = steady(bench.together(arms, dtype, steps)[0][0])
+    spent_together = bench.processor_s / steps / arms
     after = steady(bench.alone(arms - 1, dtype, steps))
     alone = (before + after) / 2
     print(f"alone {before:.3f} and {after:.3f} s a step; {arms} together {ours:.3f}", flush=True)
@@ -185,6 +197,8 @@ def speed(bench: Bench, dtype: torch.dtype, steps: int) -> list[Row]:
     goal, met = (f"≥ {GOAL:g}", ratio >= GOAL) if arms == 4 else ("–", None)
     name = f"{bench.shape}, {arms} arms: arm-steps per hour"
     rows = [Row(name, 3600 / ours * arms, 3600 / alone, "1/h", ratio, goal, met)]
+    name = f"{bench.shape}, {arms} arms: processor time of an arm's step"
+    rows.append(Row(name, spent_together, spent, "s", spent / spent_together, "–", None))
     narrow = steady(bench.together(arms, dtype, steps, max(1, MICRO // arms))[0][0])
     name = f"{bench.shape}, {arms} arms, as many rows in a pass as one arm alone: arm-steps per hour"
     return [*rows, Row(name, 3600 / narrow * arms, 3600 / alone, "1/h", arms * alone / narrow, "–", None)]

@@ -75,6 +75,8 @@ def evaluate_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[di
         with progress("engines", settings.engines, lambda: (0, "starting")):
             engines.start()
         for part in parts:
+            if len(parts) > 1:
+                console.print(f"  of {part.run.root.name}:")
             part.answer(engines)
     return notes
 
