@@ -34,6 +34,8 @@ CHATTY = (
 )
 """Loggers of Ray's that tell of every upload and connection."""
 FINAL = ("SUCCEEDED", "FAILED", "STOPPED")
+DUMP = "[state-dump]"
+"""Begins the lines, twenty and more, in which Ray prints a lost node's own statistics; the dashboard has them too."""
 OURS = "lorapar: "
 """How the line begins in which a command says why it ends."""
 
@@ -170,24 +172,45 @@ class Jobs:
 
     def _follow(self, job: str) -> tuple[str, str]:
         """Show a job's log as it grows; returns its final status and, in one line, why it failed."""
-        last = ""
-
-        def seen(text: str) -> None:
-            nonlocal last
-            print(text, end="", flush=True)
-            for line in text.splitlines():
-                last = line.removeprefix(OURS) if line.startswith(OURS) else last
-
-        asyncio.run(self._tail(job, seen))
+        log = JobLog(lambda line: print(line, flush=True))
+        asyncio.run(self._tail(job, log.add))
+        log.end()
         while True:
             info = self._ask(lambda: self._client.get_job_info(job))
             if info.status.value in FINAL:
-                return info.status.value, last or redact(one_line(info.message or "", 300))
+                return info.status.value, log.cause or redact(one_line(info.message or "", 300))
             time.sleep(1)
 
     async def _tail(self, job: str, show: Callable[[str], None]) -> None:
         async for text in self._client.tail_job_logs(job):
             show(text)
+
+
+class JobLog:
+    """A job's log, shown in whole lines as it comes in pieces."""
+
+    def __init__(self, show: Callable[[str], object]) -> None:
+        self._show = show
+        self._rest = ""
+        self.cause = ""
+        """What the last line says in which a command of ours says why it ends."""
+
+    def add(self, text: str) -> None:
+        """The next piece; it may end within a line."""
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            self._line(line)
+
+    def end(self) -> None:
+        """No more comes."""
+        if self._rest:
+            self._line(self._rest)
+
+    def _line(self, line: str) -> None:
+        if line.startswith(OURS):
+            self.cause = line.removeprefix(OURS)
+        if not line.lstrip().startswith(DUMP):
+            self._show(line)
 
 
 def _attempts(key: str, known: Iterable[str]) -> list[str]:

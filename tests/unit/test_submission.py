@@ -11,7 +11,15 @@ from lorapar_ray.cluster_check import NodeReport, _gpus, _keys, _models_found, _
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
 from lorapar_ray.redact import remember
-from lorapar_ray.submission import Jobs, Submission, _attempts, in_working_dir, require_no_secret, require_whole_path
+from lorapar_ray.submission import (
+    JobLog,
+    Jobs,
+    Submission,
+    _attempts,
+    in_working_dir,
+    require_no_secret,
+    require_whole_path,
+)
 from lorapar_ray.versions import installed_versions
 
 HANDED = Submission("x", "/shared/runs/x", ("--config", "a b.yaml"), Path())
@@ -39,6 +47,19 @@ def test_a_config_outside_of_what_is_sent_is_refused(tmp_path: Path) -> None:
         in_working_dir(tmp_path / "run.yaml", tmp_path / "work")
     with pytest.raises(UserError, match="no such directory"):
         in_working_dir(inside, tmp_path / "none")
+
+
+def test_a_log_is_shown_in_whole_lines_however_it_comes_and_its_cause_is_found() -> None:
+    whole = ["sft", "  sft 1/4", "lorapar: no space left", "(raylet) a\u2028b", "lorapar: done for"]
+    text = "\n".join([*whole[:2], "    [state-dump] GcsServer - 2 total", *whole[2:]])
+    for size in (1, 7, len(text)):
+        shown: list[str] = []
+        log = JobLog(shown.append)
+        for start in range(0, len(text), size):
+            log.add(text[start : start + size])
+        assert log.cause == "no space left"
+        log.end()
+        assert shown == whole and log.cause == "done for"
 
 
 def test_a_run_directory_in_the_job_s_own_is_refused() -> None:
