@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lorapar_ray.ablations.at_once import batches
+from lorapar_ray.ablations.at_once import batches, run_at_once
 from lorapar_ray.ablations.grids import GRIDS, Claim
-from lorapar_ray.ablations.job import described, make_plan, report
+from lorapar_ray.ablations.job import _run_part, described, make_plan, report
 from lorapar_ray.ablations.results import Outcome, decide, mean_interval
 from lorapar_ray.ablations.sharing import borrow
-from lorapar_ray.ablations.units import counted, shared_keys
+from lorapar_ray.ablations.units import Unit, counted, shared_keys
 from lorapar_ray.datasets.prepare import prepare
 from lorapar_ray.datasets.rows import iterate_rows
 from lorapar_ray.errors import UserError
@@ -133,6 +133,40 @@ def test_runs_of_one_shape_train_at_once(tmp_path: Path) -> None:
     shown = "\n".join(described(plan))
     assert "stage 1 of 4 runs trains at once, up to 2 adapters on one frozen base" in shown
     assert "stage 1 of ia3 trains alone: adapter.method: ia3" in shown and "of lora trains" not in shown
+
+
+def test_a_group_that_cannot_end_leaves_its_runs_to_go_on_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_config(tmp_path / "tiny.yaml", tiny_config(Path("student")) | {"label": {"strategy": "random"}})
+    plan = make_plan("mask", file, [], tmp_path / "out", seeds=[1, 2], only=["importance"], rates=[1])
+    units = plan.units({})
+    for unit in units:
+        unit.run.open(unit.config)
+    run_at_once(units, "sft")  # nothing before it has run
+    shown = capsys.readouterr().out
+    assert "sft of 2 runs at once" in shown and "not at once, but one after the other: sft: stage 'label'" in shown
+    assert not any(unit.run.entry("sft") for unit in units)
+    asked: list[str] = []
+
+    def defect(config: Any, run: RunDirectory, name: str) -> None:
+        asked.append(run.root.name)
+        if run.root.name == "importance-1":
+            raise RuntimeError("a defect")
+
+    monkeypatch.setattr("lorapar_ray.ablations.job.run_stage", defect)
+    failed = [line for unit in units for line in reasons(unit, plan.out)]
+    assert asked == ["importance-1", "importance-2"]
+    assert len(failed) == 1 and failed[0].startswith(
+        "importance, seed 1: RuntimeError: a defect (the whole of it is in"
+    )
+    assert "Traceback" in (plan.out / "failures" / "importance-1.txt").read_text()
+
+
+def reasons(unit: Unit, out: Path) -> list[str]:
+    failed: list[str] = []
+    assert _run_part(unit, ["label"], out, failed) is not bool(failed)
+    return failed
 
 
 def test_residual_bases_are_compared_by_what_they_hold(tmp_path: Path) -> None:
