@@ -1,7 +1,7 @@
-"""A simulated cluster for `rollout_scale.py`: engines and a learner that sleep instead of computing.
+"""A simulated cluster for `rollout_scale.py`: engines, rewards and a learner that sleep instead of computing.
 
-Only the computing is simulated. The coordinator, its queue, the reward workers and every message between them are those
-of stage 2, on a local Ray; several simulated engines share a process, as asynchronous tasks.
+Only the computing is simulated. The coordinator, its queue, the records in the object store and every message between
+them are those of stage 2, on a local Ray; several simulated engines share a process, as asynchronous tasks.
 """
 
 from __future__ import annotations
@@ -9,34 +9,41 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from lorapar_ray.engines.completion import Completion
-from lorapar_ray.engines.policy import Policy, PolicyReceiver
+import numpy as np
+import ray
 
-ENGINES_PER_PROCESS = 8
-SHOWN_TOKENS = 4
-"""Tokens a completion carries; its length is in the time it takes, not in its payload."""
+from lorapar_ray.engines.policy import Policy
+from lorapar_ray.engines.record import GroupHead, GroupRecord
+from lorapar_ray.grpo.rewards import RewardBatch
+from lorapar_ray.grpo.rewards.reading import Request
+
+ENGINES_PER_PROCESS = 32
 
 
 @dataclass(frozen=True)
 class Load:
-    """How long what takes."""
+    """How long what takes, and how many tokens it makes."""
 
     slots: int
     """Sequences an engine decodes at once, each at the same speed."""
     median_s: float
     """Median time of a sequence; lengths are log-normal, as those of chains of thought are."""
+    mean_tokens: int
+    """Of a sequence."""
     sigma: float = 0.6
     longest: float = 4.0
     """Where the length limit cuts, in medians."""
 
     def draw(self, generator: random.Random) -> float:
-        """Seconds of one sequence."""
-        return self.median_s * min(self.longest, generator.lognormvariate(0.0, self.sigma))
+        """One sequence's length, in medians."""
+        return min(self.longest, generator.lognormvariate(0.0, self.sigma))
 
+    @cached_property
     def mean(self) -> float:
-        """Mean seconds of a sequence, by drawing many."""
+        """Mean of `draw`, by drawing many."""
         generator = random.Random(0)
         return sum(self.draw(generator) for _ in range(100_000)) / 100_000
 
@@ -44,39 +51,59 @@ class Load:
 class SleepingEngines:
     """Asynchronous Ray actor: several simulated engines, addressed by number."""
 
-    def __init__(self, load: Load, right: int, wrong: int) -> None:
-        """`right`, `wrong`: tokens that every other completion consists of, so that each group has a spread."""
+    def __init__(self, load: Load) -> None:
         self._load = load
-        self._tokens = (right, wrong)
         self._slots = [asyncio.Semaphore(load.slots) for _ in range(ENGINES_PER_PROCESS)]
-        self._received = [PolicyReceiver() for _ in range(ENGINES_PER_PROCESS)]
         self._version = [0] * ENGINES_PER_PROCESS
         self._generator = random.Random(0)
 
-    async def load_policy(self, engine: int, policy: Policy) -> str:
-        self._received[engine].adapter(policy)
+    async def load_policy(self, engine: int, policy: Policy, *whole: Policy) -> str:
         self._version[engine] = policy.version
         return policy.digest
 
-    async def generate(self, engine: int, prompts: list[list[int]], sampling: dict[str, Any]) -> list[list[Completion]]:
-        return [
-            list(await asyncio.gather(*(self._sequence(engine, index) for index in range(sampling["n"]))))
-            for _ in prompts
-        ]
+    async def rollout(
+        self, engine: int, prompt_ids: list[int], sampling: dict[str, Any], key: str, begun: Any
+    ) -> tuple[GroupRecord, GroupHead]:
+        version, count = self._version[engine], sampling["n"]
+        lengths = tuple(await asyncio.gather(*(self._sequence(engine) for _ in range(count))))
+        head = GroupHead(len(prompt_ids), lengths, (True,) * count, (version,) * count)
+        tokens = sum(lengths)
+        ids, logprobs = np.full(tokens, version, np.int32), np.full(tokens, -1.0, np.float32)
+        return GroupRecord(np.asarray(prompt_ids, np.int32), ids, logprobs, head), head
 
-    async def _sequence(self, engine: int, index: int) -> Completion:
-        version = self._version[engine]
+    async def progress(self, engine: int) -> tuple[dict[str, GroupRecord], dict[str, int]]:
+        return {}, {}
+
+    async def give_back(self, engine: int, key: str) -> None:
+        """It sleeps on."""
+
+    async def _sequence(self, engine: int) -> int:
+        """Its tokens, once it has had its time."""
+        length = self._load.draw(self._generator)
         async with self._slots[engine]:
-            await asyncio.sleep(self._load.draw(self._generator))
-        return Completion([self._tokens[index % 2]] * SHOWN_TOKENS, [-1.0] * SHOWN_TOKENS, True, version)
+            await asyncio.sleep(self._load.median_s * length)
+        return max(1, round(length / self._load.mean * self._load.mean_tokens))
+
+
+class SleepingRewards:
+    """A reward worker that fetches each record, as a real one does, and neither decodes nor judges it."""
+
+    def __init__(self, plan: dict[str, Any]) -> None: ...
+
+    def score(self, requests: list[Request]) -> list[RewardBatch]:
+        counts = [len(ray.get(request.record).head.lengths) for request in requests]
+        rewards = [[float(each % 2) for each in range(count)] for count in counts]
+        return [RewardBatch(each, {"reward": list(each)}, {}) for each in rewards]
 
 
 class Handle:
     """One simulated engine with the methods of an `EngineActor` handle."""
 
     def __init__(self, actor: Any, number: int) -> None:
-        self.generate = _Method(actor.generate, number)
+        self.rollout = _Method(actor.rollout, number)
         self.load_policy = _Method(actor.load_policy, number)
+        self.progress = _Method(actor.progress, number)
+        self.give_back = _Method(actor.give_back, number)
         self.start = _Answer({"pid": 0})
         self.leave = _Answer(None)
 
@@ -84,6 +111,9 @@ class Handle:
 class _Method:
     def __init__(self, method: Any, number: int) -> None:
         self._method, self._number = method, number
+
+    def options(self, **options: Any) -> _Method:
+        return _Method(self._method.options(**options), self._number)
 
     def remote(self, *arguments: Any) -> Any:
         return self._method.remote(self._number, *arguments)
@@ -100,11 +130,9 @@ class _Answer:
 class Engines:
     """Makes handles one after another; what a coordinator is given to start its engines with."""
 
-    def __init__(self, count: int, load: Load, right: int, wrong: int) -> None:
-        import ray
-
+    def __init__(self, count: int, load: Load) -> None:
         actor = ray.remote(SleepingEngines).options(num_cpus=0, max_concurrency=10_000)
-        self._actors = [actor.remote(load, right, wrong) for _ in range(-(-count // ENGINES_PER_PROCESS))]
+        self._actors = [actor.remote(load) for _ in range(-(-count // ENGINES_PER_PROCESS))]
         self._made = 0
 
     def __call__(self) -> Handle:
@@ -114,7 +142,5 @@ class Engines:
 
     def stop(self) -> None:
         """End the processes."""
-        import ray
-
         for actor in self._actors:
             ray.kill(actor)

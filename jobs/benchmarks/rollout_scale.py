@@ -1,16 +1,20 @@
-"""Stage 2's plumbing on a simulated cluster: how close it comes to the ideal, and whether its memory stays flat.
+"""Stage 2's plumbing on a simulated cluster: how close it comes to the ideal, and what the coordinator costs.
 
-    python jobs/benchmarks/rollout_scale.py [--quick] --json FILE
+    python jobs/benchmarks/rollout_scale.py [--quick] [--engines N …] --json FILE
 
-Engines and learner sleep (see `_simulated_cluster`); coordinator, queue, reward workers, policy messages and Ray are
-real, all on this machine. Work grows with the engines: each decodes 16 sequences at once and gets 4 or 16 groups of 8 a
-step, so that its slots are filled two or eight times over; lengths are log-normal up to four medians. The learner takes
-two thirds of the mean generation time of a step. Ideal: a step takes the larger of its generation work spread evenly
-over all slots, and its training. The peer of each row is that ideal. Memory: resident bytes of the coordinator's
-process after a tenth of 10,000 steps and at their end.
+Engines, rewards and learner sleep (see `_simulated_cluster`); the coordinator, its queue, the policies' way, the
+records in the object store and Ray are real, all on this machine. Each engine decodes 16 sequences at once and gets 32
+groups of 8 a step, of 4,096 tokens a completion in the mean: 256 KiB a group, which the reward worker and the learner
+fetch. Lengths are log-normal up to four medians. The learner takes two thirds of a step's mean generation time.
 
-No scheduler reaches the ideal at staleness 1 with few fillings: a sequence begun under version v must be trained on at
-v + 1 at the latest, so two steps take at least one training and the longest way through an engine.
+Ideal: a step takes the larger of its generation work, spread evenly over all slots, and its training. The peer of each
+row is that ideal. Busy share: processor seconds of the coordinator's process, all threads, beside the seconds they were
+spent in. A sequence takes about half a second for each 64 engines, where 4,096 tokens take a real engine a minute or
+more: so every second here has the messages of many, and the share of a real run is as much smaller. Memory: resident
+bytes of the coordinator's process after a tenth of 10,000 steps and at their end, and of the object store at the end.
+
+A step's records take 8 MiB for each engine, and up to `max_staleness` + 2 steps exist at once; what does not fit this
+machine's object store is left out and named.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,74 +32,132 @@ import psutil  # type: ignore[import-untyped]
 import ray
 import torch
 from _rows import Row, print_table, write_rows
-from _simulated_cluster import Engines, Load
+from _simulated_cluster import Engines, Load, SleepingRewards
 
-from lorapar_ray.datasets.chat import load_encoder
 from lorapar_ray.engines.policy import PolicySender
 from lorapar_ray.grpo.coordinator import Coordinator
+from lorapar_ray.grpo.fetching import fetch
+from lorapar_ray.grpo.publishing import Publisher
 from lorapar_ray.models import resolve_model
 from lorapar_ray.session import ray_session
 
 MODEL = "package:smollm2-135m-instruct"
-GROUP_SIZE, SLOTS = 8, 16
-LOADS = 4, 16
-"""Groups an engine gets a step."""
-MEDIAN_S = 1.2
-"""Of a sequence. Chains of thought take longer, which is easier on the plumbing."""
+GROUP_SIZE, SLOTS, GROUPS = 8, 16, 32
+TOKENS, PROMPT_TOKENS = 4096, 256
+GROUP_BYTES = GROUP_SIZE * TOKENS * 8
+ENGINES = 1, 8, 64, 256
+MEDIAN_S = 0.5
+"""Of a sequence, on up to 64 engines; longer on more by as much, since this machine carries all their messages."""
 TRAINING_SHARE = 2 / 3
-WARM_UP = 3
-GOAL = 0.95
+WARM_UP = 2
+GOAL, BUSY_GOAL = 0.95, 0.2
 ELEMENTS = 10_000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="1 and 8 engines, fewer steps")
+    parser.add_argument("--quick", action="store_true", help="fewer steps; up to 64 engines, if none are named")
+    parser.add_argument("--engines", type=int, nargs="+", help="engines to simulate")
     parser.add_argument("--json", type=Path, required=True, help="where the rows go")
     arguments = parser.parse_args()
     rows = []
     with ray_session():
-        for row in measured(arguments.quick):
+        for row in measured(arguments.engines or ENGINES[: -1 if arguments.quick else None], arguments.quick):
             print(f"{row.name}: {row.ratio:.3f}", file=sys.stderr, flush=True)
             rows.append(row)
             write_rows(arguments.json, rows)
     print_table(rows)
 
 
-def measured(quick: bool) -> Iterator[Row]:
-    """Every row, as soon as it is there: in full this takes most of an hour."""
-    for groups, engines in product(LOADS, (1, 8) if quick else (1, 8, 64)):
-        for staleness in (1, 4) if quick else (0, 1, 4):
-            yield scale(engines, groups, staleness, steps=6 if quick else 10)
-    yield memory(1_000 if quick else 10_000)
+def measured(sizes: Sequence[int], quick: bool) -> Iterator[Row]:
+    """Every row, as soon as it is there: in full this takes half an hour."""
+    room = ray.cluster_resources()["object_store_memory"]
+    for engines, staleness in product(sizes, (1, 4)):
+        if (staleness + 2) * engines * GROUPS * GROUP_BYTES > room:
+            print(f"{engines} engines at staleness {staleness} do not fit {room / 2**30:.1f} GiB", file=sys.stderr)
+        else:
+            yield from scale(engines, staleness, steps=4 if quick or engines > 64 else 8)
+    yield from memory(1_000 if quick else 10_000)
 
 
-def scale(engines: int, groups: int, staleness: int, steps: int) -> Row:
-    """Steps per second in steady state beside the ideal, with so many groups a step for each engine."""
-    load = Load(slots=SLOTS, median_s=MEDIAN_S)
-    generation = groups * GROUP_SIZE * load.mean() / SLOTS
+def scale(engines: int, staleness: int, steps: int) -> Iterator[Row]:
+    """Steps per second in steady state beside the ideal, and what the coordinator needs for them."""
+    load = Load(slots=SLOTS, median_s=MEDIAN_S * max(1.0, engines / 64), mean_tokens=TOKENS)
+    generation = GROUPS * GROUP_SIZE * load.median_s * load.mean / SLOTS
     training = TRAINING_SHARE * generation
     ideal = 1 / max(generation, training)
-    plan = plan_of(engines, groups * engines, staleness, steps + WARM_UP)
-    marks = run(plan, Engines(engines, load, *answer_tokens()), training)[0]
-    ours = steps / (marks[-1] - marks[WARM_UP - 1])
-    goal, met = (f"≥ {GOAL:g}", ours / ideal >= GOAL) if staleness else ("–", None)
-    name = f"simulated, {engines} engines, {groups} groups each, staleness {staleness}"
-    return Row(name, ours, ideal, "steps/s", ours / ideal, goal, met)
+    marks = run(engines, GROUPS * engines, staleness, steps + WARM_UP, load, training)
+    first, last = marks[WARM_UP - 1], marks[-1]
+    ours, name = steps / (last.at - first.at), f"{engines} engines, staleness {staleness}"
+    yield Row(f"simulated, {name}", ours, ideal, "steps/s", ours / ideal, f"≥ {GOAL:g}", ours / ideal >= GOAL)
+    spent = last.busy_s - first.busy_s
+    share, goal = spent / (last.at - first.at), f"< {BUSY_GOAL:g}" if engines == max(ENGINES) else "–"
+    each = 1e3 * spent / (steps * GROUPS * engines)
+    yield Row(
+        f"coordinator's busy share, {name}", share, 1.0, "", share, goal, share < BUSY_GOAL if goal != "–" else None
+    )
+    yield Row(f"coordinator's time for a group, {name}", each, None, "ms", each, "–", None)
 
 
-def memory(steps: int) -> Row:
-    """Growth of the coordinator's memory once it has run for a while."""
-    load = Load(slots=SLOTS, median_s=0.0)
-    plan = plan_of(engines=1, prompts=1, staleness=1, steps=steps)
-    _, sizes = run(plan, Engines(1, load, *answer_tokens()), training=0.0)
-    early, late = sizes[steps // 10] / 2**20, sizes[-1] / 2**20
-    name = f"coordinator after {steps:,} simulated steps beside {steps // 10:,}"
-    return Row(name, late, early, "MiB", late / early, "≤ 1.05", late <= 1.05 * early)
+def memory(steps: int) -> Iterator[Row]:
+    """Growth of the coordinator's memory once it has run for a while, and what is left in the object store."""
+    load, staleness = Load(slots=SLOTS, median_s=0.0, mean_tokens=TOKENS), 1
+    marks = run(1, 1, staleness, steps, load, training=0.0)
+    early, late = marks[steps // 10].resident / 2**20, marks[-1].resident / 2**20
+    name, flat = f"after {steps:,} simulated steps", late <= 1.05 * early
+    yield Row(f"coordinator {name} beside {steps // 10:,}", late, early, "MiB", late / early, "≤ 1.05", flat)
+    held, most = marks[-1].stored / 2**20, (staleness + 3) * GROUP_BYTES / 2**20
+    yield Row(f"object store {name} beside what may exist", held, most, "MiB", held / most, "≤ 1", held <= most)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What was seen at the end of a step."""
+
+    at: float
+    """Monotonic time."""
+    busy_s: float
+    """Processor time of the coordinator so far."""
+    resident: int
+    """Its bytes of memory."""
+    stored: float
+    """Bytes in the object store."""
+
+
+def run(engines: int, prompts: int, staleness: int, steps: int, load: Load, training: float) -> list[Mark]:
+    """Be the learner for `steps` steps; further ones are begun, so that the last is none of a run's end."""
+    plan = plan_of(engines, prompts, staleness, steps + staleness + 1)
+    simulated = Engines(engines, load)
+    actor = ray.remote(_Coordinator).options(num_cpus=0, max_concurrency=1000)
+    coordinator = actor.remote(plan, simulated, None, SleepingRewards)
+    publisher, sender = Publisher(coordinator), PolicySender("{}")
+    parameters = {"m.lora_A.weight": torch.zeros(ELEMENTS)}
+    ray.get(coordinator.start.remote())
+    process = psutil.Process(ray.get(coordinator.pid.remote()))
+    publisher.publish(sender.policy(0, parameters), [])
+    marks = []
+    for step in range(steps):
+        fetched = fetch(coordinator, step, 0, 1)
+        time.sleep(training)
+        publisher.wait()
+        del fetched
+        publisher.publish(sender.policy(step + 1, parameters), [])
+        times, memory = process.cpu_times(), process.memory_info()
+        looks = step in (0, steps - 1)
+        marks.append(Mark(time.monotonic(), times.user + times.system, memory.rss, stored() if looks else 0.0))
+    ray.kill(coordinator)  # and with it the reward workers it owns
+    simulated.stop()
+    return marks
+
+
+def stored() -> float:
+    """Bytes in the object store now."""
+    name = "object_store_memory"
+    return float(ray.cluster_resources()[name] - ray.available_resources().get(name, 0.0))
 
 
 def plan_of(engines: int, prompts: int, staleness: int, steps: int) -> dict[str, Any]:
-    """A coordinator's plan; half of the completions are integers, which is what its reward is for."""
+    """A coordinator's plan."""
     settings = {
         "rollout_actors": engines,
         "prompts_per_step": prompts,
@@ -102,10 +165,9 @@ def plan_of(engines: int, prompts: int, staleness: int, steps: int) -> dict[str,
         "rollout_engine": {"max_num_seqs": SLOTS},
         "max_staleness": staleness,
         "refill_limit": 0,
-        "rewards": [{"name": "integer_answer"}],
         "reward_workers": 2,
     }
-    row = {"prompt": "Say a number.", "response": "7", "answer": "7", "prompt_ids": [1, 2, 3]}
+    row = {"prompt": "Say a number.", "response": "7", "answer": "7", "prompt_ids": list(range(PROMPT_TOKENS))}
     rows = [{**row, "id": str(number)} for number in range(4 * prompts)]
     return {
         "settings": settings,
@@ -117,32 +179,6 @@ def plan_of(engines: int, prompts: int, staleness: int, steps: int) -> dict[str,
         "lora_rank": 8,
         "judge": None,
     }
-
-
-def answer_tokens() -> tuple[int, int]:
-    """A token that is an integer and one that is not."""
-    tokenizer = load_encoder(resolve_model(MODEL), None).tokenizer
-    return tokenizer.encode("7")[0], tokenizer.encode("x")[0]
-
-
-def run(plan: dict[str, Any], engines: Engines, training: float) -> tuple[list[float], list[int]]:
-    """Be the learner for `plan["steps"]` steps; after each the (monotonic time, coordinator's resident bytes)."""
-    coordinator = ray.remote(_Coordinator).options(num_cpus=0, max_concurrency=1000).remote(plan, engines)
-    sender = PolicySender("{}")
-    parameters = {"m.lora_A.weight": torch.zeros(ELEMENTS)}
-    marks, sizes = [], []
-    ray.get(coordinator.start.remote())
-    process = psutil.Process(ray.get(coordinator.pid.remote()))
-    ray.get(coordinator.publish.remote(sender.policy(0, parameters), []))
-    for step in range(plan["steps"]):
-        ray.get(coordinator.batch.remote(step, 0, 1))
-        time.sleep(training)
-        ray.get(coordinator.publish.remote(sender.policy(step + 1, parameters), []))
-        marks.append(time.monotonic())
-        sizes.append(process.memory_info().rss)
-    ray.kill(coordinator)  # and with it the reward workers it owns
-    engines.stop()
-    return marks, sizes
 
 
 class _Coordinator(Coordinator):

@@ -36,7 +36,7 @@ from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.policy import PolicySender
 from lorapar_ray.grpo.job import CANARIES
 from lorapar_ray.grpo.learner import Learner
-from lorapar_ray.grpo.samples import Batch, Sample
+from lorapar_ray.grpo.samples import Sample, whole_batch
 from lorapar_ray.grpo.worker import GrpoJob
 from lorapar_ray.models import resolve_model
 from lorapar_ray.precision import torch_dtype
@@ -179,12 +179,11 @@ def learning_seconds(model: str, adapter: Path, samples: list[Sample], resources
         run="",
         seed=0,
     )
-    batch = Batch(samples, sum(len(each.token_ids) for each in samples), len(samples), {}, [], [])
     torch.set_num_threads(resources.compute_threads)
     learner, seconds = Learner(job), 0.0
     for step in range(2):
         start = time.perf_counter()
-        learner.step(batch, step, world=1)
+        learner.step([whole_batch(samples)], step, world=1)
         learner.canaries()
         seconds = time.perf_counter() - start
     return seconds

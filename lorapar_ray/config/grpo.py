@@ -174,7 +174,8 @@ class GrpoConfig(Section):
     rollout_actors: Operation[PositiveInt] = 1
     """Engines that sample."""
     rollout_time_limit_s: Operation[PositiveFloat] = 900.0
-    """An engine that takes longer over one request hangs, and is replaced."""
+    """An engine that takes longer to say that it lives, or to load a policy and prove it, hangs, and is replaced. How
+    long its groups take does not count."""
     learners: Operation[PositiveInt] = 1
     """Training workers that share each step's samples."""
     sharding: Operation[Literal["none", "fsdp2"]] = "none"

@@ -7,15 +7,17 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.config import EngineConfig, Resources
 from lorapar_ray.engines.completion import Completion
+from lorapar_ray.engines.in_flight import Growing, as_record, growing, request_of
 from lorapar_ray.engines.phases import Phases
 from lorapar_ray.engines.processes import start_async_llm
+from lorapar_ray.engines.record import GroupHead, GroupRecord
 from lorapar_ray.models import resolve_model
 from lorapar_ray.workers import ray_options
 
@@ -43,6 +45,8 @@ class EngineActor:
         self._loads = 0
         self._using: Counter[int] = Counter()
         self._requests = 0
+        self._groups: dict[str, tuple[Sequence[int], list[Growing]]] = {}
+        """Prompt and completions of the groups in flight."""
         self._receiver: PolicyReceiver | None = None
         self._open = asyncio.Event()
         self._open.set()
@@ -64,16 +68,21 @@ class EngineActor:
             await self._rpc("lorapar_prepare")
         return {"pid": os.getpid(), "seconds": self._phases.seconds}
 
-    async def load_policy(self, policy: Policy | None) -> str:
+    async def load_policy(self, policy: Policy | None, whole: Policy | None = None) -> str:
         """Serve `policy` (None: the base) from the next engine step on; returns the digest of what was loaded.
 
         Requests in flight go on, under it (`merged`) or under the one they began with (`adapter`); drain them first
         where that is not wanted. New ones wait until it is there. Key-value entries are salted with the policy's
         digest, so none of another policy's is ever found.
+
+        Args:
+            whole: what `policy` holds changes to, for an engine that has not received it.
         """
         async with self._loading:  # two learners' policies, where one has died and the other begun, come one by one
             self._open.clear()
             try:
+                if whole is not None and self._receiver is None:
+                    self._adapter(whole)
                 return await self._load(policy)
             finally:
                 self._open.set()
@@ -143,6 +152,64 @@ class EngineActor:
         """Sample `sampling["n"]` completions of every prompt, all in flight together."""
         return list(await asyncio.gather(*(self._complete(ids, sampling, i) for i, ids in enumerate(prompts))))
 
+    async def rollout(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: dict[str, Any],
+        key: str = "",
+        begun: GroupRecord | Mapping[str, GroupRecord] | None = None,
+    ) -> tuple[GroupRecord, GroupHead]:
+        """Sample `sampling["n"]` completions of one prompt; to be called with `num_returns=2`.
+
+        Both objects then belong to the caller, so a record outlives this actor for as long as its node lives.
+
+        Args:
+            key: names the group among those in flight.
+            begun: what another engine has sampled of it, or of several groups by key; this one goes on from there.
+        """
+        await self._open.wait()
+        earlier = begun.get(key) if isinstance(begun, Mapping) else begun
+        group = growing(sampling["n"], self._version, earlier)
+        self._groups[key] = (prompt_ids, group)
+        try:
+            await asyncio.gather(
+                *(
+                    self._grow(prompt_ids, each, request_of(each, sampling, index))
+                    for index, each in enumerate(group)
+                    if not each.ended
+                )
+            )
+        finally:
+            del self._groups[key]
+        record = as_record(prompt_ids, group)
+        return record, record.head
+
+    async def _grow(self, prompt_ids: Sequence[int], each: Growing, request: dict[str, Any]) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(**request)
+        params.output_kind = RequestOutputKind.DELTA
+        self._requests += 1
+        each.request = str(self._requests)
+        async for output in self._stream([*prompt_ids, *each.token_ids], params, each.request):
+            each.take(output.outputs[0])
+
+    async def progress(self) -> tuple[dict[str, GroupRecord], dict[str, int]]:
+        """The groups in flight as far as they are and how many tokens that is, by key; called with `num_returns=2`.
+
+        An answer is also the proof that the engine lives: it comes from its workers, between two of their steps.
+        """
+        await self._rpc("lorapar_alive")
+        records = {key: as_record(*group) for key, group in self._groups.items()}
+        return records, {key: len(record.token_ids) for key, record in records.items()}
+
+    async def give_back(self, key: str) -> None:
+        """End a group where it is: its `rollout` then returns with what there is of it."""
+        if key in self._groups:
+            with self._alive():
+                await self._engine.abort([each.request for each in self._groups[key][1] if not each.ended])
+
     async def _complete(
         self, prompt_ids: list[int], sampling: dict[str, Any], index: int, priority: int = 0
     ) -> list[Completion]:
@@ -151,12 +218,12 @@ class EngineActor:
         await self._open.wait()
         version = self._version
         seed = sampling.get("seed")
-        own = {**sampling, "seed": None if seed is None else seed + index, "logprobs": 0}
+        own = {**sampling, "seed": None if seed is None else seed + index, "logprobs": 0, "flat_logprobs": True}
         output = await self._run(prompt_ids, SamplingParams(**own), priority)
         return [
             Completion(
                 token_ids=list(choice.token_ids),
-                logprobs=[entry[token].logprob for entry, token in zip(choice.logprobs, choice.token_ids, strict=True)],
+                logprobs=[choice.logprobs.logprobs[at] for at in choice.logprobs.start_indices],
                 finished=choice.finish_reason == "stop",
                 version=version,
             )
@@ -198,22 +265,27 @@ class EngineActor:
 
         params.output_kind = RequestOutputKind.FINAL_ONLY  # one output with all n completions, none in between
         self._requests += 1
-        last, lora = None, self._lora
+        last = None
+        async for output in self._stream(prompt_ids, params, str(self._requests), priority):
+            last = output
+        return last
+
+    async def _stream(self, prompt_ids: list[int], params: Any, request: str, priority: int = 0) -> AsyncIterator[Any]:
+        """What the engine hands over of a request, under the policy that is served as it begins."""
+        lora = self._lora
         held = -1 if lora is None else lora.lora_int_id
         prompt = {"prompt_token_ids": prompt_ids, "cache_salt": self._salt()}
         self._using[held] += 1
         try:
             with self._alive():
-                stream = self._engine.generate(
-                    prompt, params, request_id=str(self._requests), lora_request=lora, priority=priority
-                )
-                async for output in stream:
-                    last = output
+                async for output in self._engine.generate(
+                    prompt, params, request_id=request, lora_request=lora, priority=priority
+                ):
+                    yield output
         finally:
             self._using[held] -= 1
         if lora is not None and lora is not self._lora and not self._using[held]:
             await self._drop(lora)
-        return last
 
     async def _rpc(self, method: str, *args: Any) -> list[Any]:
         with self._alive():

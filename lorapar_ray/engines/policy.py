@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load, save
@@ -34,6 +34,24 @@ class Policy:
     """`adapter_config.json`"""
     digest: str
     """SHA-256 of the adapter file (see `adapter_bytes`) that the receiver must arrive at."""
+
+
+@dataclass(frozen=True)
+class PolicyNote:
+    """What is said of a policy to whoever passes it on; the policy itself lies in Ray's object store."""
+
+    version: int
+    kind: Literal["whole", "changes"]
+    digest: str
+    size: int
+    """Bytes that travel to each node."""
+    reference: Any
+    """To the `Policy`; nested in this note, so that a call that takes the note does not fetch it."""
+
+
+def note_of(policy: Policy, reference: Any) -> PolicyNote:
+    """The note of a policy that was put into the object store."""
+    return PolicyNote(policy.version, policy.kind, policy.digest, len(policy.tensors), reference)
 
 
 class PolicyError(RuntimeError):
@@ -70,7 +88,6 @@ class PolicyReceiver:
     def __init__(self) -> None:
         self._state: dict[str, Tensor] = {}
         self._masks: dict[str, Tensor] = {}
-        self._last: Policy | None = None
 
     def adapter(self, policy: Policy) -> bytes:
         """The adapter file of `policy`.
@@ -95,16 +112,7 @@ class PolicyReceiver:
         found = hashlib.sha256(blob).hexdigest()
         if found != policy.digest:
             raise PolicyError(f"policy {policy.version} arrived as {found[:9]}, was sent as {policy.digest[:9]}")
-        self._last = policy
         return blob
-
-    def whole(self) -> Policy | None:
-        """The last policy received, whole, for an engine that has none yet; None before the first."""
-        if self._last is None:
-            return None
-        packed = {f"{MASK}{key}": pack_bits(mask) for key, mask in self._masks.items()}
-        last = self._last
-        return Policy(last.version, "whole", save({**self._state, **packed}), last.config, last.digest)
 
 
 def adapter_bytes(state: Mapping[str, Tensor]) -> bytes:

@@ -45,6 +45,9 @@ class PolicyLoader:
         if current_platform.is_cpu():
             lighten(self.model_runner)
 
+    def lorapar_alive(self) -> None:
+        """Called to see whether anybody answers."""
+
     def lorapar_load_policy(self, adapter: str | None) -> str:
         """Serve base + adapter, or the bare base for None.
 

@@ -1,49 +1,99 @@
-"""Groups as a step's batch, advantages included, and each learner's share of it: pure functions."""
+"""A step's groups as its batch, each learner's share of it, and that share's samples: pure functions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
 from lorapar_ray.config import GrpoConfig
+from lorapar_ray.engines.record import GroupRecord
 from lorapar_ray.grpo.advantages import group_advantages
+from lorapar_ray.grpo.dealing import deal
 from lorapar_ray.grpo.groups import Group
-from lorapar_ray.grpo.samples import Batch, MiniBatch, Sample
+from lorapar_ray.grpo.samples import MiniBatch, Sample
 
 EXAMPLES_PER_STEP = 2
+
+
+@dataclass(frozen=True)
+class Example:
+    """The best completion of a group, for people to read."""
+
+    prompt: str
+    answer: str
+    record: Any
+    """Reference to the group's record."""
+    completion: int
+    reward: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Groups of one step, and what happened while they were made; what the coordinator keeps of it."""
+
+    groups: list[Group]
+    """Those that are trained on."""
+    metrics: dict[str, float]
+    examples: list[Example]
+    prompts: list[int]
+    """Every prompt index the step drew, dropped groups included."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Completions of one group that one learner trains on."""
+
+    group: int
+    """Its number in the batch."""
+    record: Any
+    """Reference to the group's record."""
+    completions: list[int]
+    advantages: list[float]
+
+
+@dataclass(frozen=True)
+class UpdateShare:
+    """One learner's part of one update."""
+
+    parts: list[Part]
+    tokens: int
+    """Completion tokens of the update, over all learners."""
+    count: int
+    """Samples of the update, over all learners."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """One learner's part of a batch: references, no tokens."""
+
+    updates: list[UpdateShare]
+    tokens: int
+    """Completion tokens of the whole step, over all learners."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    examples: list[Example] = field(default_factory=list)
+    prompts: list[int] = field(default_factory=list)
 
 
 def make_batch(
     groups: Sequence[Group],
     dropped: Sequence[Group],
-    settings: GrpoConfig,
     prompts: list[int],
     step: int,
     seconds: dict[str, float],
+    rows: Sequence[Mapping[str, Any]],
 ) -> Batch:
-    """Advantages per group, metrics over every sampled group, and a few completions to read.
+    """Metrics over every sampled group, and a few completions to read.
 
     Metrics count the dropped groups too: a reward averaged over groups that happen to differ says nothing about the
-    policy. `step` is the version that will train on the batch; `prompts` are all that were drawn for it.
+    policy. `step` is the version that will train on the batch; `prompts` are all that were drawn for it;
+    `rows` are the run's.
     """
-    import torch
-
-    samples: list[Sample] = []
-    if groups:
-        rewards = torch.tensor([reward for group in groups for reward in group.rewards])
-        advantages = group_advantages(rewards, settings.group_size, settings.advantage_scale).tolist()
-        flat = [(group, completion) for group in groups for completion in group.completions]
-        samples = [
-            Sample(group.row["prompt_ids"], done.token_ids, done.logprobs, advantage, done.finished, done.version)
-            for (group, done), advantage in zip(flat, advantages, strict=True)
-            if done.finished or not settings.mask_truncated
-        ]
     everything = [*groups, *dropped]
-    lengths = [len(done.token_ids) for group in everything for done in group.completions]
-    finished = [done.finished for group in everything for done in group.completions]
-    lag = [step - done.version for group in everything for done in group.completions]
+    lengths = [length for group in everything for length in group.head.lengths]
+    finished = [each for group in everything for each in group.head.finished]
+    lag = [step - version for group in everything for version in group.head.versions]
     metrics = {
         "reward": fmean(reward for group in everything for reward in group.rewards),
         "reward_std": fmean(group.spread for group in everything),
@@ -61,43 +111,72 @@ def make_batch(
     for name in everything[0].parts:
         values = [value for group in everything for value in group.parts[name] if value is not None]
         metrics[f"reward/{name}"] = fmean(values) if values else 0.0
-    return Batch(
-        samples=samples,
-        tokens=sum(len(sample.token_ids) for sample in samples),
-        count=len(samples),
-        metrics=metrics,
-        examples=[_example(group) for group in everything[:EXAMPLES_PER_STEP]],
-        prompts=list(prompts),
-    )
+    examples = [_example(group, rows[group.index]) for group in everything[:EXAMPLES_PER_STEP]]
+    return Batch(list(groups), metrics, examples, list(prompts))
 
 
-def share_of(batch: Batch, rank: int, world: int, mini_batch: int | None = None) -> Batch:
-    """One learner's part of a batch: whole groups, so that a prompt is computed once, and of balanced length.
+def shares_of(batch: Batch, learners: int, settings: GrpoConfig) -> list[Share]:
+    """Every learner's part of a batch, with the samples' advantages; see `deal` for how even the parts are."""
+    groups = batch.groups
+    chosen = [_trained_on(group, settings) for group in groups]
+    advantages = _advantages(groups, settings)
+    size = settings.mini_batch or max(1, len(groups))
+    updates: list[list[UpdateShare]] = [[] for _ in range(learners)]
+    tokens = 0
+    for start in range(0, len(groups), size):
+        numbers = range(start, min(start + size, len(groups)))
+        heads = [groups[number].head for number in numbers]
+        own = [chosen[number] for number in numbers]
+        lengths = [head.lengths[each] for head, completions in zip(heads, own, strict=True) for each in completions]
+        tokens += sum(lengths)
+        for learner, hand in enumerate(deal(heads, own, learners)):
+            parts = [
+                Part(start + at, groups[start + at].record, mine, [advantages[start + at][each] for each in mine])
+                for at, mine in hand.items()
+            ]
+            updates[learner].append(UpdateShare(parts, sum(lengths), len(lengths)))
+    return [Share(each, tokens, batch.metrics, batch.examples, batch.prompts) for each in updates]
+
+
+def mini_batches(share: Share, records: Mapping[int, GroupRecord]) -> list[MiniBatch]:
+    """A learner's share with its samples; updates without any sample, over all learners, are left out.
 
     Args:
-        mini_batch: groups of one update, over all learners; None: all of them.
+        records: by number of the group.
     """
-    groups: dict[tuple[int, ...], list[Sample]] = {}
-    for sample in batch.samples:
-        groups.setdefault(tuple(sample.prompt_ids), []).append(sample)
-    together = list(groups.values())
-    size = mini_batch or max(1, len(together))
-    parts = [_mini_batch(together[start : start + size], rank, world) for start in range(0, len(together), size)]
-    return replace(batch, samples=[sample for part in parts for sample in part.samples], mini_batches=parts)
+    found = []
+    for update in share.updates:
+        samples = [sample for part in update.parts for sample in _samples(part, records[part.group])]
+        if update.count:
+            found.append(MiniBatch(samples, update.tokens, update.count))
+    return found
 
 
-def _mini_batch(groups: list[list[Sample]], rank: int, world: int) -> MiniBatch:
-    lengths = [sum(len(sample.token_ids) for sample in group) for group in groups]
-    ordered = [group for _, group in sorted(zip(lengths, groups, strict=True), key=lambda pair: pair[0])]
-    own = [sample for group in ordered[rank::world] for sample in group]
-    return MiniBatch(own, tokens=sum(lengths), count=sum(map(len, groups)))
+def _samples(part: Part, record: GroupRecord) -> list[Sample]:
+    completions, head = record.completions(), record.head
+    return [
+        Sample(record.prompt_ids, *completions[each], advantage, head.finished[each], head.versions[each])
+        for each, advantage in zip(part.completions, part.advantages, strict=True)
+    ]
 
 
-def _example(group: Group) -> dict[str, Any]:
+def _trained_on(group: Group, settings: GrpoConfig) -> list[int]:
+    finished = group.head.finished
+    return [each for each in range(len(finished)) if finished[each] or not settings.mask_truncated]
+
+
+def _advantages(groups: Sequence[Group], settings: GrpoConfig) -> list[list[float]]:
+    import torch
+
+    if not groups:
+        return []
+    rewards = torch.tensor([reward for group in groups for reward in group.rewards])
+    found: list[list[float]] = (
+        group_advantages(rewards, settings.group_size, settings.advantage_scale).view(len(groups), -1).tolist()
+    )
+    return found
+
+
+def _example(group: Group, row: Mapping[str, Any]) -> Example:
     best = max(range(len(group.rewards)), key=group.rewards.__getitem__)
-    return {
-        "prompt": group.row["prompt"],
-        "completion": group.texts[best],
-        "answer": group.row["answer"],
-        "reward": group.rewards[best],
-    }
+    return Example(row["prompt"], row["answer"], group.record, best, group.rewards[best])

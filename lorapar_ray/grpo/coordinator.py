@@ -3,6 +3,10 @@
 One asynchronous task per optimiser step runs `loop.collect`. A step may begin as soon as a policy at most
 `max_staleness` versions old is being served: 0 is strictly on-policy, 1 or more overlaps sampling with training and
 bounds the queue to that many finished steps.
+
+No data passes here. Of a group this process holds a reference, lengths and rewards, of a policy its digest and a
+reference; tokens, texts and weights go from whoever made them to whoever reads them through Ray's object store. It owns
+the groups' records, so they outlive the engine that made them; one that is lost with its node is sampled anew.
 """
 
 from __future__ import annotations
@@ -15,17 +19,15 @@ from typing import Any
 
 from lorapar_ray.config import GrpoConfig
 from lorapar_ray.engines.actor import start_engine
-from lorapar_ray.engines.policy import Policy
+from lorapar_ray.engines.policy import PolicyNote
 from lorapar_ray.gpus import sync_of
-from lorapar_ray.grpo.batches import share_of
+from lorapar_ray.grpo.batches import Batch, Share, shares_of
 from lorapar_ray.grpo.canaries import MOST_TOLERANCE, Canary, canary_tolerance
 from lorapar_ray.grpo.engine_pool import EnginePool, PolicyMismatch
-from lorapar_ray.grpo.loop import collect
+from lorapar_ray.grpo.loop import collect, sample_group
 from lorapar_ray.grpo.prompt_stream import PromptStream
-from lorapar_ray.grpo.rewards.actor import RewardWorkers
-from lorapar_ray.grpo.rewards.judge import Judge
+from lorapar_ray.grpo.rewards.actor import RewardActor, RewardWorkers
 from lorapar_ray.grpo.rollouts import Rollouts
-from lorapar_ray.grpo.samples import Batch
 from lorapar_ray.models import resolve_model
 
 FILLINGS = 3
@@ -39,9 +41,18 @@ def groups_at_once(settings: GrpoConfig) -> int:
 
 
 class Coordinator:
-    """Async Ray actor; owns the rollout engines, the reward workers and the prompt stream."""
+    """Async Ray actor; owns the rollout engines, the reward workers and the prompt stream.
 
-    def __init__(self, plan: dict[str, Any], engine: Callable[[], Any] | None = None, place: Any = None) -> None:
+    All of them end with it. If Ray starts it again, the learners begin again at their checkpoint and it at theirs.
+    """
+
+    def __init__(
+        self,
+        plan: dict[str, Any],
+        engine: Callable[[], Any] | None = None,
+        place: Any = None,
+        reward_worker: type[Any] = RewardActor,
+    ) -> None:
         """Take the plan, and what is no plain data beside it.
 
         Args:
@@ -50,6 +61,7 @@ class Coordinator:
                 `judging`; None without one) and perhaps `withheld` (environment variables that rewards do not see).
             engine: how to make an engine, if not by the plan.
             place: the engines' placement group.
+            reward_worker: what a reward worker runs.
         """
         from lorapar_ray.datasets.chat import load_encoder
 
@@ -66,14 +78,17 @@ class Coordinator:
             tolerance=MOST_TOLERANCE if self._calibrated is None else self._calibrated,
             time_limit_s=self._settings.rollout_time_limit_s,
         )
-        judge = None if plan["judge"] is None else Judge(**plan["judge"])
-        self._rewards = RewardWorkers(self._settings, judge, plan.get("withheld", ()))
+        self._rewards = RewardWorkers(plan, reward_worker)
         encoder = load_encoder(resolve_model(plan["model"]), None, plan["trust_remote_code"])
-        self._rollouts = Rollouts(self._settings, plan, encoder, self._engines, self._rewards)
+        self._rollouts = Rollouts(self._settings, plan, encoder.end_ids, self._engines, self._rewards)
         self._steps: dict[int, asyncio.Task[Batch]] = {}
         self._drawn: dict[int, list[int]] = {}
+        self._shares: dict[int, list[Share]] = {}
+        self._changed = asyncio.Event()
+        """Set, and replaced, when a step begins or the run cannot go on."""
         self._first_step = 0
-        self._mismatch: PolicyMismatch | None = None
+        self._failure: Exception | None = None
+        """Why no further step can begin."""
         self._publishing: asyncio.Task[dict[str, float]] | None = None
         self._marked_at = time.monotonic()
         self._marked_busy_s = 0.0
@@ -84,19 +99,23 @@ class Coordinator:
 
     async def resume(self, step: int, stream: dict[str, Any] | None) -> None:
         """Begin (again) at `step`: forget every unfinished step, and continue the prompts where the checkpoint was."""
-        if self._mismatch is not None:
-            raise self._mismatch  # a restarted learner would only repeat it
+        if isinstance(self._failure, PolicyMismatch):
+            raise self._failure  # a restarted learner would only repeat it
         if self._publishing is not None:  # of the learners before: it must not go on beside these
             self._publishing.cancel()
             await asyncio.wait([self._publishing])
+            self._publishing = None
         for task in self._steps.values():
             task.cancel()
+        self._failure = None
         self._steps.clear()
         self._drawn.clear()
+        self._shares.clear()
         self._first_step = step
         self._stream = self._fresh_stream()
         if stream is not None:
             self._stream.restore(stream)
+        self._engines.begin_to_start()  # a coordinator that Ray has restarted has none
 
     async def calibrate(self, canaries: list[Canary], least: float) -> float:
         """Set the canary tolerance from the gap on the bare base, once for the run; returns it.
@@ -115,55 +134,81 @@ class Coordinator:
             self._engines.tolerance = self._calibrated
         return self._calibrated
 
-    async def publish(self, policy: Policy, canaries: list[Canary]) -> dict[str, float]:
-        """Serve `policy` on every engine and check that they do; sampling that waited for it begins.
+    async def publish(self, policy: PolicyNote, canaries: list[Canary]) -> dict[str, float]:
+        """Serve a policy on every engine and check that they do; sampling that waited for it begins.
 
         Returns:
             seconds and bytes of the sync, the largest canary gap (mean absolute log-probability difference in nats),
-            the engines' idle share since the last sync, engines replaced so far, and finished steps in the queue.
+            the engines' idle share since the last sync, engines replaced so far, groups lost with their nodes so far,
+            and finished steps in the queue.
 
         Raises:
             PolicyMismatch: see `EnginePool.publish`.
         """
-        self._publishing = asyncio.create_task(self._publish(policy, canaries))
+        task = self._publishing = asyncio.create_task(self._publish(policy, canaries))
         try:
-            return await self._publishing
+            return await task
         except asyncio.CancelledError:
             raise RuntimeError(f"policy {policy.version} was given up: the learners have begun again") from None
+        except Exception as error:
+            if self._publishing is task:  # not of learners that are gone
+                self._failure = error
+                self._change()
+            raise
 
-    async def _publish(self, policy: Policy, canaries: list[Canary]) -> dict[str, float]:
+    async def _publish(self, policy: PolicyNote, canaries: list[Canary]) -> dict[str, float]:
         if self._settings.drain:
             await asyncio.gather(*self._steps.values(), return_exceptions=True)
         start = time.monotonic()
         idle = 1.0 - self._engines.busy_share(self._marked_at, self._marked_busy_s)
         self._marked_at, self._marked_busy_s = start, self._engines.busy_seconds()
-        try:
-            gap = await self._engines.publish(policy, canaries)
-        except PolicyMismatch as mismatch:
-            self._mismatch = mismatch
-            raise
+        gap = await self._engines.publish(policy, canaries)
         for step in range(max(self._first_step, policy.version), policy.version + self._settings.max_staleness + 1):
             if step not in self._steps and step < self._plan["steps"]:
                 drawn = self._drawn[step] = []
                 self._steps[step] = asyncio.create_task(
                     collect(step, drawn, self._stream, self._rollouts, self._settings)
                 )
+        self._change()
         return {
             "seconds/sync": time.monotonic() - start,
-            "sync_bytes": float(len(policy.tensors)),
+            "sync_bytes": float(policy.size),
             "canary_gap": gap,
             "canary_tolerance": self._engines.tolerance,
             "idle/engines": idle,
             "engines_replaced": float(self._engines.replaced),
+            "groups_lost": float(self._rollouts.lost),
             "queue_depth": float(sum(self._steps[step].done() for step in self._steps if step >= policy.version)),
         }
 
-    async def batch(self, step: int, rank: int, world: int) -> Batch:
-        """This rank's share of a step's samples: whole groups, dealt out by length so that ranks carry equal weight."""
+    async def batch(self, step: int, rank: int, world: int) -> Share:
+        """This rank's share of a step's samples, as soon as the step is sampled; see `deal` for how they are dealt.
+
+        Raises:
+            Exception: why the step cannot begin, if the policy that it waits for could not be published.
+        """
+        while step not in self._steps:
+            if self._failure is not None:
+                raise self._failure
+            await self._changed.wait()
         whole = await self._steps[step]
         for finished in [at for at in self._steps if at < step]:
             del self._steps[finished], self._drawn[finished]
-        return share_of(whole, rank, world, self._settings.mini_batch)
+            self._shares.pop(finished, None)
+        if step not in self._shares:
+            self._shares[step] = shares_of(whole, world, self._settings)
+        return self._shares[step][rank]
+
+    async def lost(self, step: int, groups: list[int]) -> None:
+        """Sample these groups of a step again: a learner found that their records went with a node."""
+        batch = await self._steps[step]
+        for number in groups:
+            old = batch.groups[number]
+            new = await sample_group(self._rollouts, old.index, step, attempt=0)
+            if batch.groups[number] is old:  # else another learner, which has a part of it too, was first
+                batch.groups[number] = new
+                self._rollouts.lost += 1
+        self._shares.pop(step, None)
 
     async def checkpoint(self, step: int) -> dict[str, Any]:
         """State of the prompt stream as it is after training on `step`."""
@@ -173,6 +218,10 @@ class Coordinator:
         """End reward workers and engines."""
         self._rewards.stop()
         await self._engines.stop()
+
+    def _change(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def _fresh_stream(self) -> PromptStream:
         return PromptStream(

@@ -1,7 +1,11 @@
 """The rollout engines of a run: who is asked next, who has died or hangs, and which policy all of them serve.
 
-An engine that dies, or does not answer within its time limit, is rebuilt while the others go on and take over its
-requests. Its successor gets no request before it has proved that it serves the current policy.
+An engine that dies, or that no longer answers whether it lives, is rebuilt while the others go on and take over its
+groups, from the tokens that were last seen of them. Its successor gets no request before it has proved that it serves
+the current policy. How long a group takes says nothing of its engine: a healthy one may have many before it.
+
+Of a policy only its note passes here. The engines fetch it from the object store, once for each node; its owner is the
+learner that made it, and if that is gone the policy is lost, not the engine: the next learner publishes another.
 """
 
 from __future__ import annotations
@@ -9,12 +13,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from lorapar_ray.engines.policy import Policy, PolicyReceiver
+from lorapar_ray.engines.policy import PolicyNote
+from lorapar_ray.engines.record import GroupHead
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.canaries import Canary, canary_gap
+from lorapar_ray.grpo.routing import Router, beginnings_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 LOSSES = 5
 """Engines lost in one place between two policies before the run stops: that is a broken setup, not bad luck."""
@@ -22,10 +33,18 @@ LEAVE_LIMIT_S = 10.0
 """What a hanging engine's actor is given to end its own children before it is killed."""
 REBUILD_LIMIT_S = 1800.0
 """How long the run waits while it has no engine at all; a cluster may have to add a node first."""
+LOOK_S = 10.0
+"""Between two questions to an engine whether it lives and how far its groups are."""
+STRAGGLER = 3.0
+"""A group that takes so many times the usual is given back, once, if another engine has nothing to do."""
 
 
 class PolicyMismatch(UserError):
     """An engine does not serve the policy it was sent: nothing sampled from it may be trained on."""
+
+
+class PolicyLost(RuntimeError):
+    """A policy can no longer be fetched, since the learner that made it is gone."""
 
 
 class EnginePool:
@@ -37,52 +56,190 @@ class EnginePool:
         """Take how to run the engines.
 
         Args:
-            start: makes an engine's handle, with `start`, `load_policy`, `generate`, `score`, `cache_gap` and `leave`
-                as `EngineActor` has them.
+            start: makes an engine's handle, with `start`, `load_policy`, `rollout`, `progress`, `give_back`, `score`,
+                `cache_gap` and `leave` as `EngineActor` has them.
             size: how many engines.
-            at_once: requests an engine holds; later ones wait for whichever engine has room first.
+            at_once: requests an engine holds at most; later ones wait for whichever engine has room first.
             tolerance: the largest canary gap, in nats.
-            time_limit_s: for one request.
+            time_limit_s: for one answer whether an engine lives, and for loading and proving a policy.
         """
         self._start = start
         self._size = size
-        self._room = asyncio.Semaphore(size * at_once)
+        self._router = Router(size, at_once)
+        self._waiting: deque[_Waiting] = deque()
+        self._rollouts: dict[str, _Rollout] = {}
+        """Groups in flight by key."""
+        self._gone: dict[int, asyncio.Future[None]] = {}
+        """By place, what ends the wait for an engine that no longer answers."""
+        self._seen: dict[int, tuple[Any, Any, dict[str, int]]] = {}
+        """By place, its engine, a reference to the groups as they were last seen, and how many tokens that were."""
+        self._watches: list[asyncio.Task[None]] = []
         self.tolerance = tolerance
         self._time_limit_s = time_limit_s
         self._engines: list[Any] = []
-        self._load = [0] * size
         self._busy_since = [0.0] * size
         self._busy_s = 0.0
         self._rebuilding: dict[int, asyncio.Task[None]] = {}
         self._losses = [0] * size
         self._gaps = [0.0] * size
         self._replaced = 0
-        self._current = PolicyReceiver()
+        self._current: PolicyNote | None = None
+        self._whole: PolicyNote | None = None
+        """What the current policy holds changes to."""
+        self._newer = asyncio.Event()
         self._canaries: Sequence[Canary] = ()
         self._published = 0
         self._started: asyncio.Future[Any] | None = None
 
     async def start(self) -> list[dict[str, Any]]:
         """Start every engine; returns what each says of itself. A policy may be published meanwhile: it waits."""
-        self._engines = [self._start() for _ in range(self._size)]
-        self._started = asyncio.gather(*(engine.start.remote() for engine in self._engines))
+        self.begin_to_start()
+        assert self._started is not None
         return list(await self._started)
+
+    def begin_to_start(self) -> None:
+        """Start every engine, unless that has begun."""
+        if self._started is None:
+            self._engines = [self._start() for _ in range(self._size)]
+            self._started = asyncio.gather(*(engine.start.remote() for engine in self._engines))
+            self._watches = [asyncio.create_task(self._watch(slot)) for slot in range(self._size)]
 
     async def run(self, call: Callable[[Any], Any]) -> Any:
         """`call(engine)` on the least loaded engine, in the order asked; if that is lost, on another."""
-        async with self._room:
-            while True:
-                slot = min(await self._alive(), key=self._load.__getitem__)
-                engine = self._engines[slot]
-                self._begin(slot)
-                try:
-                    return await asyncio.wait_for(_awaited(call(engine)), self._time_limit_s)
-                except Exception as error:
-                    if not _lost(error):
-                        raise
+        while True:
+            slot = await self._turn()
+            engine = self._engines[slot]
+            try:
+                return await self._unless_gone(slot, _awaited(call(engine)))
+            except Exception as error:
+                if not _lost(error):
+                    raise
+                self._rebuild(slot, engine, error)
+            finally:
+                self._end(slot)
+
+    async def rollout(
+        self, key: str, prompt_ids: Sequence[int] | NDArray[Any], sampling: dict[str, Any]
+    ) -> tuple[Any, GroupHead]:
+        """A group of completions of one prompt: a reference to its record, and its head.
+
+        On an engine that has room, by `Router.choose`; if that is lost, or gives the group back, another one goes on
+        with it, first in the queue.
+
+        Args:
+            key: of the group, unlike that of any other in flight.
+        """
+        beginnings, begun, known = beginnings_of(prompt_ids), None, 0
+        gave_it_back: int | None = None
+        while True:
+            slot = await self._turn(beginnings, again=begun is not None, avoid=gave_it_back)
+            engine, began = self._engines[slot], time.monotonic()
+            rollout = self._rollouts[key] = _Rollout(slot, began, given_back=gave_it_back is not None)
+            tokens = 0
+            try:
+                record, head = engine.rollout.options(num_returns=2).remote(prompt_ids, sampling, key, begun)
+                found: GroupHead = await self._unless_gone(slot, _awaited(head))
+            except asyncio.CancelledError:
+                engine.give_back.remote(key)  # nobody wants it any more
+                raise
+            except Exception as error:
+                if _fetch_failed(error):
+                    begun, known = None, 0  # what there was of it is lost; it begins anew
+                elif _lost(error):
+                    whose, seen, lengths = self._seen.get(slot, (None, None, {}))
+                    if whose is engine and key in lengths:
+                        begun, known = seen, lengths[key]
                     self._rebuild(slot, engine, error)
-                finally:
-                    self._end(slot)
+                else:
+                    raise
+            else:
+                tokens = sum(found.lengths) - known
+                if not found.open:
+                    return record, found
+                begun, known, gave_it_back = record, sum(found.lengths), slot
+            finally:
+                if self._rollouts.get(key) is rollout:
+                    del self._rollouts[key]
+                self._end(slot, tokens, time.monotonic() - began if tokens and not known else None)
+
+    async def _turn(self, beginnings: Sequence[int] = (), again: bool = False, avoid: int | None = None) -> int:
+        """The place of an engine with room, which then holds one more; first come, first served.
+
+        Args:
+            again: before all others, since it has waited already.
+            avoid: not there, unless there is no other.
+        """
+        await self._alive()
+        waiting = _Waiting(beginnings, avoid, asyncio.get_running_loop().create_future())
+        self._waiting.appendleft(waiting) if again else self._waiting.append(waiting)
+        self._deal()
+        try:
+            return await waiting.slot
+        except asyncio.CancelledError:
+            if waiting.slot.done() and not waiting.slot.cancelled():
+                self._end(waiting.slot.result())
+            raise
+
+    def _deal(self) -> None:
+        """Give engines with room to those that wait for one."""
+        while self._waiting:
+            waiting = self._waiting[0]
+            if not waiting.slot.done():
+                alive = [slot for slot in range(self._size) if slot not in self._rebuilding]
+                wanted = [slot for slot in alive if slot != waiting.avoid] or alive
+                slot = self._router.choose(wanted, waiting.beginnings)
+                if slot is None:
+                    return
+                self._begin(slot, waiting.beginnings)
+                waiting.slot.set_result(slot)
+            self._waiting.popleft()
+
+    async def _unless_gone(self, slot: int, answer: Any) -> Any:
+        """An engine's answer.
+
+        Raises:
+            TimeoutError: the engine no longer says that it lives.
+        """
+        if slot not in self._gone:
+            self._gone[slot] = asyncio.get_running_loop().create_future()
+        gone, task = self._gone[slot], asyncio.ensure_future(answer)
+        try:
+            await asyncio.wait({gone, task}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise TimeoutError(f"rollout engine {slot} does not answer")
+            return task.result()
+        finally:
+            task.cancel()
+
+    async def _watch(self, slot: int) -> None:
+        """Look after one place: whether its engine lives, how far its groups are, and whether one is a straggler."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if slot in self._rebuilding or not self._router.load[slot]:
+                continue
+            engine = self._engines[slot]
+            try:
+                records, lengths = engine.progress.options(num_returns=2).remote()
+                async with asyncio.timeout(self._time_limit_s):  # `wait_for` may swallow the end of this task
+                    self._seen[slot] = engine, records, await lengths
+            except Exception as error:
+                if not _lost(error):
+                    error = TimeoutError(f"rollout engine {slot} cannot say whether it lives: {error}")
+                self._rebuild(slot, engine, error)
+            else:
+                self._hand_on_stragglers(slot, engine)
+
+    def _hand_on_stragglers(self, slot: int, engine: Any) -> None:
+        usual = self._router.typical
+        others = (each for each in range(self._size) if each != slot and each not in self._rebuilding)
+        if usual is None or self._waiting or all(self._router.load[each] for each in others):
+            return
+        now = time.monotonic()
+        for key, rollout in self._rollouts.items():
+            if rollout.slot == slot and not rollout.given_back and now - rollout.began > STRAGGLER * usual:
+                rollout.given_back = True
+                engine.give_back.remote(key)
+                return
 
     async def base_gap(self, canaries: Sequence[Canary]) -> float:
         """The largest canary gap before any policy is served: what numerics alone make of it.
@@ -95,8 +252,8 @@ class EnginePool:
         found = await asyncio.gather(*(_gaps(self._engines[slot], canaries) for slot in slots))
         return max(max(gaps.values()) for gaps in found)
 
-    async def publish(self, policy: Policy, canaries: Sequence[Canary]) -> float:
-        """Serve `policy` on every engine and check that they do; returns the largest canary gap.
+    async def publish(self, policy: PolicyNote, canaries: Sequence[Canary]) -> float:
+        """Serve a policy on every engine and check that they do; returns the largest canary gap.
 
         Engines that are being rebuilt are not waited for, unless there is no other: they prove themselves before they
         are asked anything.
@@ -104,25 +261,26 @@ class EnginePool:
         Raises:
             PolicyMismatch: an engine loaded another adapter, or its log-probabilities of the canary tokens are further
                 from the learner's than the tolerance.
+            PolicyLost: the learner that made it is gone.
         """
-        import ray
-
         await self._all_started()
-        self._current.adapter(policy)
-        self._canaries = canaries
+        self._current, self._canaries = policy, canaries
+        if policy.kind == "whole":
+            self._whole = policy
         self._published += 1
-        message = ray.put(policy)  # one copy for each node, however many engines it has
-        await asyncio.gather(*(self._serve(slot, message, policy, canaries) for slot in await self._alive()))
+        self._newer.set()
+        self._newer = asyncio.Event()
+        await asyncio.gather(*(self._serve(slot, policy, canaries) for slot in await self._alive()))
         return max(self._gaps[slot] for slot in await self._alive())
 
     async def _all_started(self) -> None:
         if self._started is not None:
             await asyncio.shield(self._started)
 
-    async def _serve(self, slot: int, message: Any, policy: Policy, canaries: Sequence[Canary]) -> None:
+    async def _serve(self, slot: int, policy: PolicyNote, canaries: Sequence[Canary]) -> None:
         engine = self._engines[slot]
         try:
-            gap = await asyncio.wait_for(self._proved(slot, engine, message, policy, canaries), self._time_limit_s)
+            gap = await asyncio.wait_for(self._proved(slot, engine, policy, canaries), self._time_limit_s)
         except Exception as error:
             if not _lost(error):
                 raise
@@ -130,9 +288,20 @@ class EnginePool:
         else:
             self._gaps[slot], self._losses[slot] = gap, 0
 
-    async def _proved(self, slot: int, engine: Any, message: Any, policy: Policy, canaries: Sequence[Canary]) -> float:
-        """Have an engine load the policy and prove it; returns the canary gap."""
-        loaded = await engine.load_policy.remote(message)
+    async def _proved(
+        self, slot: int, engine: Any, policy: PolicyNote, canaries: Sequence[Canary], *whole: Any
+    ) -> float:
+        """Have an engine load the policy and prove it; returns the canary gap.
+
+        Args:
+            whole: a reference to what the policy holds changes to, for an engine that has none yet.
+        """
+        try:
+            loaded = await engine.load_policy.remote(policy.reference, *whole)
+        except Exception as error:
+            if _fetch_failed(error):
+                raise PolicyLost(f"policy {policy.version} went with the learner that made it") from error
+            raise
         if loaded != policy.digest:
             raise PolicyMismatch(
                 f"rollout engine {slot} loaded {loaded[:9]} as policy {policy.version}, not {policy.digest[:9]}"
@@ -171,9 +340,24 @@ class EnginePool:
                 )
 
     def _rebuild(self, slot: int, lost: Any, error: Exception) -> None:
-        """Begin to replace the engine of `slot`, unless that has begun."""
+        """Begin to replace the engine of `slot`, unless that has begun; nobody waits for its answers any more."""
         if self._engines[slot] is lost and slot not in self._rebuilding:
-            self._rebuilding[slot] = asyncio.create_task(self._replace(slot, lost, error))
+            self._rebuilding[slot] = task = asyncio.create_task(self._replace(slot, lost, error))
+            task.add_done_callback(lambda _: self._rebuilt())
+            if (gone := self._gone.pop(slot, None)) is not None and not gone.done():
+                gone.set_result(None)
+
+    def _rebuilt(self) -> None:
+        """Whoever waits for an engine gets it, or learns why there is none."""
+        failed = [task.exception() for task in self._rebuilding.values() if task.done() and not task.cancelled()]
+        for error in filter(None, failed):
+            for waiting in self._waiting:
+                if not waiting.slot.done():
+                    waiting.slot.set_exception(error)
+        for slot, task in list(self._rebuilding.items()):
+            if task.done() and not task.cancelled() and task.exception() is None:
+                del self._rebuilding[slot]
+        self._deal()
 
     async def _replace(self, slot: int, lost: Any, error: Exception) -> None:
         """Put an engine that serves the current policy into `slot`; another one if it dies before it does."""
@@ -200,17 +384,23 @@ class EnginePool:
                 raise
             else:
                 self._engines[slot] = lost
+                self._router.forget(slot)
                 return
 
     async def _catch_up(self, slot: int, engine: Any) -> None:
         """Bring a fresh engine to the current policy, and to the next if that is published meanwhile."""
-        import ray
-
         proved = 0
         while proved != self._published:
-            proved, canaries = self._published, self._canaries
-            if (policy := self._current.whole()) is not None:
-                self._gaps[slot] = await self._proved(slot, engine, ray.put(policy), policy, canaries)
+            policy, whole, newer = self._current, self._whole, self._newer
+            assert policy is not None and whole is not None
+            published = self._published
+            try:
+                earlier = [] if policy is whole else [whole.reference]
+                self._gaps[slot] = await self._proved(slot, engine, policy, self._canaries, *earlier)
+            except PolicyLost:
+                await newer.wait()  # the learners begin again, and publish
+            else:
+                proved = published
 
     @property
     def replaced(self) -> int:
@@ -229,25 +419,46 @@ class EnginePool:
     def busy_seconds(self) -> float:
         """Seconds with a request in flight, summed over the engines since they started."""
         now = time.monotonic()
-        running = [now - self._busy_since[slot] for slot in range(self._size) if self._load[slot]]
+        running = [now - self._busy_since[slot] for slot in range(self._size) if self._router.load[slot]]
         return self._busy_s + sum(running)
 
     async def stop(self) -> None:
         """End every engine."""
-        for task in self._rebuilding.values():
+        for task in [*self._watches, *self._rebuilding.values()]:
             task.cancel()
         await asyncio.gather(*self._rebuilding.values(), return_exceptions=True)
         await asyncio.gather(*(_leave(engine) for engine in self._engines))
 
-    def _begin(self, slot: int) -> None:
-        if self._load[slot] == 0:
-            self._busy_since[slot] = time.monotonic()
-        self._load[slot] += 1
+    def _begin(self, slot: int, beginnings: Sequence[int]) -> None:
+        now = time.monotonic()
+        if self._router.load[slot] == 0:
+            self._busy_since[slot] = now
+        self._router.begin(slot, beginnings, now)
 
-    def _end(self, slot: int) -> None:
-        self._load[slot] -= 1
-        if self._load[slot] == 0:
-            self._busy_s += time.monotonic() - self._busy_since[slot]
+    def _end(self, slot: int, tokens: int = 0, duration: float | None = None) -> None:
+        now = time.monotonic()
+        self._router.end(slot, now, tokens, duration)
+        if self._router.load[slot] == 0:
+            self._busy_s += now - self._busy_since[slot]
+        self._deal()
+
+
+@dataclass
+class _Waiting:
+    """Somebody who waits for an engine."""
+
+    beginnings: Sequence[int]
+    avoid: int | None
+    slot: asyncio.Future[int]
+
+
+@dataclass
+class _Rollout:
+    """A group in flight."""
+
+    slot: int
+    began: float
+    given_back: bool
 
 
 async def _gaps(engine: Any, canaries: Sequence[Canary]) -> dict[str, float]:
@@ -282,6 +493,13 @@ def _lost(error: Exception) -> bool:
 
     gone = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.OutOfMemoryError)
     return isinstance(error, (TimeoutError, *gone))
+
+
+def _fetch_failed(error: Exception) -> bool:
+    """Whether an engine could not fetch what it was sent."""
+    import ray
+
+    return isinstance(error, ray.exceptions.ObjectLostError)
 
 
 def _dead(error: Exception) -> bool:

@@ -1,4 +1,4 @@
-"""One prompt with its completions and their rewards."""
+"""One prompt's completions as the coordinator knows them: where they lie, how long they are, and what they earned."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from statistics import fmean
 from typing import Any
 
 from lorapar_ray.config import GrpoConfig
-from lorapar_ray.engines.completion import Completion
+from lorapar_ray.engines.record import GroupHead
 from lorapar_ray.grpo.advantages import overlong_penalty
 from lorapar_ray.grpo.rewards import RewardBatch
 
 
 @dataclass
 class Group:
-    """One prompt, its completions, and (once scored) their rewards."""
+    """One prompt, a reference to its completions, and (once scored) their rewards; no tokens and no texts."""
 
-    row: dict[str, Any]
-    completions: list[Completion]
-    texts: list[str]
+    index: int
+    """The prompt's, among the run's."""
+    record: Any
+    """Reference to the `GroupRecord` in the object store."""
+    head: GroupHead
     rewards: list[float] = field(default_factory=list)
     parts: dict[str, list[float | None]] = field(default_factory=dict)
     failures: int = 0
@@ -35,9 +37,8 @@ class Group:
         self.rewards, self.parts, self.failures = scored.total, scored.parts, sum(scored.failures.values())
         self.failed, self.errors = scored.failed, scored.errors
         if settings.overlong_cache:
-            lengths = [len(done.token_ids) for done in self.completions]
             limits = settings.max_completion_length, settings.overlong_cache
-            penalties = [overlong_penalty(length, *limits) for length in lengths]
+            penalties = [overlong_penalty(length, *limits) for length in self.head.lengths]
             self.rewards = [reward + penalty for reward, penalty in zip(self.rewards, penalties, strict=True)]
             self.parts = {**self.parts, "overlong": list(penalties)}
 

@@ -27,7 +27,7 @@ from lorapar_ray.progress import progress
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.student import RESIDUAL_INITS, base_reference, starting_adapter
 from lorapar_ray.tracking import require_trackers
-from lorapar_ray.workers import beside_the_driver, on_a_worker, run_workers
+from lorapar_ray.workers import RESTARTS, beside_the_driver, on_a_worker, run_workers
 
 CANARIES = 4
 CANARY_TOKENS = 32
@@ -81,7 +81,8 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
         "withheld": [teacher.api_key_env for teacher in config.label.teachers if teacher.api_key_env],
         "lora_rank": read_object(start_from / "adapter_config.json")["r"],
     }
-    actor = ray.remote(Coordinator).options(**beside_the_driver(), name=name, max_concurrency=1000)
+    options = {"name": name, "max_concurrency": 1000, "max_restarts": RESTARTS}
+    actor = ray.remote(Coordinator).options(**beside_the_driver(), **options)
     with progress("grpo", steps, lambda: _poll(Path(job.metrics))), reserved(config) as place, judging(config) as judge:
         coordinator = actor.remote({**plan, "judge": judge}, place=place)
         try:

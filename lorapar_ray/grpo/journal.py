@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorapar_ray.grpo.samples import Batch
+from lorapar_ray.grpo.batches import Share
+from lorapar_ray.grpo.fetching import read
 from lorapar_ray.trackers import Curves
 from lorapar_ray.tracking import append_line, keep_lines_until
 
@@ -14,8 +15,11 @@ from lorapar_ray.tracking import append_line, keep_lines_until
 class Journal:
     """`metrics/grpo.jsonl` and `metrics/samples.jsonl` of a run."""
 
-    def __init__(self, metrics: Path, samples: Path, report_to: Sequence[str], run: str) -> None:
-        self._metrics, self._samples = metrics, samples
+    def __init__(
+        self, metrics: Path, samples: Path, report_to: Sequence[str], run: str, text: Callable[[list[int]], str]
+    ) -> None:
+        """`text` decodes a completion."""
+        self._metrics, self._samples, self._text = metrics, samples, text
         self._curves = Curves(report_to, run, metrics.with_name("tensorboard") / "grpo")
 
     def begin(self, step: int) -> None:
@@ -24,13 +28,17 @@ class Journal:
         keep_lines_until(self._samples, step)
 
     def write(
-        self, step: int, batch: Batch, metrics: Mapping[str, float], learning: float, waited: float, whole: float
+        self, step: int, share: Share, metrics: Mapping[str, float], learning: float, waited: float, whole: float
     ) -> None:
         """Add a step of `whole` seconds, of which the learner computed for `learning` and waited for `waited`."""
-        line: dict[str, Any] = {"step": step, "policy_version": step, **batch.metrics, **metrics}
-        line |= {"seconds/learn": learning, "seconds/wait": waited, "seconds": whole, "prompts": batch.prompts}
-        line |= {"learner_tokens_per_s": batch.tokens / learning, "idle/learner": waited / whole}
+        line: dict[str, Any] = {"step": step, "policy_version": step, **share.metrics, **metrics}
+        line |= {"seconds/learn": learning, "seconds/wait": waited, "seconds": whole, "prompts": share.prompts}
+        line |= {"learner_tokens_per_s": share.tokens / learning, "idle/learner": waited / whole}
         append_line(self._metrics, line)
-        for example in batch.examples:
-            append_line(self._samples, {"step": step, **example})
+        for example in share.examples:
+            record = read(example.record)
+            if record is not None:
+                text = self._text(record.completions()[example.completion][0].tolist())
+                told = {"prompt": example.prompt, "completion": text, "answer": example.answer}
+                append_line(self._samples, {"step": step, **told, "reward": example.reward})
         self._curves.write(line, step)

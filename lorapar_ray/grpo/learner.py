@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from lorapar_ray.grpo import checkpoint
 from lorapar_ray.grpo.canaries import Canary
 from lorapar_ray.grpo.figures import step_metrics
 from lorapar_ray.grpo.forward import Forward
-from lorapar_ray.grpo.samples import Batch, MiniBatch, Sample
+from lorapar_ray.grpo.samples import MiniBatch, Sample
 from lorapar_ray.grpo.update import Updates, assign
 from lorapar_ray.grpo.worker import GrpoJob
+from lorapar_ray.models import resolve_model
 from lorapar_ray.optim.schedule import learning_rate_factor
 from lorapar_ray.precision import rounding, use_tensor_cores
 from lorapar_ray.tensortree import OTHERS
@@ -27,10 +29,11 @@ class Learner:
 
     def __init__(self, job: GrpoJob) -> None:
         from lorapar_ray.adapters import adapter_parameters, load_adapter
+        from lorapar_ray.datasets.chat import load_encoder
         from lorapar_ray.optim import MaskedAdamW, masked_param_groups
         from lorapar_ray.partition import load_regions, stage_mask
         from lorapar_ray.sharding import shard_base
-        from lorapar_ray.student import device, load_base, load_tokenizer
+        from lorapar_ray.student import device, load_base
 
         self.job = job
         self.settings = settings = GrpoConfig.model_validate(job.settings)
@@ -58,10 +61,11 @@ class Learner:
         )
         on = next(iter(self.parameters.values())).device
         use_tensor_cores(on, self.model.dtype)
+        self._encoder = load_encoder(resolve_model(job.base), None, model.trust_remote_code)
         self.forward = Forward(
             self.model,
             settings,
-            pad_id=load_tokenizer(job.base, model).pad_token_id,
+            pad_id=self._encoder.tokenizer.pad_token_id,
             filler=_canary_sample(*job.canaries[0]),
             sharded=self.sharded,
             device=on,
@@ -73,8 +77,18 @@ class Learner:
         """Nats by which rounding in the model's dtype may move a log-probability."""
         return rounding(self.model.dtype)
 
-    def step(self, batch: Batch, step: int, world: int) -> dict[str, float]:
-        """The updates on this rank's share of `batch`; returns their metrics. An empty batch changes nothing.
+    def step(
+        self,
+        mini_batches: Sequence[MiniBatch],
+        step: int,
+        world: int,
+        before_update: Callable[[], None] | None = None,
+    ) -> dict[str, float]:
+        """The updates on this rank's share of a batch; returns their metrics. An empty batch changes nothing.
+
+        Args:
+            mini_batches: each is trained on in one update; with `updates_per_batch` again and again.
+            before_update: called once, when the first update's gradient is there; for an empty batch too.
 
         Raises:
             UserError: `nonfinite_limit` updates in a row had a loss or gradient that is not finite.
@@ -85,13 +99,20 @@ class Learner:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        if batch.count == 0:
+        if not mini_batches:
+            if before_update is not None:
+                before_update()
             return {"learning_rate": rate, "loss": 0.0, "grad_norm": 0.0}
-        parts = batch.mini_batches or [MiniBatch(batch.samples, batch.tokens, batch.count)]
-        updates = [parts[number % len(parts)] for number in range(settings.updates_per_batch or len(parts))]
+        count = settings.updates_per_batch or len(mini_batches)
+        updates = [mini_batches[number % len(mini_batches)] for number in range(count)]
         old = self.updates.old_logprobs(updates)
-        found = [(self.updates.take(mini_batch, old, world), mini_batch.count) for mini_batch in updates]
+        found = [(self.updates.take(updates[0], old, world, before_update), updates[0].count)]
+        found += [(self.updates.take(mini_batch, old, world), mini_batch.count) for mini_batch in updates[1:]]
         return {**step_metrics(found), "learning_rate": rate, "updates": float(len(updates))}
+
+    def text(self, token_ids: list[int]) -> str:
+        """A completion as text, up to its end or the first stop string."""
+        return self._encoder.answer_text(token_ids, self.settings.stop)
 
     @torch.no_grad()
     def canaries(self) -> list[Canary]:

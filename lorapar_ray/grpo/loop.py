@@ -6,7 +6,8 @@
 
 `collect` runs once for each optimiser step, in the coordinator, which says when a step may begin (`coordinator.py`).
 `learn` runs on each learner from the first step to the last. What they call is in `rollouts.py` (engines and reward
-workers), `batches.py` (advantages), `learner.py` and `update.py` (loss, optimiser), and `engine_pool.py` (publishing).
+workers), `batches.py` and `dealing.py` (advantages and shares), `learner.py` and `update.py` (loss, optimiser), and
+`engine_pool.py` (publishing).
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.config import GrpoConfig
-from lorapar_ray.grpo.batches import make_batch
+from lorapar_ray.grpo.batches import Batch, make_batch
 from lorapar_ray.grpo.clock import Clock
+from lorapar_ray.grpo.fetching import fetch
 from lorapar_ray.grpo.groups import Group
 from lorapar_ray.grpo.prompt_stream import PromptStream
+from lorapar_ray.grpo.publishing import Publisher
+from lorapar_ray.grpo.rewards.actor import RecordLost
 from lorapar_ray.grpo.rollouts import Rollouts
-from lorapar_ray.grpo.samples import Batch
 
 if TYPE_CHECKING:
     from lorapar_ray.grpo.journal import Journal
@@ -42,24 +45,33 @@ async def collect(step: int, drawn: list[int], stream: PromptStream, rollouts: R
         indices = stream.take(settings.prompts_per_step - len(groups))
         drawn += indices
         with clock.phase("rollout"):
-            found = await asyncio.gather(*(_group(rollouts, index, step, attempt) for index in indices))
+            found = await asyncio.gather(*(sample_group(rollouts, index, step, attempt) for index in indices))
         for index, group in zip(indices, found, strict=True):
             stream.observe(index, group.solved)
             (groups if group.spread > 0 else dropped).append(group)
         if len(groups) == settings.prompts_per_step:
             break
     rollouts.report_failures([*groups, *dropped], step)
-    return make_batch(groups, dropped, settings, drawn, step, clock.seconds)  # with each sample's advantage
+    return make_batch(groups, dropped, drawn, step, clock.seconds, rollouts.rows)
 
 
-async def _group(rollouts: Rollouts, index: int, step: int, attempt: int) -> Group:
-    group = await rollouts.sample(index, step, attempt)
-    await rollouts.reward(group, step)
-    return group
+async def sample_group(rollouts: Rollouts, index: int, step: int, attempt: int) -> Group:
+    """A prompt's completions and their rewards; sampled anew if they are lost with their node in between."""
+    while True:
+        group = await rollouts.sample(index, step, attempt)
+        try:
+            await rollouts.reward(group, step)
+        except RecordLost:
+            rollouts.lost += 1
+        else:
+            return group
 
 
 def learn(learner: Learner, coordinator: Any, journal: Journal | None, rank: int, world: int) -> None:
     """Train from the newest checkpoint to the last step, in step with the other learners.
+
+    A policy is published while the next batch is fetched and computed on, and proved before the next optimiser step:
+    by then every policy that sampled any of its tokens is. So with `max_staleness` above 0 nobody waits for it.
 
     Args:
         coordinator: handle of the actor that runs `collect`.
@@ -74,27 +86,32 @@ def learn(learner: Learner, coordinator: Any, journal: Journal | None, rank: int
     canaries = learner.canaries() if computes_canaries else []
     measured = settings.canary_tolerance == "auto"
     base_canaries = learner.base_canaries() if measured and computes_canaries else []
+    publisher = None
     if journal is not None:
-        ray.get(coordinator.resume.remote(step, stream))
+        ray.get(coordinator.resume.options(max_task_retries=-1).remote(step, stream))  # it may be restarting itself
         journal.begin(step)
         if measured:
             ray.get(coordinator.calibrate.remote(base_canaries, learner.rounding))
-        ray.get(coordinator.publish.remote(learner.policy(step), canaries))
+        publisher = Publisher(coordinator)
+        publisher.publish(learner.policy(step), canaries)
+    if world > 1:
+        dist.barrier()  # no rank asks for a batch before rank 0 has told the coordinator where to begin
     while step < steps:
         start = time.monotonic()
-        if world > 1:
-            dist.barrier()  # no rank asks for a batch before rank 0 has published the policy
-        batch: Batch = ray.get(coordinator.batch.remote(step, rank, world))
+        share, mini_batches = fetch(coordinator, step, rank, world)
         waited = time.monotonic() - start
         clock = Clock()
         with clock.phase("learn"):
-            metrics = learner.step(batch, step, world)
+            metrics = learner.step(mini_batches, step, world, before_update=publisher.wait if publisher else None)
             canaries = learner.canaries() if computes_canaries else []
         step += 1
-        if journal is not None:
-            metrics |= ray.get(coordinator.publish.remote(learner.policy(step), canaries))
-            journal.write(step, batch, metrics, clock.seconds["learn"], waited, time.monotonic() - start)
+        if publisher is not None and journal is not None:
+            metrics |= publisher.figures
+            learning = clock.seconds["learn"] - metrics["seconds/wait_for_proof"]
+            publisher.publish(learner.policy(step), canaries)
+            journal.write(step, share, metrics, learning, waited, time.monotonic() - start)
             if step % settings.checkpoint_every == 0 and step < steps:
                 learner.save(step, ray.get(coordinator.checkpoint.remote(step - 1)))
-    if journal is not None:
+    if publisher is not None:
+        publisher.wait()
         learner.finish()

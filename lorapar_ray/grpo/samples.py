@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion with everything a learner needs."""
+    """One completion with everything a learner needs; arrays are views of the group's record."""
 
-    prompt_ids: list[int]
-    token_ids: list[int]
-    logprobs: list[float]
+    prompt_ids: Sequence[int] | NDArray[Any]
+    token_ids: Sequence[int] | NDArray[Any]
+    logprobs: Sequence[float] | NDArray[Any]
     advantage: float
     finished: bool
     version: int
@@ -29,18 +33,6 @@ class MiniBatch:
     """Samples of the update, over all learners."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Samples of one step (or one learner's share), and what happened while they were made."""
-
-    samples: list[Sample]
-    tokens: int
-    """Completion tokens of the whole step, over all learners."""
-    count: int
-    """Samples of the whole step, over all learners."""
-    metrics: dict[str, float]
-    examples: list[dict[str, Any]]
-    prompts: list[int]
-    """Every prompt index the step drew, dropped groups included."""
-    mini_batches: list[MiniBatch] = field(default_factory=list)
-    """One learner's share, as it is trained on; none: all of it at once."""
+def whole_batch(samples: list[Sample]) -> MiniBatch:
+    """Samples that one learner trains on in a single update."""
+    return MiniBatch(samples, sum(len(sample.token_ids) for sample in samples), len(samples))

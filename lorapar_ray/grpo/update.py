@@ -6,7 +6,7 @@ wrapping the model; every rank then takes the same step and holds the same polic
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite, nan
 from typing import TYPE_CHECKING
 
@@ -40,8 +40,13 @@ class Updates:
         self._skipped = 0
         """Updates skipped in a row."""
 
-    def take(self, mini_batch: MiniBatch, old: OldLogprobs, world: int) -> dict[str, float]:
+    def take(
+        self, mini_batch: MiniBatch, old: OldLogprobs, world: int, before: Callable[[], None] | None = None
+    ) -> dict[str, float]:
         """One optimiser update; skipped, and counted, if its loss or gradient is not finite.
+
+        Args:
+            before: called when the gradient is there, before any parameter moves.
 
         Raises:
             UserError: it is the `nonfinite_limit`th in a row.
@@ -62,6 +67,8 @@ class Updates:
         if world > 1:
             sum_over_ranks([value.grad for value in self._parameters.values() if value.grad is not None])
             parts = from_all_ranks(parts, world)
+        if before is not None:
+            before()
         return self._step(step_metrics(parts))
 
     def _step(self, metrics: dict[str, float]) -> dict[str, float]:

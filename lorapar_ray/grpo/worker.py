@@ -48,5 +48,5 @@ def learn_worker(payload: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     learner, journal = Learner(job), None
     if rank == 0:
-        journal = Journal(Path(job.metrics), Path(job.samples), learner.settings.report_to, job.run)
+        journal = Journal(Path(job.metrics), Path(job.samples), learner.settings.report_to, job.run, learner.text)
     learn(learner, ray.get_actor(job.coordinator), journal, rank, world)

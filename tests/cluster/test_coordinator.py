@@ -1,14 +1,18 @@
 """The coordinator when its learners die and begin again; its engine is a fake whose loading can be held up."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import ray
 import torch
 
 from lorapar_ray.engines.completion import Completion
-from lorapar_ray.engines.policy import Policy, PolicySender
+from lorapar_ray.engines.policy import Policy, PolicyNote, PolicySender, note_of
+from lorapar_ray.engines.record import record_of
 from lorapar_ray.grpo.coordinator import Coordinator
+from lorapar_ray.grpo.engine_pool import PolicyMismatch
 from lorapar_ray.models import resolve_model
 
 pytestmark = pytest.mark.cluster
@@ -21,12 +25,15 @@ class Method:
     def __init__(self, method: Any) -> None:
         self.remote = method
 
+    def options(self, **_: Any) -> "Method":
+        return self
+
 
 class Engine:
     """Loads a policy as soon as it may; answers with two different numbers under the policy it has."""
 
     def __init__(self) -> None:
-        self.start, self.load_policy, self.generate = map(Method, (self._start, self._load, self._generate))
+        self.start, self.load_policy, self.rollout = map(Method, (self._start, self._load, self._rollout))
         self.may_load = asyncio.Event()
         self.may_load.set()
         self.loaded: list[int] = []
@@ -34,20 +41,20 @@ class Engine:
     async def _start(self) -> dict[str, int]:
         return {"pid": 0}
 
-    async def _load(self, reference: Any) -> str:
-        policy: Policy = await reference
+    async def _load(self, policy: Policy) -> str:
         await self.may_load.wait()
         self.loaded.append(policy.version)
         return policy.digest
 
-    async def _generate(self, prompts: list[list[int]], sampling: dict[str, Any]) -> list[list[Completion]]:
-        answers = range(2, 2 + sampling["n"])  # digits of SmolLM2's tokenizer
+    def _rollout(self, prompt_ids: list[int], sampling: dict[str, Any], key: str, begun: Any) -> tuple[Any, Any]:
+        answers = range(2, 2 + sampling["n"])  # the digits 0 and 1 are 32 and 33
         version = self.loaded[-1]
-        return [[Completion([30 + each], [-1.0], True, version) for each in answers] for _ in prompts]
+        record = record_of(prompt_ids, [Completion([30 + each], [-1.0], True, version) for each in answers])
+        return ray.put(record), ray.put(record.head)
 
 
 def plan() -> dict[str, Any]:
-    row = {"prompt": "Say a number.", "response": "7", "answer": "7", "prompt_ids": [1, 2, 3]}
+    row = {"prompt": "Say a number.", "response": "1", "answer": "1", "prompt_ids": [1, 2, 3]}
     return {
         "settings": {"prompts_per_step": 1, "group_size": 2, "refill_limit": 0},
         "rows": [{**row, "id": str(number)} for number in range(4)],
@@ -63,15 +70,25 @@ def plan() -> dict[str, Any]:
 def test_what_dead_learners_were_publishing_does_not_go_on_beside_the_next_ones(cluster: None) -> None:
     sender = PolicySender("{}")
 
-    def policy(version: int) -> Policy:
-        return sender.policy(version, {"m.lora_A.weight": torch.full((4,), float(version))})
+    def policy(version: int) -> PolicyNote:
+        policy = sender.policy(version, {"m.lora_A.weight": torch.full((4,), float(version))})
+        return note_of(policy, policy)
 
     async def go() -> None:
         engine = Engine()
         coordinator = Coordinator(plan(), engine=lambda: engine)
         await coordinator.start()
+        asked = asyncio.create_task(coordinator.batch(0, 0, 1))  # before the policy that it waits for
+        await asyncio.sleep(0)
         await coordinator.publish(policy(0), [])
-        assert (await coordinator.batch(0, 0, 1)).metrics["staleness"] == 0
+        share = await asked
+        assert share.metrics["staleness"] == 0
+        [part] = share.updates[0].parts
+        record = ray.get(part.record)
+        assert (record.token_ids.tolist(), record.head.lengths, part.completions) == ([32, 33], (1, 1), [0, 1])
+        await coordinator.lost(0, [part.group])  # sampled anew, under another reference
+        [again] = (await coordinator.batch(0, 0, 1)).updates[0].parts
+        assert again.record != part.record and ray.get(again.record).token_ids.tolist() == [32, 33]
         engine.may_load.clear()
         given_up = asyncio.create_task(coordinator.publish(policy(1), []))
         await asyncio.sleep(0.1)
@@ -80,9 +97,14 @@ def test_what_dead_learners_were_publishing_does_not_go_on_beside_the_next_ones(
         with pytest.raises(RuntimeError, match="policy 1 was given up"):
             await given_up
         assert list(coordinator._steps) == []
-        await coordinator.publish(policy(0), [])
-        assert list(coordinator._steps) == [0]
+        figures = await coordinator.publish(policy(0), [])
+        assert list(coordinator._steps) == [0] and figures["groups_lost"] == 1
         assert (await coordinator.batch(0, 0, 1)).metrics["staleness_max"] == 0
+        waiting = asyncio.create_task(coordinator.batch(1, 0, 1))
+        with pytest.raises(PolicyMismatch):
+            await coordinator.publish(replace(policy(1), digest="another"), [])
+        with pytest.raises(PolicyMismatch):  # so does whoever waits for a step that cannot begin
+            await waiting
         coordinator._rewards.stop()
 
     asyncio.run(go())

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from lorapar_ray.adapters.job import make_adapter
-from lorapar_ray.config import Config, Resources
-from lorapar_ray.grpo.batches import share_of
-from lorapar_ray.grpo.samples import Batch, Sample
+from lorapar_ray.config import Config, GrpoConfig, Resources
+from lorapar_ray.engines.completion import Completion
+from lorapar_ray.engines.record import record_of
+from lorapar_ray.grpo.batches import Batch, Share, shares_of
+from lorapar_ray.grpo.groups import Group
 from lorapar_ray.grpo.worker import GrpoJob, learn_worker
 from lorapar_ray.runs import RunDirectory
 from tests.tiny_run import metrics, save_tiny_student, tiny_config
@@ -21,30 +23,59 @@ pytestmark = pytest.mark.cluster
 STEPS = 2
 
 
-def batch(step: int) -> Batch:
-    """Three groups of unequal lengths, drawn at random."""
+ADVANTAGES = [1.5, -0.5, 0.25, -1.25]
+
+
+def groups(step: int) -> list[Group]:
+    """Three groups of unequal lengths, drawn at random, with their records in place of references."""
     draw = random.Random(step)
-    samples = []
+    found = []
     for group in range(3):
         prompt = [draw.randrange(5, 4000) for _ in range(6 + 3 * group)]
-        for number in range(4):
-            tokens = [draw.randrange(5, 4000) for _ in range(2 + 2 * number + group)]
-            advantage = (1.5, -0.5, 0.25, -1.25)[number]
-            samples.append(Sample(prompt, tokens, [-8.0] * len(tokens), advantage, finished=True, version=step))
-    tokens = sum(len(sample.token_ids) for sample in samples)
-    return Batch(samples, tokens, len(samples), metrics={"reward": 0.0}, examples=[], prompts=[])
+        drawn = [[draw.randrange(5, 4000) for _ in range(2 + 2 * number + group)] for number in range(4)]
+        record = record_of(prompt, [Completion(tokens, [-8.0] * len(tokens), True, step) for tokens in drawn])
+        found.append(Group(group, record, record.head, rewards=ADVANTAGES))
+    return found
+
+
+class Owner:
+    """What it puts into the object store goes with it."""
+
+    def put(self, record: Any) -> list[Any]:
+        import ray
+
+        return [ray.put(record)]
 
 
 class ScriptedCoordinator:
-    """A fake: hands out batches made beforehand instead of sampling them."""
+    """A fake: hands out batches made beforehand instead of sampling them; one record is lost at first."""
+
+    def __init__(self) -> None:
+        self.lost_groups: list[int] = []
 
     def resume(self, step: int, stream: Any) -> None: ...
 
     def publish(self, policy: Any, canaries: list[Any]) -> dict[str, float]:
         return {"canaries": float(len(canaries))}
 
-    def batch(self, step: int, rank: int, world: int) -> Batch:
-        return share_of(batch(step), rank, world, mini_batch=2)
+    def batch(self, step: int, rank: int, world: int) -> Share:
+        import ray
+
+        made = groups(step)
+        for group in made:
+            group.record = ray.put(group.record)
+        if not self.lost_groups:
+            owner = ray.remote(Owner).options(num_cpus=0).remote()
+            [made[1].record] = ray.get(owner.put.remote(groups(step)[1].record))
+            ray.kill(owner)
+        settings = GrpoConfig(group_size=4, mini_batch=2, advantage_scale="none")
+        return shares_of(Batch(made, {"reward": 0.0}, [], []), world, settings)[rank]
+
+    def lost(self, step: int, numbers: list[int]) -> None:
+        self.lost_groups += numbers
+
+    def told(self) -> list[int]:
+        return self.lost_groups
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +119,7 @@ def learn(run: tuple[Config, RunDirectory], folders: dict[Path, dict[str, Any]],
     group = {"name": "grpo", "workers": learners, "resources": resources, "storage": storage}
     run_in_one_group([(learn_worker, job.payload()) for job in jobs], [group])
     for fake in fakes:
+        assert set(ray.get(fake.told.remote())) == {1}
         ray.kill(fake)
 
 

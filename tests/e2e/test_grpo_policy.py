@@ -8,13 +8,14 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch
 from transformers import AutoModelForCausalLM
 
 from lorapar_ray.adapters import adapter_parameters, load_adapter
 from lorapar_ray.config import EngineConfig, Resources
 from lorapar_ray.engines.actor import start_engine
-from lorapar_ray.engines.policy import PolicySender
+from lorapar_ray.engines.policy import PolicySender, note_of
 from lorapar_ray.grpo.canaries import Canary
 from lorapar_ray.grpo.engine_pool import EnginePool, PolicyMismatch
 from lorapar_ray.logprobs import token_logprobs
@@ -52,7 +53,8 @@ class Source:
         ids = torch.tensor([TOKENS])
         logits = self.model(input_ids=ids).logits[:, START - 1 : -1]
         logprobs, _ = token_logprobs(logits, ids[:, START:])
-        return self.sender.policy(self.version, sent), [Canary(TOKENS, START, logprobs[0].tolist())]
+        policy = self.sender.policy(self.version, sent)
+        return note_of(policy, ray.put(policy)), [Canary(TOKENS, START, logprobs[0].tolist())]
 
 
 def engine_of(student: Path, fault: Path) -> Any:
@@ -121,6 +123,7 @@ def test_an_adapter_is_swapped_under_requests_that_go_on_with_their_own(cluster:
         [completions] = await sampled
         assert [(len(done.token_ids), done.version) for done in completions] == [(170, 0)] * 16
         assert await pool.publish(*source.next()) < TOLERANCE
+        await given_back_in_the_middle(pool, {**sampling, "n": 4})
         assert pool.replaced == 0
         await pool.stop()
 
@@ -153,6 +156,23 @@ async def kill_while_it_loads(pool: EnginePool, source: Source) -> None:
     assert not publishing.done()
     stop_the_engine_of(told["pid"], signal.SIGKILL)
     assert await publishing < TOLERANCE
+
+
+async def given_back_in_the_middle(pool: EnginePool, sampling: dict[str, Any]) -> None:
+    """What goes on where it was broken off is what the policy would have said."""
+    [engine] = pool._engines
+    rollout = asyncio.create_task(pool.rollout("group", TOKENS, sampling))
+    seen: dict[str, int] = {}
+    while not seen.get("group"):
+        assert not rollout.done()
+        seen = await engine.progress.options(num_returns=2).remote()[1]
+    await engine.give_back.remote("group")
+    reference, head = await rollout
+    record = await reference
+    assert (head.lengths, head.open, head.finished) == ((170,) * 4, (), (False,) * 4) and head == record.head
+    for ids, logprobs in record.completions():
+        scored = await engine.score.remote([*TOKENS, *ids.tolist()], len(TOKENS))
+        assert logprobs.tolist() == pytest.approx(scored, abs=1e-3)
 
 
 async def sampled(pool: EnginePool, prompts: list[list[int]]) -> list[list[list[int]]]:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.e2e
 STEPS, DRIVER_AFTER = 10, 8
 ENGINES = ["ray::EngineActor", "VLLM::EngineCore"]
 REWARDS = ["lorapar_ray.grpo.rewards.worker", "ray::RewardActor"]
-LEARNERS = ["ray::RayTrainWorker"]
+LEARNERS = ["ray::RayTrainWorker", "ray::Coordinator"]
 """Parts of the command lines of what is killed."""
 
 
@@ -89,7 +89,9 @@ def test_every_kind_of_process_may_die(chance: Random, thorough: bool, finished:
     assert [line["policy_version"] for line in lines] == list(range(1, STEPS + 1))
     kept = len(before) - 1  # what a step wrote before its checkpoint was there is done again
     assert lines[:kept] == before[:kept]
-    assert max(line["engines_replaced"] for line in before) == len(set(ENGINES) & set(victims))
+    replaced = [line["engines_replaced"] for line in before]
+    if "ray::Coordinator" not in victims:  # which takes its count with it
+        assert max(replaced) == len(set(ENGINES) & set(victims))
     assert all(line["staleness_max"] <= 1 for line in lines)
     drawn = [prompt for line in lines for prompt in line["prompts"]]
     prompts = json.loads((run / "manifest.json").read_text())["stages"]["grpo"]["prompts"]

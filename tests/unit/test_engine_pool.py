@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, OwnerDiedError
 
-from lorapar_ray.engines.policy import Policy, PolicyReceiver, PolicySender
+from lorapar_ray.engines.policy import Policy, PolicyReceiver, PolicySender, note_of
+from lorapar_ray.engines.record import GroupHead
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo import engine_pool
 from lorapar_ray.grpo.canaries import Canary, canary_tolerance
-from lorapar_ray.grpo.engine_pool import LOSSES, EnginePool
+from lorapar_ray.grpo.engine_pool import LOSSES, EnginePool, PolicyLost
+from lorapar_ray.grpo.routing import DURATIONS
 
 
 class Remote:
@@ -21,6 +23,9 @@ class Remote:
 
     def __init__(self, method: Callable[..., Any]) -> None:
         self.remote = method
+
+    def options(self, **_: Any) -> "Remote":
+        return self
 
 
 class Engine:
@@ -43,7 +48,11 @@ class Engine:
             await self.may_go_on.wait()
         return {"pid": self.name}
 
-    async def _load_policy(self, policy: Policy) -> str:
+    async def _load_policy(self, policy: Policy | None, whole: Policy | None = None) -> str:
+        if policy is None:
+            raise OwnerDiedError("00", None, "")
+        if whole is not None and self.version < 0:
+            self.receiver.adapter(whole)
         self.receiver.adapter(policy)
         self.version = policy.version
         if self.fate == "late load":
@@ -162,16 +171,15 @@ def test_an_engine_that_may_live_is_ended_before_its_place_is_taken(fate: str, e
 
 
 @pytest.mark.parametrize("fate", ["late", "late load"])
-def test_a_policy_is_published_without_the_engine_that_is_being_rebuilt(
-    fate: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ray.put", lambda value: value)
+def test_a_policy_is_published_without_the_engine_that_is_being_rebuilt(fate: str) -> None:
     pool = pool_of(["generate", "lives", fate], 2)
     parameters = {"m.lora_A.weight": torch.zeros(4)}
     sender = PolicySender("{}", {key: value == 0 for key, value in parameters.items()})
 
     async def publish(version: int) -> None:
-        await pool.publish(sender.policy(version, parameters), [Canary([1, 2], 1, [-float(version)])])
+        policy = sender.policy(version, parameters)
+        assert policy.kind == ("changes" if version else "whole")
+        await pool.publish(note_of(policy, policy), [Canary([1, 2], 1, [-float(version)])])
 
     async def go() -> None:
         Engine.may_go_on = asyncio.Event()
@@ -190,8 +198,7 @@ def test_a_policy_is_published_without_the_engine_that_is_being_rebuilt(
 
 
 @pytest.mark.parametrize("fate", ["late", "no memory"])
-def test_a_policy_published_while_engines_start_waits_for_them(fate: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray.put", lambda value: value)
+def test_a_policy_published_while_engines_start_waits_for_them(fate: str) -> None:
     pool = pool_of([fate], 1)
     policy = PolicySender("{}").policy(0, {"m.lora_A.weight": torch.zeros(4)})
 
@@ -199,7 +206,7 @@ def test_a_policy_published_while_engines_start_waits_for_them(fate: str, monkey
         Engine.may_go_on = asyncio.Event()
         starting = asyncio.create_task(pool.start())
         await asyncio.sleep(0)
-        publishing = asyncio.create_task(pool.publish(policy, [Canary([1, 2], 1, [0.0])]))
+        publishing = asyncio.create_task(pool.publish(note_of(policy, policy), [Canary([1, 2], 1, [0.0])]))
         if fate == "no memory":  # what the engines died of reaches both who started them and who waits for them
             for waiting in (starting, publishing):
                 with pytest.raises(RuntimeError, match="no free memory"):
@@ -210,6 +217,180 @@ def test_a_policy_published_while_engines_start_waits_for_them(fate: str, monkey
         Engine.may_go_on.set()
         assert await publishing == 0.0
         assert await starting == [{"pid": 0}]
+
+    asyncio.run(go())
+
+
+def test_a_policy_that_went_with_its_learner_costs_no_engine_and_the_next_one_is_served() -> None:
+    pool = pool_of(["lives", "generate", "lives"], 2)
+    sender = PolicySender("{}")
+
+    async def publish(version: int, there: bool) -> None:
+        policy = sender.policy(version, {"m.lora_A.weight": torch.zeros(4)})
+        await pool.publish(note_of(policy, policy if there else None), [Canary([1, 2], 1, [-float(version)])])
+
+    async def go() -> None:
+        await pool.start()
+        await publish(0, there=True)
+        with pytest.raises(PolicyLost, match="policy 1 went with the learner"):
+            await publish(1, there=False)
+        assert pool.replaced == 0
+        assert await asyncio.gather(*(pool.run(lambda engine: engine.generate.remote()) for _ in range(2))) == [0, 0]
+        rebuilt = pool._rebuilding[1]
+        await asyncio.sleep(0.01)
+        assert not rebuilt.done()  # its successor waits for a policy that is there
+        await publish(2, there=True)
+        await rebuilt
+        assert [engine.version for engine in pool._engines] == [2, 2] and pool.replaced == 1
+
+    asyncio.run(go())
+
+
+class Sampling:
+    """An engine that samples one token at a time, when told to; what is sampled elsewhere it goes on with."""
+
+    def __init__(self, name: int) -> None:
+        self.name = name
+        self.start, self.rollout, self.progress = Remote(self._start), Remote(self._rollout), Remote(self._progress)
+        self.give_back = Remote(self._give_back)
+        self.groups: dict[str, tuple[list[int], asyncio.Future[None]]] = {}
+        self.answers, self.dead = True, False
+
+    async def _start(self) -> dict[str, int]:
+        return {"pid": self.name}
+
+    def _rollout(self, prompt_ids: list[int], sampling: dict[str, Any], key: str, begun: Any) -> tuple[Any, Any]:
+        if begun == "lost":
+            return None, failing(OwnerDiedError("00", None, ""))
+        tokens = list(begun[key] if isinstance(begun, dict) else begun or [])
+        ended = asyncio.get_running_loop().create_future()
+        self.groups[key] = tokens, ended
+
+        async def head() -> GroupHead:
+            await ended
+            del self.groups[key]
+            unfinished = () if len(tokens) == 4 else (0,)
+            return GroupHead(len(prompt_ids), (len(tokens),), (True,), (0,), unfinished)
+
+        return tokens, head()
+
+    def grow(self, key: str, *tokens: int) -> None:
+        self.groups[key][0].extend(tokens)
+        if len(self.groups[key][0]) == 4:
+            self.groups[key][1].set_result(None)
+
+    def _progress(self) -> tuple[Any, Any]:
+        async def lengths() -> dict[str, int]:
+            if not self.answers:
+                await asyncio.Event().wait()
+            return {key: len(tokens) for key, (tokens, _) in self.groups.items()}
+
+        return {key: list(tokens) for key, (tokens, _) in self.groups.items()}, lengths()
+
+    def _give_back(self, key: str) -> None:
+        if not self.groups[key][1].done():
+            self.groups[key][1].set_result(None)
+
+    def die(self) -> None:
+        for _, ended in self.groups.values():
+            ended.set_exception(ActorDiedError())
+
+
+async def failing(error: Exception) -> None:
+    raise error
+
+
+async def started(size: int, time_limit_s: float = 60.0) -> tuple[EnginePool, list[Sampling]]:
+    made: list[Sampling] = []
+
+    def make() -> Sampling:
+        made.append(Sampling(len(made)))
+        return made[-1]
+
+    pool = EnginePool(make, size, at_once=4, tolerance=0.1, time_limit_s=time_limit_s)
+    await pool.start()
+    return pool, made
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not holds():
+            await asyncio.sleep(0.002)
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines are looked after all the time."""
+    monkeypatch.setattr(engine_pool, "LOOK_S", 0.002)
+
+
+@pytest.mark.usefixtures("looks")
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_what_was_last_seen_of_a_dead_engines_group_goes_on_elsewhere(how: str) -> None:
+    async def go() -> None:
+        pool, made = await started(1, time_limit_s=0.05 if how == "hangs" else 60.0)
+        asked = asyncio.create_task(pool.rollout("a", [1, 1], {}))
+        await until(lambda: "a" in made[0].groups)
+        made[0].grow("a", 5, 6)
+        await until(lambda: pool._seen.get(0, (0, 0, {}))[2] == {"a": 2})
+        if how == "dies":
+            made[0].die()
+        else:
+            made[0].answers = False
+        await until(lambda: len(made) == 2 and "a" in made[1].groups)
+        assert made[1].groups["a"][0] == [5, 6]
+        made[1].grow("a", 7, 8)
+        record, head = await asked
+        assert record == [5, 6, 7, 8] and head.lengths == (4,) and pool.replaced == 1
+        await pool.stop()
+
+    asyncio.run(go())
+
+
+@pytest.mark.usefixtures("looks")
+def test_a_group_that_waits_long_is_no_hang_while_its_engine_answers() -> None:
+    async def go() -> None:
+        pool, made = await started(1, time_limit_s=0.02)
+        asked = asyncio.create_task(pool.rollout("a", [1, 1], {}))
+        await asyncio.sleep(0.2)  # ten times the limit
+        made[0].grow("a", 5, 6, 7, 8)
+        assert (await asked)[0] == [5, 6, 7, 8] and pool.replaced == 0
+        await pool.stop()
+
+    asyncio.run(go())
+
+
+@pytest.mark.usefixtures("looks")
+def test_a_straggler_is_given_back_once_and_an_idle_engine_goes_on_with_it() -> None:
+    async def go() -> None:
+        pool, made = await started(2)
+        for _ in range(DURATIONS):
+            pool._router.begin(1, [], 0.0)
+            pool._router.end(1, 0.01, 10, 0.01)
+        asked = asyncio.create_task(pool.rollout("a", [1, 1], {}))
+        await until(lambda: "a" in made[0].groups)
+        made[0].grow("a", 5)
+        await until(lambda: "a" in made[1].groups)
+        assert made[1].groups["a"][0] == [5] and not made[0].groups
+        await asyncio.sleep(0.1)
+        made[1].grow("a", 6, 7, 8)
+        assert (await asked)[0] == [5, 6, 7, 8] and pool.replaced == 0
+        await pool.stop()
+
+    asyncio.run(go())
+
+
+def test_a_group_whose_beginning_is_lost_begins_anew() -> None:
+    async def go() -> None:
+        pool, made = await started(1)
+        pool._seen[0] = made[0], "lost", {"a": 2}
+        asked = asyncio.create_task(pool.rollout("a", [1, 1], {}))
+        await until(lambda: "a" in made[0].groups)
+        made[0].die()
+        await until(lambda: len(made) == 2 and "a" in made[1].groups)
+        made[1].grow("a", 1, 2, 3, 4)
+        assert (await asked)[0] == [1, 2, 3, 4]
+        await pool.stop()
 
     asyncio.run(go())
 

@@ -11,12 +11,11 @@ import torch
 from lorapar_ray.adapters import attach_lora, save_adapter
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
-from lorapar_ray.grpo.batches import share_of
 from lorapar_ray.grpo.learner import Learner
-from lorapar_ray.grpo.samples import Batch, Sample
+from lorapar_ray.grpo.samples import MiniBatch, Sample, whole_batch
 from lorapar_ray.grpo.worker import GrpoJob
 from lorapar_ray.student import load_base
-from tests.cluster.test_learners import batch
+from tests.cluster.test_learners import ADVANTAGES, groups
 from tests.tiny_run import save_tiny_student, tiny_config
 
 CPU = torch.device("cpu")
@@ -54,14 +53,27 @@ def learner(job: GrpoJob, **settings: Any) -> Learner:
     return Learner(replace(job, settings={**job.settings, **settings}))
 
 
-def honest(learner: Learner, whole: Batch, gap: float = 0.0) -> Batch:
-    """The batch as if this learner's policy had sampled it, `gap` nats off."""
+def batch(step: int) -> list[Sample]:
+    """Four samples of each of three prompts."""
+    return [
+        Sample(group.record.prompt_ids, *completion, advantage, finished=True, version=step)
+        for group in groups(step)
+        for completion, advantage in zip(group.record.completions(), ADVANTAGES, strict=True)
+    ]
+
+
+def cut(samples: list[Sample], prompts: int = 3) -> list[MiniBatch]:
+    """Mini-batches of so many prompts."""
+    size = 4 * prompts
+    return [whole_batch(samples[start : start + size]) for start in range(0, len(samples), size)]
+
+
+def honest(learner: Learner, samples: list[Sample], gap: float = 0.0) -> list[Sample]:
+    """The samples as if this learner's policy had sampled them, `gap` nats off."""
     with torch.no_grad():
-        logprobs, _ = learner.forward.logprobs(learner.forward.rows([[it] for it in whole.samples]), temperature=1.0)
-    pairs = zip(whole.samples, logprobs, strict=True)
-    return replace(
-        whole, samples=[replace(it, logprobs=(own[: len(it.token_ids)] - gap).tolist()) for it, own in pairs]
-    )
+        logprobs, _ = learner.forward.logprobs(learner.forward.rows([[it] for it in samples]), temperature=1.0)
+    pairs = zip(samples, logprobs, strict=True)
+    return [replace(it, logprobs=(own[: len(it.token_ids)] - gap).tolist()) for it, own in pairs]
 
 
 def adapter(learner: Learner) -> torch.Tensor:
@@ -71,48 +83,48 @@ def adapter(learner: Learner) -> torch.Tensor:
 @pytest.mark.parametrize("loss", ["grpo", "gspo", "cispo"])
 def test_the_first_of_two_updates_is_on_policy_and_the_second_is_clipped(job: GrpoJob, loss: str) -> None:
     ours = learner(job, loss=loss, updates_per_batch=2, clip_low=0.02, clip_high=1.02 if loss == "cispo" else 0.02)
-    share = share_of(honest(ours, batch(0)), 0, 1)
+    share = cut(honest(ours, batch(0)))
     old: dict[int, torch.Tensor] = {}
-    first = ours.updates.take(share.mini_batches[0], old, 1)
+    first = ours.updates.take(share[0], old, 1)
     assert first["clip_high_share"] == first["clip_low_share"] == 0.0
     assert first["ratio_max"] == pytest.approx(1.0, abs=1e-4)
-    second = ours.updates.take(share.mini_batches[0], old, 1)
+    second = ours.updates.take(share[0], old, 1)
     assert second["clip_high_share"] > 0.0
     assert second["ratio_max"] == pytest.approx(1.0, abs=1e-4)  # the old policy's, beside the sampler's
 
 
 def test_the_old_policy_of_later_mini_batches_is_the_one_before_the_first_update(job: GrpoJob) -> None:
     ours = learner(job, mini_batch=1)
-    share = share_of(honest(ours, batch(0)), 0, 1, mini_batch=1)
-    assert [(part.count, part.tokens) for part in share.mini_batches] == [(4, 20), (4, 24), (4, 28)]
-    expected = {id(sample): sample.logprobs for part in share.mini_batches for sample in part.samples}
-    old = ours.updates.old_logprobs(share.mini_batches)
-    first = {id(sample) for sample in share.mini_batches[0].samples}
+    share = cut(honest(ours, batch(0)), prompts=1)
+    assert [(part.count, part.tokens) for part in share] == [(4, 20), (4, 24), (4, 28)]
+    expected = {id(sample): sample.logprobs for part in share for sample in part.samples}
+    old = ours.updates.old_logprobs(share)
+    first = {id(sample) for sample in share[0].samples}
     assert old.keys() == expected.keys() - first
     for key, found in old.items():
         assert found.tolist() == pytest.approx(expected[key], abs=1e-5)
     before = adapter(ours)
     metrics = ours.step(share, 0, 1)
     assert metrics["updates"] == 3 and metrics["updates_skipped"] == 0
-    assert learner(job).step(batch(0), 0, 1)["updates"] == 1  # not cut at all
+    assert learner(job).step(cut(batch(0)), 0, 1)["updates"] == 1  # not cut at all
     assert metrics["logprob_gap"] == pytest.approx(0.0, abs=1e-5)
     assert not torch.equal(adapter(ours), before)
 
 
 def test_the_ratio_to_the_sampler_is_clipped_where_the_sampler_lags(job: GrpoJob) -> None:
     ours = learner(job, old_policy="sampler", importance_cap=None)
-    metrics = ours.step(share_of(honest(ours, batch(0), gap=0.5), 0, 1), 0, 1)
+    metrics = ours.step(cut(honest(ours, batch(0), gap=0.5)), 0, 1)
     assert metrics["ratio_mean"] == pytest.approx(math.exp(0.5), rel=1e-3)  # beyond 1.28 throughout
-    positive = [it for it in batch(0).samples if it.advantage > 0]
+    positive = [it for it in batch(0) if it.advantage > 0]
     tokens = sum(len(it.token_ids) for it in positive)
-    assert metrics["clip_high_share"] == pytest.approx(tokens / batch(0).tokens)
+    assert metrics["clip_high_share"] == pytest.approx(tokens / sum(len(it.token_ids) for it in batch(0)))
 
 
 def test_how_samples_are_cut_into_passes_does_not_change_the_update(job: GrpoJob) -> None:
     results = []
     for passes in ({}, {"micro_batch_tokens": 24}, {"micro_batch_size": 1}, {"gradient_checkpointing": True}):
         ours = learner(job, loss="bnpo", kl_beta=0.1, **passes)
-        metrics = ours.step(share_of(batch(0), 0, 1), 0, 1)
+        metrics = ours.step(cut(batch(0)), 0, 1)
         results.append((adapter(ours), metrics["loss"], metrics["kl"], metrics["ratio_max"]))
     for found in results[1:]:
         torch.testing.assert_close(found[0], results[0][0], rtol=1e-3, atol=1e-5)
@@ -121,8 +133,8 @@ def test_how_samples_are_cut_into_passes_does_not_change_the_update(job: GrpoJob
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted_and_three_in_a_row_stop(job: GrpoJob) -> None:
     ours = learner(job, loss="dapo", importance_cap=None)
-    before, good = adapter(ours), share_of(batch(0), 0, 1)
-    bad = share_of(replace(batch(0), samples=[spoilt(it) for it in batch(0).samples]), 0, 1)
+    before, good = adapter(ours), cut(batch(0))
+    bad = cut([spoilt(it) for it in batch(0)])
     for _ in range(2):
         assert ours.step(bad, 0, 1)["updates_skipped"] == 1
     assert torch.equal(adapter(ours), before)

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from lorapar_ray.adapters import adapter_parameters, attach_lora, load_adapter, save_adapter
 from lorapar_ray.config import GrpoConfig, SftConfig
 from lorapar_ray.engines.completion import Completion
-from lorapar_ray.grpo.batches import Group, make_batch, share_of
+from lorapar_ray.engines.record import record_of
+from lorapar_ray.grpo.batches import make_batch, mini_batches, shares_of
+from lorapar_ray.grpo.groups import Group
 from lorapar_ray.grpo.learner import GrpoJob, Learner
 from lorapar_ray.importance import GradSums, score
 from lorapar_ray.optim import MaskedAdamW, masked_param_groups
@@ -147,11 +149,13 @@ def test_grpo_learns(job: GrpoJob) -> None:
         for prompt in ([5, 6, 7], [60, 61], [9, 80, 33, 4]):
             completions = sampled(policy, prompt, learner.settings, draw)
             found = [wanted(each) for each in completions]
-            row = {"prompt": "", "prompt_ids": prompt, "answer": ""}
-            groups.append(Group(row, completions, [""] * len(found), rewards=found, parts={"wanted": list(found)}))
-        batch = make_batch(groups, [], learner.settings, prompts=[0, 1, 2], step=step, seconds={})
+            record = record_of(prompt, completions)
+            groups.append(Group(len(groups), record, record.head, rewards=found, parts={"wanted": list(found)}))
+        rows = [{"prompt": "", "answer": ""}] * len(groups)
+        batch = make_batch(groups, [], prompts=[0, 1, 2], step=step, seconds={}, rows=rows)
         rewards.append(batch.metrics["reward"])
-        learner.step(share_of(batch, 0, 1), step, 1)
+        [share] = shares_of(batch, 1, learner.settings)
+        learner.step(mini_batches(share, {group.index: group.record for group in groups}), step, 1)
         for key, parameter in adapter_parameters(policy).items():
             parameter.data.copy_(learner.parameters[key].detach())
     assert fmean(rewards[:3]) < 0.62

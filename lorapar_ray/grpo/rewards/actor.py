@@ -1,4 +1,7 @@
-"""Reward workers of a run: Ray actors around a `RewardPool` each, restarted by Ray when they die; and the judge."""
+"""Reward workers of a run: Ray actors around a `RewardPool` each, restarted by Ray when they die; and the judge.
+
+They are given references to records and answer with numbers: tokens and texts stay with them.
+"""
 
 from __future__ import annotations
 
@@ -8,44 +11,61 @@ from collections.abc import Sequence
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from lorapar_ray.config import JUDGE
+from lorapar_ray.config import JUDGE, GrpoConfig
 from lorapar_ray.grpo.rewards.judge import Judge
 from lorapar_ray.grpo.rewards.pool import RewardBatch, RewardPool, RewardSpec, with_part
+from lorapar_ray.grpo.rewards.reading import Reader, Request
 from lorapar_ray.workers import ray_options
 
 if TYPE_CHECKING:
-    from lorapar_ray.config import GrpoConfig, SandboxConfig
-
-
-Request = tuple[list[str], list[str], dict[str, list[Any]]]
-"""Prompts, completions and the rows' further columns of one call of the rewards."""
+    from collections.abc import Coroutine
 
 AT_ONCE = 16
 """Requests in one message to a worker at most: the first has to wait for the last."""
 
 
+class RecordLost(Exception):
+    """A group's record went with its node before anyone had read it; the group has to be sampled anew."""
+
+
 class RewardActor:
     """One worker; a sample that breaks the process inside costs itself only (see `RewardPool`)."""
 
-    def __init__(
-        self,
-        specs: Sequence[RewardSpec],
-        time_limit_s: float,
-        memory_limit_mb: int,
-        sandbox: SandboxConfig,
-        withheld: Sequence[str],
-    ) -> None:
+    def __init__(self, plan: dict[str, Any]) -> None:
+        """`plan` as the coordinator has it."""
+        settings = GrpoConfig.model_validate(plan["settings"])
+        self._reader = Reader(plan, settings)
         self._pool = RewardPool(
-            list(specs),
-            time_limit_s=time_limit_s,
-            memory_limit_mb=memory_limit_mb,
-            sandbox=sandbox,
-            withheld=withheld,
+            [RewardSpec(each.name, each.weight, each.isolate) for each in settings.rewards if each.name != JUDGE],
+            time_limit_s=settings.reward_time_limit_s,
+            memory_limit_mb=settings.reward_memory_mb,
+            sandbox=settings.sandbox,
+            withheld=plan.get("withheld", ()),
         )
 
-    def score(self, requests: list[Request]) -> list[RewardBatch]:
-        """As `RewardPool.score`, one request after the other."""
-        return [self._pool.score(*request) for request in requests]
+    def score(self, requests: list[Request]) -> list[RewardBatch | None]:
+        """As `RewardPool.score`, one request after the other; None where the record is lost."""
+        return [self._score(request) for request in requests]
+
+    def _score(self, request: Request) -> RewardBatch | None:
+        answers = self._reader.read(request)
+        return None if answers is None else self._pool.score(answers.prompts, answers.completions, answers.columns)
+
+
+class JudgeActor:
+    """Asynchronous: asks the judge's teachers about many groups side by side."""
+
+    def __init__(self, plan: dict[str, Any]) -> None:
+        """`plan` as the coordinator has it."""
+        self._reader = Reader(plan, GrpoConfig.model_validate(plan["settings"]))
+        self._judge = Judge(**plan["judge"])
+
+    async def grades(self, request: Request) -> list[float | None] | None:
+        """As `Judge.grades`; None if the record is lost."""
+        answers = await asyncio.to_thread(self._reader.read, request)
+        if answers is None:
+            return None
+        return await self._judge.grades(answers.prompts, answers.completions, answers.columns["answer"])
 
 
 class RewardWorkers:
@@ -54,36 +74,48 @@ class RewardWorkers:
     Lives in one event loop.
     """
 
-    def __init__(self, settings: GrpoConfig, judge: Judge | None = None, withheld: Sequence[str] = ()) -> None:
-        """See `RewardPool` for `withheld`."""
+    def __init__(self, plan: dict[str, Any], worker: type[Any] = RewardActor) -> None:
+        """Start the workers, and the judge if there is one.
+
+        Args:
+            plan: as the coordinator has it.
+            worker: what a worker runs, in place of `RewardActor`.
+        """
         import ray
 
+        settings = GrpoConfig.model_validate(plan["settings"])
         # scoring has no memory: what a dead worker was asked is asked again of its successor, as often as it takes
-        actor = ray.remote(RewardActor).options(
-            **ray_options(settings.reward_resources), max_restarts=-1, max_task_retries=-1
-        )
-        specs = [
-            RewardSpec(reward.name, reward.weight, reward.isolate)
-            for reward in settings.rewards
-            if reward.name != JUDGE
-        ]
-        limits = settings.reward_time_limit_s, settings.reward_memory_mb, settings.sandbox
-        self._actors = [actor.remote(specs, *limits, list(withheld)) for _ in range(settings.reward_workers)]
+        again = {"max_restarts": -1, "max_task_retries": -1}
+        actor = ray.remote(worker).options(**ray_options(settings.reward_resources), **again)
+        self._actors = [actor.remote({**plan, "judge": None}) for _ in range(settings.reward_workers)]
         self._idle = deque(self._actors)
         self._waiting: deque[tuple[Request, asyncio.Future[RewardBatch]]] = deque()
         self._working: set[asyncio.Task[None]] = set()
-        self._judge = judge
+        self._judge: Any = None
+        if plan["judge"] is not None:
+            self._judge = ray.remote(JudgeActor).options(num_cpus=0, max_concurrency=1000, **again).remote(plan)
         self._weights = {reward.name: reward.weight for reward in settings.rewards}
 
-    async def score(self, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]) -> RewardBatch:
-        """As `RewardPool.score`, on the first worker that is free, while the judge, if there is one, grades."""
-        scoring: asyncio.Future[RewardBatch] = asyncio.get_running_loop().create_future()
-        self._waiting.append(((prompts, completions, columns), scoring))
-        self._deal()
+    async def score(self, index: int, record: Any, step: int) -> RewardBatch:
+        """The rewards of a group, on the first worker that is free, while the judge, if there is one, grades.
+
+        Raises:
+            RecordLost: nobody can read the group any more.
+        """
+        request = Request(index, record, step)
         if self._judge is None:
-            return await scoring
-        grades = await self._judge.grades(prompts, completions, columns["answer"])
-        return with_part(await scoring, JUDGE, self._weights[JUDGE], grades, list(self._weights))
+            return await self._scored(request)
+        grades: Sequence[float | None] | None
+        scored, grades = await asyncio.gather(self._scored(request), _awaited(self._judge.grades.remote(request)))
+        if grades is None:
+            raise RecordLost
+        return with_part(scored, JUDGE, self._weights[JUDGE], list(grades), list(self._weights))
+
+    def _scored(self, request: Request) -> Coroutine[Any, Any, RewardBatch]:
+        scoring: asyncio.Future[RewardBatch] = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, scoring))
+        self._deal()
+        return _awaited(scoring)
 
     def _deal(self) -> None:
         """Give every idle worker its part of what waits."""
@@ -105,13 +137,17 @@ class RewardWorkers:
         else:
             for (_, scoring), batch in zip(wanted, scored, strict=True):
                 if not scoring.done():
-                    scoring.set_result(batch)
+                    scoring.set_exception(RecordLost()) if batch is None else scoring.set_result(batch)
         self._idle.append(worker)
         self._deal()
 
     def stop(self) -> None:
-        """End the workers."""
+        """End the workers and the judge."""
         import ray
 
-        for actor in self._actors:
+        for actor in [*self._actors, *([] if self._judge is None else [self._judge])]:
             ray.kill(actor)
+
+
+async def _awaited(answer: Any) -> Any:
+    return await answer

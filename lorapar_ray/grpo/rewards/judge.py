@@ -2,9 +2,9 @@
 
 A grade is one constrained token, and the reward is the expected grade under the teacher's probabilities, so that a
 small teacher's hunch still ranks the completions of a group. What a teacher adds to every grade cancels in the group's
-advantages. The judge runs in the coordinator: unlike other rewards it executes no foreign code, and each question to a
-teacher has a time limit. A completion may of course try to talk its judge into a better grade; put a verifiable reward
-beside it where there is one.
+advantages. The judge runs in an actor of its own, beside the reward workers: it executes no foreign code, and each
+question to a teacher has a time limit. A completion may of course try to talk its judge into a better grade; put a
+verifiable reward beside it where there is one.
 """
 
 from __future__ import annotations

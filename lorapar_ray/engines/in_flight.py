@@ -1,0 +1,84 @@
+"""Groups that an engine is at, as far as they are: what another engine needs to go on with them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorapar_ray.engines.completion import Completion
+from lorapar_ray.engines.record import GroupRecord, record_of
+
+INTERVAL = 64
+"""Tokens after which a sequence's newest are handed over: one by one they would cost more than sampling them."""
+
+
+@dataclass
+class Growing:
+    """One completion in the making."""
+
+    version: int
+    """Of the policy under which it began."""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ended: bool = False
+    finished: bool = False
+    """It ended by itself, not at the length limit."""
+    request: str = ""
+    """The engine's name for it."""
+
+    def take(self, choice: Any) -> None:
+        """Add what vLLM hands over; an aborted request leaves the completion open."""
+        self.token_ids += choice.token_ids
+        self.logprobs += [choice.logprobs.logprobs[at] for at in choice.logprobs.start_indices]
+        self.ended = choice.finish_reason in ("stop", "length")
+        self.finished = choice.finish_reason == "stop"
+
+
+def growing(count: int, version: int, begun: GroupRecord | None) -> list[Growing]:
+    """A group's completions as they are to go on.
+
+    Args:
+        version: of the policy served now, for completions that have no token yet.
+        begun: what was sampled of them elsewhere.
+    """
+    if begun is None:
+        return [Growing(version) for _ in range(count)]
+    head = begun.head
+    return [
+        Growing(
+            head.versions[at] if len(ids) else version,
+            ids.tolist(),
+            logprobs.tolist(),
+            at not in head.open,
+            head.finished[at],
+        )
+        for at, (ids, logprobs) in enumerate(begun.completions())
+    ]
+
+
+def as_record(prompt_ids: Sequence[int], group: Sequence[Growing]) -> GroupRecord:
+    """A group as far as it is."""
+    completions = [Completion(each.token_ids, each.logprobs, each.finished, each.version) for each in group]
+    return record_of(prompt_ids, completions, [at for at, each in enumerate(group) if not each.ended])
+
+
+def request_of(each: Growing, sampling: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """Sampling parameters for the rest of the group's completion number `index`.
+
+    Its random numbers are others than those that drew the beginning.
+    """
+    done, seed = len(each.token_ids), sampling.get("seed")
+    if seed is not None:
+        seed = zlib.crc32(f"{seed + index}/{done}".encode()) if done else seed + index
+    return {
+        **sampling,
+        "n": 1,
+        "seed": seed,
+        "max_tokens": sampling["max_tokens"] - done,
+        "logprobs": 0,
+        "flat_logprobs": True,
+        "detokenize": bool(sampling.get("stop")),
+        "stream_interval": INTERVAL,
+    }

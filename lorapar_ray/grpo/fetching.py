@@ -1,0 +1,62 @@
+"""A learner fetches its share of a step: numbers from the coordinator, the records from wherever they lie."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorapar_ray.engines.record import GroupRecord
+from lorapar_ray.grpo.batches import Share, mini_batches
+from lorapar_ray.grpo.samples import MiniBatch
+
+
+def fetch(coordinator: Any, step: int, rank: int, world: int) -> tuple[Share, list[MiniBatch]]:
+    """This rank's share of a step with its samples.
+
+    Groups whose records were lost with a node are sampled anew, whichever rank found that out; the step is then dealt
+    again, so every rank asks again.
+    """
+    import ray
+
+    while True:
+        share: Share = ray.get(coordinator.batch.remote(step, rank, world))
+        records = _records(share)
+        lost = sorted({part.group for update in share.updates for part in update.parts if part.group not in records})
+        if lost:
+            ray.get(coordinator.lost.remote(step, lost))
+        if not _any_rank(bool(lost), world):
+            return share, mini_batches(share, records)
+
+
+def _records(share: Share) -> dict[int, GroupRecord]:
+    """By number of the group; those that are lost are missing."""
+    import ray
+
+    references = {part.group: part.record for update in share.updates for part in update.parts}
+    try:
+        return dict(zip(references, ray.get(list(references.values())), strict=True))
+    except ray.exceptions.ObjectLostError:
+        return {group: record for group, each in references.items() if (record := read(each)) is not None}
+
+
+def read(reference: Any) -> GroupRecord | None:
+    """A record, or None if it is lost."""
+    import ray
+
+    try:
+        record: GroupRecord = ray.get(reference)
+    except ray.exceptions.ObjectLostError:
+        return None
+    return record
+
+
+def _any_rank(value: bool, world: int) -> bool:
+    if world == 1:
+        return value
+    import torch
+    import torch.distributed as dist
+
+    from lorapar_ray.student import device
+
+    flag = torch.tensor(int(value), device=device() if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())

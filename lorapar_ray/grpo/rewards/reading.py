@@ -1,0 +1,62 @@
+"""Groups read where rewards run: the record comes from the object store, and its completions become text there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lorapar_ray.datasets.chat import Encoder, load_encoder
+from lorapar_ray.models import resolve_model
+
+if TYPE_CHECKING:
+    from lorapar_ray.config import GrpoConfig
+
+REWARD_FIELDS = ("answer", "response", "messages", "columns")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A group to be rewarded: references and numbers only."""
+
+    index: int
+    """The prompt's, among the run's."""
+    record: Any
+    """Reference to the group's record."""
+    step: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One prompt with the texts of its completions, as rewards take them."""
+
+    prompts: list[str]
+    completions: list[str]
+    columns: dict[str, list[Any]]
+
+
+class Reader:
+    """Turns requests into what rewards take; has the run's rows and its tokenizer."""
+
+    def __init__(self, plan: dict[str, Any], settings: GrpoConfig) -> None:
+        """`plan` as the coordinator has it: `rows`, `steps`, `model` and `trust_remote_code`."""
+        self._rows: Sequence[dict[str, Any]] = plan["rows"]
+        self._steps: int = plan["steps"]
+        self._stop = list(settings.stop)
+        self._encoder: Encoder = load_encoder(resolve_model(plan["model"]), None, plan["trust_remote_code"])
+
+    def read(self, request: Request) -> Answers | None:
+        """None: the record is lost with the node that held it."""
+        import ray
+
+        try:
+            record = ray.get(request.record)
+        except ray.exceptions.ObjectLostError:
+            return None
+        ids = [tokens.tolist() for tokens, _ in record.completions()]
+        row, count = self._rows[request.index], len(ids)
+        columns: dict[str, list[Any]] = {key: [row[key]] * count for key in REWARD_FIELDS if key in row}
+        columns["completion_ids"] = ids
+        columns["trainer_state"] = [{"global_step": request.step, "max_steps": self._steps}] * count
+        texts = [self._encoder.answer_text(each, self._stop) for each in ids]
+        return Answers([row["prompt"]] * count, texts, columns)
