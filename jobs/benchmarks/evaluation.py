@@ -104,8 +104,8 @@ def throughput(arguments: argparse.Namespace) -> list[Row]:
     from lorapar_ray.models import resolve_model
     from lorapar_ray.session import ray_session
 
-    rounds, gpu = 1 if arguments.quick else 3, arguments.device == "cuda"
-    work, model = _work(arguments), resolve_model(_agreement.MODEL)
+    rounds, gpu = 1 if arguments.quick else 2, arguments.device == "cuda"
+    work, model = _work(128 if arguments.quick else 256), resolve_model(_agreement.MODEL)
     engine = EngineConfig(max_model_len=256, enforce_eager=not gpu)
     resources = Resources(cpus=1, gpus=1 if gpu else 0, threads=len(os.sched_getaffinity(0)))
     seconds: dict[tuple[str, str], list[float]] = {}
@@ -146,8 +146,8 @@ def scaling(arguments: argparse.Namespace) -> list[Row]:
     from lorapar_ray.models import resolve_model
     from lorapar_ray.session import ray_session
 
-    rounds, gpu = 1 if arguments.quick else 3, arguments.device == "cuda"
-    work, model = _work(arguments), resolve_model(_agreement.MODEL)
+    rounds, gpu = 1 if arguments.quick else 2, arguments.device == "cuda"
+    work, model = _work(32 if arguments.quick else 128), resolve_model(_agreement.MODEL)
     engine = EngineConfig(max_model_len=256, enforce_eager=not gpu)
     resources = Resources(cpus=1, gpus=1 if gpu else 0, threads=1)
     rates: dict[tuple[str, int], float] = {}
@@ -169,14 +169,13 @@ def scaling(arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def _work(arguments: argparse.Namespace) -> dict[str, list[Request]]:
+def _work(count: int) -> dict[str, list[Request]]:
     """The same prompts to go on from, and to score a continuation of."""
     from lorapar_ray.datasets.chat import load_encoder
     from lorapar_ray.evaluation.requests import Request
     from lorapar_ray.models import resolve_model
 
     encode = load_encoder(resolve_model(_agreement.MODEL), None).tokenizer.encode
-    count = 32 if arguments.quick else 128
     prompts = [encode(f"Question: {row} boxes hold {row % 7 + 2} pens each.\nAnswer:") for row in range(count)]
     ending = encode(" There are many pens in all of the boxes.")
     return {

@@ -19,7 +19,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorapar_ray.adapters import adapter_parameters, attach_lora, export_plain, residual_base, save_adapter
+from lorapar_ray.adapters import adapter_parameters, attach_lora, residual_base, save_adapter
+from lorapar_ray.adapters.export import export_plain
 from lorapar_ray.config import EvaluateConfig
 from lorapar_ray.datasets.chat import load_encoder
 from lorapar_ray.evaluation.harness.catalogue import Catalogue, wanted
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.e2e
 QUESTIONS = 160
 ENGINE = ("dtype=float32", "max_num_seqs=8", "enforce_eager=true", "max_model_len=128")
 SAMPLES = ("samples=4", "temperature=0.8", "pass_at=2", "max_gen_toks=12")
+WORDS = ("red", "blue", "green", "black", "white", "brown", "grey")
 TOLERANCE = 2e-3
 """Nats, of a choice's log-probability as it is shown."""
 PROGRAM = {
@@ -60,7 +62,7 @@ def pissa(student: Path, folder: Path) -> Pissa:
     with torch.no_grad():
         for number, parameter in enumerate(adapter_parameters(model).values()):
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
-            parameter.add_(0.3 * parameter.std() * noise)
+            parameter.add_(2.0 * parameter.std() * noise)
     save_adapter(model, folder / "adapter")
     export_plain(folder / "initial", folder / "adapter", folder / "plain", str(student))
     residual_base(model).save_pretrained(folder / "residual")
@@ -72,7 +74,7 @@ def questions(file: Path) -> Path:
     rows = [
         {
             "question": f"What is {place} and one?",
-            "choices": {"text": [str(place + 1), f"the number {place}", "none"], "label": ["A", "B", "C"]},
+            "choices": {"text": [f"{WORDS[(place + at) % 7]} {place}" for at in range(3)], "label": ["A", "B", "C"]},
             "answerKey": "ABC"[place % 3],
         }
         for place in range(QUESTIONS)
@@ -141,7 +143,7 @@ def test_nothing_answered_is_asked_again_whoever_is_killed(tmp_path: Path) -> No
     )
     rows = {file: pq.read_table(file).to_pylist() for file in (base, ours, samples)}
     assert len(rows[base]) == len(rows[ours]) == 2 * QUESTIONS  # acc and acc_norm
-    assert [row["completion"] for row in rows[base]] != [row["completion"] for row in rows[ours]]
+    assert [row["right"] for row in rows[base]] != [row["right"] for row in rows[ours]]
     assert_decided_as_by_peft(rows[ours], student, tuned.plain, data)
     [row] = rows[samples]
     assert row["value"] in (0.0, 0.5, 1.0) and len(set(row["completion"].split("\n"))) > 1, row
