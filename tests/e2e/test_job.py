@@ -108,7 +108,8 @@ def test_a_submitted_job_finishes_the_pipeline(finished: FinishedRun, tmp_path: 
     def submit(address: str, *options: str, **changed: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "lorapar_ray.cli", "submit", str(config), "--run-dir", str(run)]
         command += ["--address", address, "--working-dir", str(config.parent), "--set", rewards]
-        command += ["--set", "grpo.judge.teachers=[a]", "--set", "grpo.learner_resources.nodes.group=work", *options]
+        command += ["--set", "grpo.judge.teachers=[a]", "--set", "grpo.learner_resources.nodes.group=work"]
+        command += ["--set", "grpo.steps=2", "--set", "evaluate.models=[grpo]", *options]
         given = environment | changed
         return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=1000)
 
@@ -140,6 +141,6 @@ def test_a_submitted_job_finishes_the_pipeline(finished: FinishedRun, tmp_path: 
     assert shown | {"lorapar_done grpo", "lorapar_total evaluate"} <= seen, sorted(seen)
     assert token not in first.stdout + done.stdout + done.stderr
     lines = metrics(run, "grpo")
-    assert len(lines) == 4 and all(0 < line["reward/judge"] < 1 and line["reward_failures"] == 0 for line in lines)
+    assert len(lines) == 2 and all(0 < line["reward/judge"] < 1 and line["reward_failures"] == 0 for line in lines)
     stages = json.loads((run / "manifest.json").read_text())["stages"]
     assert {name: stages[name]["status"] for name in STAGES} == dict.fromkeys(STAGES, "done")

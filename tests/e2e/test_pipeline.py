@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pyarrow.dataset
 import pytest
@@ -24,7 +25,7 @@ from lorapar_ray.partition import load_regions, stage_mask
 from lorapar_ray.pipeline import STAGES
 from lorapar_ray.runs import RunDirectory
 from tests.e2e.conftest import FinishedRun
-from tests.tiny_run import ROOT, lorapar_here, metrics
+from tests.tiny_run import GRPO_STEPS, ROOT, lorapar_here, metrics
 
 pytestmark = pytest.mark.e2e
 TOKENS = [1, 504, 216, 33, 1043, 28, 7, 99, 2048, 12, 345]
@@ -64,6 +65,14 @@ def test_a_stage_changes_its_region_and_not_one_bit_outside(
         assert torch.equal(old[key].view(torch.int32)[~active], new[key].view(torch.int32)[~active]), key
         moved += int((old[key] != new[key])[active].sum())
     assert moved > 0.9 * sum(int(active.sum()) for active in mask.values())
+
+
+def test_both_stages_learn(finished: FinishedRun) -> None:
+    """A sign error in a loss, advantages in another order and a mask that lets nothing through make this fail."""
+    losses = [line["loss"] for line in metrics(finished.run, "sft")]
+    assert losses[0] > 11 and fmean(losses[-4:]) < 9
+    rewards = [line["reward"] for line in metrics(finished.run, "grpo")]
+    assert fmean(rewards[:2]) < 0.4 and fmean(rewards[-2:]) > 0.7
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +147,7 @@ def logprobs(model: torch.nn.Module) -> torch.Tensor:
 
 def test_the_served_policy_was_proved_at_every_step(finished: FinishedRun) -> None:
     lines = metrics(finished.run, "grpo")
-    assert [line["policy_version"] for line in lines] == [1, 2, 3, 4]
+    assert [line["policy_version"] for line in lines] == list(range(1, GRPO_STEPS + 1))
     assert all(line["canary_gap"] < 1e-3 for line in lines)
     on_policy = [line for line in lines if "logprob_gap" in line]  # float32 throughout, nothing stale
     assert on_policy
