@@ -16,6 +16,8 @@ STEPS = 8
 TRAINING = {"cpus": 1.5, "threads": 1, "nodes": {"group": "in(teachers,training)"}}
 """A node has two CPUs, so two of these are on two nodes."""
 ENGINES = {"cpus": 1, "nodes": {"group": "engines"}}
+SMALL = 1e-3
+"""Learning rate with which the last bit of a sum, taken in another order after a loss, changes no sampled token."""
 REWARD = '''
 def letters(prompts, completions, **_):
     """Share of characters that are lower-case letters."""
@@ -55,9 +57,9 @@ def placed_config() -> dict[str, Any]:
     for teacher in config["label"]["teachers"]:
         teacher["resources"] |= {"nodes": {"group": "teachers"}}
     config["score"] |= {"workers": 2, "resources": TRAINING, "unit_size": 1}
-    config["sft"] |= {"workers": 2, "resources": TRAINING}
+    config["sft"] |= {"workers": 2, "resources": TRAINING, "epochs": 2, "learning_rate": SMALL}
     config["grpo"] |= {"learners": 2, "learner_resources": TRAINING, "rollout_resources": ENGINES, "steps": STEPS}
-    config["grpo"] |= {"rewards": [{"name": "my_rewards:letters"}]}
+    config["grpo"] |= {"rewards": [{"name": "my_rewards:letters"}], "learning_rate": SMALL}
     config["evaluate"] |= {"resources": ENGINES}
     return config
 
