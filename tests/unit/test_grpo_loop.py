@@ -1,14 +1,18 @@
 """The sampling half of stage 2's loop: which groups make a step's batch, and with which advantages."""
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+import ray
+from ray.exceptions import OwnerDiedError
 
 from lorapar_ray.config import GrpoConfig
 from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.record import record_of
 from lorapar_ray.grpo.batches import Batch, mini_batches, shares_of
+from lorapar_ray.grpo.fetching import fetch
 from lorapar_ray.grpo.groups import Group
 from lorapar_ray.grpo.loop import collect
 from lorapar_ray.grpo.prompt_stream import PromptStream
@@ -79,3 +83,31 @@ def test_a_group_whose_record_is_lost_is_sampled_anew_and_no_other_prompt_in_its
     _, samples, rollouts, drawn = collected(loses=1, refill_limit=0)
     assert rollouts.asked == [(0, 0), (1, 0), (1, 0)] and rollouts.lost == 1
     assert drawn == [0, 1] and [sample.prompt_ids.tolist() for sample in samples] == [[1], [1]]
+
+
+def test_a_learner_reports_records_that_are_lost_and_takes_what_comes_in_their_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """References are the records themselves; None is one that is lost."""
+
+    def get(reference: Any) -> Any:
+        if isinstance(reference, list):
+            return [get(each) for each in reference]
+        if reference is None:
+            raise OwnerDiedError("00", None, "")
+        return reference
+
+    batch, _, _, _ = collected(refill_limit=2)
+    config = GrpoConfig(group_size=2, prompts_per_step=2)
+    [whole] = shares_of(batch, 1, config)
+    batch.groups[1].record = None
+    [damaged] = shares_of(batch, 1, config)
+    told: list[tuple[int, list[int]]] = []
+
+    shares = SimpleNamespace(remote=lambda step, rank, world: whole if told else damaged)
+    losses = SimpleNamespace(remote=lambda step, groups: told.append((step, groups)) or "done")
+    monkeypatch.setattr(ray, "get", get)
+    coordinator = SimpleNamespace(batch=shares, lost=losses)
+    share, [update] = fetch(coordinator, 4, 0, 1)
+    assert told == [(4, [1])] and share is whole
+    assert sorted(sample.prompt_ids.tolist()[0] for sample in update.samples) == [1, 1, 3, 3]
