@@ -1,18 +1,22 @@
 """R vLLM engines behind Ray Data.
 
     requests ─► blocks ─► asking worker (Ray Data) ─► R engine actors
-                                │
-    answers  ◄──────────────────┘ as they are finished
+                  └───── the first ones, directly ─────────┘ │
+    answers  ◄─────────────────────────────── as they are finished
 
 Ray Data holds the queue and the backpressure: neither the driver nor the worker keeps more than some blocks in flight.
-The engines outlive one stream of requests, since each takes a minute to start; between two streams they change policy.
+It takes two to three seconds to start its worker, so the first blocks, as many as the engines have at once, go to them
+directly: the engines do not wait, and a short stream needs no worker. The engines outlive one stream of requests, since
+each takes a minute to start; between two streams they change policy.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
+from typing import Any, cast
 
 import pyarrow as pa
 
@@ -98,24 +102,43 @@ class Engines:
             UserError: an engine died more than `RESTARTS` times, or could not answer.
         """
         import ray
-        from ray.data import ActorPoolStrategy, DataContext
 
-        if not requests:
-            return
-        context = DataContext.get_current()
-        context.enable_progress_bars = False
-        context.execution_options.preserve_order = False
-        # Ray Data takes CPUs that the engines hold for its own and waits for them without end, unless it gets limits
-        limits = {"cpu": 1, "object_store_memory": OBJECT_STORE_BYTES}
-        context.execution_options.resource_limits = context.execution_options.resource_limits.copy(**limits)
         served = ("base", []) if policy is None else (policy.digest, [ray.put(policy)])
         blocks = [
             request_table(requests[first : first + REQUESTS_PER_BLOCK])
             for first in range(0, len(requests), REQUESTS_PER_BLOCK)
         ]
         at_once = self._at_once * len(self._actors)
+        engine = cycle(self._actors)
+        first = [next(engine).answer.remote(block, *served) for block in blocks[:at_once]]
+        later = iter(self._stream(blocks[at_once:], at_once, served))
+        reader = ThreadPoolExecutor(1, thread_name_prefix="answers")
+        try:
+            coming = reader.submit(next, later, None)  # starts Ray Data's worker
+            while first:
+                [done], first = ray.wait(first)
+                yield _answers(_result(done))
+            while (table := coming.result()) is not None:
+                coming = reader.submit(next, later, None)
+                yield _answers(table)
+        finally:
+            reader.shutdown(wait=False, cancel_futures=True)
+
+    def _stream(self, blocks: Sequence[pa.Table], at_once: int, served: tuple[str, Sequence[Any]]) -> Iterable[Any]:
+        """The `answer_table` of each block, through Ray Data."""
+        import ray
+        from ray.data import ActorPoolStrategy, DataContext
+
+        if not blocks:
+            return ()
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = False
+        # Ray Data takes CPUs that the engines hold for its own and waits for them without end, unless it gets limits
+        limits = {"cpu": 1, "object_store_memory": OBJECT_STORE_BYTES}
+        context.execution_options.resource_limits = context.execution_options.resource_limits.copy(**limits)
         # `from_arrow` asks for a CPU to look at its tables with, and there is none where the engines hold them all
-        asked = ray.data.from_blocks(blocks).map_batches(
+        asked = ray.data.from_blocks(list(blocks)).map_batches(
             Asker,
             fn_constructor_args=(self._actors, *served),
             batch_size=None,
@@ -126,11 +149,7 @@ class Engines:
             ),
             num_cpus=0,
         )
-        for table in asked.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            found = answers_of(table)
-            if failed := [answer for answer in found if answer.key.startswith(FAILURE)]:
-                raise UserError(failed[0].key.removeprefix(FAILURE))
-            yield found
+        return cast(Iterable[Any], asked.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
 
     def close(self) -> None:
         """End the engines."""
@@ -160,6 +179,27 @@ class Asker:
             yield _failure(error)
         finally:
             self._blocks[place] -= 1
+
+
+def _result(done: Any) -> pa.Table:
+    import ray
+
+    try:
+        return ray.get(done)
+    except ray.exceptions.RayError as error:
+        return _failure(error)
+
+
+def _answers(table: pa.Table) -> list[Answer]:
+    """The answers of an `answer_table`.
+
+    Raises:
+        UserError: it says why there are none.
+    """
+    found = answers_of(table)
+    if failed := [answer for answer in found if answer.key.startswith(FAILURE)]:
+        raise UserError(failed[0].key.removeprefix(FAILURE))
+    return found
 
 
 def _failure(error: Exception) -> pa.Table:
