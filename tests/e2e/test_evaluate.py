@@ -137,7 +137,7 @@ def test_nothing_answered_is_asked_again_whoever_is_killed(tmp_path: Path) -> No
     assert driver.returncode == 0, said
     assert core is not None, said
 
-    names = ("residual", "residual_adapter")
+    names = ("residual", "adapter")
     [base, ours], [_, samples] = (
         [next((out / "rows").glob(f"*{name}/{task}.parquet")) for name in names] for task in ("arc_easy@0", "humaneval")
     )
