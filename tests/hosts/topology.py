@@ -10,6 +10,7 @@ import subprocess
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class Topology:
             for needed in service.get("depends_on", {}):
                 self.require_healthy(needed)
             self._begin(name)
-            wait_until(f"{name} runs", lambda name=name: self._runs(name), START_LIMIT_S)
+            wait_until(f"{name} runs", partial(self._runs, name), START_LIMIT_S)
         self._keeper.start()
 
     def stop(self) -> None:
