@@ -91,17 +91,19 @@ def test_refusals(client: OpenAI, server: Server) -> None:
 def test_sixteen_clients_at_once_and_a_killed_replica(client: OpenAI, server: Server) -> None:
     models = ("base", "sft", "grpo", "auto")
 
-    def answered(number: int) -> str:
-        return ask(client, models[number % 4], f"{number % 8} + 5 =")[1]
+    def answered(number: int, by: OpenAI = client) -> tuple[str, str, str | None]:
+        return ask(by, models[number % 4], f"{number % 8} + 5 =")
 
     alone = [answered(number) for number in range(8)]
     with ThreadPoolExecutor(16) as pool:
         together = list(pool.map(answered, range(48)))
-    assert together[:8] == together[8:16] == together[40:] and len(together) == 48
+    # beside others a sequence is computed in products of other shapes, so a random model's words may differ
+    assert [(model, system) for model, _, system in together] == [(model, system) for model, _, system in alone] * 6
+    assert all(said for _, said, _ in together)
     [replica] = [each for each in psutil.Process(server[0].pid).children(recursive=True) if _is_replica(each)]
     replica.kill()
     patient = client.with_options(max_retries=8, timeout=120)
-    assert [ask(patient, models[number % 4], f"{number % 8} + 5 =")[1] for number in range(8)] == alone
+    assert [answered(number, patient) for number in range(8)] == alone
 
 
 def _is_replica(process: psutil.Process) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lorapar_ray.engines.record import GroupHead
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.groups import Group
 from lorapar_ray.grpo.rewards import RewardPool, RewardSpec, get_reward
@@ -209,7 +210,8 @@ def test_a_step_on_which_one_reward_fails_everywhere_stops_with_that_rewards_tex
     rollouts._told = False
 
     def group(failed: dict[str, int], errors: dict[str, str]) -> Group:
-        return Group(row={}, completions=[], texts=["a", "b"], failed=failed, errors=errors)
+        head = GroupHead(prompt_tokens=1, lengths=(1, 1), finished=(True, True), versions=(0, 0))
+        return Group(0, None, head, rewards=[0.0, 0.0], failed=failed, errors=errors)
 
     some = [group({"rare": 1, "typo": 2}, {"rare": "ValueError: one", "typo": "KeyError: 'x'"}), group({}, {})]
     rollouts.report_failures(some, step=0)
