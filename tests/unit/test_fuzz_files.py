@@ -223,6 +223,7 @@ def scored(folder: Path) -> RunDirectory:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place",
     ["scores/system1.safetensors", "adapter/adapter_model.safetensors", "work/score/system2/unit-00001.safetensors"],
@@ -359,6 +360,7 @@ def test_what_the_report_reads(shown: RunDirectory, data: st.DataObject) -> None
         put(shown.root / name, good)
 
 
+@pytest.mark.slow
 @fuzzed(5)
 @given(data=st.data())
 def test_the_whole_report(shown: RunDirectory, folder: Path, data: st.DataObject) -> None:
