@@ -4,7 +4,7 @@
 
 `DIR` is a finished run with both stages. Its test questions go to `sft`, `grpo` and `auto`, greedily, under the run's
 own limits; the peer of `auto` is stage 2's adapter for every question, as one would serve without routing. Then the
-same requests, from 16 clients, go to `grpo` here and to vLLM's own server with the same engine settings and adapters.
+same requests, from 16 clients, go to `grpo` at vLLM's own server with the same engine settings and adapters.
 `--quick` asks 40 questions.
 """
 
@@ -62,7 +62,6 @@ def main() -> None:
     rows = rows[:: max(1, len(rows) // 40)][:40] if arguments.quick else rows
     with ours(run.root) as url:
         found = {model: answered(url, model, rows, config) for model in ("sft", "grpo", "auto")}
-        again = answered(url, "grpo", rows, config)
     with stock(config, run) as url:
         answered(url, "grpo", rows[:CLIENTS], config)
         peer = answered(url, "grpo", rows, config)
@@ -74,9 +73,9 @@ def main() -> None:
         row("sft for all: tokens of answers", found["sft"].tokens, always.tokens, "tokens"),
         row("auto: questions that went to stage 2", auto.systems.count("2") / len(rows), None, "share"),
         row(
-            "16 clients, beside vLLM's server", len(rows) / again.seconds, len(rows) / peer.seconds, "requests/s", 0.95
+            "16 clients, beside vLLM's server", len(rows) / always.seconds, len(rows) / peer.seconds, "requests/s", 0.95
         ),
-        row("16 clients to auto, beside grpo", len(rows) / auto.seconds, len(rows) / again.seconds, "requests/s"),
+        row("16 clients to auto, beside grpo", len(rows) / auto.seconds, len(rows) / always.seconds, "requests/s"),
     ]
     print_table(table)
     write_rows(arguments.json, table)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import uuid
 from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
+BASE = "base"
 PLAIN = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
 """The template of a model without one: as such a model was trained, see `datasets.chat`."""
 
@@ -19,7 +21,8 @@ async def openai_state(engine: Any, path: str, adapters: Mapping[str, str]) -> A
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     arguments: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", path])
-    arguments.served_model_name = ["base"]
+    # where there are adapters the base is one of them (`neutral`), and nobody can name the bare one
+    arguments.served_model_name = [uuid.uuid4().hex if adapters else BASE]
     arguments.lora_modules = [LoRAModulePath(name=name, path=folder) for name, folder in adapters.items()] or None
     arguments.disable_log_stats = True
     if engine.get_tokenizer().chat_template is None:

@@ -9,6 +9,7 @@ import math
 import os
 from asyncio import gather
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -22,7 +23,8 @@ from lorapar_ray.engines.settings import engine_arguments, lora_arguments, memor
 from lorapar_ray.labeling.hosted import choice_tokens
 from lorapar_ray.labeling.prompts import with_template
 from lorapar_ray.models import resolve_model
-from lorapar_ray.serving.openai_side import openai_state
+from lorapar_ray.serving.neutral import neutral_adapter
+from lorapar_ray.serving.openai_side import BASE, openai_state
 from lorapar_ray.serving.requests import AUTO, BadRequest, parsed, question_in, require_key, with_system_prompt
 from lorapar_ray.serving.routing import Threshold, fit_threshold, routing_prompt, stages_by_system
 from lorapar_ray.text import one_line
@@ -56,14 +58,17 @@ class Replica:
             labelled: questions of each System, to find the threshold of `auto` on; empty: there is no `auto`.
             key_digest: of the key that clients give (`requests.digest_of`); None: none is asked for.
         """
-        self._config, self._adapters, self._labelled = Config.model_validate(config), adapters, labelled
+        self._config, self._labelled = Config.model_validate(config), labelled
+        self._adapters = dict(adapters)
+        if adapters:
+            self._adapters = {BASE: str(neutral_adapter(Path(next(iter(adapters.values()))))), **adapters}
         self._key, self._student, settings = key_digest, student, self._config.evaluate
         self._path = resolve_model(self._config.model.path)
         trusted = self._config.model.trust_remote_code
         arguments = {
             **memory_share(settings.resources),
             **engine_arguments(self._path, settings.engine, seed=self._config.seed, trust_remote_code=trusted),
-            **(lora_arguments(max_rank, len(adapters)) if adapters else {}),
+            **(lora_arguments(max_rank, len(self._adapters)) if adapters else {}),
         }
         self._engine = start_async_llm(arguments, Phases("server"), "evaluate.engine")
         self._tokenizer = self._engine.get_tokenizer()
@@ -101,6 +106,7 @@ class Replica:
         except BadRequest as error:
             return JSONResponse(error.body, error.status)
         listed = (await self._state.openai_serving_models.show_available_models()).model_dump()
+        listed["data"] = [each for each in listed["data"] if each["id"] in {BASE, *self._adapters}]
         if self._threshold is not None:
             listed["data"].append({**listed["data"][0], "id": AUTO, "root": AUTO})
         return JSONResponse(listed)
@@ -174,7 +180,9 @@ class Replica:
         params.output_kind = RequestOutputKind.FINAL_ONLY
         self._asked += 1
         last: Any = None
-        async for output in self._engine.generate({"prompt_token_ids": ids}, params, request_id=f"auto-{self._asked}"):
+        lora = self._state.openai_serving_models.lora_requests.get(BASE)
+        prompt = {"prompt_token_ids": ids}
+        async for output in self._engine.generate(prompt, params, request_id=f"auto-{self._asked}", lora_request=lora):
             last = output
         table = last.outputs[0].logprobs[0]
         low, high = (table[token].logprob if token in table else -math.inf for token in (first, second))

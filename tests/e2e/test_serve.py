@@ -97,9 +97,7 @@ def test_sixteen_clients_at_once_and_a_killed_replica(client: OpenAI, server: Se
     alone = [answered(number) for number in range(8)]
     with ThreadPoolExecutor(16) as pool:
         together = list(pool.map(answered, range(48)))
-    # beside others a sequence is computed in products of other shapes, so a random model's words may differ
-    assert [(model, system) for model, _, system in together] == [(model, system) for model, _, system in alone] * 6
-    assert all(said for _, said, _ in together)
+    assert together == alone * 6
     [replica] = [each for each in psutil.Process(server[0].pid).children(recursive=True) if _is_replica(each)]
     replica.kill()
     patient = client.with_options(max_retries=8, timeout=120)

@@ -1,0 +1,23 @@
+"""An adapter that changes nothing, under which the base is served beside others.
+
+vLLM's LoRA for CPUs takes the adapter of a sequence by its place in a stack, and the place of a sequence without one,
+-1, is the last: in a batch with others it would answer with the last adapter (seen in vLLM 0.29).
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+
+from lorapar_ray.adapters.store import read_adapter_state, write_adapter_state
+
+
+def neutral_adapter(like: Path) -> Path:
+    """A new folder with an adapter of the same shape whose numbers are all zero."""
+    state = {key: torch.zeros_like(value) for key, value in read_adapter_state(like).items()}
+    folder = Path(tempfile.mkdtemp(prefix="lorapar-neutral-"))
+    write_adapter_state(folder, json.loads((like / "adapter_config.json").read_text()), state)
+    return folder
