@@ -21,10 +21,11 @@ def job(command: str) -> None:
     place = run_dir(given)
     if place is None and "--help" not in given:
         sys.exit("lorapar: --run-dir: give a directory that every node can reach; the job's own goes when it ends")
-    try:
-        require_whole_path(Path(place or "/"))
-    except UserError as error:
-        sys.exit(f"lorapar: {error}")
+    if place is not None:
+        try:
+            require_whole_path(Path(place))
+        except UserError as error:
+            sys.exit(f"lorapar: {error}")
     sys.argv = [sys.argv[0], command, *given]
     main()
 

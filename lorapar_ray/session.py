@@ -24,7 +24,8 @@ LONGEST_IPC_ROOT = 60
 ONE_MACHINE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
 """A machine is not drained from under its own driver, so that no process need watch for it; and looking after a few
 workers twice a second costs nothing."""
-QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal"}
+LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
+QUIET = {LOG_LEVEL: "fatal"}
 """Ray's C++ prints its errors straight into the terminal, such as a warning about any actor pool of Ray Data. What goes
 wrong reaches the driver as an exception or an event too; `--verbose` shows both."""
 
@@ -136,7 +137,7 @@ def _quiet(logs: dict[str, Any]) -> Iterator[None]:
             os.close(terminal)
             aside.seek(0)
             for line in aside:
-                if next(iter(QUIET)).encode() not in line:
+                if LOG_LEVEL.encode() not in line:
                     os.write(2, line)
 
 

@@ -66,3 +66,14 @@ def record_of(
             open=tuple(unfinished),
         ),
     )
+
+
+def read_record(reference: Any) -> GroupRecord | None:
+    """A record from the object store; None if it is lost with the node that held it."""
+    import ray
+
+    try:
+        record: GroupRecord = ray.get(reference)
+    except ray.exceptions.ObjectLostError:
+        return None
+    return record

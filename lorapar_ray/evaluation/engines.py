@@ -124,7 +124,7 @@ class Engines:
         finally:
             reader.shutdown(wait=False, cancel_futures=True)
 
-    def _stream(self, blocks: Sequence[pa.Table], at_once: int, served: tuple[str, Sequence[Any]]) -> Iterable[Any]:
+    def _stream(self, blocks: list[pa.Table], at_once: int, served: tuple[str, Sequence[Any]]) -> Iterable[Any]:
         """The `answer_table` of each block, through Ray Data."""
         import ray
         from ray.data import ActorPoolStrategy, DataContext
@@ -138,7 +138,7 @@ class Engines:
         limits = {"cpu": 1, "object_store_memory": OBJECT_STORE_BYTES}
         context.execution_options.resource_limits = context.execution_options.resource_limits.copy(**limits)
         # `from_arrow` asks for a CPU to look at its tables with, and there is none where the engines hold them all
-        asked = ray.data.from_blocks(list(blocks)).map_batches(
+        asked = ray.data.from_blocks(blocks).map_batches(
             Asker,
             fn_constructor_args=(self._actors, *served),
             batch_size=None,

@@ -23,6 +23,7 @@ from lorapar_ray.engines.record import GroupHead
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.canaries import Canary, canary_gap
 from lorapar_ray.grpo.routing import Router, beginnings_of
+from lorapar_ray.waiting import awaited
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -110,7 +111,7 @@ class EnginePool:
             slot = await self._turn()
             engine = self._engines[slot]
             try:
-                return await self._unless_gone(slot, _awaited(call(engine)))
+                return await self._unless_gone(slot, awaited(call(engine)))
             except Exception as error:
                 if not _lost(error):
                     raise
@@ -138,7 +139,7 @@ class EnginePool:
             tokens = 0
             try:
                 record, head = engine.rollout.options(num_returns=2).remote(prompt_ids, sampling, key, begun)
-                found: GroupHead = await self._unless_gone(slot, _awaited(head))
+                found: GroupHead = await self._unless_gone(slot, awaited(head))
             except asyncio.CancelledError:
                 engine.give_back.remote(key)  # nobody wants it any more
                 raise
@@ -465,7 +466,7 @@ async def _gaps(engine: Any, canaries: Sequence[Canary]) -> dict[str, float]:
     """In nats, by what was compared: an engine's canaries with the learner's, its decoding with its own prefill."""
     asked = [engine.score.remote(canary.token_ids, canary.start) for canary in canaries]
     asked += [engine.cache_gap.remote(canary.token_ids) for canary in canaries[:1]]  # one cache, one look
-    answers = await asyncio.gather(*map(_awaited, asked))
+    answers = await asyncio.gather(*map(awaited, asked))
     scored, cached = answers[: len(canaries)], answers[len(canaries) :]
     return {
         "its log-probabilities of the canary tokens": canary_gap(canaries, scored),
@@ -473,17 +474,12 @@ async def _gaps(engine: Any, canaries: Sequence[Canary]) -> dict[str, float]:
     }
 
 
-async def _awaited(reference: Any) -> Any:
-    """An object reference as a coroutine, which `asyncio.wait_for` and `gather` can cancel."""
-    return await reference
-
-
 async def _leave(engine: Any) -> None:
     """Ask an engine's actor to end its children and itself; kill it if it does not."""
     import ray
 
     with contextlib.suppress(Exception):
-        await asyncio.wait_for(_awaited(engine.leave.remote()), LEAVE_LIMIT_S)
+        await asyncio.wait_for(awaited(engine.leave.remote()), LEAVE_LIMIT_S)
     ray.kill(engine)
 
 

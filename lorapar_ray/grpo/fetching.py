@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorapar_ray.engines.record import GroupRecord
+from lorapar_ray.engines.record import GroupRecord, read_record
 from lorapar_ray.grpo.batches import Share, mini_batches
 from lorapar_ray.grpo.samples import MiniBatch
 
@@ -35,18 +35,7 @@ def _records(share: Share) -> dict[int, GroupRecord]:
     try:
         return dict(zip(references, ray.get(list(references.values())), strict=True))
     except ray.exceptions.ObjectLostError:
-        return {group: record for group, each in references.items() if (record := read(each)) is not None}
-
-
-def read(reference: Any) -> GroupRecord | None:
-    """A record, or None if it is lost."""
-    import ray
-
-    try:
-        record: GroupRecord = ray.get(reference)
-    except ray.exceptions.ObjectLostError:
-        return None
-    return record
+        return {group: record for group, each in references.items() if (record := read_record(each)) is not None}
 
 
 def _any_rank(value: bool, world: int) -> bool:

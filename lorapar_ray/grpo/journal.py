@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorapar_ray.engines.record import read_record
 from lorapar_ray.grpo.batches import Share
-from lorapar_ray.grpo.fetching import read
 from lorapar_ray.trackers import Curves
 from lorapar_ray.tracking import append_line, keep_lines_until
 
@@ -36,7 +36,7 @@ class Journal:
         line |= {"learner_tokens_per_s": share.tokens / learning, "idle/learner": waited / whole}
         append_line(self._metrics, line)
         for example in share.examples:
-            record = read(example.record)
+            record = read_record(example.record)
             if record is not None:
                 text = self._text(record.completions()[example.completion][0].tolist())
                 told = {"prompt": example.prompt, "completion": text, "answer": example.answer}

@@ -15,6 +15,7 @@ from lorapar_ray.config import JUDGE, GrpoConfig
 from lorapar_ray.grpo.rewards.judge import Judge
 from lorapar_ray.grpo.rewards.pool import RewardBatch, RewardPool, RewardSpec, with_part
 from lorapar_ray.grpo.rewards.reading import Reader, Request
+from lorapar_ray.waiting import awaited
 from lorapar_ray.workers import ray_options
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class RewardWorkers:
         if self._judge is None:
             return await self._scored(request)
         grades: Sequence[float | None] | None
-        scored, grades = await asyncio.gather(self._scored(request), _awaited(self._judge.grades.remote(request)))
+        scored, grades = await asyncio.gather(self._scored(request), awaited(self._judge.grades.remote(request)))
         if grades is None:
             raise RecordLost
         return with_part(scored, JUDGE, self._weights[JUDGE], list(grades), list(self._weights))
@@ -115,7 +116,7 @@ class RewardWorkers:
         scoring: asyncio.Future[RewardBatch] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, scoring))
         self._deal()
-        return _awaited(scoring)
+        return awaited(scoring)
 
     def _deal(self) -> None:
         """Give every idle worker its part of what waits."""
@@ -147,7 +148,3 @@ class RewardWorkers:
 
         for actor in [*self._actors, *([] if self._judge is None else [self._judge])]:
             ray.kill(actor)
-
-
-async def _awaited(answer: Any) -> Any:
-    return await answer

@@ -17,6 +17,8 @@ from math import isfinite
 from types import SimpleNamespace
 from typing import Any
 
+from lorapar_ray.waiting import awaited
+
 NOT_FINITE = "not finite"
 """In place of a value that is no finite number; None is a sample that the reward does not apply to."""
 
@@ -33,7 +35,7 @@ def call(function: Callable[..., Any], request: dict[str, Any], own: bool) -> li
     prompts, completions, columns = _arguments(request, own)
     result = _apply(function, prompts, completions, columns)
     if inspect.isawaitable(result):
-        result = asyncio.run(_awaited(result))
+        result = asyncio.run(awaited(result))
     return _values(result, len(completions))
 
 
@@ -72,10 +74,6 @@ def _apply(function: Callable[..., Any], prompts: list[Any], completions: list[A
             return function(prompts, completions, **taken)
     given = {"prompts": prompts, "completions": completions}
     return function(**{name: value for name, value in given.items() if anything or name in names}, **taken)
-
-
-async def _awaited(result: Any) -> Any:
-    return await result
 
 
 def _values(result: Any, count: int) -> list[float | str | None]:

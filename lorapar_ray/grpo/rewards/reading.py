@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.datasets.chat import Encoder, load_encoder
+from lorapar_ray.engines.record import read_record
 from lorapar_ray.models import resolve_model
 
 if TYPE_CHECKING:
@@ -47,11 +48,8 @@ class Reader:
 
     def read(self, request: Request) -> Answers | None:
         """None: the record is lost with the node that held it."""
-        import ray
-
-        try:
-            record = ray.get(request.record)
-        except ray.exceptions.ObjectLostError:
+        record = read_record(request.record)
+        if record is None:
             return None
         ids = [tokens.tolist() for tokens, _ in record.completions()]
         row, count = self._rows[request.index], len(ids)
