@@ -373,8 +373,10 @@ def serve(
     set_: Overrides = None,
     verbose: Verbose = False,
 ) -> None:
+    from threading import Event
+
     from lorapar_ray.progress import console
-    from lorapar_ray.serving.job import Address, server_key, serving, wait
+    from lorapar_ray.serving.job import Address, server_key, serving
     from lorapar_ray.session import ray_session
 
     run, address = RunDirectory(_one("--run-dir", run_dir)), Address(host, port)
@@ -389,7 +391,7 @@ def serve(
                 f"auto: the student's own vote agrees with the labels on {told['agreement']:.0%} (chance 50 %)"
             )
         with suppress(KeyboardInterrupt):
-            wait()
+            Event().wait()
 
 
 @app.command("ablate", help="Run a grid of arms, and say which claims they bear out. Grids: " + ", ".join(GRIDS) + ".")

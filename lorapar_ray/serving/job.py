@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import socket
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from lorapar_ray.models import model_reference, resolve_model
 from lorapar_ray.pipeline import is_done
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.serve_apps import deployed, end, start_serve
+from lorapar_ray.serving.openai_side import BASE
 from lorapar_ray.serving.requests import AUTO, digest_of
 from lorapar_ray.serving.routing import QUESTIONS, stages_by_system
 from lorapar_ray.session import is_own_ray
@@ -149,7 +149,7 @@ def serving(config: Config, run: RunDirectory, address: Address, replicas: int =
         if "lora_A" in name
     ]
     questions = labelled_questions(config, run, adapters)
-    fields = {**config.model_dump(mode="json")}
+    fields = config.model_dump(mode="json")
     fields["model"]["path"] = model_reference(config.model.path)
     deployment = serve.deployment(Replica).options(
         name="server",
@@ -176,14 +176,8 @@ def serving(config: Config, run: RunDirectory, address: Address, replicas: int =
         if why:
             raise UserError(f"serve: could not start ({why})")
         told = serve.get_app_handle(APP).ready.remote().result(timeout_s=READY_S)
-        yield {"models": ["base", *adapters, *([AUTO] if "agreement" in told else [])], **told}
+        yield {"models": [BASE, *adapters, *([AUTO] if "agreement" in told else [])], **told}
     except (RuntimeError, ray.exceptions.RayError, TimeoutError) as error:
         raise UserError(f"serve: could not start ({one_line(error, 300)})") from error
     finally:
         end([APP])
-
-
-def wait() -> None:
-    """Until Ctrl-C, or the process is told to end."""
-    while True:
-        time.sleep(3600)

@@ -7,7 +7,6 @@ vLLM's LoRA for CPUs takes the adapter of a sequence by its place in a stack, an
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 
 import torch
@@ -15,9 +14,7 @@ import torch
 from lorapar_ray.adapters.store import read_adapter_state, write_adapter_state
 
 
-def neutral_adapter(like: Path) -> Path:
-    """A new folder with an adapter of the same shape whose numbers are all zero."""
+def write_neutral(folder: Path, like: Path) -> None:
+    """Write an adapter of the same shape whose numbers are all zero."""
     state = {key: torch.zeros_like(value) for key, value in read_adapter_state(like).items()}
-    folder = Path(tempfile.mkdtemp(prefix="lorapar-neutral-"))
     write_adapter_state(folder, json.loads((like / "adapter_config.json").read_text()), state)
-    return folder

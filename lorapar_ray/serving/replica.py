@@ -10,6 +10,7 @@ import os
 from asyncio import gather
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -23,7 +24,7 @@ from lorapar_ray.engines.settings import engine_arguments, lora_arguments, memor
 from lorapar_ray.labeling.hosted import choice_tokens
 from lorapar_ray.labeling.prompts import with_template
 from lorapar_ray.models import resolve_model
-from lorapar_ray.serving.neutral import neutral_adapter
+from lorapar_ray.serving.neutral import write_neutral
 from lorapar_ray.serving.openai_side import BASE, openai_state
 from lorapar_ray.serving.requests import AUTO, BadRequest, parsed, question_in, require_key, with_system_prompt
 from lorapar_ray.serving.routing import Threshold, fit_threshold, routing_prompt, stages_by_system
@@ -61,7 +62,10 @@ class Replica:
         self._config, self._labelled = Config.model_validate(config), labelled
         self._adapters = dict(adapters)
         if adapters:
-            self._adapters = {BASE: str(neutral_adapter(Path(next(iter(adapters.values()))))), **adapters}
+            self._own_files = TemporaryDirectory(prefix="lorapar-neutral-")  # goes with this object
+            neutral = Path(self._own_files.name) / BASE
+            write_neutral(neutral, Path(next(iter(adapters.values()))))
+            self._adapters = {BASE: str(neutral), **adapters}
         self._key, self._student, settings = key_digest, student, self._config.evaluate
         self._path = resolve_model(self._config.model.path)
         trusted = self._config.model.trust_remote_code

@@ -1,8 +1,8 @@
 """Which System a question belongs to, asked of the student itself, without its answer.
 
 The student votes as a teacher does (paper, section 3.1): the log-odds of System 2 in the place of one token. A small
-model leans to one side whatever it is asked, so where its log-odds part the Systems is found on questions of the run
-that the teachers have labelled.
+model is biased towards one of the two, so the threshold on its log-odds is fitted to questions of the run that the
+teachers have labelled.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def config(**sections: Any) -> Config:
     ("system1", "system2", "log_odds", "agreement"),
     [
         ([-3.0, -2.0], [1.0, 4.0], -0.5, 1.0),
-        ([5.0, 6.0], [8.0, 9.0], 7.0, 1.0),  # a model that leans to System 2 whatever it is asked
+        ([5.0, 6.0], [8.0, 9.0], 7.0, 1.0),  # a model that is biased towards System 2
         ([0.0, 1.0, 2.0, 10.0], [3.0, 4.0], 2.5, 0.875),
         ([1.0, 1.0], [1.0], 2.0, 0.5),
     ],
