@@ -15,16 +15,15 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
-import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from lorapar_ray.adapters import adapter_parameters, attach_lora, residual_base, save_adapter
-from lorapar_ray.adapters.export import export_plain
+from lorapar_ray.adapters import residual_base
 from lorapar_ray.config import EvaluateConfig
 from lorapar_ray.datasets.chat import load_encoder
 from lorapar_ray.evaluation.harness.catalogue import Catalogue, wanted
 from lorapar_ray.evaluation.harness.run import evaluate_task
+from tests.pissa import trained_pissa
 from tests.tiny_run import ROOT, save_tiny_student
 from tests.unit.test_harness import Reference
 
@@ -55,16 +54,7 @@ class Pissa:
 
 
 def pissa(student: Path, folder: Path) -> Pissa:
-    model = attach_lora(
-        AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32), rank=4, alpha=8, init="pissa"
-    )
-    save_adapter(model, folder / "initial")
-    with torch.no_grad():
-        for number, parameter in enumerate(adapter_parameters(model).values()):
-            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
-            parameter.add_(2.0 * parameter.std() * noise)
-    save_adapter(model, folder / "adapter")
-    export_plain(folder / "initial", folder / "adapter", folder / "plain", str(student))
+    model = trained_pissa(student, folder, drift=2.0)
     residual_base(model).save_pretrained(folder / "residual")
     AutoTokenizer.from_pretrained(student).save_pretrained(folder / "residual")
     return Pissa(folder / "residual", folder / "adapter", folder / "plain")

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +22,7 @@ from tests.e2e.conftest import FinishedRun
 from tests.e2e.test_interruption import copy_before
 from tests.tiny_run import ROOT, metrics
 from tests.unit.test_dashboard import figures
+from tests.watching import meanwhile
 
 pytestmark = pytest.mark.e2e
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -70,25 +70,16 @@ def cluster(environment: dict[str, str], folder: str) -> Iterator[tuple[str, lis
 def watched(exporters: list[str]) -> Iterator[set[str]]:
     """Collects our metrics as Prometheus would while the block runs: `name figure` or `name work` of each."""
     seen: set[str] = set()
-    stop = threading.Event()
 
     def scrape() -> None:
-        while not stop.wait(1.0):
-            for place in exporters:
-                with suppress(OSError), urlopen(place, timeout=5) as answer:
-                    text = answer.read().decode()
-                    seen.update(
-                        " ".join(each)
-                        for each in re.findall(r'^ray_(lorapar_\w+)\{.*?(?:figure|work)="([^"]+)"', text, re.M)
-                    )
+        for place in exporters:
+            with suppress(OSError), urlopen(place, timeout=5) as answer:
+                text = answer.read().decode()
+                found = re.findall(r'^ray_(lorapar_\w+)\{.*?(?:figure|work)="([^"]+)"', text, re.M)
+                seen.update(" ".join(each) for each in found)
 
-    scraper = threading.Thread(target=scrape)
-    scraper.start()
-    try:
+    with meanwhile(scrape, every_s=1.0):
         yield seen
-    finally:
-        stop.set()
-        scraper.join()
 
 
 def test_a_submitted_job_finishes_the_pipeline(finished: FinishedRun, tmp_path: Path) -> None:

@@ -15,8 +15,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lorapar_ray.adapters import adapter_parameters, attach_lora, save_adapter
-from lorapar_ray.adapters.export import export_plain
 from lorapar_ray.config_file import load_config
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.errors import UserError
@@ -25,6 +23,7 @@ from lorapar_ray.partition import load_regions, stage_mask
 from lorapar_ray.pipeline import STAGES
 from lorapar_ray.runs import RunDirectory
 from tests.e2e.conftest import FinishedRun
+from tests.pissa import trained_pissa
 from tests.tiny_run import GRPO_STEPS, ROOT, lorapar_here, metrics
 
 pytestmark = pytest.mark.e2e
@@ -79,16 +78,8 @@ def test_both_stages_learn(finished: FinishedRun) -> None:
 def pissa(finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
     """A PiSSA adapter after some training, exported for the original base; and log-probabilities on its residual."""
     folder = tmp_path_factory.mktemp("pissa")
-    base = AutoModelForCausalLM.from_pretrained(finished.student, dtype=torch.float32)
-    model = attach_lora(base, rank=4, alpha=8, init="pissa")
-    save_adapter(model, folder / "initial")
-    with torch.no_grad():
-        for number, parameter in enumerate(adapter_parameters(model).values()):
-            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
-            parameter.add_(0.1 * parameter.std() * noise)
-    save_adapter(model, folder / "trained")
-    export_plain(folder / "initial", folder / "trained", folder / "adapter", str(finished.student))
-    return folder / "adapter", logprobs(model)
+    model = trained_pissa(finished.student, folder, drift=0.1)
+    return folder / "plain", logprobs(model)
 
 
 @pytest.fixture(scope="module")

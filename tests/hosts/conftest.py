@@ -1,4 +1,3 @@
-import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from tests.hosts.machines import Machine, why_not
 from tests.hosts.run import Sent, write_sent
 from tests.hosts.topology import topology
 from tests.tiny_run import save_tiny_student
+from tests.watching import meanwhile
 
 
 class FarRun(NamedTuple):
@@ -47,17 +47,10 @@ def far(sent: Sent) -> FarRun:
 def seen_processes(on: Mapping[str, Machine]) -> Iterator[dict[str, set[str]]]:
     """Titles of the Ray processes that each machine has while the block runs."""
     titles: dict[str, set[str]] = defaultdict(set)
-    over = threading.Event()
 
     def look() -> None:
-        while not over.wait(0.5):
-            for name, machine in on.items():
-                titles[name] |= {each for each in machine.processes().values() if each.startswith("ray::")}
+        for name, machine in on.items():
+            titles[name] |= {each for each in machine.processes().values() if each.startswith("ray::")}
 
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    try:
+    with meanwhile(look, every_s=0.5):
         yield titles
-    finally:
-        over.set()
-        watcher.join()
