@@ -21,7 +21,8 @@ What it does NOT protect against:
 - Weak tests. A program that answers exactly what the tests ask passes, even if it only lists the answers; and tests
   that `eval` a result hand their process, and the verdict, to the program.
 - A fault of CPython in the tests' process: it parses the program's answers (JSON, built into plain values).
-- `sandlock`: names, sizes and times of files can be found out (Landlock does not hide `stat`), not their contents.
+- `sandlock`: names, sizes and times of files, and where symbolic links lead, can be found out (Landlock hides neither
+  `stat` nor `readlink`); contents and extended attributes cannot.
 - `sandlock` and `process` where no cgroup can be made: the number of threads is bounded by the address space alone.
 - `bubblewrap` where no cgroup can be made: how many empty files a program makes in its /tmp is bounded by its seconds
   alone; each takes about a kilobyte of the kernel's memory until the job ends.

@@ -12,7 +12,8 @@ from typing import Any
 from lorapar_ray.errors import UserError
 from lorapar_ray.sandbox.examination import Job
 
-_FENCE = re.compile(r"```[ \t]*(?:python|py|python3)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"```[ \t]*+(?:python3?|py)?+[ \t]*+\r?\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+"""Possessive: a model that writes spaces without end must not cost their square."""
 
 
 def code_of(completion: str) -> str:

@@ -221,6 +221,7 @@ FILES: dict[str, str] = {  # what the layer `process` does not keep away
         "os.open(f\"/proc/self/fd/{os.open('SECRET', os.O_PATH)}\", os.O_RDONLY)",
         "os.open('secret', os.O_RDONLY, dir_fd=os.open(os.path.dirname('SECRET'), os.O_PATH))",
     ),
+    "attributes of the secret": _tries("os.getxattr('SECRET', 'user.note')", "os.listxattr('SECRET')"),
     "exchange the secret": _syscall(316, -100, "b'SECRET'", -100, "b'WITNESS'", 2),
     "symlink to the secret": _tries("os.symlink('SECRET', '/tmp/MARK') or open('/tmp/MARK').read()"),
     "hard link to the secret": _tries("os.link('SECRET', '/tmp/MARK') or open('/tmp/MARK').read()"),
@@ -480,6 +481,20 @@ FLOODS: dict[str, str] = {
     "endless result": "import itertools\ndef f(): return itertools.count()",
     "long result": "def f(): return list(range(10**7))",
     "colliding result": "def f(): return {n * (2**61 - 1) for n in range(10**5)}",
+    "colliding result past the encoder": (
+        "import json, os\ndef f():\n    form = ['s', [['i', hex(n * (2**61 - 1))] for n in range(4 * 10**5)]]\n"
+        "    data = json.dumps(['value', form]).encode()\n"
+        "    data = memoryview(len(data).to_bytes(4, 'big') + data)\n    while data: data = data[os.write(3, data):]\n"
+        "    while True: pass"
+    ),
+    "half an answer": "import os, time\ndef f():\n    os.write(3, (2**24).to_bytes(4, 'big') + b'[')\n    time.sleep(300)",
+    "deep folders": "import os\ndef f():\n    while True:\n        os.mkdir('d')\n        os.chdir('d')",
+    "output past the writer": (
+        "import ctypes, mmap\nclass V(ctypes.Structure): _fields_ = [('base', ctypes.c_void_p), ('size', ctypes.c_size_t)]\n"
+        "def f():\n    data = mmap.mmap(-1, 2**16)\n"
+        "    part = V(ctypes.addressof(ctypes.c_char.from_buffer(data)), 2**16)\n"
+        "    while True: ctypes.CDLL(None).vmsplice(1, ctypes.byref(part), 1, 0)"
+    ),
     "open files": "def f():\n    files = []\n    while True: files.append(open('/dev/null'))",
     "pipes": "import os\ndef f():\n    while True:\n        r, w = os.pipe()\n        os.set_blocking(w, False)\n        os.write(w, b'x' * 2**20)",
     "error that hangs": "class E(Exception):\n    def __str__(self):\n        while True: pass\ndef f(): raise E",

@@ -123,6 +123,9 @@ def test_the_last_block_is_the_program() -> None:
     assert code_of("x = 1") == "x = 1"
     assert code_of("a\n```py\nx = 1\n```\nb\n```\ny = 2\n```") == "y = 2\n"
     assert code_of("```python\nx = 1") == "x = 1"
+    assert code_of("```Python3 \r\nx = 1\n```") == "x = 1\n"
+    endless = "```" + " " * 10**6  # the square of it would be hours
+    assert code_of(endless) == endless
 
 
 def test_what_tests_use_is_the_tests_own() -> None:

@@ -73,6 +73,7 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outside]:
     (folder / "witness").mkdir()
     (folder / "secret").write_text("the secret")
     (folder / "secret").chmod(0o600)
+    os.setxattr(folder / "secret", "user.note", b"another secret")
     mark = f"mark{uuid.uuid4().hex[:8]}"
     hits: list[str] = []
     listeners = [socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)]
@@ -148,9 +149,10 @@ def test_floods_end_at_their_limits(layer: str) -> None:
     jobs = {name: Job(code, "assert f() == 4", ("f",)) for name, code in attacks.FLOODS.items()}
     verdicts = attack(layer, LIMITS, jobs)
     assert {verdict.reason for verdict in verdicts.values()} <= {"failed", "raised", "timeout", "output", "died"}
-    for name in ("endless loop", "endless definition", "sleep", "error that hangs", "truth that hangs"):
+    hanging = "endless loop", "endless definition", "sleep", "half an answer", "error that hangs", "truth that hangs"
+    for name in hanging:
         assert verdicts[name].reason == "timeout", name
-    for name in ("output", "errors"):
+    for name in ("output", "errors", "output past the writer"):
         assert verdicts[name].reason == "output", name
     assert "MemoryError" in verdicts["memory at once"].detail
 
@@ -166,6 +168,7 @@ def test_processes_end_with_their_job(layer: str, processes: bool) -> None:
 
 
 HARMLESS = [
+    "attributes of the secret",
     *("read a secret", "read other users' files", "read processes", "read the environment of others", "write outside"),
     *(
         "environment",

@@ -41,10 +41,10 @@ NEVER = (
 METADATA = (
     *(90, 91, 268, 92, 93, 94, 260),  # chmod, chown
     *(132, 235, 261, 280),  # utime
-    *(197, 198, 199),  # removing extended attributes
+    *(191, 192, 193, 194, 195, 196, 197, 198, 199),  # reading, listing and removing extended attributes
     *(133, 259),  # mknod
 )
-"""What Landlock leaves free: a file's mode, owner and times."""
+"""What Landlock leaves free: a file's mode, owner, times and attributes."""
 LOCKS = (6, 7, 37, 38)
 """fcntl: F_SETLK, F_SETLKW and those of open files; for programs that have files of their own, as sqlite has."""
 DEVICE_CONTROL = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
@@ -64,8 +64,8 @@ def program(*, processes: bool, metadata: bool, execute: bool | None = None, pid
     Args:
         processes: whether new processes may be started; threads always may.
         execute: whether this process may become another program; None: as `processes`.
-        metadata: whether modes, owners and times of files may be changed, and files locked (where its own alone
-            may be written).
+        metadata: whether modes, owners and times of files may be changed, attributes read, and files locked (where
+            there are only its own).
         pid: the process that the filter is for, which may then signal itself alone; None: any it can see.
     """
     denied = _ERRNO | errno.EPERM
