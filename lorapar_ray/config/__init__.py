@@ -8,7 +8,7 @@ from lorapar_ray.config.cluster import ClusterConfig
 from lorapar_ray.config.data import DataConfig, FileSource, HubSource, NamedSource, ReasoningGymSource, Source
 from lorapar_ray.config.engine import EngineConfig, Resources
 from lorapar_ray.config.evaluate import EvaluateConfig
-from lorapar_ray.config.grpo import JUDGE, GrpoConfig, JudgeConfig, RewardConfig
+from lorapar_ray.config.grpo import ENVIRONMENT, JUDGE, REWARDED_ELSEWHERE, GrpoConfig, JudgeConfig, RewardConfig
 from lorapar_ray.config.label import LabelConfig, TeacherConfig, VoteExample, VotePrompt
 from lorapar_ray.config.marks import Operation, Result, deciding, result_but_not
 from lorapar_ray.config.model import AdapterConfig, ModelConfig
@@ -18,7 +18,9 @@ from lorapar_ray.config.score import PartitionConfig, ScoreConfig
 from lorapar_ray.config.sft import SftConfig
 
 __all__ = [
+    "ENVIRONMENT",
     "JUDGE",
+    "REWARDED_ELSEWHERE",
     "AdapterConfig",
     "ClusterConfig",
     "Config",

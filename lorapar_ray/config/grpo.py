@@ -27,13 +27,17 @@ from lorapar_ray.config.sandbox import SandboxConfig
 
 JUDGE = "judge"
 """The reward that asks teachers."""
+ENVIRONMENT = "environment"
+"""The reward that an environment gives its own trajectories."""
+REWARDED_ELSEWHERE = (JUDGE, ENVIRONMENT)
+"""Rewards that no reward worker computes."""
 
 
 class RewardConfig(Section):
     """One reward: a registered name or `module:function`, and its weight in the sum."""
 
     name: Result[str]
-    """A registered reward, or `module:function`."""
+    """A registered reward, or `module:function`; `environment`: what `grpo.environment` gives its trajectories."""
     weight: Result[float] = 1.0
     """In the sum of rewards."""
     isolate: Operation[bool] = False
@@ -83,7 +87,8 @@ class GrpoConfig(Section):
     max_prompt_length: Result[PositiveInt] = 256
     """Tokens; a longer prompt is listed in `rejects/` and left out."""
     max_completion_length: Result[PositiveInt] = 256
-    """Tokens at which sampling stops."""
+    """Tokens at which sampling stops; with an environment of a whole trajectory, what the environment puts in
+    included."""
     temperature: Result[PositiveFloat] = 1.0
     """Of sampling, and of the learner's probabilities."""
     top_p: Result[float] = 1.0
@@ -92,6 +97,16 @@ class GrpoConfig(Section):
     """Strings at which a completion ends."""
     rewards: Result[Annotated[list[RewardConfig], Field(min_length=1)]] = [RewardConfig(name="numeric_answer")]
     """Their weighted sum is a completion's reward. By convention the first is the one for a right answer."""
+    environment: Result[str | None] = None
+    """`module:function`, an async `rollout(engine, row)` that plays one sample over several turns, with tools if it
+    likes; see the tutorial. None: a completion is one answer."""
+    environment_workers: Operation[PositiveInt] = 1
+    """Ray actors in which episodes run, each many at once."""
+    environment_time_limit_s: Operation[PositiveFloat] = 60.0
+    """What an episode may do without the engine at one go; then its sample is lost, or, if it blocks the event loop,
+    the worker is replaced."""
+    environment_resources: Operation[Resources] = Resources(cpus=0, gpus=0)
+    """Of one environment worker."""
     judge: Result[JudgeConfig] = JudgeConfig()
     """How the reward `judge` grades; needs `label.teachers`."""
     reward_time_limit_s: Operation[PositiveFloat] = 5.0
@@ -208,6 +223,10 @@ class GrpoConfig(Section):
             raise ValueError(f"overlong_cache: {self.overlong_cache} is more than max_completion_length")
         if not any(reward.weight for reward in self.rewards):
             raise ValueError("rewards: every weight is 0, so no completion would be better than another")
+        if self.environment is None and any(reward.name == ENVIRONMENT for reward in self.rewards):
+            raise ValueError(
+                f"rewards: '{ENVIRONMENT}' is what grpo.environment gives its trajectories; name one there"
+            )
         return self
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ Prompt = str | list[dict[str, str]]
 SAVE_AGAIN = "save the model again, or correct the file"
 LARGEST_ID = 2**31
 _PROBE = "lorapar"
+_ANSWER = "lorapar-answer"
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,25 @@ class Encoder:
         after = self.tokenizer(list(responses), add_special_tokens=False)["input_ids"]
         return [([*ids, *more, self.end_id], len(ids)) for ids, more in zip(before, after, strict=True)]
 
+    def continuation_ids(self, messages: Sequence[dict[str, Any]], **template: Any) -> list[int]:
+        """Token ids by which a chat goes on behind an answer: the token that ends it, `messages`, and what begins the
+        next answer. Without a chat template: their texts, a line each.
+
+        Args:
+            template: further arguments of the chat template.
+
+        Raises:
+            UserError: the chat template refuses the messages.
+        """
+        if self.tokenizer.chat_template is None:
+            text = "".join(f"\n{message['content']}" for message in messages) + "\n"
+        else:
+            before = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _ANSWER}]
+            whole = self._templated([*before, *messages], add_generation_prompt=True, **template)
+            text = whole.partition(_ANSWER)[2]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
     def answer_text(self, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
         """Text of sampled ids up to the first end token and the first stop string: what is judged and rewarded."""
         ends = set(self.end_ids)
@@ -114,7 +134,7 @@ class Encoder:
     def _model(self) -> str:
         return str(self.tokenizer.name_or_path)
 
-    def _templated(self, messages: list[dict[str, str]], **options: Any) -> str:
+    def _templated(self, messages: list[dict[str, Any]], **options: Any) -> str:
         from jinja2.exceptions import TemplateError
 
         try:

@@ -27,6 +27,19 @@ class GroupHead:
     """See `Completion.version`."""
     open: tuple[int, ...] = ()
     """Completions that are to go on: the group was given back, or its engine is still at it."""
+    sampled: tuple[int, ...] = ()
+    """Tokens of each completion that the policy sampled; empty: all of them. The others are an environment's."""
+    turns: tuple[int, ...] = ()
+    """Turns of each completion in its environment."""
+    rewards: tuple[float | None, ...] = ()
+    """What the environment itself gives each completion."""
+    lost: tuple[str, ...] = ()
+    """Why samples of the group are missing, one text each."""
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """Tokens of each completion that count in the loss."""
+        return self.sampled or self.lengths
 
 
 @dataclass(frozen=True)
@@ -41,13 +54,21 @@ class GroupRecord:
     token_ids: NDArray[np.int32]
     """[N]"""
     logprobs: NDArray[np.float32]
-    """[N]: of each token, under the policy and temperature that sampled it."""
+    """[N]: of each token, under the policy and temperature that sampled it; 0 where `sampled` is not set."""
     head: GroupHead
+    sampled: NDArray[np.bool_] | None = None
+    """[N]: not set at tokens that an environment put in; None: the policy sampled all."""
 
     def completions(self) -> list[tuple[NDArray[np.int32], NDArray[np.float32]]]:
         """(token ids, log-probabilities) of each completion, as views."""
         ends = np.cumsum(self.head.lengths)[:-1]
         return list(zip(np.split(self.token_ids, ends), np.split(self.logprobs, ends), strict=True))
+
+    def masks(self) -> list[NDArray[np.bool_] | None]:
+        """Which tokens of each completion the policy sampled, as views; None: all."""
+        if self.sampled is None:
+            return [None] * len(self.head.lengths)
+        return list(np.split(self.sampled, np.cumsum(self.head.lengths)[:-1]))
 
 
 def record_of(

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 EPSILON = 1e-4
 """Added to a standard deviation before dividing by it, as in TRL."""
 
 
-def group_advantages(rewards_N: Tensor, group_size: int, scale: Literal["group", "batch", "none"] = "group") -> Tensor:
-    """Reward minus the group's mean, [N]; groups are consecutive runs of `group_size`.
+def group_advantages(
+    rewards_N: Tensor, group_size: int | Sequence[int], scale: Literal["group", "batch", "none"] = "group"
+) -> Tensor:
+    """Reward minus the group's mean, [N]; groups are consecutive runs.
 
     Args:
+        group_size: of every group, or of each.
         scale: divide by the group's standard deviation (the original), by that of all rewards, or by nothing (Dr. GRPO,
             arXiv 2503.20783).
 
     Raises:
-        ValueError: N is not a multiple of the group size.
+        ValueError: N rewards do not form such groups.
     """
-    if rewards_N.numel() % group_size:
-        raise ValueError(f"{rewards_N.numel()} rewards do not form groups of {group_size}")
-    grouped = rewards_N.float().view(-1, group_size)
-    centred = grouped - grouped.mean(dim=1, keepdim=True)
+    count = rewards_N.numel()
+    sizes = [group_size] * (count // group_size) if isinstance(group_size, int) else list(group_size)
+    if sum(sizes) != count:
+        raise ValueError(f"{count} rewards do not form groups of {group_size}")
+    groups = rewards_N.float().split(sizes)
+    centred = [group - group.mean() for group in groups]
     if scale == "group":
-        centred = centred / (grouped.std(dim=1, keepdim=True) + EPSILON)
+        centred = [own / (group.std() + EPSILON) for own, group in zip(centred, groups, strict=True)]
     elif scale == "batch":
-        centred = centred / (rewards_N.float().std() + EPSILON)
-    return centred.view(-1)
+        centred = [own / (rewards_N.float().std() + EPSILON) for own in centred]
+    return torch.cat(centred) if centred else rewards_N.float()
 
 
 def overlong_penalty(length: int, max_length: int, cache: int) -> float:

@@ -91,7 +91,7 @@ def make_batch(
     `rows` are the run's.
     """
     everything = [*groups, *dropped]
-    lengths = [length for group in everything for length in group.head.lengths]
+    lengths = [length for group in everything for length in group.head.trained]
     finished = [each for group in everything for each in group.head.finished]
     lag = [step - version for group in everything for version in group.head.versions]
     metrics = {
@@ -108,10 +108,17 @@ def make_batch(
         "seconds/reward": fmean(group.reward_seconds for group in everything),
         **{f"seconds/{phase}": spent for phase, spent in seconds.items()},
     }
-    for name in everything[0].parts:
-        values = [value for group in everything for value in group.parts[name] if value is not None]
+    for name in {name: None for group in everything for name in group.parts}:
+        values = [value for group in everything for value in group.parts.get(name, ()) if value is not None]
         metrics[f"reward/{name}"] = fmean(values) if values else 0.0
-    examples = [_example(group, rows[group.index]) for group in everything[:EXAMPLES_PER_STEP]]
+    if turns := [each for group in everything for each in group.head.turns]:
+        metrics |= {
+            "turns": fmean(turns),
+            "trajectory_length": fmean(length for group in everything for length in group.head.lengths),
+            "environment_failures": float(sum(len(group.head.lost) for group in everything)),
+        }
+    told = [group for group in everything if group.rewards]
+    examples = [_example(group, rows[group.index]) for group in told[:EXAMPLES_PER_STEP]]
     return Batch(list(groups), metrics, examples, list(prompts))
 
 
@@ -127,7 +134,7 @@ def shares_of(batch: Batch, learners: int, settings: GrpoConfig) -> list[Share]:
         numbers = range(start, min(start + size, len(groups)))
         heads = [groups[number].head for number in numbers]
         own = [chosen[number] for number in numbers]
-        lengths = [head.lengths[each] for head, completions in zip(heads, own, strict=True) for each in completions]
+        lengths = [head.trained[each] for head, completions in zip(heads, own, strict=True) for each in completions]
         tokens += sum(lengths)
         for learner, hand in enumerate(deal(heads, own, learners)):
             parts = [
@@ -153,9 +160,9 @@ def mini_batches(share: Share, records: Mapping[int, GroupRecord]) -> list[MiniB
 
 
 def _samples(part: Part, record: GroupRecord) -> list[Sample]:
-    completions, head = record.completions(), record.head
+    completions, masks, head = record.completions(), record.masks(), record.head
     return [
-        Sample(record.prompt_ids, *completions[each], advantage, head.finished[each], head.versions[each])
+        Sample(record.prompt_ids, *completions[each], advantage, head.finished[each], head.versions[each], masks[each])
         for each, advantage in zip(part.completions, part.advantages, strict=True)
     ]
 
@@ -171,10 +178,9 @@ def _advantages(groups: Sequence[Group], settings: GrpoConfig) -> list[list[floa
     if not groups:
         return []
     rewards = torch.tensor([reward for group in groups for reward in group.rewards])
-    found: list[list[float]] = (
-        group_advantages(rewards, settings.group_size, settings.advantage_scale).view(len(groups), -1).tolist()
-    )
-    return found
+    sizes = [len(group.rewards) for group in groups]  # an environment may have lost some
+    found = group_advantages(rewards, sizes, settings.advantage_scale)
+    return [each.tolist() for each in found.split(sizes)]
 
 
 def _example(group: Group, row: Mapping[str, Any]) -> Example:

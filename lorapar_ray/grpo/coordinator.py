@@ -24,6 +24,7 @@ from lorapar_ray.gpus import sync_of
 from lorapar_ray.grpo.batches import Batch, Share, shares_of
 from lorapar_ray.grpo.canaries import MOST_TOLERANCE, Canary, canary_tolerance
 from lorapar_ray.grpo.engine_pool import EnginePool, PolicyMismatch
+from lorapar_ray.grpo.environments.actor import EnvironmentWorkers
 from lorapar_ray.grpo.loop import collect, sample_group
 from lorapar_ray.grpo.prompt_stream import PromptStream
 from lorapar_ray.grpo.rewards.actor import RewardActor, RewardWorkers
@@ -79,8 +80,11 @@ class Coordinator:
             time_limit_s=self._settings.rollout_time_limit_s,
         )
         self._rewards = RewardWorkers(plan, reward_worker)
+        self._environments = EnvironmentWorkers(plan) if self._settings.environment is not None else None
         encoder = load_encoder(resolve_model(plan["model"]), None, plan["trust_remote_code"])
-        self._rollouts = Rollouts(self._settings, plan, encoder.end_ids, self._engines, self._rewards)
+        self._rollouts = Rollouts(
+            self._settings, plan, encoder.end_ids, self._engines, self._rewards, self._environments
+        )
         self._steps: dict[int, asyncio.Task[Batch]] = {}
         self._drawn: dict[int, list[int]] = {}
         self._shares: dict[int, list[Share]] = {}
@@ -215,8 +219,10 @@ class Coordinator:
         return self._stream.state([index for at, drawn in sorted(self._drawn.items()) if at > step for index in drawn])
 
     async def stop(self) -> None:
-        """End reward workers and engines."""
+        """End reward workers, environments and engines."""
         self._rewards.stop()
+        if self._environments is not None:
+            self._environments.stop()
         await self._engines.stop()
 
     def _change(self) -> None:

@@ -163,6 +163,48 @@ class EnginePool:
                     del self._rollouts[key]
                 self._end(slot, tokens, time.monotonic() - began if tokens and not known else None)
 
+    async def episodes(
+        self, prompt_ids: Sequence[int] | NDArray[Any], play: Callable[[Any], tuple[Any, Any]]
+    ) -> tuple[Any, GroupHead]:
+        """A group of episodes of an environment: a reference to its record, and its head.
+
+        Args:
+            play: given an engine, has the group's worker begin, or go on, with it; gives references to both. A head
+                that is `open` says that the engine is lost: another one goes on, first in the queue.
+
+        Raises:
+            RayActorError: the worker is lost.
+        """
+        beginnings, lost = beginnings_of(prompt_ids), None
+        while True:
+            slot = await self._turn(beginnings, again=lost is not None, avoid=lost)
+            engine, began, tokens = self._engines[slot], time.monotonic(), 0
+            gone = self._gone_future(slot)
+            try:
+                record, head = play(engine)
+                found: GroupHead = await self._unless_gone(slot, awaited(head))
+                if not found.open:
+                    tokens = sum(found.trained)
+                    return record, found
+                await self._look(slot, engine)
+            except TimeoutError:
+                if not gone.done():
+                    raise
+            finally:
+                self._end(slot, tokens, time.monotonic() - began if tokens else None)
+            lost = slot
+
+    async def _look(self, slot: int, engine: Any) -> None:
+        """Ask an engine whether it lives, and how far its groups are; it is rebuilt if it does not answer."""
+        try:
+            records, lengths = engine.progress.options(num_returns=2).remote()
+            async with asyncio.timeout(self._time_limit_s):  # `wait_for` may swallow the end of this task
+                self._seen[slot] = engine, records, await lengths
+        except Exception as error:
+            if not _lost(error):
+                error = TimeoutError(f"rollout engine {slot} cannot say whether it lives: {error}")
+            self._rebuild(slot, engine, error)
+
     async def _turn(self, beginnings: Sequence[int] = (), again: bool = False, avoid: int | None = None) -> int:
         """The place of an engine with room, which then holds one more; first come, first served.
 
@@ -201,9 +243,7 @@ class EnginePool:
         Raises:
             TimeoutError: the engine no longer says that it lives.
         """
-        if slot not in self._gone:
-            self._gone[slot] = asyncio.get_running_loop().create_future()
-        gone, task = self._gone[slot], asyncio.ensure_future(answer)
+        gone, task = self._gone_future(slot), asyncio.ensure_future(answer)
         try:
             await asyncio.wait({gone, task}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
@@ -212,6 +252,11 @@ class EnginePool:
         finally:
             task.cancel()
 
+    def _gone_future(self, slot: int) -> asyncio.Future[None]:
+        if slot not in self._gone:
+            self._gone[slot] = asyncio.get_running_loop().create_future()
+        return self._gone[slot]
+
     async def _watch(self, slot: int) -> None:
         """Look after one place: whether its engine lives, how far its groups are, and whether one is a straggler."""
         while True:
@@ -219,15 +264,8 @@ class EnginePool:
             if slot in self._rebuilding or not self._router.load[slot]:
                 continue
             engine = self._engines[slot]
-            try:
-                records, lengths = engine.progress.options(num_returns=2).remote()
-                async with asyncio.timeout(self._time_limit_s):  # `wait_for` may swallow the end of this task
-                    self._seen[slot] = engine, records, await lengths
-            except Exception as error:
-                if not _lost(error):
-                    error = TimeoutError(f"rollout engine {slot} cannot say whether it lives: {error}")
-                self._rebuild(slot, engine, error)
-            else:
+            await self._look(slot, engine)
+            if slot not in self._rebuilding:
                 self._hand_on_stragglers(slot, engine)
 
     def _hand_on_stragglers(self, slot: int, engine: Any) -> None:

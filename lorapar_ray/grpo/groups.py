@@ -38,14 +38,14 @@ class Group:
         self.failed, self.errors = scored.failed, scored.errors
         if settings.overlong_cache:
             limits = settings.max_completion_length, settings.overlong_cache
-            penalties = [overlong_penalty(length, *limits) for length in self.head.lengths]
+            penalties = [overlong_penalty(length, *limits) for length in self.head.lengths]  # environment's included
             self.rewards = [reward + penalty for reward, penalty in zip(self.rewards, penalties, strict=True)]
             self.parts = {**self.parts, "overlong": list(penalties)}
 
     @property
     def spread(self) -> float:
         """Standard deviation of the rewards: 0 means the group has no advantage to learn from."""
-        if min(self.rewards) == max(self.rewards):
+        if not self.rewards or min(self.rewards) == max(self.rewards):
             return 0.0  # not a rounding error of the mean
         mean = fmean(self.rewards)
         return sqrt(fmean((reward - mean) ** 2 for reward in self.rewards))
@@ -54,4 +54,4 @@ class Group:
     def solved(self) -> float:
         """Mean of the first reward (the one for a right answer, by convention), in [0, 1]."""
         values = [value or 0.0 for value in next(iter(self.parts.values()))]
-        return min(1.0, max(0.0, fmean(values)))
+        return min(1.0, max(0.0, fmean(values))) if values else 0.0

@@ -19,6 +19,7 @@ from lorapar_ray.engines.base_weights import not_in_the_files, unmergeable
 from lorapar_ray.errors import UserError
 from lorapar_ray.gpus import sync_of
 from lorapar_ray.grpo.coordinator import Coordinator
+from lorapar_ray.grpo.environments.registry import require_environment
 from lorapar_ray.grpo.placement import reserved
 from lorapar_ray.grpo.rewards.judge import judging
 from lorapar_ray.grpo.rewards.registry import require_rewards
@@ -47,6 +48,7 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
     settings = config.grpo
     require_trackers(settings.report_to, "grpo.report_to")
     require_rewards(settings)
+    require_environment(settings)
     base = base_reference(config.model, run)
     rows = _questions(config, run)
     start_from = starting_adapter(config, run, "grpo")

@@ -16,9 +16,9 @@ class Journal:
     """`metrics/grpo.jsonl` and `metrics/samples.jsonl` of a run."""
 
     def __init__(
-        self, metrics: Path, samples: Path, report_to: Sequence[str], run: str, text: Callable[[list[int]], str]
+        self, metrics: Path, samples: Path, report_to: Sequence[str], run: str, text: Callable[[list[int], bool], str]
     ) -> None:
-        """`text` decodes a completion."""
+        """`text` decodes a completion, up to its first end or (False) the whole."""
         self._metrics, self._samples, self._text = metrics, samples, text
         self._curves = Curves(report_to, run, metrics.with_name("tensorboard") / "grpo")
 
@@ -38,7 +38,7 @@ class Journal:
         for example in share.examples:
             record = read_record(example.record)
             if record is not None:
-                text = self._text(record.completions()[example.completion][0].tolist())
+                text = self._text(record.completions()[example.completion][0].tolist(), record.sampled is None)
                 told = {"prompt": example.prompt, "completion": text, "answer": example.answer}
                 append_line(self._samples, {"step": step, **told, "reward": example.reward})
         self._curves.write(line, step)

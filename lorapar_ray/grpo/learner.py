@@ -110,9 +110,12 @@ class Learner:
         found += [(self.updates.take(mini_batch, old, world), mini_batch.count) for mini_batch in updates[1:]]
         return {**step_metrics(found), "learning_rate": rate, "updates": float(len(updates))}
 
-    def text(self, token_ids: list[int]) -> str:
-        """A completion as text, up to its end or the first stop string."""
-        return self._encoder.answer_text(token_ids, self.settings.stop)
+    def text(self, token_ids: list[int], to_the_end: bool = True) -> str:
+        """A completion as text, up to its end or the first stop string; or the whole, with its special tokens."""
+        if to_the_end:
+            return self._encoder.answer_text(token_ids, self.settings.stop)
+        whole: str = self._encoder.tokenizer.decode(token_ids)
+        return whole
 
     @torch.no_grad()
     def canaries(self) -> list[Canary]:

@@ -47,7 +47,8 @@ async def collect(step: int, drawn: list[int], stream: PromptStream, rollouts: R
         with clock.phase("rollout"):
             found = await asyncio.gather(*(sample_group(rollouts, index, step, attempt) for index in indices))
         for index, group in zip(indices, found, strict=True):
-            stream.observe(index, group.solved)
+            if group.rewards:
+                stream.observe(index, group.solved)
             (groups if group.spread > 0 else dropped).append(group)
         if len(groups) == settings.prompts_per_step:
             break

@@ -4,6 +4,9 @@ A GRPO group is one prompt with G completions. Laid end to end as `prompt c₁ c
 prompt and itself only (see `packed_attention`) and its positions counted from the prompt's end, the group costs
 |p| + Σ|c| tokens instead of G·|p| + Σ|c|, and no padding: with long prompts and short answers most of the learner's
 work goes away, and the log-probabilities are the same. A completion's last token predicts nothing and is left out.
+
+Tokens that an environment put into a completion are read like a prompt. Nothing predicts them: they have no place in
+any tensor of completion tokens, so neither loss nor ratio nor metric can count them.
 """
 
 from __future__ import annotations
@@ -23,20 +26,20 @@ from lorapar_ray.packed_attention import make_layout, packed_inputs, spans_of_gr
 
 @dataclass(frozen=True)
 class PackedRows:
-    """R rows of width W; B sequences of at most T completion tokens, N together, lie in them."""
+    """R rows of width W; B sequences of at most T sampled tokens, N together, lie in them."""
 
     inputs: dict[str, Any]
     """Of the model: `input_ids` [R, W] and what says which of them see each other."""
     row_N: Tensor
     column_N: Tensor
-    """Where the output lies that predicts each completion token, sequence by sequence."""
+    """Where the output lies that predicts each sampled token, sequence by sequence."""
     tokens_N: Tensor
     mask_BT: Tensor
     sampling_logprobs_BT: Tensor
     advantages_B: Tensor
 
     def spread(self, values_N: Tensor) -> Tensor:
-        """Values of the completion tokens as [B, T], 0 in padding."""
+        """Values of the sampled tokens as [B, T], 0 in padding."""
         return torch.zeros_like(self.mask_BT).masked_scatter(self.mask_BT.bool(), values_N)
 
 
@@ -57,7 +60,8 @@ def pack(groups: Sequence[Sequence[Sample]], device: torch.device) -> PackedRows
             length = max(0, len(sample.token_ids) - 1)
             ids.append(sample.token_ids[:length])
             positions.append(np.arange(start, start + length))
-            columns.append(np.append(prompt[-1], np.arange(width, width + length))[: len(sample.token_ids)])
+            predicting = np.append(prompt[-1], np.arange(width, width + length))[: len(sample.token_ids)]
+            columns.append(_sampled(sample, predicting))
             own.append(range(width, width + length))
             width += length
         spans += spans_of_group(prompt, own)
@@ -76,8 +80,8 @@ def pad(samples: Sequence[Sample], pad_id: int, device: torch.device) -> PackedR
         start = len(sample.prompt_ids)
         ids[row, :start] = sample.prompt_ids
         ids[row, start : widths[row]] = sample.token_ids
-        rows.append(np.full(len(sample.token_ids), row))
-        columns.append(np.arange(start - 1, widths[row] - 1))
+        rows.append(np.full(sample.count, row))
+        columns.append(_sampled(sample, np.arange(start - 1, widths[row] - 1)))
     attention = np.arange(max(widths)) < np.array(widths)[:, None]
     inputs = {
         "input_ids": torch.from_numpy(ids).to(device),
@@ -88,23 +92,28 @@ def pad(samples: Sequence[Sample], pad_id: int, device: torch.device) -> PackedR
 
 def _rows(samples: Sequence[Sample], inputs: dict[str, Any], row_N: Tensor, column_N: Tensor) -> PackedRows:
     device = column_N.device
-    lengths = np.array([len(sample.token_ids) for sample in samples])
-    real_BT = np.arange(lengths.max()) < lengths[:, None]
+    counts = np.array([sample.count for sample in samples])
+    real_BT = np.arange(counts.max()) < counts[:, None]
     sampling_BT = np.zeros(real_BT.shape, dtype=np.float32)
-    sampling_BT[real_BT] = np.concatenate([sample.logprobs for sample in samples])
+    sampling_BT[real_BT] = np.concatenate([_sampled(sample, sample.logprobs) for sample in samples])
     return PackedRows(
         inputs=inputs,
         row_N=row_N,
         column_N=column_N,
-        tokens_N=_ids([sample.token_ids for sample in samples], device),
+        tokens_N=_ids([_sampled(sample, sample.token_ids) for sample in samples], device),
         mask_BT=torch.from_numpy(real_BT.astype(np.float32)).to(device),
         sampling_logprobs_BT=torch.from_numpy(sampling_BT).to(device),
         advantages_B=torch.tensor([float(sample.advantage) for sample in samples], device=device),
     )
 
 
+def _sampled(sample: Sample, values: Any) -> Any:
+    """Of values of each token of a completion, those of the tokens that the policy sampled."""
+    return values if sample.sampled is None else np.asarray(values)[sample.sampled]
+
+
 def packed_logprobs(scorer: TokenScorer, rows: PackedRows, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropy (no gradient) of the completion tokens, float32, [B, T]; 0 in padding."""
+    """Log-probabilities and entropy (no gradient) of the sampled tokens, float32, [B, T]; 0 in padding."""
     logprobs_N, entropy_N = scorer(rows.inputs, (rows.row_N, rows.column_N), rows.tokens_N, temperature)
     return rows.spread(logprobs_N), rows.spread(entropy_N)
 

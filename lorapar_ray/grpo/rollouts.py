@@ -14,11 +14,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from lorapar_ray.config import GrpoConfig
+from lorapar_ray.config import ENVIRONMENT, GrpoConfig
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.engine_pool import EnginePool
+from lorapar_ray.grpo.environments.actor import EnvironmentWorkers
 from lorapar_ray.grpo.groups import Group
+from lorapar_ray.grpo.rewards import RewardBatch
 from lorapar_ray.grpo.rewards.actor import RewardWorkers
+from lorapar_ray.grpo.rewards.pool import with_part
 from lorapar_ray.progress import console
 from lorapar_ray.text import one_line
 
@@ -33,18 +36,21 @@ class Rollouts:
         end_ids: Sequence[int],
         engines: EnginePool,
         rewards: RewardWorkers,
+        environments: EnvironmentWorkers | None = None,
     ) -> None:
         """Take the plan as the coordinator has it.
 
         Args:
             end_ids: tokens at which sampling stops.
+            environments: who plays `grpo.environment`; None: a completion is one answer.
         """
         self._settings = settings
         self.rows: Sequence[dict[str, Any]] = plan["rows"]
         self._steps, self._seed = plan["steps"], plan["seed"]
         self._end_ids, self._engines, self._rewards = list(end_ids), engines, rewards
+        self._environments = environments
         self._numbers = itertools.count()
-        self._told = False
+        self._told = self._told_of_episodes = False
         self.lost = 0
         """Groups that were lost with a node and sampled anew."""
 
@@ -60,6 +66,9 @@ class Rollouts:
             "seed": zlib.crc32(f"{self._seed}/{step}/{attempt}/{index}".encode()),
         }
         key = f"{step}/{attempt}/{index}/{next(self._numbers)}"
+        if self._environments is not None:
+            played = self._environments.play(self._engines, key, index, row["prompt_ids"], sampling)
+            return Group(index, *await played)
         return Group(index, *await self._engines.rollout(key, row["prompt_ids"], sampling))
 
     async def reward(self, group: Group, step: int) -> None:
@@ -68,13 +77,27 @@ class Rollouts:
         Raises:
             RecordLost: the record went with its node.
         """
-        start = time.monotonic()
-        group.take(await self._rewards.score(group.index, group.record, step), self._settings)
+        start, head = time.monotonic(), group.head
+        scored = RewardBatch([0.0] * len(head.lengths), {}, {})
+        if head.lengths and any(reward.name != ENVIRONMENT for reward in self._settings.rewards):
+            scored = await self._rewards.score(group.index, group.record, step)
+        for reward in self._settings.rewards:
+            if reward.name == ENVIRONMENT:
+                order = [each.name for each in self._settings.rewards]
+                given = list(head.rewards)
+                scored = with_part(scored, ENVIRONMENT, reward.weight, given, order, error="it gave no reward")
+        group.take(scored, self._settings)
         group.reward_seconds = time.monotonic() - start
 
     def report_failures(self, groups: list[Group], step: int) -> None:
-        """Show the first failure of a reward; stop if one failed on every sample of the step."""
+        """Show the first failure of a reward or an environment; stop if one failed on every sample of the step."""
         samples = sum(len(group.rewards) for group in groups)
+        lost = [text for group in groups for text in group.head.lost]
+        if lost and not samples:
+            raise UserError(f"grpo.environment: all {len(lost)} episodes of step {step + 1} are lost; one: {lost[0]}")
+        if lost and not self._told_of_episodes:
+            self._told_of_episodes = True
+            console.print(f"  an episode is lost, and its sample with it; the first: {lost[0]}")
         failed = sum((Counter(group.failed) for group in groups), Counter[str]())
         errors = {name: text for group in reversed(groups) for name, text in group.errors.items()}
         for name, count in failed.items():

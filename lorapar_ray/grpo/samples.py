@@ -20,6 +20,13 @@ class Sample:
     advantage: float
     finished: bool
     version: int
+    sampled: NDArray[Any] | None = None
+    """Which tokens the policy sampled, [tokens]; None: all. The others are read, and neither predicted nor trained."""
+
+    @property
+    def count(self) -> int:
+        """Tokens that count in the loss."""
+        return len(self.token_ids) if self.sampled is None else int(self.sampled.sum())
 
 
 @dataclass(frozen=True)
@@ -35,4 +42,4 @@ class MiniBatch:
 
 def whole_batch(samples: list[Sample]) -> MiniBatch:
     """Samples that one learner trains on in a single update."""
-    return MiniBatch(samples, sum(len(sample.token_ids) for sample in samples), len(samples))
+    return MiniBatch(samples, sum(sample.count for sample in samples), len(samples))

@@ -40,21 +40,29 @@ def reads(config: Config) -> Iterator[str]:
 def resources(config: Config) -> str:
     """Engines, learners, reward workers and judges, all at the same time."""
     grpo = config.grpo
+    environments = (
+        [each_of(grpo.environment_workers, "environment worker", without_auto(grpo.environment_resources))]
+        if grpo.environment is not None
+        else []
+    )
     return asked(
         "grpo",
         each_of(grpo.rollout_actors, "rollout engine", grpo.rollout_resources),
         each_of(grpo.learners, "learner", grpo.learner_resources),
         each_of(grpo.reward_workers, "reward worker", without_auto(grpo.reward_resources)),
+        *environments,
         *map(teacher, config.judges),
     )
 
 
 def check(config: Config) -> None:
-    """Rewards and trackers are there."""
+    """Rewards, the environment and trackers are there."""
+    from lorapar_ray.grpo.environments.registry import require_environment
     from lorapar_ray.grpo.rewards.registry import require_rewards
     from lorapar_ray.tracking import require_trackers
 
     require_rewards(config.grpo)
+    require_environment(config.grpo)
     require_trackers(config.grpo.report_to, "grpo.report_to")
 
 

@@ -163,7 +163,7 @@ def assign(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> No
 def _remember(old: OldLogprobs, groups: Sequence[Sequence[Sample]], logprobs_BT: Tensor) -> None:
     samples = [sample for group in groups for sample in group]
     for sample, found in zip(samples, logprobs_BT, strict=True):
-        old[id(sample)] = found[: len(sample.token_ids)]
+        old[id(sample)] = found[: sample.count]
 
 
 def _recall(old: OldLogprobs, samples: Sequence[Sample], rows: PackedRows) -> Tensor:

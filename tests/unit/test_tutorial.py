@@ -12,10 +12,13 @@ from lorapar_ray.adapters import attach_lora, save_adapter
 from lorapar_ray.cli import app
 from lorapar_ray.config_file import load_config
 from lorapar_ray.datasets.prepare import prepare
+from lorapar_ray.grpo.environments.registry import get_environment
+from lorapar_ray.grpo.environments.trajectory import Limits
 from lorapar_ray.grpo.rewards.calling import call
 from lorapar_ray.grpo.rewards.registry import get_reward
 from lorapar_ray.runs import RunDirectory
 from tests.tiny_run import ROOT, save_tiny_student
+from tests.unit.test_environments import Engine, played
 
 FILE = re.compile(r'```\w+ title="([^"]+)"\n(.*?)```', re.DOTALL)
 
@@ -40,6 +43,11 @@ def test_the_files_of_the_tutorial_work(
     [reward] = config.grpo.rewards
     request = {"prompts": ["a", "b", "c"], "completions": ["7", "It is 9", "?"], "columns": {"answer": ["7"] * 3}}
     assert call(get_reward(reward.name), request, own=False) == [1.0, 1 / 3, 0.0]
+
+    engine = Engine("7<|im_end|>", "It is 9<|im_end|>", "8<|im_end|>")
+    asked = {"prompt_ids": [5, 6, 7], "answer": "9"}
+    record = played(get_environment("my_environment:second_try"), engine, limits=Limits(16, 96, 49152), row=asked)
+    assert (record.head.turns, record.head.rewards, record.head.lost) == ((2,), (0.5,), ())
 
     adapted = attach_lora(AutoModelForCausalLM.from_pretrained(student), rank=4, alpha=8)
     save_adapter(adapted, tmp_path / "runs/mine/grpo/adapter")

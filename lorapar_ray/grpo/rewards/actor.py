@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from lorapar_ray.config import JUDGE, GrpoConfig
+from lorapar_ray.config import JUDGE, REWARDED_ELSEWHERE, GrpoConfig
 from lorapar_ray.grpo.rewards.judge import Judge
 from lorapar_ray.grpo.rewards.pool import RewardBatch, RewardPool, RewardSpec, with_part
 from lorapar_ray.grpo.rewards.reading import Reader, Request
@@ -37,7 +37,11 @@ class RewardActor:
         settings = GrpoConfig.model_validate(plan["settings"])
         self._reader = Reader(plan, settings)
         self._pool = RewardPool(
-            [RewardSpec(each.name, each.weight, each.isolate) for each in settings.rewards if each.name != JUDGE],
+            [
+                RewardSpec(each.name, each.weight, each.isolate)
+                for each in settings.rewards
+                if each.name not in REWARDED_ELSEWHERE
+            ],
             time_limit_s=settings.reward_time_limit_s,
             memory_limit_mb=settings.reward_memory_mb,
             sandbox=settings.sandbox,

@@ -38,16 +38,21 @@ class RewardBatch:
 
 
 def with_part(
-    scored: RewardBatch, name: str, weight: float, values: list[float | None], order: list[str]
+    scored: RewardBatch, name: str, weight: float, values: list[float | None], order: list[str], error: str = ""
 ) -> RewardBatch:
-    """A batch with one more reward, found elsewhere; parts are put into `order`."""
-    failed = sum(value is None for value in values)
+    """A batch with one more reward, found elsewhere; parts are put into `order`.
+
+    Args:
+        error: what is said of samples without a value; "": nothing, they may all be without one.
+    """
+    failed, parts = sum(value is None for value in values), {**scored.parts, name: values}
+    said = bool(failed and error)
     return RewardBatch(
         [total + weight * (value or 0.0) for total, value in zip(scored.total, values, strict=True)],
-        {each: {**scored.parts, name: values}[each] for each in order},
+        {each: parts[each] for each in order if each in parts},
         scored.failures | ({name: failed} if failed else {}),
-        scored.failed,
-        scored.errors,
+        scored.failed | ({name: failed} if said else {}),
+        scored.errors | ({name: error} if said else {}),
     )
 
 

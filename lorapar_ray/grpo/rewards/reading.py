@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.datasets.chat import Encoder, load_encoder
@@ -29,7 +30,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Answers:
-    """One prompt with the texts of its completions, as rewards take them."""
+    """One prompt with the texts of its completions, as rewards take them.
+
+    Of an environment's trajectories the completion is what the policy said last. The whole is in two columns:
+    `trajectory`, a list of {role, content} whose roles are assistant and environment, and `env_mask`, which has 1 for
+    each of `completion_ids` that was sampled.
+    """
 
     prompts: list[str]
     completions: list[str]
@@ -51,10 +57,28 @@ class Reader:
         record = read_record(request.record)
         if record is None:
             return None
-        ids = [tokens.tolist() for tokens, _ in record.completions()]
+        ids, masks = [tokens.tolist() for tokens, _ in record.completions()], record.masks()
         row, count = self._rows[request.index], len(ids)
         columns: dict[str, list[Any]] = {key: [row[key]] * count for key in REWARD_FIELDS if key in row}
         columns["completion_ids"] = ids
         columns["trainer_state"] = [{"global_step": request.step, "max_steps": self._steps}] * count
-        texts = [self._encoder.answer_text(each, self._stop) for each in ids]
+        if record.sampled is None:
+            texts = [self._encoder.answer_text(each, self._stop) for each in ids]
+        else:
+            runs = [
+                list(runs_of(each, mask.tolist())) for each, mask in zip(ids, masks, strict=True) if mask is not None
+            ]
+            texts = [self._encoder.answer_text(tokens[-1][1], self._stop) for tokens in runs]
+            columns["env_mask"] = [mask.astype(int).tolist() for mask in masks if mask is not None]
+            columns["trajectory"] = [[self._said(*run) for run in each] for each in runs]
         return Answers([row["prompt"]] * count, texts, columns)
+
+    def _said(self, sampled: bool, tokens: list[int]) -> dict[str, str]:
+        text = self._encoder.tokenizer.decode(tokens, skip_special_tokens=True)
+        return {"role": "assistant" if sampled else "environment", "content": text}
+
+
+def runs_of(ids: Sequence[int], sampled: Sequence[bool]) -> Iterator[tuple[bool, list[int]]]:
+    """Consecutive tokens that the policy sampled, or that the environment put in, in turn."""
+    for own, run in groupby(zip(sampled, ids, strict=True), key=lambda pair: bool(pair[0])):
+        yield own, [token for _, token in run]

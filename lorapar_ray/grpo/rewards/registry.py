@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lorapar_ray.boundary import imported
-from lorapar_ray.config import JUDGE
+from lorapar_ray.config import ENVIRONMENT, JUDGE, REWARDED_ELSEWHERE
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.rewards import code, functions
 from lorapar_ray.grpo.rewards.code import CODE_TESTS
@@ -42,7 +42,8 @@ def get_reward(name: str) -> RewardFunction:
         found: RewardFunction = getattr(functions, name)
         return found
     if ":" not in name:
-        raise UserError(f"grpo.rewards: '{name}' is unknown; use {', '.join((*NAMES, JUDGE))} or module:function")
+        known = ", ".join((*NAMES, JUDGE, ENVIRONMENT))
+        raise UserError(f"grpo.rewards: '{name}' is unknown; use {known} or module:function")
     loaded: RewardFunction = imported(name, f"grpo.rewards: '{name}'")
     return loaded
 
@@ -56,5 +57,5 @@ def require_rewards(settings: GrpoConfig) -> None:
     if any(reward.isolate or reward.name == CODE_TESTS for reward in settings.rewards):
         choose(settings.sandbox.layer)
     for reward in settings.rewards:
-        if reward.name != JUDGE:
+        if reward.name not in REWARDED_ELSEWHERE:
             get_reward(reward.name)

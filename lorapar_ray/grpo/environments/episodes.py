@@ -1,0 +1,124 @@
+"""A group of episodes in flight: one for each sample, on whichever engine the group has at the time."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from lorapar_ray.datasets.chat import Encoder
+from lorapar_ray.engines.record import GroupRecord
+from lorapar_ray.grpo.environments.trajectory import Limits, Trajectory, as_record
+from lorapar_ray.grpo.environments.turns import TurnEngine
+from lorapar_ray.text import one_line
+from lorapar_ray.waiting import awaited
+
+RolloutFunction = Callable[[TurnEngine, dict[str, Any]], Awaitable[Trajectory]]
+LONGEST_TEXT = 300
+
+
+class EpisodeGroup:
+    """The episodes of one prompt; lives in one event loop."""
+
+    def __init__(
+        self,
+        key: str,
+        rollout: RolloutFunction,
+        row: Mapping[str, Any],
+        encoder: Encoder,
+        limits: Limits,
+        sampling: Mapping[str, Any],
+        time_limit_s: float,
+    ) -> None:
+        """Take what the episodes need; they begin with `play`.
+
+        Args:
+            key: of the group, unlike that of any other in flight.
+            rollout: the environment.
+            row: the question, given to each episode as a copy.
+            sampling: vLLM's parameters of one turn, with `n` the number of episodes and `seed` the group's.
+            time_limit_s: what an episode may do without the engine at one go.
+        """
+        self._key, self._rollout, self._row = key, rollout, row
+        self._encoder, self._limits, self._sampling = encoder, limits, dict(sampling)
+        self._count, self._seed = self._sampling.pop("n"), self._sampling.pop("seed")
+        self._time_limit_s = time_limit_s
+        self._engine: Any = None
+        self._moved = asyncio.Event()
+        self.stranded = asyncio.Event()
+        """Set while the engine is lost and the group has got no other."""
+
+    def move_to(self, engine: Any) -> None:
+        """Go on with this engine's handle; turns that wait for another one are asked again of it."""
+        self._engine = engine
+        self.stranded.clear()
+        self._moved.set()
+        self._moved = asyncio.Event()
+
+    async def play(self) -> GroupRecord:
+        """The record of all episodes that came to an end; the others are named in its head."""
+        found = await asyncio.gather(*(self._episode(number) for number in range(self._count)))
+        trajectories = [each for each in found if isinstance(each, Trajectory)]
+        return as_record(trajectories, [each for each in found if isinstance(each, str)])
+
+    async def _episode(self, number: int) -> Trajectory | str:
+        """One sample, or why it is lost."""
+        loop, turns, waiting = asyncio.get_running_loop(), 0, 0
+
+        async def sample(ids: list[int], options: dict[str, Any]) -> GroupRecord:
+            nonlocal turns, waiting
+            turns, waiting = turns + 1, waiting + 1
+            scope.reschedule(None)  # an engine's time is not the environment's
+            stop = [*self._sampling.get("stop", ()), *options["stop"]]
+            seed = zlib.crc32(f"{self._seed}/{number}/{turns}".encode())
+            asked = {**self._sampling, **options, "stop": stop, "n": 1, "seed": seed}
+            try:
+                return await self._turn(f"{self._key}/{number}/{turns}", ids, asked)
+            finally:
+                waiting -= 1
+                if not waiting and not scope.expired():
+                    scope.reschedule(loop.time() + self._time_limit_s)
+
+        engine = TurnEngine(sample, self._encoder, self._limits)
+        scope = asyncio.timeout(self._time_limit_s)
+        try:
+            async with scope:
+                return engine.complete(await self._rollout(engine, dict(self._row)))
+        except TimeoutError as error:
+            if scope.expired():
+                return f"TimeoutError: it takes longer than grpo.environment_time_limit_s ({self._time_limit_s:g})"
+            return _told(error)
+        except (Exception, SystemExit) as error:  # an environment may raise anything
+            return _told(error)
+
+    async def _turn(self, key: str, ids: Sequence[int], sampling: Mapping[str, Any]) -> GroupRecord:
+        """What an engine makes of one turn; if it is lost meanwhile, another one."""
+        import ray
+
+        while True:
+            engine, moved = self._engine, self._moved
+            record, _ = engine.rollout.options(num_returns=2).remote(list(ids), sampling, key, None)
+            answer, moving = asyncio.ensure_future(awaited(record)), asyncio.ensure_future(moved.wait())
+            try:
+                await asyncio.wait({answer, moving}, return_when=asyncio.FIRST_COMPLETED)
+                if not answer.done():
+                    continue
+                found: GroupRecord = answer.result()
+                return found
+            except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.OutOfMemoryError):
+                if self._engine is engine:
+                    self.stranded.set()
+                    await moved.wait()
+            except asyncio.CancelledError:
+                with suppress(Exception):
+                    engine.give_back.remote(key)  # nobody wants it any more
+                raise
+            finally:
+                answer.cancel()
+                moving.cancel()
+
+
+def _told(error: BaseException) -> str:
+    return one_line(f"{type(error).__name__}: {error}", LONGEST_TEXT)

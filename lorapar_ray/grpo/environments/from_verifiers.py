@@ -1,0 +1,200 @@
+"""Environments of the library `verifiers`, as they are: `MultiTurnEnv`, `ToolEnv`, `GymEnv` and their kin.
+
+    # my_environments.py
+    from lorapar_ray.grpo.environments.from_verifiers import from_verifiers
+    rollout = from_verifiers("wordle")
+
+    grpo: {environment: "my_environments:rollout", rewards: [{name: environment}]}
+
+The environment talks to what it takes for an OpenAI client. Behind that each turn is one of `TurnEngine`: the chat so
+far is never tokenised again, only what the environment has added since; so what was sampled is what is trained on. An
+environment that changes earlier messages, or asks for two answers to the same, cannot be played so and says so.
+
+Written for `verifiers` 0.1.10, the newest that can be installed beside this project's versions. Later ones wrap the
+client (`verifiers.OpenAIChatCompletionsClient`), which is done here too where it is there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lorapar_ray.errors import UserError
+from lorapar_ray.grpo.environments.episodes import RolloutFunction
+from lorapar_ray.grpo.environments.trajectory import Trajectory
+from lorapar_ray.grpo.environments.turns import TurnEngine
+
+_TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+
+
+def from_verifiers(environment: str | Callable[..., Any], **arguments: Any) -> RolloutFunction:
+    """An environment of `verifiers` as one of ours.
+
+    Args:
+        environment: the name of an installed one (`verifiers.load_environment`), or a function that makes one.
+        arguments: given to either.
+
+    Raises:
+        UserError: `verifiers` is not installed.
+    """
+    made = load(environment, **arguments)
+
+    async def rollout(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
+        return await play(made, engine, row)
+
+    return rollout
+
+
+def load(environment: str | Callable[..., Any], **arguments: Any) -> Any:
+    """The environment.
+
+    Raises:
+        UserError: `verifiers` is not installed.
+    """
+    try:
+        import verifiers
+    except ImportError as error:
+        raise UserError(f"this environment needs verifiers ({error}): pip install 'lorapar-ray[verifiers]'") from error
+    if isinstance(environment, str):
+        return verifiers.load_environment(environment, **arguments)
+    return environment(**arguments)
+
+
+def rows(environment: Any) -> Iterator[dict[str, Any]]:
+    """The environment's training questions, to be written as a file of the config's `data.train`.
+
+    Each has `prompt` (messages), `answer`, and `task` and `info` where the environment has them.
+    """
+    for row in environment.get_dataset():
+        kept = {name: row[name] for name in ("prompt", "answer", "task", "info") if row.get(name) is not None}
+        yield {**kept, "answer": str(row.get("answer", ""))}
+
+
+async def play(environment: Any, engine: TurnEngine, row: Mapping[str, Any]) -> Trajectory:
+    """One episode, with the reward that the environment's rubric gives it."""
+    import verifiers
+
+    model = Model(engine)
+    asked: dict[str, Any] = {
+        "prompt": list(row.get("messages") or [{"role": "user", "content": row["prompt"]}]),
+        "answer": row.get("answer", ""),
+        "task": row.get("task") or "default",
+        "info": row.get("info") or {},
+        "example_id": 0,
+    }
+    client: Any = model
+    if hasattr(verifiers, "OpenAIChatCompletionsClient"):
+        client = verifiers.OpenAIChatCompletionsClient(model)
+    state = await environment.rollout(asked, client, "policy", {})
+    if model.failure is not None:
+        raise model.failure
+    if model.trajectory is None:
+        raise ValueError(f"the environment never asked the policy: {state.get('error')!r}")
+    await environment.rubric.score_rollout(state)
+    model.trajectory.reward = state["reward"]
+    return model.trajectory
+
+
+class Model:
+    """What an environment takes for `openai.AsyncOpenAI`: `chat.completions.create`, and nothing else."""
+
+    def __init__(self, engine: TurnEngine) -> None:
+        self._engine = engine
+        self.chat = self.completions = self  # client.chat.completions.create
+        self.trajectory: Trajectory | None = None
+        self.failure: Exception | None = None
+        """What ends the episode; environments take exceptions for an answer."""
+        self._messages: list[Any] = []
+        """The chat as the trajectory has it."""
+
+    async def create(
+        self, *, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **options: Any
+    ) -> Any:
+        """The policy's answer as an OpenAI `ChatCompletion`.
+
+        Raises:
+            openai.BadRequestError: the chat has no room for an answer; environments end the episode then.
+        """
+        chat, most = (
+            [dict(each) for each in messages],
+            options.get("max_completion_tokens") or options.get("max_tokens"),
+        )
+        try:
+            trajectory = self._continued(chat, list(tools or []))
+        except Exception as error:
+            self.failure = error
+            raise
+        if not trajectory.room:
+            raise _too_long()
+        turn = await self._engine.generate(trajectory, max_tokens=most, stop=_listed(options.get("stop")))
+        text = self._engine.decode(turn.token_ids)
+        calls = tool_calls(text) if tools else []
+        self._messages = [*chat, None]
+        return _completion(text, calls, finished=turn.finished)
+
+    def _continued(self, chat: list[dict[str, Any]], tools: list[Any]) -> Trajectory:
+        """The trajectory with what the chat has more than it."""
+        template = {"tools": tools} if tools else {}
+        if self.trajectory is None:
+            ids = self._engine.tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_dict=False, **template
+            )
+            self.trajectory = self._engine.begin(ids)
+            return self.trajectory
+        known = len(self._messages)
+        same = all(old is None or old == new for old, new in zip(self._messages, chat, strict=False))
+        if len(chat) <= known or not same or chat[known - 1]["role"] != "assistant":
+            raise ValueError("the environment changes what was said before, so its turns are no one trajectory")
+        self.trajectory.add(self._engine.reply(self.trajectory, chat[known:], **template))
+        return self.trajectory
+
+
+def tool_calls(text: str) -> list[dict[str, str]]:
+    """Name and arguments (JSON) of the calls in an answer, written as `<tool_call>{"name": …, "arguments": …}`; what is
+    no JSON object with a name is no call."""
+    found = []
+    for written in _TOOL_CALL.findall(text):
+        try:
+            call = json.loads(written)
+        except ValueError:
+            continue
+        if isinstance(call.get("name"), str):
+            found.append({"name": call["name"], "arguments": json.dumps(call.get("arguments", {}))})
+    return found
+
+
+def _completion(text: str, calls: Sequence[Mapping[str, str]], *, finished: bool) -> Any:
+    from openai.types.chat import ChatCompletion
+
+    reason = "tool_calls" if calls else "stop" if finished else "length"
+    message: dict[str, Any] = {"role": "assistant", "content": _TOOL_CALL.sub("", text) if calls else text or " "}
+    if calls:
+        message["tool_calls"] = [
+            {"id": f"call_{uuid.uuid4().hex[:8]}", "type": "function", "function": dict(call)} for call in calls
+        ]
+    return ChatCompletion.model_validate(
+        {
+            "id": uuid.uuid4().hex,
+            "object": "chat.completion",
+            "created": 0,
+            "model": "policy",
+            "choices": [{"index": 0, "finish_reason": reason, "message": message, "logprobs": None}],
+        }
+    )
+
+
+def _too_long() -> Exception:
+    """What an OpenAI server says, by which `verifiers` knows that an episode has come to its end."""
+    import httpx
+    from openai import BadRequestError
+
+    said = "this model's maximum context length is reached: grpo.max_completion_length"
+    answer: Any = httpx.Response(400, text=said, request=httpx.Request("POST", "http://policy"))
+    return BadRequestError(said, response=answer, body=None)
+
+
+def _listed(stop: Any) -> list[str]:
+    return [] if stop is None else [stop] if isinstance(stop, str) else list(stop)

@@ -1,0 +1,163 @@
+"""One sample of an environment, token by token, and a group of them as the record that stage 2 trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorapar_ray.engines.record import GroupHead, GroupRecord
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class TrajectoryFull(ValueError):
+    """The policy cannot go on: the trajectory is as long as the config allows."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a trajectory must keep to."""
+
+    prompt: int
+    """Tokens of its prompt."""
+    completion: int
+    """Tokens behind the prompt, the environment's included."""
+    vocabulary: int
+    """Tokens that the model knows."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the policy said at one go."""
+
+    token_ids: list[int]
+    finished: bool
+    """False if it was cut at a limit of tokens."""
+    version: int
+    """Of the policy, when the turn began."""
+
+
+class Trajectory:
+    """A prompt and what follows it; it only grows, so what was sampled stays as it was sampled."""
+
+    def __init__(self, prompt_ids: Sequence[int], limits: Limits) -> None:
+        """Begin with a prompt; see `TurnEngine.begin`.
+
+        Raises:
+            ValueError: it is empty or too long, or holds tokens of another vocabulary.
+        """
+        self.reward: float | None = None
+        """What the reward `environment` gives the sample; None: nothing."""
+        self.turns: list[Turn] = []
+        self._limits = limits
+        self._prompt = _checked(prompt_ids, limits)
+        self._token_ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._sampled: list[bool] = []
+        if not 0 < len(self._prompt) <= limits.prompt:
+            raise ValueError(
+                f"a prompt of {len(self._prompt)} tokens; 1 to {limits.prompt} are possible (grpo.max_prompt_length)"
+            )
+
+    @property
+    def ids(self) -> list[int]:
+        """Every token so far, the prompt's first."""
+        return self._prompt + self._token_ids
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt's tokens."""
+        return list(self._prompt)
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still come."""
+        return max(0, self._limits.completion - len(self._token_ids))
+
+    def add(self, token_ids: Sequence[int]) -> None:
+        """Put in what the environment says: the policy reads it and is not trained on it.
+
+        Raises:
+            ValueError: a token is none of the model's.
+        """
+        found = _checked(token_ids, self._limits)
+        self._token_ids += found
+        self._logprobs += [0.0] * len(found)
+        self._sampled += [False] * len(found)
+
+    def take(self, token_ids: Sequence[int], logprobs: Sequence[float], turn: Turn) -> None:
+        """Append what an engine sampled behind `ids`; for `TurnEngine`."""
+        self._token_ids += [int(each) for each in token_ids]
+        self._logprobs += [float(each) for each in logprobs]
+        self._sampled += [True] * len(token_ids)
+        self.turns.append(turn)
+
+    def require_complete(self) -> None:
+        """Check that it can be trained on.
+
+        Raises:
+            ValueError: the policy said nothing, or the reward is no number.
+        """
+        if not any(self._sampled):
+            raise ValueError("the policy said nothing in it; call engine.generate")
+        reward: Any = self.reward
+        if reward is not None and not (np.ndim(reward) == 0 and isfinite(float(reward))):
+            raise ValueError(f"its reward is {str(reward)[:60]}; give one finite number, or None")
+
+    def arrays(self, prompt: int) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.bool_]]:
+        """Tokens behind the first `prompt` of its prompt up to the last sampled one, log-probabilities, and which were
+        sampled."""
+        more = self._prompt[prompt:]
+        end = len(self._sampled) - len(list(takewhile(lambda sampled: not sampled, reversed(self._sampled))))
+        return (
+            np.array([*more, *self._token_ids[:end]], np.int32),
+            np.array([*([0.0] * len(more)), *self._logprobs[:end]], np.float32),
+            np.array([*([False] * len(more)), *self._sampled[:end]], np.bool_),
+        )
+
+
+def as_record(trajectories: Sequence[Trajectory], lost: Sequence[str]) -> GroupRecord:
+    """A group's trajectories as one record.
+
+    Its prompt is what their prompts have in common; where an environment begins each differently, the rest counts as
+    put in by it.
+
+    Args:
+        lost: why the group's other samples are missing.
+    """
+    prompts = [each.prompt_ids for each in trajectories]
+    same = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
+    prompt = [column[0] for column in same]
+    parts = [each.arrays(len(prompt)) for each in trajectories]
+    ids, logprobs, sampled = zip(*parts, strict=True) if parts else ((), (), ())
+    head = GroupHead(
+        prompt_tokens=len(prompt),
+        lengths=tuple(map(len, ids)),
+        finished=tuple(each.turns[-1].finished for each in trajectories),
+        versions=tuple(each.turns[0].version for each in trajectories),
+        sampled=tuple(int(each.sum()) for each in sampled),
+        turns=tuple(len(each.turns) for each in trajectories),
+        rewards=tuple(None if each.reward is None else float(each.reward) for each in trajectories),
+        lost=tuple(lost),
+    )
+    return GroupRecord(
+        np.array(prompt, np.int32),
+        np.concatenate([np.zeros(0, np.int32), *ids]),
+        np.concatenate([np.zeros(0, np.float32), *logprobs]),
+        head,
+        np.concatenate([np.zeros(0, np.bool_), *sampled]),
+    )
+
+
+def _checked(token_ids: Sequence[int], limits: Limits) -> list[int]:
+    found: list[Any] = list(token_ids)
+    for each in found:
+        if isinstance(each, bool | str | float) or not 0 <= int(each) < limits.vocabulary:
+            raise ValueError(f"{str(each)[:40]!r} is none of the model's {limits.vocabulary} tokens")
+    return [int(each) for each in found]

@@ -1,0 +1,108 @@
+"""Environments of the library `verifiers` played through our engine's turns; the engine says what it is told."""
+
+import json
+from typing import Any
+
+import pytest
+
+from lorapar_ray.grpo.environments.from_verifiers import from_verifiers, load, rows, tool_calls
+from lorapar_ray.grpo.environments.trajectory import Limits
+from tests.unit.test_environments import Engine, encoder, plain, played
+
+pytest.importorskip("verifiers")
+LONG = Limits(prompt=512, completion=512, vocabulary=49152)
+
+
+class Guessing:
+    """A game with gym's methods: it ends with the right number."""
+
+    def reset(self, seed: int) -> str:
+        self.number = 2 + seed
+        return "Guess a number."
+
+    def step(self, action: str) -> tuple[str, float, bool, dict[str, Any]]:
+        right = action.strip() == str(self.number)
+        return "Yes." if right else "No.", float(right), right, {}
+
+
+def gym(**changed: Any) -> Any:
+    from verifiers.envs.experimental.gym_env import GymEnv
+
+    return GymEnv(Guessing, num_train_episodes=2, num_eval_episodes=1, **changed)
+
+
+def test_its_own_gym_environment_plays_three_turns_and_every_token_is_as_it_was_sampled() -> None:
+    engine = Engine("1<|im_end|>", "2<|im_end|>", "3<|im_end|>")
+    row = next(rows(load(gym)))
+    assert row["prompt"][-1]["content"] == "Guess a number."
+    record = played(from_verifiers(gym), engine, limits=LONG, row={**row, "messages": row["prompt"], "prompt": "Guess"})
+    [(ids, _)], [mask], head = record.completions(), record.masks(), record.head
+    assert (head.turns, head.rewards, head.lost) == ((3,), (1.0,), ())
+    assert mask is not None and ids[mask].tolist() == [
+        *plain("1<|im_end|>"),
+        *plain("2<|im_end|>"),
+        *plain("3<|im_end|>"),
+    ]
+    chat = [{"role": "user", "content": "Guess a number."}]
+    for said, told in (("1", "No."), ("2", "Yes.\nEpisode already ended.")):
+        chat += [{"role": "assistant", "content": said}, {"role": "user", "content": told}]
+    written = encoder().tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert [*record.prompt_ids, *ids] == [*written, *plain("3<|im_end|>")]
+    assert engine.asked[2][1] == written
+
+
+def test_its_tool_environment_calls_tools_and_an_episode_without_room_ends() -> None:
+    from verifiers import Rubric, ToolEnv
+
+    called: list[tuple[int, int]] = []
+
+    def times(a: int, b: int) -> int:
+        """Multiply.
+
+        Args:
+            a: one
+            b: the other
+        """
+        called.append((a, b))
+        return a * b
+
+    def environment() -> Any:
+        from datasets import Dataset
+
+        data = Dataset.from_list([{"question": "What is 12 * 7?", "answer": "84"}])
+        return ToolEnv(tools=[times], dataset=data, rubric=Rubric(funcs=[right]), max_turns=5)
+
+    async def right(completion: Any, answer: str) -> float:
+        return float(answer in completion[-1]["content"])
+
+    call = f"<tool_call>{json.dumps({'name': 'times', 'arguments': {'a': 12, 'b': 7}})}</tool_call><|im_end|>"
+    row = {"prompt": "What is 12 * 7?", "answer": "84", "prompt_ids": [5]}
+    record = played(from_verifiers(environment), Engine(call, call, "It is 84.<|im_end|>"), limits=LONG, row=row)
+    assert called == [(12, 7)] * 2 and (record.head.turns, record.head.rewards) == ((3,), (1.0,))
+    [(ids, _)], [mask] = record.completions(), record.masks()
+    assert "84" in encoder().tokenizer.decode(ids[~mask])  # type: ignore[operator]
+    short = Limits(prompt=512, completion=len(plain(call)) + 1, vocabulary=49152)
+    cut = played(from_verifiers(environment), Engine(call), limits=short, row=row).head
+    assert (cut.turns, cut.lost, cut.sampled) == ((1,), (), (len(plain(call)),))
+
+
+def test_a_changed_history_is_no_one_trajectory() -> None:
+    def environment() -> Any:
+        from verifiers.envs.experimental.gym_env import GymEnv
+
+        class Forgetful(GymEnv):
+            async def get_prompt_messages(self, state: Any) -> Any:
+                return [*(await super().get_prompt_messages(state))[-1:]]
+
+        return Forgetful(Guessing, num_train_episodes=1, num_eval_episodes=1)
+
+    row = {"prompt": "Guess a number.", "answer": "0", "prompt_ids": [5]}
+    [lost] = played(from_verifiers(environment), Engine("1<|im_end|>"), limits=LONG, row=row).head.lost
+    assert "changes what was said before" in lost
+
+
+def test_what_is_no_call_is_none() -> None:
+    assert (
+        tool_calls('<tool_call>{"name": 1}</tool_call> <tool_call>{x}</tool_call> <tool_call>{"a": 1}</tool_call>')
+        == []
+    )
