@@ -105,7 +105,7 @@ def throughput(arguments: argparse.Namespace) -> list[Row]:
     from lorapar_ray.session import ray_session
 
     rounds, gpu = 1 if arguments.quick else 2, arguments.device == "cuda"
-    work, model = _work(128 if arguments.quick else 256), resolve_model(_agreement.MODEL)
+    work, model = _work(64 if arguments.quick else 256), resolve_model(_agreement.MODEL)
     engine = EngineConfig(max_model_len=256, enforce_eager=not gpu)
     resources = Resources(cpus=1, gpus=1 if gpu else 0, threads=len(os.sched_getaffinity(0)))
     seconds: dict[tuple[str, str], list[float]] = {}

@@ -134,7 +134,8 @@ def _require_same(out: Path, asked: Evaluation, models: Mapping[str, NamedModel]
     now = {name: {"base": model.base, "adapter": _digest(model.adapter)} for name, model in models.items()}
     file = out / ABOUT
     known: dict[str, Any] = {}
-    if file.is_file():
+    begun = any((out / part).is_dir() for part in ("answers", "rows", "tasks"))  # else a refused command left it
+    if file.is_file() and begun:
         known = read_object(file, "choose another --out")
         for path, value in settings.items():
             if known.get("settings", {}).get(path) != value:
@@ -145,7 +146,7 @@ def _require_same(out: Path, asked: Evaluation, models: Mapping[str, NamedModel]
         for name, model in now.items():
             if known.get("models", {}).get(name, model) != model:
                 raise UserError(f"--out '{out}': holds results of another model called '{name}'; choose another --out")
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and any(each != file for each in out.iterdir()):
         raise UserError(f"--out '{out}': is not empty and holds no {ABOUT}; choose another --out")
     write_json(file, {"models": known.get("models", {}) | now, "settings": settings})
 

@@ -28,8 +28,8 @@ from lorapar_ray.evaluation.harness.model import HarnessModel, plan_scores
 from lorapar_ray.evaluation.harness.results import leaves, summary
 from lorapar_ray.evaluation.harness.run import evaluate_task
 from lorapar_ray.evaluation.requests import Answer, Request
-from lorapar_ray.evaluation.serving import named_model, serving
-from lorapar_ray.evaluation.standalone import evaluate_models, evaluation_of
+from lorapar_ray.evaluation.serving import NamedModel, named_model, serving
+from lorapar_ray.evaluation.standalone import _require_same, evaluate_models, evaluation_of
 from lorapar_ray.evaluation.tasks import catalogue_of, file_name, result_file, rows_file
 from lorapar_ray.reporting.evaluation_page import read_found, write_page
 from tests.tiny_run import save_tiny_student
@@ -237,6 +237,8 @@ def catalogue(tmp_path: Path) -> Catalogue:
         ({"gsm8k": [GSM8K]}, "gsm8k@x", "NAME@SHOTS"),
         ({"gsm8q": [GSM8K]}, "gsm8k", "not among those that may be given as files"),
         ({}, "lost.yaml", "no such task file"),
+        ({}, "broken.yaml", "is no task file of lm-eval (ScannerError: mapping values are not allowed"),
+        ({}, "text.yaml", "is no task file of lm-eval (ValueError: Expected YAML dict from"),
         ({}, "mawps", "give a file, --data mawps=FILE"),
         ({}, "mine.yaml", "reads a column that its data lacks ('hint' is undefined)"),
         ({}, "unsafe.yaml", "runs a model's programs in this process, which is refused"),
@@ -254,6 +256,8 @@ def test_a_task_that_cannot_be_asked_is_one_line(tmp_path: Path, data: dict[str,
     }
     (tmp_path / "mine.yaml").write_text(json.dumps(own))
     (tmp_path / "unsafe.yaml").write_text(json.dumps(own | {"task": "unsafe", "unsafe_code": True}))
+    (tmp_path / "broken.yaml").write_text("task: broken\n  test_split: [")
+    (tmp_path / "text.yaml").write_text("no mapping")
     paths = {
         family: str(tmp_path / "none") if rows is None else lines(tmp_path / f"{family}.jsonl", *rows)
         for family, rows in data.items()
@@ -270,6 +274,9 @@ def test_an_unknown_task_names_its_neighbours(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(found, "_managed", lambda *_, **__: found._manager)  # reading all 13,000 names takes 15 s
     with pytest.raises(UserError, match=r"no task 'gsmk8'; did you mean gsm8k"):
         found.load(wanted("gsmk8"))
+    (tmp_path / "mine.yaml").write_text("task: mine\n  test_split: [")
+    with pytest.raises(UserError, match=r"no task 'mine', and '.*mine\.yaml' is no task file \("):
+        found.load(wanted("mine"))
 
 
 def test_numbers_are_judged_elsewhere_and_within_limits() -> None:
@@ -476,6 +483,20 @@ def test_real_files_are_read_whole() -> None:
     assert questions == dict(zip(names, (1319, 2376, 3270, 1000, 238, 164, 500, 14042), strict=True))
     groups = leaves(loaded["mmlu@5"]["groups"])
     assert len(groups["mmlu"]) == 57 and "mmlu_anatomy" in groups["mmlu_stem"]
+
+
+def test_settings_bind_a_folder_from_its_first_answer_on(tmp_path: Path) -> None:
+    plain, chat = (evaluation_of(["m"], {"tasks": ["gsm8k"], "chat": chat}, []) for chat in (False, True))
+    models = {"m": NamedModel("m", None)}
+    _require_same(tmp_path, chat, models)
+    _require_same(tmp_path, plain, models)  # the model had no chat template
+    (tmp_path / "answers").mkdir()
+    _require_same(tmp_path, plain, models)
+    with pytest.raises(UserError, match=r"with another evaluate\.chat \(False, now True\)"):
+        _require_same(tmp_path, chat, models)
+    (tmp_path / "evaluation.json").unlink()
+    with pytest.raises(UserError, match=r"holds no evaluation\.json"):
+        _require_same(tmp_path, plain, models)
 
 
 @pytest.mark.slow

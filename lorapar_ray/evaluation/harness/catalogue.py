@@ -102,6 +102,9 @@ class Catalogue:
         if name not in self._manager.task_index:
             near = difflib.get_close_matches(name, self._manager.all_tasks, NEAREST, cutoff=0.5)
             hint = f"did you mean {', '.join(near)}?" if near else "`lorapar lm-eval ls tasks` lists them"
+            for file in (each for folder in self._own for each in sorted(folder.rglob("*.yaml"))):
+                with boundary(f"evaluate.tasks: no task '{name}', and '{file}' is no task file", hint):
+                    load_yaml(file, resolve_func=False)  # lm-eval leaves such a file out in silence
             raise UserError(f"evaluate.tasks: no task '{name}'; {hint}")
 
     def _refuse_unsafe(self, entry: Entry | None) -> None:
@@ -128,7 +131,9 @@ class Catalogue:
             raise UserError(f"evaluate.tasks: no such task file '{task.name}'")
         if not is_file:
             self._require(task.name)
-        self._refuse_unsafe(TaskIndex.entry_from_path(file) if is_file else self._manager.task_index[task.name])
+        with boundary(f"evaluate.tasks: '{task.name}' is no task file of lm-eval"):
+            entry = TaskIndex.entry_from_path(file) if is_file else self._manager.task_index[task.name]
+            self._refuse_unsafe(entry)
         fix = "check its data: evaluate.data (--data) names local files, else it comes from the hub"
         with quiet(), boundary(f"evaluate.tasks: '{task.name}' cannot be loaded", fix):
             try:
