@@ -91,8 +91,15 @@ class GrpoConfig(Section):
     included."""
     temperature: Result[PositiveFloat] = 1.0
     """Of sampling, and of the learner's probabilities."""
-    top_p: Result[float] = 1.0
-    """Only 1: the learner computes no renormalised probabilities, so ratios of truncated samples would be wrong."""
+    top_k: Result[Optional0] = 0
+    """Sample from the likeliest so many tokens; 0: from all. What top_k, `top_p` and `min_p` leave to sample from goes
+    to the learner with each token, which normalises over the same ones; so ratios are those of the distribution that
+    was sampled from, and the KL divergence of `kl_beta` is taken over it too."""
+    top_p: Result[Annotated[float, Field(gt=0, le=1)]] = 1.0
+    """Sample from the likeliest tokens that together have this probability; below 1 `top_k` must be set, which bounds
+    how many travel."""
+    min_p: Result[Fraction] = 0.0
+    """Sample from tokens with at least this share of the likeliest one's probability; above 0 `top_k` must be set."""
     stop: Result[StopStrings] = []
     """Strings at which a completion ends."""
     rewards: Result[Annotated[list[RewardConfig], Field(min_length=1)]] = [RewardConfig(name="numeric_answer")]
@@ -207,9 +214,13 @@ class GrpoConfig(Section):
     """Of one learner."""
 
     @model_validator(mode="after")
-    def _whole_distribution(self) -> GrpoConfig:
-        if self.top_p != 1:
-            raise ValueError("top_p: must be 1; the learner's ratios would be those of another distribution")
+    def _kept_tokens_are_bounded(self) -> GrpoConfig:
+        cut = "top_p" if self.top_p < 1 else "min_p" if self.min_p > 0 else None
+        if cut is not None and not self.top_k:
+            raise ValueError(
+                f"{cut}: set top_k as well, such as 50; at most so many tokens for each sampled one go to the learner, "
+                "which needs them for its ratios"
+            )
         return self
 
     @model_validator(mode="after")

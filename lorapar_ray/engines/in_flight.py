@@ -5,9 +5,10 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
-from lorapar_ray.engines.completion import Completion
+from lorapar_ray.engines.completion import Completion, Kept
 from lorapar_ray.engines.record import GroupRecord, record_of
 
 INTERVAL = 64
@@ -22,6 +23,7 @@ class Growing:
     """Of the policy under which it began."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    kept: Kept = field(default_factory=lambda: Kept([], []))
     ended: bool = False
     finished: bool = False
     """It ended by itself, not at the length limit."""
@@ -32,8 +34,23 @@ class Growing:
         """Add what vLLM hands over; an aborted request leaves the completion open."""
         self.token_ids += choice.token_ids
         self.logprobs += [choice.logprobs.logprobs[at] for at in choice.logprobs.start_indices]
+        self.kept.extend(kept_of(choice.logprobs))
         self.ended = choice.finish_reason in ("stop", "length")
         self.finished = choice.finish_reason == "stop"
+
+
+def kept_of(logprobs: Any) -> Kept:
+    """What tokens were sampled from, of vLLM's `FlatLogprobs`; empty if the request asked for none but the sampled one.
+
+    After top-k, top-p and min-p vLLM gives what it has cut a log-probability of −inf (`processed_logprobs`, normalised
+    over the rest), and of the `logprobs` likeliest that it reports all that is kept is among them.
+    """
+    kept = Kept([], [])
+    if len(logprobs.token_ids) > len(logprobs.start_indices):
+        for start, end in zip(logprobs.start_indices, logprobs.end_indices, strict=True):
+            found = zip(logprobs.token_ids[start:end], logprobs.logprobs[start:end], strict=True)
+            kept.add(sorted({token for token, value in found if value != -inf}))
+    return kept
 
 
 def growing(count: int, version: int, begun: GroupRecord | None) -> list[Growing]:
@@ -51,16 +68,17 @@ def growing(count: int, version: int, begun: GroupRecord | None) -> list[Growing
             head.versions[at] if len(ids) else version,
             ids.tolist(),
             logprobs.tolist(),
+            Kept([], []) if kept is None else Kept(kept.token_ids.tolist(), kept.counts.tolist()),
             at not in head.open,
             head.finished[at],
         )
-        for at, (ids, logprobs) in enumerate(begun.completions())
+        for at, ((ids, logprobs), kept) in enumerate(zip(begun.completions(), begun.kept_sets(), strict=True))
     ]
 
 
 def as_record(prompt_ids: Sequence[int], group: Sequence[Growing]) -> GroupRecord:
     """A group as far as it is."""
-    completions = [Completion(each.token_ids, each.logprobs, each.finished, each.version) for each in group]
+    completions = [Completion(each.token_ids, each.logprobs, each.finished, each.version, each.kept) for each in group]
     return record_of(prompt_ids, completions, [at for at, each in enumerate(group) if not each.ended])
 
 
@@ -77,7 +95,7 @@ def request_of(each: Growing, sampling: Mapping[str, Any], index: int) -> dict[s
         "n": 1,
         "seed": seed,
         "max_tokens": sampling["max_tokens"] - done,
-        "logprobs": 0,
+        "logprobs": sampling.get("top_k", 0),
         "flat_logprobs": True,
         "detokenize": bool(sampling.get("stop")),
         "stream_interval": INTERVAL,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorapar_ray.engines.completion import Completion
+from lorapar_ray.engines.completion import Completion, Kept
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,6 +43,26 @@ class GroupHead:
 
 
 @dataclass(frozen=True)
+class KeptSets:
+    """The tokens that top-k, top-p and min-p left to sample from, for N tokens, end to end.
+
+    A learner has to normalise over the same ones. Over the whole vocabulary a ratio at equal policies is not 1 but the
+    probability of the kept set: each token's gradient would be that much smaller, most where the policy is least sure.
+    """
+
+    token_ids: NDArray[np.int32]
+    """[sum of counts]"""
+    counts: NDArray[np.int32]
+    """[N]; 0 at what an environment put in."""
+
+    def split(self, lengths: Sequence[int]) -> list[KeptSets]:
+        """Consecutive parts of `lengths` tokens each, as views."""
+        counts = np.split(self.counts, np.cumsum(lengths)[:-1])
+        ids = np.split(self.token_ids, np.cumsum([part.sum() for part in counts])[:-1])
+        return [KeptSets(*part) for part in zip(ids, counts, strict=True)]
+
+
+@dataclass(frozen=True)
 class GroupRecord:
     """One prompt and its G completions of N tokens together, end to end.
 
@@ -58,6 +78,8 @@ class GroupRecord:
     head: GroupHead
     sampled: NDArray[np.bool_] | None = None
     """[N]: not set at tokens that an environment put in; None: the policy sampled all."""
+    kept: KeptSets | None = None
+    """What each token was sampled from; None: the whole vocabulary."""
 
     def completions(self) -> list[tuple[NDArray[np.int32], NDArray[np.float32]]]:
         """(token ids, log-probabilities) of each completion, as views."""
@@ -69,6 +91,10 @@ class GroupRecord:
         if self.sampled is None:
             return [None] * len(self.head.lengths)
         return list(np.split(self.sampled, np.cumsum(self.head.lengths)[:-1]))
+
+    def kept_sets(self) -> list[KeptSets | None]:
+        """What the tokens of each completion were sampled from, as views; None: the whole vocabulary."""
+        return [None] * len(self.head.lengths) if self.kept is None else [*self.kept.split(self.head.lengths)]
 
 
 def record_of(
@@ -86,7 +112,16 @@ def record_of(
             versions=tuple(done.version for done in completions),
             open=tuple(unfinished),
         ),
+        kept=kept_sets([done.kept for done in completions]),
     )
+
+
+def kept_sets(completions: Sequence[Kept]) -> KeptSets | None:
+    """As arrays; None where nothing was cut."""
+    if not any(kept.counts for kept in completions):
+        return None
+    ids, counts = [kept.token_ids for kept in completions], [kept.counts for kept in completions]
+    return KeptSets(np.concatenate(ids).astype(np.int32), np.concatenate(counts).astype(np.int32))
 
 
 def read_record(reference: Any) -> GroupRecord | None:

@@ -160,9 +160,17 @@ def mini_batches(share: Share, records: Mapping[int, GroupRecord]) -> list[MiniB
 
 
 def _samples(part: Part, record: GroupRecord) -> list[Sample]:
-    completions, masks, head = record.completions(), record.masks(), record.head
+    completions, masks, kept, head = record.completions(), record.masks(), record.kept_sets(), record.head
     return [
-        Sample(record.prompt_ids, *completions[each], advantage, head.finished[each], head.versions[each], masks[each])
+        Sample(
+            record.prompt_ids,
+            *completions[each],
+            advantage,
+            head.finished[each],
+            head.versions[each],
+            masks[each],
+            kept[each],
+        )
         for each, advantage in zip(part.completions, part.advantages, strict=True)
     ]
 

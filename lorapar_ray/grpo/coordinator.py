@@ -235,10 +235,12 @@ class Coordinator:
         )
 
     def _new_engine(self) -> Any:
-        settings = self._settings
+        settings, engine = self._settings, self._settings.rollout_engine
+        if settings.top_k:  # a request may ask for so many log-probabilities
+            engine = engine.model_copy(update={"extra": {"max_logprobs": settings.top_k, **engine.extra}})
         return start_engine(
             self._plan["model"],
-            settings.rollout_engine,
+            engine,
             settings.rollout_resources,
             seed=self._plan["seed"],
             where="grpo.rollout_engine",

@@ -5,6 +5,9 @@ d log p(t) / dh = (W_t − Σ_v p_v W_v) / temperature. The forward pass has p a
 backward pass only scales it. That is two products with the head, as many as if all logits were kept, and none again.
 
 In float32, as the engine's head: in bfloat16 logits come in steps of an eighth.
+
+Where a sampler has cut the distribution (top-k, top-p, min-p) probabilities are those of what it kept: then the head
+computes those few logits alone.
 """
 
 from __future__ import annotations
@@ -33,7 +36,12 @@ class TokenScorer:
         self._wide: Tensor | None = None
 
     def __call__(
-        self, inputs: Mapping[str, Any], at: tuple[Tensor, Tensor], tokens_N: Tensor, temperature: float = 1.0
+        self,
+        inputs: Mapping[str, Any],
+        at: tuple[Tensor, Tensor],
+        tokens_N: Tensor,
+        temperature: float = 1.0,
+        kept_NK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(log-probabilities with gradient, entropy without) of the tempered distribution, float32, [N].
 
@@ -41,19 +49,28 @@ class TokenScorer:
             inputs: of the model: `input_ids` [R, W] and others.
             at: row and column whose output predicts each token, [N] each.
             tokens_N: the tokens.
+            kept_NK: the distribution is that over these tokens, filled up with −1; None: over the whole vocabulary.
         """
         if self._head is not None:
-            with self._scoring(at, tokens_N, temperature, inputs["input_ids"].shape) as scores:
+            with self._scoring(at, tokens_N, temperature, kept_NK, inputs["input_ids"].shape) as scores:
                 output = self._model(**inputs, use_cache=False).logits
             if scores and output is scores[0]:
                 return scores[0][0].unbind(-1)
             self._head = None  # the model does something to its logits behind the head (a soft cap, a scale)
         logits_NV = logits_at(at, self._model, inputs)
+        if kept_NK is not None:
+            chosen_NK = logits_NV.gather(-1, kept_NK.clamp(min=0)).float() / temperature
+            return _among(chosen_NK, kept_NK, tokens_N)
         return token_logprobs(logits_NV, tokens_N, temperature=temperature)
 
     @contextmanager
     def _scoring(
-        self, at: tuple[Tensor, Tensor], tokens_N: Tensor, temperature: float, shape: tuple[int, ...]
+        self,
+        at: tuple[Tensor, Tensor],
+        tokens_N: Tensor,
+        temperature: float,
+        kept_NK: Tensor | None,
+        shape: tuple[int, ...],
     ) -> Iterator[list[Tensor]]:
         """While it lasts the head gives [1, N, 2], log-probabilities and entropy, in place of logits.
 
@@ -66,9 +83,11 @@ class TokenScorer:
         def forward(hidden: Tensor) -> Tensor:
             if hidden.shape[:2] != shape:
                 return nn.functional.linear(hidden, head.weight, head.bias)
-            found = head_logprobs(
-                hidden[at], head.weight, tokens_N, bias=head.bias, temperature=temperature, wide_VD=self._wide_weight()
-            )
+            common = {"bias": head.bias, "temperature": temperature}
+            if kept_NK is None:
+                found = head_logprobs(hidden[at], head.weight, tokens_N, wide_VD=self._wide_weight(), **common)
+            else:
+                found = kept_logprobs(hidden[at], head.weight, tokens_N, kept_NK, **common)
             scores.append(torch.stack(found, -1)[None])
             return scores[0]
 
@@ -108,6 +127,70 @@ def head_logprobs(
     wide_VD = weight_VD if wide_VD is None else wide_VD
     logprobs, entropy = _HeadLogprobs.apply(hidden_ND, weight_VD, wide_VD, tokens_N, bias, temperature)
     return logprobs, entropy
+
+
+def kept_logprobs(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    tokens_N: Tensor,
+    kept_NK: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """As `head_logprobs`, of the distribution over the K tokens `kept_NK` alone (−1: none): π(t) / Σ_kept π(v)."""
+    logprobs, entropy = _KeptLogprobs.apply(hidden_ND, weight_VD, tokens_N, kept_NK, bias, temperature)
+    return logprobs, entropy
+
+
+def _among(chosen_NK: Tensor, kept_NK: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(log-probabilities, entropy without gradient) of tokens among kept ones with these tempered logits."""
+    scored_NK = chosen_NK.masked_fill(kept_NK < 0, -torch.inf).log_softmax(-1)
+    own_NK = kept_NK == tokens_N[:, None]
+    known_NK = scored_NK.detach().masked_fill(kept_NK < 0, 0.0)
+    entropy_N = -(known_NK * scored_NK.detach().exp()).sum(-1)
+    return scored_NK.masked_fill(~own_NK, 0.0).sum(-1), entropy_N
+
+
+class _KeptLogprobs(torch.autograd.Function):
+    """Keeps the gradient, a vector as long as the hidden state, in place of K rows of the head for every token."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        tokens_N: Tensor,
+        kept_NK: Tensor,
+        bias: Tensor | None,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        (count, kept), width = kept_NK.shape, hidden_ND.shape[1]
+        logprobs, entropy = (torch.empty(count, device=hidden_ND.device) for _ in range(2))
+        slope_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        rows = max(1, SLICE.get(hidden_ND.device.type, SLICE["cuda"]) // (kept * width))
+        for start in range(0, count, rows):
+            part = slice(start, min(start + rows, count))
+            ids_nK = kept_NK[part].clamp(min=0)
+            weight_nKD = weight_VD[ids_nK].float()
+            chosen_nK = (weight_nKD @ hidden_ND[part].float()[..., None])[..., 0]
+            if bias is not None:
+                chosen_nK = chosen_nK + bias[ids_nK]
+            chosen_nK = chosen_nK / temperature
+            logprobs[part], entropy[part] = _among(chosen_nK, kept_NK[part], tokens_N[part])
+            if slope_ND is not None:
+                p_nK = chosen_nK.masked_fill(kept_NK[part] < 0, -torch.inf).softmax(-1)
+                change_nK = (kept_NK[part] == tokens_N[part, None]).float() - p_nK
+                slope_ND[part] = ((change_nK[:, None] @ weight_nKD)[:, 0] / temperature).to(slope_ND.dtype)
+        ctx.mark_non_differentiable(entropy)
+        if slope_ND is not None:
+            ctx.save_for_backward(slope_ND)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (slope_ND,) = ctx.saved_tensors
+        return (slope_ND * gradients[0][:, None]).to(slope_ND.dtype), None, None, None, None, None
 
 
 class _HeadLogprobs(torch.autograd.Function):

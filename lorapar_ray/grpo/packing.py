@@ -37,6 +37,8 @@ class PackedRows:
     mask_BT: Tensor
     sampling_logprobs_BT: Tensor
     advantages_B: Tensor
+    kept_NK: Tensor | None = None
+    """The tokens that each was sampled from, filled up with −1; None: the whole vocabulary."""
 
     def spread(self, values_N: Tensor) -> Tensor:
         """Values of the sampled tokens as [B, T], 0 in padding."""
@@ -104,7 +106,20 @@ def _rows(samples: Sequence[Sample], inputs: dict[str, Any], row_N: Tensor, colu
         mask_BT=torch.from_numpy(real_BT.astype(np.float32)).to(device),
         sampling_logprobs_BT=torch.from_numpy(sampling_BT).to(device),
         advantages_B=torch.tensor([float(sample.advantage) for sample in samples], device=device),
+        kept_NK=_kept(samples, device),
     )
+
+
+def _kept(samples: Sequence[Sample], device: torch.device) -> Tensor | None:
+    """[N, K] of samples that all have kept sets, else None."""
+    found = [sample.kept for sample in samples if sample.kept is not None]
+    if len(found) < len(samples):
+        return None
+    counts_N = np.concatenate([_sampled(sample, kept.counts) for sample, kept in zip(samples, found, strict=True)])
+    real_NK = np.arange(counts_N.max()) < counts_N[:, None]
+    kept_NK = np.full(real_NK.shape, -1, dtype=np.int64)
+    kept_NK[real_NK] = np.concatenate([kept.token_ids for kept in found])
+    return torch.from_numpy(kept_NK).to(device)
 
 
 def _sampled(sample: Sample, values: Any) -> Any:
@@ -114,7 +129,8 @@ def _sampled(sample: Sample, values: Any) -> Any:
 
 def packed_logprobs(scorer: TokenScorer, rows: PackedRows, *, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropy (no gradient) of the sampled tokens, float32, [B, T]; 0 in padding."""
-    logprobs_N, entropy_N = scorer(rows.inputs, (rows.row_N, rows.column_N), rows.tokens_N, temperature)
+    at = (rows.row_N, rows.column_N)
+    logprobs_N, entropy_N = scorer(rows.inputs, at, rows.tokens_N, temperature, rows.kept_NK)
     return rows.spread(logprobs_N), rows.spread(entropy_N)
 
 

@@ -60,6 +60,9 @@ class Rollouts:
         sampling = {
             "n": settings.group_size,
             "temperature": settings.temperature,
+            "top_k": settings.top_k,
+            "top_p": settings.top_p,
+            "min_p": settings.min_p,
             "max_tokens": settings.max_completion_length,
             "stop": list(settings.stop),
             "stop_token_ids": self._end_ids,

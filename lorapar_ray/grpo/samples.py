@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from lorapar_ray.engines.record import KeptSets
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -22,6 +24,8 @@ class Sample:
     version: int
     sampled: NDArray[Any] | None = None
     """Which tokens the policy sampled, [tokens]; None: all. The others are read, and neither predicted nor trained."""
+    kept: KeptSets | None = None
+    """What they were sampled from; None: the whole vocabulary."""
 
     @property
     def count(self) -> int:

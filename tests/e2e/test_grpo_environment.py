@@ -20,6 +20,8 @@ def test_episodes_of_several_turns_are_trained_on_as_the_engine_sampled_them(
         "environment": "tests.e2e.environments:three_turns",
         "rewards": "[{name: environment}]",
         "max_completion_length": "96",
+        "top_k": "20",
+        "top_p": "0.9",
         "steps": "2",
     }
     settings = [part for name, value in changed.items() for part in ("--set", f"grpo.{name}={value}")]
@@ -30,6 +32,6 @@ def test_episodes_of_several_turns_are_trained_on_as_the_engine_sampled_them(
     for line in (first, second):
         assert line["turns"] == TURNS and line["completion_length"] <= 4 * TURNS < line["trajectory_length"]
         assert line["reward"] == line["reward/environment"] > 0
-        assert line["logprob_gap"] <= 1e-3  # of every turn, behind the environment's tokens too
+        assert line["logprob_gap"] <= 1e-3  # of every turn, behind the environment's tokens, over what top-p kept
         assert 0.99 <= line["ratio_min"] <= line["ratio_max"] <= 1.01
     assert (run / "grpo" / "adapter" / "adapter_model.safetensors").is_file()

@@ -18,6 +18,9 @@ from lorapar_ray.engines.actor import start_engine
 from lorapar_ray.engines.policy import PolicySender, note_of
 from lorapar_ray.grpo.canaries import Canary
 from lorapar_ray.grpo.engine_pool import EnginePool, PolicyMismatch
+from lorapar_ray.grpo.head import TokenScorer
+from lorapar_ray.grpo.packing import packed_logprobs, pad
+from lorapar_ray.grpo.samples import Sample
 from lorapar_ray.logprobs import token_logprobs
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.faulty_engine import FAULT, FaultyEngine
@@ -79,6 +82,7 @@ def test_a_policy_that_is_not_the_learners_is_caught_and_a_hanging_engine_replac
         [told] = await pool.start()
         assert await pool.publish(*source.next("q_proj", "v_proj")) < TOLERANCE  # vLLM keeps q, k and v in one tensor
         assert await pool.publish(*source.next()) < TOLERANCE
+        await ratios_of_a_cut_distribution(pool, source)
         for kind in ("stale", "half", "wrong", "scale", "digest", "cache"):
             fault.write_text(kind)
             if kind == "cache":  # the entries that will be stale are made under the fault
@@ -137,6 +141,26 @@ def test_a_policy_that_cannot_be_proved_stops_the_run(cluster: None, finished: F
     (line,) = [line for line in stopped.stderr.splitlines() if line.startswith("lorapar:")]
     assert "does not serve policy 0" in line and "canary" in line
     assert metrics(run, "grpo") == []
+
+
+async def ratios_of_a_cut_distribution(pool: EnginePool, source: Source) -> None:
+    """With top-k and top-p the learner's ratios at the same policy are 1; over the whole vocabulary they are not."""
+    sampling = {**SAMPLING, "n": 4, "max_tokens": 16, "ignore_eos": True, "top_k": 20, "top_p": 0.9}
+    reference, _ = await pool.rollout("cut", TOKENS, sampling)
+    record = await reference
+    assert record.kept is not None and 1 <= record.kept.counts.min() <= record.kept.counts.max() <= 20
+    gaps = []
+    for cut in (True, False):
+        samples = [
+            Sample(record.prompt_ids, *completion, 1.0, True, 0, kept=kept if cut else None)
+            for completion, kept in zip(record.completions(), record.kept_sets(), strict=True)
+        ]
+        rows = pad(samples, 0, torch.device("cpu"))
+        with torch.no_grad():
+            logprobs_BT, _ = packed_logprobs(TokenScorer(source.model), rows, temperature=1.0)
+        gaps.append((logprobs_BT - rows.sampling_logprobs_BT).exp())
+    assert gaps[0].min() > 1 - 1e-3 and gaps[0].max() < 1 + 1e-3
+    assert gaps[1].max() < 0.95
 
 
 async def many_seeded_prompts(pool: EnginePool) -> None:

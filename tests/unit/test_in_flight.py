@@ -1,5 +1,6 @@
 """A group that is taken up by another engine: what was sampled stays, the rest is asked for, nothing is drawn twice."""
 
+import math
 from types import SimpleNamespace
 
 from lorapar_ray.engines.in_flight import Growing, as_record, growing, request_of
@@ -9,7 +10,13 @@ SAMPLING = {"n": 2, "temperature": 0.7, "max_tokens": 8, "stop": [], "stop_token
 
 def handed(ids: list[int], reason: str | None) -> SimpleNamespace:
     """What vLLM hands over."""
-    flat = SimpleNamespace(logprobs=[-float(each) for each in ids], start_indices=list(range(len(ids))))
+    places = list(range(len(ids)))
+    flat = SimpleNamespace(
+        token_ids=ids,
+        logprobs=[-float(each) for each in ids],
+        start_indices=places,
+        end_indices=[place + 1 for place in places],
+    )
     return SimpleNamespace(token_ids=ids, logprobs=flat, finish_reason=reason)
 
 
@@ -35,6 +42,30 @@ def test_a_group_that_is_given_back_goes_on_where_it_was() -> None:
     assert whole.head.open == () and whole.head.finished == (True, False) and whole.head.lengths == (3, 8)
     assert [ids.tolist() for ids, _ in whole.completions()] == [[5, 6, 2], [7, 8, 9, 4, 3, 3, 3, 3]]
     assert whole.logprobs.tolist() == [-5.0, -6.0, -2.0, -7.0, -8.0, -9.0, -4.0, -3.0, -3.0, -3.0, -3.0]
+
+
+def test_what_was_sampled_from_a_part_of_the_vocabulary_takes_that_part_along() -> None:
+    def cut(token: int, *others: tuple[int, float]) -> SimpleNamespace:
+        """vLLM's: the sampled token first, then the likeliest ones, it among them or not."""
+        ids, values = [token, *(each for each, _ in others)], [-0.5, *(value for _, value in others)]
+        flat = SimpleNamespace(token_ids=ids, logprobs=values, start_indices=[0], end_indices=[len(ids)])
+        return SimpleNamespace(token_ids=[token], logprobs=flat, finish_reason=None)
+
+    first, second = growing(2, version=0, begun=None)
+    first.take(cut(7, (9, -0.4), (7, -0.5), (3, -math.inf)))
+    first.take(cut(4, (4, 0.0), (8, -math.inf), (3, -math.inf)))
+    second.take(cut(5, (6, -0.1)))
+    record = as_record([1], [first, second])
+    kept, other = record.kept_sets()
+    assert kept is not None and other is not None
+    assert (kept.token_ids.tolist(), kept.counts.tolist()) == ([7, 9, 4], [2, 1])
+    assert (other.token_ids.tolist(), other.counts.tolist()) == ([5, 6], [2])
+    again = growing(2, version=1, begun=record)
+    assert again == [first, second]
+    again[1].take(cut(6, (6, 0.0)))
+    assert as_record([1], again).kept_sets()[1].counts.tolist() == [2, 1]  # type: ignore[union-attr]
+    assert as_record([1], growing(1, 0, None)).kept is None
+    assert request_of(first, {**SAMPLING, "top_k": 20}, 0)["logprobs"] == 20
 
 
 def test_a_completion_without_a_token_begins_under_the_policy_of_whoever_takes_it_up() -> None:

@@ -1,12 +1,15 @@
 """The learner's layout and head: what the plain model gives for each sample alone, in values and in gradients."""
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Cohere2Config, Gemma2Config, MistralConfig, MistralForCausalLM
 from transformers.models.mamba import MambaConfig
 
+from lorapar_ray.engines.record import KeptSets
 from lorapar_ray.grpo import head
 from lorapar_ray.grpo.head import TokenScorer, head_logprobs
 from lorapar_ray.grpo.packing import PackedRows, group_by_prompt, pack, packed_logprobs, pad
@@ -77,6 +80,47 @@ def test_packed_samples_have_the_plain_models_logprobs_and_gradients(
             expected = torch.nn.utils.rnn.pad_sequence([each[index] for each in found], batch_first=True)
             torch.testing.assert_close(values, expected, atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(ours[2], gradient, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("way", ["head", "capped logits"])
+def test_what_was_sampled_from_a_part_of_the_vocabulary_is_normalised_over_that_part(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients are those of torch's softmax over logits of which the rest is −∞; some sets are smaller."""
+    monkeypatch.setitem(head.SLICE, "cpu", 5 * 4 * 64)  # several slices
+    capped = {**SHAPE, "num_key_value_heads": 1}
+    config = Gemma2Config(**capped, head_dim=32, final_logit_softcapping=20.0)
+    torch.manual_seed(0)
+    model = frozen_head(tiny() if way == "head" else AutoModelForCausalLM.from_config(config).eval())
+    draw = torch.Generator().manual_seed(1)
+    cut = []
+    for sample in samples():
+        others = [torch.randperm(96, generator=draw)[: 1 + at % 4].tolist() for at in range(len(sample.token_ids))]
+        sets = [sorted({token, *other}) for token, other in zip(sample.token_ids, others, strict=True)]
+        flat, counts = np.concatenate(sets).astype(np.int32), np.array([len(each) for each in sets], np.int32)
+        cut.append((replace(sample, kept=KeptSets(flat, counts)), sets))
+    found, entropies = [], []
+    for sample, sets in cut:
+        logits = model(torch.tensor([[*sample.prompt_ids, *sample.token_ids]])).logits[
+            0, len(sample.prompt_ids) - 1 : -1
+        ]
+        mask = torch.full_like(logits, -torch.inf)
+        for row, kept in enumerate(sets):
+            mask[row, kept] = 0.0
+        among = torch.distributions.Categorical(logits=logits / 0.9 + mask)
+        found.append(among.log_prob(torch.tensor(sample.token_ids)))
+        entropies.append(among.entropy().detach())
+    whole = torch.cat(found)
+    (whole * torch.linspace(0.5, 2.0, len(whole))).sum().backward()
+    gradient = first_layer_gradient(model)
+    for packed in (False, True) if way == "head" else (False,):
+        assert not packed or use_packed_attention(model)
+        own = [sample for sample, _ in cut]
+        rows = pack(group_by_prompt(own), CPU) if packed else pad(own, 0, CPU)
+        logprobs_BT, entropy_BT, ours = result(model, rows, 0.9)
+        torch.testing.assert_close(logprobs_BT[rows.mask_BT.bool()], whole, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(entropy_BT[rows.mask_BT.bool()], torch.cat(entropies), atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(ours, gradient, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("lengths", [(1, 1), (3, 1, 2), (40, 2), (90, 90)])

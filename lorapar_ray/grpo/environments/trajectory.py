@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorapar_ray.engines.record import GroupHead, GroupRecord
+from lorapar_ray.engines.completion import Kept
+from lorapar_ray.engines.record import GroupHead, GroupRecord, KeptSets, kept_sets
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -60,6 +61,7 @@ class Trajectory:
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
         self._sampled: list[bool] = []
+        self._kept = Kept([], [])
         if not 0 < len(self._prompt) <= limits.prompt:
             raise ValueError(
                 f"a prompt of {len(self._prompt)} tokens; 1 to {limits.prompt} are possible (grpo.max_prompt_length)"
@@ -90,9 +92,20 @@ class Trajectory:
         self._token_ids += found
         self._logprobs += [0.0] * len(found)
         self._sampled += [False] * len(found)
+        self._kept.counts += [0] * len(found)
 
-    def take(self, token_ids: Sequence[int], logprobs: Sequence[float], turn: Turn) -> None:
-        """Append what an engine sampled behind `ids`; for `TurnEngine`."""
+    def take(
+        self, token_ids: Sequence[int], logprobs: Sequence[float], turn: Turn, kept: KeptSets | None = None
+    ) -> None:
+        """Append what an engine sampled behind `ids`; for `TurnEngine`.
+
+        Args:
+            kept: what it was sampled from; None: the whole vocabulary.
+        """
+        if kept is None:
+            self._kept.counts += [0] * len(token_ids)
+        else:
+            self._kept.extend(Kept(kept.token_ids.tolist(), kept.counts.tolist()))
         self._token_ids += [int(each) for each in token_ids]
         self._logprobs += [float(each) for each in logprobs]
         self._sampled += [True] * len(token_ids)
@@ -110,11 +123,21 @@ class Trajectory:
         if reward is not None and not (np.ndim(reward) == 0 and isfinite(float(reward))):
             raise ValueError(f"its reward is {str(reward)[:60]}; give one finite number, or None")
 
+    def kept(self, prompt: int) -> Kept:
+        """What the tokens of `arrays` were sampled from."""
+        counts = [*([0] * (len(self._prompt) - prompt)), *self._kept.counts[: self._end]]
+        return Kept(self._kept.token_ids, counts)
+
+    @property
+    def _end(self) -> int:
+        """Behind the last sampled token."""
+        return len(self._sampled) - len(list(takewhile(lambda sampled: not sampled, reversed(self._sampled))))
+
     def arrays(self, prompt: int) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.bool_]]:
         """Tokens behind the first `prompt` of its prompt up to the last sampled one, log-probabilities, and which were
         sampled."""
         more = self._prompt[prompt:]
-        end = len(self._sampled) - len(list(takewhile(lambda sampled: not sampled, reversed(self._sampled))))
+        end = self._end
         return (
             np.array([*more, *self._token_ids[:end]], np.int32),
             np.array([*([0.0] * len(more)), *self._logprobs[:end]], np.float32),
@@ -135,6 +158,7 @@ def as_record(trajectories: Sequence[Trajectory], lost: Sequence[str]) -> GroupR
     same = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
     prompt = [column[0] for column in same]
     parts = [each.arrays(len(prompt)) for each in trajectories]
+    kept = [each.kept(len(prompt)) for each in trajectories]
     ids, logprobs, sampled = zip(*parts, strict=True) if parts else ((), (), ())
     head = GroupHead(
         prompt_tokens=len(prompt),
@@ -152,6 +176,7 @@ def as_record(trajectories: Sequence[Trajectory], lost: Sequence[str]) -> GroupR
         np.concatenate([np.zeros(0, np.float32), *logprobs]),
         head,
         np.concatenate([np.zeros(0, np.bool_), *sampled]),
+        kept_sets(kept) if any(each.token_ids for each in kept) else None,
     )
 
 

@@ -55,7 +55,7 @@ class TurnEngine:
         record = await self._sample(trajectory.ids, {"max_tokens": room, "stop": list(stop)})
         [(token_ids, logprobs)] = record.completions()
         turn = Turn(token_ids.tolist(), record.head.finished[0], record.head.versions[0])
-        trajectory.take(token_ids.tolist(), logprobs.tolist(), turn)
+        trajectory.take(token_ids.tolist(), logprobs.tolist(), turn, record.kept_sets()[0])
         return turn
 
     def encode(self, text: str) -> list[int]:
