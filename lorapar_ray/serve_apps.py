@@ -58,10 +58,24 @@ def end(apps: Iterable[str]) -> None:
     from ray import serve
 
     own = set(apps)
-    if not is_own_ray() and set(serve.status().applications) <= own:
-        serve.shutdown()
-        return
+    alone = not is_own_ray() and set(serve.status().applications) <= own
+    if alone:
+        _retry_no_last_calls()
     for app in own:
         serve.delete(app, _blocking=False)
     while own & set(serve.status().applications):
         time.sleep(POLL_S)
+    if alone:
+        serve.shutdown()
+
+
+def _retry_no_last_calls() -> None:
+    """Serve's controller ends by killing itself while it is called: by who waits for its end, and by who listens for
+    changes. Its handle retries calls without end, and of each Ray prints a line that looks like a failure. Here both
+    are called without retries from now on; the listening call under way returns when an application is deleted."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is not None:
+        for name in ("listen_for_change", "graceful_shutdown"):
+            setattr(client._controller, name, getattr(client._controller, name).options(max_task_retries=0))

@@ -131,6 +131,7 @@ def test_a_submitted_job_finishes_the_pipeline(finished: FinishedRun, tmp_path: 
     shown = {f"lorapar_grpo {figure}" for figure in figures("grpo")}
     assert shown | {"lorapar_done grpo", "lorapar_total evaluate"} <= seen, sorted(seen)
     assert token not in first.stdout + done.stdout + done.stderr
+    assert "(raylet)" not in done.stdout, "Ray has no line in a good job's output"
     lines = metrics(run, "grpo")
     assert len(lines) == 2 and all(0 < line["reward/judge"] < 1 and line["reward_failures"] == 0 for line in lines)
     stages = json.loads((run / "manifest.json").read_text())["stages"]
