@@ -23,7 +23,7 @@ def job(command: str) -> None:
         sys.exit("lorapar: --run-dir: give a directory that every node can reach; the job's own goes when it ends")
     if place is not None:
         try:
-            require_whole_path(Path(place))
+            require_whole_path(place)
         except UserError as error:
             sys.exit(f"lorapar: {error}")
     sys.argv = [sys.argv[0], command, *given]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -19,9 +19,10 @@ from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import expanded
 from lorapar_ray.pipeline import ORDER, PIPELINE, stages_of
-from lorapar_ray.run_lock import WAIT, run_lock
-from lorapar_ray.runs import RunDirectory
+from lorapar_ray.run_lock import WAIT
+from lorapar_ray.runs import RunDirectory, looked_at
 from lorapar_ray.stages import Stage
+from lorapar_ray.storage.uris import Uri, place_of
 
 OF_THE_PLACE = (
     errno.ENOSPC,
@@ -54,7 +55,8 @@ app = typer.Typer(
 
 ConfigPath = Annotated[list[Path], typer.Option("--config", "-c", help="YAML config of the run.")]
 RunDir = Annotated[
-    list[Path] | None, typer.Option("--run-dir", "-d", help="Where the run lives [default: runs/<name>].")
+    list[str] | None,
+    typer.Option("--run-dir", "-d", help="Where the run lives: a path, s3:// or gs:// [default: runs/<name>]."),
 ]
 Overrides = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Override.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the workers' own output.")]
@@ -72,10 +74,23 @@ def _one(option: str, values: Sequence[Value]) -> Value:
 
 
 def _open(
-    config_path: Sequence[Path], run_dir: Sequence[Path] | None, overrides: list[str] | None
+    config_path: Sequence[Path], run_dir: Sequence[str] | None, overrides: list[str] | None
 ) -> tuple[Config, RunDirectory]:
     config = load_config(_one("--config", config_path), overrides or [])
-    return config, RunDirectory(_one("--run-dir", run_dir) if run_dir else Path("runs") / config.name)
+    return config, RunDirectory(_place(config, run_dir))
+
+
+def _place(config: Config, run_dir: Sequence[str] | None) -> str:
+    return _one("--run-dir", run_dir) if run_dir else f"runs/{config.name}"
+
+
+@contextmanager
+def _finished(run_dir: Sequence[str], overrides: list[str]) -> Iterator[tuple[Config, RunDirectory]]:
+    """A run to take something from, with its own config."""
+    with looked_at(_one("--run-dir", run_dir)) as run:
+        if not run.manifest():
+            raise UserError(f"run directory '{run.place}' holds no run (no manifest.json)")
+        yield load_config(run.root / "config.yaml", overrides), run
 
 
 def _execute(
@@ -86,8 +101,7 @@ def _execute(
     from lorapar_ray.session import ray_session
 
     check(config, stages, redo)
-    run.open(config)
-    with run_lock(run.root, _seconds_to_wait()):
+    with run.at_work(config, _seconds_to_wait()):
         require_leave(config, run, stages, redo)
         due = [name for name in stages if name in redo or name in pending(config, run, stages)]
         replaced = dependents(config, redo)
@@ -101,7 +115,7 @@ def _execute(
             print(f"lorapar: interrupted; {again} continues where it stopped", file=sys.stderr)
             raise typer.Exit(130) from None
     if not due:
-        console.print(f"everything is done in '{run.root}'; nothing to do")
+        console.print(f"everything is done in '{run.place}'; nothing to do")
     if "report" in stages:
         console.print(f"report: {run.report / 'index.html'}")
 
@@ -150,8 +164,9 @@ def partition(
 
     *shown, kept = _one("--theta", theta).split(",") if theta else [None]
     for value in shown:
-        loaded, run = _open(config, run_dir, [*(set_ or []), f"partition.theta={value}"])
-        console.print(preview(loaded, run))
+        loaded = load_config(_one("--config", config), [*(set_ or []), f"partition.theta={value}"])
+        with looked_at(_place(loaded, run_dir)) as run:
+            console.print(preview(loaded, run))
     loaded, run = _open(config, run_dir, [*(set_ or []), *([] if kept is None else [f"partition.theta={kept}"])])
     _execute(loaded, run, ("partition",), verbose, redo or ())
     console.print(describe(loaded, run))
@@ -246,10 +261,12 @@ def run_all(
     given = [*(config or []), *(config_option or [])]
     if not given:
         raise UserError("run: no config given; write `lorapar run CONFIG.yaml`")
-    loaded, run = _open(given, run_dir, set_)
     if dry_run:
-        _show_plan(loaded, run, redo or ())
+        loaded = load_config(_one("--config", given), set_ or [])
+        with looked_at(_place(loaded, run_dir)) as run:
+            _show_plan(loaded, run, redo or ())
     else:
+        loaded, run = _open(given, run_dir, set_)
         _execute(loaded, run, stages_of(loaded), verbose, redo or ())
 
 
@@ -261,7 +278,7 @@ def _show_plan(config: Config, run: RunDirectory, redo: Sequence[str]) -> None:
 
     require_stages(config, stages_of(config), redo)
     print(shown(config.to_yaml(hide_secrets=True)))
-    console.print(f"run directory: {run.root}")
+    console.print(f"run directory: {run.place}")
     for line in plan(config, run, redo):
         console.print(f"  {line}")
     _show_memory(config)
@@ -294,7 +311,7 @@ def _show_memory(config: Config) -> None:
 @app.command("submit", help="Check a cluster and run a config on it as a Ray job; again, to follow the same job.")
 def submit(
     config: Annotated[list[Path], typer.Argument(help="YAML config of the run, inside the working directory.")],
-    run_dir: Annotated[list[Path], typer.Option("--run-dir", "-d", help="On storage that every node reaches.")],
+    run_dir: Annotated[list[str], typer.Option("--run-dir", "-d", help="On storage that every node reaches.")],
     address: Annotated[
         list[str] | None, typer.Option(help="URL of the cluster's dashboard [default: $RAY_API_SERVER_ADDRESS].")
     ] = None,
@@ -334,39 +351,36 @@ def submit(
 
 @app.command("status", help="How far a run is: live on a terminal, once elsewhere.")
 def status(
-    run_dir: Annotated[list[Path], typer.Option("--run-dir", "-d", help="Of the run.")],
+    run_dir: Annotated[list[str], typer.Option("--run-dir", "-d", help="Of the run.")],
     once: Annotated[bool, typer.Option("--once", help="Do not follow.")] = False,
 ) -> None:
     from lorapar_ray.status import follow, lines
 
-    run = RunDirectory(_one("--run-dir", run_dir))
-    if once or not sys.stdout.isatty():
-        print("\n".join(lines(run)))
-    else:
-        follow(run)
+    with looked_at(_one("--run-dir", run_dir)) as run:
+        if once or not sys.stdout.isatty():
+            print("\n".join(lines(run)))
+        else:
+            follow(run)
 
 
 @app.command("export", help="A finished adapter, or the merged model, with a card of its data, settings and results.")
 def export(
-    run_dir: Annotated[list[Path], typer.Option("--run-dir", "-d", help="Of the run.")],
+    run_dir: Annotated[list[str], typer.Option("--run-dir", "-d", help="Of the run.")],
     out: Annotated[list[Path], typer.Option("--out", "-o", help="A directory that is not there yet.")],
     stage: Annotated[list[str] | None, typer.Option(help="sft or grpo [default: the last of the run's order].")] = None,
     merged: Annotated[bool, typer.Option("--merged", help="The whole model instead of the adapter.")] = False,
 ) -> None:
     from lorapar_ray.exporting.job import export as write
 
-    run, target = RunDirectory(_one("--run-dir", run_dir)), expanded(_one("--out", out), "--out")
-    if not run.manifest():
-        raise UserError(f"run directory '{run.root}' holds no run (no manifest.json)")
-    config = load_config(run.root / "config.yaml", [])
-    chosen = _one("--stage", stage) if stage else None
-    done = write(config, run, target, chosen, merged=merged)
+    target, chosen = expanded(_one("--out", out), "--out"), _one("--stage", stage) if stage else None
+    with _finished(run_dir, []) as (config, run):
+        done = write(config, run, target, chosen, merged=merged)
     print(f"{'merged model' if merged else 'adapter'} of {done} in '{target}'")
 
 
 @app.command("serve", help="A finished run behind the OpenAI protocol: base, sft, grpo, and auto, which chooses.")
 def serve(
-    run_dir: Annotated[list[Path], typer.Option("--run-dir", "-d", help="Of the run.")],
+    run_dir: Annotated[list[str], typer.Option("--run-dir", "-d", help="Of the run.")],
     host: Annotated[str, typer.Option(help="Another one needs a key in LORAPAR_API_KEY.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     replicas: Annotated[int, typer.Option(min=1, help="Engines side by side.")] = 1,
@@ -379,12 +393,13 @@ def serve(
     from lorapar_ray.serving.job import Address, server_key, serving
     from lorapar_ray.session import ray_session
 
-    run, address = RunDirectory(_one("--run-dir", run_dir)), Address(host, port)
-    if not run.manifest():
-        raise UserError(f"run directory '{run.root}' holds no run (no manifest.json)")
-    config = load_config(run.root / "config.yaml", set_ or [])
+    address = Address(host, port)
     server_key(address)
-    with ray_session(verbose), serving(config, run, address, replicas) as told:
+    with (
+        _finished(run_dir, set_ or []) as (config, run),
+        ray_session(verbose),
+        serving(config, run, address, replicas) as told,
+    ):
         console.print(f"serving {', '.join(told['models'])} at {address.url}")
         if "agreement" in told:
             console.print(
@@ -408,6 +423,8 @@ def ablate(
 ) -> None:
     from lorapar_ray.ablations.job import described, make_plan, run_plan
 
+    if isinstance(place_of(out or "", "--out"), Uri):
+        raise UserError(f"--out {out}: a grid shares files between its runs, on a disk; give a path")
     folder = out or Path("runs") / f"{load_config(config, set_ or []).name}-{grid}"
     plan = make_plan(
         grid,
@@ -448,7 +465,7 @@ def doctor(
 
         loaded = load_config(_one("--config", config), set_ or []) if config else None
         with ray_session():
-            findings = examine_cluster(loaded, expanded(_one("--run-dir", run_dir), "--run-dir") if run_dir else None)
+            findings = examine_cluster(loaded, _one("--run-dir", run_dir) if run_dir else None)
     else:
         findings = examine()
     for finding in findings:

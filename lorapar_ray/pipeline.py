@@ -136,7 +136,7 @@ def _refusal(config: Config, run: RunDirectory, name: str, found: dict[str, Stan
     after = [each for each in dependents(config, [name]) if found[each].state != "new" and not PIPELINE[each].is_view]
     following = f" (and, if it comes out differently, those of {' and '.join(after)})" if after else ""
     if found[name].state == "damaged":
-        return f"{name}: its results in '{run.root}' are damaged ({some}); --redo {name} replaces them{following}"
+        return f"{name}: its results in '{run.place}' are damaged ({some}); --redo {name} replaces them{following}"
     return (
         f"{name}: has results of other inputs ({some}). --redo {name} replaces them{following}, and the old ones stay "
         "in trash/ until the new are finished; else restore the setting or choose another --run-dir"
@@ -246,7 +246,7 @@ def _require_needs(stage: Stage, config: Config, run: RunDirectory, found: dict[
             raise UserError(f"{stage.name} needs '{need}'. {_refusal(config, run, need, found)}")
         if found[need].state != "done":
             raise UserError(
-                f"{stage.name}: stage '{need}' has not finished in '{run.root}'; run `lorapar {need}` first"
+                f"{stage.name}: stage '{need}' has not finished in '{run.place}'; run `lorapar {need}` first"
             )
 
 

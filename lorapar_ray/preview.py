@@ -27,7 +27,7 @@ def preview(config: Config, run: RunDirectory) -> str:
         return NOTHING
     run.open(config)
     if standings(config, run)["score"].state != "done":
-        raise UserError(f"partition: stage 'score' has not finished in '{run.root}'; run `lorapar score` first")
+        raise UserError(f"partition: stage 'score' has not finished in '{run.place}'; run `lorapar score` first")
     with tempfile.TemporaryDirectory() as folder:
         aside = RunDirectory(run.root)
         aside.partition = Path(folder)

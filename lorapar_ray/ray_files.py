@@ -47,8 +47,8 @@ def local_files() -> Iterator[RayFiles]:
     with ExitStack() as stack:
         roomy = Path(tempfile.gettempdir())
         short = _short_root(roomy)
-        sockets = stack.enter_context(_private_directory(short))
-        spilled = sockets if short == roomy else stack.enter_context(_private_directory(roomy))
+        sockets = stack.enter_context(private_directory(short))
+        spilled = sockets if short == roomy else stack.enter_context(private_directory(roomy))
         yield RayFiles(sockets / INNER, spilled / "spilled")
 
 
@@ -82,7 +82,7 @@ def _writable(root: Path) -> bool:
 
 
 @contextmanager
-def _private_directory(root: Path) -> Iterator[Path]:
+def private_directory(root: Path) -> Iterator[Path]:
     """A new directory, mode 0700, locked as long as this process lives and uses it."""
     remove_abandoned(root)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))

@@ -82,8 +82,8 @@ def living_holder(root: Path) -> dict[str, Any] | None:
         text, age = (root / NAME).read_text(errors="replace"), time.time() - (root / NAME).stat().st_mtime
     except OSError:
         return None
-    holder = _parsed(text)
-    return holder if _lives(holder, age) else None
+    holder = parsed(text)
+    return holder if lives(holder, age) else None
 
 
 def require_held(root: Path) -> None:
@@ -121,7 +121,7 @@ def _take_within(file: Path, wait_s: float) -> str:
 
 def _take(file: Path) -> str:
     """Create the lock; returns what it says."""
-    mine = json.dumps(_identity() | {"token": uuid.uuid4().hex})
+    mine = json.dumps(identity() | {"token": uuid.uuid4().hex})
     try:
         while not _created(file, mine):
             _remove_if_stale(file)
@@ -151,8 +151,8 @@ def _remove_if_stale(file: Path) -> None:
         if file.is_symlink():
             raise UserError(f"'{file}' is a link that leads nowhere; delete it") from None
         return
-    holder = _parsed(text)
-    if _lives(holder, age):
+    holder = parsed(text)
+    if lives(holder, age):
         pid, host, command, since = (str(holder.get(key, "?"))[:80] for key in ("pid", "host", "command", "since"))
         raise InUse(
             f"run directory '{file.parent}' is in use by process {pid} on {host} ({command}, since {since}, last "
@@ -178,7 +178,8 @@ def _age(file: Path) -> float:
         now.unlink()
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def parsed(text: str) -> dict[str, Any]:
+    """What a lock says; empty if it is damaged."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -186,17 +187,23 @@ def _parsed(text: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _lives(holder: dict[str, Any], age: float) -> bool:
+def lives(holder: dict[str, Any], age: float) -> bool:
+    """Whether a lock's holder is still at work.
+
+    Args:
+        age: seconds since its last sign of life.
+    """
     if age < STALE_S and not holder:
         return True  # being written
-    mine = _identity()
+    mine = identity()
     if any(holder.get(key) != mine[key] for key in ("host", "boot", "namespace")):
         return age < STALE_S
     started = _started(holder.get("pid", -1))
     return started is not None and started == holder.get("started")
 
 
-def _identity() -> dict[str, Any]:
+def identity() -> dict[str, Any]:
+    """This process, as a lock names it."""
     return {
         "host": socket.gethostname(),
         "boot": _first_line("/proc/sys/kernel/random/boot_id"),

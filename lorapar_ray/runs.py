@@ -13,9 +13,11 @@ Every file appears by an atomic rename, so a reader sees all of it or none.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -26,23 +28,47 @@ from lorapar_ray.files import digest as digest
 from lorapar_ray.files import write_json as write_json
 from lorapar_ray.fingerprints import Fingerprints
 from lorapar_ray.run_lock import NAME as LOCK
-from lorapar_ray.run_lock import require_held, run_lock
+from lorapar_ray.run_lock import living_holder, require_held, run_lock
+from lorapar_ray.storage.uris import Uri, place_of
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from lorapar_ray.storage.session import RemoteRun
+    from lorapar_ray.storage.workspace import Handed
 
 PROGRESS = "progress.json"
 """In `work`: how far the stage at work is."""
+OF_A_MIRROR = (".mirror.json", ".session", ".complete")
+"""Files of this machine's copy of a run in an object store."""
 FORMAT = 2
 """Of the manifest; 1, without a number, recorded one digest of a stage's inputs (see `lorapar_ray.legacy`)."""
 
 
 class RunDirectory:
-    """Paths and manifest of one run."""
+    """Paths and manifest of one run.
 
-    def __init__(self, root: Path) -> None:
-        """`root` may hold `~`, `..` and links; it is followed to where it leads.
+    In an object store the paths are of a folder on this machine, which is filled by `at_work` and `looked_at`.
+    """
+
+    def __init__(self, place: Path | str, remote: RemoteRun | None = None) -> None:
+        """A path may hold `~`, `..` and links; it is followed to where it leads.
+
+        Args:
+            place: a path, or the URI of a folder in an object store.
+            remote: the latter's session; None: a new one.
 
         Raises:
-            UserError: it leads nowhere: no such user, or links in a circle; or its name is not UTF-8.
+            UserError: it leads nowhere: no such user, or links in a circle; its name is not UTF-8; or it is no URI of
+                a store that is known.
         """
+        root = place_of(place)
+        self.remote: RemoteRun | None = remote
+        if isinstance(root, Uri):
+            from lorapar_ray.storage.session import RemoteRun
+
+            self.remote = remote or RemoteRun(root)
+            root = self.remote.root
         try:
             self.root = root = root.expanduser().resolve()
             str(root).encode()  # as Arrow and safetensors name files
@@ -68,6 +94,46 @@ class RunDirectory:
     def manifest_path(self) -> Path:
         return self.root / "manifest.json"
 
+    @property
+    def place(self) -> str:
+        """Where the run lives, for messages."""
+        return str(self.root if self.remote is None else self.remote.uri)
+
+    def address(self, path: Path) -> str:
+        """How other machines call a path of the run."""
+        if self.remote is None:
+            return str(path.resolve())
+        return str(self.remote.uri / str(path.relative_to(self.root)))
+
+    @contextmanager
+    def at_work(self, config: Config, wait_s: float = 0.0) -> Iterator[None]:
+        """Open the run for `config` and have it for this process alone while the block runs.
+
+        Args:
+            wait_s: for another command to leave it.
+
+        Raises:
+            UserError: see `open`; or another command is at work, or an object store does not answer.
+        """
+        with nullcontext() if self.remote is None else self.remote.at_work(wait_s):
+            self.open(config)
+            with run_lock(self.root, wait_s):
+                yield
+
+    def shared(self, *writes: Path) -> AbstractContextManager[Handed | None]:
+        """Let workers anywhere read the run, and write to some of its places, while the block runs.
+
+        Yields:
+            what `storage.workspace.workspace` needs on their side; None where all see one disk.
+        """
+        if self.remote is None:
+            return nullcontext()
+        return self.remote.shared([str(path.relative_to(self.root)) for path in writes])
+
+    def holder(self) -> dict[str, Any] | None:
+        """Who is at work: pid, host, command, since; None if nobody is."""
+        return living_holder(self.root) if self.remote is None else self.remote.holder()
+
     def open(self, config: Config) -> None:
         """Create the directory for `config`, or check that it already belongs to it.
 
@@ -84,7 +150,7 @@ class RunDirectory:
         try:
             foreign = self.root.is_dir() and any(not _of_opening(each) for each in self.root.iterdir())
             if foreign and not self.manifest():  # else another command was faster
-                raise UserError(f"run directory '{self.root}' is not empty and holds no manifest.json; choose another")
+                raise UserError(f"run directory '{self.place}' is not empty and holds no manifest.json; choose another")
             self.root.mkdir(parents=True, exist_ok=True)
             with run_lock(self.root):
                 if self.manifest():  # another command was faster
@@ -92,6 +158,8 @@ class RunDirectory:
                     return
                 write_json(self.manifest_path, {"format": FORMAT, "identity": _identity(config), "stages": {}})
                 self.keep_config(config)
+            if self.remote is not None:
+                self.remote.publish()
         except OSError as error:
             raise UserError(f"run directory '{self.root}' cannot be created: {error.strerror}") from error
 
@@ -99,7 +167,7 @@ class RunDirectory:
         for key, value in _identity(config).items():
             if known.get(key) != value and not (key == "data" and _same_data(known.get(key), config.data)):
                 raise UserError(
-                    f"run directory '{self.root}' belongs to another config (its {key} differs); "
+                    f"run directory '{self.place}' belongs to another config (its {key} differs); "
                     "choose another --run-dir or restore that setting"
                 )
 
@@ -155,6 +223,8 @@ class RunDirectory:
         if entry:
             manifest["stages"][stage] = entry
         write_json(self.manifest_path, manifest)
+        if self.remote is not None:
+            self.remote.publish()
 
     @cached_property
     def fingerprints(self) -> Fingerprints:
@@ -180,8 +250,25 @@ def is_entry(entry: Any, version: int = FORMAT) -> bool:
 
 
 def _of_opening(path: Path) -> bool:
-    """Whether a file is what a command leaves behind that is killed while it opens a run directory."""
-    return path.name == LOCK or path.name.startswith((f".{LOCK}.", ".manifest.json.", ".config.yaml."))
+    """Whether a file is what a command leaves behind that is killed while it opens a run directory, or of a mirror."""
+    return path.name in (LOCK, *OF_A_MIRROR) or path.name.startswith((f".{LOCK}.", ".manifest.json.", ".config.yaml."))
+
+
+@contextmanager
+def looked_at(place: Path | str) -> Iterator[RunDirectory]:
+    """A run to read, whoever is at work on it: one in an object store as it stands now, for as long as the block runs.
+
+    Raises:
+        UserError: as `RunDirectory`, or an object store does not answer.
+    """
+    where = place_of(place)
+    if not isinstance(where, Uri):
+        yield RunDirectory(where)
+        return
+    from lorapar_ray.storage.session import looked_at as remote_looked_at
+
+    with remote_looked_at(where) as remote:
+        yield RunDirectory(str(where), remote)
 
 
 def _identity(config: Config) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from lorapar_ray.boundary import read_object
 from lorapar_ray.errors import UserError
 from lorapar_ray.pipeline import STAGES
 from lorapar_ray.progress import console, minutes
-from lorapar_ray.run_lock import living_holder
 from lorapar_ray.runs import PROGRESS, RunDirectory
 from lorapar_ray.text import one_line
 
@@ -27,10 +26,10 @@ def lines(run: RunDirectory) -> Iterator[str]:
     """
     manifest = run.manifest()
     if not manifest:
-        raise UserError(f"run directory '{run.root}' holds no run (no manifest.json)")
-    holder = living_holder(run.root)
+        raise UserError(f"run directory '{run.place}' holds no run (no manifest.json)")
+    holder = run.holder()
     name = one_line(manifest["identity"].get("name", "?"))
-    yield f"{name} · {run.root} · {_at_work(holder)}"
+    yield f"{name} · {run.place} · {_at_work(holder)}"
     entries = manifest["stages"]
     for stage in STAGES:
         entry = entries.get(stage, {})
@@ -72,8 +71,10 @@ def follow(run: RunDirectory) -> None:
 
     with Live(Text("\n".join(lines(run))), console=console, auto_refresh=False) as live:
         try:
-            while living_holder(run.root) is not None:
+            while run.holder() is not None:
                 time.sleep(REFRESH_S)
+                if run.remote is not None:
+                    run.remote.look()
                 live.update(Text("\n".join(lines(run))), refresh=True)
         except KeyboardInterrupt:
             pass

@@ -21,7 +21,7 @@ def base_reference(model: ModelConfig, run: RunDirectory) -> str:
     It is a hub name, a package or a directory, which `load_base` and `load_tokenizer` resolve on their machine.
     """
     residual = run.adapter / "base"
-    return str(residual.resolve()) if residual.is_dir() else model_reference(model.path)
+    return run.address(residual) if residual.is_dir() else model_reference(model.path)
 
 
 def load_base(model: ModelConfig, path: str, on: Any = None) -> Any:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from lorapar_ray.errors import UserError
 from lorapar_ray.redact import redact
 from lorapar_ray.run_lock import JOB_WAIT_S, WAIT
+from lorapar_ray.storage.uris import place_of
 from lorapar_ray.text import one_line
 from lorapar_ray.threads import in_a_thread
 
@@ -236,13 +237,14 @@ def in_working_dir(config: Path, given: Path | None) -> tuple[Path, Path]:
         ) from None
 
 
-def require_whole_path(run_dir: Path) -> None:
+def require_whole_path(run_dir: str) -> None:
     """A job begins in a copy of the working directory that each of its machines has for itself.
 
     Raises:
-        UserError: the run directory would lie in the copy of one machine.
+        UserError: the run directory would lie in the copy of one machine, or in no store that is known.
     """
-    if not run_dir.is_absolute():
+    place = place_of(run_dir)
+    if isinstance(place, Path) and not place.is_absolute():
         raise UserError(
             f"--run-dir '{run_dir}': give its whole path, on storage that every node reaches; a job's own directory "
             "goes when the job ends"

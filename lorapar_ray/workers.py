@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.capacity import require
 from lorapar_ray.config import Resources
@@ -15,7 +16,11 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.files import write_json
 from lorapar_ray.heavy_imports import without_collecting
 from lorapar_ray.redact import redact
+from lorapar_ray.storage.workspace import Handed, workspace
 from lorapar_ray.threads import in_a_thread
+
+if TYPE_CHECKING:
+    from lorapar_ray.runs import RunDirectory
 
 RESTARTS = 2
 """How often a worker group is restarted after losing a worker before the stage gives up (it can still be resumed)."""
@@ -28,28 +33,47 @@ def run_workers(
     name: str,
     workers: int,
     resources: Resources,
-    storage: Path,
+    run: RunDirectory,
+    writes: Sequence[Path],
 ) -> None:
     """Run `function(argument)` on every worker of a Ray Train group and wait.
 
     Args:
         function: importable by name on the workers.
         argument: JSON-like; the same on every worker.
-        storage: directory every node can write to, for Ray Train's own bookkeeping.
+        run: paths of it in `argument` are right on every worker, wherever the run lives.
+        writes: files and folders of the run that the function writes.
 
     Raises:
         UserError: as the worker raised it, or the cluster cannot hold the group.
     """
+    require(name, {"workers": (workers, resources)})
+    refusal = run.work / f"refused-{name}-{os.getpid()}.json"
+    refusal.unlink(missing_ok=True)
+    try:
+        # On the main thread Ray Train would take over Ctrl-C and end the process with a status of its own. Here Ctrl-C
+        # is the usual KeyboardInterrupt; the group ends with the Ray session.
+        with run.shared(*writes, refusal) as handed:
+            task = {"function": function, "argument": argument, "refusal": refusal, "run": handed}
+            trainer = _group(task, name=name, workers=workers, resources=resources, run=run)
+            in_a_thread(trainer.fit, name="ray-train")
+    finally:
+        if refusal.is_file():
+            said = json.loads(refusal.read_text())
+            refusal.unlink()
+            raise UserError(said)
+
+
+def _group(task: dict[str, Any], *, name: str, workers: int, resources: Resources, run: RunDirectory) -> Any:
+    """The workers of a task; Ray Train keeps its own books beside the run's files."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
     from lorapar_ray.train_group import TrainGroup
 
-    require(name, {"workers": (workers, resources)})
-    refusal = storage.resolve() / f"{name}-{os.getpid()}-refused.json"
-    refusal.unlink(missing_ok=True)
-    trainer = TrainGroup(
+    remote = run.remote
+    return TrainGroup(
         _work,
-        train_loop_config={"function": function, "argument": argument, "refusal": refusal},
+        train_loop_config=task,
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=resources.gpu_count > 0,
@@ -58,42 +82,45 @@ def run_workers(
         ),
         run_config=RunConfig(
             name=f"{name}-{os.getpid()}",
-            storage_path=str(storage.resolve()),
+            storage_path=str(run.work / "ray") if remote is None else (remote.uri / "work/ray").path,
+            storage_filesystem=None if remote is None else remote.objects.file_system,
             failure_config=FailureConfig(max_failures=RESTARTS),
             worker_runtime_env={"env_vars": worker_environment(resources)},
         ),
     )
-    try:
-        # On the main thread Ray Train would take over Ctrl-C and end the process with a status of its own. Here Ctrl-C
-        # is the usual KeyboardInterrupt; the group ends with the Ray session.
-        in_a_thread(trainer.fit, name="ray-train")
-    finally:
-        if refusal.is_file():
-            raise UserError(json.loads(refusal.read_text()))
 
 
 def _work(task: dict[str, Any]) -> None:
     """Run the function on a worker; what a user has to fix is written down, since a restart would only repeat it."""
-    refusal: Path = task["refusal"]
-    if refusal.is_file():
-        return
-    with without_collecting():
-        import_module("peft")  # torch and transformers with it: what each of these functions begins with
-    try:
-        task["function"](task["argument"])
-    except UserError as error:
-        write_json(
-            refusal, redact(str(getattr(error, "cause", error)))
-        )  # one that came from an actor carries its traceback
-        raise
+    with workspace(task["run"]) as rebased:
+        refusal: Path = rebased(task["refusal"])
+        if refusal.is_file():
+            return
+        with without_collecting():
+            import_module("peft")  # torch and transformers with it: what each of these functions begins with
+        try:
+            task["function"](rebased(task["argument"]))
+        except UserError as error:
+            write_json(
+                refusal, redact(str(getattr(error, "cause", error)))
+            )  # one that came from an actor carries its traceback
+            raise
 
 
-def on_a_worker(function: Callable[..., Any], *arguments: Any, resources: Resources | None = None) -> Any:
+def on_a_worker(
+    function: Callable[..., Any],
+    *arguments: Any,
+    resources: Resources | None = None,
+    run: RunDirectory | None = None,
+    writes: Sequence[Path] = (),
+) -> Any:
     """Run `function(*arguments)` as a Ray task and wait for what it returns.
 
     Args:
         function: importable by name on the workers.
         resources: None: no core of its own, and no GPU.
+        run: paths of it in the arguments are right where the task runs; None: there are none.
+        writes: files and folders of the run that the function writes.
 
     Raises:
         UserError: as the task raised it.
@@ -102,16 +129,18 @@ def on_a_worker(function: Callable[..., Any], *arguments: Any, resources: Resour
 
     asked = Resources(cpus=0) if resources is None else resources
     task = ray.remote(_told).options(**ray_options(asked), runtime_env={"env_vars": worker_environment(asked)})
-    result, problem = ray.get(task.remote(function, arguments))
+    with nullcontext() if run is None else run.shared(*writes) as handed:
+        result, problem = ray.get(task.remote(function, arguments, handed))
     if problem is not None:
         raise UserError(problem)
     return result
 
 
-def _told(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, str | None]:
+def _told(function: Callable[..., Any], arguments: tuple[Any, ...], handed: Handed | None) -> tuple[Any, str | None]:
     """(result, None), or (None, message of a user's error): as an error it would carry the worker's traceback."""
     try:
-        return function(*arguments), None
+        with workspace(handed) as rebased:
+            return function(*rebased(arguments)), None
     except UserError as error:
         return None, str(error)
 

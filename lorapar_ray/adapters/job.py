@@ -35,9 +35,11 @@ def make_adapter(config: Config, run: RunDirectory, target: Path) -> None:
             config.model.model_dump(mode="json"),
             adapter,
             base_reference(config.model, run),
-            str(target.resolve()),
+            str(target),
             config.seed,
             resources=config.score.resources,
+            run=run,
+            writes=[target],
         )
 
 

@@ -100,10 +100,12 @@ def _tokens(config: Config, run: RunDirectory, name: str, files: list[Path], col
             _tokenise,
             config.model.model_dump(mode="json"),
             model_reference(config.model.path),
-            [str(file.resolve()) for file in files],
+            [str(file) for file in files],
             columns,
-            str(target.resolve()),
+            str(target),
             key,
+            run=run,
+            writes=[target],
         )
         write_json(_written(target), {"sha256": prints.of_file(target)})
     return target

@@ -13,6 +13,7 @@ from typing import Any
 from lorapar_ray.config import ModelConfig, Resources
 from lorapar_ray.datasets.chat import load_encoder
 from lorapar_ray.models import resolve_model
+from lorapar_ray.storage.cache import on_this_machine
 from lorapar_ray.workers import ray_options, worker_environment
 
 
@@ -27,7 +28,7 @@ class Generator:
         self._pad: int = 0
 
     def load(self, adapter: str | None) -> None:
-        """Answer with `adapter` (a directory as PEFT saves it; None: the bare base) from now on."""
+        """Answer with `adapter`, a folder as PEFT saves it, here or in an object store, from now on; None: the base."""
         from peft import PeftModel
         from transformers import GenerationConfig
 
@@ -38,7 +39,9 @@ class Generator:
         encoder = load_encoder(resolve_model(self._base), None, self._settings.trust_remote_code)
         self._ends = encoder.end_ids
         self._pad = encoder.end_id if encoder.tokenizer.pad_token_id is None else encoder.tokenizer.pad_token_id
-        self._model = (base if adapter is None else PeftModel.from_pretrained(base, adapter)).eval()
+        self._model = (
+            base if adapter is None else PeftModel.from_pretrained(base, str(on_this_machine(adapter)))
+        ).eval()
 
     def greedy(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """The most likely continuation of each prompt, token ids up to and with the first end token.

@@ -219,7 +219,7 @@ def _answer_without_engine(
     try:
         with progress("evaluate", len(rows) * len(adapters), lambda: (done["n"], done["name"])):
             for name, folder in adapters.items():
-                ray.get(actor.load.remote(None if folder is None else str(folder.resolve())))
+                ray.get(actor.load.remote(None if folder is None else run.address(folder)))
                 done["name"] = name
                 start = time.monotonic()
                 answered: list[list[int]] = [[] for _ in prompts]

@@ -33,7 +33,7 @@ def export(config: Config, run: RunDirectory, out: Path, stage: str | None = Non
     if stage not in config.order:
         raise UserError(f"--stage {stage}: not in this run's order [{', '.join(config.order)}]")
     if not is_done(config, run, stage):
-        raise UserError(f"stage '{stage}' has not finished in '{run.root}'; run `lorapar run` first")
+        raise UserError(f"stage '{stage}' has not finished in '{run.place}'; run `lorapar run` first")
     if out.exists():
         raise UserError(f"--out '{out}': is there already; choose another")
     folder: Path = {"sft": run.sft, "grpo": run.grpo}[stage] / "adapter"

@@ -95,7 +95,8 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
                 name="grpo",
                 workers=settings.learners,
                 resources=settings.learner_resources,
-                storage=run.work / "ray",
+                run=run,
+                writes=[Path(job.checkpoints), out, run.metrics],
             )
         except Exception:
             if ray.wait([engines], timeout=0)[0]:

@@ -122,7 +122,8 @@ def _run(config: Config, run: RunDirectory, job: ScoreJob, plan: Plan, folder: P
             name="score",
             workers=config.score.workers,
             resources=config.score.resources,
-            storage=run.work / "ray",
+            run=run,
+            writes=[run.work / "score", run.work / "warmup", run.adapter, run.metrics],
         )
 
 

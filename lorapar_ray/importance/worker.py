@@ -13,6 +13,7 @@ from lorapar_ray.config import ModelConfig, ScoreConfig
 from lorapar_ray.datasets.tokens import Examples, Selection, TokenTable
 from lorapar_ray.files import atomic_path
 from lorapar_ray.importance.parts import Part, PartWriter, Plan, done_units
+from lorapar_ray.storage.workspace import publish, refresh
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,8 +81,11 @@ def _warm_up(job: ScoreJob, rank: int, world: int) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    publish()
     if world > 1:
         dist.barrier()  # the adapter is rank 0's to write
+    if rank != 0:
+        refresh(job.adapter)
 
 
 def _say(job: ScoreJob, rank: int, phase: str) -> None:

@@ -15,6 +15,7 @@ from lorapar_ray.labeling.panel import Failure, Panel
 from lorapar_ray.labeling.pending import PendingBlocks, Question
 from lorapar_ray.labeling.store import Answer
 from lorapar_ray.labeling.voting import vote_of, whom_to_ask
+from lorapar_ray.storage.cache import on_this_machine
 
 
 class Asker:
@@ -37,7 +38,7 @@ class Asker:
             bias: by teacher the log-probabilities to divide out; sequential voting counts calibrated votes.
         """
         self._label = LabelConfig.model_validate(label)
-        self._blocks = PendingBlocks(pending)
+        self._blocks = PendingBlocks(str(on_this_machine(pending)))
         self._panel = Panel(self._label, apps, keys, student, run, dead)
         self._bias = bias
         self._teachers = {teacher.name: teacher for teacher in self._label.teachers}

@@ -23,9 +23,10 @@ from lorapar_ray.boundary import read_object
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.rows import count_rows
 from lorapar_ray.errors import UserError
-from lorapar_ray.files import expanded
+from lorapar_ray.files import cache_root, expanded
 from lorapar_ray.labeling.asker import Asker, read_result
 from lorapar_ray.labeling.calibration import ask_probes, measured_bias, probes, unanswered
+from lorapar_ray.labeling.journal import is_networked
 from lorapar_ray.labeling.keys import teacher_keys
 from lorapar_ray.labeling.output import LABELS, write_labels, write_random_labels
 from lorapar_ray.labeling.panel import Panel, reasons
@@ -39,7 +40,7 @@ from lorapar_ray.labeling.teachers import python_class
 from lorapar_ray.labeling.voting import Keys
 from lorapar_ray.progress import console, progress
 from lorapar_ray.redact import redacted
-from lorapar_ray.runs import RunDirectory, write_json
+from lorapar_ray.runs import RunDirectory, digest, write_json
 from lorapar_ray.text import markup
 from lorapar_ray.workers import ray_options
 
@@ -99,7 +100,7 @@ class _Voting:
         self.rows = self.run.data / "train.parquet"
         self.work = self.run.work / "label"
         self.total = count_rows(self.rows)
-        self.store = VoteStore(expanded(label.cache, "label.cache") if label.cache else self.run.work / "votes.sqlite")
+        self.store = _store(self.config, self.run)
         self.session = Session(run=_run_id(self.work / "run.json"))
         self.probes = probes(label, self.rows, self.config.seed)
 
@@ -197,7 +198,7 @@ class _Voting:
             Asker,
             fn_constructor_args=(
                 label.model_dump(mode="json"),
-                str((self.work / "pending.parquet").resolve()),
+                self.run.address(self.work / "pending.parquet"),
                 apps,
                 self.secrets,
                 self.student,
@@ -211,9 +212,23 @@ class _Voting:
             ),
             **asking,
         )
-        for batch in asked.iter_batches(batch_size=None, prefetch_batches=0):
-            for text in batch["result"]:
-                yield read_result(text)
+        with self.run.shared():
+            for batch in asked.iter_batches(batch_size=None, prefetch_batches=0):
+                for text in batch["result"]:
+                    yield read_result(text)
+
+
+def _store(config: Config, run: RunDirectory) -> VoteStore:
+    """The run's votes, or those that `label.cache` names: SQLite on a disk of this machine, else a journal of it."""
+    if config.label.cache:
+        return VoteStore(expanded(config.label.cache, "label.cache"))
+    file, journal = run.work / "votes.sqlite", run.work / "votes"
+    if run.remote is not None:
+        return VoteStore(file, journal)
+    if not file.is_file() and is_networked(run.work):
+        key = digest(str(run.root))[:16]
+        return VoteStore(cache_root() / "votes" / f"{key}.sqlite", journal)
+    return VoteStore(file)
 
 
 def _run_id(file: Path) -> str:

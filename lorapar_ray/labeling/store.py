@@ -17,6 +17,8 @@ from math import isfinite
 from pathlib import Path
 
 from lorapar_ray.errors import UserError
+from lorapar_ray.labeling.journal import Journal, Rows
+from lorapar_ray.text import one_line
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS answers (
@@ -52,18 +54,27 @@ def question_key(prompt: str, answer: str) -> bytes:
 class VoteStore:
     """Answers by (question, teacher key); see `lorapar_ray.labeling.keys` for the latter."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, journal: Path | None = None) -> None:
         """Open or create the file; only its owner may read a new one, since reasons quote what services said.
+
+        Args:
+            journal: folder of a `Journal` that everything is added to; the file is made anew from it.
 
         Raises:
             UserError: it cannot be opened, or is something else.
         """
-        self._path = path
+        self._path = path if journal is None else journal
+        self._journal: Journal | None = None
         with self._clear_errors():
+            if journal is not None:
+                path.unlink(missing_ok=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(mode=0o600)  # before SQLite makes it readable to all; its journals copy the mode
             self._database = sqlite3.connect(path, timeout=WAIT_S)
             self._database.executescript(TABLES)
+            if journal is not None:
+                self._journal = Journal(journal)
+                self._replay(self._journal)
 
     def answers(self, questions: Sequence[bytes]) -> dict[bytes, dict[bytes, Answer]]:
         """What is known about some questions: {question: {teacher key: answer}}."""
@@ -80,15 +91,33 @@ class VoteStore:
         self, answers: Iterable[tuple[bytes, bytes, Answer]], failures: Iterable[tuple[str, bytes, str, str]] = ()
     ) -> None:
         """Store (question, teacher key, answer) and (run, question, teacher name, reason), all or nothing."""
-        with self._clear_errors(), self._database:
-            self._database.executemany(
-                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?)",
-                (
-                    (question, teacher, json.dumps(found.log_probs), found.tokens, found.latency_s, found.run)
-                    for question, teacher, found in answers
-                ),
-            )
+        rows: Rows = [
+            [question, teacher, json.dumps(found.log_probs), found.tokens, found.latency_s, found.run]
+            for question, teacher, found in answers
+        ]
+        failed: Rows = [list(each) for each in failures]
+        with self._clear_errors():
+            if self._journal is not None:
+                self._journal.add(
+                    [[question.hex(), teacher.hex(), *rest] for question, teacher, *rest in rows],
+                    [[run, question.hex(), *rest] for run, question, *rest in failed],
+                )
+            self._insert(rows, failed)
+
+    def _insert(self, answers: Rows, failures: Rows) -> None:
+        with self._database:
+            self._database.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?)", answers)
             self._database.executemany("INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?)", failures)
+
+    def _replay(self, journal: Journal) -> None:
+        try:
+            for answers, failures in journal.rows():
+                self._insert(
+                    [[bytes.fromhex(question), bytes.fromhex(teacher), *rest] for question, teacher, *rest in answers],
+                    [[run, bytes.fromhex(question), *rest] for run, question, *rest in failures],
+                )
+        except (ValueError, KeyError, TypeError, RecursionError, sqlite3.ProgrammingError) as error:
+            raise sqlite3.DatabaseError(f"a line is damaged: {one_line(error, 80)}") from error
 
     def failures(self, run: str, questions: Sequence[bytes]) -> dict[bytes, dict[str, str]]:
         """Why teachers failed on some questions: {question: {teacher name: reason}}; they may have answered later."""

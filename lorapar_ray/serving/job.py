@@ -105,7 +105,7 @@ def finished_adapters(config: Config, run: RunDirectory) -> dict[str, Path]:
             f"adapter.method {config.adapter.method}: `lorapar serve` serves LoRA; export the adapter instead"
         )
     folders: dict[str, Path] = {"sft": run.sft / "adapter", "grpo": run.grpo / "adapter"}
-    return {stage: folders[stage].resolve() for stage in config.order if is_done(config, run, stage)}
+    return {stage: folders[stage] for stage in config.order if is_done(config, run, stage)}
 
 
 def labelled_questions(config: Config, run: RunDirectory, adapters: Mapping[str, Path]) -> dict[int, list[str]]:
@@ -164,7 +164,7 @@ def serving(config: Config, run: RunDirectory, address: Address, replicas: int =
     )
     bound = deployment.bind(
         fields,
-        {name: str(folder) for name, folder in adapters.items()},
+        {name: run.address(folder) for name, folder in adapters.items()},
         max(ranks, default=8),
         student_name(config),
         questions,

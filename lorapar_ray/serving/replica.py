@@ -28,6 +28,7 @@ from lorapar_ray.serving.neutral import write_neutral
 from lorapar_ray.serving.openai_side import BASE, openai_state
 from lorapar_ray.serving.requests import AUTO, BadRequest, parsed, question_in, require_key, with_system_prompt
 from lorapar_ray.serving.routing import Threshold, fit_threshold, routing_prompt, stages_by_system
+from lorapar_ray.storage.cache import on_this_machine
 from lorapar_ray.text import one_line
 
 SYSTEM_HEADER = "x-lorapar-system"
@@ -54,13 +55,14 @@ class Replica:
         """Start the engine.
 
         Args:
-            adapters: directory of each stage's adapter.
+            adapters: each stage's adapter: a directory that every machine sees, or a folder of an object store.
             student: what the student is called in the voting prompt.
             labelled: questions of each System, to find the threshold of `auto` on; empty: there is no `auto`.
             key_digest: of the key that clients give (`requests.digest_of`); None: none is asked for.
         """
         self._config, self._labelled = Config.model_validate(config), labelled
-        self._adapters = dict(adapters)
+        adapters = {name: str(on_this_machine(place)) for name, place in adapters.items()}
+        self._adapters = adapters
         if adapters:
             self._own_files = TemporaryDirectory(prefix="lorapar-neutral-")  # goes with this object
             neutral = Path(self._own_files.name) / BASE

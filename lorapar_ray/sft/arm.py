@@ -130,7 +130,7 @@ class Arm:
         """Write what is left of the log, and put the parameters where the settings want them."""
         self.log.flush()
         best = self.progress.best_checkpoint
-        if self.settings.keep == "best" and best is not None:
+        if self.settings.keep == "best" and best is not None and self.worker.rank == 0:  # which writes the adapter
             load_parameters(Path(best), self.trained)
 
     @property

@@ -116,11 +116,12 @@ def load_checkpoint(path: Path, rank: int, parameters: Mapping[str, Tensor], opt
             set_rng_state(load_tree(path / _rng_file(rank)))
         else:
             torch.manual_seed(rank)
+        best = state.get("best_model_checkpoint")
         stopping = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {}).get("attributes", {})
         return Progress(
             step=int(state["global_step"]),
             best_loss=state.get("best_metric"),
-            best_checkpoint=state.get("best_model_checkpoint"),
+            best_checkpoint=best and str(path.with_name(Path(best).name)),  # the run may have been moved
             waited=int(stopping.get("early_stopping_patience_counter", 0)),
         )
 

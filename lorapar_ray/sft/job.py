@@ -112,7 +112,8 @@ def _run(job: SftJob, settings: SftConfig, examples: int, name: str, run: RunDir
             name=name,
             workers=settings.workers,
             resources=settings.resources,
-            storage=run.work / "ray",
+            run=run,
+            writes=[Path(job.checkpoints), Path(job.adapter_out), run.metrics],
         )
     shutil.rmtree(job.checkpoints, ignore_errors=True)
 

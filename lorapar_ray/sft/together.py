@@ -73,7 +73,8 @@ def train_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[dict[
             name="sft",
             workers=config.sft.workers,
             resources=config.sft.resources,
-            storage=run.work / "ray",
+            run=run,
+            writes=[],  # arms are on a disk that all see
         )
     for (config, run), job in zip(members, jobs, strict=True):
         shutil.rmtree(job.checkpoints, ignore_errors=True)

@@ -93,8 +93,8 @@ def learn(run: tuple[Config, RunDirectory], folders: dict[Path, dict[str, Any]],
         )
         for folder, grpo in folders.items()
     ]
-    resources, storage = Resources(cpus=1 / learners), next(iter(folders)) / "ray"
-    group = {"name": "grpo", "workers": learners, "resources": resources, "storage": storage}
+    resources, place = Resources(cpus=1 / learners), RunDirectory(next(iter(folders)))
+    group = {"name": "grpo", "workers": learners, "resources": resources, "run": place, "writes": []}
     run_in_one_group([(learn_worker, job.payload()) for job in jobs], [group])
     for fake in fakes:
         ray.kill(fake)

@@ -286,7 +286,7 @@ def test_a_holder_is_known_by_process_here_and_by_its_beat_elsewhere(
     holder: dict[str, Any], age: float, lives: bool, tmp_path: Path
 ) -> None:
     file = tmp_path / run_lock.NAME
-    file.write_text(json.dumps(run_lock._identity() | holder))
+    file.write_text(json.dumps(run_lock.identity() | holder))
     os.utime(file, (time.time() - age, time.time() - age))
     if lives:
         with pytest.raises(UserError, match="in use by process"), run_lock.run_lock(tmp_path):
@@ -298,7 +298,7 @@ def test_a_holder_is_known_by_process_here_and_by_its_beat_elsewhere(
 
 
 def test_of_many_that_find_a_dead_holder_one_gets_the_lock_at_a_time(tmp_path: Path) -> None:
-    (tmp_path / run_lock.NAME).write_text(json.dumps(run_lock._identity() | {"started": 5}))
+    (tmp_path / run_lock.NAME).write_text(json.dumps(run_lock.identity() | {"started": 5}))
     log = tmp_path / "log"
     children = []
     for _ in range(8):
@@ -334,7 +334,7 @@ def test_a_lock_that_is_none_is_taken_or_named(content: str, said: str, tmp_path
     elif content == "link":
         file.symlink_to("nowhere")
     else:
-        own = {key: value for key, value in run_lock._identity().items() if key in ("host", "boot", "namespace")}
+        own = {key: value for key, value in run_lock.identity().items() if key in ("host", "boot", "namespace")}
         file.write_text(json.dumps(own | json.loads(content)) if content[0] == "{" else content)
         os.utime(file, (1, 1))
     try:

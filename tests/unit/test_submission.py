@@ -11,6 +11,7 @@ from lorapar_ray.cluster_check import NodeReport, _gpus, _keys, _models_found, _
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
 from lorapar_ray.redact import remember
+from lorapar_ray.storage.probe import Probe
 from lorapar_ray.submission import (
     JobLog,
     Jobs,
@@ -63,9 +64,10 @@ def test_a_log_is_shown_in_whole_lines_however_it_comes_and_its_cause_is_found()
 
 
 def test_a_run_directory_in_the_job_s_own_is_refused() -> None:
-    require_whole_path(Path("/shared/runs/x"))
+    require_whole_path("/shared/runs/x")
+    require_whole_path("s3://bucket/runs/x")
     with pytest.raises(UserError, match="--run-dir 'runs/x': give its whole path, on storage that every node reaches"):
-        require_whole_path(Path("runs/x"))
+        require_whole_path("runs/x")
 
 
 def test_no_secret_is_put_where_the_dashboard_shows_it() -> None:
@@ -101,18 +103,21 @@ def test_a_gpu_that_torch_cannot_use_is_named() -> None:
 
 
 def test_storage_is_shared_or_the_node_is_named(tmp_path: Path) -> None:
-    probe = tmp_path / ".probe"
-    for node in "ab":
-        probe.with_name(f"{probe.name}-{node}").write_text(node)
+    probe = Probe(str(tmp_path))
+    probe.ask()
+    assert [probe.answer(node)[0] for node in "ab"] == ["", ""]
     assert _storage(NODES, {"a": report(), "b": report()}, probe).ok
     found = _storage(NODES, {"a": report(), "b": report(storage="No such file or directory")}, probe)
     assert not found.ok and "is not shared with 10.0.0.1 (No such file or directory)" in found.detail
-    probe.with_name(f"{probe.name}-b").unlink()
+    (tmp_path / f"{probe.name}-b").unlink()
     found = _storage(NODES, {"a": report(), "b": report()}, probe)
     assert not found.ok and "10.0.0.1 (what it writes is not seen elsewhere)" in found.detail
-    probe.with_name(f"{probe.name}-b").write_text("b")
+    assert probe.answer("b")[0] == ""
     full = _storage(NODES, {"a": report(), "b": report(free_gib=0.5)}, probe)
     assert not full.ok and "0 GiB free (needs 2)" in full.detail
+    probe.remove()
+    assert not list(tmp_path.iterdir())
+    assert probe.answer("b") == ("No such file or directory", 0.0)
 
 
 def test_models_and_keys_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from lorapar_ray.config import LabelConfig
 from lorapar_ray.errors import UserError
 from lorapar_ray.fingerprints import Fingerprints
 from lorapar_ray.labeling.calibration import measured_bias
+from lorapar_ray.labeling.journal import is_networked
 from lorapar_ray.labeling.keys import revision, teacher_keys, weights_here
 from lorapar_ray.labeling.pending import PendingBlocks, write_pending
 from lorapar_ray.labeling.store import VoteStore, question_key
@@ -102,3 +103,46 @@ def test_bias_is_measured_from_stored_answers(tmp_path: Path) -> None:
     assert set(bias) == {"a"}
     assert bias["a"] == pytest.approx(average_log_probs([answer(-1.0).log_probs, answer(-2.0).log_probs]))
     assert measured_bias(panel("a", "b"), keys, store, []) == {}
+
+
+def test_votes_are_made_anew_from_their_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorapar_ray.labeling.journal.SEGMENT_BYTES", 200)
+    folder, keys = tmp_path / "votes", [question_key(f"q{i}", "a") for i in range(6)]
+    store = VoteStore(tmp_path / "here.sqlite", folder)
+    for number, key in enumerate(keys[:4]):
+        store.add([(key, b"t", answer(number, "run"))], [("run", key, "b", "TimeoutError")])
+    store.add([(keys[0], b"t", answer(9.0, "run"))])
+    store.close()
+    assert len(list(folder.iterdir())) > 1
+    last = sorted(folder.iterdir())[-1]
+    last.write_bytes(last.read_bytes() + b'{"answers": [["ab')  # a kill cut it off
+    (tmp_path / "there.sqlite").write_text("of another session")
+    again = VoteStore(tmp_path / "there.sqlite", folder)
+    again.add([(keys[4], b"t", answer(4.0))])
+    again.close()
+    found = VoteStore(tmp_path / "third.sqlite", folder).answers(keys)
+    assert {key: each[b"t"].log_probs for key, each in found.items()} == {
+        key: answer(odds).log_probs for key, odds in zip(keys, (9.0, 1.0, 2.0, 3.0, 4.0), strict=False)
+    }
+    last.write_bytes(b"no JSON\n")
+    with pytest.raises(UserError, match=r"votes' is not a vote cache \(a line is damaged"):
+        VoteStore(tmp_path / "fourth.sqlite", folder)
+
+
+def test_file_systems_that_machines_share_are_known() -> None:
+    mounts = (
+        "21 1 8:1 / / rw - ext4 /dev/sda1 rw\n"
+        "30 21 0:40 / /shared rw - nfs4 server:/x rw\n"
+        r"31 30 0:41 / /shared/my\040scratch rw - tmpfs tmpfs rw" + "\n"
+        "32 21 0:42 / /lustre rw - lustre m:/l rw\n"
+        "damaged\n"
+    )
+    for path, networked in {
+        "/home/x": False,
+        "/shared": True,
+        "/shared/runs/x/work": True,
+        "/sharedother": False,
+        "/shared/my scratch/x": False,
+        "/lustre/x": True,
+    }.items():
+        assert is_networked(Path(path), mounts) is networked, path

@@ -1,0 +1,79 @@
+"""Votes where SQLite cannot be: a run in an object store, or on a network file system.
+
+What is added to the vote store is added as well, as a line of JSON, to the newest file of a folder, `000001.jsonl` and
+so on. Nothing is locked, renamed or changed in place, so the folder can be on any file system and be copied anywhere;
+the store itself is made anew from it on this machine's own disk, by each process that works on the run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SEGMENT_BYTES = 4 * 2**20
+"""After so many a new file begins; a copy of the folder sends the newest file alone again."""
+NETWORKED = ("nfs", "lustre", "cifs", "smb", "gpfs", "beegfs", "ceph", "fuse", "9p", "afs", "glusterfs", "orangefs")
+"""How the names of file systems begin whose locks hold on one machine, or nowhere."""
+MOUNTS = Path("/proc/self/mountinfo")
+
+Rows = list[list[Any]]
+
+
+class Journal:
+    """Rows of answers and of failures, in the order in which they were added."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` may not exist yet. A process begins a file of its own: an older one may end within a line."""
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._number = max((int(file.stem) for file in self._files()), default=0)
+        self._size = SEGMENT_BYTES
+
+    def rows(self) -> Iterator[tuple[Rows, Rows]]:
+        """What was added so far; a line that a kill cut off is left out.
+
+        Raises:
+            ValueError: a whole line is damaged.
+        """
+        for file in self._files():
+            for line in file.read_bytes().split(b"\n")[:-1]:
+                found = json.loads(line)
+                yield found["answers"], found["failures"]
+
+    def add(self, answers: Rows, failures: Rows) -> None:
+        """Add some rows."""
+        if self._size >= SEGMENT_BYTES:
+            self._number, self._size = self._number + 1, 0
+        line = json.dumps({"answers": answers, "failures": failures}).encode() + b"\n"
+        with (self._folder / f"{self._number:06d}.jsonl").open("ab") as file:
+            file.write(line)
+        self._size += len(line)
+
+    def _files(self) -> list[Path]:
+        return sorted(file for file in self._folder.glob("*.jsonl") if file.stem.isdecimal())
+
+
+def is_networked(path: Path, mounts: str | None = None) -> bool:
+    """Whether a path, which need not exist, is on a file system that other machines share.
+
+    Args:
+        mounts: the text of `/proc/self/mountinfo`; None: this machine's. See proc(5).
+    """
+    if mounts is None:
+        try:
+            mounts = MOUNTS.read_text()
+        except OSError:
+            return False
+    found = ""
+    longest = -1
+    for line in mounts.splitlines():
+        before, _, after = line.partition(" - ")
+        fields = before.split()
+        if len(fields) < 5 or not after:
+            continue
+        point = Path(fields[4].encode().decode("unicode_escape"))
+        if path.is_relative_to(point) and len(point.parts) >= longest:  # a later mount hides an earlier one
+            longest, found = len(point.parts), after.split()[0]
+    return found.startswith(NETWORKED)

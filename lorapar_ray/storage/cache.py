@@ -1,0 +1,115 @@
+"""Objects that a machine has read: several processes on it read each once."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from lorapar_ray.errors import UserError
+from lorapar_ray.files import cache_root
+from lorapar_ray.storage.objects import Objects
+from lorapar_ray.storage.uris import Uri, is_uri, place_of
+
+REPLACED_WHOLE = (".safetensors", ".parquet", ".arrow", ".bin", ".model")
+"""Nobody writes into these files: a second name serves as a copy."""
+UNUSED_S = 7 * 24 * 3600.0
+
+
+class Cache:
+    """`$LORAPAR_CACHE/objects`: files by what they are copies of."""
+
+    def __init__(self) -> None:
+        self._root = cache_root() / "objects"
+        self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def fetch(self, objects: Objects, name: str, target: Path) -> str:
+        """Put an object's content at `target`; returns its tag.
+
+        Raises:
+            FileNotFoundError: the object has gone.
+        """
+        tag = objects.tag(name)
+        key = _key(objects, name, tag)
+        kept, draft = self._root / key, self._root / f".{key}.{os.getpid()}"
+        with (self._root / f".{key}.lock").open("w") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)  # on this machine's own disk
+            if not kept.is_file():
+                tag = objects.download(name, draft)
+                draft.replace(kept)
+            os.utime(kept)
+            _copied(kept, target, name)
+        return tag
+
+    def file(self, objects: Objects, name: str) -> Path:
+        """One object as a file.
+
+        Raises:
+            FileNotFoundError: the object has gone.
+        """
+        with TemporaryDirectory(dir=self._root, prefix=".") as folder:
+            tag = self.fetch(objects, name, Path(folder) / "file")
+        return self._root / _key(objects, name, tag)
+
+    def folder(self, objects: Objects) -> Path:
+        """A folder with every object under a URI, the same for all who ask while the objects stay the same."""
+        there = sorted(objects.listing())
+        tags = " ".join(_key(objects, name, objects.tag(name)) for name in there)
+        key = hashlib.sha256(tags.encode()).hexdigest()[:32]
+        target, draft = self._root / f"folder-{key}", self._root / f".folder-{key}.{os.getpid()}"
+        if not target.is_dir():
+            for name in there:
+                (draft / name).parent.mkdir(parents=True, exist_ok=True)
+                self.fetch(objects, name, draft / name)
+            draft.mkdir(parents=True, exist_ok=True)
+            try:
+                draft.rename(target)
+            except OSError:  # another process was faster
+                shutil.rmtree(draft, ignore_errors=True)
+        os.utime(target)
+        return target
+
+    def remove_unused(self) -> None:
+        """Remove what nobody has asked for in a week; links to it stay whole."""
+        for each in self._root.iterdir():
+            with suppress(OSError):
+                if time.time() - each.stat().st_mtime > UNUSED_S:
+                    shutil.rmtree(each) if each.is_dir() else each.unlink()
+
+
+def _key(objects: Objects, name: str, tag: str) -> str:
+    return hashlib.sha256(f"{objects.uri / name} {tag}".encode()).hexdigest()[:32]
+
+
+def _copied(kept: Path, target: Path, name: str) -> None:
+    if name.endswith(REPLACED_WHOLE):
+        try:
+            os.link(kept, target)
+            return
+        except OSError:  # another file system
+            pass
+    shutil.copyfile(kept, target)
+
+
+def on_this_machine(place: str | Path) -> Path:
+    """What another machine named: a path as it stands; a file or a folder of an object store as one here.
+
+    Raises:
+        UserError: it cannot be read, or is not there.
+    """
+    if not is_uri(str(place)):
+        return Path(place)
+    uri = place_of(place, "model")
+    assert isinstance(uri, Uri)
+    cache, objects = Cache(), Objects(uri)
+    if objects.listing():
+        return cache.folder(objects)
+    try:
+        return cache.file(Objects(uri.parent, objects.file_system), uri.name)
+    except FileNotFoundError as error:
+        raise UserError(f"'{uri}': there is no such object") from error

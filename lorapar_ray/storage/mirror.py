@@ -1,0 +1,182 @@
+"""A folder on this machine's disk, and the objects under a URI, made equal one way or the other.
+
+`.mirror.json` in the folder says of each file under which stamp it was copied, so only what has changed is copied.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from lorapar_ray.files import write_json
+from lorapar_ray.storage.cache import Cache
+from lorapar_ray.storage.claims import FOLDER
+from lorapar_ray.storage.objects import Objects, Stamp, side_by_side
+
+INDEX = ".mirror.json"
+MANIFEST = "manifest.json"
+"""Says which stages have finished, so it comes after everything else."""
+OWN = (FOLDER, "lock.json", "work/ray", "work/digests.json", "work/votes.sqlite")
+"""Of one machine, or of the store itself; never copied."""
+
+Wanted = Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A file and an object that were equal."""
+
+    local: tuple[int, int]
+    """Size and mtime in nanoseconds."""
+    remote: Stamp
+    tag: str
+    """Empty where it was not asked for."""
+
+
+class Mirror:
+    """`root`, which may not exist yet, and `objects`. Its methods may be called from any thread."""
+
+    def __init__(self, root: Path, objects: Objects, cache: Cache | None = None) -> None:
+        """`cache`: where other processes of this machine may have put the same objects."""
+        self.root, self.objects = root, objects
+        self._cache = cache
+        self._copies = self._read_index()
+        self._turn = threading.RLock()
+
+    def pull(self, wanted: Wanted, *, look_closely: bool = False, restore: bool = False) -> None:
+        """Take over every wanted object that has changed, and remove files whose objects have gone.
+
+        Files that were never copied stay, and files that were removed here are not fetched again.
+
+        Args:
+            restore: those are fetched all the same: nothing was to be removed.
+            look_closely: find out by its tag too whether an object has changed: its stamp cannot tell two writes within
+                a second from each other.
+
+        Raises:
+            UserError: the store cannot be read.
+        """
+        with self._turn:
+            there = {name: stamp for name, stamp in self.objects.listing().items() if wanted(name) and not _own(name)}
+            changed = [
+                name
+                for name, stamp in there.items()
+                if self._has_changed(name, stamp, look_closely) or (restore and not (self.root / name).is_file())
+            ]
+            side_by_side(lambda name: self._fetch(name, there[name]), changed)
+            for name in [name for name in self._copies if wanted(name) and name not in there]:
+                (self.root / name).unlink(missing_ok=True)
+                del self._copies[name]
+            self._save_index()
+
+    def push(self, wanted: Wanted = lambda _: True) -> None:
+        """Copy every wanted file that has changed, and delete the objects of files that have gone.
+
+        What is not JSON comes first and `manifest.json` last: see the package's docstring.
+
+        Raises:
+            UserError: the store cannot be written to.
+        """
+        with self._turn:
+            here = {name: each for name, each in self._files().items() if wanted(name)}
+            known = {name: each.local for name, each in self._copies.items()}
+            changed = {name for name, each in here.items() if known.get(name) != each}
+            gone = [name for name in self._copies if wanted(name) and name not in here]
+            if not changed and not gone:
+                return
+            texts = {name for name in changed if name.endswith(".json")} - {MANIFEST}
+            for some in (changed - texts - {MANIFEST}, texts):
+                side_by_side(lambda name: self._send(name, here[name]), sorted(some))
+            self.objects.delete(gone)
+            for name in gone:
+                del self._copies[name]
+            if MANIFEST in changed:
+                self._send(MANIFEST, here[MANIFEST])
+            self._save_index()
+
+    def _has_changed(self, name: str, stamp: Stamp, look_closely: bool) -> bool:
+        known = self._copies.get(name)
+        if known is None or known.remote != stamp:
+            return True
+        if not look_closely:
+            return False
+        return not known.tag or self.objects.tag(name) != known.tag
+
+    def _fetch(self, name: str, stamp: Stamp) -> None:
+        target = self.root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.parent / f".{target.name}.{uuid4().hex}"
+        try:
+            if self._cache is None:
+                tag = self.objects.download(name, draft)
+            else:
+                tag = self._cache.fetch(self.objects, name, draft)
+            draft.replace(target)
+        except FileNotFoundError:  # deleted since it was listed
+            draft.unlink(missing_ok=True)
+            return
+        self._copies[name] = _Copy(_local(target), stamp, tag)
+
+    def _send(self, name: str, local: tuple[int, int]) -> None:
+        try:
+            remote = self.objects.upload(name, self.root / name)
+        except FileNotFoundError:  # replaced or removed since: the next push sees it
+            return
+        self._copies[name] = _Copy(local, remote, "")
+
+    def _files(self) -> dict[str, tuple[int, int]]:
+        """Finished files, by name; what is being written begins with a dot."""
+        found: dict[str, tuple[int, int]] = {}
+        for folder, folders, files in os.walk(self.root):
+            folders[:] = [each for each in folders if not each.startswith(".")]
+            for each in files:
+                path = Path(folder) / each
+                name = str(path.relative_to(self.root))
+                if not _own(name):
+                    try:
+                        found[name] = _local(path)
+                    except FileNotFoundError:
+                        continue
+        return found
+
+    def _read_index(self) -> dict[str, _Copy]:
+        try:
+            loaded = json.loads((self.root / INDEX).read_text())
+            return {name: _Copy(tuple(local), Stamp(*remote), tag) for name, (local, remote, tag) in loaded.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
+
+    def _save_index(self) -> None:
+        copies = sorted(self._copies.items())
+        write_json(self.root / INDEX, {name: [each.local, each.remote, each.tag] for name, each in copies})
+
+
+def below(places: Iterable[str]) -> Wanted:
+    """Wants these files, and everything in these folders."""
+    chosen = tuple(places)
+    return lambda name: _within(name, chosen)
+
+
+def all_but(places: Iterable[str]) -> Wanted:
+    """Wants everything else."""
+    chosen = tuple(places)
+    return lambda name: not _within(name, chosen)
+
+
+def _within(name: str, places: Sequence[str]) -> bool:
+    return any(name == place or name.startswith(f"{place}/") for place in places)
+
+
+def _own(name: str) -> bool:
+    hidden = any(part.startswith(".") for part in name.split("/"))
+    return hidden or _within(name, OWN) or name.startswith("work/votes.sqlite")
+
+
+def _local(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

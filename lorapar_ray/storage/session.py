@@ -1,0 +1,175 @@
+"""The driver's side: one command's work on a run in an object store."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lorapar_ray.errors import UserError
+from lorapar_ray.files import cache_root
+from lorapar_ray.progress import console
+from lorapar_ray.run_lock import BEAT_S, InUse, run_lock
+from lorapar_ray.storage.claims import FOLDER, Claim, living_claim
+from lorapar_ray.storage.mirror import MANIFEST, Mirror, all_but, below
+from lorapar_ray.storage.objects import Objects
+from lorapar_ray.storage.uris import Uri
+from lorapar_ray.storage.workspace import Handed
+
+SYNC_EVERY_S = 10.0
+PARTIAL = ("work", "metrics")
+"""What is copied while a stage is at work; results come when the stage says so."""
+UNSEEN = ("trash", "work/label", "work/votes", "work/evaluate", "work/score", "work/sft", "work/grpo", "work/warmup")
+"""Not needed to look at a run."""
+LAST = ".session"
+"""An object: the token of the session that has written last."""
+TOKEN, COMPLETE = ".session", ".complete"
+"""In the mirror: the token of its own last session, and whether that one could copy everything."""
+
+
+class RemoteRun:
+    """A run in an object store, and this machine's mirror of it."""
+
+    def __init__(self, uri: Uri, root: Path | None = None) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            root: of the mirror; None: the one that this machine keeps for commands that work on the run.
+        """
+        key = hashlib.sha256(str(uri).encode()).hexdigest()[:16]
+        self.uri, self.objects = uri, Objects(uri)
+        self.root = cache_root().resolve() / "runs" / key if root is None else root
+        self._mirror: Mirror | None = None
+        self._claim: Claim | None = None
+        self._shared: tuple[str, ...] = ()
+
+    @contextmanager
+    def at_work(self, wait_s: float = 0.0) -> Iterator[None]:
+        """Have the run, and its files in the mirror, while the block runs.
+
+        Raises:
+            UserError: another command has it, or the store cannot be read or written.
+        """
+        self.objects.require_bucket()
+        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._claim = Claim(Objects(self.uri, patience_s=BEAT_S))
+        with self._alone_here(wait_s), self._claim.held(wait_s):
+            self._take_over()
+            stop = threading.Event()
+            syncing = threading.Thread(target=self._sync_now_and_then, args=(stop,), daemon=True, name="sync")
+            syncing.start()
+            try:
+                yield
+            finally:
+                stop.set()
+                syncing.join()
+                self.publish()
+                (self.root / COMPLETE).touch()
+                self._mirror = None
+
+    def look(self) -> None:
+        """Fill the mirror with what the run holds now, whoever is at work on it.
+
+        Raises:
+            UserError: the store cannot be read.
+        """
+        if self._mirror is None:
+            self.objects.require_bucket()
+            self._mirror = Mirror(self.root, self.objects)
+        if MANIFEST in self.objects.listing():
+            self._mirror.pull(all_but(UNSEEN))
+
+    def holder(self) -> dict[str, Any] | None:
+        """Who is at work on it."""
+        return living_claim(self.objects)
+
+    def publish(self) -> None:
+        """Copy everything that has changed to the store.
+
+        Raises:
+            UserError: it cannot be written to, or another command has taken the run over.
+        """
+        if self._mirror is not None and self._claim is not None:
+            self._claim.require()
+            self._mirror.push()
+
+    @contextmanager
+    def shared(self, writes: Sequence[str]) -> Iterator[Handed]:
+        """Let workers read the run, and write `writes` of it, while the block runs; what they write is here then.
+
+        Raises:
+            UserError: the store cannot be read or written.
+        """
+        self.publish()
+        self._shared = tuple(writes)
+        try:
+            yield Handed(self.uri, str(self.root), tuple(writes))
+        finally:
+            self._shared = ()
+            if self._mirror is not None:
+                self._mirror.pull(below(writes), look_closely=True)
+
+    def remove(self, place: str) -> None:
+        """Remove a folder that no mirror has."""
+        self.objects.delete_folder(place)
+
+    @contextmanager
+    def _alone_here(self, wait_s: float) -> Iterator[None]:
+        """Commands on one machine share the mirror."""
+        with ExitStack() as held:
+            try:
+                held.enter_context(run_lock(self.root, wait_s))
+            except InUse as error:
+                raise InUse(str(error).replace(str(self.root), str(self.uri))) from error
+            yield
+
+    def _take_over(self) -> None:
+        """Make the mirror what the store holds, with what this machine's last session could not copy any more."""
+        last = self.objects.read(LAST)
+        token = self.root / TOKEN
+        if last is None or not token.is_file() or token.read_bytes() != last:  # others have worked on it since
+            for each in self.root.iterdir():
+                if each.name != "lock.json":
+                    shutil.rmtree(each) if each.is_dir() else each.unlink()
+        there = {name.partition("/")[0] for name in self.objects.listing()}
+        if there - {FOLDER, LAST, "config.yaml"} and MANIFEST not in there:
+            raise UserError(f"run directory '{self.uri}' is not empty and holds no {MANIFEST}; choose another")
+        complete = self.root / COMPLETE
+        self._mirror = Mirror(self.root, self.objects)
+        self._mirror.pull(lambda _: True, restore=complete.is_file())
+        complete.unlink(missing_ok=True)
+        mine = uuid.uuid4().hex.encode()
+        self.objects.write(LAST, mine)
+        token.write_bytes(mine)
+
+    def _sync_now_and_then(self, stop: threading.Event) -> None:
+        said = False
+        while not stop.wait(SYNC_EVERY_S):
+            try:
+                mirror, shared = self._mirror, self._shared
+                if mirror is not None and self._claim is not None:
+                    self._claim.require()
+                    if shared:
+                        mirror.pull(below(shared))
+                    mirror.push(below(PARTIAL))
+                said = False
+            except UserError as error:
+                if not said:
+                    console.print(f"  {error}; the stage goes on, and it is tried again")
+                said = True
+
+
+@contextmanager
+def looked_at(uri: Uri) -> Iterator[RemoteRun]:
+    """A run as it stands, in a folder of its own that goes with the block."""
+    with tempfile.TemporaryDirectory(prefix="lorapar-view-") as folder:
+        run = RemoteRun(uri, Path(folder).resolve() / "run")
+        with suppress(FileNotFoundError):
+            run.look()
+        yield run

@@ -1,0 +1,126 @@
+"""A worker's own copy of a run in an object store, for as long as it works."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorapar_ray.errors import UserError
+from lorapar_ray.files import cache_root
+from lorapar_ray.ray_files import private_directory
+from lorapar_ray.storage.cache import Cache
+from lorapar_ray.storage.mirror import Mirror, all_but, below
+from lorapar_ray.storage.objects import Objects
+from lorapar_ray.storage.uris import Uri
+
+PUSH_EVERY_S = 5.0
+UNREAD = (
+    *("trash", "report", "eval", "rejects", "scores", "manifest.json", "config.yaml"),
+    *("work/label", "work/votes", "work/evaluate"),
+)
+"""Of a run; no worker's business."""
+
+_here: list[Workspace] = []
+"""Of this process."""
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What a worker is told of the run; travels pickled."""
+
+    uri: Uri
+    root: str
+    """The driver's mirror: the paths in a worker's task begin with it, or with the URI."""
+    writes: tuple[str, ...]
+    """Files and folders, relative to the run, that the task may write."""
+
+
+class Workspace:
+    """A mirror of which the worker writes a part."""
+
+    def __init__(self, handed: Handed, root: Path) -> None:
+        cache = Cache()
+        cache.remove_unused()
+        self._handed, self._wanted = handed, below(handed.writes)
+        self._mirror = Mirror(root, Objects(handed.uri), cache)
+        self._mirror.pull(all_but(UNREAD))
+
+    def publish(self) -> None:
+        """Copy what the worker has written to the store."""
+        self._mirror.push(self._wanted)
+
+    def refresh(self, path: Path) -> None:
+        """Take over what another worker has published at a path, if it is one of this workspace."""
+        if path.is_relative_to(self._mirror.root):
+            self._mirror.pull(below([str(path.relative_to(self._mirror.root))]))
+
+    def rebased(self, value: Any) -> Any:
+        """JSON-like values with paths of the driver's mirror as paths of this one."""
+        if isinstance(value, dict):
+            return {key: self.rebased(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self.rebased(each) for each in value)
+        if isinstance(value, str | Path):
+            for root in (self._handed.root, str(self._handed.uri)):
+                if str(value) == root or str(value).startswith(f"{root}/"):
+                    return type(value)(f"{self._mirror.root}{str(value)[len(root) :]}")
+        return value
+
+
+@contextmanager
+def workspace(handed: Handed | None) -> Iterator[Callable[[Any], Any]]:
+    """Work on a copy of the run while the block runs; yields `Workspace.rebased`.
+
+    What the block writes is published now and then, and at its end, also when it fails.
+
+    Args:
+        handed: None: the run is on a disk that this process sees; values are as they stand.
+
+    Raises:
+        UserError: the store cannot be read or written.
+    """
+    if handed is None:
+        yield lambda value: value
+        return
+    with private_directory(_folder()) as folder:
+        own, stop = Workspace(handed, folder / "run"), threading.Event()
+        pushing = threading.Thread(target=_push_now_and_then, args=(own, stop), daemon=True, name="publish")
+        pushing.start()
+        _here.append(own)
+        try:
+            yield own.rebased
+        finally:
+            _here.remove(own)
+            stop.set()
+            pushing.join()
+            own.publish()
+
+
+def publish() -> None:
+    """Let the workers on other machines see what this one has written; nothing to do where all see one disk."""
+    for own in _here:
+        own.publish()
+
+
+def refresh(path: str) -> None:
+    """See what another worker has published; nothing to do where all see one disk."""
+    for own in _here:
+        own.refresh(Path(path))
+
+
+def _folder() -> Path:
+    folder = cache_root() / "workspaces"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
+def _push_now_and_then(own: Workspace, stop: threading.Event) -> None:
+    while not stop.wait(PUSH_EVERY_S):
+        try:
+            own.publish()
+        except UserError as error:  # the last push decides
+            print(f"lorapar: {error}; it is tried again", flush=True)

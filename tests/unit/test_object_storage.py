@@ -1,0 +1,405 @@
+"""A run directory in an object store: what is copied, in which order, and who may. The store is a folder here, or a
+real S3 server where its answers matter; the whole pipeline on it is in `tests/e2e/test_object_store.py`."""
+
+import http.server
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorapar_ray import run_lock
+from lorapar_ray.errors import UserError
+from lorapar_ray.runs import RunDirectory, looked_at
+from lorapar_ray.storage import claims
+from lorapar_ray.storage.cache import on_this_machine
+from lorapar_ray.storage.claims import Claim
+from lorapar_ray.storage.mirror import Mirror, below
+from lorapar_ray.storage.objects import Objects, Stamp
+from lorapar_ray.storage.session import RemoteRun
+from lorapar_ray.storage.uris import Uri, place_of
+from lorapar_ray.storage.workspace import Handed, publish, refresh, workspace
+from tests.object_store import object_store
+from tests.tiny_run import lorapar_here, tiny_config, write_config
+
+RUN = Uri("s3", "bucket", "runs/x")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[dict[str, str]]:
+    with object_store() as environment:
+        yield environment
+
+
+@pytest.fixture
+def s3(server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Uri:
+    """A folder of a real bucket, empty, and a machine that has read nothing yet."""
+    for name, value in {**server, "LORAPAR_CACHE": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    return Uri("s3", "bucket", f"runs/{tmp_path.name}")
+
+
+@pytest.fixture
+def objects(s3: Uri) -> Objects:
+    return Objects(s3)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("runs/x", Path("runs/x")),
+        ("/a:/b", Path("/a:/b")),
+        ("file:///shared/a%20b", Path("/shared/a b")),
+        ("s3://bucket/runs/x/", RUN),
+        ("S3://bucket/runs/x", RUN),
+        ("gs://b/r", Uri("gs", "b", "r")),
+        ("https://host/x", "no such storage here; give a path, or s3://, gs:// or file://"),
+        ("s3://bucket", "write s3://BUCKET/FOLDER"),
+        ("s3:///x", "write s3://BUCKET/FOLDER"),
+        ("s3://bucket/a/../b", "write s3://BUCKET/FOLDER"),
+        ("s3://KEY:SECRET@bucket/x", "credentials and options belong in the environment"),
+        ("s3://bucket/x?endpoint_override=h", "credentials and options belong in the environment"),
+        ("file://host/x", "write file:///FOLDER"),
+    ],
+)
+def test_a_place_is_a_path_a_uri_or_refused(given: str, found: Any) -> None:
+    if isinstance(found, str):
+        with pytest.raises(UserError, match="--run-dir") as refused:
+            place_of(given)
+        assert found in str(refused.value) and "SECRET" not in str(refused.value)
+    else:
+        assert place_of(given) == found
+
+
+def write(root: Path, **files: str) -> None:
+    for name, content in files.items():
+        path = root / name.replace("__", "/").replace("_json", ".json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+
+
+def contents(root: Path) -> dict[str, str]:
+    files = (path for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {str(path.relative_to(root)): path.read_text() for path in files}
+
+
+def test_what_one_machine_pushes_another_pulls(objects: Objects, tmp_path: Path) -> None:
+    here, there = Mirror(tmp_path / "here", objects), Mirror(tmp_path / "there", objects)
+    write(here.root, a__weights="1", a__config_json="{}", manifest_json="1", lock_json="mine", work__ray__x="of Ray")
+    write(here.root, **{"work__votes.sqlite": "a database", "a__.draft": "half"})
+    here.push()
+    there.pull(lambda _: True)
+    assert contents(there.root) == {"a/weights": "1", "a/config.json": "{}", "manifest.json": "1"}
+    (here.root / "a" / "weights").unlink()
+    write(here.root, b__more="2")
+    here.push()
+    there.pull(lambda _: True)
+    assert contents(there.root) == {"a/config.json": "{}", "b/more": "2", "manifest.json": "1"}
+    write(there.root, own="never copied")
+    (there.root / "b" / "more").unlink()
+    Mirror(there.root, objects).pull(lambda _: True)
+    assert contents(there.root) == {"a/config.json": "{}", "manifest.json": "1", "own": "never copied"}
+    there.pull(lambda _: True, restore=True)
+    assert contents(there.root)["b/more"] == "2"
+
+
+class Cut(Objects):
+    """Fault injection: the machine dies before the `left`-th upload."""
+
+    left = 0
+
+    def upload(self, name: str, file: Path) -> Stamp:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return super().upload(name, file)
+
+
+@pytest.mark.parametrize("uploads", range(4))
+def test_a_push_that_is_cut_off_leaves_no_stage_and_no_adapter(uploads: int, objects: Objects, tmp_path: Path) -> None:
+    cut = Cut(objects.uri)
+    cut.left = uploads
+    here = Mirror(tmp_path / "here", cut)
+    write(here.root, sft__a_weights="w", **{"sft__adapter_config_json": "{}", "manifest_json": "done", "scores": "s"})
+    with pytest.raises(KeyboardInterrupt):
+        here.push()
+    names = set(objects.listing())
+    assert "manifest.json" not in names
+    assert "sft/adapter_config.json" not in names or {"sft/a_weights", "scores"} <= names
+    assert len(names) == uploads
+
+
+def test_two_writes_within_a_second_are_told_apart(s3: Uri, tmp_path: Path) -> None:
+    here, there = (Mirror(tmp_path / name, Objects(s3)) for name in ("here", "there"))
+    for number in range(5):
+        write(here.root, sums=str(number))
+        here.push()
+        there.pull(below(["sums"]), look_closely=True)
+        assert contents(there.root)["sums"] == str(number)
+
+
+def test_a_second_command_is_refused_by_name_and_may_wait(objects: Objects) -> None:
+    with Claim(objects).held():
+        with pytest.raises(UserError, match=rf"'{objects.uri}' is in use by process {os.getpid()} on ") as refused:
+            Claim(objects)._take_within(0.0)
+        assert f"delete '{objects.uri}/lock/" in str(refused.value)
+        assert len(objects.listing("lock")) == 1
+        found = claims.living_claim(objects)
+        assert found is not None and found["pid"] == os.getpid()
+    assert not objects.listing("lock") and claims.living_claim(objects) is None
+
+
+def test_a_command_waits_until_the_first_is_done(objects: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "RETRY_S", 0.01)
+    first = Claim(objects)
+    with first.held():
+        threading.Timer(0.05, lambda: objects.delete(objects.listing("lock"))).start()
+        with Claim(objects).held(wait_s=20):
+            assert len(objects.listing("lock")) == 1
+
+
+class Aged(Objects):
+    """Fault injection: a claim that was written some time ago, by the store's clock."""
+
+    name, age = "lock/old.json", 0.0
+
+    def listing(self, under: str = "") -> dict[str, Stamp]:
+        return {
+            name: stamp._replace(mtime_ns=stamp.mtime_ns - int(1e9 * self.age * (name == self.name)))
+            for name, stamp in super().listing(under).items()
+        }
+
+
+@pytest.mark.parametrize(
+    ("holder", "age", "alive"),
+    [
+        ({"started": 5}, 0, False),  # a process of this machine that has ended
+        ({"host": "elsewhere"}, 10, True),
+        ({"host": "elsewhere"}, run_lock.STALE_S + 10, False),
+    ],
+)
+def test_a_dead_holder_is_known_by_its_process_here_and_by_the_store_s_clock_elsewhere(
+    holder: dict[str, Any], age: float, alive: bool, s3: Uri
+) -> None:
+    objects = Aged(s3)
+    objects.write(Aged.name, json.dumps(run_lock.identity() | {"holds": True} | holder).encode())
+    objects.age = age
+    if alive:
+        with pytest.raises(UserError, match="in use by process"), Claim(objects).held():
+            pass
+    else:
+        with Claim(objects).held():
+            assert Aged.name not in objects.listing()
+
+
+def test_of_many_that_claim_at_once_one_holds_at_a_time(objects: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "RETRY_S", 0.005)
+    monkeypatch.setattr(claims, "BOTH_S", (0.01, 0.3))
+    monkeypatch.setattr(claims, "ROUNDS", 10**6)
+    monkeypatch.setattr(claims, "identity", lambda: {**run_lock.identity(), "thread": threading.get_ident()})
+    inside, most, done = [0], [0], []
+
+    def command() -> None:
+        with Claim(objects).held(wait_s=60):
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.002)
+            inside[0] -= 1
+        done.append(1)
+
+    threads = [threading.Thread(target=command) for _ in range(3)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert len(done) == 3 and most == [1]
+
+
+def test_a_holder_that_slept_or_was_taken_over_writes_nothing_more(
+    objects: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = Claim(objects)
+    with claim.held():
+        claim.require()
+        claim._seen -= claims.FENCE_S + 1
+        with pytest.raises(UserError, match="taken over by another command or cut off"):
+            claim.require()
+    monkeypatch.setattr(claims, "BEAT_S", 0.01)
+    with pytest.raises(KeyboardInterrupt), Claim(objects).held():
+        for _ in range(2000):  # a beat that is under way may write it once more
+            objects.delete(objects.listing("lock"))
+            time.sleep(0.01)
+
+
+def test_a_worker_sees_the_run_and_publishes_what_it_may_write(s3: Uri, tmp_path: Path) -> None:
+    driver = Mirror(tmp_path / "driver", Objects(s3))
+    write(driver.root, adapter__x="in", trash__old="old", manifest_json="1")
+    driver.push()
+    handed = Handed(s3, str(driver.root), ("work/sft", "metrics"))
+    given = {"in": f"{driver.root}/adapter", "base": f"{s3}/adapter", "out": [f"{driver.root}/work/sft"], "n": 3}
+    with pytest.raises(ValueError, match="killed"), workspace(handed) as rebased:
+        found = rebased(given)
+        assert found["in"] == found["base"] != given["in"] and found["n"] == 3
+        assert (Path(found["in"]) / "x").read_text() == "in" and not (Path(found["in"]).parent / "trash").exists()
+        write(Path(found["out"][0]), checkpoint__weights="w")
+        write(Path(found["in"]).parent, scores="not to be written")
+        with workspace(handed) as other:  # on another machine
+            publish()
+            second = Path(other(given)["out"][0])
+            refresh(str(second))
+            assert (second / "checkpoint" / "weights").read_text() == "w"
+        raise ValueError("killed")
+    driver.pull(below(handed.writes), look_closely=True)
+    assert contents(driver.root / "work") == {"sft/checkpoint/weights": "w"}
+    assert "scores" not in Objects(s3).listing()
+    assert not list((tmp_path / "cache" / "workspaces").glob("*/run"))
+
+
+def test_files_and_folders_of_a_store_are_read_once_on_a_machine(s3: Uri, tmp_path: Path) -> None:
+    objects = Objects(s3)
+    objects.write("model/config.json", b"{}")
+    objects.write("model/sub/weights.safetensors", b"12")
+    folder = on_this_machine(str(s3 / "model"))
+    assert contents(folder) == {"config.json": "{}", "sub/weights.safetensors": "12"}
+    assert on_this_machine(str(s3 / "model")) == folder
+    objects.write("model/config.json", b"[]")
+    assert (on_this_machine(str(s3 / "model")) / "config.json").read_text() == "[]"
+    assert on_this_machine(str(s3 / "model/config.json")).read_text() == "[]"
+    assert on_this_machine("/some/where") == Path("/some/where")
+    with pytest.raises(UserError, match="there is no such object"):
+        on_this_machine(str(s3 / "model/none"))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    tree = tiny_config(tmp_path / "student") | {"label": {"strategy": "random"}}
+    return write_config(tmp_path / "tiny.yaml", tree)
+
+
+def test_a_stage_s_results_are_in_the_store_and_another_machine_goes_on(
+    s3: Uri, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = lorapar_here("label", "-c", config, "-d", tmp_path / "local")
+    first = lorapar_here("label", "-c", config, "-d", s3)
+    assert (local.returncode, first.returncode) == (0, 0), first.stderr
+    assert set(Objects(s3).listing()) - {".session"} == {
+        name for name in contents_of_a_run(tmp_path / "local") if name not in ("work/digests.json", "lock.json")
+    }
+    monkeypatch.setenv("LORAPAR_CACHE", str(tmp_path / "another machine"))
+    again = lorapar_here("label", "-c", config, "-d", s3)
+    assert again.returncode == 0 and f"everything is done in '{s3}'; nothing to do" in again.stdout
+    shown = lorapar_here("status", "-d", s3, "--once")
+    assert shown.stdout.startswith(f"tiny · {s3} · nobody is at work") and "✓ label" in shown.stdout
+    with looked_at(str(s3)) as run:
+        assert (
+            contents_of_a_run(run.root)["labels/part-00000.parquet"]
+            == (tmp_path / "local" / "labels" / "part-00000.parquet").read_bytes()
+        )
+    assert not any(b"secret" in content for content in contents_of_a_run(tmp_path / "another machine").values())
+
+
+def contents_of_a_run(root: Path) -> dict[str, bytes]:
+    files = (path for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
+
+
+def test_a_mirror_is_used_again_only_if_nobody_worked_in_between(s3: Uri, tmp_path: Path) -> None:
+    first, second = (RemoteRun(s3, tmp_path / name) for name in ("first", "second"))
+    with first.at_work():
+        write(first.root, manifest_json="1", scores="1")
+    (first.root / "scores").unlink()  # some cleaner; not this program
+    with first.at_work():
+        assert (first.root / "scores").read_text() == "1"
+    with pytest.raises(ValueError), first.at_work():
+        first.publish = lambda: None  # type: ignore[method-assign]  # the network is cut, and the process dies
+        write(first.root, labels="ahead")
+        (first.root / "scores").unlink()
+        (first.root / ".complete").unlink(missing_ok=True)
+        raise ValueError
+    (first.root / ".complete").unlink()
+    del first.publish
+    with first.at_work():  # on the same machine nothing is lost, and what was removed stays away
+        assert contents(first.root) == {"manifest.json": "1", "labels": "ahead", "lock.json": ANY(first.root)}
+    with second.at_work():
+        assert (second.root / "labels").read_text() == "ahead" and not (second.root / "scores").exists()
+        write(second.root, labels="newer")
+    write(first.root, partition="of a session that others have overtaken")
+    with first.at_work():
+        assert (first.root / "labels").read_text() == "newer" and not (first.root / "partition").exists()
+
+
+def ANY(root: Path) -> str:
+    return (root / "lock.json").read_text()
+
+
+def test_a_second_command_on_the_same_run_names_the_first(s3: Uri, config: Path, tmp_path: Path) -> None:
+    with RemoteRun(s3, tmp_path / "another machine's").at_work():
+        refused = lorapar_here("label", "-c", config, "-d", s3)
+    assert refused.returncode == 2 and f"'{s3}' is in use by process {os.getpid()}" in refused.stderr
+    objects = Objects(s3)
+    objects.write("somebody/elses", b"data")
+    foreign = lorapar_here("label", "-c", config, "-d", s3)
+    assert f"run directory '{s3}' is not empty and holds no manifest.json; choose another" in foreign.stderr
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """Fault injection: an S3 server that answers every request with one error."""
+
+    code, status = "", 403
+
+    def do_GET(self) -> None:
+        body = f"<Error><Code>{self.code}</Code><Message>no</Message></Error>".encode()
+        self.send_response(self.status)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else body)
+
+    do_PUT = do_POST = do_HEAD = do_DELETE = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("AccessDenied", "no permission; check AWS_ACCESS_KEY_ID"),
+        ("RequestTimeTooSkewed", "this machine's clock is wrong; set it"),
+        ("InvalidAccessKeyId", "the credentials are not accepted; check AWS_ACCESS_KEY_ID"),
+    ],
+)
+def test_a_store_that_refuses_is_one_line(
+    code: str, said: str, s3: Uri, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = type("Handler", (Refusing,), {"code": code})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as refusing:
+        threading.Thread(target=refusing.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{refusing.server_port}")
+        refused = lorapar_here("label", "-c", config, "-d", s3)
+        refusing.shutdown()
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and said in refused.stderr
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in refused.stderr
+
+
+def test_a_bucket_or_a_store_that_is_not_there_is_one_line(
+    s3: Uri, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place, said in (("s3://nowhere/runs/x", "there is no such bucket"), ("hdfs://n/x", "no such storage here")):
+        refused = lorapar_here("label", "-c", config, "-d", place)
+        assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and said in refused.stderr
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:1")
+    refused = lorapar_here("status", "-d", s3)
+    assert refused.stderr == "lorapar: AWS_ENDPOINT_URL=127.0.0.1:1: write http://HOST:PORT or https://HOST\n"
+
+
+def test_a_run_on_a_disk_is_as_it_was(tmp_path: Path) -> None:
+    run = RunDirectory(f"file://{tmp_path}/run")
+    assert run.root == tmp_path / "run" and run.remote is None and run.place == str(run.root)
+    assert run.address(run.adapter) == str(tmp_path / "run" / "adapter")
+    with run.shared(run.sft) as handed:
+        assert handed is None
