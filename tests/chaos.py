@@ -1,16 +1,24 @@
 """Tests that kill processes, at moments and places drawn from a seed: a pytest plugin.
 
-A test with the mark `chaos(stage)` draws from the fixture `chance`. By default one such test of each stage runs, itself
-drawn; `--chaos all` runs every one, `--chaos-rounds N` each so often with other draws. The seed is printed;
-LORAPAR_CHAOS_SEED sets it.
+A test with the mark `chaos(stage, *faults)` draws from the fixture `chance`. By default one such test of each stage
+runs, itself drawn; `--chaos all` runs every one, `--chaos-rounds N` each so often with other draws. The seed is
+printed; LORAPAR_CHAOS_SEED sets it. A test with the mark `fault(stage, *faults)` breaks something too, and runs every
+time. What the fixture `recovery` is told is printed at the end.
 """
 
 import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from random import Random, SystemRandom
+from typing import Any
 
 import pytest
 
 SEED = "LORAPAR_CHAOS_SEED"
+RECOVERED = "recovered"
+Recovery = Callable[[str, str], AbstractContextManager[None]]
+"""See the fixture `recovery`."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,7 +29,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "chaos(stage): kills processes of a stage at drawn moments")
+    config.addinivalue_line(
+        "markers", "chaos(stage, *faults): breaks a stage at drawn moments; see tests/chaos_table.py"
+    )
+    config.addinivalue_line("markers", "fault(stage, *faults): breaks a stage, every time")
     if not os.environ.get(SEED):
         os.environ[SEED] = str(SystemRandom().randrange(10**6))  # before xdist's processes start, which inherit it
 
@@ -45,6 +56,29 @@ def chance(chaos_round: int, request: pytest.FixtureRequest) -> Random:
 def thorough(request: pytest.FixtureRequest) -> bool:
     """Whether a test that kills many kinds of process kills all of them."""
     return bool(request.config.getoption("--chaos") == "all")
+
+
+@pytest.fixture
+def recovery(record_property: Callable[[str, object], None]) -> Recovery:
+    """Takes a stage and a fault; the block around which it stands ends when the work has gone on."""
+
+    @contextmanager
+    def timed(stage: str, fault: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        record_property(RECOVERED, (stage, fault, time.monotonic() - start))
+
+    return timed
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The table of recovery times."""
+    passed = terminalreporter.getreports("passed")
+    rows = [value for report in passed for name, value in report.user_properties if name == RECOVERED]
+    if rows:
+        terminalreporter.section("recovery")
+        for stage, fault, seconds in rows:
+            terminalreporter.write_line(f"{stage:<10} {fault:<24} {seconds:6.1f} s")
 
 
 @pytest.hookimpl(tryfirst=True)

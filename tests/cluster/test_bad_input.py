@@ -82,6 +82,7 @@ def test_a_row_without_an_answer(config: dict[str, Any], tmp_path: Path) -> None
     refused("label", {**config, "data": rows}, tmp_path, "rows.jsonl' row 1 has no answer", "fields")
 
 
+@pytest.mark.fault("label", "full disk")
 def test_a_full_disk_keeps_the_run_and_the_next_try_finishes(config: dict[str, Any], tmp_path: Path) -> None:
     fault = tmp_path / "fault"
     fault.mkdir()

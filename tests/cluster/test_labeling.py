@@ -27,6 +27,7 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.job import label
 from lorapar_ray.labeling.simulated import binomial_majority_accuracy, true_system
 from lorapar_ray.runs import RunDirectory
+from tests.chaos import Recovery
 from tests.cluster.faulty_teachers import noted
 from tests.tiny_run import ROOT, command, lorapar, write_config
 
@@ -124,9 +125,9 @@ def test_the_majority_of_simulated_teachers_is_as_good_as_the_binomial_says(
     assert summary["teachers"]["a"]["latency"]["p50"] < 1 and summary["tokens"] == 9000
 
 
-@pytest.mark.chaos("label")
+@pytest.mark.chaos("label", "driver")
 def test_kill_9_on_the_driver_costs_only_the_blocks_in_flight(
-    chance: random.Random, run: RunDirectory, log: Path, tmp_path: Path
+    chance: random.Random, recovery: Recovery, run: RunDirectory, log: Path, tmp_path: Path
 ) -> None:
     votes = chance.randint(30, 120)
     config = settings(tmp_path, [faulty(name, log, latency_s=0.5) for name in "ab"])
@@ -141,7 +142,8 @@ def test_kill_9_on_the_driver_costs_only_the_blocks_in_flight(
     wait_for(lambda: not psutil.pid_exists(worker))  # it goes on asking until it sees that its driver is gone
     asked, kept = sum(noted(log).values()), stored(run)
     assert votes < kept < 2 * ROWS and not (run.label_summary).exists()
-    again = lorapar(*arguments)
+    with recovery("label", "driver"):
+        again = lorapar(*arguments)
     assert again.returncode == 0, again.stderr
     assert again.stderr == "", "Ray has no line in a good run's output"
     assert complete(run)
@@ -152,7 +154,7 @@ def test_kill_9_on_the_driver_costs_only_the_blocks_in_flight(
     assert "votes asked for" in again.stdout
 
 
-@pytest.mark.chaos("label")
+@pytest.mark.chaos("label", "worker")
 def test_kill_9_on_an_asking_worker_in_mid_run(
     chance: random.Random, cluster: None, run: RunDirectory, log: Path, tmp_path: Path
 ) -> None:

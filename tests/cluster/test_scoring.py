@@ -19,6 +19,7 @@ from lorapar_ray.importance.halves import load_halves
 from lorapar_ray.importance.job import score_stage
 from lorapar_ray.pipeline import run_stage
 from lorapar_ray.runs import RunDirectory
+from tests.chaos import Recovery
 from tests.tiny_run import save_tiny_student, tiny_config
 from tests.together import run_together
 
@@ -119,9 +120,9 @@ def test_other_numbers_of_workers_change_nothing_from_the_beginning_or_on_the_wa
     assert len(sums_in(run)) > len(kept) and written == {file: file.stat().st_mtime_ns for file in kept}
 
 
-@pytest.mark.chaos("score")
+@pytest.mark.chaos("score", "worker")
 def test_a_killed_worker_is_replaced_and_counts_nothing_twice(
-    chance: Random, alone: list[Scores], student: Path, tmp_path: Path
+    chance: Random, recovery: Recovery, alone: list[Scores], student: Path, tmp_path: Path
 ) -> None:
     config, run = make_run(student, tmp_path / "run", workers=2, batch_tokens=32, unit_size=1, checkpoint_every_s=0)
     killed: list[Path] = []
@@ -134,6 +135,9 @@ def test_a_killed_worker_is_replaced_and_counts_nothing_twice(
         worker = chance.choice([each for each in ours if "RayTrainWorker" in " ".join(each.cmdline())])
         killed.extend(done)
         worker.kill()
+        with recovery("score", "worker"):
+            while len(sums_in(run)) <= len(done):
+                pause.wait(0.05)
 
     killer = threading.Thread(target=kill_one)
     killer.start()

@@ -18,6 +18,7 @@ from lorapar_ray.partition import load_regions, stage_mask
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.job import train_stage1
 from lorapar_ray.sft.together import shape_of, train_together, why_alone
+from tests.chaos import Recovery
 from tests.sft_run import ready_run, weights
 from tests.tiny_run import lorapar_here, metrics, save_tiny_student, tiny_config, write_config
 from tests.together import run_together
@@ -118,8 +119,10 @@ def test_arms_at_once_leave_the_files_that_each_leaves_alone(
     assert not list(run.work.glob("sft/checkpoints/*"))
 
 
-@pytest.mark.chaos("sft")
-def test_a_killed_worker_ends_in_the_same_adapter(chance: Random, cluster: None, student: Path, tmp_path: Path) -> None:
+@pytest.mark.chaos("sft", "worker")
+def test_a_killed_worker_ends_in_the_same_adapter(
+    chance: Random, recovery: Recovery, cluster: None, student: Path, tmp_path: Path
+) -> None:
     """With dropout, so that the generators' states count."""
     steps = chance.randint(1, 8)
     options = {**TWO_WORKERS, "epochs": 8, "micro_batch_size": 2, "checkpoint_every": 2}
@@ -135,6 +138,9 @@ def test_a_killed_worker_ends_in_the_same_adapter(chance: Random, cluster: None,
         worker = chance.choice([each for each in ours if "RayTrainWorker" in " ".join(each.cmdline())])
         killed.append(len(metrics(disturbed[1].root, "sft")))
         worker.kill()
+        with recovery("sft", "worker"):
+            while len(metrics(disturbed[1].root, "sft")) <= killed[0]:
+                pause.wait(0.05)
 
     killer = threading.Thread(target=kill_one)
     killer.start()

@@ -97,6 +97,7 @@ def engine_of(process: subprocess.Popen[str]) -> Any:
     return next((each for each in found if "EngineCore" in " ".join(each.cmdline() or [each.name()])), None)
 
 
+@pytest.mark.fault("evaluate", "engine child", "driver")
 def test_nothing_answered_is_asked_again_whoever_is_killed(tmp_path: Path) -> None:
     student = save_tiny_student(tmp_path / "student")
     tuned = pissa(student, tmp_path)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.chaos import Recovery
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.test_interruption import copy_before
 from tests.tiny_run import ROOT, command, lorapar, metrics
@@ -46,8 +47,10 @@ def find(root: psutil.Process, what: str) -> psutil.Process | None:
     return None
 
 
-@pytest.mark.chaos("grpo")
-def test_every_kind_of_process_may_die(chance: Random, thorough: bool, finished: FinishedRun, tmp_path: Path) -> None:
+@pytest.mark.chaos("grpo", "worker", "coordinator", "engine child", "reward process", "driver")
+def test_every_kind_of_process_may_die(
+    chance: Random, thorough: bool, recovery: Recovery, finished: FinishedRun, tmp_path: Path
+) -> None:
     victims = draw(chance, thorough)
     run = copy_before(finished, "grpo", tmp_path / "run")
     changes = (f"steps={STEPS}", "max_staleness=1", "refill_limit=0", "checkpoint_every=1")
@@ -84,7 +87,8 @@ def test_every_kind_of_process_may_die(chance: Random, thorough: bool, finished:
         "learner_resources.cpus=0.3",
         "rollout_resources.cpus=0.3",
     )
-    again = lorapar(*arguments, *(f"--set=grpo.{change}" for change in more))
+    with recovery("grpo", "driver"):
+        again = lorapar(*arguments, *(f"--set=grpo.{change}" for change in more))
     assert again.returncode == 0, again.stderr
     lines = metrics(run, "grpo")
     assert [line["policy_version"] for line in lines] == list(range(1, STEPS + 1))

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.pipeline import PIPELINE, STAGES
+from tests.chaos import Recovery
 from tests.e2e.conftest import FinishedRun
 from tests.tiny_run import ROOT, command, lorapar, metrics, save_tiny_student, tiny_config, write_config
 
@@ -82,7 +83,7 @@ def kill_descendant(root: int, name: str) -> None:
     found[0].kill()
 
 
-@pytest.mark.chaos("label")
+@pytest.mark.chaos("label", "Serve replica", "engine child")
 def test_labelling_survives_kill_9_on_a_replica_and_on_an_engine(chance: Random, tmp_path: Path) -> None:
     votes = chance.randint(8, 30)
     config = write_config(tmp_path / "tiny.yaml", tiny_config(save_tiny_student(tmp_path / "student")))
@@ -123,15 +124,18 @@ def title(process: psutil.Process) -> str:
         return ""
 
 
-@pytest.mark.chaos("score")
-def test_scoring_goes_on_with_the_units_that_are_there(chaos_round: int, finished: FinishedRun, tmp_path: Path) -> None:
+@pytest.mark.chaos("score", "driver")
+def test_scoring_goes_on_with_the_units_that_are_there(
+    chaos_round: int, recovery: Recovery, finished: FinishedRun, tmp_path: Path
+) -> None:
     run = copy_before(finished, "score", tmp_path / "run")
     units = run / "work" / "score"
     stop_when(
         lambda: any(units.glob("sums-*/*/*.safetensors")), signal.SIGKILL, "score", "-c", finished.config, "-d", run
     )
     there = {path: path.stat().st_mtime_ns for path in units.glob("sums-*/*/*.safetensors")}
-    again = lorapar("score", "-c", finished.config, "-d", run)
+    with recovery("score", "driver"):
+        again = lorapar("score", "-c", finished.config, "-d", run)
     assert again.returncode == 0, again.stderr
     assert there == {path: path.stat().st_mtime_ns for path in there}
     for system in (1, 2):
@@ -140,8 +144,10 @@ def test_scoring_goes_on_with_the_units_that_are_there(chaos_round: int, finishe
             torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.chaos("sft")
-def test_sft_stopped_twice_ends_in_the_same_adapter(chance: Random, finished: FinishedRun, tmp_path: Path) -> None:
+@pytest.mark.chaos("sft", "driver")
+def test_sft_stopped_twice_ends_in_the_same_adapter(
+    chance: Random, recovery: Recovery, finished: FinishedRun, tmp_path: Path
+) -> None:
     first = chance.randint(1, 4)
     second = chance.randint(first + 2, first + 4)
     run = copy_before(finished, "sft", tmp_path / "run")
@@ -150,7 +156,8 @@ def test_sft_stopped_twice_ends_in_the_same_adapter(chance: Random, finished: Fi
     assert status == 130, errors
     assert errors.splitlines()[-1] == "lorapar: interrupted; the same command continues where it stopped"
     stop_when(lambda: len(metrics(run, "sft")) >= second, signal.SIGKILL, *arguments)
-    again = lorapar(*arguments)
+    with recovery("sft", "driver"):
+        again = lorapar(*arguments)
     assert again.returncode == 0, again.stderr
     steps = [line["step"] for line in metrics(run, "sft")]
     assert steps == list(range(1, len(steps) + 1))

@@ -88,6 +88,7 @@ def test_refusals(client: OpenAI, server: Server) -> None:
         client.post("/load_lora_adapter", body={"lora_name": "x", "lora_path": "/"}, cast_to=object)
 
 
+@pytest.mark.fault("serve", "Serve replica")
 def test_sixteen_clients_at_once_and_a_killed_replica(client: OpenAI, server: Server) -> None:
     models = ("base", "sft", "grpo", "auto")
 

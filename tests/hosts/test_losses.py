@@ -28,6 +28,8 @@ def again_from(stage: str, far: FarRun, target: Path) -> Path:
     return run
 
 
+@pytest.mark.fault("score", "node")
+@pytest.mark.fault("grpo", "node", "network cut and healed")
 def test_a_run_that_loses_machines_ends_as_one_that_does_not(far: FarRun, sent: Sent) -> None:
     """A learner's dies while scoring and is cut off from the network in stage 2; then the one with the engine dies."""
     assert far.status == 0, far.output[-3000:]
