@@ -354,9 +354,9 @@ def status(
     run_dir: Annotated[list[str], typer.Option("--run-dir", "-d", help="Of the run.")],
     once: Annotated[bool, typer.Option("--once", help="Do not follow.")] = False,
 ) -> None:
-    from lorapar_ray.status import follow, lines
+    from lorapar_ray.status import READ, follow, lines
 
-    with looked_at(_one("--run-dir", run_dir)) as run:
+    with looked_at(_one("--run-dir", run_dir), *READ) as run:
         if once or not sys.stdout.isatty():
             print("\n".join(lines(run)))
         else:

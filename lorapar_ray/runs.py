@@ -255,8 +255,11 @@ def _of_opening(path: Path) -> bool:
 
 
 @contextmanager
-def looked_at(place: Path | str) -> Iterator[RunDirectory]:
+def looked_at(place: Path | str, *needed: str) -> Iterator[RunDirectory]:
     """A run to read, whoever is at work on it: one in an object store as it stands now, for as long as the block runs.
+
+    Args:
+        needed: files and folders of it that are enough; none: all that tells of results.
 
     Raises:
         UserError: as `RunDirectory`, or an object store does not answer.
@@ -267,7 +270,7 @@ def looked_at(place: Path | str) -> Iterator[RunDirectory]:
         return
     from lorapar_ray.storage.session import looked_at as remote_looked_at
 
-    with remote_looked_at(where) as remote:
+    with remote_looked_at(where, needed) as remote:
         yield RunDirectory(str(where), remote)
 
 

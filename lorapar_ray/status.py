@@ -13,7 +13,9 @@ from lorapar_ray.progress import console, minutes
 from lorapar_ray.runs import PROGRESS, RunDirectory
 from lorapar_ray.text import one_line
 
-REFRESH_S = 1.0
+REFRESH_S, REFRESH_REMOTE_S = 1.0, 5.0
+READ = ("manifest.json", "config.yaml", "work/progress.json")
+"""Of a run."""
 SILENT_S = 30.0
 """Without a sign of progress, its age is shown."""
 
@@ -72,7 +74,7 @@ def follow(run: RunDirectory) -> None:
     with Live(Text("\n".join(lines(run))), console=console, auto_refresh=False) as live:
         try:
             while run.holder() is not None:
-                time.sleep(REFRESH_S)
+                time.sleep(REFRESH_S if run.remote is None else REFRESH_REMOTE_S)
                 if run.remote is not None:
                     run.remote.look()
                 live.update(Text("\n".join(lines(run))), refresh=True)

@@ -17,7 +17,7 @@ from lorapar_ray.files import cache_root
 from lorapar_ray.progress import console
 from lorapar_ray.run_lock import BEAT_S, InUse, run_lock
 from lorapar_ray.storage.claims import FOLDER, Claim, living_claim
-from lorapar_ray.storage.mirror import MANIFEST, Mirror, all_but, below
+from lorapar_ray.storage.mirror import MANIFEST, Mirror, Wanted, all_but, below
 from lorapar_ray.storage.objects import Objects
 from lorapar_ray.storage.uris import Uri
 from lorapar_ray.storage.workspace import Handed
@@ -36,12 +36,14 @@ TOKEN, COMPLETE = ".session", ".complete"
 class RemoteRun:
     """A run in an object store, and this machine's mirror of it."""
 
-    def __init__(self, uri: Uri, root: Path | None = None) -> None:
+    def __init__(self, uri: Uri, root: Path | None = None, seen: Wanted | None = None) -> None:
         """Nothing is asked yet.
 
         Args:
             root: of the mirror; None: the one that this machine keeps for commands that work on the run.
+            seen: what `look` takes over; None: all but `UNSEEN`.
         """
+        self._seen = seen or all_but(UNSEEN)
         key = hashlib.sha256(str(uri).encode()).hexdigest()[:16]
         self.uri, self.objects = uri, Objects(uri)
         self.root = cache_root().resolve() / "runs" / key if root is None else root
@@ -83,7 +85,7 @@ class RemoteRun:
             self.objects.require_bucket()
             self._mirror = Mirror(self.root, self.objects)
         if MANIFEST in self.objects.listing():
-            self._mirror.pull(all_but(UNSEEN))
+            self._mirror.pull(self._seen)
 
     def holder(self) -> dict[str, Any] | None:
         """Who is at work on it."""
@@ -166,10 +168,14 @@ class RemoteRun:
 
 
 @contextmanager
-def looked_at(uri: Uri) -> Iterator[RemoteRun]:
-    """A run as it stands, in a folder of its own that goes with the block."""
+def looked_at(uri: Uri, places: Sequence[str] = ()) -> Iterator[RemoteRun]:
+    """A run as it stands, in a folder of its own that goes with the block.
+
+    Args:
+        places: files and folders that are enough; empty: all but `UNSEEN`.
+    """
     with tempfile.TemporaryDirectory(prefix="lorapar-view-") as folder:
-        run = RemoteRun(uri, Path(folder).resolve() / "run")
+        run = RemoteRun(uri, Path(folder).resolve() / "run", below(places) if places else None)
         with suppress(FileNotFoundError):
             run.look()
         yield run
