@@ -1,6 +1,6 @@
 """Stage 2's plumbing on a simulated cluster: how close it comes to the ideal, and what the coordinator costs.
 
-    python jobs/benchmarks/rollout_scale.py [--quick] [--engines N …] --json FILE
+    python jobs/benchmarks/rollout_scale.py [--quick] [--engines N …] [--only balance] --json FILE
 
 Engines, rewards and learner sleep (see `_simulated_cluster`); the coordinator, its queue, the policies' way, the
 records in the object store and Ray are real, all on this machine. Each engine decodes 16 sequences at once and gets 32
@@ -12,6 +12,9 @@ row is that ideal. Busy share: processor seconds of the coordinator's process, a
 spent in. A sequence takes about half a second for each 64 engines, where 4,096 tokens take a real engine a minute or
 more: so every second here has the messages of many, and the share of a real run is as much smaller. Memory: resident
 bytes of the coordinator's process after a tenth of 10,000 steps and at their end, and of the object store at the end.
+
+Balance: `balance: auto` has 20 steps, from the grid's smallest step on; then steps of the size that it has come to are
+measured beside every size of the grid. What a step costs whatever its size is here the tail of its longest completion.
 
 A step's records take 8 MiB for each engine, and up to `max_staleness` + 2 steps exist at once; what does not fit this
 machine's object store is left out and named.
@@ -52,17 +55,24 @@ TRAINING_SHARE = 2 / 3
 WARM_UP = 2
 GOAL, BUSY_GOAL = 0.95, 0.2
 ELEMENTS = 10_000
+BALANCED_STEPS = 20
+SIZES = 8, 16, 32, 64, 128
+"""Prompts of a step."""
+BALANCED_ENGINES = 8
+BALANCED_GOAL = 0.9
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer steps; up to 64 engines, if none are named")
     parser.add_argument("--engines", type=int, nargs="+", help="engines to simulate")
+    parser.add_argument("--only", choices=["balance"], help="these rows and no others")
     parser.add_argument("--json", type=Path, required=True, help="where the rows go")
     arguments = parser.parse_args()
     rows = []
     with ray_session():
-        for row in measured(arguments.engines or ENGINES[: -1 if arguments.quick else None], arguments.quick):
+        sizes = arguments.engines or ENGINES[: -1 if arguments.quick else None]
+        for row in balanced() if arguments.only else measured(sizes, arguments.quick):
             print(f"{row.name}: {row.ratio:.3f}", file=sys.stderr, flush=True)
             rows.append(row)
             write_rows(arguments.json, rows)
@@ -77,6 +87,7 @@ def measured(sizes: Sequence[int], quick: bool) -> Iterator[Row]:
             print(f"{engines} engines at staleness {staleness} do not fit {room / 2**30:.1f} GiB", file=sys.stderr)
         else:
             yield from scale(engines, staleness, steps=4 if quick or engines > 64 else 8)
+    yield from balanced()
     yield from memory(1_000 if quick else 10_000)
 
 
@@ -97,6 +108,26 @@ def scale(engines: int, staleness: int, steps: int) -> Iterator[Row]:
         f"coordinator's busy share, {name}", share, 1.0, "", share, goal, share < BUSY_GOAL if goal != "–" else None
     )
     yield Row(f"coordinator's time for a group, {name}", each, None, "ms", each, "–", None)
+
+
+def balanced() -> Iterator[Row]:
+    """Samples per second with the size of a step that `balance: auto` has come to, beside the best of `SIZES`."""
+    load, staleness = Load(slots=SLOTS, median_s=MEDIAN_S, mean_tokens=TOKENS), 1
+    each = TRAINING_SHARE * GROUP_SIZE * load.median_s * load.mean / SLOTS / BALANCED_ENGINES
+
+    def rate(prompts: int) -> float:
+        marks = run(BALANCED_ENGINES, prompts, staleness, 4 + WARM_UP, load, 0.0, training_each=each)
+        return 4 * prompts * GROUP_SIZE / (marks[-1].at - marks[WARM_UP - 1].at)
+
+    auto = {"balance": "auto", "balance_prompts": [SIZES[0], SIZES[-1]], "steps": BALANCED_STEPS}
+    chosen = run(BALANCED_ENGINES, SIZES[0], staleness, BALANCED_STEPS, load, 0.0, training_each=each, settings=auto)[
+        -1
+    ].prompts
+    rates = {prompts: rate(prompts) for prompts in SIZES}
+    ours, best = rate(chosen), max(rates.values())
+    print(", ".join(f"{prompts} prompts: {found:.1f} samples/s" for prompts, found in rates.items()), file=sys.stderr)
+    name = f"balance: auto, {chosen} prompts a step after {BALANCED_STEPS} steps, beside the best of a grid"
+    yield Row(name, ours, best, "samples/s", ours / best, f"≥ {BALANCED_GOAL:g}", ours / best >= BALANCED_GOAL)
 
 
 def memory(steps: int) -> Iterator[Row]:
@@ -122,11 +153,29 @@ class Mark:
     """Its bytes of memory."""
     stored: float
     """Bytes in the object store."""
+    prompts: int
+    """Of the step."""
 
 
-def run(engines: int, prompts: int, staleness: int, steps: int, load: Load, training: float) -> list[Mark]:
-    """Be the learner for `steps` steps; further ones are begun, so that the last is none of a run's end."""
+def run(
+    engines: int,
+    prompts: int,
+    staleness: int,
+    steps: int,
+    load: Load,
+    training: float,
+    training_each: float = 0.0,
+    settings: dict[str, Any] | None = None,
+) -> list[Mark]:
+    """Be the learner for `steps` steps; further ones are begun, so that the last is none of a run's end.
+
+    Args:
+        training: seconds of a step.
+        training_each: and of each of its prompts.
+        settings: further ones of `grpo`.
+    """
     plan = plan_of(engines, prompts, staleness, steps + staleness + 1)
+    plan["settings"] |= settings or {}
     simulated = Engines(engines, load)
     actor = ray.remote(_Coordinator).options(num_cpus=0, max_concurrency=1000)
     coordinator = actor.remote(plan, simulated, None, SleepingRewards)
@@ -137,14 +186,15 @@ def run(engines: int, prompts: int, staleness: int, steps: int, load: Load, trai
     publisher.publish(sender.policy(0, parameters), [])
     marks = []
     for step in range(steps):
-        fetched = fetch(coordinator, step, 0, 1)
-        time.sleep(training)
+        share, samples = fetch(coordinator, step, 0, 1)
+        time.sleep(training + training_each * len(share.prompts))
         publisher.wait()
-        del fetched
+        del samples
         publisher.publish(sender.policy(step + 1, parameters), [])
         times, memory = process.cpu_times(), process.memory_info()
         looks = step in (0, steps - 1)
-        marks.append(Mark(time.monotonic(), times.user + times.system, memory.rss, stored() if looks else 0.0))
+        busy, held = times.user + times.system, stored() if looks else 0.0
+        marks.append(Mark(time.monotonic(), busy, memory.rss, held, len(share.prompts)))
     ray.kill(coordinator)  # and with it the reward workers it owns
     simulated.stop()
     return marks

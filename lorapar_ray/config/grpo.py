@@ -82,6 +82,12 @@ class GrpoConfig(Section):
     """None: one pass over the prompts."""
     prompts_per_step: Result[PositiveInt] = 8
     """Groups that one step is made of, over all learners."""
+    balance: Result[Literal["off", "auto"]] = "off"
+    """`auto`: prompts of a step move between `balance_prompts`, beginning with `prompts_per_step`, to as few as come to
+    0.95 of the samples per second that large steps would; see `lorapar_ray/grpo/balance.py`. It follows the clock, so
+    two runs differ; `steps` must be set."""
+    balance_prompts: Result[tuple[PositiveInt, PositiveInt] | None] = None
+    """Fewest and most prompts of a step under `balance: auto`; None: from `prompts_per_step` to eight times as many."""
     group_size: Result[Annotated[int, Field(ge=2)]] = 8
     """Completions of one prompt."""
     max_prompt_length: Result[PositiveInt] = 256
@@ -239,6 +245,23 @@ class GrpoConfig(Section):
                 f"rewards: '{ENVIRONMENT}' is what grpo.environment gives its trajectories; name one there"
             )
         return self
+
+    @model_validator(mode="after")
+    def _balance_is_bounded(self) -> GrpoConfig:
+        low, high = self.balance_bounds
+        if not low <= self.prompts_per_step <= high:
+            raise ValueError(
+                f"balance_prompts: [{low}, {high}] does not hold prompts_per_step ({self.prompts_per_step}); "
+                "give the fewest first"
+            )
+        if self.balance == "auto" and self.steps is None:
+            raise ValueError("balance: set steps too, since how many make one pass is not known before")
+        return self
+
+    @property
+    def balance_bounds(self) -> tuple[int, int]:
+        """Fewest and most prompts of a step under `balance: auto`."""
+        return self.balance_prompts or (self.prompts_per_step, 8 * self.prompts_per_step)
 
     @model_validator(mode="after")
     def _stale_samples_are_corrected(self) -> GrpoConfig:

@@ -21,6 +21,7 @@ from lorapar_ray.config import GrpoConfig
 from lorapar_ray.engines.actor import start_engine
 from lorapar_ray.engines.policy import PolicyNote
 from lorapar_ray.gpus import sync_of
+from lorapar_ray.grpo.balance import Balance
 from lorapar_ray.grpo.batches import Batch, Share, shares_of
 from lorapar_ray.grpo.canaries import MOST_TOLERANCE, Canary, canary_tolerance
 from lorapar_ray.grpo.engine_pool import EnginePool, PolicyMismatch
@@ -96,6 +97,9 @@ class Coordinator:
         self._publishing: asyncio.Task[dict[str, float]] | None = None
         self._marked_at = time.monotonic()
         self._marked_busy_s = 0.0
+        self._sizes: dict[int, int] = {}
+        """Prompts of the steps that have begun."""
+        self._balance = self._fresh_balance()
 
     async def start(self) -> list[dict[str, Any]]:
         """Start every rollout engine; returns their process ids."""
@@ -115,10 +119,13 @@ class Coordinator:
         self._steps.clear()
         self._drawn.clear()
         self._shares.clear()
+        self._sizes.clear()
         self._first_step = step
-        self._stream = self._fresh_stream()
+        self._stream, self._balance = self._fresh_stream(), self._fresh_balance()
         if stream is not None:
             self._stream.restore(stream)
+            if self._balance is not None and "balance" in stream:
+                self._balance.restore(stream["balance"])
         self._engines.begin_to_start()  # a coordinator that Ray has restarted has none
 
     async def calibrate(self, canaries: list[Canary], least: float) -> float:
@@ -143,7 +150,7 @@ class Coordinator:
 
         Returns:
             seconds and bytes of the sync, the largest canary gap (mean absolute log-probability difference in nats),
-            the engines' idle share since the last sync, engines replaced so far, groups lost with their nodes so far,
+            the engines' idle share since the last sync, prompts of the steps that begin now, engines replaced so far, groups lost with their nodes so far,
             and finished steps in the queue.
 
         Raises:
@@ -165,13 +172,18 @@ class Coordinator:
             await asyncio.gather(*self._steps.values(), return_exceptions=True)
         start = time.monotonic()
         idle = 1.0 - self._engines.busy_share(self._marked_at, self._marked_busy_s)
+        size = self._sizes.pop(policy.version - 1, None)
+        if self._balance is not None and size is not None and policy.version > self._first_step + 1:
+            self._balance.observe(size, start - self._marked_at)  # of the first step much is starting
+        wanted = self._settings.prompts_per_step if self._balance is None else self._balance.prompts
         self._marked_at, self._marked_busy_s = start, self._engines.busy_seconds()
         gap = await self._engines.publish(policy, canaries)
         for step in range(max(self._first_step, policy.version), policy.version + self._settings.max_staleness + 1):
             if step not in self._steps and step < self._plan["steps"]:
                 drawn = self._drawn[step] = []
+                self._sizes[step] = wanted
                 self._steps[step] = asyncio.create_task(
-                    collect(step, drawn, self._stream, self._rollouts, self._settings)
+                    collect(step, drawn, self._stream, self._rollouts, self._settings, wanted)
                 )
         self._change()
         return {
@@ -180,6 +192,7 @@ class Coordinator:
             "canary_gap": gap,
             "canary_tolerance": self._engines.tolerance,
             "idle/engines": idle,
+            "prompts_per_step": float(wanted),
             "engines_replaced": float(self._engines.replaced),
             "groups_lost": float(self._rollouts.lost),
             "queue_depth": float(sum(self._steps[step].done() for step in self._steps if step >= policy.version)),
@@ -216,7 +229,8 @@ class Coordinator:
 
     async def checkpoint(self, step: int) -> dict[str, Any]:
         """State of the prompt stream as it is after training on `step`."""
-        return self._stream.state([index for at, drawn in sorted(self._drawn.items()) if at > step for index in drawn])
+        state = self._stream.state([index for at, drawn in sorted(self._drawn.items()) if at > step for index in drawn])
+        return state if self._balance is None else {**state, "balance": self._balance.state()}
 
     async def stop(self) -> None:
         """End reward workers, environments and engines."""
@@ -233,6 +247,12 @@ class Coordinator:
         return PromptStream(
             len(self._plan["rows"]), self._plan["seed"], by_solve_rate=self._settings.curriculum == "solve_rate"
         )
+
+    def _fresh_balance(self) -> Balance | None:
+        settings = self._settings
+        if settings.balance == "off":
+            return None
+        return Balance(settings.prompts_per_step, settings.balance_bounds)
 
     def _new_engine(self) -> Any:
         settings, engine = self._settings, self._settings.rollout_engine

@@ -31,18 +31,27 @@ if TYPE_CHECKING:
     from lorapar_ray.grpo.learner import Learner
 
 
-async def collect(step: int, drawn: list[int], stream: PromptStream, rollouts: Rollouts, settings: GrpoConfig) -> Batch:
+async def collect(
+    step: int,
+    drawn: list[int],
+    stream: PromptStream,
+    rollouts: Rollouts,
+    settings: GrpoConfig,
+    prompts: int | None = None,
+) -> Batch:
     """One step's batch: groups that teach something. Those whose rewards are all equal are replaced by others.
 
     Args:
         step: the version that will train on it.
         drawn: gets the prompts as they are drawn; a checkpoint meanwhile hands them back to the stream.
+        prompts: how many groups; None: as many as the config says.
     """
+    size = prompts or settings.prompts_per_step
     clock = Clock()
     groups: list[Group] = []
     dropped: list[Group] = []
     for attempt in range(settings.refill_limit + 1):
-        indices = stream.take(settings.prompts_per_step - len(groups))
+        indices = stream.take(size - len(groups))
         drawn += indices
         with clock.phase("rollout"):
             found = await asyncio.gather(*(sample_group(rollouts, index, step, attempt) for index in indices))
@@ -50,7 +59,7 @@ async def collect(step: int, drawn: list[int], stream: PromptStream, rollouts: R
             if group.rewards:
                 stream.observe(index, group.solved)
             (groups if group.spread > 0 else dropped).append(group)
-        if len(groups) == settings.prompts_per_step:
+        if len(groups) == size:
             break
     rollouts.report_failures([*groups, *dropped], step)
     return make_batch(groups, dropped, drawn, step, clock.seconds, rollouts.rows)

@@ -67,6 +67,31 @@ def plan() -> dict[str, Any]:
     }
 
 
+def test_a_balanced_steps_prompts_follow_the_time_that_steps_take(cluster: None) -> None:
+    sender = PolicySender("{}")
+
+    async def go() -> None:
+        balanced = plan()
+        balanced["settings"] |= {"balance": "auto", "balance_prompts": [1, 3], "steps": 5}
+        balanced["steps"] = 5
+        coordinator = Coordinator(balanced, engine=Engine)
+        await coordinator.start()
+        begun = []
+        for version in range(4):
+            policy = sender.policy(version, {"m.lora_A.weight": torch.full((4,), float(version))})
+            figures = await coordinator.publish(note_of(policy, policy), [])
+            share = await coordinator.batch(version, 0, 1)
+            begun.append(figures["prompts_per_step"])
+            assert len(share.prompts) == begun[-1]
+        assert begun[:3] == [1, 1, 2]  # the first step's time says nothing; then another size is tried
+        saved = await coordinator.checkpoint(3)
+        await coordinator.resume(3, saved)
+        assert await coordinator.checkpoint(3) == saved and len(saved["balance"]) == 3
+        coordinator._rewards.stop()
+
+    asyncio.run(go())
+
+
 def test_what_dead_learners_were_publishing_does_not_go_on_beside_the_next_ones(cluster: None) -> None:
     sender = PolicySender("{}")
 

@@ -1,0 +1,71 @@
+"""How many prompts a step should take, by what steps have taken: few are wasteful, many make few updates.
+
+A step of p prompts takes about T(p) = a + b·p seconds: a is what every step costs whatever its size (the longest
+completion's tail, publishing and proving a policy, the updates' fixed part), b·p is work that engines and learners
+share. Samples per second are p / T(p), of which 1/b is the most there can be. The fewest prompts that come to a share s
+of that are p = s/(1 − s) · a/b. Both numbers are fitted to the latest steps, of at least two sizes.
+
+How many groups an engine holds needs no such search: `Router` follows the engines' measured speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+SHARE = 0.95
+"""Of the most samples per second: what a step is made large enough for."""
+REMEMBERED = 8
+"""Steps, the latest."""
+LARGEST_MOVE = 2.0
+"""By which a step's prompts may be multiplied or divided at once: a fit says little of far-away sizes."""
+SMALLEST_MOVE = 0.15
+"""Smaller ones are noise."""
+
+
+class Balance:
+    """Chooses within bounds; one observation for each step."""
+
+    def __init__(self, prompts: int, bounds: tuple[int, int]) -> None:
+        """Begin with `prompts` a step, and stay within `bounds`."""
+        self._least, self._most = bounds
+        self.prompts = min(self._most, max(self._least, prompts))
+        """Prompts of the next step."""
+        self._seen: list[tuple[int, float]] = []
+
+    def observe(self, prompts: int, seconds: float) -> None:
+        """A step of so many prompts took so long, from one policy to the next."""
+        self._seen.append((prompts, seconds))
+        if len(self._seen) > REMEMBERED:
+            sizes = {size for size, _ in self._seen[1:]}
+            self._seen.pop(0 if len(sizes) > 1 else 1)  # the only one of another size stays
+        wanted = self._wanted()
+        wanted = min(LARGEST_MOVE * self.prompts, max(self.prompts / LARGEST_MOVE, wanted))
+        if abs(wanted - self.prompts) > SMALLEST_MOVE * self.prompts:
+            self.prompts = min(self._most, max(self._least, round(wanted)))
+
+    def _wanted(self) -> float:
+        if len({prompts for prompts, _ in self._seen}) == 1:
+            return LARGEST_MOVE * self.prompts if self.prompts < self._most else self.prompts / LARGEST_MOVE
+        fixed, each = fitted(self._seen)
+        if each <= 0:  # larger steps take no longer, as far as can be seen
+            return LARGEST_MOVE * self.prompts
+        return SHARE / (1 - SHARE) * max(0.0, fixed) / each
+
+    def state(self) -> list[list[float]]:
+        """What `restore` needs; the choice first."""
+        return [[self.prompts, 0.0], *([prompts, seconds] for prompts, seconds in self._seen)]
+
+    def restore(self, state: Sequence[Sequence[float]]) -> None:
+        """Go on from `state`."""
+        (prompts, _), *seen = state
+        self.prompts = int(prompts)
+        self._seen = [(int(each), seconds) for each, seconds in seen]
+
+
+def fitted(seen: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """(a, b) of seconds ≈ a + b · prompts, by least squares; there are two sizes at least."""
+    middle, mean = fmean(prompts for prompts, _ in seen), fmean(seconds for _, seconds in seen)
+    spread = sum((prompts - middle) ** 2 for prompts, _ in seen)
+    each = sum((prompts - middle) * (seconds - mean) for prompts, seconds in seen) / spread
+    return mean - each * middle, each
