@@ -150,8 +150,8 @@ class Coordinator:
 
         Returns:
             seconds and bytes of the sync, the largest canary gap (mean absolute log-probability difference in nats),
-            the engines' idle share since the last sync, prompts of the steps that begin now, engines replaced so far, groups lost with their nodes so far,
-            and finished steps in the queue.
+            the engines' idle share since the last sync, prompts of the steps that begin now, engines replaced so far,
+            groups lost with their nodes so far, and finished steps in the queue.
 
         Raises:
             PolicyMismatch: see `EnginePool.publish`.
