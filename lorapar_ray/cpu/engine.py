@@ -1,10 +1,11 @@
 """What vLLM's CPU path computes more than once, replaced on one engine's own objects; runs inside vLLM's worker.
 
-Two things, together nearly half of a decoding step of a small model:
+Three things; the first two are together nearly half of a decoding step of a small model:
 
 - Seeded sampling draws a random number for every entry of the vocabulary, for every sequence by itself (and once more
   for the whole batch). One number for each sequence against the cumulative distribution samples the same distribution.
 - A float32 output head over bfloat16 weights casts all of its weights at every step. Here the cast ones are kept.
+- Log-probabilities of a prompt are computed for all of it, where an evaluation asks for a short continuation's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 Generators = dict[int, torch.Generator]
+SCORED_FROM = "lorapar_scored_from"
+"""Of a request's `extra_args`: the first prompt token whose log-probability is wanted."""
 
 
 def lighten(model_runner: Any) -> None:
@@ -27,6 +30,8 @@ def lighten(model_runner: Any) -> None:
     processor = getattr(processor, "base_layer", processor)  # with LoRA another layer is around it
     if getattr(processor, "head_dtype", None) == torch.float32 and hasattr(processor, "_apply_head"):
         processor._apply_head = Float32Head()
+    if hasattr(model_runner, "_get_prompt_logprobs_dict") and hasattr(model_runner, "num_prompt_logprobs"):
+        model_runner._get_prompt_logprobs_dict = WantedPromptLogprobs(model_runner)
 
 
 def sample_and_logprobs(
@@ -71,3 +76,41 @@ class Float32Head:
             self._weight, self._seen = weight.float(), seen
         bias = None if embedding_bias is None else embedding_bias.float()
         return functional.linear(hidden_states.float(), self._weight, bias)
+
+
+class WantedPromptLogprobs:
+    """In place of `GPUModelRunner._get_prompt_logprobs_dict`: leaves out the tokens before `SCORED_FROM`."""
+
+    def __init__(self, model_runner: Any) -> None:
+        self._runner = model_runner
+        self._all = model_runner._get_prompt_logprobs_dict
+
+    def __call__(self, hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, Any]:
+        """As vLLM's own; rows of its tensors before the wanted ones hold nothing.
+
+        To vLLM it looks as if the tokens that are left out had been computed in an earlier step: their number is raised
+        meanwhile, and the hidden states begin that much later.
+        """
+        runner, found = self._runner, dict[str, Any]()
+        groups: dict[int, dict[str, int]] = {}
+        unfinished: dict[str, int] = {}
+        for request, count in runner.num_prompt_logprobs.items():
+            groups.setdefault(self._skipped(request, num_scheduled_tokens), {})[request] = count
+        for skip, group in groups.items():
+            states = [runner.requests[request] for request in group]
+            later = {request: num_scheduled_tokens[request] - skip for request in group if skip}
+            runner.num_prompt_logprobs = group
+            for state in states:
+                state.num_computed_tokens += skip
+            found |= self._all(hidden_states[skip:], num_scheduled_tokens | later)
+            for state in states:
+                state.num_computed_tokens -= skip
+            unfinished |= group  # vLLM takes out those that are complete
+        runner.num_prompt_logprobs = unfinished
+        return found
+
+    def _skipped(self, request: str, num_scheduled_tokens: dict[str, int]) -> int:
+        """Tokens of this step, from its first one, whose successors' log-probabilities nobody wants."""
+        state, scheduled = self._runner.requests[request], num_scheduled_tokens.get(request, 0)
+        wanted = (getattr(state.sampling_params, "extra_args", None) or {}).get(SCORED_FROM, 0)
+        return int(max(0, min(wanted - 1 - state.num_computed_tokens, scheduled)))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from lorapar_ray.cpu.engine import SCORED_FROM
 from lorapar_ray.engines.actor import EngineActor
 from lorapar_ray.evaluation.requests import Answer, answer_table
 
@@ -50,16 +51,22 @@ class EvaluationEngine(EngineActor):
 
         key, kind, ids = row["key"], row["kind"], row["ids"]
         if kind == "generate":
-            output = await self._run(ids, SamplingParams(**json.loads(row["sampling"])))
+            asked = json.loads(row["sampling"])
+            # the text is only needed here to see where a stop string ends it
+            sampling = SamplingParams(**asked, detokenize=bool(asked.get("stop")))
+            output = await self._run(ids, sampling)
             return Answer(key, tokens=list(output.outputs[0].token_ids))
         if kind == "score":
-            start = row["start"]
-            output = await self._run(ids, SamplingParams(max_tokens=1, prompt_logprobs=0))
-            found = [entry[token] for entry, token in zip(output.prompt_logprobs[start:], ids[start:], strict=True)]
+            found = await self._score(ids, row["start"])
             return Answer(key, logprobs=[each.logprob for each in found], greedy=[each.rank == 1 for each in found])
         targets = row["targets"]
         sampling = SamplingParams(
-            max_tokens=1, temperature=0.0, logprobs=len(targets), logprob_token_ids=targets, ignore_eos=True
+            max_tokens=1,
+            temperature=0.0,
+            logprobs=len(targets),
+            logprob_token_ids=targets,
+            ignore_eos=True,
+            detokenize=False,
         )
         [choice] = (await self._run(ids, sampling)).outputs
         [likely] = choice.token_ids
@@ -68,3 +75,27 @@ class EvaluationEngine(EngineActor):
             logprobs=[choice.logprobs[0][token].logprob for token in targets],
             greedy=[token == likely for token in targets],
         )
+
+    async def _score(self, ids: list[int], start: int) -> list[Any]:
+        """vLLM's `Logprob` of each of `ids[start:]`.
+
+        The prefix cache is read, which vLLM leaves out where it is asked for log-probabilities of a prompt: the choices
+        of a question share their context, and questions their examples. What is read from there has none, so a
+        request that finds a part of its own continuation there is computed once more.
+        """
+        from vllm import SamplingParams
+
+        for reading in (True, False):
+            sampling = SamplingParams(
+                max_tokens=1,
+                temperature=0.0,
+                prompt_logprobs=0,
+                detokenize=False,
+                skip_reading_prefix_cache=not reading,
+                extra_args={SCORED_FROM: start},
+            )
+            output = await self._run(ids, sampling)
+            if output.num_cached_tokens < start:
+                break
+        wanted = ids[start:]
+        return [entry[token] for entry, token in zip(output.prompt_logprobs[-len(wanted) :], wanted, strict=True)]

@@ -32,6 +32,8 @@ REQUESTS_PER_BLOCK = 16
 RESTARTS = 3
 """Deaths of one engine that are made good before the evaluation stops: more is a broken setup, not bad luck."""
 OBJECT_STORE_BYTES = 256 * 2**20
+LEAVE_LIMIT_S = 5.0
+"""For engines to end by themselves."""
 FAILURE = "failure"
 """Key of a row that says, in place of answers, why there are none."""
 
@@ -152,9 +154,11 @@ class Engines:
         return cast(Iterable[Any], asked.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
 
     def close(self) -> None:
-        """End the engines."""
+        """End the engines; those that answer take away what they have written (adapters in /dev/shm) before."""
         import ray
 
+        leaving = [actor.leave.remote() for actor in self._actors]
+        ray.wait(leaving, num_returns=len(leaving), timeout=LEAVE_LIMIT_S, fetch_local=False)
         for actor in self._actors:
             ray.kill(actor)
 

@@ -15,23 +15,23 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from peft import PeftModel
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
 from lorapar_ray.adapters import residual_base
-from lorapar_ray.config import EvaluateConfig
-from lorapar_ray.datasets.chat import load_encoder
-from lorapar_ray.evaluation.harness.catalogue import Catalogue, wanted
-from lorapar_ray.evaluation.harness.run import evaluate_task
+from lorapar_ray.evaluation.harness.catalogue import Catalogue, quiet, wanted
+from lorapar_ray.evaluation.harness.results import rows_of
 from tests.pissa import trained_pissa
 from tests.tiny_run import ROOT, save_tiny_student
-from tests.unit.test_harness import Reference
 
 pytestmark = pytest.mark.e2e
 QUESTIONS = 160
 ENGINE = ("dtype=float32", "max_num_seqs=8", "enforce_eager=true", "max_model_len=128")
 SAMPLES = ("samples=4", "temperature=0.8", "pass_at=2", "max_gen_toks=12")
 WORDS = ("red", "blue", "green", "black", "white", "brown", "grey")
+PREAMBLE = "A question about colours and numbers, of which one of three answers is right. " * 2
+"""Longer than a block of vLLM's cache, which the choices of a question share."""
 TOLERANCE = 2e-3
 """Nats, of a choice's log-probability as it is shown."""
 PROGRAM = {
@@ -63,7 +63,7 @@ def pissa(student: Path, folder: Path) -> Pissa:
 def questions(file: Path) -> Path:
     rows = [
         {
-            "question": f"What is {place} and one?",
+            "question": f"{PREAMBLE} What is {place} and one?",
             "choices": {"text": [f"{WORDS[(place + at) % 7]} {place}" for at in range(3)], "label": ["A", "B", "C"]},
             "answerKey": "ABC"[place % 3],
         }
@@ -135,7 +135,7 @@ def test_nothing_answered_is_asked_again_whoever_is_killed(tmp_path: Path) -> No
     rows = {file: pq.read_table(file).to_pylist() for file in (base, ours, samples)}
     assert len(rows[base]) == len(rows[ours]) == 2 * QUESTIONS  # acc and acc_norm
     assert [row["right"] for row in rows[base]] != [row["right"] for row in rows[ours]]
-    assert_decided_as_by_peft(rows[ours], student, tuned.plain, data)
+    assert_decided_as_by_hf(rows[ours], student, tuned.plain, data)
     [row] = rows[samples]
     assert row["value"] in (0.0, 0.5, 1.0) and len(set(row["completion"].split("\n"))) > 1, row
     answered = [pq.read_table(folder, columns=["key"])["key"].to_pylist() for folder in (out / "answers").iterdir()]
@@ -173,14 +173,13 @@ def test_nothing_answered_is_asked_again_whoever_is_killed(tmp_path: Path) -> No
     assert found == pytest.approx(sum(rights) / QUESTIONS, abs=2 / QUESTIONS), re.sub(r"\s+", " ", said)[-400:]
 
 
-def assert_decided_as_by_peft(rows: list[dict[str, Any]], student: Path, plain: Path, data: Path) -> None:
-    """The plain adapter on the original base, by transformers and peft, gives the same choices the same chances."""
-    reference = Reference(student)
-    reference.model = PeftModel.from_pretrained(reference.model, str(plain)).eval()
-    settings, encoder = EvaluateConfig(engine={"max_model_len": 128}), load_encoder(str(student), None)
-    theirs, _ = evaluate_task(Catalogue({"arc_easy": str(data)}), wanted("arc_easy@0"), settings, reference, encoder)
+def assert_decided_as_by_hf(rows: list[dict[str, Any]], student: Path, plain: Path, data: Path) -> None:
+    """lm-eval's own `hf` class, with the plain adapter on the original base, gives each choice the same chance."""
+    hf = HFLM(pretrained=str(student), peft=str(plain), device="cpu", dtype="float32", batch_size=16, max_length=127)
+    with quiet():
+        found = evaluate(hf, Catalogue({"arc_easy": str(data)}).load(wanted("arc_easy@0")), bootstrap_iters=0)
     margins = []
-    for row, other in zip(rows, theirs, strict=True):
+    for row, other in zip(rows, rows_of(found), strict=True):
         scores, wanted_scores = (
             [float(line.split()[0]) for line in each["completion"].split("\n")] for each in (row, other)
         )
