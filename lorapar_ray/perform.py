@@ -121,7 +121,7 @@ def of_the_machine(run: RunDirectory, stage: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"no space left on the disk of '{run.place}'; free some and run the same command again"
+                f"no space left on the disk of '{run.root}'; free some and run the same command again"
             ) from error
         raise
     except Exception as error:
