@@ -1,9 +1,10 @@
-# `make quickstart` shows LoRA-PAR work; `make test` proves it. Both set up .venv from the complete lock first.
+# `make quickstart` runs the whole pipeline; `make test` runs all checks. Both set up .venv from the complete lock
+# first.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 LOCK := requirements/cpu.txt
-# Test files at once: much of their time is processes starting, on one core each.
+# Number of test files that run in parallel: much of their time is the start of processes, on one core each.
 JOBS ?= 2
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -12,24 +13,24 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 quickstart: setup
 	$(BIN)/lorapar run jobs/configs/quickstart.yaml
 
-# Of the tests that kill processes at drawn moments `test` runs a sample, the same each time; SEED=N draws another.
+# `test` runs a sample of the tests that kill processes at random times, the same each time; SEED=N draws another.
 SEED ?= 595241
 PYTEST = LORAPAR_CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: setup lint
 	$(PYTEST)
 
-# For every save: no Ray, no engine, nothing that waits or compiles for seconds.
+# After every save: no Ray, no engine, no test that waits or compiles for seconds.
 test-fast: setup
 	$(PYTEST) tests/unit -m "not slow"
 
-# Every one of them, ROUNDS times, each time at other moments.
+# Every kill test, ROUNDS times, each time at other random times.
 ROUNDS ?= 3
 test-chaos: SEED =
 test-chaos: setup
 	$(PYTEST) -m chaos --chaos all --chaos-rounds $(ROUNDS)
 
-# The pipeline over several machines made of Linux namespaces, and their losses: as root, some minutes.
+# The pipeline on several machines made of Linux namespaces, some of which are killed: as root, some minutes.
 test-cluster: setup
 	$(BIN)/python -m pytest -m hosts tests/hosts
 
@@ -53,7 +54,7 @@ docs: setup
 
 setup: $(VENV)/.complete
 
-# The CPU build of torch is taken from wherever pip already looks; where that has none, from PyTorch's own index.
+# The CPU build of torch comes from pip's configured index if that has it, else from PyTorch's own index.
 $(VENV)/.complete: $(LOCK) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps "$$(grep '^torch==' $(LOCK))" \
@@ -62,7 +63,7 @@ $(VENV)/.complete: $(LOCK) pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
-# Needs uv on the path; `make lock FIND_LINKS=DIR` where the CPU build of torch lies in a directory.
+# Needs uv on the path; `make lock FIND_LINKS=DIR` if the CPU build of torch is in a directory.
 COMPILE = uv pip compile --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate --no-header \
   --no-emit-index-url --no-emit-find-links --upgrade
 lock:
