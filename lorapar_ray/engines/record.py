@@ -57,8 +57,8 @@ class KeptSets:
 
     def split(self, lengths: Sequence[int]) -> list[KeptSets]:
         """Consecutive parts of `lengths` tokens each, as views."""
-        counts = np.split(self.counts, np.cumsum(lengths)[:-1])
-        ids = np.split(self.token_ids, np.cumsum([part.sum() for part in counts])[:-1])
+        counts = _split(self.counts, lengths)
+        ids = _split(self.token_ids, [int(part.sum()) for part in counts])
         return [KeptSets(*part) for part in zip(ids, counts, strict=True)]
 
 
@@ -83,18 +83,21 @@ class GroupRecord:
 
     def completions(self) -> list[tuple[NDArray[np.int32], NDArray[np.float32]]]:
         """(token ids, log-probabilities) of each completion, as views."""
-        ends = np.cumsum(self.head.lengths)[:-1]
-        return list(zip(np.split(self.token_ids, ends), np.split(self.logprobs, ends), strict=True))
+        lengths = self.head.lengths
+        return list(zip(_split(self.token_ids, lengths), _split(self.logprobs, lengths), strict=True))
 
     def masks(self) -> list[NDArray[np.bool_] | None]:
         """Which tokens of each completion the policy sampled, as views; None: all."""
-        if self.sampled is None:
-            return [None] * len(self.head.lengths)
-        return list(np.split(self.sampled, np.cumsum(self.head.lengths)[:-1]))
+        return [None] * len(self.head.lengths) if self.sampled is None else [*_split(self.sampled, self.head.lengths)]
 
     def kept_sets(self) -> list[KeptSets | None]:
         """What the tokens of each completion were sampled from, as views; None: the whole vocabulary."""
         return [None] * len(self.head.lengths) if self.kept is None else [*self.kept.split(self.head.lengths)]
+
+
+def _split(values: NDArray[Any], lengths: Sequence[int]) -> list[NDArray[Any]]:
+    """Consecutive parts of such lengths, as views."""
+    return np.split(values, np.cumsum(lengths)[:-1]) if lengths else []
 
 
 def record_of(

@@ -1,6 +1,7 @@
 """The coordinator when its learners die and begin again; its engine is a fake whose loading can be held up."""
 
 import asyncio
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from lorapar_ray.engines.policy import Policy, PolicyNote, PolicySender, note_of
 from lorapar_ray.engines.record import record_of
 from lorapar_ray.grpo.coordinator import Coordinator
 from lorapar_ray.grpo.engine_pool import PolicyMismatch
+from lorapar_ray.grpo.environments.actor import EnvironmentWorkers
 from lorapar_ray.models import resolve_model
 
 pytestmark = pytest.mark.cluster
@@ -88,6 +90,42 @@ def test_a_balanced_steps_prompts_follow_the_time_that_steps_take(cluster: None)
         await coordinator.resume(3, saved)
         assert await coordinator.checkpoint(3) == saved and len(saved["balance"]) == 3
         coordinator._rewards.stop()
+
+    asyncio.run(go())
+
+
+async def blocks(engine: Any, row: dict[str, Any]) -> Any:
+    """Holds up its worker for question 0; the others' episodes end without a word of the policy."""
+    if row["id"] == "0":
+        time.sleep(600)
+    return engine.begin(row["prompt_ids"])
+
+
+class Engines:
+    """A pool with one engine, which nobody asks."""
+
+    async def episodes(self, prompt_ids: Any, play: Any) -> tuple[Any, Any]:
+        record, head = play(None)
+        return record, await head
+
+
+def test_an_environment_that_blocks_goes_with_its_worker_and_the_next_one_plays_on(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorapar_ray.grpo.environments.actor.CRASHES", 1)
+    blocking = plan()
+    blocking["settings"] |= {"environment": f"{__name__}:blocks", "environment_time_limit_s": 0.5}
+
+    async def go() -> None:
+        workers = EnvironmentWorkers(blocking)
+        sampling = {"n": 2, "seed": 0}
+        _, head = await workers.play(Engines(), "a", 0, [1, 2, 3], sampling)  # type: ignore[arg-type]
+        assert len(head.lost) == 2 and "its worker died" in head.lost[0] and head.lengths == ()
+        reference, head = await workers.play(Engines(), "b", 1, [1, 2, 3], sampling)  # type: ignore[arg-type]
+        assert len(head.lost) == 2 and "the policy said nothing" in head.lost[0]
+        record = await reference
+        assert record.completions() == [] and record.head == head
+        workers.stop()
 
     asyncio.run(go())
 

@@ -2,7 +2,9 @@
 
 import json
 import os
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -88,6 +90,35 @@ def test_a_bad_sample_costs_itself_only(reward: str, cause: str) -> None:
     assert result.parts[specs[0].name] == [1.0, 1.0, None, 1.0]
     assert result.failures == {cause: 1}
     assert result.total == [3.0, 1.0, 0.0, 3.0]
+
+
+class Judging(BaseHTTPRequestHandler):
+    """Says nothing to "bad", and one value too few to "few"."""
+
+    def do_POST(self) -> None:
+        completions = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if "bad" in completions:
+            threading.Event().wait(20)
+        values = json.dumps([float(each) for each in completions if each != "few"]).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(values)))
+        self.end_headers()
+        self.wfile.write(values)
+
+    def log_message(self, format: str, *arguments: object) -> None: ...
+
+
+@pytest.mark.slow
+def test_an_asynchronous_reward_asks_elsewhere_and_an_answer_that_does_not_come_costs_its_sample_alone() -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judging)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    completions = ["bad", "3", "few"]
+    url = [f"http://127.0.0.1:{server.server_port}"] * len(completions)
+    with RewardPool([RewardSpec("tests.unit.bad_rewards:remote")], time_limit_s=1, memory_limit_mb=1024) as pool:
+        result = pool.score(["q"] * len(completions), completions, {"url": url})
+    server.shutdown()
+    assert result.total == [0.0, 3.0, 0.0] and result.failures == {"timeout": 1, "raised": 1}
 
 
 def test_a_reward_that_a_worker_cannot_import_is_the_users_error() -> None:
