@@ -24,9 +24,10 @@ from lorapar_ray.gpus import sync_of
 from lorapar_ray.grpo.balance import Balance
 from lorapar_ray.grpo.batches import Batch, Share, shares_of
 from lorapar_ray.grpo.canaries import MOST_TOLERANCE, Canary, canary_tolerance
-from lorapar_ray.grpo.engine_pool import EnginePool, PolicyMismatch
+from lorapar_ray.grpo.engine_pool import EnginePool
 from lorapar_ray.grpo.environments.actor import EnvironmentWorkers
 from lorapar_ray.grpo.loop import collect, sample_group
+from lorapar_ray.grpo.policy_proof import PolicyMismatch
 from lorapar_ray.grpo.prompt_stream import PromptStream
 from lorapar_ray.grpo.rewards.actor import RewardActor, RewardWorkers
 from lorapar_ray.grpo.rollouts import Rollouts

@@ -11,7 +11,6 @@ learner that made it, and if that is gone the policy is lost, not the engine: th
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.engines.policy import PolicyNote
 from lorapar_ray.engines.record import GroupHead
-from lorapar_ray.errors import UserError
-from lorapar_ray.grpo.canaries import Canary, canary_gap
+from lorapar_ray.grpo.canaries import Canary
+from lorapar_ray.grpo.engine_losses import fetch_failed, is_dead, is_lost, leave
+from lorapar_ray.grpo.policy_proof import PolicyLost, PolicyMismatch, gaps_of, prove
 from lorapar_ray.grpo.routing import Router, beginnings_of
 from lorapar_ray.waiting import awaited
 
@@ -30,22 +30,12 @@ if TYPE_CHECKING:
 
 LOSSES = 5
 """Engines lost in one place between two policies before the run stops: that is a broken setup, not bad luck."""
-LEAVE_LIMIT_S = 10.0
-"""What a hanging engine's actor is given to end its own children before it is killed."""
 REBUILD_LIMIT_S = 1800.0
 """How long the run waits while it has no engine at all; a cluster may have to add a node first."""
 LOOK_S = 10.0
 """Between two questions to an engine whether it lives and how far its groups are."""
 STRAGGLER = 3.0
 """A group that takes so many times the usual is given back, once, if another engine has nothing to do."""
-
-
-class PolicyMismatch(UserError):
-    """An engine does not serve the policy it was sent: nothing sampled from it may be trained on."""
-
-
-class PolicyLost(RuntimeError):
-    """A policy can no longer be fetched, since the learner that made it is gone."""
 
 
 class EnginePool:
@@ -78,8 +68,6 @@ class EnginePool:
         self.tolerance = tolerance
         self._time_limit_s = time_limit_s
         self._engines: list[Any] = []
-        self._busy_since = [0.0] * size
-        self._busy_s = 0.0
         self._rebuilding: dict[int, asyncio.Task[None]] = {}
         self._losses = [0] * size
         self._gaps = [0.0] * size
@@ -113,7 +101,7 @@ class EnginePool:
             try:
                 return await self._unless_gone(slot, awaited(call(engine)))
             except Exception as error:
-                if not _lost(error):
+                if not is_lost(error):
                     raise
                 self._rebuild(slot, engine, error)
             finally:
@@ -144,9 +132,9 @@ class EnginePool:
                 engine.give_back.remote(key)  # nobody wants it any more
                 raise
             except Exception as error:
-                if _fetch_failed(error):
+                if fetch_failed(error):
                     begun, known = None, 0  # what there was of it is lost; it begins anew
-                elif _lost(error):
+                elif is_lost(error):
                     whose, seen, lengths = self._seen.get(slot, (None, None, {}))
                     if whose is engine and key in lengths:
                         begun, known = seen, lengths[key]
@@ -201,7 +189,7 @@ class EnginePool:
             async with asyncio.timeout(self._time_limit_s):  # `wait_for` may swallow the end of this task
                 self._seen[slot] = engine, records, await lengths
         except Exception as error:
-            if not _lost(error):
+            if not is_lost(error):
                 error = TimeoutError(f"rollout engine {slot} cannot say whether it lives: {error}")
             self._rebuild(slot, engine, error)
 
@@ -288,7 +276,7 @@ class EnginePool:
         """
         await self._all_started()
         slots = await self._alive()
-        found = await asyncio.gather(*(_gaps(self._engines[slot], canaries) for slot in slots))
+        found = await asyncio.gather(*(gaps_of(self._engines[slot], canaries) for slot in slots))
         return max(max(gaps.values()) for gaps in found)
 
     async def publish(self, policy: PolicyNote, canaries: Sequence[Canary]) -> float:
@@ -319,40 +307,13 @@ class EnginePool:
     async def _serve(self, slot: int, policy: PolicyNote, canaries: Sequence[Canary]) -> None:
         engine = self._engines[slot]
         try:
-            gap = await asyncio.wait_for(self._proved(slot, engine, policy, canaries), self._time_limit_s)
+            gap = await asyncio.wait_for(prove(slot, engine, policy, canaries, self.tolerance), self._time_limit_s)
         except Exception as error:
-            if not _lost(error):
+            if not is_lost(error):
                 raise
             self._rebuild(slot, engine, error)
         else:
             self._gaps[slot], self._losses[slot] = gap, 0
-
-    async def _proved(
-        self, slot: int, engine: Any, policy: PolicyNote, canaries: Sequence[Canary], *whole: Any
-    ) -> float:
-        """Have an engine load the policy and prove it; returns the canary gap.
-
-        Args:
-            whole: a reference to what the policy holds changes to, for an engine that has none yet.
-        """
-        try:
-            loaded = await engine.load_policy.remote(policy.reference, *whole)
-        except Exception as error:
-            if _fetch_failed(error):
-                raise PolicyLost(f"policy {policy.version} went with the learner that made it") from error
-            raise
-        if loaded != policy.digest:
-            raise PolicyMismatch(
-                f"rollout engine {slot} loaded {loaded[:9]} as policy {policy.version}, not {policy.digest[:9]}"
-            )
-        gaps = await _gaps(engine, canaries)
-        for what, gap in gaps.items():
-            if not gap <= self.tolerance:
-                raise PolicyMismatch(
-                    f"rollout engine {slot} does not serve policy {policy.version}: {what} are {gap:.3f} nats off "
-                    f"(grpo.canary_tolerance {self.tolerance:.3g})"
-                )
-        return max(gaps.values())
 
     async def _alive(self) -> list[int]:
         """The places whose engine can be asked; waits while there is none.
@@ -401,8 +362,8 @@ class EnginePool:
     async def _replace(self, slot: int, lost: Any, error: Exception) -> None:
         """Put an engine that serves the current policy into `slot`; another one if it dies before it does."""
         while True:
-            if not _dead(error):
-                await _leave(lost)  # else it keeps its place
+            if not is_dead(error):
+                await leave(lost)  # else it keeps its place
             self._losses[slot] += 1
             if self._losses[slot] > LOSSES:
                 raise RuntimeError(
@@ -419,7 +380,7 @@ class EnginePool:
             except Exception as another:
                 error = another
             except asyncio.CancelledError:
-                await _leave(lost)
+                await leave(lost)
                 raise
             else:
                 self._engines[slot] = lost
@@ -435,7 +396,7 @@ class EnginePool:
             published = self._published
             try:
                 earlier = [] if policy is whole else [whole.reference]
-                self._gaps[slot] = await self._proved(slot, engine, policy, self._canaries, *earlier)
+                self._gaps[slot] = await prove(slot, engine, policy, self._canaries, self.tolerance, *earlier)
             except PolicyLost:
                 await newer.wait()  # the learners begin again, and publish
             else:
@@ -457,28 +418,20 @@ class EnginePool:
 
     def busy_seconds(self) -> float:
         """Seconds with a request in flight, summed over the engines since they started."""
-        now = time.monotonic()
-        running = [now - self._busy_since[slot] for slot in range(self._size) if self._router.load[slot]]
-        return self._busy_s + sum(running)
+        return self._router.busy_seconds(time.monotonic())
 
     async def stop(self) -> None:
         """End every engine."""
         for task in [*self._watches, *self._rebuilding.values()]:
             task.cancel()
         await asyncio.gather(*self._rebuilding.values(), return_exceptions=True)
-        await asyncio.gather(*(_leave(engine) for engine in self._engines))
+        await asyncio.gather(*(leave(engine) for engine in self._engines))
 
     def _begin(self, slot: int, beginnings: Sequence[int]) -> None:
-        now = time.monotonic()
-        if self._router.load[slot] == 0:
-            self._busy_since[slot] = now
-        self._router.begin(slot, beginnings, now)
+        self._router.begin(slot, beginnings, time.monotonic())
 
     def _end(self, slot: int, tokens: int = 0, duration: float | None = None) -> None:
-        now = time.monotonic()
-        self._router.end(slot, now, tokens, duration)
-        if self._router.load[slot] == 0:
-            self._busy_s += now - self._busy_since[slot]
+        self._router.end(slot, time.monotonic(), tokens, duration)
         self._deal()
 
 
@@ -498,46 +451,3 @@ class _Rollout:
     slot: int
     began: float
     given_back: bool
-
-
-async def _gaps(engine: Any, canaries: Sequence[Canary]) -> dict[str, float]:
-    """In nats, by what was compared: an engine's canaries with the learner's, its decoding with its own prefill."""
-    asked = [engine.score.remote(canary.token_ids, canary.start) for canary in canaries]
-    asked += [engine.cache_gap.remote(canary.token_ids) for canary in canaries[:1]]  # one cache, one look
-    answers = await asyncio.gather(*map(awaited, asked))
-    scored, cached = answers[: len(canaries)], answers[len(canaries) :]
-    return {
-        "its log-probabilities of the canary tokens": canary_gap(canaries, scored),
-        "the tokens it decodes after a cached prompt": max(cached, default=0.0),
-    }
-
-
-async def _leave(engine: Any) -> None:
-    """Ask an engine's actor to end its children and itself; kill it if it does not."""
-    import ray
-
-    with contextlib.suppress(Exception):
-        await asyncio.wait_for(awaited(engine.leave.remote()), LEAVE_LIMIT_S)
-    ray.kill(engine)
-
-
-def _lost(error: Exception) -> bool:
-    """Whether an engine, or its answer, is gone, as against a request that it refused."""
-    import ray
-
-    gone = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.OutOfMemoryError)
-    return isinstance(error, (TimeoutError, *gone))
-
-
-def _fetch_failed(error: Exception) -> bool:
-    """Whether an engine could not fetch what it was sent."""
-    import ray
-
-    return isinstance(error, ray.exceptions.ObjectLostError)
-
-
-def _dead(error: Exception) -> bool:
-    """Whether Ray knows that the actor has ended; else it may only be out of reach."""
-    import ray
-
-    return isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.OutOfMemoryError)

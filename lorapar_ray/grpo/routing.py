@@ -37,6 +37,7 @@ class Router:
         self._least = -(-at_once // 2)  # enough to keep its batch full, so that it shows what it can do
         self.load = [0] * size
         """Groups each engine holds."""
+        self._busy_since, self._busy_s = [0.0] * size, 0.0
         self._tokens, self._seconds = [0.0] * size, [0.0] * size
         self._since: list[float | None] = [None] * size
         self._rates, self._caps = [0.0] * size, [at_once] * size
@@ -58,6 +59,8 @@ class Router:
 
     def begin(self, slot: int, beginnings: Sequence[int], now: float) -> None:
         """An engine is given a group."""
+        if self.load[slot] == 0:
+            self._busy_since[slot] = now
         self.load[slot] += 1
         if self.load[slot] == self._least:
             self._since[slot] = now
@@ -76,6 +79,8 @@ class Router:
             self._since[slot] = now if self.load[slot] > self._least else None
             self._measure(slot)
         self.load[slot] -= 1
+        if self.load[slot] == 0:
+            self._busy_s += now - self._busy_since[slot]
         if duration is not None:
             self._durations.append(duration)
 
@@ -84,6 +89,10 @@ class Router:
         self._tokens[slot] = self._seconds[slot] = self._rates[slot] = 0.0
         self._caps[slot] = self._at_once
         self._seen[slot].clear()
+
+    def busy_seconds(self, now: float) -> float:
+        """Seconds with a group, summed over the places."""
+        return self._busy_s + sum(now - since for since, load in zip(self._busy_since, self.load, strict=True) if load)
 
     @property
     def typical(self) -> float | None:

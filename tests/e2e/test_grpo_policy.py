@@ -17,9 +17,10 @@ from lorapar_ray.config import EngineConfig, Resources
 from lorapar_ray.engines.actor import start_engine
 from lorapar_ray.engines.policy import PolicySender, note_of
 from lorapar_ray.grpo.canaries import Canary
-from lorapar_ray.grpo.engine_pool import EnginePool, PolicyMismatch
+from lorapar_ray.grpo.engine_pool import EnginePool
 from lorapar_ray.grpo.head import TokenScorer
 from lorapar_ray.grpo.packing import packed_logprobs, pad
+from lorapar_ray.grpo.policy_proof import PolicyMismatch
 from lorapar_ray.grpo.samples import Sample
 from lorapar_ray.logprobs import token_logprobs
 from tests.e2e.conftest import FinishedRun

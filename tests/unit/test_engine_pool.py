@@ -14,7 +14,8 @@ from lorapar_ray.engines.record import GroupHead
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo import engine_pool
 from lorapar_ray.grpo.canaries import Canary, canary_tolerance
-from lorapar_ray.grpo.engine_pool import LOSSES, EnginePool, PolicyLost
+from lorapar_ray.grpo.engine_pool import LOSSES, EnginePool
+from lorapar_ray.grpo.policy_proof import PolicyLost
 from lorapar_ray.grpo.routing import DURATIONS
 
 
@@ -82,7 +83,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     async def leave(engine: Engine) -> None:
         names.append(engine.name)
 
-    monkeypatch.setattr(engine_pool, "_leave", leave)
+    monkeypatch.setattr(engine_pool, "leave", leave)
     return names
 
 

@@ -1,6 +1,7 @@
 """Settings of Ray Train's group of workers."""
 
-from lorapar_ray.grpo.engine_pool import LEAVE_LIMIT_S, REBUILD_LIMIT_S
+from lorapar_ray.grpo.engine_losses import LEAVE_LIMIT_S
+from lorapar_ray.grpo.engine_pool import REBUILD_LIMIT_S
 from lorapar_ray.train_group import TrainGroup
 
 

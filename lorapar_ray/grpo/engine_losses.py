@@ -1,0 +1,43 @@
+"""What says that an engine is lost, and how one that hangs is ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+from lorapar_ray.waiting import awaited
+
+LEAVE_LIMIT_S = 10.0
+"""What a hanging engine's actor is given to end its own children before it is killed."""
+
+
+async def leave(engine: Any) -> None:
+    """Ask an engine's actor to end its children and itself; kill it if it does not."""
+    import ray
+
+    with contextlib.suppress(Exception):
+        await asyncio.wait_for(awaited(engine.leave.remote()), LEAVE_LIMIT_S)
+    ray.kill(engine)
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an engine, or its answer, is gone, as against a request that it refused."""
+    import ray
+
+    gone = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.OutOfMemoryError)
+    return isinstance(error, (TimeoutError, *gone))
+
+
+def fetch_failed(error: Exception) -> bool:
+    """Whether an engine could not fetch what it was sent."""
+    import ray
+
+    return isinstance(error, ray.exceptions.ObjectLostError)
+
+
+def is_dead(error: Exception) -> bool:
+    """Whether Ray knows that the actor has ended; else it may only be out of reach."""
+    import ray
+
+    return isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.OutOfMemoryError)

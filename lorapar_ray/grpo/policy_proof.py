@@ -1,0 +1,67 @@
+"""The proof that an engine serves the policy it was sent: a digest, canary tokens, what it decodes behind its cache."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from lorapar_ray.engines.policy import PolicyNote
+from lorapar_ray.errors import UserError
+from lorapar_ray.grpo.canaries import Canary, canary_gap
+from lorapar_ray.grpo.engine_losses import fetch_failed
+from lorapar_ray.waiting import awaited
+
+
+class PolicyMismatch(UserError):
+    """An engine does not serve the policy it was sent: nothing sampled from it may be trained on."""
+
+
+class PolicyLost(RuntimeError):
+    """A policy can no longer be fetched, since the learner that made it is gone."""
+
+
+async def prove(
+    slot: int, engine: Any, policy: PolicyNote, canaries: Sequence[Canary], tolerance: float, *whole: Any
+) -> float:
+    """Have an engine load the policy and prove it; returns the canary gap.
+
+    Args:
+        slot: its place, for messages.
+        tolerance: the largest gap, in nats.
+        whole: a reference to what the policy holds changes to, for an engine that has none yet.
+
+    Raises:
+        PolicyMismatch: it loaded another adapter, or is further off than the tolerance.
+        PolicyLost: the learner that made the policy is gone.
+    """
+    try:
+        loaded = await engine.load_policy.remote(policy.reference, *whole)
+    except Exception as error:
+        if fetch_failed(error):
+            raise PolicyLost(f"policy {policy.version} went with the learner that made it") from error
+        raise
+    if loaded != policy.digest:
+        raise PolicyMismatch(
+            f"rollout engine {slot} loaded {loaded[:9]} as policy {policy.version}, not {policy.digest[:9]}"
+        )
+    gaps = await gaps_of(engine, canaries)
+    for what, gap in gaps.items():
+        if not gap <= tolerance:
+            raise PolicyMismatch(
+                f"rollout engine {slot} does not serve policy {policy.version}: {what} are {gap:.3f} nats off "
+                f"(grpo.canary_tolerance {tolerance:.3g})"
+            )
+    return max(gaps.values())
+
+
+async def gaps_of(engine: Any, canaries: Sequence[Canary]) -> dict[str, float]:
+    """In nats, by what was compared: an engine's canaries with the learner's, its decoding with its own prefill."""
+    asked = [engine.score.remote(canary.token_ids, canary.start) for canary in canaries]
+    asked += [engine.cache_gap.remote(canary.token_ids) for canary in canaries[:1]]  # one cache, one look
+    answers = await asyncio.gather(*map(awaited, asked))
+    scored, cached = answers[: len(canaries)], answers[len(canaries) :]
+    return {
+        "its log-probabilities of the canary tokens": canary_gap(canaries, scored),
+        "the tokens it decodes after a cached prompt": max(cached, default=0.0),
+    }
