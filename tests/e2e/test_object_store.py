@@ -1,7 +1,8 @@
-"""The pipeline on a run directory in an object store: killed in stage 1, and gone on with from an empty disk."""
+"""The pipeline on a run directory in an object store: killed in stage 2, and gone on with from an empty disk."""
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -10,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorapar_ray.models import cache_root
+from lorapar_ray.datasets.rows import read_table
+from lorapar_ray.files import cache_root
 from lorapar_ray.runs import looked_at
 from lorapar_ray.storage.mirror import Mirror
 from lorapar_ray.storage.objects import Objects
@@ -19,7 +21,7 @@ from tests.chaos import Recovery
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.test_interruption import copy_before, stop_when
 from tests.object_store import object_store
-from tests.tiny_run import lorapar, lorapar_here, metrics
+from tests.tiny_run import GRPO_STEPS, lorapar, lorapar_here, metrics
 
 pytestmark = pytest.mark.e2e
 
@@ -40,7 +42,7 @@ def machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAPAR_CACHE", str(folder))
 
 
-@pytest.mark.chaos("sft", "driver, other machine")
+@pytest.mark.chaos("grpo", "driver, other machine")
 def test_a_run_killed_on_one_machine_ends_on_another_as_one_on_a_disk(
     chance: Random,
     thorough: bool,
@@ -50,17 +52,18 @@ def test_a_run_killed_on_one_machine_ends_on_another_as_one_on_a_disk(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`--chaos all` begins with nothing and goes to the end; else votes are there, and stage 1 is the last."""
+    """`--chaos all` begins with nothing and goes to the end; else it is stage 2 alone."""
     if not thorough:
-        Mirror(copy_before(finished, "score", tmp_path / "labelled"), Objects(s3)).push()
+        Mirror(copy_before(finished, "grpo", tmp_path / "tuned"), Objects(s3)).push()
+    arguments = (*(("run", finished.config) if thorough else ("grpo", "-c", finished.config)), "-d", str(s3))
     machine(tmp_path / "first", monkeypatch)
-    objects, step = Objects(s3), 2 * chance.randint(1, 3)
-    wanted = f"work/sft/checkpoints/checkpoint-{step}/trainer_state.json"
-    stop_when(lambda: wanted in objects.listing(), 9, "run", finished.config, "-d", str(s3))
+    objects, wanted = Objects(s3), f"work/grpo/step-{chance.randint(1, GRPO_STEPS - 4):07d}.safetensors"
+    stop_when(lambda: any(name >= wanted for name in objects.listing("work/grpo")), signal.SIGKILL, *arguments)
+    [mirror] = (tmp_path / "first" / "runs").iterdir()
+    before = metrics(mirror, "grpo")
     machine(tmp_path / "second", monkeypatch)
-    left = ("run", finished.config) if thorough else ("sft", "-c", finished.config)
-    with recovery("sft", "driver, other machine"):
-        again = lorapar(*left, "-d", str(s3), timeout=500)
+    with recovery("grpo", "driver, other machine"):
+        again = lorapar(*arguments, timeout=500)
     assert again.returncode == 0, again.stderr
     secret = os.environ["AWS_SECRET_ACCESS_KEY"].encode()
     assert secret not in (again.stdout + again.stderr).encode()
@@ -70,16 +73,21 @@ def test_a_run_killed_on_one_machine_ends_on_another_as_one_on_a_disk(
             ours, theirs = (load_file(root / f"{place}.safetensors") for root in (run.root, finished.run))
             for key, value in theirs.items():
                 torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-7)
-        steps = [line["step"] for line in metrics(run.root, "sft")]
-        assert steps == list(range(1, len(metrics(finished.run, "sft")) + 1))
+        lines = metrics(run.root, "grpo")
+        assert [line["policy_version"] for line in lines] == list(range(1, GRPO_STEPS + 1))
+        assert lines[: len(before) - 1] == before[:-1]  # what is not in a checkpoint is done again
+        prompts = [prompt for line in lines for prompt in line["prompts"]]
+        assert len(set(prompts)) == len(prompts)
+        labels = [
+            {row["id"]: row["system"] for row in read_table(root / "labels")} for root in (run.root, finished.run)
+        ]
+        assert labels[0] == labels[1]
         stages = json.loads((run.root / "manifest.json").read_text())["stages"]
-        assert stages["sft"]["seconds"] > 0 and {each["status"] for each in stages.values()} == {"done"}
-        if thorough:
-            assert len(metrics(run.root, "grpo")) == len(metrics(finished.run, "grpo"))
-            assert (run.report / "index.html").is_file()
+        assert {each["status"] for each in stages.values()} == {"done"}
+        assert (run.report / "index.html").is_file() == thorough
     taken = lorapar_here("export", "-d", s3, "--stage", "sft", "-o", tmp_path / "taken")
     assert taken.returncode == 0, taken.stderr
     assert (tmp_path / "taken" / "adapter_model.safetensors").is_file()
     shown = lorapar_here("status", "-d", s3).stdout
-    assert f"{s3} · nobody is at work" in shown and "✓ sft" in shown
-    assert not [name for name in objects.listing() if name.startswith(("work/sft/checkpoints", "work/ray", "lock/"))]
+    assert f"{s3} · nobody is at work" in shown and "✓ grpo" in shown
+    assert not [name for name in objects.listing() if name.startswith(("work/grpo", "work/ray", "lock/"))]
