@@ -15,6 +15,8 @@ from typing import Any
 
 from lorapar_ray.errors import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 def expanded(path: str | Path, field: str = "path") -> Path:
     """A path whose `~` is followed.
@@ -52,12 +54,20 @@ def atomic_path(target: Path) -> Iterator[Path]:
             _swap(draft, target, scratch / "replaced")
         else:
             draft.replace(target)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if is_of_a_full_disk(error):
             raise UserError(f"no space left on the disk of '{target}'; free some and run the same command") from error
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def is_of_a_full_disk(error: BaseException) -> bool:
+    """Whether an error says that a disk, or a user's share of it, is full; safetensors says so in words alone."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return True
+    said = str(error)
+    return any(f"(os error {number})" in said or f"[Errno {number}]" in said for number in FULL)
 
 
 def _swap(draft: Path, target: Path, aside: Path) -> None:

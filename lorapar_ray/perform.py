@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from lorapar_ray import trash
 from lorapar_ray.capacity import capacity, growing
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
+from lorapar_ray.files import is_of_a_full_disk
 from lorapar_ray.fingerprints import meaning
 from lorapar_ray.gpus import place
 from lorapar_ray.progress import console, noted_in
@@ -118,14 +118,15 @@ def of_the_machine(run: RunDirectory, stage: str) -> Iterator[None]:
     kept = "what is finished is kept, and the same command goes on from it"
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except UserError:
+        raise
+    except Exception as error:
+        causes = _causes(error)
+        if any(map(is_of_a_full_disk, causes)):
             raise UserError(
                 f"no space left on the disk of '{run.root}'; free some and run the same command again"
             ) from error
-        raise
-    except Exception as error:
-        if (killed := _killed(error)) is None:
+        if (killed := _killed(causes)) is None:
             raise
         raise UserError(
             f"{stage}: the machine ran out of memory ({one_line(killed, 200)}); end what else uses it, or lower the "
@@ -133,13 +134,15 @@ def of_the_machine(run: RunDirectory, stage: str) -> Iterator[None]:
         ) from error
 
 
-def _killed(error: BaseException) -> BaseException | None:
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error with what it says it comes from."""
+    workers = getattr(error, "worker_failures", {})  # of a Ray Train group
+    return [each for each in (error, getattr(error, "cause", None), error.__cause__, *workers.values()) if each]
+
+
+def _killed(causes: Iterable[BaseException]) -> BaseException | None:
     """The error that says Ray has killed a process because its machine had no memory left, if that is the cause."""
     ray = sys.modules.get("ray")
     if ray is None:
         return None
-    workers = getattr(error, "worker_failures", {})  # of a Ray Train group
-    for each in (error, getattr(error, "cause", None), error.__cause__, *workers.values()):
-        if isinstance(each, ray.exceptions.OutOfMemoryError):
-            return each
-    return None
+    return next((each for each in causes if isinstance(each, ray.exceptions.OutOfMemoryError)), None)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from lorapar_ray.config_file import load_config
 from lorapar_ray.datasets.named import NAMED
@@ -236,6 +237,8 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"no space left on the disk of .*scores\.json"), atomic_path(target) as draft:
         draft.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(UserError, match="no space left on the disk of"), atomic_path(target):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert json.loads(target.read_text()) == {"kept": 1}
     assert list(tmp_path.iterdir()) == [target]
 
