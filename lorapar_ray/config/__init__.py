@@ -1,6 +1,7 @@
-"""The one typed config tree: YAML in, resolved YAML out, unknown fields refused.
+"""The typed config tree: reads YAML, writes resolved YAML, refuses unknown fields.
 
-Each field says, by `Result` or `Operation`, whether it decides a result or how it is computed (see `marks`).
+Each field is marked `Result` (it changes a result) or `Operation` (it changes only how the result is computed; see
+`marks`).
 """
 
 from lorapar_ray.config.base import Dtype, Section, System

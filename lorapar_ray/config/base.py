@@ -1,4 +1,4 @@
-"""What every section of the config shares: it is immutable, knows its fields, and holds finite numbers only."""
+"""The base of every config section: immutable, no unknown fields, finite numbers only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 LARGEST = 2**31 - 1
-"""Counts end here: the libraries below hold them in 32 bits."""
+"""Largest count: the libraries store counts in 32 bits."""
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -17,13 +17,13 @@ NonNegative = Annotated[float, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
 Optional0 = Annotated[int, Field(ge=0, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""What Python, NumPy and torch all take."""
+"""Seeds that Python, NumPy and torch all accept."""
 System = Annotated[int, Field(ge=1, le=9)]
 """The number of a System; its meaning is in `label.definitions`."""
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100)]
-"""A plain word, which is also a file's name: no slash, no dot in front."""
+"""A plain word that may also be a file name: no slash, no leading dot."""
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-"""`auto`: bfloat16 where the device that computes has it, else float32 (see `lorapar_ray.precision`)."""
+"""`auto`: bfloat16 if the device supports it, else float32 (see `lorapar_ray.precision`)."""
 AdamBeta = Annotated[float, Field(ge=0, lt=1)]
 Betas = tuple[AdamBeta, AdamBeta]
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
@@ -39,12 +39,12 @@ def _once_each(items: list[Item]) -> list[Item]:
 
 
 Distinct = Annotated[list[Item], AfterValidator(_once_each)]
-"""A list in which nothing stands twice."""
+"""A list without duplicates."""
 StopStrings = Distinct[Annotated[str, Field(min_length=1)]]
 
 
 class Section(BaseModel):
-    """A part of the config: immutable, and a field it does not know is an error."""
+    """A part of the config: immutable; an unknown field is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
@@ -53,7 +53,7 @@ def names_in(text: str, field: str) -> set[str]:
     """The `{names}` in a template.
 
     Raises:
-        ValueError: a brace that opens or closes nothing.
+        ValueError: a brace without its partner.
     """
     try:
         return {name for _, name, _, _ in Formatter().parse(text) if name is not None}
@@ -72,11 +72,11 @@ def require_last_words(choice: str) -> None:
 
 
 def unusable(value: Any, where: tuple[str, ...] = ()) -> tuple[Sequence[str], str] | None:
-    """The first value anywhere below that no file and no library takes: (path to it, what is wrong), or None."""
+    """The first nested value that cannot be stored in a file: (its path, the reason), or None."""
     if isinstance(value, float) and not (float("-inf") < value < float("inf")):
         return where, f"must be a finite number, got {value}"
     if isinstance(value, str) and not _plain(value):
-        return where, f"holds a character that is no text (NUL or half a surrogate pair): {value[:40]!r}"
+        return where, f"contains a character that is not text (NUL or half a surrogate pair): {value[:40]!r}"
     if isinstance(value, dict):
         for key, below in value.items():
             if found := unusable(key, (*where, repr(key))) or unusable(below, (*where, str(key))):

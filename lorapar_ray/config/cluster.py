@@ -1,4 +1,4 @@
-"""What the cluster may become."""
+"""The limits of an autoscaling cluster."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from lorapar_ray.config.marks import Operation
 
 
 class ClusterConfig(Section):
-    """A cluster that grows on demand; Ray itself does not say how far its autoscaler may go."""
+    """Limits of a cluster that grows on demand; Ray itself does not report the limits of its autoscaler."""
 
     max_cpus: Operation[NonNegativeInt | None] = None
-    """CPUs that it may grow to; None: those that it has when a stage begins. A stage that fits waits for the nodes."""
+    """CPUs that the cluster may grow to; None: its CPUs when a stage begins. A stage within the limit waits for
+    nodes."""
     max_gpus: Operation[NonNegativeInt | None] = None
-    """The same for GPUs; `gpus: auto` shares out so many, also while there is none yet."""
+    """The same for GPUs; `gpus: auto` divides this number, also before the GPUs have joined."""
     gpu_memory_gib: Operation[PositiveFloat | None] = None
-    """Of one GPU, for the estimate of `lorapar run --dry-run`; None: that of this machine's GPUs, if it has any."""
+    """Memory of one GPU, for the estimate of `lorapar run --dry-run`; None: of this machine's GPUs, if it has any."""
     wait_s: Operation[PositiveFloat] = 600.0
-    """For room for stage 2's engines: as long as a node takes to start, or other jobs to end. A stage that needs a node
-    which the cluster has lost waits as long for it, or another, to be there."""
+    """Longest wait for free resources for stage 2's engines: give new nodes time to start, or other jobs time to end. A
+    stage that needs a lost node waits equally long for it, or for a replacement."""

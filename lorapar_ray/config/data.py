@@ -1,4 +1,4 @@
-"""Where the questions come from."""
+"""The sources of the questions."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class ReasoningGymSource(Section):
 
     reader: Result[Literal["reasoning_gym"]]
     task: Result[str]
-    """Its name in `reasoning-gym`, such as `chain_sum`."""
+    """The task's name in `reasoning-gym`, such as `chain_sum`."""
     rows: Result[PositiveInt]
     seed: Result[Seed]
     options: Result[dict[str, Any]] = {}
-    """Of the task, as `reasoning-gym` takes them."""
+    """Options of the task, as in `reasoning-gym`."""
 
 
 class FileSource(Section):
@@ -29,24 +29,24 @@ class FileSource(Section):
     path: Result[str]
     """JSONL, JSON (also gzipped) or Parquet."""
     fields: Result[dict[Literal["id", "prompt", "context", "response", "answer"], str]] = {}
-    """Ours to the file's columns, where the names differ."""
+    """Maps our names to the file's columns where they differ."""
     rows: Result[PositiveInt | None] = None
-    """At most so many, from the front; None: all."""
+    """Use at most this many rows, the first ones; None: all."""
 
 
 class HubSource(Section):
-    """Any data set of the hub, streamed; `fields` as for a file."""
+    """Any data set of the hub, streamed; `fields` works as for a file."""
 
     reader: Result[Literal["hub"]]
     name: Result[str]
     """owner/name."""
     config: Result[str | None] = None
-    """The data set's configuration, where it has several."""
+    """The data set's configuration, if it has several."""
     split: Result[str] = "train"
     fields: Result[dict[Literal["id", "prompt", "context", "response", "answer"], str]] = {}
-    """Ours to the data set's columns, where the names differ."""
+    """Maps our names to the data set's columns where they differ."""
     rows: Result[PositiveInt | None] = None
-    """At most so many, from the front; None: all."""
+    """Use at most this many rows, the first ones; None: all."""
 
 
 Benchmark = Literal["gsm8k", "boolq", "mawps", "svamp", "mmlu", "dolly", "openplatypus", "codealpaca", "codefeedback"]
@@ -59,9 +59,9 @@ class NamedSource(Section):
     path: Result[str | None] = None
     """A local file of the same format; None: from the hub."""
     split: Result[str] = "train"
-    """Of the hub's data set."""
+    """Split of the hub's data set."""
     rows: Result[PositiveInt | None] = None
-    """At most so many, from the front; None: all."""
+    """Use at most this many rows, the first ones; None: all."""
 
 
 Source = Annotated[ReasoningGymSource | FileSource | HubSource | NamedSource, Field(discriminator="reader")]
@@ -71,8 +71,8 @@ class DataConfig(Section):
     """Training questions (to be labelled) and held-out test questions (never trained on)."""
 
     train: Result[Annotated[list[Source], Field(min_length=1)]]
-    """What is labelled and trained on."""
+    """Questions to label and train on."""
     test: Result[list[Source]] = []
-    """What is evaluated on."""
+    """Questions to evaluate on."""
     instruction: Result[str | None] = None
     """Appended to every prompt, e.g. 'Answer with the number only.'"""

@@ -1,4 +1,4 @@
-"""What a process asks for, and the settings of a vLLM engine."""
+"""The resources of a process, and the settings of a vLLM engine."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ OPERATIONAL_EXTRA = (
 
 
 class Resources(Section):
-    """What one process of a stage asks Ray for."""
+    """Resources that one process of a stage requests from Ray."""
 
     cpus: Operation[NonNegative] = 1.0
-    """Asked of Ray for one process; may be a fraction."""
+    """CPUs that one process requests from Ray; may be a fraction."""
     gpus: Operation[NonNegative | Literal["auto"]] = "auto"
-    """`auto`: of the GPUs that the cluster has, the share that `lorapar_ray.gpus` gives to such a process; without GPUs
-    that is none. A number is asked of Ray as it is; with 0 the process sees no GPU."""
+    """`auto`: a share of the cluster's GPUs, computed by `lorapar_ray.gpus`; 0 if the cluster has no GPU. A number is
+    passed to Ray unchanged; with 0 the process sees no GPU."""
     threads: Operation[PositiveInt | None] = None
-    """CPU threads to compute with; None: as many as `cpus`. More pays where processes take turns."""
+    """CPU threads; None: as many as `cpus`. A larger number helps if processes compute in turns."""
     nodes: Operation[dict[str, str]] = {}
-    """Only on nodes with these labels, such as `{group: rollouts}`; a value may be a selector of Ray's: `"in(a, b)"`,
+    """Only on nodes with these labels, such as `{group: rollouts}`; a value may be a Ray label selector: `"in(a, b)"`,
     `"!spot"`. Empty: any node."""
 
     @property
     def gpu_count(self) -> float:
-        """GPUs to ask Ray for; `auto` counts as none until `lorapar_ray.gpus.place` has made it a number."""
+        """GPUs to request from Ray; `auto` counts as 0 until `lorapar_ray.gpus.place` replaces it by a number."""
         return 0.0 if self.gpus == "auto" else self.gpus
 
     @property
@@ -43,26 +43,27 @@ class Resources(Section):
 
 
 class EngineConfig(Section):
-    """Settings of one vLLM engine, for teachers, rollouts and evaluation alike."""
+    """Settings of one vLLM engine, for teachers, rollouts and evaluation."""
 
     dtype: Result[Dtype] = "auto"
     max_model_len: Result[PositiveInt] = 1024
     """Tokens of a prompt and its completion together."""
     max_num_seqs: Operation[PositiveInt] = 64
-    """Sequences that the engine computes at once."""
+    """Sequences in one batch of the engine."""
     tensor_parallel: Operation[PositiveInt] = 1
-    """GPUs (ranks) that the model is cut over."""
+    """GPUs (ranks) that share the model's weights (tensor parallelism)."""
     enforce_eager: Operation[bool] = False
     """No CUDA graphs and no compiling: a faster start, slower steps."""
     kv_cache_gib: Operation[PositiveFloat] = 1.0
     """CPU only: size of the key-value cache. On a GPU set `extra: {gpu_memory_utilization: ...}`."""
     extra: Annotated[dict[str, Any], result_but_not(*OPERATIONAL_EXTRA)] = {}
-    """Passed to vLLM as they are; those of `OPERATIONAL_EXTRA` say how it runs, any other decides its results."""
+    """Further arguments, passed to vLLM unchanged. Those in `OPERATIONAL_EXTRA` do not change results; any other counts
+    as changing them."""
 
 
 def require_gpu_for_each_rank(place: str, resources: Resources, name: str, engine: EngineConfig) -> None:
     gpus, ranks = resources.gpu_count, engine.tensor_parallel
     if gpus and gpus != ranks and not (gpus < 1 and ranks == 1):
         raise ValueError(
-            f"{place}.gpus: {gpus:g} for {name}.tensor_parallel {ranks}; give each rank a GPU, or one a fraction"
+            f"{place}.gpus: {gpus:g} for {name}.tensor_parallel {ranks}; give each rank a GPU, or one rank a fraction"
         )

@@ -19,42 +19,42 @@ class EvaluateConfig(Section):
     """Stage `evaluate`: accuracy of each named model on the test rows, greedily, and on lm-eval's tasks."""
 
     models: Result[Annotated[Distinct[Literal["base", "sft", "grpo"]], Field(min_length=1)] | None] = None
-    """None: the base and every stage of `order`."""
+    """Models to evaluate; None: the base and every stage of `order`."""
     answer: Result[Literal["numeric", "exact", "option_letter"]] = "numeric"
-    """How an answer is compared with the reference: by its value, by its text, or by the letter that it chooses."""
+    """How an answer is compared with the reference: by value, by text, or by the option letter."""
     max_new_tokens: Result[PositiveInt] = 256
-    """Tokens at which an answer is cut."""
+    """Longest answer, in tokens."""
     stop: Result[StopStrings] = []
     """Strings at which an answer ends."""
     tasks: Result[Distinct[TaskName]] = []
     """Tasks and groups of lm-eval (extra `eval`) and task files: `gsm8k`, `mmlu@5` with five examples in the prompt,
     `my_task.yaml`."""
     limit: Result[PositiveInt | None] = None
-    """Questions of each task, the first ones; of MMLU, of each subject. None: all."""
+    """Use the first so many questions of each task (of MMLU: of each subject). None: all."""
     data: Result[dict[str, str]] = {}
-    """A file or folder in place of the hub's data: `gsm8k`, `mmlu`, `arc_easy`, `arc_challenge`, `boolq`, `svamp`,
+    """A file or folder instead of the hub's data: `gsm8k`, `mmlu`, `arc_easy`, `arc_challenge`, `boolq`, `svamp`,
     `mawps`, `humaneval`, `mbpp`."""
     include: Result[list[str]] = []
     """Folders of your own task files."""
     chat: Result[bool] = False
-    """Ask tasks through the model's chat template, with `model.system_prompt`; else as plain text, as lm-eval does."""
+    """Ask tasks with the model's chat template and `model.system_prompt`; else as plain text, like lm-eval."""
     max_gen_toks: Result[PositiveInt | None] = None
-    """Tokens at which an answer to a task is cut. None: as the task has it."""
+    """Longest answer to a task, in tokens. None: the task's own limit."""
     samples: Result[PositiveInt] = 1
-    """Answers to each question of a task that generates."""
+    """Answers sampled for each question of a generation task."""
     pass_at: Result[PositiveInt] = 1
     """k of pass@k, from `samples` answers (HumanEval, MBPP, word problems)."""
     temperature: Result[PositiveFloat | None] = None
-    """Of several samples; a single answer is greedy."""
+    """Sampling temperature for several samples; a single answer is greedy."""
     sandbox: Operation[SandboxConfig] = SandboxConfig()
-    """Where programs that a model writes for HumanEval and MBPP run."""
+    """The sandbox in which the model's programs for HumanEval and MBPP run."""
     engine: Result[EngineConfig] = EngineConfig()
     engines: Operation[PositiveInt] = 1
     """Engines that share the questions."""
     serve: Operation[Literal["auto", "merged", "adapter"]] = "auto"
-    """`merged`: adapters are added to the base's weights; `adapter`: served as LoRA. `auto`: merged where it can be."""
+    """`merged`: adapters are added to the base's weights; `adapter`: served as LoRA. `auto`: merged if possible."""
     resources: Operation[Resources] = Resources()
-    """Of each engine."""
+    """Resources of each engine."""
 
     @model_validator(mode="after")
     def _samples_suffice(self) -> EvaluateConfig:

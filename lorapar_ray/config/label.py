@@ -1,4 +1,4 @@
-"""Stage `label`: teachers, what they are asked, and how their votes are counted."""
+"""Stage `label`: teachers, their prompt, and how their votes are counted."""
 
 from __future__ import annotations
 
@@ -31,59 +31,59 @@ def _is_address(url: str) -> bool:
 
 
 class TeacherConfig(Section):
-    """One voter: hosted here on Ray Serve, a remote OpenAI-compatible endpoint, or a Python class of the user's."""
+    """One voter: hosted here on Ray Serve, a remote OpenAI-compatible endpoint, or the user's Python class."""
 
     name: Result[Word]
-    """Of the vote in labels and reports."""
+    """The teacher's name in labels and reports."""
     kind: Result[Literal["serve", "remote", "python"]] = "serve"
     """`python`: `model` is `module:Class`, see `lorapar_ray.labeling.teachers`."""
     model: Result[str]
-    """As `model.path`; for a remote teacher the name that its endpoint knows; for `python` `module:Class`."""
+    """As `model.path`; for a remote teacher the model name at its endpoint; for `python` `module:Class`."""
     revision: Result[str | None] = None
-    """Hub revision of a hosted model; for a remote one, any word that changes when the endpoint's model does. Cached
-    votes belong to it."""
+    """Hub revision of a hosted model; for a remote one, any word; change it when the endpoint's model changes. Cached
+    votes belong to one revision."""
     engine: Result[EngineConfig] = EngineConfig()
-    """For kind: serve."""
+    """Engine settings, for kind: serve."""
     resources: Operation[Resources] = Resources()
-    """Of one replica. `gpus` below 1 shares a GPU; with `engine.tensor_parallel` N it is N."""
+    """Resources of one replica. `gpus` below 1 shares a GPU; with `engine.tensor_parallel` N set it to N."""
     replicas: Operation[PositiveInt] = 1
-    """Engines that serve it side by side."""
+    """Engines that serve this teacher in parallel."""
     max_replicas: Operation[PositiveInt | None] = None
     """Autoscale between `replicas` and this; None keeps `replicas`."""
     max_ongoing_requests: Operation[PositiveInt | None] = None
-    """Per replica: enough to keep the engine's batch full, few enough that callers are pushed back. None: half as many
-    again as `engine.max_num_seqs`, so that the next batch waits beside the engine and not across the cluster."""
+    """In-flight cap per replica: large enough to keep the engine's batch full, small enough for backpressure. None: 1.5
+    × `engine.max_num_seqs`, so that the next batch waits at the engine and not on another node."""
     use_chat_template: Result[bool | None] = None
-    """None: if the tokenizer has one."""
+    """Use the tokenizer's chat template; None: if it has one."""
     example_order: Result[Literal["system1_first", "system2_first"]] = "system1_first"
     """Which of the prompt's examples comes first."""
     thinking_tokens: Result[Optional0] = 0
     """Free text a reasoning model may write before the constrained choice."""
     base_url: Result[str | None] = None
-    """Of a remote endpoint, such as `https://host/v1`."""
+    """URL of a remote endpoint, such as `https://host/v1`."""
     endpoint: Result[Literal["completions", "chat"]] = "completions"
-    """Remote only. `chat` for services without text completion; the choice is the last token that is one."""
+    """Remote only. `chat` for services without text completion; the vote is the last token that is a valid choice."""
     extra_body: Result[dict[str, Any]] = {}
     """Added to every request of a remote teacher, such as `{structured_outputs: {choice: ["1", "2"]}}` for vLLM's
-    server. A Python class gets it with its config."""
+    server. A Python class receives it with its config."""
     api_key_env: Operation[str | None] = None
-    """The environment variable that holds the endpoint's key; the key itself is never written anywhere."""
+    """The environment variable that holds the endpoint's key; the key itself is never stored."""
     requests_per_second: Operation[PositiveFloat | None] = None
-    """Remote only: of all asking workers together."""
+    """Remote only: rate limit over all asking workers."""
     cost_per_million_tokens: Result[NonNegative] = 0.0
-    """Of a remote teacher, for `sequential` and the report."""
+    """Price of a remote teacher, for `sequential` and the report."""
     cost_per_hour: Result[NonNegative] = 0.0
-    """Of one hosted replica."""
+    """Price of one hosted replica, for `sequential` and the report."""
 
     @property
     def ongoing_requests(self) -> int:
-        """What one replica holds at once, waiting or computing."""
+        """Requests that one replica holds at once, waiting or computing."""
         return self.max_ongoing_requests or -(-3 * self.engine.max_num_seqs // 2)
 
     @model_validator(mode="after")
     def _fields_fit_kind(self) -> TeacherConfig:
         if (self.kind == "remote") != (self.base_url is not None):
-            raise ValueError("base_url belongs to kind: remote, and only there")
+            raise ValueError("base_url: required for kind: remote, and not allowed for other kinds")
         if self.base_url is not None and not _is_address(self.base_url):
             raise ValueError("base_url: write it as https://host/v1")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
@@ -104,15 +104,15 @@ class VotePrompt(Section):
     """The text of the voting prompt, in the order it is read; `{names}` are filled in, `{{` is a plain brace."""
 
     role: Result[str] = "Act as the language model {student}. "
-    """Left out by strategy `single`."""
+    """Not used by strategy `single`."""
     task: Result[str] = "Decide which System a question belongs to."
-    """What is asked."""
+    """The task."""
     definition: Result[str] = "System {system}: {meaning}."
     """One line for each System."""
     question: Result[str] = "Question: {question}\nAnswer: {answer}"
-    """Of the examples and of the question itself."""
+    """Format of the examples and of the question itself."""
     choice: Result[str] = "System:"
-    """The last words of the prompt; the number of a System is the next token."""
+    """The last words of the prompt; the next token is the number of a System."""
 
     @model_validator(mode="after")
     def _names_are_known(self) -> VotePrompt:
@@ -131,16 +131,16 @@ class LabelConfig(Section):
     """Stage `label`: which System each training question belongs to (paper, section 3.1)."""
 
     strategy: Result[Literal["vote", "single", "single_roleplay", "random"]] = "vote"
-    """`vote`: the majority of teachers that play the student. `single`, `single_roleplay`: one teacher, as itself or
-    as the student. `random`: drawn, a baseline."""
+    """`vote`: the majority of teachers that play the student. `single`, `single_roleplay`: one teacher, as itself or as
+    the student. `random`: random labels, a baseline."""
     teachers: Result[list[TeacherConfig]] = []
     student_name: Result[str | None] = None
-    """What teachers are asked to act as; None: the last part of `model.path`."""
+    """Name of the student in the prompt; None: the last part of `model.path`."""
     definitions: Result[dict[System, str]] = {
         1: "the student answers at once, from recall, reading comprehension or one simple inference",
         2: "the student has to reason in several steps: multi-step logic, chaining information, complex inference",
     }
-    """What Systems 1..K mean; two in the paper, up to nine here."""
+    """Definitions of Systems 1..K; two in the paper, up to nine here."""
     examples: Result[list[VoteExample]] = [
         VoteExample(question="What is the capital of France?", answer="Paris", system=1),
         VoteExample(
@@ -152,38 +152,38 @@ class LabelConfig(Section):
     """Shown in the prompt before the question."""
     prompt: Result[VotePrompt] = VotePrompt()
     calibration: Result[Literal["none", "content_free", "swapped_definitions", "batch"]] = "content_free"
-    """How a teacher's bias is removed. `content_free` divides out how it labels questions that say nothing;
-    `swapped_definitions` asks K times, so that each meaning goes by each number once, and averages; `batch` divides out
-    the median over a sample of the questions themselves, so that every teacher splits them about evenly: for small
-    teachers whose bias drowns their judgement."""
+    """How a teacher's bias is removed. `content_free` divides out its answers to questions without content.
+    `swapped_definitions` asks K times, so that each definition has each number once, and averages. `batch` divides out
+    the median over a sample of the questions, so that every teacher splits them about evenly; for small teachers with a
+    strong bias."""
     weights: Result[Literal["equal", "confidence"]] = "equal"
     """`confidence`: a vote counts as much as its calibrated probability."""
     shuffled: Result[bool] = False
-    """A control: the votes' labels are drawn anew among the questions, as many of each System. What a run still gains
-    from them is not owed to the votes."""
+    """A control: the labels are shuffled among the questions; each System keeps its number of labels. A gain that
+    remains does not come from the votes."""
     quorum: Operation[PositiveInt] = 1
-    """Teachers that must still answer; with fewer the stage stops and can be resumed."""
+    """Minimum number of teachers that still answer; with fewer the stage stops and can be resumed."""
     concurrency: Operation[PositiveInt] = 64
     """Questions in flight per asking worker."""
     workers: Operation[PositiveInt] = 1
     """Ray Data workers that ask."""
     rows_per_block: Operation[PositiveInt] = 64
-    """Questions asked, and stored, as one unit of work."""
+    """Questions that are asked and stored as one unit of work."""
     timeout_s: Operation[PositiveFloat] = 120.0
-    """Of one request, the wait for a place in a hosted engine included."""
+    """Time limit of one request, including the wait in a hosted engine's queue."""
     retries: Operation[Optional0] = 2
-    """Of a request that failed in a way that may pass."""
+    """Retries of a request after a temporary failure."""
     backoff_s: Operation[PositiveFloat] = 1.0
-    """Before the first retry; doubled for each further one. An endpoint's own Retry-After goes before it."""
+    """Wait before the first retry; doubled for each further one. An endpoint's Retry-After header overrides it."""
     give_up_after: Operation[PositiveInt] = 16
-    """Questions in a row that a teacher may fail, retries and all, before it abstains from the rest of the run."""
+    """After this many failed questions in a row (retries included) a teacher abstains for the rest of the run."""
     sequential: Result[bool] = False
-    """Ask no further teacher once the majority is decided; the cheapest are asked first, by `cost_per_million_tokens`
-    and `cost_per_hour`, else in the order given."""
+    """Stop asking once the majority is decided. The cheapest teacher is asked first, by `cost_per_million_tokens` and
+    `cost_per_hour`; without prices, in the given order."""
     cache: Operation[str | None] = None
     """A file of votes that several runs share; None: one of the run's own."""
     resources: Operation[Resources] = Resources(cpus=0.5, gpus=0)
-    """Of one asking worker."""
+    """Resources of one asking worker."""
 
     @model_validator(mode="after")
     def _teachers_fit_strategy(self) -> LabelConfig:
@@ -195,7 +195,7 @@ class LabelConfig(Section):
         if self.strategy.startswith("single") and len(self.teachers) != 1:
             raise ValueError(f"teachers: strategy {self.strategy} takes exactly one teacher")
         if self.strategy == "random" and self.shuffled:
-            raise ValueError("shuffled: is a control for votes, and strategy random has none; leave it out")
+            raise ValueError("shuffled: is a control for votes, and strategy random has no votes; remove it")
         if self.strategy != "random" and self.quorum > len(self.teachers):
             raise ValueError(f"quorum: {self.quorum} is more than the {len(self.teachers)} teachers")
         systems = sorted(self.definitions)

@@ -1,10 +1,10 @@
-"""Which config fields decide a result, and which only say how it is computed. The mark stands on the field itself.
+"""Marks of config fields: which ones change a result, and which only change how it is computed.
 
     learning_rate: Result[PositiveFloat] = 5e-6     # another value is another result
     workers: Operation[PositiveInt] = 1             # the same result, rounding aside, from other resources
 
-`deciding` takes the first kind out of a section: that is what `manifest.json` records of a stage, and what makes it
-run again. A section or a list of sections that is a `Result` enters with its own `Result` fields only.
+`deciding` selects the `Result` fields of a section: `manifest.json` records them for each stage, and a change makes the
+stage run again. Of a nested section or list of sections it selects only the `Result` fields.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mark:
-    """How a field counts."""
+    """Whether a field changes a result."""
 
     decides: bool
     but_not: frozenset[str] = frozenset()
-    """Fields of the section, or keys of the dict, that decide nothing here although the rest does."""
+    """Exceptions: fields of the section, or keys of the dict, that do not change a result."""
 
 
 RESULT = Mark(decides=True)
@@ -31,13 +31,14 @@ OPERATION = Mark(decides=False)
 
 T = TypeVar("T")
 Result = Annotated[T, RESULT]
-"""The field decides the result: model, data, prompts, seeds, losses, learning rates, what a batch is made of."""
+"""The field changes the result: model, data, prompts, seeds, losses, learning rates, the contents of a batch."""
 Operation = Annotated[T, OPERATION]
-"""The field says how the result is computed: resources, workers, limits, retries, micro-batches, checkpoints."""
+"""The field only changes how the result is computed: resources, workers, limits, retries, micro-batches,
+checkpoints."""
 
 
 def result_but_not(*names: str) -> Mark:
-    """A mark for `Annotated`: decides the result, apart from these fields or keys of it."""
+    """A mark for `Annotated`: changes the result, except for these fields or keys."""
     return Mark(decides=True, but_not=frozenset(names))
 
 
@@ -45,7 +46,7 @@ def mark_of(section: type[Section], field: str) -> Mark:
     """The mark of a field.
 
     Raises:
-        TypeError: it carries none, or more than one.
+        TypeError: it has no mark, or more than one.
     """
     found = [each for each in section.model_fields[field].metadata if isinstance(each, Mark)]
     if len(found) != 1:
@@ -54,7 +55,7 @@ def mark_of(section: type[Section], field: str) -> Mark:
 
 
 class Setting(NamedTuple):
-    """A value that decides a result."""
+    """A value that changes a result."""
 
     value: Any
     """JSON-ready."""
@@ -62,16 +63,16 @@ class Setting(NamedTuple):
 
 
 def deciding(section: Section, name: str = "") -> dict[str, Setting]:
-    """The settings of a section that decide the result, by path: `grpo.rewards.0.weight` for `name` "grpo".
+    """The settings of a section that change the result, by path: `grpo.rewards.0.weight` for `name` "grpo".
 
-    Sections and lists of sections are followed down to their fields; any other value, a dict too, is one setting.
+    Sections and lists of sections are expanded into their fields; any other value, also a dict, is one setting.
     """
     return dict(_settings(section, section.model_dump(mode="json"), name, frozenset()))
 
 
 def known_setting(root: type[Section], path: str) -> bool:
-    """Whether a path that `deciding` gave, perhaps long ago, names a field of today's config (the first part is a
-    field of `root`)."""
+    """Whether a path from `deciding`, perhaps of an older version, names a field of the current config (its first part
+    is a field of `root`)."""
     sections: set[type[Section]] = {root}
     for part in path.split("."):
         if part.isdecimal():

@@ -1,4 +1,4 @@
-"""The whole tree, and what must hold between its parts."""
+"""The whole config tree, and the checks across its sections."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Config(Section):
     """A whole run."""
 
     name: Operation[Word]
-    """Of the run; its directory is `runs/<name>` unless `--run-dir` says otherwise."""
+    """The run's name; its directory is `runs/<name>` unless `--run-dir` is given."""
     seed: Result[Seed] = 0
-    """Of everything that is drawn at random in a run."""
+    """Seed of all random numbers in a run."""
     order: Result[Annotated[list[Literal["sft", "grpo"]], Field(min_length=1)]] = ["sft", "grpo"]
-    """The training stages, each starting where the one before ended; `[sft]` and `[grpo, sft]` are baselines."""
+    """The training stages; each starts from the previous stage's adapter; `[sft]` and `[grpo, sft]` are baselines."""
     model: Result[ModelConfig]
     data: Result[DataConfig]
     label: Result[LabelConfig] = LabelConfig(strategy="random")
@@ -63,8 +63,8 @@ class Config(Section):
             raise ValueError("order: each stage at most once; for two SFT epochs set sft.epochs to 2")
         if self.model.quantization is not None and self.adapter.init in ("pissa", "pissa_fast", "olora"):
             raise ValueError(
-                f"adapter.init: {self.adapter.init} takes part of the weights out of the base, which 4 bits cannot "
-                "follow; leave model.quantization out or set adapter.init to default or gaussian"
+                f"adapter.init: {self.adapter.init} subtracts from the base's weights, which a 4-bit base cannot "
+                "represent; remove model.quantization or set adapter.init to default or gaussian"
             )
         known = {teacher.name for teacher in self.label.teachers}
         if self.grpo.judged and (not known or not set(self.grpo.judge.teachers) <= known):
@@ -75,12 +75,12 @@ class Config(Section):
         if self.adapter.method != "lora":
             if self.order != ["sft"] or self.sft.masked:
                 raise ValueError(
-                    f"adapter.method: {self.adapter.method} has nothing to partition and no engine samples from it; "
+                    f"adapter.method: {self.adapter.method} has nothing to partition and vLLM cannot sample from it; "
                     "set order to [sft] and sft.masked to false"
                 )
             if self.evaluate.tasks:
                 raise ValueError(
-                    f"evaluate.tasks: needs engines, and none serves {self.adapter.method}; leave it empty"
+                    f"evaluate.tasks: needs vLLM, which does not serve {self.adapter.method}; leave it empty"
                 )
             if self.sft.packing or self.sft.gradient_checkpointing or self.sft.sharding != "none":
                 raise ValueError(
@@ -91,12 +91,12 @@ class Config(Section):
 
     @property
     def partitioned(self) -> bool:
-        """Whether any stage trains a region only; if none does there is nothing to score and to cut."""
+        """Whether any stage trains only a region; if not, `score` and `partition` are not needed."""
         return any({"sft": self.sft.masked, "grpo": self.grpo.masked}[stage] for stage in self.order)
 
     @property
     def warms_up(self) -> bool:
-        """Whether the adapter takes a few steps before it is scored: with B = 0 every score would be zero."""
+        """Whether the adapter is trained for a few steps before scoring: with B = 0 every score would be zero."""
         return self.partitioned and self.adapter.init == "default" and self.adapter.warmup_steps > 0
 
     @property
@@ -111,10 +111,10 @@ class Config(Section):
         return ["base", *self.order] if self.evaluate.models is None else list(self.evaluate.models)
 
     def to_yaml(self, *, hide_secrets: bool = False) -> str:
-        """The resolved config, every default written out.
+        """The resolved config with all defaults.
 
         Args:
-            hide_secrets: for what is shown or kept (see `lorapar_ray.redact.redacted`).
+            hide_secrets: for output that is shown or stored (see `lorapar_ray.redact.redacted`).
         """
         tree = self.model_dump(mode="json")
         return yaml.safe_dump(redacted(tree) if hide_secrets else tree, sort_keys=False, allow_unicode=True)

@@ -1,4 +1,4 @@
-"""How model-written code is confined."""
+"""Limits of model-written code."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from lorapar_ray.config.marks import Operation
 
 
 class SandboxConfig(Section):
-    """Where programs that a model wrote run; see `lorapar_ray/sandbox/__init__.py` for what each layer keeps away."""
+    """Where programs that a model wrote run; `lorapar_ray/sandbox/__init__.py` describes the protection of each
+    layer."""
 
     layer: Operation[Literal["auto", "bubblewrap", "sandlock", "process"]] = "auto"
-    """`auto`: the stronger of bubblewrap and sandlock that works here, or an error. `process`, resource limits alone,
-    leaves this user's files open to the programs."""
+    """`auto`: bubblewrap or sandlock, the stronger one that works on the machine, else an error. `process`: resource
+    limits only; programs can read this user's files."""
     time_limit_s: Operation[PositiveFloat] = 10.0
-    """Wall clock of one program and its tests."""
+    """Wall-clock limit of one program and its tests."""
     memory_mb: Operation[PositiveInt] = 512
-    """Of one program."""
+    """Memory limit of one program."""
     workers: Operation[PositiveInt] = 2
-    """Programs at a time in each process that tests them."""
+    """Programs that each testing process runs at a time."""

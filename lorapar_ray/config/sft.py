@@ -26,19 +26,20 @@ class SftConfig(Section):
     """Stage 1: supervised fine-tuning of the System 1 region on System 1 rows."""
 
     systems: Result[Annotated[Distinct[System], Field(min_length=1)]] = [1]
-    """Rows of these Systems are trained on."""
+    """Systems whose rows are trained on."""
     masked: Result[bool] = True
-    """False: every element trains, which is plain LoRA (or PiSSA, OLoRA, ... by `adapter.init`)."""
+    """Train only the stage's region; False: every element trains, which is plain LoRA (or PiSSA, OLoRA, ... by
+    `adapter.init`)."""
     epochs: Result[PositiveFloat] = 1.0
     """Passes over the rows."""
     max_steps: Result[PositiveInt | None] = None
-    """Stop after so many optimiser steps; None: after `epochs`."""
+    """Stop after this many optimiser steps; None: after `epochs`."""
     batch_size: Result[PositiveInt] = 32
     """Examples per optimiser step over all workers."""
     micro_batch_size: Operation[PositiveInt] = 8
     """Examples in one forward and backward pass of a worker."""
     learning_rate: Result[PositiveFloat] = 2e-4
-    """The highest, after the warm-up."""
+    """Highest learning rate, after the warm-up."""
     lora_plus_ratio: Result[PositiveFloat] = 1.0
     """Learning rate of the B matrices over that of the A matrices (LoRA+)."""
     schedule: Result[Literal["cosine", "linear", "constant"]] = "cosine"
@@ -46,48 +47,48 @@ class SftConfig(Section):
     warmup_ratio: Result[Fraction] = 0.03
     """Share of the steps in which the learning rate rises."""
     weight_decay: Result[NonNegative] = 0.0
-    """Decoupled (AdamW), of the elements that train."""
+    """Decoupled weight decay (AdamW) of the trained elements."""
     betas: Result[Betas] = (0.9, 0.999)
-    """Of AdamW's two moments."""
+    """Betas of AdamW's two moments."""
     max_grad_norm: Result[PositiveFloat] = 1.0
-    """The gradient of the elements that train is clipped to this norm."""
+    """The gradient of the trained elements is clipped to this norm."""
     max_length: Result[PositiveInt] = 512
-    """Tokens of an example; a longer response is cut."""
+    """Longest example, in tokens; a longer response is cut."""
     packing: Operation[bool] = False
-    """Lay a step's examples end to end in rows of `max_length` tokens, each attending to itself alone: no padding to
-    compute, the same loss and gradient."""
+    """Concatenate a step's examples into rows of `max_length` tokens; each example attends only to itself. No padding
+    is computed; loss and gradient are the same."""
     length_bucketing: Result[bool] = False
-    """Draw a step's examples from those of like length, so that less is padded. (Within a step they are sorted by
-    length in any case.)"""
+    """Draw a step's examples from those of similar length, for less padding. (Within a step they are always sorted by
+    length.)"""
     gradient_checkpointing: Operation[bool] = False
-    """Compute activations again in the backward pass: less memory, more time."""
+    """Recompute activations in the backward pass: less memory, more time."""
     acceleration: Operation[Literal["auto", "none", "graphs", "compile"]] = "auto"
-    """How a GPU is given a step's operations. `none`: one by one. `graphs`: one CUDA graph per bucket of lengths,
-    which frees a small model's step from its launches. `compile`: graphs of compiled layers; compiling takes a
-    minute. `auto`: graphs, compiled where the job is long enough to gain. On a CPU, and with gradient checkpointing,
-    a sharded or a 4-bit base, it is always `none`; arms that train at once are never compiled."""
+    """How a step runs on a GPU. `none`: one kernel launch per operation. `graphs`: one CUDA graph per bucket of
+    lengths, which removes most launch overhead of a small model. `compile`: graphs of compiled layers; compiling takes
+    a minute. `auto`: graphs, compiled if the job is long enough. On a CPU, and with gradient checkpointing, a sharded
+    or a 4-bit base, it is always `none`; arms that train together are never compiled."""
     checkpoint_every: Operation[PositiveInt] = 50
     """Steps between two checkpoints."""
     validation: Result[Annotated[float, Field(ge=0, lt=1)]] = 0.0
-    """Share of the rows that is held out from training to measure the loss on; 0: none."""
+    """Share of the rows that is held out from training for the validation loss; 0: none."""
     validate_every: Result[PositiveInt] = 20
-    """Steps between two validations; with a validation split these are the checkpoints too."""
+    """Steps between two validations; with a validation split, checkpoints are written at the same steps."""
     patience: Result[PositiveInt | None] = None
-    """Stop after so many validations in a row without a lower loss; None: never."""
+    """Stop after this many validations in a row without a lower loss; None: never."""
     keep: Result[Literal["best", "last"]] = "best"
     """With a validation split: the adapter of the lowest validation loss, or of the last step."""
     arms_at_once: Operation[PositiveInt] = 4
-    """In a grid (`lorapar ablate`): runs of equal base, rank, targets and batches whose adapters train together on one
-    frozen base, each on its own rows and in its own steps; but for rounding and the draws of dropout each ends as it
-    does alone. Each takes memory for its activations. 1: one run after the other."""
+    """In a grid (`lorapar ablate`): the number of runs with equal base, rank, targets and batches that train together
+    on one frozen base, each with its own rows and steps. Each ends as it does alone, except for rounding and dropout
+    masks. Each needs memory for its activations. 1: one run after the other."""
     workers: Operation[PositiveInt] = 1
     """Training workers that share each step's examples."""
     sharding: Operation[Literal["none", "fsdp2"]] = "none"
     """`fsdp2`: cut the frozen base over the workers, for a base that does not fit one device."""
     resources: Operation[Resources] = Resources()
-    """Of one worker."""
+    """Resources of one worker."""
     report_to: Operation[Distinct[Tracker]] = ["tensorboard"]
-    """TensorBoard's files are in `metrics/tensorboard`."""
+    """Trackers that get the curves; TensorBoard's files are in `metrics/tensorboard`."""
 
     def warmup(self, adapter: AdapterConfig) -> SftConfig:
         """The settings of the warm-up before scoring: a few steps at a constant rate."""
