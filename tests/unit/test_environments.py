@@ -22,6 +22,7 @@ from lorapar_ray.grpo.advantages import group_advantages
 from lorapar_ray.grpo.batches import make_batch, mini_batches, shares_of
 from lorapar_ray.grpo.engine_pool import EnginePool
 from lorapar_ray.grpo.environments import Trajectory, Turn, TurnEngine
+from lorapar_ray.grpo.environments.actor import row_of
 from lorapar_ray.grpo.environments.calculator import calculate
 from lorapar_ray.grpo.environments.calculator import rollout as calculator
 from lorapar_ray.grpo.environments.episodes import EpisodeGroup
@@ -298,6 +299,17 @@ def test_a_reply_continues_the_chat_as_the_template_would_have_written_it() -> N
         trajectory.take(said, [0.0] * len(said), Turn(said, True, 0))
         trajectory.add(engine.reply(trajectory, "No."))
         assert trajectory.ids == expected
+
+
+def test_a_row_has_the_datas_columns_beside_ours() -> None:
+    question = {"prompt": "q", "answer": "4", "prompt_ids": [5], "columns": '{"answer": 4, "level": 2}'}
+    assert row_of(question) == {
+        "prompt": "q",
+        "answer": "4",
+        "prompt_ids": [5],
+        "level": 2,
+        "columns": {"answer": 4, "level": 2},
+    }
 
 
 def test_rewards_get_the_last_words_and_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,9 +109,10 @@ def end_if_held_up(loop: asyncio.AbstractEventLoop, limit_s: float) -> None:
 
 
 def row_of(question: Mapping[str, Any]) -> dict[str, Any]:
-    """A question as an environment gets it: the data's own columns, and ours (`prompt`, `answer`, `prompt_ids`, …)."""
+    """A question as an environment gets it: what it has of ours (`prompt`, `answer`, `prompt_ids`, …), the data's other
+    columns beside that, and all of the data's as `columns`."""
     own = json.loads(question["columns"]) if question.get("columns") else {}
-    return {**own, **{name: value for name, value in question.items() if name != "columns"}}
+    return {**own, **question, "columns": own}
 
 
 class EnvironmentWorkers:

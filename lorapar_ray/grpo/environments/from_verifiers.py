@@ -10,8 +10,8 @@ The environment talks to what it takes for an OpenAI client. Behind that each tu
 far is never tokenised again, only what the environment has added since; so what was sampled is what is trained on. An
 environment that changes earlier messages, or asks for two answers to the same, cannot be played so and says so.
 
-Written for `verifiers` 0.1.10, the newest that can be installed beside this project's versions. Later ones wrap the
-client (`verifiers.OpenAIChatCompletionsClient`), which is done here too where it is there.
+Written for `verifiers` 0.1.10, the newest that can be installed beside this project's versions. Tried with 0.1.14 too,
+where a class of theirs stands around the client. The environments of 0.4 are of another kind.
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ async def play(environment: Any, engine: TurnEngine, row: Mapping[str, Any]) -> 
     """One episode, with the reward that the environment's rubric gives it."""
     import verifiers
 
-    model = Model(engine)
+    model, columns = Model(engine), row.get("columns") or {}
     asked: dict[str, Any] = {
         "prompt": list(row.get("messages") or [{"role": "user", "content": row["prompt"]}]),
         "answer": row.get("answer", ""),
-        "task": row.get("task") or "default",
-        "info": row.get("info") or {},
+        "info": columns.get("info") or {},
         "example_id": 0,
+        **({"task": columns["task"]} if columns.get("task") else {}),
     }
     client: Any = model
     if hasattr(verifiers, "OpenAIChatCompletionsClient"):
