@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -485,6 +486,7 @@ def main() -> None:
 
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     remember_environment()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it warns of a kernel that it lacks
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal that is not UTF-8 shows escapes, not a traceback
             stream.reconfigure(errors="backslashreplace")

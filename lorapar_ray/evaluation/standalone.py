@@ -82,11 +82,19 @@ def evaluate_models(asked: Evaluation, out: Path, verbose: bool = False) -> list
     catalogue = catalogue_of(asked.settings) if waiting else None  # an unknown task leaves nothing behind in `out`
     _require_same(out, asked, {names[text]: model for text, model in found.items()})
     with ray_session(verbose) if waiting else nullcontext():
-        for base in dict.fromkeys(found[text].base for text in waiting):
-            adapters = {names[text]: found[text].adapter for text in waiting if found[text].base == base}
+        for group in by_base({text: found[text] for text in waiting}):
+            adapters = {names[text]: found[text].adapter for text in group}
             assert catalogue is not None
-            _evaluate_on(base, adapters, catalogue, asked, out)
+            _evaluate_on(found[group[0]].base, adapters, catalogue, asked, out)
     return list(names.values())
+
+
+def by_base(models: Mapping[str, NamedModel]) -> list[list[str]]:
+    """The models that share a base, whatever each calls it, in order."""
+    groups: dict[str, list[str]] = {}
+    for text, model in models.items():
+        groups.setdefault(resolve_model(model.base), []).append(text)
+    return list(groups.values())
 
 
 def _evaluate_on(base: str, adapters: Mapping[str, Path | None], catalogue: Any, asked: Evaluation, out: Path) -> None:

@@ -29,7 +29,7 @@ from lorapar_ray.evaluation.harness.results import leaves, summary
 from lorapar_ray.evaluation.harness.run import evaluate_task
 from lorapar_ray.evaluation.requests import Answer, Request
 from lorapar_ray.evaluation.serving import NamedModel, named_model, serving
-from lorapar_ray.evaluation.standalone import _require_same, evaluate_models, evaluation_of
+from lorapar_ray.evaluation.standalone import _require_same, by_base, evaluate_models, evaluation_of
 from lorapar_ray.evaluation.tasks import catalogue_of, file_name, result_file, rows_file
 from lorapar_ray.reporting.evaluation_page import read_found, write_page
 from tests.tiny_run import save_tiny_student
@@ -483,6 +483,11 @@ def test_real_files_are_read_whole() -> None:
     assert questions == dict(zip(names, (1319, 2376, 3270, 1000, 238, 164, 500, 14042), strict=True))
     groups = leaves(loaded["mmlu@5"]["groups"])
     assert len(groups["mmlu"]) == 57 and "mmlu_anatomy" in groups["mmlu_stem"]
+
+
+def test_models_share_engines_whatever_each_calls_the_base(student: Path) -> None:
+    models = {"a": str(student), "b": f"{student.parent}/./{student.name}", "c": "package:smollm2-135m-instruct"}
+    assert by_base({name: NamedModel(base, None) for name, base in models.items()}) == [["a", "b"], ["c"]]
 
 
 def test_settings_bind_a_folder_from_its_first_answer_on(tmp_path: Path) -> None:
