@@ -61,7 +61,7 @@ def imported(name: str, what: str, fix: str = "is it on PYTHONPATH?") -> Any:
 
 def damaged(path: Path, fix: str = REDO) -> Any:
     """The boundary around reading `path`."""
-    return boundary(f"'{path}' is damaged or not what it should be", fix)
+    return boundary(f"'{path}' is damaged or has another format", fix)
 
 
 def read_json(path: Path, fix: str = REDO) -> Any:

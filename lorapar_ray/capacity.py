@@ -141,7 +141,7 @@ def require_fit(stage: str, has: Capacity, groups: dict[str, tuple[int, Resource
             gpus = f" and {resources.gpu_count:g} GPU" if resources.gpu_count else ""
             raise UserError(
                 f"{stage}: asks for {name} {count} × {resources.cpus:g} CPU{gpus}, each on a single node"
-                f"{f' with {labels}' if labels else ''}, and the nodes hold {room:g} of them; lower {hint} or the "
+                f"{f' with {labels}' if labels else ''}, but the nodes have room for {room:g}; lower {hint} or the "
                 "resources, or add nodes (cluster.max_cpus if it grows on demand)"
             )
 

@@ -57,13 +57,13 @@ app = typer.Typer(
 ConfigPath = Annotated[list[Path], typer.Option("--config", "-c", help="YAML config of the run.")]
 RunDir = Annotated[
     list[str] | None,
-    typer.Option("--run-dir", "-d", help="Where the run lives: a path, s3:// or gs:// [default: runs/<name>]."),
+    typer.Option("--run-dir", "-d", help="The run directory: a path, s3:// or gs:// [default: runs/<name>]."),
 ]
 Overrides = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Override.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the workers' own output.")]
 Redo = Annotated[
     list[str] | None,
-    typer.Option("--redo", metavar="STAGE", help="Replace this stage's results, and those that then change with them."),
+    typer.Option("--redo", metavar="STAGE", help="Replace this stage's results and all that depend on them."),
 ]
 
 
@@ -189,11 +189,11 @@ def evaluate(
     tasks: Annotated[
         str | None, typer.Option("--tasks", "-t", help="With --model: gsm8k,mmlu@5 (examples in the prompt), a file.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="With --model: where the results go.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="With --model: directory for the results.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Questions of each task [default: all].")] = None,
     engines: Annotated[int | None, typer.Option("--engines", help="Engines that share the questions.")] = None,
     data: Annotated[
-        list[str] | None, typer.Option("--data", metavar="NAME=PATH", help="Local data in place of the hub's.")
+        list[str] | None, typer.Option("--data", metavar="NAME=PATH", help="Local data instead of the hub's.")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
 ) -> None:
@@ -207,9 +207,9 @@ def evaluate(
         _execute(loaded, run, ("evaluate",), verbose, redo or ())
         return
     if config or run_dir or redo:
-        raise UserError("--model: evaluates with no run; leave --config, --run-dir and --redo out")
+        raise UserError("--model: evaluates without a run; remove --config, --run-dir and --redo")
     if out is None:
-        raise UserError("--out: needed with --model; it is where the results go, and where a later command goes on")
+        raise UserError("--out: needed with --model; results are written there, and a later command resumes there")
     from lorapar_ray.evaluation.standalone import evaluate_models, evaluation_of
     from lorapar_ray.progress import console
     from lorapar_ray.reporting.evaluation_page import write_page
@@ -309,7 +309,9 @@ def _show_memory(config: Config) -> None:
         console.print(f"  {line}")
 
 
-@app.command("submit", help="Check a cluster and run a config on it as a Ray job; again, to follow the same job.")
+@app.command(
+    "submit", help="Check a cluster and run a config on it as a Ray job; the same command again follows that job."
+)
 def submit(
     config: Annotated[list[Path], typer.Argument(help="YAML config of the run, inside the working directory.")],
     run_dir: Annotated[list[str], typer.Option("--run-dir", "-d", help="On storage that every node reaches.")],
@@ -321,7 +323,7 @@ def submit(
     working_dir: Annotated[
         list[Path] | None, typer.Option(help="Sent to the cluster: code and config [default: this directory].")
     ] = None,
-    check: Annotated[bool, typer.Option(help="Ask every node first.")] = True,
+    check: Annotated[bool, typer.Option(help="Check every node first.")] = True,
     follow: Annotated[bool, typer.Option(help="Show the job's log until it ends.")] = True,
 ) -> None:
     from lorapar_ray.pipeline import require_stages
@@ -346,11 +348,11 @@ def submit(
             jobs.wait(job)
         except KeyboardInterrupt:
             left = f"the same command follows it again, `ray job stop {job}` ends it"
-            print(f"lorapar: {job} goes on; {left}", file=sys.stderr)
+            print(f"lorapar: {job} keeps running; {left}", file=sys.stderr)
             raise typer.Exit(130) from None
 
 
-@app.command("status", help="How far a run is: live on a terminal, once elsewhere.")
+@app.command("status", help="Show a run's progress: live on a terminal, else once.")
 def status(
     run_dir: Annotated[list[str], typer.Option("--run-dir", "-d", help="Of the run.")],
     once: Annotated[bool, typer.Option("--once", help="Do not follow.")] = False,
@@ -367,7 +369,7 @@ def status(
 @app.command("export", help="A finished adapter, or the merged model, with a card of its data, settings and results.")
 def export(
     run_dir: Annotated[list[str], typer.Option("--run-dir", "-d", help="Of the run.")],
-    out: Annotated[list[Path], typer.Option("--out", "-o", help="A directory that is not there yet.")],
+    out: Annotated[list[Path], typer.Option("--out", "-o", help="A directory that does not exist yet.")],
     stage: Annotated[list[str] | None, typer.Option(help="sft or grpo [default: the last of the run's order].")] = None,
     merged: Annotated[bool, typer.Option("--merged", help="The whole model instead of the adapter.")] = False,
 ) -> None:
@@ -382,9 +384,9 @@ def export(
 @app.command("serve", help="A finished run behind the OpenAI protocol: base, sft, grpo, and auto, which chooses.")
 def serve(
     run_dir: Annotated[list[str], typer.Option("--run-dir", "-d", help="Of the run.")],
-    host: Annotated[str, typer.Option(help="Another one needs a key in LORAPAR_API_KEY.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Any other host needs a key in LORAPAR_API_KEY.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    replicas: Annotated[int, typer.Option(min=1, help="Engines side by side.")] = 1,
+    replicas: Annotated[int, typer.Option(min=1, help="Number of engines.")] = 1,
     set_: Overrides = None,
     verbose: Verbose = False,
 ) -> None:
@@ -410,14 +412,14 @@ def serve(
             Event().wait()
 
 
-@app.command("ablate", help="Run a grid of arms, and say which claims they bear out. Grids: " + ", ".join(GRIDS) + ".")
+@app.command("ablate", help="Run a grid of arms, and report which claims hold. Grids: " + ", ".join(GRIDS) + ".")
 def ablate(
     grid: Annotated[str, typer.Argument(help="Which arms.")],
     config: Annotated[Path, typer.Argument(help="YAML config that the arms change.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="[default: runs/<name>-<grid>]")] = None,
     seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "1,2,3,4,5",
-    rates: Annotated[str, typer.Option(help="Of a tuned grid's sweep, relative to the config's.")] = "0.25,0.5,1,2,4",
-    only: Annotated[list[str] | None, typer.Option("--only", metavar="ARM", help="Leave out the others.")] = None,
+    rates: Annotated[str, typer.Option(help="Learning rates of a sweep, relative to the config's.")] = "0.25,0.5,1,2,4",
+    only: Annotated[list[str] | None, typer.Option("--only", metavar="ARM", help="Run only this arm.")] = None,
     set_: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the arms and what they share; run nothing.")] = False,
     verbose: Verbose = False,
@@ -449,9 +451,9 @@ def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Numb
         raise UserError(f"{option} {text}: give numbers separated by commas") from None
 
 
-@app.command("doctor", help="Check versions, engines, cores, memory, disk and Ray, a line each.")
+@app.command("doctor", help="Check versions, engines, cores, memory, disk and Ray, one line each.")
 def doctor(
-    cluster: Annotated[bool, typer.Option("--cluster", help="Ask every node of RAY_ADDRESS instead.")] = False,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Check every node of RAY_ADDRESS instead.")] = False,
     config: Annotated[list[Path] | None, typer.Option("--config", "-c", help="With --cluster.")] = None,
     run_dir: RunDir = None,
     set_: Overrides = None,
@@ -498,7 +500,7 @@ def main() -> None:
         found: object = getattr(error, "cause", error)
         if not isinstance(found, OSError) or found.errno not in OF_THE_PLACE:
             raise
-        said = f"'{found.filename}': {found.strerror}; free or make room, or choose another place (--run-dir)"
+        said = f"'{found.filename}': {found.strerror}; make it writable, free disk space, or choose another --run-dir"
     else:
         return
     print(f"lorapar: {one_line(said)}", file=sys.stderr)

@@ -165,7 +165,7 @@ def _storage(nodes: dict[str, Any], reports: dict[str, NodeReport], probe: Probe
     broken = [node for node, each in reports.items() if each.storage]
     unseen = [node for node in reports if node not in broken and not probe.answered(node)]
     if broken or unseen:
-        why = reports[broken[0]].storage if broken else "what it writes is not seen elsewhere"
+        why = reports[broken[0]].storage if broken else "other nodes do not see its files"
         return Finding(
             "storage",
             False,
@@ -184,12 +184,14 @@ def _models_found(nodes: dict[str, Any], reports: dict[str, NodeReport]) -> Find
     for node, each in reports.items():
         for why in each.models.values():
             return Finding("models", False, f"on {_named(nodes, [node])}: {why}")
-    return Finding("models", True, "local ones and packages are on every node; names of the hub are not tried")
+    return Finding("models", True, "local ones and packages are on every node; hub names are not checked")
 
 
 def _keys(config: Config) -> Finding:
     wanted = sorted({each.api_key_env for each in config.label.teachers if each.api_key_env})
     unset = [name for name in wanted if not os.environ.get(name)]
     if unset:
-        return Finding("secrets", False, f"{', '.join(unset)} not set where jobs run; give the head node's pods them")
+        return Finding(
+            "secrets", False, f"{', '.join(unset)} not set where jobs run; set them for the head node's pods"
+        )
     return Finding("secrets", True, f"{', '.join(wanted)} set" if wanted else "the config names none")

@@ -64,9 +64,7 @@ def _packages() -> Finding:
         except PackageNotFoundError:
             return Finding("packages", False, f"{name} is missing; {INSTALL}")
     if find_spec("torchvision") is not None and "+cpu" in version("torch"):
-        return Finding(
-            "packages", False, "torchvision is installed; beside CPU torch it breaks transformers: remove it"
-        )
+        return Finding("packages", False, "torchvision is installed; with CPU torch it breaks transformers: remove it")
     return Finding("packages", True, " · ".join(f"{name} {number}" for name, number in found.items()))
 
 

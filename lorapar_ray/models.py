@@ -63,7 +63,7 @@ def resolve_model(path: str) -> str:
 
 
 def require_there(path: str) -> None:
-    """Check that this machine has what `resolve_model` needs; names of the hub are not tried.
+    """Check that this machine has what `resolve_model` needs; hub names are not checked.
 
     A package's weights are not unpacked, which takes a minute where cores are few.
 

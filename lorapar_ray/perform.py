@@ -115,7 +115,7 @@ def of_the_machine(run: RunDirectory, stage: str) -> Iterator[None]:
     Raises:
         UserError: in place of those.
     """
-    kept = "what is finished is kept, and the same command goes on from it"
+    kept = "finished work is kept, and the same command resumes"
     try:
         yield
     except UserError:
@@ -129,7 +129,7 @@ def of_the_machine(run: RunDirectory, stage: str) -> Iterator[None]:
         if (killed := _killed(causes)) is None:
             raise
         raise UserError(
-            f"{stage}: the machine ran out of memory ({one_line(killed, 200)}); end what else uses it, or lower the "
+            f"{stage}: the machine ran out of memory ({one_line(killed, 200)}); stop other programs, or lower the "
             f"stage's number of processes or what each asks for (batches, kv_cache_gib); {kept}"
         ) from error
 

@@ -134,7 +134,7 @@ def _refusal(config: Config, run: RunDirectory, name: str, found: dict[str, Stan
     why = found[name].why
     some = "; ".join(why[:4]) + (f" and {len(why) - 4} more" if len(why) > 4 else "")
     after = [each for each in dependents(config, [name]) if found[each].state != "new" and not PIPELINE[each].is_view]
-    following = f" (and, if it comes out differently, those of {' and '.join(after)})" if after else ""
+    following = f" (and, if its new results differ, those of {' and '.join(after)})" if after else ""
     if found[name].state == "damaged":
         return f"{name}: its results in '{run.place}' are damaged ({some}); --redo {name} replaces them{following}"
     return (
@@ -268,7 +268,7 @@ def _take_back(stage: Stage, config: Config, run: RunDirectory, now: str) -> boo
     if now == "changed":
         trash.set_aside(run, stage.name, stage.owned(run, config.name), run.entry(stage.name))
     trash.put_back(run, stage.name, folder)
-    console.print(f"  {stage.name}: what it has of these settings is back from the trash")
+    console.print(f"  {stage.name}: its results for these settings are restored from trash/")
     return True
 
 
@@ -276,9 +276,7 @@ def _require_nothing_unknown(stage: Stage, run: RunDirectory) -> None:
     for place_ in stage.outputs:
         path = run.root / place_
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
-            raise UserError(
-                f"{stage.name}: '{path}' holds files that this run has not written; move them away, they would be mixed"
-            )
+            raise UserError(f"{stage.name}: '{path}' holds files that this run has not written; move them away")
 
 
 def entries_of(config: Config, run: RunDirectory) -> dict[str, Any]:

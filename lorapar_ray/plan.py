@@ -38,7 +38,7 @@ def plan(config: Config, run: RunDirectory, redo: Collection[str] = ()) -> Itera
         yield f"{name:<10} {word:<15} {stage.resources(config) or 'this process only'}"
         yield from (f"  {reason}" for reason in now.why)
         if waits and not stage.is_view:
-            yield "  depends on a stage above that is not done; if that comes out differently, this needs --redo too"
+            yield "  depends on an unfinished stage above; if the results of that differ, this stage needs --redo too"
         owned = stage.owned(run, config.name)
         if (anew or now.state in ("changed", "damaged")) and owned:
             yield f"  replaces {', '.join(_described(path, run) for path in owned)}"

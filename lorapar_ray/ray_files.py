@@ -58,11 +58,11 @@ def _short_root(roomy: Path) -> Path:
         root = Path(wanted).absolute()
         if not _fits(root):
             raise UserError(
-                f"RAY_TMPDIR '{root}' has {len(os.fsencode(root))} bytes; a Ray's sockets need one of at most "
+                f"RAY_TMPDIR '{root}' has {len(os.fsencode(root))} bytes; Ray's sockets need a path of at most "
                 f"{LONGEST_ROOT}: set a shorter one, or unset it"
             )
         if not _writable(root):
-            raise UserError(f"RAY_TMPDIR '{root}' is no directory that can be written to; set another, or unset it")
+            raise UserError(f"RAY_TMPDIR '{root}' is not a writable directory; set another, or unset it")
         return root
     for root in (roomy, *map(Path, SHORT_ROOTS)):
         if _fits(root) and _writable(root):

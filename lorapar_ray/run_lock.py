@@ -149,7 +149,7 @@ def _remove_if_stale(file: Path) -> None:
         text, age = file.read_text(errors="replace"), _age(file)
     except FileNotFoundError:
         if file.is_symlink():
-            raise UserError(f"'{file}' is a link that leads nowhere; delete it") from None
+            raise UserError(f"'{file}' is a broken link; delete it") from None
         return
     holder = parsed(text)
     if lives(holder, age):

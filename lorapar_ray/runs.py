@@ -195,12 +195,10 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             whole, version = False, 0
         if isinstance(version, int) and version > FORMAT:
-            raise UserError(
-                f"'{self.manifest_path}' is of format {version}, of a later version of lorapar_ray than this; update it"
-            )
+            raise UserError(f"'{self.manifest_path}' has format {version} of a newer lorapar_ray; update lorapar_ray")
         if not whole:
             raise UserError(
-                f"'{self.manifest_path}' is damaged, so what this run has finished is not known; restore the file or "
+                f"'{self.manifest_path}' is damaged, so the run's finished stages are unknown; restore the file or "
                 "choose another --run-dir"
             )
         found: dict[str, Any] = loaded

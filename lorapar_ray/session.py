@@ -205,9 +205,9 @@ def require_ray_at(address: str) -> None:
             ask = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).GetClusterId
             ask(gcs_service_pb2.GetClusterIdRequest(), timeout=CONNECT_TIMEOUT_S)
     except grpc.FutureTimeoutError as error:
-        raise OSError("what answers there is no Ray client server") from error
+        raise OSError("the server there is not a Ray client server") from error
     except grpc.RpcError as error:
         if error.code() is not grpc.StatusCode.UNAUTHENTICATED:  # a Ray that wants a token: `ray.init` says how
-            raise OSError(f"what answers there is no Ray: {error.code().name}") from error
+            raise OSError(f"the server there is not Ray: {error.code().name}") from error
     finally:
         channel.close()

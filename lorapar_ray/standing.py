@@ -77,17 +77,17 @@ def changes(stage: Stage, config: Config, old: Mapping[str, Any], new: Mapping[s
             yield f"{need} has other results"
     for name, found in new["files"].items():
         if found is not None and old["files"].get(name) not in (None, found):
-            yield f"'{name}' has other contents"
+            yield f"'{name}' has changed"
 
 
 def _changed_settings(settings: Settings, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     for path in dict.fromkeys((*old, *new)):
         if path not in new:
             if known_setting(Config, path):
-                yield f"{path} {_shown(old[path])} → nothing"
+                yield f"{path} {_shown(old[path])} → not set"
         elif path not in old:
             if not settings[path].is_default:  # else a field that is younger than the run
-                yield f"{path} nothing → {_shown(new[path])}"
+                yield f"{path} not set → {_shown(new[path])}"
         elif old[path] != new[path]:
             if _is_hidden(new[path]) or _is_hidden(old[path]):
                 if _hidden(old[path]) != _hidden(new[path]):
@@ -144,6 +144,6 @@ def _damage(run: RunDirectory, files: Mapping[str, list[Any]], prints: Fingerpri
             elif file.stat().st_size != size:
                 yield f"{name} has {file.stat().st_size} of {size} bytes"
             elif prints.of_file(file) != known:
-                yield f"{name} is not what was written"
+                yield f"{name} has changed since it was written"
         except OSError as error:
             yield f"{name} cannot be read ({error.strerror})"

@@ -45,16 +45,16 @@ def lines(run: RunDirectory) -> Iterator[str]:
 
 def _at_work(holder: dict[str, Any] | None) -> str:
     if holder is None:
-        return "nobody is at work"
+        return "no command is running"
     return one_line(
-        f"{holder.get('command', '?')} at work: process {holder.get('pid', '?')} on {holder.get('host', '?')} since "
+        f"{holder.get('command', '?')} is running: process {holder.get('pid', '?')} on {holder.get('host', '?')} since "
         f"{holder.get('since', '?')}"
     )
 
 
 def _far(run: RunDirectory, entry: dict[str, Any], alive: bool) -> str:
     if not alive:
-        return f"interrupted after {minutes(entry.get('seconds', 0))}; the same command goes on from there"
+        return f"interrupted after {minutes(entry.get('seconds', 0))}; the same command resumes"
     try:
         note = read_object(run.work / PROGRESS, "delete it")
         done, total, now = int(note["done"]), int(note["total"]), float(note["now"])

@@ -101,7 +101,7 @@ class Jobs:
             lower = f"{type(error).__name__} {said}".lower()
             if "auth" in lower or "401" in lower or "403" in lower:
                 raise UserError(
-                    f"the cluster at {self.address} does not take this machine's token; set RAY_AUTH_MODE=token and "
+                    f"the cluster at {self.address} does not accept this machine's token; set RAY_AUTH_MODE=token and "
                     "RAY_AUTH_TOKEN (or ~/.ray/auth_token) to the cluster's"
                 ) from error
             raise UserError(
@@ -117,7 +117,7 @@ class Jobs:
         job = self._start(f"{handed.key}-check", self._known(), handed, handed.command("doctor", "--cluster"))
         status, why = self._follow(job)
         if status != "SUCCEEDED":
-            raise UserError(f"the cluster at {self.address} cannot run this ({why}); --no-check tries it all the same")
+            raise UserError(f"the cluster at {self.address} cannot run this ({why}); --no-check skips this check")
 
     def submit(self, handed: Submission) -> str:
         """Submit the run, unless a job of the same run is at work already; returns the submission id.
@@ -142,7 +142,7 @@ class Jobs:
         """
         status, why = self._follow(job)
         if status != "SUCCEEDED":
-            raise UserError(f"{job}: {status.lower()} ({why}); the same command goes on from there")
+            raise UserError(f"{job}: {status.lower()} ({why}); the same command resumes")
 
     def _known(self) -> dict[str, str]:
         """Status by submission id."""
@@ -169,7 +169,7 @@ class Jobs:
         try:
             return in_a_thread(submit, name="submitting the job", timeout_s=SUBMIT_TIMEOUT_S)
         except (RuntimeError, ValueError, OSError, TimeoutError) as error:
-            raise UserError(f"{self.address} does not take the job: {one_line(error, 300)}") from error
+            raise UserError(f"{self.address} does not accept the job: {one_line(error, 300)}") from error
 
     def _follow(self, job: str) -> tuple[str, str]:
         """Show a job's log as it grows; returns its final status and, in one line, why it failed."""
@@ -232,7 +232,7 @@ def in_working_dir(config: Path, given: Path | None) -> tuple[Path, Path]:
         return root, config.resolve().relative_to(root)
     except ValueError:
         raise UserError(
-            f"--config '{config}': lies outside the working directory '{root}', which is what the job gets; copy it "
+            f"--config '{config}': lies outside the working directory '{root}', and the job gets only that; copy it "
             "there, or choose another --working-dir"
         ) from None
 
@@ -247,7 +247,7 @@ def require_whole_path(run_dir: str) -> None:
     if isinstance(place, Path) and not place.is_absolute():
         raise UserError(
             f"--run-dir '{run_dir}': give its whole path, on storage that every node reaches; a job's own directory "
-            "goes when the job ends"
+            "is deleted when the job ends"
         )
 
 

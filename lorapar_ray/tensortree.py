@@ -14,7 +14,7 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.files import atomic_path
 
 _TENSOR = "__tensor__"
-OTHERS = "delete it: the run goes on from the checkpoint before it"
+OTHERS = "delete it: the run resumes from the previous checkpoint"
 
 
 def save_tree(path: Path, tree: Any) -> None:

@@ -23,7 +23,7 @@ def require_trackers(names: Sequence[str], field: str) -> None:
     """
     for name in names:
         if find_spec(name) is None:
-            raise UserError(f"{field}: '{name}' is not installed; pip install {name}, or take it off the list")
+            raise UserError(f"{field}: '{name}' is not installed; pip install {name}, or remove it from the list")
 
 
 def memory_mib() -> float:

@@ -92,4 +92,4 @@ def _run_group(units: Sequence[Unit], stage: str) -> None:
         run_together(stage, members, train_together if stage == "sft" else evaluate_together)
     except Exception as error:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        console.print(f"  not at once, but one after the other: {kind}{one_line(error, 300)}")
+        console.print(f"  not together, but one after the other: {kind}{one_line(error, 300)}")

@@ -90,9 +90,9 @@ def frontier(lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
                 [100 * g for g in gains], [100 * c for c in costs], marker="osD^"[number % 4], label=name, **style
             )
         axis.set(
-            title="What the second stage costs of the first",
+            title="Loss of the first stage's skill in the second",
             xlabel="gained in the second stage's skill, points",
-            ylabel="lost of the first stage's, points",
+            ylabel="lost of the first stage's skill, points",
         )
         figure.legend(loc="outside lower left", ncol=2)
         return _svg(figure)

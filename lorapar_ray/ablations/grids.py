@@ -75,7 +75,7 @@ def _strategies() -> Grid:
         (
             Claim("voting beats one teacher", "vote", "single-role-play"),
             Claim("role-play beats none", "single-role-play", "single"),
-            Claim("voted labels beat drawn ones", "vote", "random"),
+            Claim("voted labels beat random ones", "vote", "random"),
         ),
     )
 
@@ -137,7 +137,7 @@ def _methods() -> Grid:
     rl = (*UNMASKED, "order=[sft, grpo]")
     return Grid(
         "methods",
-        "LoRA-PAR against what people use, one and two epochs (table 4)",
+        "LoRA-PAR against common methods, one and two epochs (table 4)",
         (
             Arm("lora-1", (PLAIN, "order=[sft]", one), "27.8"),
             Arm("lora-2", (PLAIN, "order=[sft]", two), "31.86"),
@@ -235,7 +235,7 @@ def _mask() -> Grid:
         Arm("full-lora", (*stage1, "partition.theta=1")),  # and not unmasked, which would start without the warm-up
     )
     said = {
-        "random": "the importance mask beats a random one of its size at a rate of its own",
+        "random": "the importance mask beats a random one of its size, each at its own learning rate",
         "magnitude": "second-order importance beats magnitude",
         "first-order": "second-order importance beats first-order",
         "shuffled-labels": "voted labels beat the same labels shuffled",
@@ -245,7 +245,7 @@ def _mask() -> Grid:
     }
     return Grid(
         "mask",
-        "stage 1 by mask, each at a learning rate of its own",
+        "stage 1 by mask, each at its own learning rate",
         arms,
         tuple(Claim(text, "importance", name, reaches=name == "full-lora") for name, text in said.items()),
         tuned=True,
@@ -278,8 +278,8 @@ def _retention(name: str, order: str, help_: str) -> Grid:
 
 
 _RETENTION = (
-    _retention("retention", "[sft, grpo]", "what stage 2 costs of stage 1's skill, at equal gain in its own"),
-    _retention("retention-reversed", "[grpo, sft]", "what stage 1 costs of stage 2's skill, where it comes second"),
+    _retention("retention", "[sft, grpo]", "how much stage 2 loses of stage 1's skill, at equal gain in its own"),
+    _retention("retention-reversed", "[grpo, sft]", "how much stage 1 loses of stage 2's skill, if it comes second"),
 )
 _ALL = (_strategies(), _activation(), _theta(), _methods(), _order(), _peft(), _stage1(), _mask(), *_RETENTION)
 GRIDS: dict[str, Grid] = {grid.name: grid for grid in _ALL}

@@ -73,12 +73,12 @@ def make_plan(
         UserError: no such grid or arm, or an arm that the config does not allow.
     """
     if grid not in GRIDS:
-        raise UserError(f"ablate: no grid '{grid}'; there are {', '.join(GRIDS)}")
+        raise UserError(f"ablate: unknown grid '{grid}'; known are {', '.join(GRIDS)}")
     chosen = GRIDS[grid]
     names = [arm.name for arm in chosen.arms]
     for name in only:
         if name not in names:
-            raise UserError(f"--only {name}: no such arm of '{grid}'; there are {', '.join(names)}")
+            raise UserError(f"--only {name}: no such arm of '{grid}'; known are {', '.join(names)}")
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError("--seeds: give different whole numbers, such as 1,2,3")
     arms = tuple(arm for arm in chosen.arms if not only or arm.name in only)
@@ -113,7 +113,8 @@ def described(plan: Plan) -> Iterator[str]:
     if groups:
         trained = sum(map(len, groups))
         most = max(map(len, groups))
-        yield f"  stage 1 of {trained} runs trains at once, up to {most} adapters on one frozen base (sft.arms_at_once)"
+        together = f"stage 1 of {trained} runs trains together, up to {most} adapters on one frozen base"
+        yield f"  {together} (sft.arms_at_once)"
     for name, why in dict([*alone_because(sweeps), *alone_because(units)]).items():
         yield f"  stage 1 of {name} trains alone: {why}"
     seconds = _seconds(plan)
@@ -121,7 +122,7 @@ def described(plan: Plan) -> Iterator[str]:
     for stage, wanted, computed in counted([*sweeps, *units]):
         took = seconds.get(stage)
         known += (took or 0.0) * computed
-        each = f", about {took:.0f} s each by those that are finished" if took else ""
+        each = f", about {took:.0f} s each, as measured on finished ones" if took else ""
         yield f"  {stage:<10} {computed} of {wanted} are computed, the others are copies{each}"
     if known:
         yield f"  about {known / 3600:.1f} hours in all, what is finished included"
@@ -147,7 +148,7 @@ def run_plan(plan: Plan, *, verbose: bool = False) -> list[str]:
     units = [unit for unit in plan.units(rates) if not sweeps or unit.arm in rates]
     for arm in plan.arms:
         if sweeps and arm.name not in rates:
-            console.print(f"{arm.name}: its sweep is not finished, so no rate is known for it, and it is left out")
+            console.print(f"{arm.name}: its sweep is not finished, so its learning rate is unknown and it is skipped")
     for _ in _run_all(units, plan.out, failed, verbose):
         report(plan, failed)
     console.print(report(plan, failed))
@@ -258,7 +259,7 @@ def _run_part(unit: Unit, stages: Sequence[str], out: Path, failed: list[str]) -
         file = out / "failures" / f"{unit.folder.name}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(redact(traceback.format_exc()))
-        said = f"{type(error).__name__}: {one_line(error, 200)} (the whole of it is in '{file}')"
+        said = f"{type(error).__name__}: {one_line(error, 200)} (the full error is in '{file}')"
     else:
         return True
     failed.append(f"{unit.title}: {said}")

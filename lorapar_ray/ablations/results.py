@@ -145,7 +145,7 @@ def _sentence(
     over = f"{seeds} seeds" if seeds > 1 else "one seed"
     so = {"held": "so the claim held here.", "not held": "so the claim did not hold here."}
     said = claim.text[0].upper() + claim.text[1:]
-    ending = so.get(found, "which decides nothing at this size.")
+    ending = so.get(found, "so it is undecided at this size.")
     return (
         f"{said}: {claim.better} reached {better} and {claim.worse} {worse} over {over}, a difference of "
         f"{100 * difference:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}; exact McNemar p = {p:.2g}), {ending}"

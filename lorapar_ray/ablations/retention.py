@@ -134,8 +134,7 @@ def _sentence(
     return (
         f"{said}: at a gain of {mean:.1f} points in the second stage's skill, {claim.better} kept "
         f"{100 * difference:+.1f} points more of the first stage's than {claim.worse} "
-        f"({len(gains)} seeds that gained on both; {reach}), "
-        + endings.get(found, "which decides nothing at this size.")
+        f"({len(gains)} seeds that gained on both; {reach}), " + endings.get(found, "so it is undecided at this size.")
     )
 
 

@@ -69,7 +69,7 @@ def require_lora(folder: Path, field: str = "adapter.path") -> None:
         value = settings.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value < 2**31:
             raise UserError(
-                f"{where}: its {name} is {value!r}, which is no {'rank' if name == 'r' else 'alpha'}; {FIX}"
+                f"{where}: its {name} is {value!r}, which is not a valid {'rank' if name == 'r' else 'alpha'}; {FIX}"
             )
     _require_plain(where, settings)
     for key, tensor in read_tensors(folder / WEIGHTS, FIX).items():
@@ -110,7 +110,7 @@ def take_over(base_model: Any, source: Path, target: Path, model: str) -> float:
     from peft import PeftModel
 
     where = f"adapter.path '{source}'"
-    fits = boundary(f"{where} does not fit model.path '{model}'", "give an adapter of this very base")
+    fits = boundary(f"{where} does not fit model.path '{model}'", "give an adapter that was trained on this base")
     with atomic_path(target) as draft, fits:
         before = _logits(base_model)
         if not bool(torch.isfinite(before).all()):
@@ -134,7 +134,7 @@ def _require_same_keys(where: str, model: str, user: Any, saved: set[str]) -> No
     """PEFT draws what a file lacks, and ignores what a model lacks, with no more than a warning."""
     live, base = set(adapter_parameters(user)), dict(user.get_base_model().named_parameters())
     own = {name.replace(".base_layer.", ".") for name in base}
-    for what, keys in (("lacks", live - saved), ("holds, beyond what the model has,", saved - live)):
+    for what, keys in (("lacks", live - saved), ("has the extra tensor", saved - live)):
         if keys:
             raise UserError(f"{where}: {what} '{min(keys)}' ({len(keys)} in all) for model.path '{model}'; {FIX}")
     apart = {base_name(key) for key in live} - own

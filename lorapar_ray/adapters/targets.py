@@ -41,8 +41,8 @@ def resolve_targets(model: nn.Module, spec: str | Sequence[str]) -> list[str]:
     packed = [name for name, value in model.named_parameters() if value.ndim == 3 and _means(wanted, name)]
     if found and packed:
         warnings.warn(
-            f"{len(packed)} tensors of {type(model).__name__} hold packed experts and get no adapter, '{packed[0]}' "
-            "among them; what is tuned is the rest",
+            f"{len(packed)} tensors of {type(model).__name__} hold packed experts and get no adapter, for example "
+            f"'{packed[0]}'; only the other layers are tuned",
             stacklevel=2,
         )
     if not found:

@@ -199,7 +199,7 @@ def _ends_in(file: Path) -> tuple[int, ...]:
     ends = tree.get("eos_token_id", inner.get("eos_token_id") if isinstance(inner, dict) else None)
     listed = [] if ends is None else ends if isinstance(ends, list) else [ends]
     if not all(type(end) is int and 0 <= end < LARGEST_ID for end in listed):
-        raise UserError(f"'{file}': eos_token_id {one_line(ends, 60)} is no token and no list of tokens; {SAVE_AGAIN}")
+        raise UserError(f"'{file}': eos_token_id {one_line(ends, 60)} is not a token or a list of tokens; {SAVE_AGAIN}")
     return tuple(listed)
 
 

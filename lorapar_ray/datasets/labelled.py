@@ -65,7 +65,9 @@ def _reject(run: RunDirectory, stage: str, rows: Iterable[dict[str, Any]], reaso
         for row in rows:
             rejects.add(reject(row, stage, reason))
     if rejects.count:
-        console.print(f"  [yellow]{rejects.count} prompts are too long and left out[/]: {markup(target)}", markup=True)
+        console.print(
+            f"  [yellow]{rejects.count} prompts are too long and are skipped[/]: {markup(target)}", markup=True
+        )
 
 
 def token_table(config: Config, run: RunDirectory) -> Path:

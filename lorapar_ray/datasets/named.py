@@ -107,7 +107,7 @@ def _index(answer: Any, choices: int) -> int:
     text = str(answer).strip().upper()
     index = LETTERS.find(text) if len(text) == 1 and text.isalpha() else int(text) if text.isdecimal() else -1
     if isinstance(answer, bool) or not 0 <= index < choices:
-        raise ValueError(f"'answer' {answer!r} is none of the {choices} choices")
+        raise ValueError(f"'answer' {answer!r} is not one of the {choices} choices")
     return index
 
 
@@ -120,7 +120,7 @@ def _number(value: Any) -> str:
     except InvalidOperation as error:
         raise ValueError(f"the answer {value!r} is no number") from error
     if not number.is_finite() or abs(number.adjusted()) > 300:
-        raise ValueError(f"the answer {value!r} is no finite number")
+        raise ValueError(f"the answer {value!r} is not a finite number")
     whole = number.to_integral_value()
     return format(whole if whole == number else number, "f")
 

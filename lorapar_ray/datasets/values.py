@@ -33,7 +33,7 @@ def text_of(value: Any, row: str, column: str) -> str:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise UnfitError(f"its '{column}' holds half of a surrogate pair, which is no character") from error
+            raise UnfitError(f"its '{column}' holds half of a surrogate pair, which is not a character") from error
         return value.strip()
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -54,7 +54,7 @@ def messages_of(value: Any, row: str, column: str) -> list[dict[str, str]]:
     if not chat or not all(isinstance(each.get(key), str) for each in value for key in ("role", "content")):
         raise UserError(f"{row}: its '{column}' is a list; give text, or messages with 'role' and 'content' as text")
     if value[-1]["role"] == "assistant":
-        raise UserError(f"{row}: its '{column}' ends with the assistant's message; that belongs into the answer")
+        raise UserError(f"{row}: its '{column}' ends with the assistant's message; move it to the answer")
     for message in value:
         text_of(message["content"], row, column)
         text_of(message["role"], row, column)

@@ -81,8 +81,8 @@ def unmergeable(model: str, adapter_keys: Iterable[str]) -> list[str]:
 def not_in_the_files(missing: Sequence[str], model: str) -> str:
     """One line about weights that cannot be merged."""
     return (
-        f"grpo.sync: merged puts base + s·BA together from the files of '{model}', which do not hold '{missing[0]}'"
-        f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''} under the name that the adapter has for it; "
+        f"grpo.sync: merged computes base + s·BA from the files of '{model}', which do not hold '{missing[0]}'"
+        f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''} under the adapter's name for it; "
         "set grpo.sync: adapter"
     )
 

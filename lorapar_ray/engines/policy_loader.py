@@ -196,7 +196,7 @@ def reload_modules(model: Any, modules: Mapping[str, Any], weights: Weights, con
         for module in modules.values():
             finalize_layerwise_reload(module, config)
     if short:
-        raise ValueError(f"{len(short)} modules of the engine did not get their weights, {short[0]} for one")
+        raise ValueError(f"{len(short)} modules of the engine did not get their weights, for example {short[0]}")
 
 
 def _lacks_weights(info: Any) -> bool:

@@ -172,7 +172,7 @@ def answer_of(function: Callable[[], Any]) -> Any:
     try:
         error, answer = here.recv()
     except EOFError:
-        error, answer = RuntimeError("the process that looked at the model's class died"), None
+        error, answer = RuntimeError("the process that inspected the model's class died"), None
     process.join()
     if error is not None:
         raise error

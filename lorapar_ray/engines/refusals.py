@@ -26,7 +26,7 @@ _PYDANTIC = re.compile(r"\bValidationError: \d+ validation errors? for \w+ (?:Va
 
 # (what the reason says; the first match counts), the field of `where` that it is about ("": all), what to do
 _FIELDS: tuple[tuple[str, str, str], ...] = (
-    (r"unexpected keyword argument|extra_forbidden", "extra", "leave out what vLLM does not know"),
+    (r"unexpected keyword argument|extra_forbidden", "extra", "remove the setting that vLLM does not know"),
     (
         r"KV cache|cache blocks|No available memory for the cache|besides its cache",
         "kv_cache_gib",
@@ -38,11 +38,15 @@ _FIELDS: tuple[tuple[str, str, str], ...] = (
         "there is too little free memory: give the engine a smaller share or a larger GPU or node, or a smaller model",
     ),
     (r"max_num_batched_tokens", "extra.max_num_batched_tokens", "raise it, or lower max_model_len"),
-    (r"max_model_len|max_position_embeddings", "max_model_len", "lower it to what the model can read"),
+    (r"max_model_len|max_position_embeddings", "max_model_len", "lower it to the model's context length"),
     (r"max_num_seqs", "max_num_seqs", "lower it"),
     (r"tensor.parallel|world.size|divisible by", "tensor_parallel", "choose one that divides the model's heads"),
-    (r"bfloat16|float16|\bdtype\b", "dtype", "choose one that the device and the model know"),
-    (r"Address already in use|Permission denied|Connection refused", "", "free what it needs, then run this again"),
+    (r"bfloat16|float16|\bdtype\b", "dtype", "choose one that the device and the model support"),
+    (
+        r"Address already in use|Permission denied|Connection refused",
+        "",
+        "free the address or file that it needs, then run this again",
+    ),
 )
 
 

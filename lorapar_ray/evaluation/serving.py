@@ -70,7 +70,7 @@ def serving(model: str, adapters: Iterable[Path | None], wanted: Serve = "auto")
     apart = [name for state in states for name in on_a_worker(unmergeable, model, list(state))]
     if wanted == "merged" and apart:
         raise UserError(
-            f"evaluate.serve: merged needs '{apart[0]}' in the files of '{model}', which call it otherwise; set adapter"
+            f"evaluate.serve: merged needs '{apart[0]}' in the files of '{model}', which use another name; set adapter"
         )
     if not states or wanted == "merged" or (wanted == "auto" and not apart):
         return {"sync": "merged"}

@@ -46,7 +46,9 @@ def catalogue_of(settings: EvaluateConfig) -> Catalogue:
 
     for first, second in combinations(settings.tasks, 2):
         if file_name(first) == file_name(second):
-            raise UserError(f"evaluate.tasks: '{first}' and '{second}' would be written as one; rename a task file")
+            raise UserError(
+                f"evaluate.tasks: '{first}' and '{second}' would have the same file name; rename a task file"
+            )
     catalogue = Catalogue(settings.data, settings.include)
     loaded = {name for text in settings.tasks for name in catalogue.load(wanted(text))["tasks"]}
     if loaded & SANDBOXED:

@@ -35,7 +35,7 @@ def export(config: Config, run: RunDirectory, out: Path, stage: str | None = Non
     if not is_done(config, run, stage):
         raise UserError(f"stage '{stage}' has not finished in '{run.place}'; run `lorapar run` first")
     if out.exists():
-        raise UserError(f"--out '{out}': is there already; choose another")
+        raise UserError(f"--out '{out}': already exists; choose another")
     folder: Path = {"sft": run.sft, "grpo": run.grpo}[stage] / "adapter"
     if merged and config.adapter.method != "lora":
         raise UserError(f"--merged: adapter.method {config.adapter.method} has nothing to merge; export the adapter")

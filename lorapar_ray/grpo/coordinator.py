@@ -161,7 +161,7 @@ class Coordinator:
         try:
             return await task
         except asyncio.CancelledError:
-            raise RuntimeError(f"policy {policy.version} was given up: the learners have begun again") from None
+            raise RuntimeError(f"policy {policy.version} was discarded: the learners have restarted") from None
         except Exception as error:
             if self._publishing is task:  # not of learners that are gone
                 self._failure = error

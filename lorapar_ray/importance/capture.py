@@ -286,7 +286,7 @@ def _groups(peft_model: Any, keys: set[str]) -> list[_Group]:
             place = (name.rpartition(".")[0], site.A.shape[1])
             groups.setdefault(place, _Group([])).sites.append(site)
     if left := sorted(keys - found):
-        raise UserError(f"'{left[0]}' is no plain LoRA of a linear layer; leave its layer out of adapter.targets")
+        raise UserError(f"'{left[0]}' is not a plain LoRA of a linear layer; leave its layer out of adapter.targets")
     return list(groups.values())
 
 

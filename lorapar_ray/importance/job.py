@@ -71,7 +71,9 @@ def score_stage(config: Config, run: RunDirectory, initial: Path | None = None) 
         _run(config, run, job, plan, folder)
         warm_up = None
     if left := _left(plan, folder):
-        raise UserError(f"score: {left} units of work are in no sums in '{folder}'; run the same command again")
+        raise UserError(
+            f"score: {left} units of work are missing from the sums in '{folder}'; run the same command again"
+        )
     if job.warm_up is not None:
         shutil.rmtree(job.warm_up["checkpoints"], ignore_errors=True)
     for system in SYSTEMS:

@@ -24,7 +24,7 @@ def run(config: Config, run: RunDirectory) -> dict[str, Any]:
     from lorapar_ray.progress import console
 
     if not config.partitioned:
-        console.print("  no stage trains a region only: a fresh adapter, no scores")
+        console.print("  no stage trains only a region: a new adapter, no scores")
         if config.adapter.method == "lora":
             make_adapter(config, run, run.adapter)
         return {}

@@ -60,7 +60,7 @@ def write_labels(
                     labels.add(_labelled(row, decision, votes))
                     tally.add(row, decision.system, votes, _by_teacher(keys, known), failed)
         if not labels.count:
-            raise UserError("label: no question got a single vote; look at the teachers with --verbose")
+            raise UserError("label: no question got a vote; check the teachers with --verbose")
         return tally.summary(rejects.count, session)
 
 

@@ -34,7 +34,7 @@ class RemoteTeacher:
 
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-        with boundary(f"teacher '{teacher.name}': base_url is no address", "write it as https://host/v1"):
+        with boundary(f"teacher '{teacher.name}': base_url is not a URL", "write it as https://host/v1"):
             self._client = httpx.AsyncClient(
                 base_url=str(teacher.base_url), headers=headers, timeout=timeout_s, limits=limits
             )
@@ -100,7 +100,7 @@ class RemoteTeacher:
             raise kind(f"status {response.status_code}: {one_line(content.decode(errors='replace'), 120)}")
         answer = json.loads(content)
         if not isinstance(answer, dict):
-            raise ValueError("the answer is no JSON object")
+            raise ValueError("the answer is not a JSON object")
         return answer, time.monotonic() - start
 
     async def _exchange(self, path: str, body: dict[str, Any]) -> tuple[Any, bytes]:

@@ -39,8 +39,8 @@ def secret(teacher: TeacherConfig) -> str | None:
         raise UserError(f"teacher '{teacher.name}': {variable} is not set; export it")
     if not _KEY.fullmatch(key):
         raise UserError(
-            f"teacher '{teacher.name}': {variable} holds spaces or control characters, so it is no API key; export it "
-            "again"
+            f"teacher '{teacher.name}': {variable} holds spaces or control characters, so it is not an API key; export "
+            "it again"
         )
     remember([key])
     return key

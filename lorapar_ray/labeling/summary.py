@@ -218,7 +218,7 @@ def _teacher_line(teacher: Mapping[str, Any]) -> str:
     parts = [" / ".join(str(count) for count in teacher["split"].values()), f"abstained {teacher['abstained']}"]
     if teacher["bias"]:
         leaning = max(teacher["bias"], key=teacher["bias"].get)
-        parts.append(f"leans to {leaning} by {teacher['bias'][leaning] - min(teacher['bias'].values()):.2f} nats")
+        parts.append(f"biased towards {leaning} by {teacher['bias'][leaning] - min(teacher['bias'].values()):.2f} nats")
     if teacher["latency"]:
         parts.append("latency " + " / ".join(f"{value:.2f}" for value in teacher["latency"].values()) + " s")
     return ", ".join(parts)

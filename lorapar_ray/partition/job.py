@@ -35,7 +35,7 @@ def partition_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
     Raises:
         UserError: the scores are missing, zero everywhere or not finite.
     """
-    with boundary("partition: the scores, the adapter and the sums of this run do not fit each other", RESCORE):
+    with boundary("partition: the scores, the adapter and the sums of this run do not match", RESCORE):
         return _cut(config, run)
 
 

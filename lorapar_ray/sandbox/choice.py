@@ -52,14 +52,14 @@ def choose(name: LayerName = "auto") -> Layer:
     raise UserError(
         "sandbox: nothing here can confine model-written code: "
         + "; ".join(f"{each}: {found[each].detail}" for each in ("bubblewrap", "sandlock"))
-        + ". Set sandbox.layer: process to run it under resource limits alone, with this user's files open to it"
+        + ". Set sandbox.layer: process to run it with resource limits only; it can then read this user's files"
     )
 
 
 def _bubblewrap() -> Finding:
     reasons = []
     for binary in _binaries():
-        finding = _tried(Bubblewrap(binary), f"namespaces of its own, an empty root, no network ({binary})")
+        finding = _tried(Bubblewrap(binary), f"its own namespaces, an empty root, no network ({binary})")
         if finding.layer is not None:
             return finding
         reasons.append(finding.detail)

@@ -94,7 +94,7 @@ class Examination:
             verdict = self._run(job)
             if verdict.reason != "unready":
                 return verdict
-        raise SandboxError(f"sandbox: {self._layer.name} starts no process: {verdict.output or verdict.detail}")
+        raise SandboxError(f"sandbox: {self._layer.name} cannot start a process: {verdict.output or verdict.detail}")
 
     def close(self) -> None:
         """End the processes."""
@@ -172,8 +172,8 @@ class Examination:
         if message != {"ready": True}:
             control.close()
             self._stop()
-            said = " ".join(output.text.split())[-300:] or "it ends without a word"
-            raise SandboxError(f"sandbox: {self._layer.name} starts no process: {said}")
+            said = " ".join(output.text.split())[-300:] or "it ended without output"
+            raise SandboxError(f"sandbox: {self._layer.name} cannot start a process: {said}")
         self._control = control
         return control
 

@@ -92,7 +92,7 @@ def called_names(tests: str, setup: str = "") -> tuple[str, ...]:
     ]
     foreign = dict.fromkeys(name for name in called if name not in defined and not hasattr(builtins, name))
     if not foreign and not called:
-        raise UserError("tests: they call no function; write asserts on what the program is to define")
+        raise UserError("tests: they call no function; write asserts that call the program's functions")
     return tuple(foreign) or (called[0],)
 
 

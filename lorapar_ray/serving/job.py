@@ -63,7 +63,7 @@ def server_key(address: Address) -> str | None:
     key = os.environ.get(KEY) or None
     local = address.host == "localhost" or (_is_ip(address.host) and ip_address(address.host).is_loopback)
     if key is None and not local:
-        raise UserError(f"--host {address.host}: others can reach it; put a key into {KEY}, or leave the host out")
+        raise UserError(f"--host {address.host}: other machines can reach it; set a key in {KEY}, or remove --host")
     return key
 
 

@@ -179,9 +179,7 @@ class Replica:
 
         ids, (first, second) = self._vote(question)
         if len(ids) >= self._config.evaluate.engine.max_model_len:
-            raise BadRequest(
-                400, f"model '{AUTO}': the question is too long ({len(ids)} tokens with what surrounds it)"
-            )
+            raise BadRequest(400, f"model '{AUTO}': the question is too long ({len(ids)} tokens with its prompt)")
         params = SamplingParams(max_tokens=1, temperature=1.0, allowed_token_ids=[first, second], logprobs=2)
         params.output_kind = RequestOutputKind.FINAL_ONLY
         self._asked += 1

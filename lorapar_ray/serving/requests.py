@@ -102,7 +102,5 @@ def question_in(asked: Mapping[str, Any]) -> str:
                 part["text"] for part in found if isinstance(part, dict) and isinstance(part.get("text"), str)
             )
     if not isinstance(found, str) or not found.strip():
-        raise BadRequest(
-            400, f"model '{AUTO}' goes by one question: give one prompt, or a message of the user with text"
-        )
+        raise BadRequest(400, f"model '{AUTO}' needs one question: give one prompt, or a message of the user with text")
     return found

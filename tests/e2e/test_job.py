@@ -115,7 +115,7 @@ def test_a_submitted_job_finishes_the_pipeline(finished: FinishedRun, tmp_path: 
         done = submit(address, "--no-check")
     assert stranger.returncode == 2
     assert stranger.stderr.splitlines()[-1].startswith(
-        f"lorapar: the cluster at {address} does not take this machine's"
+        f"lorapar: the cluster at {address} does not accept this machine's"
     )
     assert elsewhere.returncode == 2, elsewhere.stderr
     assert "✓ nodes        2 answer, 3 CPU, 0 GPU in all" in elsewhere.stdout

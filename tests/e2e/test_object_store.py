@@ -89,5 +89,5 @@ def test_a_run_killed_on_one_machine_ends_on_another_as_one_on_a_disk(
     assert taken.returncode == 0, taken.stderr
     assert (tmp_path / "taken" / "adapter_model.safetensors").is_file()
     shown = lorapar_here("status", "-d", s3).stdout
-    assert f"{s3} · nobody is at work" in shown and "✓ grpo" in shown
+    assert f"{s3} · no command is running" in shown and "✓ grpo" in shown
     assert not [name for name in objects.listing() if name.startswith(("work/grpo", "work/ray", "lock/"))]

@@ -101,7 +101,7 @@ def handed_to(sent: Sent, address: str, **environment: str) -> str:
 def test_no_token_and_a_wrong_one(sent: Sent) -> None:
     for given in ({"RAY_AUTH_TOKEN": "", "RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": secrets.token_hex(32)}):
         said = handed_to(sent, sent.cluster.address, **given)
-        assert said.startswith("2 lorapar: the cluster at ") and "does not take this machine's token" in said
+        assert said.startswith("2 lorapar: the cluster at ") and "does not accept this machine's token" in said
         assert len(said.splitlines()) == 1
 
 

@@ -109,9 +109,9 @@ def test_tested_functions_are_found_from_the_tests(tests: str, names: tuple[str,
         ('{"test_list": []}', "MBPP: a row has no 'test_list'"),
         ("[1, 2", "neither JSON nor a program"),
         ("[" * 100_000, "neither JSON nor a program"),
-        ("[1, null]", "is no set of tests"),
-        ('{"test_list": ["assert f()"], "test_imports": 3}', "is no set of tests"),
-        ('{"prompt": 1, "entry_point": 2, "test": 3}', "is no set of tests"),
+        ("[1, null]", "is not a set of tests"),
+        ('{"test_list": ["assert f()"], "test_imports": 3}', "is not a set of tests"),
+        ('{"prompt": 1, "entry_point": 2, "test": 3}', "is not a set of tests"),
     ],
 )
 def test_answers_without_tests_are_named(answer: str, message: str) -> None:

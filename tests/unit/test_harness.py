@@ -235,10 +235,10 @@ def catalogue(tmp_path: Path) -> Catalogue:
         ({"arc_easy": [{"question": "q", "choices": {"text": [], "label": []}, "answerKey": "A"}]}, "arc_easy", "'A'"),
         ({"gsm8k": None}, "gsm8k", "no such file or folder"),
         ({"gsm8k": [GSM8K]}, "gsm8k@x", "NAME@SHOTS"),
-        ({"gsm8q": [GSM8K]}, "gsm8k", "not among those that may be given as files"),
+        ({"gsm8q": [GSM8K]}, "gsm8k", "cannot be given as a file"),
         ({}, "lost.yaml", "no such task file"),
-        ({}, "broken.yaml", "is no task file of lm-eval (ScannerError: mapping values are not allowed"),
-        ({}, "text.yaml", "is no task file of lm-eval (ValueError: Expected YAML dict from"),
+        ({}, "broken.yaml", "is not a task file of lm-eval (ScannerError: mapping values are not allowed"),
+        ({}, "text.yaml", "is not a task file of lm-eval (ValueError: Expected YAML dict from"),
         ({}, "mawps", "give a file, --data mawps=FILE"),
         ({}, "mine.yaml", "reads a column that its data lacks ('hint' is undefined)"),
         ({}, "unsafe.yaml", "runs a model's programs in this process, which is refused"),
@@ -410,7 +410,7 @@ def test_the_page_compares_and_shows_failures(tmp_path: Path) -> None:
         (["--model", "m"], "--out: needed with --model"),
         (["--tasks", "gsm8k"], "--tasks: belongs to --model"),
         ([], "give --config of a run, or --model"),
-        (["--model", "m", "--config", "c.yaml", "--out", "o"], "leave --config"),
+        (["--model", "m", "--config", "c.yaml", "--out", "o"], "remove --config"),
         (["--model", "m", "--out", "o", "--data", "gsm8k"], "is not NAME=PATH"),
         (["--model", "m", "--out", "o", "--tasks", "a", "--limit", "0"], "'limit'"),
         (["--model", "m", "--out", "o", "--tasks", "a", "--set", "sft.epochs=3"], "--set 'sft': has no meaning here"),
@@ -460,7 +460,7 @@ def test_an_adapter_on_a_residual_base_is_named_with_it(student: Path, tmp_path:
 
 def test_tasks_are_file_names() -> None:
     assert [file_name(text) for text in ("gsm8k@8", "mine/my task.yaml@0", "mmlu")] == ["gsm8k@8", "my_task@0", "mmlu"]
-    with pytest.raises(UserError, match="would be written as one"):
+    with pytest.raises(UserError, match="would have the same file name"):
         catalogue_of(EvaluateConfig(tasks=["a/mine.yaml", "b/mine.yaml"]))
 
 

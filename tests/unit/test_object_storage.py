@@ -293,7 +293,7 @@ def test_a_stage_s_results_are_in_the_store_and_another_machine_goes_on(
     again = lorapar_here("label", "-c", config, "-d", s3)
     assert again.returncode == 0 and f"everything is done in '{s3}'; nothing to do" in again.stdout
     shown = lorapar_here("status", "-d", s3, "--once")
-    assert shown.stdout.startswith(f"tiny · {s3} · nobody is at work") and "✓ label" in shown.stdout
+    assert shown.stdout.startswith(f"tiny · {s3} · no command is running") and "✓ label" in shown.stdout
     with looked_at(str(s3)) as run:
         assert (
             contents_of_a_run(run.root)["labels/part-00000.parquet"]

@@ -147,7 +147,7 @@ def test_a_whole_run_is_refused_before_anything_starts_and_says_what_would_follo
     assert status == 2 and "partition.theta 0.9 → 0.5" in said and "sft and grpo and evaluate" in said, said
     assert cli.run.manifest() == manifest and (cli.run.root / "config.yaml").read_text() == settings
     status, said = cli("run", "--dry-run", *changed("partition.theta=0.5"))
-    assert "replaces partition (3 files, " in said and "this needs --redo too" in said, said
+    assert "replaces partition (3 files, " in said and "this stage needs --redo too" in said, said
     assert cli("run")[1].count("done") >= 7
     status, said = cli("run", "--redo", "partition", *changed("partition.theta=0.5"))
     assert status == 0, said
@@ -185,10 +185,10 @@ def test_a_redo_that_is_killed_goes_on_or_the_old_settings_bring_the_old_results
     assert cli("grpo", "--redo", "grpo")[0] == 0 and cli.entry("grpo")["resumed"]  # the redo that was begun
     cli.kill("grpo", "grpo", "--redo", "grpo", *other)
     status, said = cli("grpo")
-    assert status == 0 and "back from the trash" in said, said
+    assert status == 0 and "are restored from trash/" in said, said
     assert cli.entry("grpo")["inputs"] == old["inputs"] and cli.entry("grpo")["status"] == "done"
     status, said = cli("grpo", *other)
-    assert status == 0 and "back from the trash" in said and cli.entry("grpo")["resumed"], said
+    assert status == 0 and "are restored from trash/" in said and cli.entry("grpo")["resumed"], said
 
 
 def test_a_redo_that_is_killed_while_it_moves_the_old_results_has_lost_none(
@@ -208,7 +208,7 @@ def test_a_redo_that_is_killed_while_it_moves_the_old_results_has_lost_none(
         killed("grpo", "-c", cli.config, "-d", cli.run.root, "--redo", "grpo")
     assert not cli.run.grpo.exists()
     status, said = cli("run")
-    assert status == 0 and "back from the trash" in said, said
+    assert status == 0 and "are restored from trash/" in said, said
     assert (cli.run.grpo / "result.json").read_text() == before and cli.entry("grpo") == entry
 
 

@@ -84,7 +84,7 @@ def test_the_report_says_what_the_second_stage_cost(grid: str, tmp_path: Path) -
     text = report(plan)
     assert "| disjoint | disjoint-2 | +30.0 points |" in text and "- **held**: Disjoint regions keep more" in text
     page = (tmp_path / "index.html").read_text()
-    assert "What the second stage costs of the first" in page and "✓ held" in page
+    assert "Loss of the first stage's skill in the second" in page and "✓ held" in page
     assert (tmp_path / "retention.md").read_text() in text
 
 

@@ -100,7 +100,7 @@ def test_damage_is_named_with_the_stage_to_redo(cli: Cli) -> None:
     score = cli.run.scores / "result.json"
     whole = score.read_text()
     for damage, what in (
-        (lambda: score.write_text(whole.replace("{", "[")), "scores/result.json is not what was written"),
+        (lambda: score.write_text(whole.replace("{", "[")), "scores/result.json has changed since it was written"),
         (lambda: score.write_text(whole[:1]), "scores/result.json has 1 of 2 bytes"),
         (score.unlink, "scores/result.json is missing"),
     ):
@@ -147,7 +147,7 @@ def test_an_input_is_known_by_what_it_holds(cli: Cli, tmp_path: Path, monkeypatc
     ):
         path.write_text("two")
         status, said = cli(stage)
-        assert status == 2 and f"'{name}' has other contents" in said, said
+        assert status == 2 and f"'{name}' has changed" in said, said
     (tmp_path / "rows.jsonl").unlink()  # moved away: nothing to compare with, and nothing lost
     assert cli("label")[1].startswith("✓ label: done")
 

@@ -187,7 +187,7 @@ def test_a_broken_binary_is_one_line(tmp_path: Path) -> None:
     binary.chmod(0o755)
     examination = Examination(Bubblewrap(str(binary)), Limits())
     with pytest.raises(
-        UserError, match=r"bubblewrap starts no process: bwrap: No permissions to create new namespace$"
+        UserError, match=r"bubblewrap cannot start a process: bwrap: No permissions to create new namespace$"
     ):
         examination.run(Job(ADD, "assert add(2, 2) == 4", ("add",)))
 

@@ -139,7 +139,7 @@ def test_other_machines_need_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
         and server_key(Address("localhost")) is None
     )
     for host in ("0.0.0.0", "::", "10.1.2.3", "node7"):
-        with pytest.raises(UserError, match=f"put a key into {KEY}"):
+        with pytest.raises(UserError, match=f"set a key in {KEY}"):
             server_key(Address(host))
     monkeypatch.setenv(KEY, "k")
     assert server_key(Address("0.0.0.0")) == "k"

@@ -26,9 +26,9 @@ def run(tmp_path: Path) -> RunDirectory:
 
 def test_a_run_that_was_interrupted(run: RunDirectory) -> None:
     first, label, score, partition, *_ = lines(run)
-    assert first == f"x · {run.root} · nobody is at work"
+    assert first == f"x · {run.root} · no command is running"
     assert label.split() == ["✓", "label", "1:01"]
-    assert score.split(maxsplit=2) == ["✗", "score", "interrupted after 2:10; the same command goes on from there"]
+    assert score.split(maxsplit=2) == ["✗", "score", "interrupted after 2:10; the same command resumes"]
     assert partition.split() == ["·", "partition"]
 
 
@@ -50,7 +50,7 @@ def test_a_run_at_work(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> No
         assert {("score", 2, 10), ("score", 6, 10)} <= set(told)
         write_json(run.work / PROGRESS, {"done": "many"})
         assert next(line for line in lines(run) if "score" in line).split() == ["▶", "score", "starting"]
-    assert "nobody is at work" in next(iter(lines(run)))
+    assert "no command is running" in next(iter(lines(run)))
 
 
 def test_no_run(tmp_path: Path) -> None:

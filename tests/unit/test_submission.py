@@ -111,7 +111,7 @@ def test_storage_is_shared_or_the_node_is_named(tmp_path: Path) -> None:
     assert not found.ok and "is not shared with 10.0.0.1 (No such file or directory)" in found.detail
     (tmp_path / f"{probe.name}-b").unlink()
     found = _storage(NODES, {"a": report(), "b": report()}, probe)
-    assert not found.ok and "10.0.0.1 (what it writes is not seen elsewhere)" in found.detail
+    assert not found.ok and "10.0.0.1 (other nodes do not see its files)" in found.detail
     assert probe.answer("b")[0] == ""
     full = _storage(NODES, {"a": report(), "b": report(free_gib=0.5)}, probe)
     assert not full.ok and "0 GiB free (needs 2)" in full.detail

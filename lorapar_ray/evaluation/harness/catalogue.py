@@ -62,7 +62,7 @@ def wanted(text: str) -> Wanted:
     """
     name, at, shots = text.partition("@")
     if not name or (at and not shots.isdecimal()):
-        raise UserError(f"evaluate.tasks: '{text}' is no task; write NAME, or NAME@SHOTS such as gsm8k@8")
+        raise UserError(f"evaluate.tasks: '{text}' is not a task; write NAME, or NAME@SHOTS such as gsm8k@8")
     return Wanted(text, name, int(shots) if at else None)
 
 
@@ -82,7 +82,7 @@ class Catalogue:
         self._data = dict(data or {})
         if unknown := [family for family in self._data if family not in FAMILIES]:
             raise UserError(
-                f"evaluate.data: '{unknown[0]}' is not among those that may be given as files: {', '.join(FAMILIES)}"
+                f"evaluate.data: '{unknown[0]}' cannot be given as a file; these can: {', '.join(FAMILIES)}"
             )
         if missing := [folder for folder in include if not expanded(folder).is_dir()]:
             raise UserError(f"evaluate.include: no such folder '{missing[0]}'")
@@ -131,7 +131,7 @@ class Catalogue:
             raise UserError(f"evaluate.tasks: no such task file '{task.name}'")
         if not is_file:
             self._require(task.name)
-        with boundary(f"evaluate.tasks: '{task.name}' is no task file of lm-eval"):
+        with boundary(f"evaluate.tasks: '{task.name}' is not a task file of lm-eval"):
             entry = TaskIndex.entry_from_path(file) if is_file else self._manager.task_index[task.name]
             self._refuse_unsafe(entry)
         fix = "check its data: evaluate.data (--data) names local files, else it comes from the hub"
@@ -184,7 +184,7 @@ class _Factory(TaskFactory):
         config = super()._load_full_config(entry, overrides)
         family = family_of(config)
         if family in LOCAL_ONLY and family not in self._data:
-            raise UserError(f"evaluate.data.{family}: has no place on the hub; give a file, --data {family}=FILE")
+            raise UserError(f"evaluate.data.{family}: is not on the hub; give a file, --data {family}=FILE")
         if family is not None and family in self._data:
             evaluated = config.get("test_split") or config["validation_split"]
             there = split_files(family, self._data[family], evaluated)

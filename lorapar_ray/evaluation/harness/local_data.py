@@ -66,7 +66,7 @@ def split_files(family: str, path: str, evaluated: str) -> dict[str, Path]:
         if split in found:
             raise UserError(
                 f"{where}: '{path}' has two files for its {split} questions, {found[split].name} and {file.name}; "
-                "name the one that is meant"
+                "give the path of one of them"
             )
         found[split] = file
     if not found:

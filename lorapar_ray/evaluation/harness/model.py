@@ -198,7 +198,7 @@ class HarnessModel(TemplateLM):
         room = self.max_length + 1 - most
         if room < 1:
             raise UserError(
-                f"evaluate.engine.max_model_len: {self.max_length + 1} leaves no room for a prompt beside answers of "
+                f"evaluate.engine.max_model_len: {self.max_length + 1} leaves no room for a prompt and answers of "
                 f"{most} tokens; raise it, or lower max_gen_toks"
             )
         sampling = {

@@ -45,7 +45,7 @@ def evaluate_task(
         )
     if model.cut:
         console.print(
-            f"  {task.text}: {model.cut} prompts lost their beginning to fit into evaluate.engine.max_model_len: "
+            f"  {task.text}: {model.cut} prompts were cut at the beginning to fit into evaluate.engine.max_model_len: "
             f"{settings.engine.max_model_len}"
         )
     rows = rows_of(found)

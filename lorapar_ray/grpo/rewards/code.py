@@ -64,7 +64,7 @@ def job_of(completion: str, answer: str) -> Job:
     Raises:
         UserError: the answer holds no tests.
     """
-    with boundary(f"{CODE_TESTS}: an answer of the data is no set of tests: {one_line(answer, 60)!r}", TESTS):
+    with boundary(f"{CODE_TESTS}: an answer of the data is not a set of tests: {one_line(answer, 60)!r}", TESTS):
         return _job_of(completion, answer)
 
 

@@ -99,7 +99,7 @@ class RewardProcess:
         answer = json.loads(line)
         if answer["number"] != self._asked:
             self.close()  # an answer to something else
-            return Reply(cause="crashed", error="its process answered out of turn")
+            return Reply(cause="crashed", error="its process answered out of order")
         values = answer.get("values")
         if values is None or len(values) != count:
             return Reply(cause="raised", error=str(answer.get("error")))
