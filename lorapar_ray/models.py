@@ -62,6 +62,20 @@ def resolve_model(path: str) -> str:
     return path
 
 
+def model_folder(path: str) -> Path:
+    """Where the files of a model are that this machine has: the directory, or the hub client's own.
+
+    Args:
+        path: as `resolve_model` gives it.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, local_files_only=True, allow_patterns=["*.safetensors", "*.json"]))
+
+
 def require_there(path: str) -> None:
     """Check that this machine has what `resolve_model` needs; hub names are not checked.
 

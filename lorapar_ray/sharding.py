@@ -1,57 +1,174 @@
-"""The frozen base cut over a group of workers (FSDP2), the adapter whole on each.
+"""The frozen base cut over a group of workers (FSDP2), each of which reads only its share of the model's files.
 
 For bases that do not fit one device. A layer's weights are gathered when it computes and dropped after, so every worker
-must run the same number of forward and backward passes.
+must run the same number of forward and backward passes. The adapter, put on afterwards, is whole on each.
+
+`fsdp2` cuts over all workers. `hsdp` cuts over the workers of a node, and every node holds the whole base once: weights
+are then gathered over the node's own links, and the network between nodes carries the adapter's gradients alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorapar_ray.adapters import adapter_parameters, load_adapter
+from lorapar_ray.config import ModelConfig
+from lorapar_ray.errors import UserError
+from lorapar_ray.models import loading, model_folder, resolve_model
+from lorapar_ray.precision import torch_dtype
+from lorapar_ray.student import attention_of, device, load_base
 
-def shard_base(peft_model: Any, device: torch.device) -> Any:
-    """Cut the base over all ranks of the process group, a decoder layer at a time, and move the adapter to `device`.
+
+def load_student(model: ModelConfig, path: str, adapter: Path, sharding: str) -> Any:
+    """The base with a trainable adapter on this worker of a Ray Train group: whole (`none`), or its share of the base.
+
+    Raises:
+        UserError: as `load_base`, `load_adapter` and `load_sharded` do.
+    """
+    import ray.train
+
+    if sharding == "none":
+        return load_adapter(load_base(model, path, on=device()), adapter)
+    return load_sharded(model, path, adapter, device(), sharding, ray.train.get_context().get_local_world_size())
+
+
+def load_sharded(
+    model: ModelConfig, path: str, adapter: Path, on: torch.device, sharding: str, ranks_on_node: int
+) -> Any:
+    """The base cut over the ranks of the process group, with a trainable adapter.
+
+    Nothing of the base is in memory whole, neither the host's nor the device's. But where the files have other names
+    for weights than the modules (wrapped or converted models), or with `model.quantization`, each rank reads the whole
+    base into host memory first.
 
     Args:
-        peft_model: the whole model, in host memory; after this each rank holds its share of the base on `device`.
+        on: where this rank's share goes, and the adapter.
+        sharding: `fsdp2` or `hsdp`.
+
+    Raises:
+        UserError: the model cannot be loaded, or nodes have different numbers of ranks (`hsdp`).
     """
+    mesh = mesh_of(on, sharding, ranks_on_node)
+    path = resolve_model(path)
+    if model.quantization is None:
+        student = load_adapter(_outline(model, path), adapter)
+        if dict(_frozen(student)).keys() <= _names_in_files(path):
+            return _filled(_cut(student, mesh, on), path)
+    return _cut(load_adapter(load_base(model, path, on=torch.device("cpu")), adapter), mesh, on)
+
+
+def mesh_of(on: torch.device, sharding: str, ranks_on_node: int) -> Any:
+    """The ranks as FSDP2 wants them: in one row to cut over, or in a row for each node."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
+
+    world = dist.get_world_size()
+    if sharding == "fsdp2":
+        return init_device_mesh(on.type, (world,))
+    counts: list[int] = [0] * world
+    dist.all_gather_object(counts, ranks_on_node)
+    require_even(counts)
+    if ranks_on_node == world:
+        return init_device_mesh(on.type, (world,))
+    return init_device_mesh(on.type, (world // ranks_on_node, ranks_on_node), mesh_dim_names=("node", "shard"))
+
+
+def require_even(counts: Sequence[int]) -> None:
+    """Check that every node has as many workers.
+
+    Args:
+        counts: by rank, the workers on its node.
+
+    Raises:
+        UserError: it has not.
+    """
+    if len(set(counts)) > 1:
+        raise UserError(
+            f"sharding: hsdp needs as many workers on each node, and there are nodes with {min(counts)} and with "
+            f"{max(counts)}; change the number of workers, or set sharding: fsdp2"
+        )
+
+
+def _outline(model: ModelConfig, path: str) -> Any:
+    """The model, each of its parameters a single zero that is repeated over its shape: it takes no memory until it is
+    cut. (On torch's `meta` device PEFT would leave the adapter without values too.)"""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with loading(path), init_empty_weights(include_buffers=False):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+        base = AutoModelForCausalLM.from_config(
+            config,
+            dtype=torch_dtype(model.dtype, device()),
+            attn_implementation=attention_of(model, device()),
+            trust_remote_code=model.trust_remote_code,
+        )
+    _replace(base, lambda parameter: torch.zeros((), dtype=parameter.dtype).expand(parameter.shape))
+    return base.eval()
+
+
+def _frozen(student: Any) -> Iterator[tuple[str, Any]]:
+    """The base's saved tensors by their names without an adapter, each once however many names it has."""
+    adapter = {id(parameter) for parameter in adapter_parameters(student).values()}
+    seen: set[int] = set()
+    for name, tensor in student.get_base_model().state_dict(keep_vars=True).items():
+        if id(tensor) not in seen | adapter:
+            seen.add(id(tensor))
+            yield name.replace(".base_layer.", "."), tensor
+
+
+def _names_in_files(path: str) -> set[str]:
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    with loading(path):
+        for file in model_folder(path).glob("*.safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                names.update(opened.keys())
+    return names
+
+
+def _cut(student: Any, mesh: Any, on: torch.device) -> Any:
+    """Cut the base a decoder layer at a time, and move the adapter to `on`."""
     from torch.distributed.fsdp import fully_shard
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    from lorapar_ray.adapters import adapter_parameters
-
-    adapter = set(adapter_parameters(peft_model).values())
+    adapter = set(adapter_parameters(student).values())
     for parameter in adapter:
-        parameter.data = parameter.data.to(device)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    base = peft_model.get_base_model()
-    for layer in [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]:
-        fully_shard(layer, mesh=mesh, ignored_params=adapter)
-    fully_shard(base, mesh=mesh, ignored_params=adapter)
-    return peft_model
+        parameter.data = parameter.data.to(on)
+    base = student.get_base_model()
+    for part in (*(each for each in base.modules() if isinstance(each, GradientCheckpointingLayer)), base):
+        _replace(part, lambda parameter: torch.empty(parameter.shape, dtype=parameter.dtype, device=on), _is_outline)
+        fully_shard(part, mesh=mesh, ignored_params=adapter)
+    return student
 
 
-def most_of_any_rank(count: int, device: torch.device) -> int:
-    """The largest `count` among the ranks."""
-    import torch.distributed as dist
-
-    largest = torch.tensor(count, device=device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return int(largest)
+def _is_outline(parameter: Tensor) -> bool:
+    return parameter.untyped_storage().nbytes() < parameter.nbytes
 
 
-@torch.no_grad()
-def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over the ranks, with one all-reduce for all of them."""
-    import torch.distributed as dist
+def _replace(
+    module: Any, made_of: Callable[[Tensor], Tensor], which: Callable[[Tensor], bool] = lambda _: True
+) -> None:
+    """Put other tensors in place of frozen parameters; one that goes by several names goes on doing so."""
+    made: dict[int, torch.nn.Parameter] = {}
+    for each in module.modules():
+        for name, parameter in list(each.named_parameters(recurse=False)):
+            if id(parameter) in made or which(parameter):
+                made.setdefault(id(parameter), torch.nn.Parameter(made_of(parameter), requires_grad=False))
+                setattr(each, name, made[id(parameter)])
 
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(list(tensors), [part.view_as(own) for part, own in zip(parts, tensors, strict=True)])
+
+def _filled(student: Any, path: str) -> Any:
+    """Read this rank's slices of the model's files."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    with loading(path):
+        load(dict(_frozen(student)), storage_reader=HuggingFaceStorageReader(str(model_folder(path))))
+    return student

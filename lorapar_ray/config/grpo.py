@@ -211,8 +211,8 @@ class GrpoConfig(Section):
     replaced. The time of its groups does not count."""
     learners: Operation[PositiveInt] = 1
     """Training workers that share each step's samples."""
-    sharding: Operation[Literal["none", "fsdp2"]] = "none"
-    """`fsdp2`: cut the frozen base over the learners, for a base that does not fit one device."""
+    sharding: Operation[Literal["none", "fsdp2", "hsdp"]] = "none"
+    """Cut the frozen base, if it does not fit one device: `fsdp2` over all learners, `hsdp` over those of each node."""
     report_to: Operation[Distinct[Tracker]] = []
     """Trackers that get the curves, in addition to `metrics/grpo.jsonl`."""
     rollout_placement: Operation[Literal["pack", "spread"]] = "pack"

@@ -35,8 +35,8 @@ class ScoreConfig(Section):
     """Recompute activations in the backward pass: less memory, more time."""
     workers: Operation[PositiveInt] = 1
     """Training workers that share the examples."""
-    sharding: Operation[Literal["none", "fsdp2"]] = "none"
-    """`fsdp2`: cut the frozen base over the workers, for a base that does not fit one device."""
+    sharding: Operation[Literal["none", "fsdp2", "hsdp"]] = "none"
+    """Cut the frozen base, if it does not fit one device: `fsdp2` over all workers, `hsdp` over those of each node."""
     resources: Operation[Resources] = Resources()
     """Resources of one worker."""
 

@@ -83,8 +83,8 @@ class SftConfig(Section):
     masks. Each needs memory for its activations. 1: one run after the other."""
     workers: Operation[PositiveInt] = 1
     """Training workers that share each step's examples."""
-    sharding: Operation[Literal["none", "fsdp2"]] = "none"
-    """`fsdp2`: cut the frozen base over the workers, for a base that does not fit one device."""
+    sharding: Operation[Literal["none", "fsdp2", "hsdp"]] = "none"
+    """Cut the frozen base, if it does not fit one device: `fsdp2` over all workers, `hsdp` over those of each node."""
     resources: Operation[Resources] = Resources()
     """Resources of one worker."""
     report_to: Operation[Distinct[Tracker]] = ["tensorboard"]

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lorapar_ray.adapters.merge import base_name
-from lorapar_ray.models import resolve_model
+from lorapar_ray.models import model_folder, resolve_model
 
 RESIDENT_SHARE = 0.1
 """Of the free memory of a GPU, what a resident copy of the adapted weights may take; larger ones are pinned."""
@@ -25,9 +25,8 @@ class BaseWeights(Mapping[str, Tensor]):
 
     def __init__(self, model: Path) -> None:
         """`model`: a directory, or a hub name whose files have been downloaded already."""
-        folder = model if model.is_dir() else _hub_snapshot(str(model))
         self._files = {}
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in sorted(model_folder(str(model)).glob("*.safetensors")):
             opened = safe_open(file, framework="pt")
             self._files.update(dict.fromkeys(opened.keys(), opened))
 
@@ -98,10 +97,3 @@ def missing_from(names: Iterable[str], adapter_keys: Iterable[str]) -> list[str]
 
 def _pinned(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, pin_memory=True).copy_(tensor)
-
-
-def _hub_snapshot(name: str) -> Path:
-    """Where the hub client keeps a model that vLLM has already downloaded."""
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, local_files_only=True, allow_patterns=["*.safetensors", "*.json"]))

@@ -69,7 +69,7 @@ class Forward:
         """
         if not self._sharded:
             return passes
-        from lorapar_ray.sharding import most_of_any_rank
+        from lorapar_ray.collectives import most_of_any_rank
 
         return most_of_any_rank(passes, self.device)
 

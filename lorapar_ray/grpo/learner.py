@@ -28,22 +28,18 @@ class Learner:
     """The policy being trained on one rank."""
 
     def __init__(self, job: GrpoJob) -> None:
-        from lorapar_ray.adapters import adapter_parameters, load_adapter
+        from lorapar_ray.adapters import adapter_parameters
         from lorapar_ray.datasets.chat import load_encoder
         from lorapar_ray.optim import MaskedAdamW, masked_param_groups
         from lorapar_ray.partition import load_regions, stage_mask
-        from lorapar_ray.sharding import shard_base
-        from lorapar_ray.student import device, load_base
+        from lorapar_ray.sharding import load_student
 
         self.job = job
         self.settings = settings = GrpoConfig.model_validate(job.settings)
         model = ModelConfig.model_validate(job.model)
         torch.manual_seed(job.seed)
-        self.sharded = settings.sharding == "fsdp2"
-        base = load_base(model, job.base, on=torch.device("cpu") if self.sharded else device())
-        self.model = load_adapter(base, Path(job.adapter_in), trainable=True)
-        if self.sharded:
-            shard_base(self.model, device())
+        self.sharded = settings.sharding != "none"
+        self.model = load_student(model, job.base, Path(job.adapter_in), settings.sharding)
         self.model.eval()  # no dropout: the learner's policy is the one that was sampled from
         self.parameters = adapter_parameters(self.model)
         masks = (

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lorapar_ray.collectives import sum_over_ranks
 from lorapar_ray.config import GrpoConfig
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.figures import as_numbers, from_all_ranks, step_metrics
@@ -20,7 +21,6 @@ from lorapar_ray.grpo.forward import Forward
 from lorapar_ray.grpo.loss import part_weight, policy_loss, sampler_figures
 from lorapar_ray.grpo.packing import PackedRows
 from lorapar_ray.grpo.samples import MiniBatch, Sample
-from lorapar_ray.sharding import sum_over_ranks
 
 if TYPE_CHECKING:
     from lorapar_ray.optim import MaskedAdamW

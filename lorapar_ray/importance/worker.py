@@ -65,7 +65,7 @@ def score_worker(payload: dict[str, Any]) -> None:
     plan = Plan({system: len(rows) for system, rows in examples.items()}, settings.unit_size)
     folder = Path(job.sums)
     share = list(_share(plan, folder, rank, world))
-    if share or settings.sharding == "fsdp2":
+    if share or settings.sharding != "none":
         _score(job, settings, examples, plan, share, rank)
 
 
@@ -113,23 +113,18 @@ def _score(
     share: Sequence[tuple[Part, list[int]]],
     rank: int,
 ) -> None:
-    import torch
-
-    from lorapar_ray.adapters import load_adapter
+    from lorapar_ray.collectives import most_of_any_rank
     from lorapar_ray.importance.batching import TOKENS
     from lorapar_ray.importance.capture import scoring
     from lorapar_ray.packed_attention import packs
-    from lorapar_ray.sharding import most_of_any_rank, shard_base
-    from lorapar_ray.student import device, load_base, load_tokenizer
+    from lorapar_ray.sharding import load_student
+    from lorapar_ray.student import device, load_tokenizer
 
     model_config = ModelConfig.model_validate(job.model)
-    sharded, here = settings.sharding == "fsdp2", device()
-    base = load_base(model_config, job.base, on=torch.device("cpu") if sharded else here)
+    sharded, here = settings.sharding != "none", device()
+    model = load_student(model_config, job.base, Path(job.adapter), settings.sharding)
     if settings.gradient_checkpointing:
-        base.gradient_checkpointing_enable()
-    model = load_adapter(base, Path(job.adapter), trainable=True)
-    if sharded:
-        shard_base(model, here)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     pad_id = load_tokenizer(job.base, model_config).pad_token_id
     tokens = settings.batch_tokens or TOKENS.get(here.type, TOKENS["cuda"])
     packed = packs(model)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from lorapar_ray.adapters.many import ManyAdapters
+from lorapar_ray.collectives import sum_over_ranks
 from lorapar_ray.sft.arm import Arm, Micro, Worker
 from lorapar_ray.sft.loss import mean_losses
 from lorapar_ray.sft.passes import Passes
 from lorapar_ray.sft.rows import Rows, collate
-from lorapar_ray.sharding import sum_over_ranks
 
 
 class ArmsLoop:

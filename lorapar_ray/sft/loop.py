@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lorapar_ray.collectives import sum_over_ranks
 from lorapar_ray.config import SftConfig
 from lorapar_ray.optim import MaskedAdamW
 from lorapar_ray.sft.arm import Arm, Example, Micro, Worker
@@ -24,7 +25,6 @@ from lorapar_ray.sft.loss import mean_loss
 from lorapar_ray.sft.passes import Passes
 from lorapar_ray.sft.rows import Rows, collate
 from lorapar_ray.sft.step_log import StepLog
-from lorapar_ray.sharding import sum_over_ranks
 
 
 class TrainingLoop:

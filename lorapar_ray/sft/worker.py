@@ -189,21 +189,15 @@ def passes_of(
 
 def _load(job: SftJob, settings: SftConfig) -> Any:
     """The student with the adapter that trains."""
-    import torch
-
-    from lorapar_ray.adapters import attach_method, load_adapter
-    from lorapar_ray.sharding import shard_base
+    from lorapar_ray.adapters import attach_method
+    from lorapar_ray.sharding import load_student
     from lorapar_ray.student import device, load_base
 
-    adapter = AdapterConfig.model_validate(job.adapter)
-    sharded = settings.sharding == "fsdp2"
-    base = load_base(ModelConfig.model_validate(job.model), job.base, on=torch.device("cpu") if sharded else device())
+    adapter, model = AdapterConfig.model_validate(job.adapter), ModelConfig.model_validate(job.model)
     if adapter.method != "lora":
+        base = load_base(model, job.base, on=device())
         return attach_method(base, adapter.method, virtual_tokens=adapter.virtual_tokens, seed=job.seed)
-    model = load_adapter(base, Path(job.adapter_in), trainable=True)
-    if sharded:
-        shard_base(model, device())
-    return model
+    return load_student(model, job.base, Path(job.adapter_in), settings.sharding)
 
 
 def _active(job: SftJob, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
