@@ -32,10 +32,15 @@ def group_advantages(
     groups = rewards_N.float().split(sizes)
     centred = [group - group.mean() for group in groups]
     if scale == "group":
-        centred = [own / (group.std() + EPSILON) for own, group in zip(centred, groups, strict=True)]
+        centred = [own / (_spread(group) + EPSILON) for own, group in zip(centred, groups, strict=True)]
     elif scale == "batch":
-        centred = [own / (rewards_N.float().std() + EPSILON) for own in centred]
+        centred = [own / (_spread(rewards_N.float()) + EPSILON) for own in centred]
     return torch.cat(centred) if centred else rewards_N.float()
+
+
+def _spread(rewards: Tensor) -> Tensor:
+    """Standard deviation; 0 for a sample that is alone, its group's others being lost, which is no better than any."""
+    return rewards.std() if rewards.numel() > 1 else torch.zeros(())
 
 
 def overlong_penalty(length: int, max_length: int, cache: int) -> float:

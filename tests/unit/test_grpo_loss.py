@@ -125,6 +125,11 @@ def test_advantages_by_hand() -> None:
         group_advantages(rewards, 3)
 
 
+def test_a_sample_whose_group_is_lost_is_no_better_than_any() -> None:
+    assert group_advantages(torch.tensor([1.0, 1.0, 0.0]), [1, 2]).tolist()[0] == 0
+    assert group_advantages(torch.tensor([1.0]), [1], "batch").tolist() == [0]
+
+
 def test_overlong_penalty_is_soft_then_full() -> None:
     assert [overlong_penalty(length, 10, 2) for length in (5, 8, 9, 10, 12)] == [0, 0, -0.5, -1, -1]
 
