@@ -48,7 +48,7 @@ def _score(config: Config, size: StudentSize) -> list[Need]:
     settings = config.score
     tokens = max(settings.max_length, settings.batch_tokens or SCORED_TOKENS)
     parts = {
-        **_weights(size, settings.workers if settings.sharding != "none" else 1),
+        **_weights(size, _shards(settings.sharding, settings.workers)),
         "sums": 4.0 * size.elements * (1 + 2 * 2),  # the parameters; of both Systems, Σg and Σg²
         **_activations(size, size.kept, tokens, checkpointing=settings.gradient_checkpointing),
         **_logits(size, tokens),
@@ -60,7 +60,7 @@ def _sft(config: Config, size: StudentSize) -> list[Need]:
     settings = config.sft
     tokens = settings.micro_batch_size * settings.max_length
     parts = {
-        **_weights(size, settings.workers if settings.sharding != "none" else 1),
+        **_weights(size, _shards(settings.sharding, settings.workers)),
         "adapter and moments": 16.0 * size.elements,
         **_activations(size, size.kept_with_dropout, tokens, checkpointing=settings.gradient_checkpointing),
         **_logits(size, tokens),
@@ -73,7 +73,7 @@ def _grpo(config: Config, size: StudentSize) -> list[Need]:
     settings = config.grpo
     longest = settings.max_prompt_length + settings.max_completion_length
     parts = {
-        **_weights(size, settings.learners if settings.sharding != "none" else 1),
+        **_weights(size, _shards(settings.sharding, settings.learners)),
         "adapter and moments": 20.0 * size.elements,  # and stage 1's values, which the divergence is taken from
         **_activations(size, size.kept, longest, checkpointing=settings.gradient_checkpointing is not False),
         "logits": 2.0 * 4 * SLICE["cuda"],
@@ -90,6 +90,11 @@ def _evaluate(config: Config, size: StudentSize) -> list[Need]:
     settings = config.evaluate
     parts = _engine(settings.engine, settings.resources, size, merged=settings.serve == "merged")
     return [_need("engine", settings.engines, settings.resources, parts)]
+
+
+def _shards(sharding: str, workers: int) -> int:
+    """Into how many parts the base is cut at the most: `hsdp` cuts it over a node's workers, all of them on one node."""
+    return 1 if sharding == "none" else workers
 
 
 _NEEDS: dict[str, Callable[[Config, StudentSize], list[Need]]] = {
