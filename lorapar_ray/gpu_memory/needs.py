@@ -93,7 +93,7 @@ def _evaluate(config: Config, size: StudentSize) -> list[Need]:
 
 
 def _shards(sharding: str, workers: int) -> int:
-    """Into how many parts the base is cut at the most: `hsdp` cuts it over a node's workers, all of them on one node."""
+    """How many parts the base is cut into, at most (`hsdp`: with all workers on one node)."""
     return 1 if sharding == "none" else workers
 
 
