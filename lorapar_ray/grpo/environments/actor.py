@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,9 @@ class EnvironmentActor:
         """End a group that nobody wants any more."""
         if key in self._groups:
             self._groups.pop(key)[1].cancel()
+
+    async def alive(self) -> None:
+        """Answers once this process runs."""
 
     def _watch(self) -> None:
         """From the first call on: end this process if an episode holds up its event loop for longer than it may."""
@@ -161,6 +165,8 @@ class EnvironmentWorkers:
                 raise
             except ray.exceptions.RayActorError as error:
                 told = f"its worker died, {CRASHES} times: {one_line(str(error), 200)}"
+                with suppress(ray.exceptions.RayError):  # until Ray has started it again, every call would fail
+                    await worker.alive.options(max_task_retries=-1).remote()
             finally:
                 self._load[place] -= 1
         nothing = as_record([], [told] * sampling["n"])
