@@ -166,6 +166,19 @@ def test_what_an_environment_put_in_is_read_and_neither_predicted_nor_counted() 
         assert not set(rows.tokens_N.tolist()) & {40, 41}
 
 
+def test_only_a_trajectory_without_room_is_truncated() -> None:
+    async def two_tokens(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
+        trajectory = engine.begin(row["prompt_ids"])
+        await engine.generate(trajectory, max_tokens=2)
+        return trajectory
+
+    long = Engine("one two three four five")
+    assert [played(two_tokens, long, limits=Limits(16, room, 49152)).head.finished for room in (3, 2)] == [
+        (True,),
+        (False,),
+    ]
+
+
 async def another_vocabulary(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
     trajectory = engine.begin(row["prompt_ids"])
     await engine.generate(trajectory)

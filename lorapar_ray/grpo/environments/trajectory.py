@@ -163,7 +163,9 @@ def as_record(trajectories: Sequence[Trajectory], lost: Sequence[str]) -> GroupR
     head = GroupHead(
         prompt_tokens=len(prompt),
         lengths=tuple(map(len, ids)),
-        finished=tuple(each.turns[-1].finished for each in trajectories),
+        finished=tuple(
+            each.turns[-1].finished or each.room > 0 for each in trajectories
+        ),  # a turn may be cut on purpose
         versions=tuple(each.turns[0].version for each in trajectories),
         sampled=tuple(int(each.sum()) for each in sampled),
         turns=tuple(len(each.turns) for each in trajectories),
