@@ -1,4 +1,4 @@
-"""LoRA on any decoder: targets, inits, files, export; and the PEFT methods it is compared with."""
+"""LoRA on any decoder: targets, inits, files, export; and other PEFT methods for comparison."""
 
 from lorapar_ray.adapters.attach import attach_lora, residual_base
 from lorapar_ray.adapters.export import to_plain_lora

@@ -1,4 +1,4 @@
-"""Put a fresh LoRA on a model: stock PEFT, exact target names, float32 weights, a seed of its own."""
+"""Put a new LoRA on a model: stock PEFT, exact target names, float32 weights, its own seed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def attach_lora(
     """A PeftModel of `model` with float32 LoRA weights, whatever the base's dtype.
 
     Args:
-        init: `default` (B = 0), `gaussian` (A and B from N(0, init_std²), the authors' way round the zero scores),
+        init: `default` (B = 0), `gaussian` (A and B from N(0, init_std²), the authors' way to avoid zero scores),
             `pissa`, `pissa_fast` (randomised SVD) or `olora`; the last three leave the model with a residual base.
 
     Raises:
@@ -56,5 +56,5 @@ def attach_lora(
 
 
 def residual_base(peft_model: Any) -> Any:
-    """The base model inside, with the part that PiSSA or OLoRA moved into the adapter taken out."""
+    """The inner base model, minus the part that PiSSA or OLoRA moved into the adapter."""
     return peft_model.unload()

@@ -19,7 +19,7 @@ def export_plain(initial: Path, trained: Path, out: Path, original: str) -> None
     Args:
         initial: the adapter before training, on the residual base.
         trained: the adapter after training.
-        original: what the plain adapter's config names as its base.
+        original: the base that the plain adapter's config names.
     """
     settings = read_object(trained / "adapter_config.json")
     state, plain = to_plain_lora(read_adapter_state(initial), read_adapter_state(trained), settings)

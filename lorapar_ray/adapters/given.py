@@ -1,8 +1,8 @@
-"""A LoRA of the user's (`adapter.init: adapter`): taken only if the run computes with it what stock PEFT computes.
+"""The user's LoRA (`adapter.init: adapter`): accepted only if the run computes the same logits as stock PEFT.
 
-PEFT's LoRA has some forty settings, and new ones come; a run serves and trains base + s·BA with one rank and one alpha.
-So the settings are an allow-list, and what passes it is proved by a round trip: the logits of the user's directory in
-stock PEFT are those of the directory that the run saved.
+PEFT's LoRA has about forty settings, and new versions add more; a run serves and trains base + s·BA with one rank and
+one alpha. So there is an allow-list of settings, and a round trip checks the rest: in stock PEFT the user's directory
+and the directory that the run saved must give the same logits.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ ANY_VALUE = frozenset(
         "use_rslora",
     }
 )
-"""Settings of `adapter_config.json` that may have any value: the model is base + s·BA with each."""
+"""Settings of `adapter_config.json` that may have any value: they do not change base + s·BA."""
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base as it is; the others (PiSSA, OLoRA, ...) change it on loading."""
 FIX = "give a plain LoRA as PEFT saves it"
 PROBE_TOKENS, PROBE_SEQUENCES = 24, 2
 LARGEST_GAP = 1e-3
-"""Of logits, relative to the largest one: the same sums on the same machine."""
+"""Tolerance of logits, relative to the largest one; both sides compute on the same machine."""
 
 
 def require_lora(folder: Path, field: str = "adapter.path") -> None:
-    """Check an adapter directory of the user's, as far as that needs no model.
+    """Check the user's adapter directory, without loading the model.
 
     Args:
-        field: what named it.
+        field: the config field that names it.
 
     Raises:
         UserError: it is missing or damaged, holds no safetensors, another kind of adapter, or a LoRA with settings or
@@ -131,7 +131,7 @@ def take_over(base_model: Any, source: Path, target: Path, model: str) -> float:
 
 
 def _require_same_keys(where: str, model: str, user: Any, saved: set[str]) -> None:
-    """PEFT draws what a file lacks, and ignores what a model lacks, with no more than a warning."""
+    """PEFT only warns about missing tensors (it draws them at random) and about extra ones (it ignores them)."""
     live, base = set(adapter_parameters(user)), dict(user.get_base_model().named_parameters())
     own = {name.replace(".base_layer.", ".") for name in base}
     for what, keys in (("lacks", live - saved), ("has the extra tensor", saved - live)):

@@ -1,4 +1,4 @@
-"""An adapter's parameters under the names PEFT saves them by, which every file of a run uses."""
+"""An adapter's parameters under PEFT's saved names, which every file of a run uses."""
 
 from __future__ import annotations
 

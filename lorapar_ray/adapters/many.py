@@ -1,9 +1,9 @@
 """Several LoRA adapters of one shape on one frozen base, in one forward and backward pass.
 
-The rows of a batch lie adapter by adapter, as many of each. The base's products run once over all tokens: one read of
-each weight and one launch, over a larger matrix. The adapters' matrices lie in stacks [K, …], so their products are
-batched ones over K contiguous slices, as many launches as for one adapter. A row never meets another adapter's
-matrices, and where a row is not a number the others' rows are not touched.
+The rows of a batch are sorted by adapter, equally many for each. The base's products run once over all tokens: one read
+of each weight and one launch, over a larger matrix. The adapters' matrices are stacked [K, …], so their products are
+batched over K contiguous slices, with as many launches as for one adapter. A row is never multiplied by another
+adapter's matrices, and a row with NaN does not affect the rows of other adapters.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ PREFIX = "base_model.model."
 
 @dataclass
 class Batch:
-    """What is being computed now, as every layer needs to know it."""
+    """State of the current pass that every layer reads."""
 
     arms: int = 1
-    """Adapters, from the first on, that have rows in it."""
+    """Number of adapters with rows in the batch (the first ones)."""
     tokens: int = 0
 
 
 class ManyLora(nn.Module):
-    """A frozen linear layer with K LoRA adapters beside it."""
+    """A frozen linear layer with K LoRA adapters."""
 
     scaling_K11: Tensor
 
@@ -46,10 +46,10 @@ class ManyLora(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[…, I] to [..., O]; the tokens of the arms lie one after the other, as many of each.
+        """[…, I] to [..., O]; tokens are sorted by arm, equally many for each.
 
         Raises:
-            ValueError: the layer sees only some of the tokens, so whose they are is not known (a mixture of experts).
+            ValueError: the layer gets only some of the tokens, so their arms are unknown (a mixture of experts).
         """
         arms = self.batch.arms
         if x.shape[:-1].numel() != self.batch.tokens:
@@ -65,7 +65,7 @@ class ManyLora(nn.Module):
 
 
 class ManyAdapters(nn.Module):
-    """A causal language model with K adapters, which takes `arms` beside the model's own inputs."""
+    """A causal language model with K adapters; takes `arms` in addition to the model's own inputs."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class ManyAdapters(nn.Module):
         self._of_arm = [self._views(number) for number in range(self.arms)]
 
     def forward(self, arms: int = 1, **inputs: Any) -> Any:
-        """The base's outputs for rows of the first `arms` adapters, as many of each."""
+        """The model's outputs for rows of the first `arms` adapters, equally many for each."""
         self._batch.arms, self._batch.tokens = arms, inputs["input_ids"].numel()
         return self.base(**inputs)
 

@@ -31,10 +31,10 @@ def merged_weights(
     Args:
         base_weights: base tensors [out, in] by checkpoint name; only the adapted ones are read.
         adapter_state: A [r, in] and B [out, r] by adapter key, on the base's device.
-        dtype: of the result: the one that is computed in. The dtype of the base's file would cost a bfloat16 file's
-            rounding (0.02 nats and more) even where the model runs in float32.
+        dtype: of the result: the dtype of the computation. The dtype of a bfloat16 base file would add its rounding
+            (0.02 nats and more) even if the model runs in float32.
     """
-    wide: dict[torch.Size, Tensor] = {}  # fresh memory for each product would cost more than the product
+    wide: dict[torch.Size, Tensor] = {}  # allocating memory for each product would take longer than the product
     for key in sorted(adapter_state):
         if ".lora_A." not in key:
             continue

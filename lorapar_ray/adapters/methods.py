@@ -1,8 +1,8 @@
-"""The PEFT methods beside LoRA that stage 1 is compared with: prompt tuning, P-tuning, prefix tuning and IA3.
+"""PEFT methods other than LoRA, for comparison with stage 1: prompt tuning, P-tuning, prefix tuning and IA3.
 
-They have no A and B to score, so they train whole. Their settings are their papers': prompts begin as embeddings of
+They have no A and B to score, so they train whole. Their settings follow their papers: prompts begin as embeddings of
 tokens (Lester et al., arXiv 2104.08691, section 3.2), P-tuning learns them through an MLP (arXiv 2103.10385), prefixes
-are learnt as they are (arXiv 2101.00190, without its reparameterisation), and IA3 scales keys, values and the inner
+are learnt directly (arXiv 2101.00190, without its reparameterisation), and IA3 scales keys, values and the inner
 activations of the feed-forward layers (arXiv 2205.05638).
 """
 
@@ -38,7 +38,7 @@ def attach_method(model: nn.Module, method: str, *, virtual_tokens: int, seed: i
 
 
 def save_method(peft_model: Any, folder: Path) -> None:
-    """Save as PEFT does; the directory appears whole or not at all."""
+    """Save like PEFT; the directory appears atomically."""
     with atomic_path(folder) as draft:
         peft_model.save_pretrained(draft)
         (draft / "README.md").unlink(missing_ok=True)

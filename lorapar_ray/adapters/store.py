@@ -1,4 +1,4 @@
-"""Adapters on disk: stock PEFT directories, each appearing whole or not at all."""
+"""Adapters on disk: stock PEFT directories, each written atomically."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def save_adapter(peft_model: Any, folder: Path) -> None:
-    """Save the adapter as PEFT does, in float32.
+    """Save the adapter like PEFT, in float32.
 
     `init_lora_weights` is written as true, so that loading never repeats an SVD of the base.
     """
@@ -51,7 +51,7 @@ def load_adapter(base_model: Any, folder: Path, trainable: bool = True) -> Any:
     """`base_model` as a PeftModel with the adapter of `folder`, weights in float32.
 
     Raises:
-        UserError: there is no adapter, or it lacks some of the model's elements, which PEFT would draw at random.
+        UserError: there is no adapter, or it lacks some of the model's elements (PEFT would draw them at random).
     """
     from peft import PeftModel
 

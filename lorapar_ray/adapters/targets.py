@@ -1,4 +1,4 @@
-"""Which linear layers carry the adapter, resolved for any decoder, and how to read an adapter key."""
+"""The linear layers with an adapter, for any decoder, and functions that parse an adapter key."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def resolve_targets(model: nn.Module, spec: str | Sequence[str]) -> list[str]:
 
     Args:
         spec: `qkv`, `gud` or `qkvgud` (paper, section 4), or layer names or their last parts. Fused projections
-            (Phi-3's qkv_proj and gate_up_proj, GPT-NeoX's query_key_value) stand for the parts they fuse. Experts that
-            an architecture packs into one 3-D parameter are no linear layers and get no adapter, which a warning says.
+            (Phi-3's qkv_proj and gate_up_proj, GPT-NeoX's query_key_value) stand for the parts they fuse. Experts
+            packed into one 3-D parameter are not linear layers and get no adapter; a warning says so.
 
     Raises:
         UserError: the model has none of them; the message lists the linear layers it has.

@@ -20,11 +20,11 @@ class LossOutput:
 
     loss: Tensor
     figures: dict[str, Tensor]
-    """Scalars that may still be on their way: reading one waits for the device."""
+    """Scalars that the device may still be computing: reading one waits for it."""
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The figures as numbers, all fetched at once."""
+        """The figures as numbers, all copied at once."""
         return dict(zip(self.figures, torch.stack(list(self.figures.values())).tolist(), strict=True))
 
 
@@ -46,11 +46,11 @@ def policy_loss(
     sequence_mask_bounds: tuple[float, float] | None = None,
     entropy_BT: Tensor | None = None,
 ) -> LossOutput:
-    """Clipped surrogate of GRPO and its relatives.
+    """Clipped surrogate loss of GRPO and its variants.
 
     Args:
         logprobs_BT: of the sampled tokens under the policy being trained.
-        old_logprobs_BT: under the policy the ratio is taken against (detached).
+        old_logprobs_BT: under the old policy of the ratio (detached).
         advantages_B: one per sequence.
         mask_BT: 1 for completion tokens that count, 0 for padding and masked completions.
         loss_type: how tokens are weighted. `grpo`: mean over each sequence, then over sequences (arXiv 2402.03300).
@@ -63,9 +63,9 @@ def policy_loss(
         ref_logprobs_BT: of the tokens under the reference of the k3 estimate of KL(policy ‖ reference).
         kl_beta: weight of that estimate.
         sampling_logprobs_BT: under the sampler, for truncated importance sampling: each token is weighted by
-            min(exp(old − sampling), tis_cap), because the sampler's numerics are not the learner's.
+            min(exp(old − sampling), tis_cap), because the sampler's numerics differ from the learner's.
         tis_cap: the largest such weight.
-        sequence_mask_bounds: leave out sequences whose mean sampler ratio lies outside.
+        sequence_mask_bounds: drop sequences whose mean sampler ratio is outside these bounds.
 
     Raises:
         ValueError: `dr_grpo` without `max_completion_length`.
@@ -97,10 +97,10 @@ def policy_loss(
 
 
 def part_weight(loss_type: LossType, of_sequences: float, of_tokens: float) -> float:
-    """What the loss of a part counts in an update's loss, the sum over its parts.
+    """The weight of a part's loss in an update's loss, which is the sum over its parts.
 
-    `dapo` and `cispo` are normalised by the update's tokens already; the others are means over what they are given. So
-    the sum does not depend on how the samples were cut into parts.
+    `dapo` and `cispo` are already normalised by the update's tokens; the others are means over the given part. So the
+    sum does not depend on how the samples were split into parts.
 
     Args:
         of_sequences: the part's share of the update's sequences.

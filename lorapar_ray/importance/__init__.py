@@ -1,4 +1,4 @@
-"""Importance of every single LoRA parameter, from exact per-example gradients."""
+"""Importance of every LoRA parameter, from exact per-example gradients."""
 
 from typing import TYPE_CHECKING
 

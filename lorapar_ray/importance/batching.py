@@ -14,7 +14,7 @@ from lorapar_ray.datasets.chat import NO_LOSS
 from lorapar_ray.packed_attention import make_layout, move, spans_of_examples
 
 TOKENS = {"cpu": 2048, "cuda": 4096}
-"""Tokens per batch by device: on a GPU enough that computing hides the launches, within 40 GB of activations at 7B."""
+"""Tokens per batch by device: on a GPU enough to hide kernel launches, within 40 GB of activations at 7B."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TokenizedExample:
 def collate(
     examples: Sequence[TokenizedExample], pad_id: int, padding_side: Literal["left", "right"] = "right"
 ) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask`, `position_ids` and `labels`, each [B, T]; labels leave the prompt out."""
+    """`input_ids`, `attention_mask`, `position_ids` and `labels`, each [B, T]; prompt tokens have no label."""
     width = max(len(example.input_ids) for example in examples)
     shape = (len(examples), width)
     batch = {
@@ -86,7 +86,7 @@ def by_cost(lengths: Sequence[int], tokens: int, *, padded: bool = False) -> lis
 
 @dataclass(frozen=True)
 class Layout:
-    """Which token belongs to which example, known before the batch is on its device, so that nothing waits for it.
+    """The example of each token, computed before the batch is on its device, so that no operation waits for it.
 
     Tokens are counted row after row; example k has those from `starts[k]` to `starts[k] + lengths[k]`.
     """
@@ -94,7 +94,7 @@ class Layout:
     shape: tuple[int, int]
     lengths: list[int]
     offsets: Tensor
-    """[examples + 1] int32: where each example's tokens begin, and where the last one's end."""
+    """[examples + 1] int32: start of each example's tokens, and the end of the last one's."""
     predicting: Tensor
     """[N] int64: the tokens whose successor is labelled."""
     targets: Tensor

@@ -1,13 +1,13 @@
 """Exact per-example gradient sums of every LoRA element from one batched forward and backward pass.
 
 For a linear map y = xWᵀ the gradient of example k is Σ_t (∂L_k/∂y_kt)ᵀ x_kt: inputs and output gradients are enough.
-Both are at hand while autograd walks the graph, so each layer's per-example gradients live only for the moment in which
-they are summed and squared; with rank r they are small. Because F is the mean *square* of per-example gradients, no
-quantity of the batch as a whole could replace them.
+Both are available during the backward pass, so each layer's per-example gradients exist only while they are summed and
+squared; with rank r they are small. F is the mean *square* of per-example gradients, so batch gradients cannot replace
+them.
 
-While it scores, an adapted layer computes y + s·B(Ax) in the base's dtype, where PEFT would cast its inputs and
-outputs to the adapter's float32; sums and products of sums stay in float32. Layers that share their input (q, k, v;
-gate, up) share one product with all their A's, and one for all those A's gradients.
+While it scores, an adapted layer computes y + s·B(Ax) in the base's dtype, while PEFT would cast its inputs and outputs
+to the adapter's float32; sums and products of sums stay in float32. Layers that share their input (q, k, v; gate, up)
+share one product with all their A's, and one for all those A's gradients.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from lorapar_ray.importance.sums import GradSums
 from lorapar_ray.packed_attention import move, packed_attention_of
 
 LOSS_ONLY = ("labels", "lengths")
-"""Parts of a batch that the model is not given."""
+"""Keys of a batch that are not passed to the model."""
 
 
 def gradient_sums(peft_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> GradSums:
     """Σ∂L_k and Σ(∂L_k)² of every LoRA element over the examples of `batches`.
 
-    L_k is the cross-entropy of example k averaged over its labelled tokens (method, section 2). Dropout is off
-    meanwhile, and gradient checkpointing stays on where it is enabled; the model is left as it was found, its
-    parameters' `.grad` untouched.
+    L_k is the cross-entropy of example k averaged over its labelled tokens (method, section 2). Dropout is off during
+    this, and gradient checkpointing stays on if it is enabled. Afterwards the model is unchanged, also its parameters'
+    `.grad`.
 
     Args:
         peft_model: any PEFT LoRA model.
-        batches: dicts of [B, T] tensors `input_ids`, `attention_mask`, `labels` (-100 where there is no loss), other
-            keyword arguments of the model as wanted; or what `pack` makes, for a model that `packs`. Best on the CPU:
-            they are laid out there.
+        batches: dicts of [B, T] tensors `input_ids`, `attention_mask`, `labels` (-100 where there is no loss), and
+            optionally other keyword arguments of the model; or batches from `pack`, for a model that `packs`. Best on
+            the CPU, where the layout is computed.
 
     Raises:
-        UserError: an adapted layer does not see every token of the batch (an expert, say), so that its gradient cannot
-            be told apart by example; or is used more than once; or is no plain LoRA.
-        ValueError: an example without a labelled token.
+        UserError: an adapted layer does not get every token of the batch (for example an expert), so its gradient
+        cannot be split by example; or is used more than once; or is not a plain LoRA. ValueError: an example without a
+        labelled token.
     """
     with scoring(peft_model) as scorer:
         sums = scorer.new_sums()
@@ -77,7 +77,7 @@ class _Site:
 
     @property
     def keys(self) -> tuple[str, str]:
-        """Of A and of B."""
+        """Keys of A and of B."""
         return f"{self.name}.lora_A.weight", f"{self.name}.lora_B.weight"
 
     @property
@@ -91,11 +91,11 @@ class _Site:
 
 @dataclass(eq=False)
 class _Group:
-    """Layers side by side in one module that take inputs of the same width, and share the input where it is one."""
+    """Layers of one module with inputs of the same width; they share the product if they get the same input."""
 
     sites: list[_Site]
     down: dict[torch.dtype, Tensor] = field(default_factory=dict)
-    """Every A below the other, [R, in], by dtype."""
+    """All A's, stacked [R, in], by dtype."""
     up: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
     """s·B by site and dtype."""
     shared: tuple[Any, tuple[Tensor, ...]] | None = None
@@ -130,7 +130,7 @@ class Scorer:
         self._seen: set[str] = set()
 
     def new_sums(self) -> GradSums:
-        """No examples yet; the A's of a group lie one below the other, so that one product serves them."""
+        """Start without examples; the A's of a group are stacked, so that one product computes them all."""
         first: dict[str, Tensor] = {}
         second: dict[str, Tensor] = {}
         for group in self.groups:
@@ -147,7 +147,9 @@ class Scorer:
         self._sums, self._layout = sums, layout
         self._seen.clear()
         try:
-            with attention_of(self.model, layout):  # until the backward pass is over: checkpointed layers compute again
+            with attention_of(
+                self.model, layout
+            ):  # until the backward pass ends: checkpointed layers run forward again
                 losses_of(self.model, inputs_of(batch, layout, self.device), layout).sum().backward()
         finally:
             self._sums = self._layout = None
@@ -168,7 +170,7 @@ class Scorer:
         return output
 
     def _hidden(self, group: _Group, number: int, x: Tensor) -> Tensor:
-        """A x of one site, [T, r]; taken from the group's product where the sites are given one tensor, one by one."""
+        """A x of one site, [T, r]; a slice of the group's product if all sites get the same tensor in turn."""
         if number == 0:
             group.shared = (weakref.ref(x), _Down.apply(x, group, self))
         if group.shared is None or group.shared[0]() is not x:
@@ -199,7 +201,7 @@ class Scorer:
 
 
 class _Down(torch.autograd.Function):
-    """x [.., in] through every A of a group: [T, r] for each, and on the way back the gradients of those A's."""
+    """x [.., in] times every A of a group: [T, r] for each; the backward pass gives the gradients of those A's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: _Group, scorer: Scorer) -> tuple[Tensor, ...]:
@@ -217,7 +219,7 @@ class _Down(torch.autograd.Function):
 
 
 class _Up(torch.autograd.Function):
-    """base [.., out] + s·B h for h [T, r], and on the way back the gradient of B."""
+    """base [.., out] + s·B h for h [T, r], the backward pass gives the gradient of B."""
 
     @staticmethod
     def forward(ctx: Any, base: Tensor, hidden: Tensor, group: _Group, number: int, scorer: Scorer) -> Tensor:
@@ -236,10 +238,10 @@ class _Up(torch.autograd.Function):
 
 @contextmanager
 def scoring(peft_model: Any) -> Iterator[Scorer]:
-    """Evaluation mode, the adapted layers' own forward in place, and gradients flowing from the embeddings on.
+    """Evaluation mode, with replaced forward functions in the adapted layers, and gradients from the embeddings on.
 
     Raises:
-        UserError: an adapted layer is no plain LoRA over a linear layer.
+        UserError: an adapted layer is not a plain LoRA of a linear layer.
     """
     scorer = Scorer(peft_model)
     training = [module for module in peft_model.modules() if module.training]
@@ -303,7 +305,7 @@ def inputs_of(batch: Mapping[str, Tensor], layout: Layout, device: torch.device)
 
 
 def attention_of(model: Any, layout: Layout) -> AbstractContextManager[None]:
-    """While it lasts `model` attends as a batch of this layout asks, packed or padded."""
+    """Inside this context `model` computes attention for a batch of this layout, packed or padded."""
     return nullcontext() if layout.attention is None else packed_attention_of(model)
 
 

@@ -1,4 +1,4 @@
-"""How much the loss is thought to change if one LoRA element were zero."""
+"""The estimated change of the loss if one LoRA element were zero."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Scores of the halves of each System's examples, at growing numbers of examples: what the signal-or-noise control
-compares (see `lorapar_ray.partition.control`).
+"""Scores of the halves of each System's examples, at growing numbers of examples, for the signal-or-noise control (see
+`lorapar_ray.partition.control`).
 
     scores/halves/00.safetensors …     float32, keys `1a.<adapter key>`, `1b.…`, `2a.…`, `2b.…`; metadata: examples
 
-They are part of the result of `score`, so that a cut at another θ has its control when `work/` is gone.
+They are part of the result of `score`, so that the control of another θ also works after `work/` is deleted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Halves:
     """Scores of two random halves of each System's examples."""
 
     examples: tuple[int, int]
-    """Of System 1 and of System 2, both halves together."""
+    """Numbers of examples of System 1 and of System 2, both halves together."""
     scores: tuple[Mapping[str, Tensor], ...]
     """Four, in the order of `NAMES`."""
 

@@ -1,10 +1,9 @@
 """Stage `score` on Ray Train: every LoRA element's importance for each System.
 
 One group of workers takes the warm-up's steps and then sums gradients; each keeps running sums (`importance.parts`)
-and writes them now and then. The sums do not depend on how the examples were spread over workers and batches, but for
-the order of float32 additions: within a batch that of its examples, longest first; then batches, then files by their
-first units. No row is lost to equal splitting, since workers share nothing, or (`score.sharding: fsdp2`) nothing but
-the base.
+and checkpoints them regularly. The distribution of examples over workers and batches changes only the order of float32
+additions: within a batch the order of its examples, longest first; then batches, then files by their first units. No
+row is dropped to give workers equal numbers of rows: workers share nothing, or (`score.sharding: fsdp2`) only the base.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ from lorapar_ray.workers import run_workers
 
 SYSTEMS = (1, 2)
 ROUNDS = 3
-"""How often units that no sums hold after a group has ended are dealt again."""
+"""How often units that are missing from the sums after a group has ended are dealt again."""
 
 
 def score_stage(config: Config, run: RunDirectory, initial: Path | None = None) -> dict[str, Any]:
     """Score `adapter/` for each System; writes `scores/`.
 
     Args:
-        initial: an adapter to warm up first, which makes `adapter/`; None: `adapter/` is there.
+        initial: an adapter to warm up first, which makes `adapter/`; None: `adapter/` exists.
 
     Raises:
         UserError: a System without rows, or a score that is zero everywhere.
@@ -130,7 +129,7 @@ def _run(config: Config, run: RunDirectory, job: ScoreJob, plan: Plan, folder: P
 
 
 def halves_of_units(config: Config, run: RunDirectory) -> Iterator[Halves]:
-    """Scores of the halves of each System's units of work, as versions before running sums left them."""
+    """Scores of the halves of each System's units of work, from runs of versions without running sums."""
     units1, units2 = (finished_units(run, system) for system in SYSTEMS)
     return half_scores(units1, units2, _scoring(config, run))
 

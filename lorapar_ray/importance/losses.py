@@ -1,8 +1,8 @@
 """Each example's mean loss over its response, without the logits of a whole batch in float32.
 
-Only positions that predict a response token reach the output head, a slice of them at a time. Cross-entropy's slope by
-the head's input is (softmax − one-hot) W, so a slice's logits are needed once: the forward pass takes loss and slope
-from them and drops them.
+Only positions that predict a response token reach the output head, a slice of them at a time. The gradient of
+cross-entropy by the head's input is (softmax − one-hot) W, so a slice's logits are needed only once: the forward pass
+computes loss and gradient from them and frees them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorapar_ray.importance.batching import Layout
 from lorapar_ray.logprobs import logits_at, token_logprobs
 
 SLICE = {"cpu": 2**23, "cuda": 2**26}
-"""Logits at once, by device."""
+"""Logits computed at once, by device."""
 
 _ends_with_its_head: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
@@ -44,7 +44,7 @@ def losses_of(model: Any, inputs: Mapping[str, Tensor], layout: Layout) -> Tenso
 
 
 def _through_the_head(model: Any, inputs: Mapping[str, Tensor], layout: Layout) -> Tensor | None:
-    """Losses [N] taken where the head is called; None if that cannot be done for this model."""
+    """Losses [N] computed inside the call of the head; None if this model does not allow it."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         return None
@@ -74,7 +74,8 @@ def _through_the_head(model: Any, inputs: Mapping[str, Tensor], layout: Layout) 
 
 
 class _HeadLosses(torch.autograd.Function):
-    """Cross-entropy [N] of a linear head over hidden states [N, D]; loss and slope of a slice are taken together."""
+    """Cross-entropy [N] of a linear head over hidden states [N, D]; loss and gradient of a slice are computed
+    together."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

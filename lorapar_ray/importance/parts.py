@@ -1,4 +1,4 @@
-"""Running sums of scoring on disk, such that no example is counted twice or lost, even if workers die.
+"""Running sums of scoring on disk; no example is counted twice or lost, even if workers die.
 
 The examples of a System are numbered in the order of its sample and cut into units. A *part* is a set of units that is
 always summed together: those of one half (even or odd units) between two powers of two of their number. So a sample of
@@ -45,13 +45,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many examples each System has, and how many make a unit."""
+    """Number of examples of each System, and of examples per unit."""
 
     examples: Mapping[int, int]
     unit_size: int
 
     def size(self, system: int) -> int:
-        """Examples per unit: fewer where there would not be two units, which the control compares."""
+        """Examples per unit: fewer if there would be less than two units, since the control compares two halves."""
         return min(self.unit_size, -(-self.examples[system] // 2))
 
     def units(self, system: int) -> int:
@@ -72,7 +72,7 @@ class Plan:
 
 
 def finished(folder: Path, part: Part) -> dict[Path, list[int]]:
-    """The files of a part whose sums count, with the units in each, in the order of their first units."""
+    """The valid files of a part, with the units in each, in the order of their first units."""
     found = [(file, _units_in(file)) for file in sorted((folder / part.name).glob("*.safetensors"))]
     taken: set[int] = set()
     counted: dict[Path, list[int]] = {}
@@ -84,12 +84,12 @@ def finished(folder: Path, part: Part) -> dict[Path, list[int]]:
 
 
 def done_units(folder: Path, part: Part) -> set[int]:
-    """The units of a part that are in some sums."""
+    """The units of a part that some sums include."""
     return {unit for units in finished(folder, part).values() for unit in units}
 
 
 def sums_of(folder: Path, parts: Iterable[Part]) -> GradSums | None:
-    """The sums of some parts, file after file in the order of their first units; None if nothing is there."""
+    """The sums of some parts, file after file in the order of their first units; None if there are no files."""
     total: GradSums | None = None
     for part in parts:
         for file in finished(folder, part):
@@ -102,7 +102,7 @@ def sums_of(folder: Path, parts: Iterable[Part]) -> GradSums | None:
 
 
 class PartWriter:
-    """One worker's sums of one part, kept on disk now and then."""
+    """One worker's sums of one part, regularly written to disk."""
 
     def __init__(self, folder: Path, part: Part) -> None:
         self._file = folder / part.name / f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}.safetensors"
@@ -114,7 +114,7 @@ class PartWriter:
 
 
 def _units_in(file: Path) -> list[int]:
-    """Empty for a damaged file: its units are done anew."""
+    """Empty for a damaged file: its units are computed again."""
     try:
         units = json.loads(open_tensors(file).metadata()["units"])
     except (UserError, ValueError, RecursionError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""The optimiser that trains a region and leaves the rest alone, and its schedules."""
+"""The optimiser that trains only a region, and its schedules."""
 
 from lorapar_ray.optim.masked_adamw import MaskedAdamW, masked_param_groups, trainable_share
 from lorapar_ray.optim.schedule import learning_rate_factor

@@ -1,4 +1,4 @@
-"""The active elements of parameters: where they are, and moving them to and from flat buffers."""
+"""The active elements of parameters: their positions, and copies to and from flat buffers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 CHUNK = {"cpu": 2**20, "cuda": 2**26}
-"""Active elements stepped at once: what stays in a CPU's cache; on a GPU as many as possible, to launch few kernels."""
+"""Active elements updated at once: as many as fit into a CPU's cache; on a GPU as many as possible, for few
+launches."""
 LANES = 16
 """Elements that a CPU's vector instructions take at once, at most; chunks are filled up to a multiple."""
 
 
 def active_positions(parameter: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Flat positions of the active elements of this rank's shard; None where all are active."""
+    """Flat positions of the active elements of this rank's shard; None if all are active."""
     local = local_shard(parameter)
     if mask is None:
         return None
@@ -33,7 +34,7 @@ def active_positions(parameter: Tensor, mask: Tensor | None) -> Tensor | None:
 def side_by_side(
     parameters: list[nn.Parameter], indices: list[Tensor | None]
 ) -> Iterator[list[tuple[nn.Parameter, Tensor | None]]]:
-    """Runs of neighbours of one kind, each of at most a chunk's elements (or of one parameter)."""
+    """Runs of consecutive parameters of one kind, each with at most a chunk's elements (or one parameter)."""
     members: list[tuple[nn.Parameter, Tensor | None]] = []
     size = 0
     for parameter, index in zip(parameters, indices, strict=True):
@@ -68,7 +69,7 @@ def local_shard(tensor: Any) -> Tensor:
 
 
 def shard_like(mask: Tensor, parameter: Any) -> Tensor:
-    """A whole mask cut as its sharded parameter is: every rank takes its part, without a word to the others."""
+    """A whole mask, sharded like its parameter: every rank takes its part, without communication."""
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(mask, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -87,7 +88,7 @@ def padded(length: int) -> int:
 
 
 def split_flat(buffer: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    """Consecutive parts of a flat buffer, what it is filled up with left out."""
+    """Consecutive parts of a flat buffer, without its padding."""
     return buffer[: sum(sizes)].split(sizes)
 
 
@@ -106,7 +107,7 @@ def gather(tensor: Tensor, index: Tensor | None, out: Tensor) -> None:
 
 
 def scatter(tensor: Tensor, index: Tensor | None, values: Tensor) -> None:
-    """Write the active elements back; nothing else is touched."""
+    """Write the active elements back; other elements do not change."""
     if index is None:
         tensor.view(-1).copy_(values)
     else:  # several times faster than index_put_, though it takes 8-byte positions only

@@ -51,7 +51,7 @@ def masked_param_groups(
     weight_decay: float,
     lora_plus_ratio: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for `MaskedAdamW`, in key order.
+    """Parameter groups for `MaskedAdamW`, sorted by key.
 
     Args:
         parameters: by adapter key.
@@ -79,7 +79,7 @@ compiling it takes. Below, torch's kernel gives the same bits."""
 
 @dataclass(frozen=True)
 class Chunk:
-    """Parameters that are stepped together: of one kind, their state side by side in flat buffers."""
+    """Parameters that are updated together: of one kind, their state contiguous in flat buffers."""
 
     parameters: list[nn.Parameter]
     flat: dict[str, Tensor]
@@ -134,7 +134,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; `param_group` may carry `masks`.
+        """As in torch; `param_group` may contain `masks`.
 
         Raises:
             ValueError: masks that do not fit their parameters.
@@ -193,10 +193,11 @@ class MaskedAdamW(torch.optim.Optimizer):
     def clip_and_step(self, max_norm: float, only_finite: bool = False) -> Tensor:
         """`clip_grad_norm_`, then `step`; returns the norm, on the parameters' device, without waiting for it.
 
-        On a GPU these are three launches, and the gradients are left as they were: the step alone sees them clipped.
+        On a GPU these are three launches, and the gradients themselves are not changed: only the step uses clipped
+            ones.
 
         Args:
-            only_finite: leave the step out where the norm is not finite; this waits for the norm.
+            only_finite: skip the step if the norm is not finite; this waits for the norm.
         """
         gradients = self._for_one_launch()
         if gradients is None or self._triton is None:
@@ -210,7 +211,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch; gradients that are kept are zeroed together."""
+        """As in torch; gradients that are not set to None are zeroed together."""
         if set_to_none:
             super().zero_grad()
             return
@@ -219,7 +220,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             torch._foreach_zero_(kept)
 
     def _for_one_launch(self) -> list[Tensor] | None:
-        """The gradients, with `_triton` ready to step them; None where this step takes another way."""
+        """The gradients, with `_triton` ready for the step; None if this step uses another path."""
         if not self._triton_was_tried:
             self._triton_was_tried = True
             on_gpu = all(local_shard(p).is_cuda for group in self.param_groups for p in group["params"])
@@ -233,7 +234,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         return gradients
 
     def _step_in_one_pass(self, group: dict[str, Any]) -> bool:
-        """Step a whole group at once, where its parameters are such as `one_pass` takes; tells whether they were."""
+        """Step a whole group at once if `one_pass` supports its parameters; returns whether it did."""
         parameters = group["params"]
         states = [self.state[parameter] for parameter in parameters]
         indices = [state["index"] for state in states]
@@ -257,7 +258,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         return True
 
     def _step_alone(self, parameter: nn.Parameter, names: tuple[str, ...], group: dict[str, Any]) -> None:
-        """Step one parameter of a chunk whose others stand still or are at another step."""
+        """Step one parameter of a chunk whose other parameters have no gradient or another step count."""
         state = self.state[parameter]
         own = {name: state[name].new_zeros(padded(state[name].numel())) for name in names}
         for name, buffer in own.items():
@@ -267,7 +268,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             state[name].copy_(buffer[: state[name].numel()])
 
     def _step_together(self, parameters: list[nn.Parameter], flat: dict[str, Tensor], group: dict[str, Any]) -> None:
-        """Step parameters at the same step count, whose state lies side by side in `flat`."""
+        """Step parameters with the same step count, whose state is contiguous in `flat`."""
         states = [self.state[parameter] for parameter in parameters]
         for state in states:
             state["step"] += 1
@@ -301,7 +302,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             scatter(local_shard(parameter), index, new)
 
     def _scratch_like(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """Two buffers of `flat`'s length, kept from step to step: fresh pages would cost more than the arithmetic."""
+        """Two buffers of `flat`'s length, reused in each step: new memory pages would take longer than the
+        arithmetic."""
         kind = flat.device, flat.dtype
         if kind not in self._scratch or self._scratch[kind].shape[1] < flat.numel():
             self._scratch[kind] = torch.empty(2, flat.numel(), dtype=flat.dtype, device=flat.device)
@@ -359,7 +361,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         return sizes
 
     def mask_digest(self) -> str:
-        """Hex digest of which elements are active."""
+        """Hex digest of the masks."""
         total = hashlib.sha256()
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -369,7 +371,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         return total.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch, without the indices (the masks give them again) and with a digest of the masks."""
+        """As in torch, without the indices (they are recomputed from the masks) and with a digest of the masks."""
         whole = super().state_dict()
         state = {
             number: {name: value for name, value in entry.items() if name != "index"}

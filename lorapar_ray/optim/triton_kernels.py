@@ -1,6 +1,6 @@
-"""The kernels of `triton_step`, which says what the table, the blocks and the settings hold."""
+"""The kernels of `triton_step`; that module documents the table, the blocks and the settings."""
 
-# Triton reads a kernel's annotations: it gets those that it knows and no others.
+# Triton reads a kernel's annotations, so only annotations that it knows are allowed.
 
 import triton
 import triton.language as tl

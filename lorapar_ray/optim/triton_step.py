@@ -1,7 +1,8 @@
 """AdamW on the active elements of all parameters in one Triton kernel.
 
-An adapter has hundreds of small matrices, so an optimiser's time on a GPU is that of its launches. Here a table on the
-device holds every parameter's addresses; a program of the kernel takes a block of one parameter's active elements. A
+An adapter has hundreds of small matrices, so on a GPU most of an optimiser's time is kernel launches. Here a table on
+the device holds every parameter's addresses; a program of the kernel takes a block of one parameter's active elements.
+A
 step is one launch, with clipping three: block sums of squares, their total and factor, the step.
 
 The arithmetic is that of torch's fused CUDA kernel (ATen/native/cuda/fused_adam_utils.cuh): settings in double
@@ -70,7 +71,7 @@ class TritonStep:
 
     @staticmethod
     def takes(groups: Sequence[dict[str, Any]], states: Any) -> bool:
-        """Whether one launch can step these parameters."""
+        """Whether one launch can update these parameters."""
         parameters = [parameter for group in groups for parameter in group["params"]]
         shards = [local_shard(parameter) for parameter in parameters]
         spread = set(map(shard_groups, parameters))
@@ -84,7 +85,7 @@ class TritonStep:
         )
 
     def gradients(self) -> list[Tensor] | None:
-        """This rank's gradients; None where they are such as the kernel does not take, or some parameter has none."""
+        """This rank's gradients; None if the kernel does not support them, or a parameter has no gradient."""
         found = [parameter.grad for parameter in self.parameters]
         if any(gradient is None for gradient in found):
             return None
@@ -96,12 +97,12 @@ class TritonStep:
         return None
 
     def same_step(self) -> bool:
-        """Whether every parameter has taken as many steps."""
+        """Whether all parameters have the same step count."""
         first = self.states[0]["step"]
         return all(state["step"] == first for state in self.states)
 
     def point_at(self, gradients: Sequence[Tensor]) -> None:
-        """Bring the table's addresses up to date; they seldom change, and then one small copy tells the device."""
+        """Update the table's addresses; they rarely change, and then one small copy to the device is enough."""
         values = self.parameters if self._whole else [local_shard(parameter) for parameter in self.parameters]
         addresses = [value.data_ptr() for value in values]
         addresses += [gradient.data_ptr() for gradient in gradients]
@@ -130,7 +131,7 @@ class TritonStep:
 
     @property
     def factor(self) -> Tensor:
-        """What the last `joint_norm` wants gradients multiplied by."""
+        """The factor for gradients from the last `joint_norm`."""
         return self.norm[1]
 
     def step(self, groups: Sequence[dict[str, Any]], gradients: Sequence[Tensor], *, clip: bool) -> None:

@@ -1,4 +1,4 @@
-"""Partition: which elements of the adapter each System needs, and which each training stage may change."""
+"""Partition: the adapter elements that each System needs, and those that each training stage may change."""
 
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,7 @@
-"""Scores as a stream of blocks of float32 bit patterns, in the one order that defines an element's position.
+"""Scores as a stream of blocks of float32 bit patterns; their order defines an element's position.
 
 Positions: keys in sorted order, row-major inside a tensor. A finite non-negative float32 sorts as its bit pattern read
-as an integer, so everything downstream compares and counts integers and no rounding can depend on how work is split.
+as an integer, so all later code compares and counts integers, and rounding cannot depend on how work is split.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from lorapar_ray.errors import UserError
 
 BLOCK_ELEMENTS = 1 << 22
-"""Elements one thread takes at a time: 16 MiB of scores, small beside any adapter worth threading for."""
+"""Elements that one thread processes at a time: 16 MiB of scores, small compared with an adapter that needs threads."""
 
 INFINITY_BITS = 0x7F80_0000
 _MINUS_ZERO_BITS = 0x8000_0000
@@ -40,7 +40,7 @@ class Block:
 
 
 def blocks(scores: Mapping[str, Tensor]) -> Iterator[Block]:
-    """Every element of `scores` once, in position order, without copying what is already contiguous.
+    """Every element of `scores` once, in position order, without copying contiguous tensors.
 
     Raises:
         UserError: a tensor is not float32, or holds NaN, infinity or a negative score.
@@ -52,7 +52,7 @@ def blocks(scores: Mapping[str, Tensor]) -> Iterator[Block]:
 
 
 def checked_bits(block: Block) -> NDArray[np.uint32]:
-    """The block's bits, once every one of them is known to be a score; −0.0 reads as 0.
+    """The block's bits, after checking that each is a valid score; −0.0 becomes 0.
 
     Raises:
         UserError: NaN, infinity or a negative score.
@@ -73,7 +73,7 @@ def checked_bits(block: Block) -> NDArray[np.uint32]:
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int | None) -> Iterator[Result]:
     """`map` over threads, results in the order of `items`, with only a few results alive at a time.
 
-    `workers` None takes one thread per core, at most eight: beyond that memory is the limit, not cores.
+    `workers` None: one thread per core, at most eight; with more, memory bandwidth is the limit.
     """
     workers = workers or min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
@@ -94,7 +94,7 @@ def same_layout(first: Mapping[str, Tensor], second: Mapping[str, Tensor], what:
     """Check that both mappings have the same keys and shapes.
 
     Raises:
-        UserError: naming `what` was compared and the first key that differs.
+        UserError: they differ; the message contains `what` and the first different key.
     """
     for key in sorted(first.keys() | second.keys()):
         if key not in first or key not in second:

@@ -1,4 +1,4 @@
-"""Signal or noise: do the two Systems differ by more than two random halves of the same System do?
+"""Signal or noise: do the two Systems differ more than two random halves of the same System?
 
 Each half's scores come from half of a System's examples, so every pair compared here is equally noisy. If the two
 Systems' halves agree with each other as well as halves of one System do, the partition separates noise.
@@ -36,7 +36,7 @@ def half_control(
     Returns:
         "jaccard" (of the sets kept at θ) and "spearman" (of the scores' ranks), each with "system1" and "system2"
         (between the System's own halves) and "across" (mean of the four pairs of one half of each System); and
-        "warning", a sentence if the Systems agree no less than the halves do by either measure, else None.
+        "warning", a sentence if by either measure the Systems agree at least as well as the halves, else None.
 
     Raises:
         UserError: as `keep_top`, or the halves are not of one adapter.
@@ -63,7 +63,7 @@ def half_control(
 
 
 def control_curve(points: Iterable[Halves], *, theta: float, seed: int = 0) -> list[dict[str, Any]]:
-    """By growing number of examples what `half_control` gives, with "examples" ([System 1's, System 2's] so far).
+    """The results of `half_control` at growing numbers of examples, with "examples" ([System 1's, System 2's]).
 
     Args:
         points: scores of the halves (see `importance.halves`); none where a System has fewer than two units.

@@ -1,4 +1,4 @@
-"""θ curves: how much of the adapter each threshold keeps, and how alike the two Systems' kept sets are there."""
+"""θ curves: how much of the adapter each threshold keeps, and the overlap of the two Systems' kept sets."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ SUBSETS = {"qkvgud": QKV + GUD, "qkv": QKV, "gud": GUD}
 def theta_curves(
     scores1: Mapping[str, Tensor], scores2: Mapping[str, Tensor], thetas: Sequence[float] = THETAS
 ) -> dict[str, Any]:
-    """θ curves of both Systems' scores (float32), each subset of modules ranked on its own as in the paper's θ table.
+    """θ curves of both Systems' scores (float32), each subset of modules ranked separately, as in the paper's θ table.
 
     Returns:
-        "theta", and per subset of which the adapter has any module: "modules" (those it has), "system1" and "system2"
+        "theta", and for each subset with modules in the adapter: "modules" (their names), "system1" and "system2"
         (share of elements kept, in [0, 1]) and "jaccard" (index of the two kept sets), one number per θ.
 
     Raises:
@@ -61,7 +61,7 @@ def _jaccard(
     cuts1: Mapping[str, Threshold],
     cuts2: Mapping[str, Threshold],
 ) -> float:
-    # block by block: of masks as large as the adapter, none is held
+    # block by block, to avoid masks as large as the adapter
     both = either = 0
     masks1, masks2 = mask_blocks(scores1, cuts1), mask_blocks(scores2, cuts2)
     for (_, mask1), (_, mask2) in zip(masks1, masks2, strict=True):

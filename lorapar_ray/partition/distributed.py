@@ -1,7 +1,7 @@
-"""θ selection spread over a Ray cluster: the same passes as `select`, each task on its own run of keys.
+"""θ selection spread over a Ray cluster: the same passes as `select`, each task on its own range of keys.
 
-For score files on storage that every node reads. What travels is counts (half a megabyte per task and pass), never
-scores; the set is that of `select_shards` to the last tie.
+For score files on storage that every node reads. Only counts are sent (half a megabyte per task and pass), never
+scores; the result equals that of `select_shards`, ties included.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def split_keys(scores: Mapping[str, Tensor], runs: int) -> list[list[str]]:
 
 
 def deal_ties(cuts: Mapping[str, Threshold], ties: Mapping[str, int], group_of: GroupOf) -> dict[str, Threshold]:
-    """Each key's own limit: a group's kept ties go to its keys in position order, as many as each has."""
+    """Each key's number of kept ties: a group's kept ties are assigned to its keys in position order."""
     left = {group: limit.ties_kept for group, limit in cuts.items()}
     limits = {}
     for key in sorted(ties):
@@ -88,7 +88,7 @@ def deal_ties(cuts: Mapping[str, Threshold], ties: Mapping[str, int], group_of: 
 
 
 def _everywhere(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """`function` on each tuple of arguments, as Ray tasks; the cause of a failure is raised as it was."""
+    """`function` on each tuple of arguments, as Ray tasks; a failed task's original exception is raised."""
     import ray
 
     task = ray.remote(function)

@@ -1,9 +1,9 @@
-"""The exact place at which to cut a ranking of float32 scores, from integer histograms that merge in any order.
+"""The exact cut in a ranking of float32 scores, from integer histograms that merge in any order.
 
 A float32 is mantissa · 2^shift · 2^-149 with an integer mantissa below 2^24, and all values whose top 16 bits agree
 share the shift. So one *coarse bin* (top 16 bits) needs two integers, how many elements and the sum of their low 16
 bits, to give its summed importance exactly. One pass finds the coarse bin in which a ranking crosses its target, a
-second pass counts the low 16 bits inside that bin alone, and the cut is known to the single element. Integer sums are
+second pass counts the low 16 bits inside that bin only, and gives the exact element of the cut. Integer sums are
 associative: shards, threads and workers cannot change the answer.
 """
 
@@ -36,7 +36,7 @@ class Threshold:
 
     @property
     def value(self) -> float:
-        """The smallest score that is kept (infinity where nothing is)."""
+        """The smallest kept score (infinity if none is kept)."""
         return float(np.uint32(self.bits).view(np.float32))
 
     @property
@@ -49,8 +49,8 @@ class Threshold:
 class Crossing:
     """The coarse bin in which a descending ranking reaches its target.
 
-    `above` elements lie in higher bins; the bin still owes `missing`, in elements if `by_count`, else in units of its
-    own mantissas.
+    `above` elements lie in higher bins; the bin must contribute `missing`, in elements if `by_count`, else in units of
+    its own mantissas.
     """
 
     bin: int
@@ -105,10 +105,10 @@ class ScoreHistogram:
         return self._units() * _DENORMAL
 
     def crossing_share(self, theta: float) -> Crossing:
-        """Where the smallest top set that reaches θ · ΣI ends; at θ = 1, after the last element.
+        """The end of the smallest top set that reaches θ · ΣI; at θ = 1, after the last element.
 
-        θ is the decimal it prints as: 0.9 is 9/10 here, not the slightly larger double. The paper's θ = 1 is the full
-        adapter, so it keeps elements of zero importance too, which no smallest set would.
+        θ is read as its printed decimal: 0.9 is 9/10 here, not the slightly larger double. The paper's θ = 1 is the
+            full adapter, so it also keeps elements of zero importance, which a smallest set would not contain.
 
         Raises:
             UserError: θ outside (0, 1], or every score is zero.
@@ -133,7 +133,7 @@ class ScoreHistogram:
         raise AssertionError("a share of at most 1 is reached within the histogram")
 
     def crossing_count(self, count: int) -> Crossing:
-        """Where the `count` most important elements end.
+        """The end of the `count` most important elements.
 
         Raises:
             ValueError: `count` outside 1 … number of elements.
@@ -156,7 +156,7 @@ class ScoreHistogram:
 
 
 def low_halves(bits: NDArray[np.uint32], bins: set[int]) -> dict[int, NDArray[np.uint16]]:
-    """For each coarse bin of `bins`, the low 16 bits of the elements in it: what `Crossing.refine` wants counted."""
+    """For each coarse bin of `bins`, the low 16 bits of the elements in it, for `Crossing.refine` to count."""
     low_high = bits.view(np.uint16)
     found: dict[int, list[NDArray[np.uint16]]] = {bin: [] for bin in bins}
     for start in range(0, low_high.size, 2 * _PIECE):

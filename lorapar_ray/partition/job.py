@@ -69,7 +69,7 @@ def _cut(config: Config, run: RunDirectory) -> dict[str, Any]:
 
 
 def _control(config: Config, run: RunDirectory) -> list[dict[str, Any]]:
-    """The signal-or-noise control, from what scoring left of the halves; a run of an earlier version has its units."""
+    """The signal-or-noise control from the halves' scores; for runs of earlier versions from their units."""
     halves = run.scores / "halves"
     points = load_halves(halves) if halves.is_dir() else halves_of_units(config, run)
     return control_curve(points, theta=config.partition.theta, seed=config.seed)

@@ -1,4 +1,4 @@
-"""The passes over the scores that fix a cut. Each returns counts that merge, so any part of the scores may be counted
+"""The passes over the scores that find a cut. Each returns counts that merge, so any part of the scores may be counted
 anywhere: by threads here, by tasks elsewhere (see `distributed`).
 """
 
@@ -19,12 +19,12 @@ Goal = Callable[[ScoreHistogram], Crossing]
 Histograms = dict[str, ScoreHistogram]
 """By group of keys."""
 Bins = dict[str, set[int]]
-"""By group, the coarse bins in which some cut lies."""
+"""By group, the coarse bins that contain a cut."""
 FineCounts = dict[tuple[str, int], NDArray[np.int64]]
 """By group and coarse bin, how often each low half occurs in it (65536 bins)."""
 
 WHOLE_ADAPTER = "adapter"
-"""The one group there is where keys are not grouped."""
+"""The group of all keys, if keys are not grouped."""
 
 
 def whole_adapter(key: str) -> str:

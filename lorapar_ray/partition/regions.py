@@ -1,4 +1,4 @@
-"""Regions of the adapter: which elements each System needs, and which each stage trains (paper, section 3.3).
+"""Regions of the adapter: the elements that each System needs, and those that each stage trains (paper, section 3.3).
 
 One uint8 per element: bit 0 kept for System 1 (K1), bit 1 kept for System 2 (K2), bit 2 trained in stage 1, bit 3
 trained in stage 2. Stage 1 trains K1∖K2 and a fraction α of K1∩K2; stage 2 trains K2∖K1 and a fraction β of it.
@@ -78,7 +78,7 @@ def stage_mask(regions: Mapping[str, Tensor], stage: Literal[1, 2]) -> dict[str,
 def save_regions(regions: Mapping[str, Tensor], path: Path, *, theta: float, alpha: float, beta: float) -> None:
     """Write `regions` as safetensors by an atomic rename, with θ, α and β as JSON in the metadata field "cut".
 
-    One field, because safetensors writes several in random order, and the same regions should be the same bytes.
+    One field, because safetensors writes several fields in random order, and equal regions should give equal bytes.
     """
     metadata = {"cut": json.dumps({"theta": theta, "alpha": alpha, "beta": beta})}
     with atomic_path(path) as draft:
@@ -89,7 +89,7 @@ def load_regions(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The regions `save_regions` wrote, and θ, α, β under "theta", "alpha", "beta".
 
     Raises:
-        UserError: the file is missing, unreadable, or holds something else.
+        UserError: the file is missing, unreadable, or does not contain regions.
     """
     found, metadata = read_tensors_and_metadata(path, RECUT)
     regions = {key: found[key] for key in sorted(found)}
@@ -101,7 +101,7 @@ def load_regions(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
 
 
 def round_half_up(fraction: float, count: int) -> int:
-    """fraction · count to the nearest integer, halves upwards; the fraction is the decimal it prints as."""
+    """fraction · count to the nearest integer, halves upwards; the fraction is read as its printed decimal."""
     return floor(Fraction(str(float(fraction))) * count + Fraction(1, 2))
 
 

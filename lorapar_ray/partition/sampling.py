@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def spread(population: int, size: int, seed: int) -> NDArray[np.int64]:
-    """`size` distinct ascending positions below `population`, one drawn in each of `size` equal stretches.
+    """`size` distinct ascending positions below `population`, one random position in each of `size` equal intervals.
 
-    All of them where `population` is no larger. Needs memory for the sample only.
+    All positions if `population` is not larger. Needs memory for the sample only.
     """
     if population <= size:
         return np.arange(population)

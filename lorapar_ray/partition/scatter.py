@@ -16,7 +16,7 @@ from lorapar_ray.partition.sampling import gather, spread
 REGION_NAMES = ("none", "system1_only", "system2_only", "shared")
 """Named by bits 0 and 1 of a region byte."""
 
-_SMALLEST = 2.0**-149  # float32's smallest positive value: where a score of zero is drawn on a logarithmic axis
+_SMALLEST = 2.0**-149  # float32's smallest positive value: a score of zero is drawn here on a logarithmic axis
 
 
 def scatter_sample(

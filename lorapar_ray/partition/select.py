@@ -1,4 +1,4 @@
-"""θ selection: the smallest most important set that carries a share θ of all importance (paper, section 3.3).
+"""θ selection: the smallest set of the most important elements with a share θ of all importance (paper, section 3.3).
 
 Importance is ranked in descending order over the whole adapter, or per group of keys, and ties are broken by position,
 the earlier first (see `blocks`). The answer is exact and the same for any sharding, block size or number of threads.
@@ -37,7 +37,7 @@ def keep_top(
 ) -> dict[str, Tensor]:
     """Bool masks, same keys and shapes as `scores` (float32), of the kept set K at threshold θ.
 
-    With `group_of`, each group of keys is ranked and cut on its own. θ = 1 keeps everything.
+    With `group_of`, each group of keys is ranked and cut separately. θ = 1 keeps everything.
 
     Raises:
         UserError: θ outside (0, 1]; a score that is NaN, infinite or negative; a group whose scores are all zero.
@@ -71,7 +71,7 @@ def random_mask(like: Mapping[str, Tensor], count: int, seed: int) -> dict[str, 
 
 
 def random_scores(like: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Meaningless scores whose ranking is a uniformly random order: 31 random bits an element, read as float32."""
+    """Random scores whose ranking is a uniformly random order: 31 random bits per element, read as float32."""
     scores = {}
     for key in sorted(like):
         name = hashlib.sha256(f"{seed}:{key}".encode()).digest()
@@ -87,7 +87,7 @@ def find_thresholds(
     group_of: GroupOf | None = None,
     workers: int | None = None,
 ) -> list[dict[str, Threshold]]:
-    """For each θ, each group's exact cut: two passes over the scores however many θ there are.
+    """For each θ, each group's exact cut: two passes over the scores, for any number of θ.
 
     Raises:
         UserError: as `keep_top`.
@@ -126,7 +126,8 @@ def select_shards(
     group_of: GroupOf | None = None,
     workers: int | None = None,
 ) -> dict[str, Threshold]:
-    """Cut scores that lie in safetensors files and write bool masks to `output` (safetensors), holding neither.
+    """Cut scores in safetensors files and write bool masks to `output` (safetensors), without loading either into
+    memory.
 
     The files are shards of one adapter's scores: positions follow the sorted keys of all of them together.
 
@@ -149,7 +150,7 @@ def mask_blocks(
     group_of: GroupOf = whole_adapter,
     workers: int | None = None,
 ) -> Iterator[tuple[Block, NDArray[np.bool_]]]:
-    """Each block in position order with the bool mask of what `cuts` keeps of it."""
+    """Each block in position order with the bool mask of the elements that `cuts` keep."""
     ties_left = {group: limit.ties_kept for group, limit in cuts.items()}
 
     def compare(block: Block) -> tuple[Block, NDArray[np.bool_], NDArray[np.intp]]:

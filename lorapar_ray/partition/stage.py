@@ -1,4 +1,4 @@
-"""Stage `partition`: which elements each training stage may change."""
+"""Stage `partition`: the elements that each training stage may change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorapar_ray.stages import Settings, Stage, settings_of
 
 
 def run(config: Config, run: RunDirectory) -> dict[str, Any]:
-    """Cut the scored adapter, if any stage trains a region only."""
+    """Cut the scored adapter, if any stage trains only a region."""
     from lorapar_ray.partition.job import partition_stage
 
     if config.partitioned:

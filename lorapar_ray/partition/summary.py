@@ -1,4 +1,4 @@
-"""A partition in numbers: sizes of the regions, where in the model they lie, how the two Systems overlap."""
+"""A partition in numbers: sizes of the regions, their place in the model, and the overlap of the two Systems."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ROWS: dict[str, NDArray[np.bool_]] = {
     "trained_stage2": _BYTES & STAGE_2 != 0,
     "never_trained": _BYTES & (STAGE_1 | STAGE_2) == 0,
 }
-"""Which region bytes each row counts; the first four are disjoint and cover everything."""
+"""The region bytes that each row counts; the first four rows are disjoint and cover everything."""
 
 
 def summarise(

@@ -1,36 +1,36 @@
-"""Runs programs that a model wrote against their tests. No Ray in here: usable alone.
+"""Runs programs that a model wrote against their tests. Does not use Ray; works standalone.
 
     with Sandbox() as sandbox:
         [verdict] = sandbox.run([Job("def add(a, b): return a + b", "assert add(2, 2) == 4", ("add",))])
 
-Two confined processes decide a job. One holds the program, the other the tests; only calls, arguments and results cross
-between them, as plain data, and the verdict comes from the process of the tests over a socket that the program's does
-not have. So a program cannot print its verdict, end before its tests do, replace `assert`, override `__eq__`, or find
-the expected values anywhere: all that it can do is answer calls.
+Two confined processes run a job. One runs the program, the other the tests. They exchange only calls, arguments and
+results, as plain data. The process of the tests sends the verdict over a socket that the program's process does not
+have. So a program cannot print its verdict, end before its tests, replace `assert`, override `__eq__`, or find the
+expected values: it can only answer calls.
 
-Layers, strongest first (`lorapar doctor` tells which one a machine gets, and why not a better one):
+Layers, strongest first (`lorapar doctor` shows a machine's layer, and why a stronger one does not work):
 
-- `bubblewrap`: own namespaces for users, processes, mounts, network and IPC; the root holds Python and nothing else.
+- `bubblewrap`: own namespaces for users, processes, mounts, network and IPC; the root contains only Python.
 - `sandlock`: Landlock and a system call filter, for pods without user namespaces; one process, nothing writable.
-- `process`: resource limits and the filter, only where a config names it; keeps accidents away, not attackers.
+- `process`: resource limits and the filter, only if a config names it; protects against accidents, not attackers.
 
 What it does NOT protect against:
 
-- Faults of the kernel. Namespaces, Landlock and seccomp share it with everything else; only a virtual machine does not.
-- Side channels: timing, caches, the load of the machine. Programs share its cores and slow each other down.
-- Weak tests. A program that answers exactly what the tests ask passes, even if it only lists the answers; and tests
-  that `eval` a result hand their process, and the verdict, to the program.
-- A fault of CPython in the tests' process: it parses the program's answers (JSON, built into plain values).
-- `sandlock`: names, sizes and times of files, and where symbolic links lead, can be found out (Landlock hides neither
-  `stat` nor `readlink`); contents and extended attributes cannot.
-- `sandlock` and `process` where no cgroup can be made: the number of threads is bounded by the address space alone.
-- `bubblewrap` where no cgroup can be made: how many empty files a program makes in its /tmp is bounded by its seconds
-  alone; each takes about a kilobyte of the kernel's memory until the job ends.
+- Kernel bugs. With namespaces, Landlock and seccomp all processes share one kernel; only a virtual machine has its own.
+- Side channels: timing, caches, the load of the machine. Programs share cores and slow each other down.
+- Weak tests. A program that only lists the tested answers passes; and tests that `eval` a result give their process,
+  and the verdict, to the program.
+- A CPython bug in the tests' process, which parses the program's answers (JSON, converted to plain values).
+- `sandlock`: programs can read names, sizes and times of files and the targets of symbolic links (Landlock does not
+  block `stat` and `readlink`), but no contents and no extended attributes.
+- `sandlock` and `process` without cgroups: only the address space limits the number of threads.
+- `bubblewrap` without cgroups: only the time limit bounds the number of empty files in /tmp; each takes about a
+  kilobyte of kernel memory until the job ends.
 - `process`: reads of every file that this user may read, and writes where this user may write.
 - Denial of service below the limits: each job may use all of its seconds, memory and output.
 
-Tests see results by value: an argument that the program changes in place stays as it was, and an object of a class of
-the program's own is only true or false to them.
+Tests see results by value: changes of an argument in place are lost, and of an object of the program's own class tests
+see only its truth value.
 """
 
 from lorapar_ray.sandbox.choice import choose, survey

@@ -1,4 +1,4 @@
-"""A cgroup for each sandbox, where this process may make one: the one limit on memory and tasks of a whole job."""
+"""A cgroup for each sandbox, if this process may create one: it limits memory and tasks of a whole job."""
 
 from __future__ import annotations
 

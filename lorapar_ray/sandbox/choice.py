@@ -1,4 +1,4 @@
-"""Which layer this machine gets, found by running a job in each."""
+"""Chooses the layer of this machine by running a job in each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Finding:
     layer: Layer | None
     """None: it does not."""
     detail: str
-    """What works, or why it does not."""
+    """A description, or the reason why it does not work."""
 
 
 @lru_cache

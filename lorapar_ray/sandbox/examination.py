@@ -1,4 +1,4 @@
-"""Jobs, verdicts, and the pair of confined processes in which a job is decided."""
+"""Jobs, verdicts, and the pair of confined processes that runs a job."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from lorapar_ray.sandbox.layers import Layer, Start, spawn
 from lorapar_ray.sandbox.limits import Limits
 
 START_S = 60.0
-"""For a sandbox to start, on a machine that is busy with something else."""
+"""Time limit for a sandbox's start, long enough for a busy machine."""
 VERDICT_S = 2.0
-"""For the tests to notice that the program has been ended."""
+"""Time limit for the tests to notice that the program was killed."""
 END_S = 10.0
-"""For the kernel to end what was killed."""
+"""Time limit for killed processes to end."""
 TRIES = 3
-"""Starts of a program's process: one that the machine was too busy for is no fault of the program."""
+"""Attempts to start a program's process: a failed start on a busy machine is not the program's fault."""
 KEPT = 4096
 """Bytes of output that a verdict holds."""
 EXAMINER_MB = 1024
@@ -43,7 +43,8 @@ class Job:
     code: str
     """The program, written by a model."""
     tests: str
-    """A program that calls what is tested and passes if it runs to its end; arguments and results travel by value."""
+    """A program that calls the tested functions; it passes if it runs to its end. Arguments and results are passed by
+    value."""
     names: tuple[str, ...]
     """The functions of `code` that `tests` calls; anything else there is Python's or `setup`'s."""
     setup: str = ""
@@ -52,7 +53,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a job."""
+    """The result of a job."""
 
     reason: str
     """`passed`; `failed` (an assertion), `raised`, `timeout`, `output` (too much), `died` (the process ended), or
@@ -61,7 +62,7 @@ class Verdict:
     """What was raised and where; empty for `passed`."""
     seconds: float
     output: str = field(default="", repr=False)
-    """The first of what the program printed."""
+    """The beginning of the program's output."""
 
     @property
     def passed(self) -> bool:
@@ -73,8 +74,8 @@ class Examination:
     """One pair at a time: a warm process with the tests, and a fresh one for each program.
 
     The verdict comes from the first, over a socket that the second does not have. The second is new for each job, so
-    nothing that a program does to its own process or files reaches the next. Belongs to one thread, with which its
-    processes die.
+    nothing that a program does to its own process or files reaches the next. Belongs to one thread; its processes die
+    with the thread.
     """
 
     def __init__(self, layer: Layer, limits: Limits) -> None:
@@ -152,7 +153,7 @@ class Examination:
         if self._control is not None:
             return self._control
         control, theirs = socket.socketpair()
-        for way in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # half a message must not stop us
+        for way in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # an incomplete message must not block this process
             control.setsockopt(socket.SOL_SOCKET, way, struct.pack("ll", int(VERDICT_S), 0))
         limits = replace(self._limits, memory_mb=EXAMINER_MB)
         read, write = os.pipe()

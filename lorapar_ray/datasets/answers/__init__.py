@@ -1,4 +1,4 @@
-"""The final answer in a piece of text, and whether two answers are the same: one definition everywhere."""
+"""Extracts the final answer of a text and compares two answers: one definition for the whole project."""
 
 from lorapar_ray.datasets.answers.compare import same_number, same_text
 from lorapar_ray.datasets.answers.letters import option_letter_in

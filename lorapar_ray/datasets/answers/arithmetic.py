@@ -9,17 +9,17 @@ from fractions import Fraction
 from lorapar_ray.datasets.answers.tokens import SCALES, Token
 
 MAX_DIGITS = 1000
-"""Of a number and of what is computed from numbers; nothing longer is compared as a number."""
+"""Longest number, also of a computed one; longer ones are not compared as numbers."""
 _MAX_VALUE = 10**MAX_DIGITS
 _MAX_PARTS = 400
 
 
 class NotANumberError(ValueError):
-    """These tokens are no sum of numbers."""
+    """These tokens are not a sum of numbers."""
 
 
 class TooBigError(NotANumberError):
-    """They are one, with more than MAX_DIGITS digits."""
+    """They are a number or a sum, with more than MAX_DIGITS digits."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Number:
     """Without the percent sign: 25 for "25%"."""
     percent: bool = False
     decimals: int | None = None
-    """Digits after the point of a number that was written out; None for fractions and sums."""
+    """Digits after the decimal point of a written number; None for fractions and sums."""
 
 
 def number_of(tokens: Sequence[Token]) -> Number:
     """The value of all of the tokens.
 
     Raises:
-        NotANumberError: they are no number and no sum of numbers.
+        NotANumberError: they are neither a number nor a sum of numbers.
     """
     if not tokens or len(tokens) > _MAX_PARTS:
         raise NotANumberError("nothing to read" if not tokens else "too many parts")

@@ -1,4 +1,4 @@
-"""Whether an answer is the reference's: the exact checks first, then the heuristics that are named as such."""
+"""Whether an answer equals the reference: exact checks first, then heuristics, marked as such."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _FIRST_WORD = re.compile(r"[A-Za-z]+")
 def same_number(text: str, want: str, equal_expressions: Equal) -> bool:
     """Whether the final answer of `text` has the value of the reference `want`.
 
-    In this order: the same writing; the same number, exactly; a rounded form of it (`close`); and, where one of the
-    two is an expression (`\\sqrt{16}`), what `equal_expressions` says of them. What can be read in two ways is no
-    answer but to itself: `1,5`, where the comma may stand for a point or part two numbers.
+    In this order: equal text; the same number, exactly; a rounded form of it (`close`); and, if one of the two is an
+    expression (`\\sqrt{16}`), the result of `equal_expressions`. An ambiguous text equals only the same
+    text: in `1,5` the comma may be a decimal point or may separate two numbers.
 
-    A percent sign counts: 25% is 0.25. Beside a number in percent the sign may be left out where the number cannot be
-    taken for a share, which is above 1: 25% is also 25, but 0.5% is 0.005 and not 0.5.
+    A percent sign counts: 25% is 0.25. The sign may be omitted for numbers above 1, which cannot be a share: 25% equals
+        25 too, but 0.5% is 0.005 and not 0.5.
     """
     gold, guess = read_answer(want), read_answer(text)
     if _squeezed(gold.text) == _squeezed(guess.text):
@@ -45,7 +45,7 @@ def same_number(text: str, want: str, equal_expressions: Equal) -> bool:
 
 
 def _readings(gold: Number, guess: Number) -> list[tuple[Number, Number]]:
-    """What the two may mean, as pairs that may be equal."""
+    """Possible readings of the two, as pairs to compare."""
     as_shares = (_share(gold), _share(guess))
     if gold.percent == guess.percent or abs((gold if gold.percent else guess).value) <= 1:
         return [as_shares]
@@ -92,7 +92,7 @@ def same_text(text: str, want: str) -> bool:
 
 
 def _expression(answer: Answer) -> str | None:
-    """What a parser of mathematics is given; None for words."""
+    """The text for a parser of mathematics; None for words."""
     if answer.alone and not is_prose(answer.text) and _EXPRESSION.search(answer.text):
         return plain_characters(answer.text).strip(" .")
     return None if answer.number is None else str(answer.number.value)

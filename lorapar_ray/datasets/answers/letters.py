@@ -34,9 +34,9 @@ def option_letter_in(text: str) -> str | None:
     """The letter (A to J, in upper case) that a text chooses; None if there is none.
 
     Exact: a marked answer, or a text that is a letter or begins with one (`B`, `(b)`, `B. Paris`). Heuristics, in this
-    order: the letter after the last "answer is", "choice is", "so"; the letter called right; the first letter that
-    stands alone. The article "A" and the pronoun "I" are no letters; nor is a letter that is called wrong, or that
-    stands beside another ("A or B").
+    order: the letter after the last "answer is", "choice is", "so"; the letter called right; the first single letter.
+        The article "A" and the pronoun "I" do not count, nor a letter that is called wrong, or one of several ("A or
+        B").
     """
     span = final_span(text)
     inside = without_markdown(_TEXTBOX.sub(r"\1", span.text)).strip(" $")
@@ -54,7 +54,7 @@ def option_letter_in(text: str) -> str | None:
 
 
 def _lists_options(text: str) -> bool:
-    """Whether the text repeats the question's options, a line each from A on."""
+    """Whether the text repeats the question's options, one per line from A on."""
     return [line.group(1).upper() for line in _LISTED.finditer(text)][:2] == ["A", "B"]
 
 

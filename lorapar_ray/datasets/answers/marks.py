@@ -1,7 +1,7 @@
-"""Where the final answer stands in a text.
+"""Finds the final answer in a text.
 
-Exact marks first: `\\boxed{}`, `<answer>` tags, GSM8K's last line `#### N`. Only without one come the heuristics, each
-named as such in its docstring.
+Exact marks first: `\\boxed{}`, `<answer>` tags, GSM8K's last line `#### N`. Without such a mark, heuristics are used;
+each docstring says so.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ class Span:
 
     text: str
     marked: bool
-    """Nothing but the answer is expected inside: a box, a tag, a `####` line or a formula."""
+    """The mark contains only the answer: a box, a tag, a `####` line or a formula."""
 
 
 def final_answer(text: str) -> str:
-    """The text of the final answer: what the last mark holds, else what a heuristic finds, else the whole text."""
+    """The text of the final answer: the content of the last mark, else the result of a heuristic, else the whole
+    text."""
     return final_span(text).text
 
 
@@ -54,16 +55,16 @@ def final_span(text: str) -> Span:
 
 
 def _after_thinking(text: str) -> str:
-    """What follows a reasoning model's `</think>`, unless that is nothing."""
+    """The text after a reasoning model's `</think>`, if it is not empty."""
     after = text.rpartition("</think>")[2]
     return after if after.strip() else text
 
 
 def _marks(text: str) -> Iterator[tuple[int, str]]:
-    """(where it ends, what it holds) of every mark.
+    """(end, content) of every mark.
 
-    A `####` line counts beside the others if it holds a number and nothing else. If there is no other mark it may also
-    hold a number with its unit, or be the last line; else it is a Markdown heading (`#### Step 2`).
+    A `####` line counts as a mark if it contains only a number. Without other marks it may also
+    contain a number with its unit, or be the last line; else it is a Markdown heading (`#### Step 2`).
     """
     end = 0
     for box in _BOX.finditer(text):

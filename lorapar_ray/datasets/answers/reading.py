@@ -1,4 +1,4 @@
-"""An answer as a number: read strictly where it stands alone, by heuristics where it stands in prose."""
+"""Reads an answer as a number: strictly if it stands alone, with heuristics inside prose."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorapar_ray.datasets.answers.tokens import Token, tokens_of
 from lorapar_ray.datasets.answers.writing import plain_writing
 
 MAX_TEXT = 100_000
-"""Characters of a text that are read: its end, where the answer is."""
+"""Number of characters that are read, from the end of the text."""
 _TIMES = re.compile(r"(?<=\d)\s*x\s*(?=\d)")
 _UNIT_POWER = re.compile(r"(?<=[A-Za-z])(\s*)(?:\^|\*\*)\s*\{?\s*-?\d+\s*\}?(?![\d^])")
 _APART_SIGN = re.compile(r"((?:[=({:]|\bis)\s*)-\s+(?=[\d.$\\])")
@@ -29,7 +29,7 @@ _FUNCTIONS = frozenset(
 _UNIT_LETTERS = frozenset("mgshlnjwvakcf")
 """One letter after a number that is a unit (metres, grams, …); any other is a variable, so that `2x` is not 2."""
 _CHOICES = frozenset({"or", "and", "to"})
-"""Between two numbers they make one of several: `6 or 7` is neither 6 nor 7."""
+"""Between two numbers they mean several answers: `6 or 7` is neither 6 nor 7."""
 _RUN = frozenset({"number", "operator", "open", "close", "fraction", "percent", "scale", "command"})
 
 
@@ -38,13 +38,13 @@ class Answer:
     """The final answer of a text."""
 
     text: str
-    """Where it stands."""
+    """Its position."""
     number: Number | None
-    """Its value; None if it is no number, or one of several."""
+    """Its value; None if it is not a number, or one of several."""
     alone: bool
     """`text` is the answer and nothing else, not a sentence around it."""
     too_big: bool = False
-    """A number with more digits than are compared."""
+    """Whether it is a number with more than MAX_DIGITS digits."""
 
 
 def read_answer(text: str) -> Answer:
@@ -67,7 +67,7 @@ def read_answer(text: str) -> Answer:
 
 
 def is_prose(text: str) -> bool:
-    """Whether a text has words: LaTeX commands are none, units beside a number are."""
+    """Whether a text has words: LaTeX commands are not words, units after a number are."""
     return _PROSE.search(_COMMAND.sub(" ", text)) is not None
 
 
@@ -79,9 +79,9 @@ def _plain(text: str) -> str:
 
 
 def _strict(text: str, marked: bool) -> Number | None:
-    """The number of a text that holds one number or sum, perhaps with a name before and a unit or a remark after it.
+    """The number of a text with one number or sum, optionally after a name and before a unit or a remark.
 
-    `marked`: a closing `!` is a factorial, which is no sum; else it is punctuation.
+    `marked`: a closing `!` is a factorial, which is not a sum; else it is punctuation.
     """
     plain = _plain(text).strip(" \t\r\n|[]\"'").rstrip(" .,;:|[]\"'" + ("" if marked else "!")).lstrip(" ,;:!")
     if _SPACED_GROUPS.fullmatch(plain):
@@ -97,7 +97,7 @@ def _strict(text: str, marked: bool) -> Number | None:
 
 
 def _after_equals(parts: Sequence[Token]) -> list[Token]:
-    """What follows the last equals sign; what stands before it if no number follows (`42 = x`)."""
+    """The text after the last equals sign; the text before it if no number follows (`42 = x`)."""
     places = [index for index, part in enumerate(parts) if part.kind == "equals"]
     if not places:
         return list(parts)
@@ -123,7 +123,7 @@ def _without_remark(parts: list[Token]) -> list[Token]:
 
 
 def _without_name(parts: list[Token]) -> list[Token]:
-    """Without the words before the number; a variable, or a word that is part of a sum, stays and is no number."""
+    """Without the words before the number; a variable, or a word in a sum, stays, so the text is not a number."""
     start = 0
     while start < len(parts) and (parts[start].kind == "word" or parts[start].text in (":", ",", ".", "#", '"')):
         start += 1
@@ -155,7 +155,7 @@ def _without_unit(parts: list[Token]) -> list[Token]:
 
 
 def is_variable(word: str) -> bool:
-    """Whether a word after a number stands for another number."""
+    """Whether a word after a number means another number."""
     return len(word) == 1 and word.isascii() and word.lower() not in _UNIT_LETTERS
 
 
@@ -223,7 +223,7 @@ def _run_around(parts: Sequence[Token], index: int) -> Sequence[Token]:
 
 
 def _follows_a_choice(parts: Sequence[Token], start: int) -> bool:
-    """Whether what begins at `start` is the second number of `6 or 7`, `3 to 5 hours` or `6 apples or 7`."""
+    """Whether the text at `start` is the second number of `6 or 7`, `3 to 5 hours` or `6 apples or 7`."""
     if start < 2 or parts[start - 1].text.lower() not in _CHOICES:
         return False
     earlier = parts[start - 2]

@@ -1,4 +1,4 @@
-"""The parts of a written number or sum. The patterns take each character once: 10,000 digits cost 10,000 steps."""
+"""The parts of a written number or sum. The patterns read each character once: 10,000 digits take 10,000 steps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _TOKEN = re.compile(
 
 @dataclass(frozen=True)
 class Token:
-    """One part of a text; `start` and `end` are its place there."""
+    """One part of a text; `start` and `end` are its position."""
 
     kind: Kind
     text: str
@@ -39,16 +39,16 @@ class Token:
     end: int
 
     def touches(self, after: Token) -> bool:
-        """Whether nothing stands between this one and the one after it."""
+        """Whether the next token follows directly."""
         return self.end == after.start
 
 
 def tokens_of(text: str) -> list[Token]:
-    """The parts of a text in `plain_writing`; spaces and currency signs are left out, line ends are not."""
+    """The parts of a text in `plain_writing`; without spaces and currency signs, with line ends."""
     found = []
     for match in _TOKEN.finditer(text):
         kind, part = str(match.lastgroup), match.group()
-        if kind == "version":  # 1.2.3 is no number
+        if kind == "version":  # 1.2.3 is not a number
             kind = "other"
         if kind == "word" and part.lower().removesuffix("s") in SCALES:
             kind = "scale"

@@ -1,4 +1,4 @@
-"""Ways of writing the same thing, brought to one: digits, signs, spaces, LaTeX and Markdown around an answer."""
+"""Normalises the writing of an answer: digits, signs, spaces, LaTeX and Markdown."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _RAISED = dict(zip("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079
 _RAISED_RUN = re.compile(f"[{''.join(_RAISED)}]+")
 _GROUPING = re.compile(r"(?<=\d)(?:['\u2019_\u00a0\u2009\u202f\u2007]|\\[,!;:]|\\ |~)(?=\d{3}(?!\d))")
 _EUROPEAN = re.compile(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d{1,2})(?![\d,])")
-"""`1.234,56`: with both marks in it, it can be read in one way only."""
+"""`1.234,56`: with both marks it is not ambiguous."""
 _TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|mathsf|operatorname|mbox|hbox)\s*\{([^{}]*)\}"
 )
@@ -52,7 +52,7 @@ _MARKDOWN = (
 
 
 def plain_characters(text: str) -> str:
-    """Full-width and other scripts' digits, typographic signs and fractions as ASCII; the rest as it is."""
+    """Full-width and other scripts' digits, typographic signs and fractions as ASCII; other characters unchanged."""
     return "".join(_plain(character) for character in text)
 
 
@@ -64,7 +64,7 @@ def without_markdown(text: str) -> str:
 
 
 def plain_writing(text: str) -> str:
-    """Characters, LaTeX spacing, text boxes and thousands separators as one would type them."""
+    """Characters, LaTeX spacing, text boxes and thousands separators in plain typed form."""
     text = _RAISED_RUN.sub(lambda run: "^" + "".join(_RAISED[each] for each in run.group()), text)
     text = plain_characters(_GROUPING.sub("", text))
     text = _EUROPEAN.sub(lambda found: f"{found[1].replace('.', '')}.{found[2]}", text)
