@@ -99,7 +99,7 @@ class GrpoConfig(Section):
     tokens."""
     temperature: Result[PositiveFloat] = 1.0
     """Temperature of sampling and of the learner's probabilities."""
-    top_k: Result[Optional0] = 0
+    top_k: Result[Annotated[int, Field(ge=0, le=1000)]] = 0
     """Sample from the k most likely tokens; 0: from all. The set of tokens that top_k, `top_p` and `min_p` keep is sent
     to the learner with each sampled token. The learner normalises over the same set, so ratios, and the KL divergence
     of `kl_beta`, use the distribution that was sampled from."""
