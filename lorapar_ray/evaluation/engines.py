@@ -157,6 +157,8 @@ class Engines:
         """End the engines; those that answer take away what they have written (adapters in /dev/shm) before."""
         import ray
 
+        if not ray.is_initialized():  # its end was theirs; a call would start another
+            return
         leaving = [actor.leave.remote() for actor in self._actors]
         ray.wait(leaving, num_returns=len(leaving), timeout=LEAVE_LIMIT_S, fetch_local=False)
         for actor in self._actors:

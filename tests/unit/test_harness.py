@@ -22,7 +22,8 @@ from lorapar_ray.datasets.chat import load_encoder
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.answers import MERGED_FROM, AnswerStore
 from lorapar_ray.evaluation.harness import judges
-from lorapar_ray.evaluation.harness.catalogue import Catalogue, quiet, wanted
+from lorapar_ray.evaluation.harness.catalogue import OUR_TASKS, Catalogue, quiet, wanted
+from lorapar_ray.evaluation.harness.command import WithOurTasks
 from lorapar_ray.evaluation.harness.local_data import local_dataset
 from lorapar_ray.evaluation.harness.model import HarnessModel, plan_scores
 from lorapar_ray.evaluation.harness.results import leaves, summary
@@ -456,6 +457,15 @@ def test_an_adapter_on_a_residual_base_is_named_with_it(student: Path, tmp_path:
     kept.model = PeftModel.from_pretrained(kept.model, named.adapter).eval()
     asked = [Request("score", [5, 6, 7, 8], start=1)]
     assert kept(asked)[0].logprobs == pytest.approx(merged(asked)[0].logprobs, abs=1e-3)  # untrained: the base itself
+
+
+def test_lm_evals_own_commands_know_our_tasks_and_a_users(tmp_path: Path) -> None:
+    mine = {"task": "humaneval", "dataset_path": "json", "output_type": "generate_until"}
+    (tmp_path / "mine.yaml").write_text(json.dumps(mine))
+    found = {path: WithOurTasks(include_path=path, include_defaults=False) for path in (None, str(tmp_path))}
+    assert {"svamp", "mawps", "mbpp", "boolq_closed_book"} <= set(found[None].all_tasks)
+    places = {path: each.task_index["humaneval"].yaml_path for path, each in found.items()}
+    assert places == {None: OUR_TASKS / "humaneval.yaml", str(tmp_path): tmp_path / "mine.yaml"}
 
 
 def test_tasks_are_file_names() -> None:

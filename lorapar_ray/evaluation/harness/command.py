@@ -10,14 +10,18 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
+import lm_eval.tasks
 from lm_eval.api.registry import register_model
+from lm_eval.tasks import TaskManager
 
 from lorapar_ray.capacity import capacity
 from lorapar_ray.config import EngineConfig, Resources
 from lorapar_ray.datasets.chat import load_encoder
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.engines import Engines
+from lorapar_ray.evaluation.harness.catalogue import OUR_TASKS
 from lorapar_ray.evaluation.harness.model import MAX_GEN_TOKS, HarnessModel
 from lorapar_ray.evaluation.serving import Serve, Served, named_model, serving
 from lorapar_ray.gpus import engine_resources
@@ -72,8 +76,8 @@ class Lorapar(HarnessModel):
         )
         resources = Resources.model_validate({"cpus": cpus, "gpus": gpus, "threads": threads})
         closing = ExitStack()
-        atexit.register(closing.close)
         closing.enter_context(ray_session())
+        atexit.register(closing.close)  # after Ray's own, which thus comes later
         running = Engines(
             model.base,
             settings,
@@ -95,6 +99,15 @@ class Lorapar(HarnessModel):
         )
 
 
+class WithOurTasks(TaskManager):
+    """lm-eval's, with our task files after its own and before a user's: a later one of a name replaces an earlier."""
+
+    def __init__(self, *arguments: Any, include_path: Any = None, **options: Any) -> None:
+        theirs = include_path if isinstance(include_path, list | tuple) else [include_path]
+        folders = [OUR_TASKS, *(each for each in theirs if each)]
+        super().__init__(*arguments, include_path=folders, **options)
+
+
 def run(arguments: Sequence[str]) -> None:
     """lm-eval's command line; our task files are known to it, HumanEval and MBPP in the sandbox among them.
 
@@ -103,14 +116,10 @@ def run(arguments: Sequence[str]) -> None:
     """
     from lm_eval.__main__ import cli_evaluate
 
-    from lorapar_ray.evaluation.harness.catalogue import OUR_TASKS
-
-    given = list(arguments)
-    if "--tasks" in given and not any(each.startswith("--include_path") for each in given):
-        given += ["--include_path", str(OUR_TASKS)]
+    lm_eval.tasks.TaskManager = WithOurTasks  # type: ignore[misc]  # each of its commands looks it up here
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.argv = ["lm-eval", *given]
+    sys.argv = ["lm-eval", *arguments]
     try:
         cli_evaluate()
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, ImportError, OSError) as error:
         raise UserError(f"lm-eval: {error}") from error
