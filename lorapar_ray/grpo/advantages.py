@@ -39,7 +39,7 @@ def group_advantages(
 
 
 def _spread(rewards: Tensor) -> Tensor:
-    """Standard deviation; 0 for a sample that is alone, its group's others being lost, which is no better than any."""
+    """Standard deviation; 0 for a single sample (the others of its group were lost), so its advantage is 0."""
     return rewards.std() if rewards.numel() > 1 else torch.zeros(())
 
 

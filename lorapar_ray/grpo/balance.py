@@ -1,11 +1,11 @@
-"""How many prompts a step should take, by what steps have taken: few are wasteful, many make few updates.
+"""Chooses the number of prompts per step from measured step times: few waste time, many give few updates.
 
-A step of p prompts takes about T(p) = a + b·p seconds: a is what every step costs whatever its size (the longest
-completion's tail, publishing and proving a policy, the updates' fixed part), b·p is work that engines and learners
-share. Samples per second are p / T(p), of which 1/b is the most there can be. The fewest prompts that come to a share s
-of that are p = s/(1 − s) · a/b. Both numbers are fitted to the latest steps, of at least two sizes.
+A step of p prompts takes about T(p) = a + b·p seconds: a is the fixed time of a step (the tail of the longest
+completion, publishing and checking a policy, the updates' fixed part), b·p is work that engines and learners share.
+Samples per second are p / T(p), at most 1/b. The smallest number of prompts that reaches a share s of this maximum is p
+= s/(1 − s) · a/b. a and b are fitted to the latest steps, of at least two sizes.
 
-How many groups an engine holds needs no such search: `Router` follows the engines' measured speed.
+The number of groups in flight per engine needs no such search: `Router` follows the engines' measured speed.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from statistics import fmean
 
 SHARE = 0.95
-"""Of the most samples per second: what a step is made large enough for."""
+"""Target share of the maximum samples per second."""
 REMEMBERED = 8
-"""Steps, the latest."""
+"""Number of latest steps in the fit."""
 LARGEST_MOVE = 2.0
-"""By which a step's prompts may be multiplied or divided at once: a fit says little of far-away sizes."""
+"""Largest factor of change in one step: a fit is unreliable for very different sizes."""
 SMALLEST_MOVE = 0.15
 """Smaller ones are noise."""
 
@@ -27,18 +27,18 @@ class Balance:
     """Chooses within bounds; one observation for each step."""
 
     def __init__(self, prompts: int, bounds: tuple[int, int]) -> None:
-        """Begin with `prompts` a step, and stay within `bounds`."""
+        """Begin with `prompts` per step, and stay within `bounds`."""
         self._least, self._most = bounds
         self.prompts = min(self._most, max(self._least, prompts))
         """Prompts of the next step."""
         self._seen: list[tuple[int, float]] = []
 
     def observe(self, prompts: int, seconds: float) -> None:
-        """A step of so many prompts took so long, from one policy to the next."""
+        """Record the time of a step of so many prompts, from one policy to the next."""
         self._seen.append((prompts, seconds))
         if len(self._seen) > REMEMBERED:
             sizes = {size for size, _ in self._seen[1:]}
-            self._seen.pop(0 if len(sizes) > 1 else 1)  # the only one of another size stays
+            self._seen.pop(0 if len(sizes) > 1 else 1)  # keep the only step of another size
         wanted = self._wanted()
         wanted = min(LARGEST_MOVE * self.prompts, max(self.prompts / LARGEST_MOVE, wanted))
         if abs(wanted - self.prompts) > SMALLEST_MOVE * self.prompts:
@@ -48,12 +48,12 @@ class Balance:
         if len({prompts for prompts, _ in self._seen}) == 1:
             return LARGEST_MOVE * self.prompts if self.prompts < self._most else self.prompts / LARGEST_MOVE
         fixed, each = fitted(self._seen)
-        if each <= 0:  # larger steps take no longer, as far as can be seen
+        if each <= 0:  # larger steps take no longer, as far as measured
             return LARGEST_MOVE * self.prompts
         return SHARE / (1 - SHARE) * max(0.0, fixed) / each
 
     def state(self) -> list[list[float]]:
-        """What `restore` needs; the choice first."""
+        """State for `restore`; the current choice first."""
         return [[self.prompts, 0.0], *([prompts, seconds] for prompts, seconds in self._seen)]
 
     def restore(self, state: Sequence[Sequence[float]]) -> None:

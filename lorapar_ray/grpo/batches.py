@@ -34,7 +34,7 @@ class Batch:
     """Groups of one step, and what happened while they were made; what the coordinator keeps of it."""
 
     groups: list[Group]
-    """Those that are trained on."""
+    """Groups that are trained on."""
     metrics: dict[str, float]
     examples: list[Example]
     prompts: list[int]
@@ -86,9 +86,9 @@ def make_batch(
 ) -> Batch:
     """Metrics over every sampled group, and a few completions to read.
 
-    Metrics count the dropped groups too: a reward averaged over groups that happen to differ says nothing about the
-    policy. `step` is the version that will train on the batch; `prompts` are all that were drawn for it;
-    `rows` are the run's.
+    Metrics count the dropped groups too: a mean reward over only the groups with different rewards would not describe
+    the policy. `step` is the version that will train on the batch; `prompts` are all that were drawn for it; `rows` are
+    the run's.
     """
     everything = [*groups, *dropped]
     lengths = [length for group in everything for length in group.head.trained]
@@ -146,7 +146,7 @@ def shares_of(batch: Batch, learners: int, settings: GrpoConfig) -> list[Share]:
 
 
 def mini_batches(share: Share, records: Mapping[int, GroupRecord]) -> list[MiniBatch]:
-    """A learner's share with its samples; updates without any sample, over all learners, are left out.
+    """A learner's share with its samples; updates without any sample on all learners are skipped.
 
     Args:
         records: by number of the group.

@@ -1,4 +1,4 @@
-"""Tokens by which every engine proves which policy it serves, and how far apart two computations of them may be."""
+"""Canary tokens: they verify which policy an engine serves, up to a tolerance for numerics."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from statistics import fmean
 from lorapar_ray.errors import UserError
 
 CANARY_FACTOR = 8.0
-"""A measured tolerance in gaps on the bare base: policies that were trained further have been seen to triple it."""
+"""Tolerance as a multiple of the gap on the base without an adapter: for trained policies the gap can triple."""
 MOST_TOLERANCE = 0.5
-"""Nats; a gap on the bare base of this size is no numerics: learner and engine have different models."""
+"""Nats; a larger gap on the base without an adapter is not rounding: learner and engine have different models."""
 
 
 @dataclass(frozen=True)
 class Canary:
-    """Tokens whose log-probabilities the learner and every engine must agree on."""
+    """Tokens whose log-probabilities must agree between the learner and every engine."""
 
     token_ids: list[int]
     start: int
     logprobs: list[float]
-    """The learner's, of `token_ids[start:]`."""
+    """The learner's log-probabilities of `token_ids[start:]`."""
 
 
 def canary_gap(canaries: Sequence[Canary], scored: Sequence[Sequence[float]]) -> float:
@@ -35,7 +35,7 @@ def canary_gap(canaries: Sequence[Canary], scored: Sequence[Sequence[float]]) ->
 
 
 def canary_tolerance(base_gap: float, least: float) -> float:
-    """The canary tolerance of a run, in nats, from the gap that numerics make on the bare base.
+    """The canary tolerance of a run, in nats, from the gap due to numerics on the base without an adapter.
 
     Raises:
         UserError: the gap is too large for one model.

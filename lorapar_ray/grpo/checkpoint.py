@@ -1,4 +1,4 @@
-"""Stage 2's checkpoints: adapter, optimiser, random state, and where the prompts stand."""
+"""Stage 2's checkpoints: adapter, optimiser, random state, and the state of the prompt stream."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ KEPT = 2
 
 
 def save(folder: Path, step: int, tree: dict[str, Any]) -> None:
-    """Write a checkpoint after `step` steps; the oldest ones go."""
+    """Write a checkpoint after `step` steps; delete the oldest ones."""
     save_tree(folder / f"step-{step:07d}.safetensors", {"step": step, **tree})
     for old in sorted(folder.glob("step-*.safetensors"))[:-KEPT]:
         old.unlink()
 
 
 def newest(folder: Path, rank: int, world: int) -> dict[str, Any] | None:
-    """The whole checkpoint that is the newest to rank 0; a file that a kill cut off does not count."""
+    """The newest complete checkpoint that rank 0 sees; truncated files are ignored."""
     found = sorted(folder.glob("step-*.safetensors")) if rank == 0 else []
     found = [file for file in found if is_whole(file)]
     if world > 1:  # another node's view of a shared file system may lag behind

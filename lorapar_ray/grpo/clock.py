@@ -1,4 +1,4 @@
-"""How long the phases of a step take."""
+"""Measures the time of each phase of a step."""
 
 from __future__ import annotations
 

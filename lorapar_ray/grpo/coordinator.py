@@ -1,12 +1,12 @@
-"""Between rollout engines and learners: which steps are sampled under which policy, and what each learner gets.
+"""Connects rollout engines and learners: decides which policy samples each step, and each learner's share.
 
-One asynchronous task per optimiser step runs `loop.collect`. A step may begin as soon as a policy at most
-`max_staleness` versions old is being served: 0 is strictly on-policy, 1 or more overlaps sampling with training and
-bounds the queue to that many finished steps.
+One asynchronous task per optimiser step runs `loop.collect`. A step may begin once the served policy is at most
+`max_staleness` versions old: 0 is strictly on-policy; 1 or more overlaps sampling with training, and the queue holds at
+most that many finished steps.
 
-No data passes here. Of a group this process holds a reference, lengths and rewards, of a policy its digest and a
-reference; tokens, texts and weights go from whoever made them to whoever reads them through Ray's object store. It owns
-the groups' records, so they outlive the engine that made them; one that is lost with its node is sampled anew.
+Tokens and weights do not pass through this process. It holds a group's reference, lengths and rewards, and a policy's
+digest and reference; tokens, texts and weights go directly from producer to reader through Ray's object store. It owns
+the groups' records, so they outlive their engine; a record that is lost with its node is sampled again.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from lorapar_ray.grpo.rollouts import Rollouts
 from lorapar_ray.models import resolve_model
 
 FILLINGS = 3
-"""Sequences an engine holds, in fillings of its batch. A group ends with its longest sequence, so that most of those
-in flight are down to a few; what is held back goes to the engine that is done first."""
+"""In-flight cap: sequences per engine, as a multiple of its batch. A group ends with its longest sequence, so most
+groups in flight have few running sequences left; queued groups go to the engine that is free first."""
 
 
 def groups_at_once(settings: GrpoConfig) -> int:
-    """Groups an engine holds at most."""
+    """In-flight cap: groups per engine."""
     return ceil(FILLINGS * settings.rollout_engine.max_num_seqs / settings.group_size)
 
 
 class Coordinator:
     """Async Ray actor; owns the rollout engines, the reward workers and the prompt stream.
 
-    All of them end with it. If Ray starts it again, the learners begin again at their checkpoint and it at theirs.
+    They all end with it. If Ray restarts it, the learners and the coordinator resume from the learners' checkpoint.
     """
 
     def __init__(
@@ -56,15 +56,15 @@ class Coordinator:
         place: Any = None,
         reward_worker: type[Any] = RewardActor,
     ) -> None:
-        """Take the plan, and what is no plain data beside it.
+        """Take the plan, and arguments that are not plain data.
 
         Args:
             plan: `settings` (GrpoConfig), `rows` (a sequence of questions, see `TokenTable.question`), `steps`,
                 `seed`, `model` (see `models.model_reference`), `trust_remote_code`, `lora_rank`, `judge` (see
                 `judging`; None without one) and perhaps `withheld` (environment variables that rewards do not see).
-            engine: how to make an engine, if not by the plan.
+            engine: a factory of engines; default: from the plan.
             place: the engines' placement group.
-            reward_worker: what a reward worker runs.
+            reward_worker: the function of a reward worker.
         """
         from lorapar_ray.datasets.chat import load_encoder
 
@@ -91,15 +91,15 @@ class Coordinator:
         self._drawn: dict[int, list[int]] = {}
         self._shares: dict[int, list[Share]] = {}
         self._changed = asyncio.Event()
-        """Set, and replaced, when a step begins or the run cannot go on."""
+        """Set, and replaced, when a step begins or the run fails."""
         self._first_step = 0
         self._failure: Exception | None = None
-        """Why no further step can begin."""
+        """The error that prevents further steps."""
         self._publishing: asyncio.Task[dict[str, float]] | None = None
         self._marked_at = time.monotonic()
         self._marked_busy_s = 0.0
         self._sizes: dict[int, int] = {}
-        """Prompts of the steps that have begun."""
+        """Prompts of the steps in progress and done."""
         self._balance = self._fresh_balance()
 
     async def start(self) -> list[dict[str, Any]]:
@@ -107,10 +107,10 @@ class Coordinator:
         return await self._engines.start()
 
     async def resume(self, step: int, stream: dict[str, Any] | None) -> None:
-        """Begin (again) at `step`: forget every unfinished step, and continue the prompts where the checkpoint was."""
+        """Begin (again) at `step`: discard unfinished steps, and continue the prompt stream from the checkpoint."""
         if isinstance(self._failure, PolicyMismatch):
             raise self._failure  # a restarted learner would only repeat it
-        if self._publishing is not None:  # of the learners before: it must not go on beside these
+        if self._publishing is not None:  # from the previous learners: it must not run at the same time
             self._publishing.cancel()
             await asyncio.wait([self._publishing])
             self._publishing = None
@@ -127,12 +127,12 @@ class Coordinator:
             self._stream.restore(stream)
             if self._balance is not None and "balance" in stream:
                 self._balance.restore(stream["balance"])
-        self._engines.begin_to_start()  # a coordinator that Ray has restarted has none
+        self._engines.begin_to_start()  # a restarted coordinator has none
 
     async def calibrate(self, canaries: list[Canary], least: float) -> float:
-        """Set the canary tolerance from the gap on the bare base, once for the run; returns it.
+        """Set the canary tolerance from the gap on the base without an adapter, once for the run; returns it.
 
-        A policy cannot loosen its own proof that way: the bare base is measured before any policy is served.
+        So a policy cannot loosen its own check: the base is measured before any policy is served.
 
         Args:
             canaries: with the learner's log-probabilities under the bare base.
@@ -147,7 +147,7 @@ class Coordinator:
         return self._calibrated
 
     async def publish(self, policy: PolicyNote, canaries: list[Canary]) -> dict[str, float]:
-        """Serve a policy on every engine and check that they do; sampling that waited for it begins.
+        """Serve a policy on every engine and verify it; sampling that waited for it begins.
 
         Returns:
             seconds and bytes of the sync, the largest canary gap (mean absolute log-probability difference in nats),
@@ -163,7 +163,7 @@ class Coordinator:
         except asyncio.CancelledError:
             raise RuntimeError(f"policy {policy.version} was discarded: the learners have restarted") from None
         except Exception as error:
-            if self._publishing is task:  # not of learners that are gone
+            if self._publishing is task:  # not from previous learners
                 self._failure = error
                 self._change()
             raise
@@ -175,7 +175,7 @@ class Coordinator:
         idle = 1.0 - self._engines.busy_share(self._marked_at, self._marked_busy_s)
         size = self._sizes.pop(policy.version - 1, None)
         if self._balance is not None and size is not None and policy.version > self._first_step + 1:
-            self._balance.observe(size, start - self._marked_at)  # of the first step much is starting
+            self._balance.observe(size, start - self._marked_at)  # the first step includes start-up time
         wanted = self._settings.prompts_per_step if self._balance is None else self._balance.prompts
         self._marked_at, self._marked_busy_s = start, self._engines.busy_seconds()
         gap = await self._engines.publish(policy, canaries)
@@ -200,10 +200,10 @@ class Coordinator:
         }
 
     async def batch(self, step: int, rank: int, world: int) -> Share:
-        """This rank's share of a step's samples, as soon as the step is sampled; see `deal` for how they are dealt.
+        """This rank's share of a step's samples, once the step is sampled; see `deal`.
 
         Raises:
-            Exception: why the step cannot begin, if the policy that it waits for could not be published.
+            Exception: the step cannot begin, since its policy could not be published.
         """
         while step not in self._steps:
             if self._failure is not None:
@@ -218,18 +218,18 @@ class Coordinator:
         return self._shares[step][rank]
 
     async def lost(self, step: int, groups: list[int]) -> None:
-        """Sample these groups of a step again: a learner found that their records went with a node."""
+        """Sample these groups of a step again: a learner found that their records were lost with a node."""
         batch = await self._steps[step]
         for number in groups:
             old = batch.groups[number]
             new = await sample_group(self._rollouts, old.index, step, attempt=0)
-            if batch.groups[number] is old:  # else another learner, which has a part of it too, was first
+            if batch.groups[number] is old:  # else another learner with a part of it was first
                 batch.groups[number] = new
                 self._rollouts.lost += 1
         self._shares.pop(step, None)
 
     async def checkpoint(self, step: int) -> dict[str, Any]:
-        """State of the prompt stream as it is after training on `step`."""
+        """State of the prompt stream after training on `step`."""
         state = self._stream.state([index for at, drawn in sorted(self._drawn.items()) if at > step for index in drawn])
         return state if self._balance is None else {**state, "balance": self._balance.state()}
 
@@ -257,7 +257,7 @@ class Coordinator:
 
     def _new_engine(self) -> Any:
         settings, engine = self._settings, self._settings.rollout_engine
-        if settings.top_k:  # a request may ask for so many log-probabilities
+        if settings.top_k:  # the largest number of log-probabilities per request
             engine = engine.model_copy(update={"extra": {"max_logprobs": settings.top_k, **engine.extra}})
         return start_engine(
             self._plan["model"],

@@ -1,7 +1,7 @@
-"""Which learner trains on which completions, so that all of them compute about as long: a pure function of lengths.
+"""Distributes completions over learners so that all compute about equally long: a pure function of lengths.
 
-A learner computes a prompt once for all completions of it that it has. So its work is the sum over its groups of prompt
-tokens and completion tokens, and a group that is cut over two learners costs its prompt twice.
+A learner computes a prompt once for all of its completions. So its work is the sum over its groups of prompt and
+completion tokens; a group that is split over two learners computes its prompt twice.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from lorapar_ray.engines.record import GroupHead
 
 BALANCED = 0.05
-"""Share of the fullest learner's tokens by which the emptiest may fall short before a group is cut."""
+"""Allowed gap between the fullest and the emptiest learner, as a share of the fullest's tokens; above it groups are
+split."""
 
 Hand = dict[int, list[int]]
 """One learner's: completions by group."""
@@ -21,9 +22,9 @@ Hand = dict[int, list[int]]
 def deal(groups: Sequence[GroupHead], chosen: Sequence[Sequence[int]], learners: int) -> list[Hand]:
     """Deal the chosen completions of every group.
 
-    Whole groups go, the longest first, to the learner with the least so far. Then, while the emptiest learner is more
-    than `BALANCED` behind the fullest, single completions move from one to the other. So at the end either it is not,
-    or every completion of the fullest, its prompt included, is at least as long as the gap.
+    Whole groups go, the longest first, to the learner with the least so far. Then, while the gap between the emptiest
+    and the fullest learner exceeds `BALANCED`, single completions move from the fullest to the emptiest. At the end the
+    gap is within `BALANCED`, or every completion of the fullest, with its prompt, is at least as long as the gap.
 
     Args:
         chosen: completions of each group that are trained on; a group without any is left out.
@@ -42,7 +43,7 @@ def deal(groups: Sequence[GroupHead], chosen: Sequence[Sequence[int]], learners:
 
 
 def tokens_of(groups: Sequence[GroupHead], hand: Hand) -> int:
-    """Tokens that a learner computes for what it was dealt."""
+    """Tokens that a learner computes for its share."""
     return sum(_size(groups[number], own) for number, own in hand.items())
 
 

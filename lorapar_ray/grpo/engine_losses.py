@@ -1,4 +1,4 @@
-"""What says that an engine is lost, and how one that hangs is ended."""
+"""Detects that an engine is lost, and ends one that hangs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from lorapar_ray.waiting import awaited
 
 LEAVE_LIMIT_S = 10.0
-"""What a hanging engine's actor is given to end its own children before it is killed."""
+"""Time for a hanging engine's actor to end its children before it is killed."""
 
 
 async def leave(engine: Any) -> None:
@@ -22,7 +22,7 @@ async def leave(engine: Any) -> None:
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether an engine, or its answer, is gone, as against a request that it refused."""
+    """Whether an engine, or its answer, is lost (and not only a request refused)."""
     import ray
 
     gone = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.OutOfMemoryError)
@@ -30,14 +30,14 @@ def is_lost(error: Exception) -> bool:
 
 
 def fetch_failed(error: Exception) -> bool:
-    """Whether an engine could not fetch what it was sent."""
+    """Whether an engine could not fetch an object."""
     import ray
 
     return isinstance(error, ray.exceptions.ObjectLostError)
 
 
 def is_dead(error: Exception) -> bool:
-    """Whether Ray knows that the actor has ended; else it may only be out of reach."""
+    """Whether Ray knows that the actor has ended; else it may only be unreachable."""
     import ray
 
     return isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.OutOfMemoryError)

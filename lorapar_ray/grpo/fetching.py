@@ -1,4 +1,4 @@
-"""A learner fetches its share of a step: numbers from the coordinator, the records from wherever they lie."""
+"""A learner fetches its share of a step: numbers from the coordinator, records from the object store."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lorapar_ray.grpo.samples import MiniBatch
 def fetch(coordinator: Any, step: int, rank: int, world: int) -> tuple[Share, list[MiniBatch]]:
     """This rank's share of a step with its samples.
 
-    Groups whose records were lost with a node are sampled anew, whichever rank found that out; the step is then dealt
-    again, so every rank asks again.
+    If any rank finds that records were lost with a node, their groups are sampled again; then the step is dealt again,
+    so every rank asks again.
     """
     import ray
 
@@ -28,7 +28,7 @@ def fetch(coordinator: Any, step: int, rank: int, world: int) -> tuple[Share, li
 
 
 def _records(share: Share) -> dict[int, GroupRecord]:
-    """By number of the group; those that are lost are missing."""
+    """By number of the group; lost ones are missing."""
     import ray
 
     references = {part.group: part.record for update in share.updates for part in update.parts}

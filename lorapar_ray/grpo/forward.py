@@ -1,4 +1,4 @@
-"""Forward passes over samples: how many go into one, how they are laid out, and passes beside ranks with more to do."""
+"""Forward passes over samples: their size, their layout, and dummy forward passes while other ranks have more to do."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lorapar_ray.packed_attention import use_packed_attention
 
 
 class Forward:
-    """The model of one learner as it computes log-probabilities of samples."""
+    """Computes log-probabilities of samples with one learner's model."""
 
     def __init__(
         self, model: Any, settings: GrpoConfig, *, pad_id: int, filler: Sample, sharded: bool, device: torch.device
     ) -> None:
-        """Take the model, and find out what it can do.
+        """Take the model, and detect its features.
 
         Args:
             filler: a short sample for dummy passes.
@@ -32,7 +32,7 @@ class Forward:
         self._sharded, self.device = sharded, device
         base = model.get_base_model()
         self.packed = use_packed_attention(base)
-        """Prompts are computed once, and rows hold no padding."""
+        """Whether prompts are computed once, in rows without padding."""
         self._scorer = TokenScorer(model)
         share = settings.learner_resources.gpu_count if device.type == "cuda" else 1 / settings.learners
         tokens, checkpointed = pass_limits(
@@ -63,9 +63,9 @@ class Forward:
         return packed_logprobs(self._scorer, rows, temperature=asked)
 
     def passes_of_all(self, passes: int) -> int:
-        """Passes that every rank makes: where the base is cut over the learners, each needs all of them.
+        """Number of passes that every rank makes: with a sharded base each pass needs all ranks.
 
-        Asked before the first one: within a pass a rank answers nothing but the gathering of weights.
+        Exchanged before the first pass: during a pass ranks only gather weights.
         """
         if not self._sharded:
             return passes
@@ -74,7 +74,7 @@ class Forward:
         return most_of_any_rank(passes, self.device)
 
     def dummy_passes(self, passes: int, backward: bool = True) -> None:
-        """Forward and backward passes that change nothing, beside ranks that have more to do."""
+        """Dummy forward and backward passes, while other ranks have more to do; they change nothing."""
         if passes == 0:
             return
         rows = self.rows([[self._filler]])

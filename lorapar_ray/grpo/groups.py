@@ -1,4 +1,4 @@
-"""One prompt's completions as the coordinator knows them: where they lie, how long they are, and what they earned."""
+"""One prompt's completions in the coordinator: reference, lengths and rewards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Group:
     """One prompt, a reference to its completions, and (once scored) their rewards; no tokens and no texts."""
 
     index: int
-    """The prompt's, among the run's."""
+    """Index of the prompt in the run's rows."""
     record: Any
     """Reference to the `GroupRecord` in the object store."""
     head: GroupHead
@@ -33,7 +33,7 @@ class Group:
     reward_seconds: float = 0.0
 
     def take(self, scored: RewardBatch, settings: GrpoConfig) -> None:
-        """Fill in what the reward workers found, and the overlong penalty if there is one."""
+        """Add the reward workers' results, and the overlong penalty if configured."""
         self.rewards, self.parts, self.failures = scored.total, scored.parts, sum(scored.failures.values())
         self.failed, self.errors = scored.failed, scored.errors
         if settings.overlong_cache:

@@ -1,13 +1,13 @@
 """The output head in float32, a few tokens at a time: the logits [N, vocabulary] never exist.
 
 A token's log-probability depends on its hidden state h alone, and its gradient is a vector as long as h:
-d log p(t) / dh = (W_t − Σ_v p_v W_v) / temperature. The forward pass has p at hand, so it keeps that vector and the
-backward pass only scales it. That is two products with the head, as many as if all logits were kept, and none again.
+d log p(t) / dh = (W_t − Σ_v p_v W_v) / temperature. The forward pass knows p, so it stores that vector and the backward
+pass only scales it. This takes two products with the head, as with stored logits, without recomputation.
 
-In float32, as the engine's head: in bfloat16 logits come in steps of an eighth.
+In float32, like the engine's head: bfloat16 logits have steps of an eighth.
 
-Where a sampler has cut the distribution (top-k, top-p, min-p) probabilities are those of what it kept: then the head
-computes those few logits alone.
+If the sampler cut the distribution (top-k, top-p, min-p), probabilities are over the kept tokens, and the head computes
+only their logits.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ SLICE = {"cpu": 2**25, "cuda": 2**26}
 
 
 class TokenScorer:
-    """Log-probabilities under one model; keeps the float32 copy of a 16-bit head that a CPU needs."""
+    """Log-probabilities under one model; on a CPU it stores a float32 copy of a 16-bit head."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
         head = model.get_output_embeddings()
         frozen = type(head) is nn.Linear and not any(value.requires_grad for value in head.parameters())
-        self._head = head if frozen else None  # a trained or wrapped head goes the long way
+        self._head = head if frozen else None  # a trained or wrapped head takes the slow path
         self._wide: Tensor | None = None
 
     def __call__(
@@ -49,14 +49,14 @@ class TokenScorer:
             inputs: of the model: `input_ids` [R, W] and others.
             at: row and column whose output predicts each token, [N] each.
             tokens_N: the tokens.
-            kept_NK: the distribution is that over these tokens, filled up with −1; None: over the whole vocabulary.
+            kept_NK: the distribution is over these tokens, padded with −1; None: over the whole vocabulary.
         """
         if self._head is not None:
             with self._scoring(at, tokens_N, temperature, kept_NK, inputs["input_ids"].shape) as scores:
                 output = self._model(**inputs, use_cache=False).logits
             if scores and output is scores[0]:
                 return scores[0][0].unbind(-1)
-            self._head = None  # the model does something to its logits behind the head (a soft cap, a scale)
+            self._head = None  # the model changes its logits after the head (a soft cap, a scale)
         logits_NV = logits_at(at, self._model, inputs)
         if kept_NK is not None:
             chosen_NK = logits_NV.gather(-1, kept_NK.clamp(min=0)).float() / temperature
@@ -72,7 +72,7 @@ class TokenScorer:
         kept_NK: Tensor | None,
         shape: tuple[int, ...],
     ) -> Iterator[list[Tensor]]:
-        """While it lasts the head gives [1, N, 2], log-probabilities and entropy, in place of logits.
+        """Inside this context the head returns [1, N, 2], log-probabilities and entropy, instead of logits.
 
         They go through the model's output, so that hooks on it (FSDP) see the backward pass begin.
         """
@@ -138,7 +138,7 @@ def kept_logprobs(
     bias: Tensor | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """As `head_logprobs`, of the distribution over the K tokens `kept_NK` alone (−1: none): π(t) / Σ_kept π(v)."""
+    """As `head_logprobs`, for the distribution over only the K tokens `kept_NK` (−1: none): π(t) / Σ_kept π(v)."""
     logprobs, entropy = _KeptLogprobs.apply(hidden_ND, weight_VD, tokens_N, kept_NK, bias, temperature)
     return logprobs, entropy
 
@@ -153,7 +153,7 @@ def _among(chosen_NK: Tensor, kept_NK: Tensor, tokens_N: Tensor) -> tuple[Tensor
 
 
 class _KeptLogprobs(torch.autograd.Function):
-    """Keeps the gradient, a vector as long as the hidden state, in place of K rows of the head for every token."""
+    """Stores the gradient, a vector as long as the hidden state, instead of K rows of the head for every token."""
 
     @staticmethod
     def forward(
@@ -240,7 +240,7 @@ class _HeadLogprobs(torch.autograd.Function):
 
 
 def _product(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
-    """hidden · weightᵀ in float32: products of 16-bit numbers are exact there, so nothing is widened on a GPU."""
+    """hidden · weightᵀ in float32: products of 16-bit numbers are exact there, so a GPU needs no float32 copy."""
     if weight_VD.dtype == torch.float32:
         return hidden_ND.float() @ weight_VD.T
     return torch.mm(hidden_ND, weight_VD.T, out_dtype=torch.float32)

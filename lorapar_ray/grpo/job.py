@@ -32,7 +32,7 @@ from lorapar_ray.workers import RESTARTS, beside_the_driver, on_a_worker, run_wo
 
 CANARIES = 4
 CANARY_TOKENS = 32
-"""Of a response, at most."""
+"""Most characters of a response."""
 STOP_LIMIT_S = 30
 
 
@@ -88,7 +88,7 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
     with progress("grpo", steps, lambda: _poll(Path(job.metrics))), reserved(config) as place, judging(config) as judge:
         coordinator = actor.remote({**plan, "judge": judge}, place=place)
         try:
-            engines = coordinator.start.remote()  # beside the learners, whose first policy waits for them
+            engines = coordinator.start.remote()  # in parallel with the learners, whose first policy waits
             run_workers(
                 learn_worker,
                 job.payload(),
@@ -100,7 +100,7 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
             )
         except Exception:
             if ray.wait([engines], timeout=0)[0]:
-                ray.get(engines)  # engines that could not start say more than the learners that waited for them
+                ray.get(engines)  # an engine's start error says more than the waiting learners' error
             raise
         finally:
             _stop(coordinator)
@@ -111,10 +111,10 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
 
 
 def _require_servable(sync: str, base: str, adapter: Path) -> None:
-    """Find out before anything starts whether engines can merge the adapter into their base.
+    """Check before anything starts that engines can merge the adapter into their base.
 
     Raises:
-        UserError: the base's files have other names for what it adapts.
+        UserError: the base's files use other names for the adapted weights.
     """
     if sync == "merged":
         missing = on_a_worker(unmergeable, base, list(read_adapter_state(adapter)))
@@ -123,7 +123,7 @@ def _require_servable(sync: str, base: str, adapter: Path) -> None:
 
 
 def _stop(coordinator: Any) -> None:
-    """End the coordinator and what it owns, also when it is dead already and another error is on its way."""
+    """End the coordinator and its actors, also if it is already dead or another error is being raised."""
     import ray
 
     with contextlib.suppress(ray.exceptions.RayError):

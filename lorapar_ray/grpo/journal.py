@@ -1,4 +1,4 @@
-"""What the leading learner writes of each step: metrics, a few completions, and the trackers' curves."""
+"""The log of rank 0 for each step: metrics, a few completions, and the trackers' curves."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Journal:
         self._curves = Curves(report_to, run, metrics.with_name("tensorboard") / "grpo")
 
     def begin(self, step: int) -> None:
-        """Go on after `step`: the lines of later steps, which will be done again, are dropped."""
+        """Resume after `step`: drop the lines of later steps, which will be repeated."""
         keep_lines_until(self._metrics, step)
         keep_lines_until(self._samples, step)
 
     def write(
         self, step: int, share: Share, metrics: Mapping[str, float], learning: float, waited: float, whole: float
     ) -> None:
-        """Add a step of `whole` seconds, of which the learner computed for `learning` and waited for `waited`."""
+        """Add a step of `whole` seconds; the learner computed for `learning` of them and waited for `waited`."""
         line: dict[str, Any] = {"step": step, "policy_version": step, **share.metrics, **metrics}
         line |= {"seconds/learn": learning, "seconds/wait": waited, "seconds": whole, "prompts": share.prompts}
         line |= {"learner_tokens_per_s": share.tokens / learning, "idle/learner": waited / whole}

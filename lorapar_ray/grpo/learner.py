@@ -1,4 +1,4 @@
-"""The policy that one rank trains: model, adapter and optimiser put together, its steps and its versions."""
+"""The policy that one rank trains: model, adapter and optimiser, its steps and its versions."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ class Learner:
         """The updates on this rank's share of a batch; returns their metrics. An empty batch changes nothing.
 
         Args:
-            mini_batches: each is trained on in one update; with `updates_per_batch` again and again.
-            before_update: called once, when the first update's gradient is there; for an empty batch too.
+            mini_batches: one update each; with `updates_per_batch` they are repeated.
+            before_update: called once, when the first update's gradient is ready; also for an empty batch.
 
         Raises:
             UserError: `nonfinite_limit` updates in a row had a loss or gradient that is not finite.
@@ -124,12 +124,12 @@ class Learner:
         ]
 
     def base_canaries(self) -> list[Canary]:
-        """The same under the bare base, which engines serve before the first policy."""
+        """The same for the base without an adapter, which engines serve before the first policy."""
         with self.model.disable_adapter():
             return self.canaries()
 
     def policy(self, version: int) -> Policy:
-        """The current adapter, ready to be sent: whole the first time, then what may have changed."""
+        """The current adapter as a message: complete the first time, then only elements that may have changed."""
         return self.sender.policy(version, self.parameters)
 
     def save(self, step: int, stream: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ class Learner:
         """Load the newest checkpoint; returns (steps done, prompt stream state).
 
         Raises:
-            UserError: it is damaged in a way that its length does not show.
+            UserError: it is damaged although its length is right.
         """
         folder = Path(self.job.checkpoints)
         tree = checkpoint.newest(folder, rank, world)

@@ -4,7 +4,7 @@
          ▲                                                                                                       ▼
          └── every engine serves the policy and proves it ◄──────────── publish ◄─ step: `learn`, on each learner
 
-`collect` runs once for each optimiser step, in the coordinator, which says when a step may begin (`coordinator.py`).
+`collect` runs once for each optimiser step, in the coordinator, which decides when a step may begin (`coordinator.py`).
 `learn` runs on each learner from the first step to the last. What they call is in `rollouts.py` (engines and reward
 workers), `batches.py` and `dealing.py` (advantages and shares), `learner.py` and `update.py` (loss, optimiser), and
 `engine_pool.py` (publishing).
@@ -39,7 +39,7 @@ async def collect(
     settings: GrpoConfig,
     prompts: int | None = None,
 ) -> Batch:
-    """One step's batch: groups that teach something. Those whose rewards are all equal are replaced by others.
+    """One step's batch. Groups whose rewards are all equal give no gradient and are replaced by others.
 
     Args:
         step: the version that will train on it.
@@ -66,7 +66,7 @@ async def collect(
 
 
 async def sample_group(rollouts: Rollouts, index: int, step: int, attempt: int) -> Group:
-    """A prompt's completions and their rewards; sampled anew if they are lost with their node in between."""
+    """A prompt's completions and their rewards; sampled again if they are lost with their node in between."""
     while True:
         group = await rollouts.sample(index, step, attempt)
         try:
@@ -80,8 +80,8 @@ async def sample_group(rollouts: Rollouts, index: int, step: int, attempt: int) 
 def learn(learner: Learner, coordinator: Any, journal: Journal | None, rank: int, world: int) -> None:
     """Train from the newest checkpoint to the last step, in step with the other learners.
 
-    A policy is published while the next batch is fetched and computed on, and proved before the next optimiser step:
-    by then every policy that sampled any of its tokens is. So with `max_staleness` above 0 nobody waits for it.
+    A policy is published while the next batch is fetched and computed, and verified before the next optimiser step; by
+    then every policy that sampled its tokens is verified. So with `max_staleness` above 0 no process waits for it.
 
     Args:
         coordinator: handle of the actor that runs `collect`.
@@ -91,14 +91,14 @@ def learn(learner: Learner, coordinator: Any, journal: Journal | None, rank: int
     import torch.distributed as dist
 
     steps, settings = learner.job.steps, learner.settings
-    computes_canaries = journal is not None or learner.sharded  # a base that is cut over the learners needs them all
+    computes_canaries = journal is not None or learner.sharded  # a sharded base needs all learners
     step, stream = learner.restore(rank, world)
     canaries = learner.canaries() if computes_canaries else []
     measured = settings.canary_tolerance == "auto"
     base_canaries = learner.base_canaries() if measured and computes_canaries else []
     publisher = None
     if journal is not None:
-        ray.get(coordinator.resume.options(max_task_retries=-1).remote(step, stream))  # it may be restarting itself
+        ray.get(coordinator.resume.options(max_task_retries=-1).remote(step, stream))  # it may also be restarting
         journal.begin(step)
         if measured:
             ray.get(coordinator.calibrate.remote(base_canaries, learner.rounding))

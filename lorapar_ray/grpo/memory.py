@@ -1,4 +1,4 @@
-"""How many tokens one forward and backward pass may hold, by measure on the device that computes."""
+"""Measures on the device how many tokens fit into one forward and backward pass."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.distributed.tensor import DTensor
 
 PROBE_TOKENS = 64
 SHARE = 0.5
-"""Of the memory that is free, what kept activations may take: kernels need room, and so do the gradients."""
+"""Share of the free memory for stored activations; the rest is for kernels and gradients."""
 KEPT_LAYERS = 40.0
-"""What a decoder layer keeps without checkpointing, in inputs of its own (a Llama in bfloat16: 30 to 32)."""
+"""Activations of a decoder layer without checkpointing, in units of its input (a Llama in bfloat16: 30 to 32)."""
 CPU_SHARE = 0.25
 """The same on a host, whose memory engines and workers share."""
 MOST_TOKENS = {"cpu": 4_096, "cuda": 65_536}
-"""Where a larger pass no longer computes faster."""
+"""Above this size a larger pass is not faster."""
 
 
 def pass_limits(model: Any, rows: Any, longest: int, *, share: float, checkpointing: bool | None) -> tuple[int, bool]:
@@ -41,7 +41,7 @@ def pass_limits(model: Any, rows: Any, longest: int, *, share: float, checkpoint
 
 
 def free_memory(device: torch.device, share: float) -> float:
-    """Bytes that kept activations may take."""
+    """Bytes for stored activations."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return SHARE * min(float(free), share * total)
@@ -51,7 +51,7 @@ def free_memory(device: torch.device, share: float) -> float:
 
 
 def kept_bytes_per_token(model: Any, inputs: dict[str, Any]) -> float:
-    """What a forward pass keeps for the backward one, per token; weights do not count.
+    """Bytes that a forward pass stores for the backward pass, per token, without weights.
 
     Measured, except where the weights are sharded: there gathered weights look like activations.
     """
@@ -63,7 +63,7 @@ def kept_bytes_per_token(model: Any, inputs: dict[str, Any]) -> float:
 
 
 def layer_bytes_per_token(model: Any) -> float:
-    """What checkpointing keeps: each layer's input."""
+    """Bytes that checkpointing stores: each layer's input."""
     config = model.config.get_text_config()
     size = model.dtype.itemsize
     return float(config.num_hidden_layers * config.hidden_size * size)
@@ -71,7 +71,7 @@ def layer_bytes_per_token(model: Any) -> float:
 
 @contextmanager
 def saved_bytes(model: Any) -> Iterator[dict[int, int]]:
-    """Bytes of each storage that autograd keeps meanwhile, by its number; without the model's own weights."""
+    """Bytes of each storage that autograd saves inside this context, by its number; without the model's weights."""
     own = {value.untyped_storage()._cdata for value in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -86,7 +86,7 @@ def saved_bytes(model: Any) -> Iterator[dict[int, int]]:
 
 
 def checkpoint_layers(model: Any) -> None:
-    """Compute each layer's activations again in the backward pass; dropout stays off.
+    """Recompute each layer's activations in the backward pass; dropout stays off.
 
     transformers checkpoints layers in training mode only. The flag is set on the layers alone: what is inside them
     stays in evaluation mode.

@@ -2,11 +2,11 @@
 
 A GRPO group is one prompt with G completions. Laid end to end as `prompt c₁ c₂ … c_G`, with every completion seeing the
 prompt and itself only (see `packed_attention`) and its positions counted from the prompt's end, the group costs
-|p| + Σ|c| tokens instead of G·|p| + Σ|c|, and no padding: with long prompts and short answers most of the learner's
-work goes away, and the log-probabilities are the same. A completion's last token predicts nothing and is left out.
+|p| + Σ|c| tokens instead of G·|p| + Σ|c|, and no padding: with long prompts and short answers this saves most of the
+learner's work, and the log-probabilities are the same. A completion's last token predicts nothing and is not computed.
 
-Tokens that an environment put into a completion are read like a prompt. Nothing predicts them: they have no place in
-any tensor of completion tokens, so neither loss nor ratio nor metric can count them.
+Tokens that an environment added to a completion are read like a prompt. They are in no tensor of completion tokens, so
+no loss, ratio or metric counts them.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class PackedRows:
     """Of the model: `input_ids` [R, W] and what says which of them see each other."""
     row_N: Tensor
     column_N: Tensor
-    """Where the output lies that predicts each sampled token, sequence by sequence."""
+    """Position of the output that predicts each sampled token, sequence by sequence."""
     tokens_N: Tensor
     mask_BT: Tensor
     sampling_logprobs_BT: Tensor
     advantages_B: Tensor
     kept_NK: Tensor | None = None
-    """The tokens that each was sampled from, filled up with −1; None: the whole vocabulary."""
+    """The kept tokens that each was sampled from, padded with −1; None: the whole vocabulary."""
 
     def spread(self, values_N: Tensor) -> Tensor:
         """Values of the sampled tokens as [B, T], 0 in padding."""
@@ -74,7 +74,7 @@ def pack(groups: Sequence[Sequence[Sample]], device: torch.device) -> PackedRows
 
 
 def pad(samples: Sequence[Sample], pad_id: int, device: torch.device) -> PackedRows:
-    """One row per sample, prompts repeated: what every causal model takes."""
+    """One row per sample, with repeated prompts, for any causal model."""
     widths = [len(sample.prompt_ids) + len(sample.token_ids) for sample in samples]
     ids = np.full((len(samples), max(widths)), pad_id)
     rows, columns = [], []
@@ -147,7 +147,7 @@ def micro_batches(
 ) -> Iterator[list[list[Sample]]]:
     """Consecutive groups, or pieces of them, of at most `tokens` tokens and `sequences` samples together.
 
-    A group that does not fit is cut, and each piece computes the prompt anew. A larger sample goes alone.
+    A group that does not fit is split, and each piece computes the prompt again. A larger sample gets its own pass.
     """
     micro: list[list[Sample]] = []
     used = count = 0

@@ -1,12 +1,12 @@
-"""Where stage 2's processes go: engines in a placement group of their own, learners in the one that Ray Train makes.
+"""Placement of stage 2's processes: engines in their own placement group, learners in Ray Train's.
 
-The group keeps each engine's place for as long as the stage runs, so a replaced engine finds its GPUs free even
-on a busy cluster, and after the loss of a node Ray moves the place to another. Learners reserve theirs as a group
-too.
+The group holds each engine's bundle while the stage runs, so a replaced engine finds its GPUs free even on a busy
+cluster, and after the loss of a node Ray moves the bundle to another. Learners also reserve theirs as a group.
 
 Separate GPUs: whole numbers on both sides. Colocated, one engine and one learner on each GPU: give engines more than
-half of a GPU and learners the rest. Two engines then never fit one GPU, and each learner fills up what an engine left;
-on GPUs without an engine its part is kept empty, or two learners would fit there, which NCCL refuses.
+half of a GPU and learners the rest. Then two engines never fit on one GPU, and each learner takes the rest of an
+engine's GPU. On GPUs without an engine the engine's share stays reserved; else two learners would fit there, which NCCL
+refuses.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def reserved(config: Config) -> Iterator[Any]:
     if engines ask Ray for nothing.
 
     Raises:
-        UserError: the cluster can never hold engines, learners, reward workers and judges together, or no room was free
-            in time (a bundle may also be larger than every node).
+        UserError: the cluster can never hold engines, learners, reward workers and judges together, or the resources
+            were not free in time (a bundle may also be larger than every node).
     """
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
@@ -44,7 +44,7 @@ def reserved(config: Config) -> Iterator[Any]:
     judges = {f"judge.{each.name}": (each.replicas, each.resources) for each in config.judges if each.kind == "serve"}
     require("grpo", groups | judges)
     if not any(bundle(resources).values()):
-        yield None  # nothing to keep a place for
+        yield None  # nothing to reserve
         return
     empty = empty_places(settings, int(ray.available_resources().get("GPU", 0)))
     group = placement_group(
@@ -66,6 +66,6 @@ def reserved(config: Config) -> Iterator[Any]:
 
 
 def empty_places(settings: GrpoConfig, free: int) -> int:
-    """Engine-sized places to keep empty on those of `free` GPUs without an engine, where engines and learners share."""
+    """Engine-sized bundles to reserve on those of `free` GPUs without an engine, if engines and learners share GPUs."""
     shared = 0 < settings.rollout_resources.gpu_count < 1 and 0 < settings.learner_resources.gpu_count < 1
     return max(0, free - settings.rollout_actors) if shared and settings.learners > 1 else 0

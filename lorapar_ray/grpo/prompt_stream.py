@@ -1,4 +1,4 @@
-"""The order in which prompts are sampled, and where it stands."""
+"""The order in which prompts are sampled, and the position in it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 UNKNOWN = 0.5
-"""Solve rate of a prompt that was never tried: as promising as any."""
+"""Solve rate assumed for a prompt that was never sampled."""
 
 
 @dataclass
 class PromptStream:
-    """An endless, seeded, reshuffled walk over `count` prompts that can be checkpointed in mid-flight.
+    """An endless, seeded, reshuffled stream of `count` prompts that can be checkpointed at any time.
 
-    Every epoch takes each prompt once. With `by_solve_rate` the epoch begins with the prompts solved about half of the
-    time, from which a group learns most (their reward variance is largest), and ends with those solved always or never.
+    Every epoch takes each prompt once. With `by_solve_rate` the epoch begins with prompts with a solve rate near one
+    half (largest reward variance), and ends with those solved always or never.
 
     Prompts are handed out before they are trained on. A checkpoint taken after step s therefore lists the prompts that
-    later steps had already drawn, so that a resumed run draws those first: none is lost, none is trained twice.
+    later steps had already drawn, so that a resumed run draws those first: no prompt is lost or trained twice.
     """
 
     count: int

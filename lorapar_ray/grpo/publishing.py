@@ -1,4 +1,4 @@
-"""The leading learner's policies on their way to the engines, while it goes on."""
+"""Publishes rank 0's policies to the engines while it continues to train."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from lorapar_ray.grpo.canaries import Canary
 
 
 class Publisher:
-    """Publishes one policy at a time; whoever changes the policy waits until the last one is proved."""
+    """Publishes one policy at a time; before the policy changes, the last one must be verified."""
 
     def __init__(self, coordinator: Any) -> None:
         self._coordinator = coordinator
         self._answer: Any = None
         self.figures: dict[str, float] = {}
-        """What the coordinator found when the last policy was proved, and how long this process waited for it."""
+        """The coordinator's figures for the last verified policy, and the time that this process waited for it."""
 
     def publish(self, policy: Policy, canaries: Sequence[Canary]) -> None:
-        """Put a policy into the object store and begin to publish it; only its note goes to the coordinator."""
+        """Put a policy into the object store and start publishing it; the coordinator gets only its reference and
+        digest."""
         import ray
 
         self._answer = self._coordinator.publish.remote(note_of(policy, ray.put(policy)), list(canaries))
 
     def wait(self) -> None:
-        """Until every engine has proved the policy.
+        """Wait until every engine's policy is verified.
 
         Raises:
             PolicyMismatch: one of them does not serve it.

@@ -1,8 +1,8 @@
-"""Which engine a group goes to: plain bookkeeping of load, measured speed, and prompts that engines have seen.
+"""Chooses the engine for a group, by load, measured speed, and prompts that engines have seen.
 
-An engine holds a few fillings of its batch at most, and fewer where it is slower than the others, or the last groups
-of a step would all be its. Among engines that are about equally full, one that has lately been given a prompt with the
-same beginning goes first: it has the key-value entries.
+An engine's in-flight cap is a few times its batch, and less if it is slower than the others; else the last groups of a
+step would all wait for it. Among engines with about equal load, one that recently got a prompt with the same prefix
+comes first: it has that prefix in its cache.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BLOCK = 64
-"""Tokens by which beginnings of prompts are compared."""
+"""Block size, in tokens, for the comparison of prompt prefixes."""
 BLOCKS = 8
-"""Of a prompt, at most: the cost does not grow with its length."""
+"""Most blocks of a prompt, so that the cost does not grow with its length."""
 REMEMBERED = 256
-"""Beginnings that are remembered of each engine, the latest."""
+"""Latest prefixes that are remembered per engine."""
 SLACK = 1
-"""Groups by which an engine that knows a beginning may be fuller than the emptiest."""
+"""An engine that has the prefix may have this many more groups in flight than the least loaded one."""
 DECAY = 0.95
-"""Of what was measured, with every group: the last twenty or so count."""
+"""Weight of a new measurement: about the last twenty groups count."""
 DURATIONS = 64
 
 
@@ -32,11 +32,11 @@ class Router:
     """Loads, speeds and remembered prompts of the engines in `size` places."""
 
     def __init__(self, size: int, at_once: int) -> None:
-        """`at_once`: groups an engine holds at most."""
+        """`at_once`: groups in flight per engine, at most."""
         self._at_once = at_once
-        self._least = -(-at_once // 2)  # enough to keep its batch full, so that it shows what it can do
+        self._least = -(-at_once // 2)  # enough to keep its batch full, so that its speed can be measured
         self.load = [0] * size
-        """Groups each engine holds."""
+        """Groups in flight of each engine."""
         self._busy_since, self._busy_s = [0.0] * size, 0.0
         self._tokens, self._seconds = [0.0] * size, [0.0] * size
         self._since: list[float | None] = [None] * size
@@ -45,11 +45,11 @@ class Router:
         self._durations: deque[float] = deque(maxlen=DURATIONS)
 
     def cap(self, slot: int) -> int:
-        """Groups that an engine may hold now."""
+        """An engine's current in-flight cap, in groups."""
         return self._caps[slot]
 
     def choose(self, slots: Iterable[int], beginnings: Sequence[int] = ()) -> int | None:
-        """The engine among `slots` that is asked next; None: all are full."""
+        """The next engine among `slots`; None: all are at their cap."""
         free = [slot for slot in slots if self.load[slot] < self._caps[slot]]
         if not free:
             return None
@@ -85,7 +85,7 @@ class Router:
             self._durations.append(duration)
 
     def forget(self, slot: int) -> None:
-        """Another engine takes the place."""
+        """Reset a place for a new engine."""
         self._tokens[slot] = self._seconds[slot] = self._rates[slot] = 0.0
         self._caps[slot] = self._at_once
         self._seen[slot].clear()
@@ -96,11 +96,11 @@ class Router:
 
     @property
     def typical(self) -> float | None:
-        """Seconds that a group takes, in the median of the last ones; None until there are enough."""
+        """Median seconds of the latest groups; None until there are enough."""
         return median(self._durations) if len(self._durations) == DURATIONS else None
 
     def _measure(self, slot: int) -> None:
-        """Of one engine at a time: the others' caps follow when they are measured."""
+        """Changes one engine at a time: the others' caps follow when they are measured."""
         if self._seconds[slot]:
             self._rates[slot] = rate = self._tokens[slot] / self._seconds[slot]
             share = rate / max(self._rates) if rate else 1.0

@@ -25,7 +25,7 @@ class Sample:
     sampled: NDArray[Any] | None = None
     """Which tokens the policy sampled, [tokens]; None: all. The others are read, and neither predicted nor trained."""
     kept: KeptSets | None = None
-    """What they were sampled from; None: the whole vocabulary."""
+    """The kept tokens that they were sampled from; None: the whole vocabulary."""
 
     @property
     def count(self) -> int:

@@ -21,7 +21,7 @@ def run(config: Config, run: RunDirectory) -> dict[str, Any]:
 
 
 def settings(config: Config) -> Settings:
-    """Its own, and the teachers that grade for it."""
+    """Its own settings, and the teachers that grade completions."""
     found = settings_of(config, "model", "grpo") | order_until(config, "grpo")
     if not config.grpo.judged:
         return {path: setting for path, setting in found.items() if not path.startswith("grpo.judge.")}
@@ -56,7 +56,7 @@ def resources(config: Config) -> str:
 
 
 def check(config: Config) -> None:
-    """Rewards, the environment and trackers are there."""
+    """Check that rewards, the environment and trackers can be imported."""
     from lorapar_ray.grpo.environments.registry import require_environment
     from lorapar_ray.grpo.rewards.registry import require_rewards
     from lorapar_ray.tracking import require_trackers

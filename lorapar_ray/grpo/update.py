@@ -1,7 +1,7 @@
 """The updates on one batch: loss against the old policy, gradients over all learners, one optimiser step each.
 
-The adapter is small, so gradients are summed over learners with one all-reduce of the adapter's parameters instead of
-wrapping the model; every rank then takes the same step and holds the same policy.
+The adapter is small, so one all-reduce sums the gradients over learners, without wrapping the model; every rank then
+takes the same step and has the same policy.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OldLogprobs = dict[int, Tensor]
 
 
 class Updates:
-    """Takes the updates of one learner."""
+    """Computes the updates of one learner."""
 
     def __init__(
         self, forward: Forward, parameters: Mapping[str, Tensor], optimizer: MaskedAdamW, settings: GrpoConfig
@@ -46,7 +46,7 @@ class Updates:
         """One optimiser update; skipped, and counted, if its loss or gradient is not finite.
 
         Args:
-            before: called when the gradient is there, before any parameter moves.
+            before: called when the gradient is ready, before any parameter changes.
 
         Raises:
             UserError: it is the `nonfinite_limit`th in a row.
@@ -91,7 +91,7 @@ class Updates:
     def old_logprobs(self, updates: Sequence[MiniBatch]) -> OldLogprobs:
         """Log-probabilities under the policy before the first update.
 
-        Those of the first update's samples are found on the way, in the update itself.
+        Those of the first update's samples are computed in the update itself.
         """
         old: OldLogprobs = {}
         if len(updates) == 1 or self._settings.old_policy == "sampler":
@@ -108,7 +108,7 @@ class Updates:
     def _loss(
         self, groups: list[list[Sample]], mini_batch: MiniBatch, old: OldLogprobs
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The part of an update's loss that these samples make, and its figures; notes their old log-probabilities."""
+        """These samples' part of an update's loss, and its figures; records their old log-probabilities."""
         settings = self._settings
         samples = [sample for group in groups for sample in group]
         rows = self._forward.rows(groups)

@@ -1,4 +1,4 @@
-"""What one Ray Train worker does in stage 2: put a learner together and run the loop on it."""
+"""A Ray Train worker of stage 2: builds a learner and runs the loop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class GrpoJob:
-    """One GRPO job, JSON-like so that it travels to the learners."""
+    """One GRPO job, JSON-like so that it can be sent to the learners."""
 
     model: dict[str, Any]
     settings: dict[str, Any]
