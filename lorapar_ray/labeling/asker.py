@@ -66,7 +66,7 @@ class Asker:
             return await self._ask(question)
 
     async def _ask(self, question: Question) -> tuple[dict[str, list[Answer]], dict[str, Failure]]:
-        """New answers and failures by teacher; with the quorum lost no teacher is asked any more."""
+        """New answers and failures by teacher; without a quorum it stops asking."""
         votes = [vote_of(name, known, self._bias.get(name)) for name, known in question.known.items()]
         available = [name for name in self._teachers if name not in question.known]
         found: dict[str, list[Answer]] = {}

@@ -1,4 +1,4 @@
-"""How much each teacher leans towards a System for any question, so that it can be divided out."""
+"""Measures each teacher's bias towards a System, so that it can be divided out."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ ARE_YOU_THERE: Probe = (CONTENT_FREE[0], "N/A")
 
 
 def probes(label: LabelConfig, rows: Path, seed: int) -> list[Probe]:
-    """What every teacher is asked before the rest, to see how it leans; empty where calibration does not measure.
+    """Questions that measure every teacher's bias, asked first; empty without calibration.
 
-    For `batch` that is a sample of the questions themselves, whose votes are needed anyway.
+    For `batch` they are a sample of the questions themselves, whose votes are needed anyway.
     """
     if label.calibration == "content_free":
         return [(text, "N/A") for text in CONTENT_FREE]
@@ -40,7 +40,7 @@ def probes(label: LabelConfig, rows: Path, seed: int) -> list[Probe]:
 
 
 def unanswered(label: LabelConfig, keys: Keys, store: VoteStore, asked: Sequence[Probe]) -> dict[str, list[Probe]]:
-    """By teacher, the probes of which no answer is stored."""
+    """By teacher, the probes without a stored answer."""
     known = store.answers([question_key(*probe) for probe in asked])
     return {
         teacher.name: [

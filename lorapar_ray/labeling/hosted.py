@@ -3,7 +3,7 @@
 Why not `ray.serve.llm`: its `LLMServer` speaks the OpenAI protocol, so every vote would be parsed from a request model,
 detokenised and written into a response with log-probabilities keyed by token text, where `1` and ` 1` collide. Here a
 vote is one constrained token and comes back as the log-probabilities of exactly the K choice tokens. Placement,
-autoscaling and limits are Serve's own in both cases. `jobs/benchmarks/labeling.py` measures one beside the other.
+autoscaling and limits are Serve's own in both cases. `jobs/benchmarks/labeling.py` compares both.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lorapar_ray.models import model_reference, resolve_model
 from lorapar_ray.workers import ray_options
 
 ROOM_FOR_CHOICE = 16
-"""Tokens kept free behind a thought for the words that ask for the choice."""
+"""Tokens reserved after a thought for the words that ask for the choice."""
 
 
 class HostedTeacher:
@@ -59,11 +59,11 @@ class HostedTeacher:
         return log_probs, len(prompt_ids) + 1 + thought
 
     async def check_health(self) -> None:
-        """Serve asks now and then: an idle replica whose engine has died is replaced before it is asked."""
+        """Called regularly by Serve: an idle replica with a dead engine is replaced before the next request."""
         await self._engine.check_health()
 
     def _tokens(self, text: str, choices: list[str]) -> tuple[list[int], list[int]]:
-        """As `choice_tokens`, with one tokenisation where the choices are known already."""
+        """As `choice_tokens`, with only one tokenisation if the choices are already known."""
         key = "\0".join(choices)
         if key in self._choice_ids:
             ids = self._tokenizer(f"{text} {choices[0]}", add_special_tokens=self._needs_bos(text))["input_ids"]
@@ -73,7 +73,7 @@ class HostedTeacher:
         return prompt_ids, self._choice_ids[key]
 
     async def _think(self, text: str) -> tuple[str, int]:
-        """Let a reasoning model write first; the choice is asked for after what it wrote. (text, tokens)"""
+        """Let a reasoning model write first; the choice is asked after its text. (text, tokens)"""
         from vllm import SamplingParams
 
         opened = text.removesuffix(self._choice)
@@ -109,7 +109,7 @@ def choice_tokens(tokenizer: Any, text: str, choices: list[str]) -> tuple[list[i
     """(ids of `text` and whatever all choices begin with, the one token by which each choice differs).
 
     Raises:
-        UserError: some choice is more than one token for this tokenizer.
+        UserError: a choice is more than one token for this tokenizer.
     """
     plain = not text.startswith(tokenizer.bos_token or "\0")
     encoded = [tokenizer(f"{text} {choice}", add_special_tokens=plain)["input_ids"] for choice in choices]
@@ -127,7 +127,7 @@ def teacher_engine_arguments(teacher: TeacherConfig, seed: int) -> dict[str, Any
 
 
 def deployment_options(teacher: TeacherConfig) -> dict[str, Any]:
-    """Serve's options: how many replicas, what each asks Ray for, how much each takes on."""
+    """Serve's options: number of replicas, their resources, and their in-flight cap."""
     scaling: dict[str, Any] = {"num_replicas": teacher.replicas}
     if teacher.max_replicas is not None:
         full = min(teacher.engine.max_num_seqs, teacher.ongoing_requests)
@@ -146,7 +146,7 @@ def deployment_options(teacher: TeacherConfig) -> dict[str, Any]:
 
 
 def target(teacher: TeacherConfig, app: str, choice: str, seed: int) -> Any:
-    """What `serve.run_many` should run for a hosted teacher."""
+    """The target for `serve.run_many` of a hosted teacher."""
     from ray import serve
 
     deployment = serve.deployment(HostedTeacher).options(**deployment_options(teacher))

@@ -4,8 +4,8 @@
                               ▲                    └─► Serve, endpoints         │
                               └──────────── what is known already ◄─────────────┘
 
-Everything streams: neither the driver nor a worker holds more than some blocks of questions. The vote store is the one
-thing that a resumed run, a further teacher or another calibration goes on from.
+Everything streams: driver and workers hold only a few blocks of questions. A resumed run, a new teacher or another
+calibration continues from the vote store.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def label(config: Config, run: RunDirectory) -> dict[str, Any]:
 
 
 def student_name(config: Config) -> str:
-    """The model that teachers play: as the config names it, else the last part of the student's path."""
+    """Name of the model that teachers play: from the config, else the last part of the student's path."""
     return config.label.student_name or config.model.path.removeprefix("package:").rstrip("/").rsplit("/", 1)[-1]
 
 
@@ -105,7 +105,7 @@ class _Voting:
         self.probes = probes(label, self.rows, self.config.seed)
 
     def collect(self) -> None:
-        """Ask what is not stored yet."""
+        """Ask for answers that are not stored yet."""
         label = self.config.label
         if not any(unanswered(label, self.keys, self.store, self.probes).values()):
             self._calibrate()
@@ -158,7 +158,7 @@ class _Voting:
             )
 
     def _calibrate(self) -> None:
-        """One run, one calibration: a resumed run goes on with the first, and adds teachers that answer only now."""
+        """One calibration per run: a resumed run keeps it, and adds teachers that answer only now."""
         file = self.work / "bias.json"
         known = _known_bias(file, len(self.config.label.definitions)) if file.is_file() else {}
         self.bias = measured_bias(self.config.label, self.keys, self.store, self.probes) | known
@@ -187,10 +187,10 @@ class _Voting:
         context = DataContext.get_current()
         context.enable_progress_bars = False  # ours counts stored questions, which survive a restart
         context.execution_options.preserve_order = False
-        # Ray Data takes CPUs that Serve holds for its own and waits for them without end, unless it gets limits
+        # without limits Ray Data counts CPUs that Serve holds as its own and waits for them forever
         limits = {"cpu": label.workers * label.resources.cpus + 1, "object_store_memory": OBJECT_STORE_BYTES}
         context.execution_options.resource_limits = context.execution_options.resource_limits.copy(**limits)
-        # so many blocks at once that the next one is there before the last question of one is answered
+        # enough blocks in flight that the next one is ready before a block's last question is answered
         at_once = -(-label.concurrency // label.rows_per_block) + 1
         asking = ray_options(label.resources) | {"num_gpus": label.resources.gpu_count or None}
         asked = ray.data.from_items([{"block": block} for block in range(blocks)], override_num_blocks=blocks)

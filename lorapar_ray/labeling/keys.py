@@ -1,4 +1,4 @@
-"""What a cached vote belongs to: the teacher, its model's revision and the text of the prompt, as one digest."""
+"""Key of a cached vote: a digest of the teacher, its model's revision and the text of the prompt."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def weights_here(model: str) -> str:
 
 
 def hub_commit(model: str, wanted: str) -> str:
-    """The commit that a branch or tag of a hub model stands for, from the hub, else from the local cache."""
+    """The commit of a branch or tag of a hub model, from the hub, else from the local cache."""
     import httpx
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled

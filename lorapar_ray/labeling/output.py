@@ -76,7 +76,7 @@ def write_random_labels(config: Config, run: RunDirectory) -> dict[str, Any]:
 
 
 def random_system(config: Config, row: Row) -> int:
-    """A seeded draw that depends on the row's id alone."""
+    """A seeded draw that depends only on the row's id."""
     number = hashlib.sha256(f"{config.seed}/{row.id}".encode()).digest()[0]
     return sorted(config.label.definitions)[number % len(config.label.definitions)]
 
@@ -95,7 +95,8 @@ def _why(reasons: Mapping[str, str]) -> str:
 
 @contextmanager
 def _tables(run: RunDirectory) -> Iterator[tuple[TableWriter, TableWriter]]:
-    """The tables of labels and rejects; both appear when the block ends well, the rejects only if there are any."""
+    """The tables of labels and rejects; both are written when the block ends without an error, the rejects only if
+    there are any."""
     with (
         atomic_path(run.labels / LABELS) as draft,
         reject_table(run.rejects / "label.parquet") as rejects,

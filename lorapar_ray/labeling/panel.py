@@ -16,7 +16,7 @@ from lorapar_ray.redact import remember, remember_config
 from lorapar_ray.text import one_line, reason
 
 MOST_TOKENS = 10**9
-"""That one answer may claim to have cost."""
+"""Most tokens that an answer may report."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Failure:
 
     reason: str
     by_question: bool = False
-    """It is the question that the teacher refuses: no sign of ill health."""
+    """The teacher refuses only this question: it is healthy."""
 
 
 class Panel:
@@ -51,7 +51,7 @@ class Panel:
         """
         self._label = label
         self._run = run
-        remember(keys.values())  # a worker has not read the config's file
+        remember(keys.values())  # a worker does not read the config's file
         remember_config(label.model_dump(mode="json"))
         self._teachers: dict[str, Teacher | None] = {t.name: connect(label, t, apps, keys) for t in label.teachers}
         self._openings = {
@@ -68,9 +68,9 @@ class Panel:
         return len(self._teachers) - len(self.dead) < self._label.quorum
 
     async def ask(self, teacher: TeacherConfig, question: str, answer: str) -> list[Answer] | Failure:
-        """The teacher's answers, one per rotation; or why there is none after the retries."""
+        """The teacher's answers, one per rotation; or the reason of the failure after all retries."""
         ways = self._openings[teacher.name]
-        if len(ways) == 1:  # no task for what is one call: a vote without an engine costs tens of microseconds
+        if len(ways) == 1:  # no asyncio task for a single call: a vote without an engine takes tens of microseconds
             asked = [await self._ask(teacher, question, answer, 0)]
         else:
             asked = await asyncio.gather(*(self._ask(teacher, question, answer, r) for r in range(len(ways))))
@@ -111,15 +111,16 @@ class Panel:
 
 
 def reasons(dead: Mapping[str, str]) -> str:
-    """Why each teacher was given up, in a few words each."""
+    """Why each teacher was given up, in short."""
     return "; ".join(f"{name}: {one_line(why, 100)}" for name, why in dead.items())
 
 
 def checked(asked: Asked, choices: int) -> Asked:
-    """What a teacher answered, if it can be a vote: teachers are foreign code, and their endpoints foreign machines.
+    """A checked answer: teachers are foreign code, and their endpoints foreign machines.
 
     Raises:
-        ValueError: as many log-probabilities as choices are not there, or the count of tokens or the latency is none.
+        ValueError: the number of log-probabilities is not the number of choices, or the token count or the latency is
+            invalid.
     """
     if len(asked.log_probs) != choices:
         raise ValueError(f"{len(asked.log_probs)} log-probabilities for {choices} choices")

@@ -1,7 +1,7 @@
 """The questions still to be asked, on disk: one Parquet file, one row group per block of work.
 
-The driver writes it while it streams through all questions, workers read the blocks they are given; neither holds more
-than a block.
+The driver writes it while it streams through all questions, workers read their blocks; each holds only one block at a
+time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Pending:
-    """What `write_pending` found."""
+    """The result of `write_pending`."""
 
     blocks: int
     questions: int
@@ -57,13 +57,13 @@ def write_pending(
     bias: Mapping[str, list[float]],
     living: list[str],
 ) -> Pending:
-    """Write the questions that lack a vote which one of the `living` teachers could still give.
+    """Write the questions with missing votes that one of the `living` teachers could give.
 
     Args:
         target: where to.
         rows: `data/train.parquet` of the run.
         keys: each teacher's cache keys.
-        bias: what calibration divides out; sequential voting counts calibrated votes.
+        bias: divided out by calibration; sequential voting counts calibrated votes.
     """
     blocks = questions = 0
     unfinished: list[Question] = []

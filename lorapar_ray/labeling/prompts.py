@@ -1,7 +1,7 @@
-"""What a teacher is asked: to play the student and say which System a question belongs to (paper, section 3.1).
+"""The voting prompt: the teacher plays the student and chooses a question's System (paper, section 3.1).
 
-Everything that is the same for all questions comes first, so that the engine's prefix cache holds it once; the question
-comes last and the text ends in `System:`, so that the answer is one token and nothing is left to parse.
+The part that is equal for all questions comes first, for the engine's prefix cache; the question comes last and the
+text ends in `System:`, so that the answer is one token and needs no parsing.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from typing import Any
 from lorapar_ray.config import LabelConfig, TeacherConfig, VoteExample
 
 CONTENT_FREE = ("N/A", "[question]", "…")
-"""Questions that say nothing: how a teacher labels them is its bias (contextual calibration, arXiv 2102.09690)."""
+"""Questions without content: a teacher's answer to them is its bias (contextual calibration, arXiv 2102.09690)."""
 
 
 def voting_prompt(
     question: str, answer: str, *, label: LabelConfig, teacher: TeacherConfig, student: str, rotation: int = 0
 ) -> str:
-    """The text up to and including `System:` (or whatever `label.prompt.choice` says); see `prompt_opening`."""
+    """The text up to and including `System:` (or `label.prompt.choice`); see `prompt_opening`."""
     return prompt_opening(label, teacher, student, rotation) + question_block(label, question, answer)
 
 
 def prompt_opening(label: LabelConfig, teacher: TeacherConfig, student: str, rotation: int = 0) -> str:
-    """What all questions have in common: role, task, definitions, examples.
+    """The part that is equal for all questions: role, task, definitions, examples.
 
     Args:
-        student: the model the teacher plays; strategy `single` leaves the role out.
-        rotation: how far the Systems' numbers are moved: at 0 System 1 goes by 1, at 1 it goes by 2, the last one by 1.
-            Meanings are read in the order of their numbers, so both the number and the place change.
+        student: the model the teacher plays; strategy `single` omits the role.
+        rotation: shift of the Systems' numbers: with 0, System 1 has number 1; with 1 it has number 2, and the last
+            System number 1. Definitions are listed in the order of their numbers, so both number and position change.
     """
     text = label.prompt
     number = dict(zip(sorted(label.definitions), numbers(label, rotation), strict=True))
@@ -51,12 +51,12 @@ def prompt_opening(label: LabelConfig, teacher: TeacherConfig, student: str, rot
 
 
 def question_block(label: LabelConfig, question: str, answer: str) -> str:
-    """What follows the opening."""
+    """The part after the opening."""
     return f"{label.prompt.question.format(question=question, answer=answer)}\n{label.prompt.choice}"
 
 
 def numbers(label: LabelConfig, rotation: int) -> list[int]:
-    """The number that each System (in order) goes by in a rotated prompt."""
+    """The number of each System (in order) in a rotated prompt."""
     count = len(label.definitions)
     return [(index + rotation) % count + 1 for index in range(count)]
 
@@ -77,6 +77,6 @@ def with_template(prompt: str, tokenizer: Any, use: bool | None, choice: str) ->
 
 
 def with_thought(opened: str, thought: str, choice: str) -> str:
-    """The prompt, what was thought about it, and the words that ask for the choice; an open <think> is closed."""
+    """The prompt, the model's thought, and the words that ask for the choice; an open <think> is closed."""
     unfinished = "<think>" in opened + thought and "</think>" not in thought
     return f"{opened}{thought}{'</think>' if unfinished else ''}\n{choice}"

@@ -1,4 +1,4 @@
-"""A teacher behind an OpenAI-compatible endpoint: text completions, or chat where there is nothing else."""
+"""A teacher behind an OpenAI-compatible endpoint: text completions, or chat if it offers only that."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from lorapar_ray.text import one_line
 RETRY_STATUS = (408, 409, 425, 429, 500, 502, 503, 504)
 SHUT_OUT_STATUS = (401, 402, 403, 404)
 COMPLETION_ALTERNATIVES, CHAT_ALTERNATIVES = 5, 20
-"""Alternatives per token that services of either kind return at most."""
+"""Most alternatives per token that both kinds of services return."""
 MOST_BYTES = 8 * 2**20
-"""Of one reply; log-probabilities of a long thought take less."""
+"""Most bytes of one reply; log-probabilities of a long thought take less."""
 CHAT_WORDS = 8
 """Tokens a chat model may spend on words around its choice."""
 
 
 class RemoteTeacher:
-    """Asks an endpoint no faster than its rate limit, and pauses all requests when it asks for a pause."""
+    """Asks an endpoint within its rate limit, and pauses all requests when the endpoint asks for it."""
 
     def __init__(
         self, teacher: TeacherConfig, choice: str, timeout_s: float, requests_per_second: float | None, key: str | None
@@ -48,9 +48,8 @@ class RemoteTeacher:
         """Log-probabilities of the choices among the endpoint's top alternatives.
 
         Raises:
-            ConnectionError: a status worth trying again.
-            Refused: any other status that is none of success.
-            ValueError: an answer in which no choice can be found.
+            ConnectionError: a status worth a retry. Refused: any other error status. ValueError: an answer without a
+                choice.
         """
         if self._config.endpoint == "chat":
             return await self._chat(prompt, choices)
@@ -69,7 +68,7 @@ class RemoteTeacher:
         return Asked(choice_log_probs(table.items(), choices), _tokens(answer) + thought, latency_s)
 
     async def _chat(self, prompt: str, choices: list[str]) -> Asked:
-        """The last token that is a choice: a chat model may write words, or a whole train of thought, before it."""
+        """The last token that is a choice: a chat model may write words or a long thought before it."""
         body = {
             "messages": [{"role": "user", "content": f"{prompt} (answer with the number only)"}],
             "max_tokens": self._config.thinking_tokens + CHAT_WORDS,
@@ -104,10 +103,10 @@ class RemoteTeacher:
         return answer, time.monotonic() - start
 
     async def _exchange(self, path: str, body: dict[str, Any]) -> tuple[Any, bytes]:
-        """(the response without its body, the body): at most `MOST_BYTES` of it are ever held or inflated.
+        """(the response without its body, the body): at most `MOST_BYTES` of it are read or decompressed.
 
         Raises:
-            ValueError: the body is larger, or encoded in a way that was not asked for.
+            ValueError: the body is larger, or has an encoding that was not requested.
         """
         async with self._client.stream("POST", path, json=body) as response:
             raw = bytearray()
@@ -124,7 +123,7 @@ class RemoteTeacher:
         await asyncio.sleep(turn - now)
 
     def _pause(self, retry_after: str | None) -> None:
-        """No request is sent before the endpoint takes one again (seconds; a date is left to the caller's backoff)."""
+        """Pause all requests for the endpoint's Retry-After (seconds; for a date the caller's backoff applies)."""
         try:
             seconds = float(retry_after or "nan")
         except ValueError:
@@ -135,9 +134,10 @@ class RemoteTeacher:
 
 
 def choice_log_probs(alternatives: Any, choices: list[str]) -> list[float]:
-    """Of each choice, among (token, log-probability) pairs; the likelier where two tokens read the same.
+    """Log-probability of each choice, from (token, log-probability) pairs; the larger one if two tokens have the same
+    text.
 
-    A choice that is not there is less likely than all that are: it gets the least of them minus one nat.
+    A missing choice is less likely than all present ones: it gets their minimum minus one nat.
 
     Raises:
         ValueError: none is there.
@@ -158,7 +158,7 @@ def _tokens(answer: dict[str, Any]) -> int:
 
 
 def inflated(body: bytes, encoding: str) -> bytes:
-    """A reply's body without its gzip or deflate, of which some proxies make use unasked.
+    """A reply's body without gzip or deflate, which some proxies use without a request for it.
 
     Raises:
         ValueError: it would be larger than `MOST_BYTES`, ends early, or is encoded in another way.
@@ -183,7 +183,7 @@ def _part(answer: Any, *path: str | int) -> Any:
     """A value deep inside an answer.
 
     Raises:
-        ValueError: something on the way is not there.
+        ValueError: a part of the path is missing.
     """
     for step in path:
         try:

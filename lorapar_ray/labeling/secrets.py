@@ -1,4 +1,4 @@
-"""The keys of remote teachers: where they come from, and what is said about how they travel."""
+"""The keys of remote teachers: their source, and a warning if they are sent unencrypted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorapar_ray.redact import has_secret, is_variable, remember
 from lorapar_ray.text import markup
 
 _KEY = re.compile(r"[!-~]+")
-"""What may stand in an HTTP header: printable ASCII without spaces."""
+"""Characters allowed in an HTTP header: printable ASCII without spaces."""
 _HERE = re.compile(r"localhost|.*\.localhost|127(?:\.\d{1,3}){3}|::1", re.IGNORECASE)
 
 
@@ -32,7 +32,7 @@ def secret(teacher: TeacherConfig) -> str | None:
     name = teacher.api_key_env
     if name is None:
         return None
-    # the user may have written the key itself there, which no message should repeat
+    # the user may have written the key itself there; messages must not contain it
     variable = f"environment variable {name}" if is_variable(name) else "the variable that api_key_env names"
     key = os.environ.get(name, "").strip()
     if not key:

@@ -21,7 +21,7 @@ def start_teachers(config: Config) -> tuple[dict[str, str], dict[str, str]]:
         application of each that runs, and why the others do not.
 
     Raises:
-        UserError: a model that is not there, or a cluster too small for all of them and the asking workers.
+        UserError: a model does not exist, or the cluster is too small for all of them and the asking workers.
     """
     apps = applications(config)
     if not apps:
@@ -42,7 +42,7 @@ def start_teachers(config: Config) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def require_room(config: Config) -> None:
-    """Fail at once, instead of waiting without end, when the cluster cannot hold the teachers and the asking workers.
+    """Fail at once, instead of waiting forever, if the cluster cannot hold the teachers and the asking workers.
 
     Raises:
         UserError: names the resource, what is wanted and what the cluster has.

@@ -1,4 +1,4 @@
-"""A control for votes: the same labels, dealt anew among the questions."""
+"""A control for votes: the same labels, shuffled among the questions."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lorapar_ray.files import atomic_path
 
 COLUMN = "system"
 DRAW = 0x5AFF1E
-"""Keeps this draw apart from others of the same seed."""
+"""Makes this draw independent of others with the same seed."""
 
 
 def shuffle_labels(file: Path, seed: int) -> None:
-    """Permute the column of labels of a labels file: as many of each System, which question has which is chance.
+    """Permute the column of labels of a labels file: each System keeps its number of labels.
 
-    The other columns, the votes among them, stay as they were given. Holds one label a question in memory.
+    The other columns, also the votes, do not change. Holds one label a question in memory.
     """
     labels = pq.read_table(file, columns=[COLUMN])[COLUMN].to_numpy()
     drawn = np.random.default_rng([seed, DRAW]).permutation(labels)

@@ -1,4 +1,4 @@
-"""A teacher without a model, for sizing a job and testing the plumbing: fixed latency, known accuracy.
+"""A teacher without a model, for sizing a job and testing throughput: fixed latency, known accuracy.
 
     teachers:
       - {name: a, kind: python, model: "lorapar_ray.labeling.simulated:SimulatedTeacher",

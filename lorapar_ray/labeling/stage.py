@@ -1,4 +1,4 @@
-"""Stage `label`: the questions, and the System that teachers vote each into."""
+"""Stage `label`: the questions, and the System of each by the teachers' votes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(config: Config, run: RunDirectory) -> dict[str, Any]:
 
 
 def reads(config: Config) -> Iterator[str]:
-    """Local data files, hub data sets that are local folders, and hosted teachers that are."""
+    """Local data files, and hub data sets and hosted teachers that are local folders."""
     for source in (*config.data.train, *config.data.test):
         place = getattr(source, "path", None) or (source.name if source.reader == "hub" else None)
         if place is not None:

@@ -1,8 +1,8 @@
-"""Every answer a teacher ever gave, on disk: what a resumed run goes on from, what a further teacher need not repeat.
+"""All teachers' answers on disk: a resumed run or a new teacher does not ask for them again.
 
-One SQLite file that only the driver writes, a block of questions at a time, so a kill at any point loses the blocks in
-flight and nothing else. Answers are kept as the teacher gave them (log-probabilities before calibration): another
-calibration or weighting asks no teacher again. Memory does not grow with the rows.
+One SQLite file that only the driver writes, a block of questions at a time, so a kill loses only the blocks in flight.
+Answers are stored uncalibrated (the teacher's log-probabilities): another calibration or weighting needs no new
+requests. Memory does not grow with the rows.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ WAIT_S = 60.0
 
 @dataclass(frozen=True)
 class Answer:
-    """What a teacher answered to one prompt."""
+    """A teacher's answer to one prompt."""
 
     log_probs: list[float]
-    """Of each System, before calibration."""
+    """Log-probability of each System, before calibration."""
     tokens: int
-    """Read and written by the teacher, the cached ones among them."""
+    """Tokens that the teacher read and wrote, including cached ones."""
     latency_s: float
     run: str = ""
     """Which run asked for it."""
@@ -77,7 +77,7 @@ class VoteStore:
                 self._replay(self._journal)
 
     def answers(self, questions: Sequence[bytes]) -> dict[bytes, dict[bytes, Answer]]:
-        """What is known about some questions: {question: {teacher key: answer}}."""
+        """The stored answers to some questions: {question: {teacher key: answer}}."""
         found: dict[bytes, dict[bytes, Answer]] = {}
         wanted = "question, teacher, log_probs, tokens, latency_s, run"
         for part in _parts(questions):
@@ -154,10 +154,10 @@ class VoteStore:
 
 
 def _answer(log_probs: object, tokens: object, latency_s: object, run: object) -> Answer:
-    """An answer as it is stored; SQLite holds any type in any column.
+    """An answer as it is stored; SQLite allows any type in any column.
 
     Raises:
-        sqlite3.DatabaseError: it holds something else.
+        sqlite3.DatabaseError: it is not an answer.
     """
     try:
         numbers = [float(value) for value in json.loads(log_probs)]  # type: ignore[arg-type]

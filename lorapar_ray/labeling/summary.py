@@ -1,4 +1,4 @@
-"""A vote in numbers: the split, who agrees with whom, how sure, how fast, at what price."""
+"""A vote in numbers: split, agreement of teachers, confidence, speed, price."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ BINS = 10
 
 @dataclass
 class Session:
-    """What one process did: a resumed run has several, and speeds are the last one's."""
+    """Figures of one process: a resumed run has several; speeds are those of the last one."""
 
     run: str = ""
     """Names the votes that this run asked for, see `Answer.run`."""
     votes: int = 0
     """Asked for and stored."""
     starting_s: float = 0.0
-    """Until teachers had started and were calibrated."""
+    """Seconds until teachers had started and were calibrated."""
     asking_s: float = 0.0
     dead: dict[str, str] = field(default_factory=dict)
     """Teachers that were given up, and why."""
@@ -45,7 +45,7 @@ class _Teacher:
     latency: Durations = field(default_factory=Durations)
     tokens: int = 0
     asked_tokens: int = 0
-    """Of answers that this run asked for; the others came out of the cache."""
+    """Answers that this run asked for; the others came from the cache."""
     cached: int = 0
     abstained: int = 0
     leaning: list[float] = field(default_factory=list)
@@ -146,7 +146,7 @@ class Tally:
             "split": _counts(self._split, systems),
             "teachers": teachers,
             "pairwise_agreement": self._agreement.pairwise(),
-            # with sequential voting all teachers vote only where the first ones disagree
+            # with sequential voting all teachers vote only if the first ones disagree
             "fleiss_kappa": self._agreement.fleiss_kappa() if votes and not label.sequential else None,
             "confidence_histogram": {"edges": edges, "counts": self._bins},
             "by_task": {name: _counts(split, systems) for name, split in sorted(self._tasks.items())},
@@ -185,7 +185,7 @@ class Tally:
         }
 
     def _leaning(self, name: str, own: _Teacher, cast: int) -> dict[str, float] | None:
-        """Log-odds by which a teacher leans towards each label, above its mean; what calibration took out."""
+        """A teacher's bias towards each label, in log-odds above its mean, which calibration divided out."""
         measured = [value / cast for value in own.leaning] if own.leaning else self._bias.get(name)
         if not measured:
             return None
@@ -225,7 +225,7 @@ def _teacher_line(teacher: Mapping[str, Any]) -> str:
 
 
 def _saving(summary: Mapping[str, Any]) -> str:
-    """What sequential voting and the cache made unnecessary."""
+    """Requests that sequential voting and the cache saved."""
     asked, possible = summary["votes_asked"], summary["votes_possible"]
     not_asked = sum(teacher["not_asked"] for teacher in summary["teachers"].values())
     text = f"{asked} of {possible} votes asked for"

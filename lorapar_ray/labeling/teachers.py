@@ -1,7 +1,7 @@
-"""Who votes, behind one call: `await teacher.ask(prompt, choices)` gives the log-probability of each choice.
+"""The teachers' interface: `await teacher.ask(prompt, choices)` returns the log-probability of each choice.
 
-Three kinds: an engine hosted on Ray Serve (`hosted.py`), an OpenAI-compatible endpoint elsewhere (`remote.py`), and a
-Python class of the user's, `module:Class`, created once per asking worker with the teacher's config:
+Three kinds: an engine hosted on Ray Serve (`hosted.py`), an OpenAI-compatible endpoint elsewhere (`remote.py`), and the
+user's Python class, `module:Class`, created once per asking worker with the teacher's config:
 
     class MyTeacher:
         def __init__(self, teacher: TeacherConfig) -> None: ...
@@ -30,28 +30,28 @@ class Asked:
     tokens: int
     """Read and written."""
     latency_s: float
-    """From when the request was sent, not from when it began to wait for a rate limit."""
+    """Measured from sending the request, without the wait for a rate limit."""
 
 
 class Teacher(Protocol):
-    """What every kind of teacher can do."""
+    """The interface of every kind of teacher."""
 
     async def ask(self, prompt: str, choices: list[str]) -> Asked:
         """Log-probabilities of the choices as the next token.
 
         Raises:
             Refused: the same request would fail again.
-            Exception: anything else is worth another try.
+            Exception: any other error, which may be retried.
         """
         ...
 
 
 class Refused(Exception):
-    """An answer that no retry would change, to this question: a prompt that is too long, or not liked."""
+    """A permanent failure for this question: the prompt is too long or refused."""
 
 
 class ShutOut(Refused):
-    """An answer that no question of ours would change: a wrong key, an unknown model."""
+    """A permanent failure for all questions: a wrong key, an unknown model."""
 
 
 T = TypeVar("T")
@@ -60,10 +60,10 @@ T = TypeVar("T")
 async def persist(
     ask: Callable[[], Awaitable[T]], label: LabelConfig, given_up: Callable[[], bool] = lambda: False
 ) -> T:
-    """Ask until there is an answer: after each failure again, up to `label.retries` times, waiting longer each time.
+    """Ask with up to `label.retries` retries and growing backoff.
 
     Args:
-        given_up: whether the teacher has meanwhile been found dead, so that asking again is in vain.
+        given_up: whether the teacher is meanwhile known to be dead, so that a retry is useless.
 
     Raises:
         Refused: at once.

@@ -37,7 +37,7 @@ class Decision:
 
 
 def calibrated(log_probs: Sequence[float], bias: Sequence[float]) -> list[float]:
-    """Probabilities after the teacher's bias (its log-probabilities on content-free questions) is divided out."""
+    """Probabilities after dividing out the teacher's bias (its log-probabilities on content-free questions)."""
     shifted = [value - own for value, own in zip(log_probs, bias, strict=True)]
     top = max(shifted)
     weights = [exp(value - top) for value in shifted]
@@ -53,7 +53,7 @@ def normalised(log_probs: Sequence[float]) -> list[float]:
     """The same odds as log-probabilities that sum to one; a choice is never less likely than e^-30 of the best.
 
     Raises:
-        ValueError: a number that is none, or infinite above.
+        ValueError: a number is NaN or +infinity.
     """
     top = max(log_probs)
     if any(isnan(value) for value in log_probs) or isinf(top):
@@ -64,15 +64,15 @@ def normalised(log_probs: Sequence[float]) -> list[float]:
 
 
 def balanced(rotated: Sequence[Sequence[float]]) -> list[float]:
-    """Mean log-probability of each System over prompts in which it goes by each number once.
+    """Mean log-probability of each System over prompts in which it has each number once.
 
-    A leaning towards a number adds the same to every System's sum, so it cancels in the odds.
+    A bias towards a number adds the same to every System's sum, so it cancels in the odds.
     """
     return [sum(answer[i] for answer in rotated) / len(rotated) for i in range(len(rotated[0]))]
 
 
 def number_bias(rotated: Sequence[Sequence[float]]) -> list[float]:
-    """By number, not by System: mean log-probability a teacher gave to it, whatever it stood for.
+    """By number, not by System: a teacher's mean log-probability of it, over all meanings of the number.
 
     Args:
         rotated: log-probabilities by System of the prompts with rotation 0, 1, ... K-1.
@@ -99,7 +99,7 @@ def majority(votes: Sequence[Vote], weights: Literal["equal", "confidence"] = "e
 
 
 def lead(votes: Sequence[Vote], weights: Literal["equal", "confidence"] = "equal") -> float:
-    """By how much the first System is ahead of the second."""
+    """The lead of the first System over the second."""
     weight: dict[int, float] = defaultdict(float)
     for vote in votes:
         weight[vote.system] += 1.0 if weights == "equal" else vote.confidence
@@ -119,7 +119,7 @@ def fewest_to_decide(ahead: float, remaining: int) -> int:
 
 
 class Agreement:
-    """Who agrees with whom, added up row by row: memory grows with the teachers, not with the rows."""
+    """Agreement of teachers, summed row by row: memory grows with the teachers, not with the rows."""
 
     def __init__(self) -> None:
         self._same: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])

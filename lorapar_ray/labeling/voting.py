@@ -1,4 +1,4 @@
-"""From stored answers to votes, and whom to ask next; pure functions."""
+"""Turns stored answers into votes, and chooses the next teachers to ask; pure functions."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Keys = Mapping[str, Sequence[bytes]]
 
 
 def asking_order(teachers: Sequence[TeacherConfig]) -> list[TeacherConfig]:
-    """The cheapest first: by the price of a token, then of an hour, then as given."""
+    """Sorted by price, cheapest first: price of a token, then of an hour, then the given order."""
     return sorted(teachers, key=lambda teacher: (teacher.cost_per_million_tokens, teacher.cost_per_hour))
 
 
 def vote_of(teacher: str, answers: Sequence[Answer], bias: Sequence[float] | None) -> Vote:
     """A teacher's vote: its answers balanced over the rotations, its bias divided out.
 
-    Systems are numbered 1 to K in the order of the log-probabilities; the lower one wins a draw.
+    Systems are numbered 1 to K in the order of the log-probabilities; the lower one wins a tie.
     """
     log_probs = balanced([answer.log_probs for answer in answers])
     shares = calibrated(log_probs, bias or [0.0] * len(log_probs))
@@ -31,7 +31,7 @@ def vote_of(teacher: str, answers: Sequence[Answer], bias: Sequence[float] | Non
 def votes_of(
     label: LabelConfig, keys: Keys, found: Mapping[bytes, Answer], bias: Mapping[str, Sequence[float]]
 ) -> list[Vote]:
-    """The votes that a question's stored answers amount to, in the teachers' order."""
+    """The votes from a question's stored answers, in the teachers' order."""
     return [
         vote_of(teacher.name, [found[key] for key in keys[teacher.name]], bias.get(teacher.name))
         for teacher in label.teachers

@@ -23,7 +23,7 @@ from lorapar_ray.sft.step_log import StepLog
 
 Example = dict[str, Any]
 Micro = list[list[Example]]
-"""A micro-batch: rows of examples that lie end to end."""
+"""A micro-batch: rows of concatenated examples."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class StepRows:
 
 
 class Arm:
-    """One adapter on its way from a checkpoint, or from the start, to its last step."""
+    """Trains one adapter from a checkpoint, or from the start, to its last step."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Arm:
 
     @property
     def running(self) -> bool:
-        """Whether there is another step to take."""
+        """Whether steps remain."""
         patience = self.settings.patience
         return self.progress.step < self.plan.steps and (patience is None or self.progress.waited < patience)
 
@@ -103,31 +103,31 @@ class Arm:
         return StepRows(micros[self.worker.rank :: self.worker.world], losses_in(everyone), tokens)
 
     def take(self, rows: StepRows, loss: Tensor) -> None:
-        """Take the step that `begin` began; the gradients are there, and the loss (scalar) is being computed."""
+        """Take the step of `begin`; the gradients are ready, and the loss (scalar) may still be computing."""
         norm = self.optimizer.clip_and_step(self.settings.max_grad_norm)
         self.progress.step += 1
         self.log.put(self.progress.step, loss, norm, self.optimizer.param_groups[0]["lr"], rows.tokens)
 
     @property
     def to_validate(self) -> bool:
-        """Whether the step that was taken last is followed by a validation."""
+        """Whether a validation follows the last step."""
         return self.validates and self._due
 
     def validated(self, loss: float) -> None:
-        """Take a validation's loss."""
+        """Record a validation's loss."""
         self.log.validated(self.progress.step, loss)
         if self.progress.heard(loss) and self.checkpoints is not None:
             self.progress.best_checkpoint = str(self.checkpoints / f"checkpoint-{self.progress.step}")
 
     def checkpoint_if_due(self) -> None:
-        """Write a checkpoint where one follows the step that was taken last."""
+        """Write a checkpoint if one follows the last step."""
         if self._due and self.checkpoints is not None:
-            self.log.flush()  # a run that goes on from here writes no line for the steps before
+            self.log.flush()  # a run that resumes here writes no line for earlier steps
             worker = self.worker
             save_checkpoint(self.checkpoints, worker.rank, worker.world, self.progress, self.trained, self.optimizer)
 
     def finish(self) -> None:
-        """Write what is left of the log, and put the parameters where the settings want them."""
+        """Write the rest of the log, and set the parameters to the best or last ones, by the settings."""
         self.log.flush()
         best = self.progress.best_checkpoint
         if self.settings.keep == "best" and best is not None and self.worker.rank == 0:  # which writes the adapter

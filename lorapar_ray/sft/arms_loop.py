@@ -1,9 +1,8 @@
 """The training loop of several adapters on one frozen base, on one worker.
 
-A step of the loop is one step of every arm that still has one to take: the micro-batches of all arms go through the
-model together, then each arm's optimiser steps its own adapter. Every arm keeps the rows, the order, the schedule and
-the checkpoints that it would have alone, and has its own place in them: an arm that goes on from a later checkpoint
-ends earlier.
+A step of the loop is one step of every unfinished arm: the micro-batches of all arms go through the model together,
+then each arm's optimiser updates its own adapter. Every arm has the same rows, order, schedule and checkpoints as when
+it trains alone, and its own step count: an arm that resumes from a later checkpoint ends earlier.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from lorapar_ray.sft.rows import Rows, collate
 
 
 class ArmsLoop:
-    """Runs of stage 1 side by side."""
+    """Trains stage 1 of several runs together."""
 
     def __init__(
         self,
@@ -39,16 +38,16 @@ class ArmsLoop:
         """Take the arms in the order of the model's adapters.
 
         Args:
-            passes: of the model's stacks; their gradients are there, and each arm's are views of them.
+            passes: passes over the model's stacks; they hold the gradients, and each arm's gradients are views of them.
             validation: of each arm, this worker's micro-batches, as many as every other worker's.
-            filler: the token to fill up rows with.
+            filler: the padding token.
         """
         self.model, self.arms, self.passes, self.validation = model, arms, passes, validation
         self.packed, self.filler, self.worker = packed, filler, worker
         self.buckets = worker.device.type == "cuda"
 
     def run(self, resume_from: Sequence[str | None]) -> None:
-        """Train every arm to its last step, or until its patience is at its end."""
+        """Train every arm to its last step, or until early stopping."""
         for arm, path in zip(self.arms, resume_from, strict=True):
             if path is not None:
                 arm.resume(path)
@@ -88,7 +87,8 @@ class ArmsLoop:
             self.arms[number].validated(losses[number])
 
     def _batches(self, micros: Mapping[int, Sequence[Micro]], buckets: bool) -> Iterator[Rows]:
-        """The arms' micro-batches, first with first; arms before the last that have none get rows without a loss."""
+        """The arms' micro-batches, paired by index; an arm without one, before the last that has one, gets rows without
+        a loss."""
         arms = max(micros) + 1
         for together in zip_longest(*(micros.get(number, ()) for number in range(arms)), fillvalue=[]):
             most = max(len(rows) for rows in together)

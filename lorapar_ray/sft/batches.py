@@ -1,9 +1,9 @@
-"""Which examples each optimiser step sees, and how they are laid out for the workers.
+"""The examples of each optimiser step, and their layout for the workers.
 
-The plan of a whole job is made beforehand, as a pure function of the examples' lengths, the settings and the seed. What
-a step sees does not depend on the number of workers, on packing or on where a run was interrupted; the layout does. The
-loss is a sum over response tokens divided by their number in the step, so the layout changes nothing but the order of
-the additions.
+The plan of a whole job is computed in advance, as a pure function of the examples' lengths, the settings and the seed.
+A step's examples do not depend on the number of workers, on packing or on interruptions; only the layout does. The loss
+is a sum over response tokens divided by their number in the step, so the layout changes only the order of the
+additions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class BatchPlan:
     """
 
     rows: list[tuple[int, ...]]
-    """Examples that lie end to end in one row (one example without packing; none: a filler without loss)."""
+    """Examples concatenated in one row (one example without packing; none: padding without loss)."""
     steps: int
     micro_batch: int
     """Rows per forward pass of one worker."""
@@ -57,7 +57,7 @@ def steps_in(settings: SftConfig, examples: int) -> int:
 
 
 def step_examples(lengths: Sequence[int], settings: SftConfig, seed: int) -> list[list[int]]:
-    """The examples of every step, epoch after epoch, each epoch in an order of its own."""
+    """The examples of every step, epoch after epoch, each epoch in its own order."""
     total = steps_in(settings, len(lengths))
     steps: list[list[int]] = []
     epoch = 0
@@ -90,7 +90,7 @@ def lay_out(examples: Sequence[int], lengths: Sequence[int], capacity: int | Non
 
 
 def deal(rows: Sequence[tuple[int, ...]], micro_batches: int, size: int) -> list[tuple[int, ...]]:
-    """`rows` spread evenly over micro-batches, neighbours together, each filled up to `size` with fillers."""
+    """`rows` spread evenly over micro-batches, neighbours together, each padded to `size` with empty rows."""
     dealt: list[tuple[int, ...]] = []
     start = 0
     for number in range(micro_batches):

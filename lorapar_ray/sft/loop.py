@@ -1,9 +1,9 @@
 """The training loop of stage 1 on one worker.
 
 The plan (`batches`) says which rows each step sees. The loss of a step is a sum over its response tokens divided by
-their number, so how rows are spread over micro-batches and workers changes rounding only. The adapter is whole on every
-worker: gradients are summed by one all-reduce a step, then every worker takes the same step. Nothing in a step waits
-for the device.
+their number, so the distribution of rows over micro-batches and workers changes only rounding. Every worker has the
+whole adapter: one all-reduce per step sums the gradients, then every worker takes the same step. Nothing in a step
+waits for the device.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class TrainingLoop:
             model: whose trainable parameters the optimiser holds, at the rates of the schedule's peak.
             examples: {input_ids, response_start}, which `plan` numbers.
             validation: this worker's micro-batches, as many as every other worker's; empty: none.
-            filler: the token to fill up rows with.
+            filler: the padding token.
             checkpoints: directory for them; None: none are kept.
         """
         self.model, self.passes, self.validation = model, passes, validation
@@ -73,7 +73,7 @@ class TrainingLoop:
         self.buckets = worker.device.type == "cuda"
 
     def run(self, resume_from: str | None) -> None:
-        """Train to the last step, or until patience is at its end."""
+        """Train to the last step, or until early stopping."""
         if resume_from is not None:
             self.arm.resume(resume_from)
         elif self.worker.world > 1:

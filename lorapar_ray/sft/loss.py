@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: the output head computes logits for the tokens that have one, and for no others."""
+"""The loss of a micro-batch: the output head computes logits only for tokens with a loss."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def arm_losses(model: Any, rows: Rows) -> Tensor:
 
 
 def of_each_arm(values_N: Tensor, rows: Rows) -> Tensor:
-    """Sums [arms] of `values_N` by whose they are."""
+    """Sums [arms] of `values_N`, by arm."""
     if rows.arm_N is None:
         return values_N.sum()[None]
     return values_N.new_zeros(rows.arms).index_add(0, rows.arm_N, values_N)
 
 
 def token_losses(model: Any, rows: Rows) -> Tensor:
-    """Minus the log-probability of each target token: float32 [N], 0 for entries that only fill up.
+    """Minus the log-probability of each target token: float32 [N], 0 for padding.
 
-    What the model does to its logits (soft caps, scales) counts. A model that puts virtual tokens before each row
-    is fine; one without an output head of its own computes all logits.
+    Changes that the model makes to its logits (soft caps, scales) are included. A model that puts virtual tokens before
+    each row works; one without a separate output head computes all logits.
     """
     taken = False
 
@@ -65,10 +65,10 @@ def token_losses(model: Any, rows: Rows) -> Tensor:
 
 @contextmanager
 def _one_sequence_a_row() -> Iterator[None]:
-    """Spare transformers the question whether rows are packed.
+    """Skip transformers' check for packed rows.
 
-    It asks the device and waits for the answer; in a CUDA graph, where it cannot ask, it takes them as packed, and
-    attention is computed under a mask of all pairs instead of by a causal kernel.
+    The check waits for the device; in a CUDA graph, where it cannot, it assumes packed rows and computes attention with
+    a full mask instead of a causal kernel.
     """
     asked = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None

@@ -1,8 +1,8 @@
 """Forward and backward passes of a step: operation by operation, or as CUDA graphs.
 
-A small model's step on a GPU is the time of thousands of launches. A CUDA graph launches them all at once, so each
-shape of micro-batch (few, since lengths come in buckets) is captured when it first occurs and replayed from then on.
-What a graph reads and writes stays where it is: the rows, the gradients, the loss.
+On a GPU a small model's step time is mostly thousands of kernel launches. A CUDA graph launches them all at once, so
+each shape of micro-batch (few, since lengths come in buckets) is captured when it first occurs and then replayed. The
+buffers of a graph keep their addresses: rows, gradients, loss.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from lorapar_ray.sft.loss import arm_losses
 from lorapar_ray.sft.rows import Rows, Shape, rows_in
 
 GRAPHS = 32
-"""Shapes that get a graph; what comes after them runs without."""
+"""Most shapes with a graph; later shapes run without."""
 WARM_UP = 2
 """Passes before a capture: libraries choose algorithms and allocate workspaces in the first."""
 
 
 class Passes(Protocol):
-    """What a training loop asks for."""
+    """The interface for a training loop."""
 
     def begin(self, *tokens: int) -> None:
         """Start a step in which each adapter's loss is divided by so many tokens: no gradient, no loss yet."""
@@ -123,7 +123,7 @@ class GraphPasses:
         self._loss[: rows.arms] += losses.detach()
 
     def _capture(self, rows: Rows) -> None:
-        """Make the graph for a shape; gradients, loss and generator are as if nothing had run."""
+        """Capture the graph of a shape; gradients, loss and generator do not change."""
         buffer = _flat(rows).to(self._device)
         inside = rows_in(buffer, rows.shape)
         before = self._gradients.clone(), self._loss.clone(), torch.cuda.get_rng_state(self._device)

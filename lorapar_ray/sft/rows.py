@@ -1,4 +1,4 @@
-"""A micro-batch as tensors: the tokens, and which of them have a loss."""
+"""A micro-batch as tensors: the tokens, and the positions with a loss."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Shape = tuple[int, int, int, bool, int]
 
 @dataclass(frozen=True)
 class Rows:
-    """B rows of T tokens, filled up on the right, of which N have a loss.
+    """B rows of T tokens, padded on the right, of which N have a loss.
 
-    Nothing masks what rows are filled up with: under causal attention no token sees what follows it; it has no loss.
+    Padding needs no mask: under causal attention no token sees later tokens, and padding has no loss.
     """
 
     input_ids: Tensor
@@ -37,7 +37,7 @@ class Rows:
 
     @property
     def shape(self) -> Shape:
-        """What a CUDA graph is made for."""
+        """The key of a CUDA graph."""
         return (*self.input_ids.shape, len(self.places), self.position_ids is not None, self.arms)
 
     def tensors(self) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """A line of figures per optimiser step, written a step later, so that no step waits for the device.
 
-Reading a number from a GPU waits until everything before it is computed. Here the numbers of a step are sent to host
-memory behind its kernels, and read when the next step has been launched.
+Reading a number from a GPU waits for all earlier kernels. So a step's numbers are copied to host memory asynchronously,
+and read after the next step has been launched.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorapar_ray.tracking import append_line, memory_mib
 
 Write = Callable[[Mapping[str, Any], int], None]
 Arriving = Callable[[], tuple[list[float], float]]
-"""The figures, and by `time.monotonic` when they were there."""
+"""The figures, and the time (`time.monotonic`) when they were computed."""
 
 
 class StepLog:
@@ -41,7 +41,7 @@ class StepLog:
         self._waiting = step, {"learning_rate": rate}, tokens, arriving
 
     def flush(self) -> None:
-        """Write what is waiting."""
+        """Write the pending figures."""
         if self._waiting is None:
             return
         step, known, tokens, arriving = self._waiting
@@ -64,7 +64,7 @@ class StepLog:
             self._curves({f"train/{name}": value for name, value in line.items() if name != "step"}, step)
 
     def validated(self, step: int, loss: float) -> None:
-        """Write a validation's loss; the time it took counts for no step."""
+        """Write a validation's loss; its time does not count for a step."""
         self.flush()
         if self._file is not None:
             append_line(self._file.with_name(f"{self._file.stem}_validation.jsonl"), {"step": step, "loss": loss})
@@ -73,7 +73,7 @@ class StepLog:
         self.leave_out()
 
     def leave_out(self) -> None:
-        """Let the time since the last line count for no step."""
+        """Do not count the time since the last line for a step."""
         self._clock = time.monotonic()
 
 

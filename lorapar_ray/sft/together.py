@@ -25,11 +25,11 @@ OWN = {
     *("systems", "masked", "learning_rate", "lora_plus_ratio", "schedule", "warmup_ratio", "weight_decay", "betas"),
     *("max_grad_norm", "keep", "patience", "report_to"),
 }
-"""Settings of `sft` in which runs that train together may differ."""
+"""Settings of `sft` that may differ between runs that train together."""
 
 
 def why_alone(config: Config) -> str | None:
-    """Why a run's stage 1 cannot share a base with any other's, as a setting; None: it can."""
+    """The setting that prevents a run's stage 1 from sharing a base with other runs; None: it can share."""
     if config.adapter.method != "lora":
         return f"adapter.method: {config.adapter.method}"
     if config.adapter.init == "adapter":  # its rank and its targets are its own

@@ -1,4 +1,4 @@
-"""What one Ray Train worker does in supervised fine-tuning: the model, our optimiser and the loop, put together."""
+"""A Ray Train worker of supervised fine-tuning: builds model and optimiser, and runs the loop."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ if TYPE_CHECKING:
     from lorapar_ray.sft.step_log import StepLog
 
 COMPILE_FROM = 2e18
-"""Floating-point operations of a worker's whole job from which compiling pays its minute: minutes of a large GPU's
-bfloat16 products."""
+"""Compile only jobs with at least this many floating-point operations per worker; compiling takes a minute."""
 
 
 @dataclass(frozen=True)
 class SftJob:
-    """One fine-tuning job, JSON-like so that it travels to the workers."""
+    """One fine-tuning job, JSON-like so that it can be sent to the workers."""
 
     name: str
     model: dict[str, Any]
@@ -97,7 +96,7 @@ def this_worker() -> Worker:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a job needs beside the model."""
+    """A job's data, without the model."""
 
     plan: BatchPlan
     examples: Examples
@@ -107,11 +106,11 @@ class Prepared:
     """Of all steps, over all workers."""
     log: StepLog
     resume_from: str | None
-    """A checkpoint to go on from."""
+    """A checkpoint to resume from."""
 
 
 def prepared(job: SftJob, settings: SftConfig, masks: dict[str, Any], worker: Worker) -> Prepared:
-    """Read what a job trains on, and where it stands; lines of the log that the rest will write again are removed."""
+    """Read a job's data and its progress; log lines of steps that will be repeated are removed."""
     from lorapar_ray.optim import trainable_share
     from lorapar_ray.sft.checkpoint import last_checkpoint
     from lorapar_ray.sft.step_log import StepLog
@@ -157,7 +156,7 @@ def passes_of(
     device: Any,
     arms: int | None = None,
 ) -> Passes:
-    """How forward and backward run, and what of the model that needs.
+    """Choose how forward and backward run, and prepare the model for it.
 
     Args:
         tokens: of a worker's whole job.
