@@ -366,7 +366,7 @@ def start_engine(
         asked = {**asked, "label_selector": None, "scheduling_strategy": PlacementGroupSchedulingStrategy(place)}
     remote = ray.remote(actor).options(
         **asked,
-        max_concurrency=1000,
+        max_concurrency=10_000,  # each turn of an environment is a call; proofs must not wait behind them
         max_restarts=restarts,
         max_task_retries=restarts,
         runtime_env={"env_vars": {**engine_environment(engine, resources), **(environment or {})}},
