@@ -77,7 +77,8 @@ class Mirror:
     def push(self, wanted: Wanted = lambda _: True) -> None:
         """Copy every wanted file that has changed, and delete the objects of files that have gone.
 
-        What is not JSON comes first and `manifest.json` last: see the package's docstring.
+        Logs come first, so that none lacks a line of a step whose checkpoint is there, then what is not JSON, and
+        `manifest.json` last: see the package's docstring.
 
         Raises:
             UserError: the store cannot be written to.
@@ -90,7 +91,8 @@ class Mirror:
             if not changed and not gone:
                 return
             texts = {name for name in changed if name.endswith(".json")} - {MANIFEST}
-            for some in (changed - texts - {MANIFEST}, texts):
+            logs = {name for name in changed if name.endswith(".jsonl")}
+            for some in (logs, changed - logs - texts - {MANIFEST}, texts):
                 side_by_side(lambda name: self._send(name, here[name]), sorted(some))
             self.objects.delete(gone)
             for name in gone:

@@ -124,12 +124,14 @@ def test_a_push_that_is_cut_off_leaves_no_stage_and_no_adapter(uploads: int, obj
     cut = Cut(objects.uri)
     cut.left = uploads
     here = Mirror(tmp_path / "here", cut)
-    write(here.root, sft__a_weights="w", **{"sft__adapter_config_json": "{}", "manifest_json": "done", "scores": "s"})
+    write(here.root, sft__a_weights="w", **{"sft__adapter_config_json": "{}", "manifest_json": "done"})
+    write(here.root, **{"a.jsonl": "log"})
     with pytest.raises(KeyboardInterrupt):
         here.push()
     names = set(objects.listing())
     assert "manifest.json" not in names
-    assert "sft/adapter_config.json" not in names or {"sft/a_weights", "scores"} <= names
+    assert "sft/adapter_config.json" not in names or {"sft/a_weights", "a.jsonl"} <= names
+    assert "sft/a_weights" not in names or "a.jsonl" in names
     assert len(names) == uploads
 
 
