@@ -1,8 +1,8 @@
-"""Where foreign files and libraries meet this code: what they raise there becomes one line that names the culprit.
+"""The boundary to foreign files and libraries: turns their errors into one line that names the cause.
 
-A reader that catches the errors its library documents still lets a traceback through one day: a truncated file raises
-`EOFError`, deep JSON `RecursionError`, a number of 5,000 digits `ValueError`, and Rust code panics. So everything that
-reads what a user, a run directory, the hub or an engine gives does it within `boundary`.
+Catching only the documented errors of a library is not enough: a truncated file raises `EOFError`, deep JSON
+`RecursionError`, a number of 5,000 digits `ValueError`, and Rust code panics. So all code that reads input of a user, a
+run directory, the hub or an engine runs within `boundary`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def boundary(what: str, fix: str = "") -> Iterator[None]:
     """Turn what the block raises into a `UserError`: "<what> (<reason>); <fix>".
 
     Args:
-        what: what cannot be done, with the field or file it is about: "model.path 'x': cannot be loaded".
+        what: what failed, with its field or file: "model.path 'x': cannot be loaded".
         fix: what the user can do.
     """
     try:
@@ -34,7 +34,7 @@ def boundary(what: str, fix: str = "") -> Iterator[None]:
     except UserError:
         raise
     except BaseException as error:
-        panic = type(error).__name__ == "PanicException"  # Rust's, of safetensors and tokenizers, is no `Exception`
+        panic = type(error).__name__ == "PanicException"  # of Rust code (safetensors, tokenizers): no `Exception`
         if not isinstance(error, Exception) and not panic:
             raise
         raise UserError(f"{what} ({reason(error)})" + (f"; {fix}" if fix else "")) from error
@@ -47,7 +47,7 @@ def imported(name: str, what: str, fix: str = "is it on PYTHONPATH?") -> Any:
         what: the field that names it, with its value.
 
     Raises:
-        UserError: there is none, it cannot be called, or its module fails, or exits, while it is imported.
+        UserError: it does not exist, cannot be called, or its module fails or exits during import.
     """
     module, _, attribute = name.partition(":")
     try:
@@ -80,7 +80,7 @@ def read_object(path: Path, fix: str = REDO) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        UserError: as `read_json`, or it holds something else.
+        UserError: as `read_json`, or it is not an object.
     """
     found = read_json(path, fix)
     if not isinstance(found, dict):
@@ -91,11 +91,11 @@ def read_object(path: Path, fix: str = REDO) -> dict[str, Any]:
 def read_lines(path: Path, fix: str = REDO) -> list[dict[str, Any]]:
     """The objects of a file with one JSON object a line, as a killed run may leave it; empty if there is no file.
 
-    Only a newline ends a line: `str.splitlines` cuts as well at characters that models write, such as U+2028. What
-    follows the last newline was being written when the run was killed, and is left out.
+    Only a newline ends a line: `str.splitlines` also splits at characters that models write, such as U+2028. Text after
+        the last newline is an incomplete line of a killed run and is ignored.
 
     Raises:
-        UserError: a whole line is no JSON object.
+        UserError: a complete line is not a JSON object.
     """
     if not path.is_file():
         return []
@@ -138,7 +138,7 @@ def read_tensors_and_metadata(path: Path, fix: str = REDO) -> tuple[dict[str, An
 
 
 def open_tensors(path: Path, fix: str = REDO) -> Any:
-    """An open `safe_open` handle, whose tensors are read when they are asked for.
+    """An open `safe_open` handle; tensors are read on demand.
 
     Raises:
         UserError: the file is missing, or not safetensors, a cut one among them.
@@ -154,10 +154,10 @@ def open_tensors(path: Path, fix: str = REDO) -> Any:
 def parquet_batches(
     path: Path, columns: Mapping[str, type], rows: int, fix: str = REDO
 ) -> Iterator[list[dict[str, Any]]]:
-    """The rows of a Parquet file of ours, some at a time.
+    """The rows of one of our Parquet files, in chunks.
 
     Args:
-        columns: what must be there, and the Python type of each value.
+        columns: required columns, with the Python type of their values.
 
     Raises:
         UserError: the file is missing or damaged, or lacks a column, or a value is of another type.

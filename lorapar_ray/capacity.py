@@ -1,7 +1,7 @@
-"""What the cluster has, what it may grow to, and whether a stage's processes can ever fit it.
+"""The cluster's resources, its limits of growth, and whether a stage's processes can ever fit.
 
-An autoscaling cluster may stand at zero nodes: what it may grow to counts as room, and a stage that needs more than
-there is now waits for it, as Ray itself does. A cluster that has lost nodes is given time to get them back.
+An autoscaling cluster may have zero nodes: its limits count as capacity, and a stage that needs more than the current
+resources waits, like Ray itself. A cluster that has lost nodes gets time to replace them.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.progress import console
 
 LOOK_AGAIN_S = 2.0
-"""While a lost node is waited for."""
+"""Seconds between two checks for a lost node."""
 
 _growth: ContextVar[ClusterConfig | None] = ContextVar("growth", default=None)
 
 
 @dataclass(frozen=True)
 class Node:
-    """One that there is."""
+    """An existing node."""
 
     labels: dict[str, str]
     amounts: dict[str, float]
     """By Ray's name of the resource, whether in use or not."""
 
     def holds(self, resources: Resources) -> float:
-        """How many such processes fit on it when it is free; a part of a GPU is a part of one of them."""
+        """How many such processes fit on the node when it is free; a fraction of a GPU is on one GPU."""
         cpus, gpus, each = self.amounts.get("CPU", 0.0), self.amounts.get("GPU", 0.0), resources.gpu_count
         by_cpu = math.floor(cpus / resources.cpus + 1e-9) if resources.cpus else math.inf
         if not each:
@@ -46,19 +46,19 @@ class Capacity:
 
     now: dict[str, float]
     most: dict[str, float] = field(default_factory=dict)
-    """What an autoscaling cluster may grow to."""
+    """Limits of an autoscaling cluster."""
     nodes: tuple[Node, ...] = ()
     lost: int = 0
-    """Nodes that were there and are not; they, or others for them, may come back."""
+    """Lost nodes; they, or replacements, may join again."""
 
     def largest(self, kind: str) -> float:
-        """What there is, or may come to be, of a resource."""
+        """The current amount, or the limit, of a resource."""
         return max(self.now.get(kind, 0.0), self.most.get(kind, 0.0))
 
 
 @contextmanager
 def growing(to: ClusterConfig) -> Iterator[None]:
-    """Let `capacity` count what the cluster may grow to while the block runs."""
+    """Let `capacity` include the cluster's limits inside this block."""
     token = _growth.set(to)
     try:
         yield
@@ -67,7 +67,7 @@ def growing(to: ClusterConfig) -> Iterator[None]:
 
 
 def capacity() -> Capacity:
-    """Of the cluster that this process is connected to."""
+    """Capacity of the cluster that this process is connected to."""
     import ray
 
     growth = _growth.get() or ClusterConfig()
@@ -79,12 +79,12 @@ def capacity() -> Capacity:
 
 
 def require(stage: str, groups: dict[str, tuple[int, Resources]], hint: str = "") -> None:
-    """Fail at once, instead of waiting without end, when the cluster can never hold what `stage` asks for.
+    """Fail at once, instead of waiting forever, if the cluster can never provide what `stage` requests.
 
-    Says so where it can, but has to grow first. Where nodes were lost, waits for `cluster.wait_s` before it fails.
+    Prints a line if the cluster must grow first. If nodes were lost, waits for `cluster.wait_s` before it fails.
 
     Args:
-        groups: by what they are, how many processes there are and what each asks for; all run at the same time.
+        groups: by name, the number of processes and the resources of each; all run at the same time.
         hint: the setting to lower; default: the first of `groups`.
 
     Raises:

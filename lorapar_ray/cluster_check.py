@@ -1,4 +1,4 @@
-"""Is this cluster able to run a config? Every node is asked, and what differs between them is named.
+"""Checks that a cluster can run a config: asks every node, and names differences between nodes.
 
 Runs on the cluster, as a job of its own before the run's (`lorapar submit`), or by `lorapar doctor --cluster`.
 """
@@ -27,17 +27,17 @@ LEAST_FREE_GIB = 2
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What one node says of itself."""
+    """One node's report."""
 
     versions: dict[str, str | None]
     gpus: int
-    """That torch can use."""
+    """GPUs that torch can use."""
     storage: str
-    """Empty, or why it does not see what another node has written to the run directory."""
+    """Empty, or the reason why it does not see another node's files in the run directory."""
     free_gib: float
     """Of the run directory's file system, or of the node's own disk if it is in an object store."""
     models: dict[str, str]
-    """By the config's path, why a model is not there."""
+    """By the config's path, the reason why a model is missing."""
 
 
 def examine_cluster(config: Config | None, run_dir: str | None) -> list[Finding]:

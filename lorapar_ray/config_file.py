@@ -1,4 +1,4 @@
-"""A run's YAML file and overrides as a checked `Config`, and one clear line for what is wrong with them."""
+"""Reads a run's YAML file and overrides as a checked `Config`; errors are one clear line."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lorapar_ray.redact import has_secret, remember_config
 from lorapar_ray.text import one_line
 
 LARGEST_TREE = 100_000
-"""Values in a config, anchors written out: a few lines of anchors can stand for billions."""
+"""Most values in a config with expanded anchors: a few lines of anchors can expand to billions."""
 PRIVATE = ("base_url", "extra_body", "api_key_env")
-"""Fields whose values may hold a key, so no message repeats them."""
+"""Fields whose values may contain a key; messages never show them."""
 MERGE = "tag:yaml.org,2002:merge"
 NOT_YAML = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
 """What PyYAML raises: its own errors, and Python's for dates and numbers that are none, or too deep nesting."""
@@ -59,7 +59,7 @@ def config_of_options(sections: Mapping[str, type[Section]], tree: dict[str, Any
 
 
 def _override(tree: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Apply `section.key=value` overrides to a tree, and remember what no message may repeat."""
+    """Apply `section.key=value` overrides to a tree, and remember secrets that messages must not show."""
     _require_all_kept([each.partition("=")[0] for each in overrides])
     for override in overrides:
         key, _, value = override.partition("=")
@@ -69,7 +69,7 @@ def _override(tree: dict[str, Any], overrides: Sequence[str]) -> None:
 
 
 def _require_all_kept(keys: Sequence[str]) -> None:
-    """A later override must not drop an earlier one in silence.
+    """A later override must not silently drop an earlier one.
 
     Raises:
         UserError: a key is given twice, or behind one that it holds (`sft` behind `sft.epochs`).
@@ -118,7 +118,8 @@ def parse_yaml(text: str) -> Any:
 
 
 def _require_keys_once(root: yaml.Node, loader: yaml.SafeLoader) -> None:
-    """PyYAML would keep the last of two equal keys in silence (`1` and `0x1`), and pydantic that of `1` and `"01"`."""
+    """PyYAML would silently keep the last of two equal keys (`1` and `0x1`), and pydantic the last of `1` and
+    `"01"`."""
     seen: set[int] = set()
     left: list[tuple[yaml.Node, str]] = [(root, "")]
     while left:

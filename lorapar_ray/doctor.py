@@ -1,4 +1,4 @@
-"""Is this machine able to run the pipeline? One finding per question, each with the fix."""
+"""Checks that this machine can run the pipeline: one finding per check, each with the fix."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _disk() -> Finding:
 def _sandbox() -> Finding:
     from lorapar_ray.sandbox.choice import survey
 
-    *layers, _ = survey()  # the last, resource limits alone, is taken only where a config names it
+    *layers, _ = survey()  # the last layer, resource limits only, is used only if a config names it
     missed = [f"not {each.name}: {each.detail}" for each in layers if each.layer is None]
     found = [f"{each.name}: {each.detail}" for each in layers if each.layer is not None]
     return Finding("sandbox", bool(found), "; ".join(found[:1] + missed))

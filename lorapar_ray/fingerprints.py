@@ -1,4 +1,4 @@
-"""Digests of files by what they hold, not by when they were written; each file is read once while it does not change.
+"""Digests of file contents; a file is read again only after it has changed.
 
 `Fingerprints` remembers a file's sha256 with its size and times in one JSON file, so that asking again costs a `stat`.
 The time of the last change is one of them: unlike that of the last write, no copy or archive sets it.
@@ -32,9 +32,9 @@ OF_A_FOLDER = (
     ".arrow",
     ".gz",
 )
-"""Files of a model, an adapter or a data set that decide what it says."""
+"""Files of a model, an adapter or a data set that change its results."""
 TIMES = ("seconds", "latency", "per_second")
-"""A JSON key that holds one of these words is about speed and not about the result."""
+"""A JSON key with one of these words describes speed, not the result."""
 ABOUT_VOTING = ("votes",)
 """Columns of labels that no later stage reads; they hold how fast each teacher answered."""
 
@@ -88,7 +88,7 @@ class Fingerprints:
 
 
 def meaning(files: Iterable[Path], root: Path, prints: Fingerprints) -> str:
-    """Digest of what finished files say to later stages: how long it took to write them does not count."""
+    """Digest of the parts of finished files that later stages use; timings do not count."""
     return digest([[str(path.relative_to(root)), _meaning_of(path, prints)] for path in sorted(files)])
 
 

@@ -1,4 +1,4 @@
-"""What `gpus: auto` means on a cluster with so many GPUs: pure functions from a config to one whose numbers are known.
+"""Resolves `gpus: auto` for a given number of GPUs: pure functions from a config to one with numbers.
 
 The rule, a stage at a time, since stages run one after the other:
 
@@ -10,7 +10,7 @@ The rule, a stage at a time, since stages run one after the other:
   each GPU, at most one of each on it, and judges take a part of every GPU.
 - Asking and reward workers: none; they compute nothing on one unless a user's own code does, who then gives a number.
 
-A number in the config is kept as it is, and what it takes is taken off first.
+A number in the config is kept, and its GPUs are subtracted first.
 """
 
 from __future__ import annotations

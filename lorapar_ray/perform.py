@@ -1,4 +1,4 @@
-"""A stage's work, with what is recorded around it: begun, finished, or stopped on the way."""
+"""Runs a stage and records its state: begun, finished or interrupted."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def placed(config: Config, name: str) -> Config:
 
 @contextmanager
 def of_the_machine(run: RunDirectory, stage: str) -> Iterator[None]:
-    """A full disk, and processes that were killed for want of memory, are no defects of ours.
+    """A full disk, and processes that were killed because memory ran out, are not bugs.
 
     Raises:
         UserError: in place of those.

@@ -1,8 +1,8 @@
-"""The stages in order, each skipped when what decides it already has a result.
+"""Runs the stages in order, and skips those that already have results for their inputs.
 
 Settings that decide a result, the contents of the user's files and what earlier stages passed on are recorded with each
-stage. A stage that was interrupted goes on from its partial results. A stage that has results of other settings is not
-run over them: it says what has changed and waits to be told with `redo`.
+stage. An interrupted stage continues from its partial results. A stage with results of other settings does not
+overwrite them: it says what has changed and needs `redo`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def stages_of(config: Config) -> tuple[str, ...]:
 
 
 def check(config: Config, stages: Sequence[str], redo: Collection[str] = ()) -> None:
-    """Find what would end one of `stages` hours after the first has begun.
+    """Find errors that would otherwise stop one of `stages` hours after the start.
 
     Raises:
         UserError: `redo` names no stage of these, there is nothing to evaluate on, or a reward or a tracker is not
@@ -79,7 +79,7 @@ def require_stages(config: Config, stages: Sequence[str], redo: Collection[str])
 
 
 def standings(config: Config, run: RunDirectory) -> dict[str, Standing]:
-    """How every stage of the run stands."""
+    """The state of every stage of the run."""
     entries, prints = legacy.entries(config, run, PIPELINE), run.fingerprints
     return {name: standing_of(PIPELINE[name], config, run, entries, prints) for name in stages_of(config)}
 
@@ -95,7 +95,7 @@ def pending(config: Config, run: RunDirectory, stages: Sequence[str] | None = No
 
 
 def is_done(config: Config, run: RunDirectory, name: str) -> bool:
-    """Whether `name` has finished on its present inputs, and its results are as it left them."""
+    """Whether `name` has finished on its present inputs, and its results are unchanged."""
     return standings(config, run)[name].state == "done"
 
 
@@ -109,7 +109,7 @@ def dependents(config: Config, names: Collection[str]) -> list[str]:
 
 
 def require_leave(config: Config, run: RunDirectory, stages: Sequence[str], redo: Collection[str]) -> None:
-    """Check before anything starts that nothing finished or checkpointed would be replaced unasked.
+    """Check before anything starts that no finished result or checkpoint would be replaced without `redo`.
 
     Args:
         stages: what is to run.

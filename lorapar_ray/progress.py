@@ -1,7 +1,7 @@
-"""Progress of work that happens in other processes: the driver polls a cheap count and draws a bar.
+"""Progress of work in other processes: the driver polls a cheap count and draws a bar.
 
-On a terminal this is a live bar; in a log (a submitted job, CI) it is one line now and then. Stages report by what they
-leave on disk anyway (finished units, metrics lines), so a resumed run starts its bar where the work stands.
+On a terminal this is a live bar; in a log (a submitted job, CI) it is an occasional line. Progress is read from files
+that stages write anyway (finished units, metrics lines), so a resumed run's bar starts at the finished work.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """One command at a time works in a run directory. The lock is a file that only one can create, so it needs no POSIX
 locks, which network file systems break.
 
-The file names its holder. On the same machine a holder that has died is recognised by its process; on another one by
-the file's age, since a living holder touches it every `BEAT_S`. A holder that was asleep for so long that another took
-its lock writes nothing more.
+The file names its holder. On the same machine a dead holder is detected by its process; on another machine by the
+file's age, since a living holder touches it every `BEAT_S`. A holder that slept until another command took its lock
+writes nothing more.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def run_lock(root: Path, wait_s: float = 0.0) -> Iterator[None]:
 
 
 def living_holder(root: Path) -> dict[str, Any] | None:
-    """Who is at work in a run directory: pid, host, command, since; None if nobody is."""
+    """The command that works in a run directory: pid, host, command, since; None if there is none."""
     try:
         text, age = (root / NAME).read_text(errors="replace"), time.time() - (root / NAME).stat().st_mtime
     except OSError:

@@ -1,4 +1,4 @@
-"""The run directory: where each stage writes, what it has finished, and how nothing half-written is ever read.
+"""The run directory: the stages' files and manifest, written so that no incomplete file is ever read.
 
     runs/<name>/
       config.yaml  manifest.json      settings last used; per stage: status, what decided it, its files, seconds
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from lorapar_ray.storage.workspace import Handed
 
 PROGRESS = "progress.json"
-"""In `work`: how far the stage at work is."""
+"""In `work`: progress of the running stage."""
 OF_A_MIRROR = (".mirror.json", ".session", ".complete")
 """Files of this machine's copy of a run in an object store."""
 FORMAT = 2
@@ -131,7 +131,7 @@ class RunDirectory:
         return self.remote.shared([str(path.relative_to(self.root)) for path in writes])
 
     def holder(self) -> dict[str, Any] | None:
-        """Who is at work: pid, host, command, since; None if nobody is."""
+        """The running command: pid, host, command, since; None if there is none."""
         return living_holder(self.root) if self.remote is None else self.remote.holder()
 
     def open(self, config: Config) -> None:

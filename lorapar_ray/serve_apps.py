@@ -1,4 +1,4 @@
-"""Applications on Ray Serve: started quietly, waited for, and ended without a word about it."""
+"""Starts applications on Ray Serve, waits for them, and ends them, without console output."""
 
 from __future__ import annotations
 

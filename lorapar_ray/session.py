@@ -180,13 +180,13 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def require_ray_at(address: str) -> None:
-    """Check that it is a Ray that answers there: Ray itself would retry for minutes, with nothing but C++ warnings.
+    """Check that a Ray answers at the address: Ray itself would retry for minutes and print only C++ warnings.
 
     Args:
         address: `host:port` of a cluster, `ray://host:port` of a Ray client server; others (`auto`) are not checked.
 
     Raises:
-        OSError: nothing answers within `CONNECT_TIMEOUT_S`, or what answers is no Ray.
+        OSError: nothing answers within `CONNECT_TIMEOUT_S`, or the server is not Ray.
     """
     place = address.removeprefix("ray://")
     host, _, port = place.rpartition(":")

@@ -1,7 +1,7 @@
-"""What a stage is: one object that holds its name, what it reads and writes, what it asks for, and how it runs.
+"""A stage: one object with its name, inputs, outputs, resources, and its function.
 
 Each folder of a stage has a `stage.py` with its object, and `lorapar_ray.pipeline` puts them in order. These modules
-import nothing heavy: a run that is done is found done within a second.
+import nothing heavy, so that a finished run is detected within a second.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Stage:
     needs: Callable[[Config], tuple[str, ...]]
     """Stages that must have finished, and whose results enter."""
     settings: Callable[[Config], Settings]
-    """What of the config decides the result, by path."""
+    """The config fields that change the result, by path."""
     run: Callable[[Config, RunDirectory], dict[str, Any]]
-    """Does the work, going on from what an interrupted run left; returns notes for the manifest."""
+    """Does the work, continuing from partial results; returns notes for the manifest."""
     outputs: tuple[str, ...]
     """Folders and files of the result, checked before they are relied on."""
     passed_on: tuple[str, ...] | None = None
@@ -46,10 +46,10 @@ class Stage:
     reads: Callable[[Config], Iterable[str]] = lambda _: ()
     """The user's own files and folders whose contents decide the result."""
     resources: Callable[[Config], str] = lambda _: ""
-    """What it asks of the cluster, in words."""
+    """The resources that it requests, in words."""
     uses_ray: Callable[[Config], bool] = lambda _: True
     check: Callable[[Config], None] = _nothing
-    """Finds what would end the stage late; raises UserError."""
+    """Finds errors that would stop the stage late; raises UserError."""
     is_view: bool = False
     """It only shows what the run holds: it may be written again at any time, without `--redo`."""
 

@@ -1,4 +1,4 @@
-"""How a stage stands: whether what it left still is what the present config and files would make, and if not, why."""
+"""The state of a stage: whether its results match the present config and files, and if not, why."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def inputs_of(stage: Stage, config: Config, entries: Mapping[str, Any], prints: 
 def standing_of(
     stage: Stage, config: Config, run: RunDirectory, entries: Mapping[str, Any], prints: Fingerprints
 ) -> Standing:
-    """How a stage stands under `config`.
+    """The state of a stage under `config`.
 
     Args:
         entries: of the manifest, by stage.

@@ -1,4 +1,4 @@
-"""How far a run is, read from its directory alone: from any machine that sees it, while a stage works or after."""
+"""A run's progress, read from its directory alone: from any machine that can read it, during a stage or after it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _far(run: RunDirectory, entry: dict[str, Any], alive: bool) -> str:
 
 
 def follow(run: RunDirectory) -> None:
-    """Show `lines` on the terminal, again and again, until nobody is at work or Ctrl-C."""
+    """Show `lines` on the terminal repeatedly, until no command is running or Ctrl-C."""
     from rich.live import Live
     from rich.text import Text
 

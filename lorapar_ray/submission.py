@@ -1,6 +1,6 @@
-"""Hand a run to a cluster as a Ray job: the same run is submitted once, and a second call follows the first one's job.
+"""Submits a run to a cluster as a Ray job. The same run is submitted once; a second call follows the first job.
 
-Only Ray's job server is spoken to, so the machine that submits needs no Ray of the cluster's version.
+It uses only Ray's job server, so the submitting machine may have another version of Ray.
 """
 
 from __future__ import annotations

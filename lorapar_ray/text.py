@@ -1,4 +1,4 @@
-"""Foreign text made fit to be shown: what a teacher, an endpoint, a file name or a model wrote is data, never layout.
+"""Makes foreign text safe to show: text of a teacher, an endpoint, a file name or a model is data, never layout.
 
 A control character can move a terminal's cursor or forge a line of output, a lone surrogate cannot be encoded, and
 square brackets are markup to `rich`. All foreign text that this project prints, plots or writes down goes through

@@ -1,4 +1,4 @@
-"""The metrics file of a stage, one JSON line a step, and whether the trackers that a config names are there."""
+"""The metrics file of a stage, one JSON line per step, and a check that the configured trackers are installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ray Train's group of workers, without the helpers that nothing here uses, on the network that Ray itself uses."""
+"""Ray Train's group of workers, without unused helper actors, on the network that Ray itself uses."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Where results wait while a stage makes new ones: `trash/<time>-<stage>/`, with the stage's entry of the manifest.
+"""The place of old results while a stage computes new ones: `trash/<time>-<stage>/`, with the stage's entry of the
+manifest.
 
-They are removed when the stage has finished. If it fails before it has written anything they are put back; if it is
-given up, the same settings as before bring them back.
+They are removed when the stage has finished. If it fails before it has written anything they are restored; if it is
+given up, running the old settings again restores them.
 """
 
 from __future__ import annotations

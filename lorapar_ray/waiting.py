@@ -1,4 +1,4 @@
-"""What asyncio's own functions do not take as it is."""
+"""A helper for awaitables that asyncio's functions do not accept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What vLLM's CPU path computes more than once, replaced on one engine's own objects; runs inside vLLM's worker.
+"""Replaces redundant work of vLLM's CPU path on one engine's objects; runs inside vLLM's worker.
 
 Three things; the first two are together nearly half of a decoding step of a small model:
 
@@ -22,7 +22,7 @@ SCORED_FROM = "lorapar_scored_from"
 
 
 def lighten(model_runner: Any) -> None:
-    """Replace both on a model runner; what this version of vLLM does not have is left alone."""
+    """Replace these on a model runner; parts that this version of vLLM lacks are skipped."""
     sampler = getattr(getattr(model_runner, "sampler", None), "topk_topp_sampler", None)
     if sampler is not None and getattr(sampler, "logprobs_mode", None) == "processed_logprobs":
         sampler.forward = sample_and_logprobs

@@ -1,4 +1,4 @@
-"""A vLLM engine in a Ray actor whose policy can be replaced between steps and asked to prove which one it serves."""
+"""A vLLM engine in a Ray actor. Its policy can be replaced between steps, and it can verify which policy it serves."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:  # imports torch, which the fork server would wait for
     from lorapar_ray.engines.policy import Policy, PolicyReceiver
 
 WATCH_S = 1.0
-"""Between two looks at whether the engine lives."""
+"""Seconds between two checks that the engine lives."""
 PROOF = -1
-"""Priority of what proves a policy: before the sequences (0) that wait for room, since the learner waits for it."""
+"""Priority of requests that verify a policy: before waiting sequences (0), since the learner waits for them."""
 
 
 class EngineActor:
@@ -71,14 +71,14 @@ class EngineActor:
     async def load_policy(self, policy: Policy | None, whole: Policy | None = None) -> str:
         """Serve `policy` (None: the base) from the next engine step on; returns the digest of what was loaded.
 
-        Requests in flight go on, under it (`merged`) or under the one they began with (`adapter`); drain them first
-        where that is not wanted. New ones wait until it is there. Key-value entries are salted with the policy's
-        digest, so none of another policy's is ever found.
+        Requests in flight continue with it (`merged`) or with their old policy (`adapter`); drain them first to prevent
+        this. New requests wait until it is loaded. Prefix cache entries are salted with the policy's digest, so no
+        entry of another policy is used.
 
         Args:
-            whole: what `policy` holds changes to, for an engine that has not received it.
+            whole: the whole policy to which the changes in `policy` apply, for an engine that has not received it.
         """
-        async with self._loading:  # two learners' policies, where one has died and the other begun, come one by one
+        async with self._loading:  # policies of a dead learner and of its successor are loaded one after the other
             self._open.clear()
             try:
                 if whole is not None and self._receiver is None:
@@ -119,7 +119,7 @@ class EngineActor:
         return agreed(await self._rpc("lorapar_load_policy", folder))
 
     def _salt(self) -> str:
-        """What keeps one policy's key-value entries from another's prompts."""
+        """The salt that separates the prefix cache entries of policies."""
         return f"policy {self._digest}"
 
     async def _forget(self) -> None:
@@ -143,7 +143,7 @@ class EngineActor:
         return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
 
     async def _drop(self, lora: Any) -> None:
-        """Take away an adapter that no request uses any more: vLLM reads it again whenever one still does."""
+        """Remove an adapter that no request uses any more; if one still does, vLLM reads it again."""
         with self._alive():
             await self._engine.remove_lora(lora.lora_int_id)
         shutil.rmtree(lora.lora_path, ignore_errors=True)
@@ -161,11 +161,12 @@ class EngineActor:
     ) -> tuple[GroupRecord, GroupHead]:
         """Sample `sampling["n"]` completions of one prompt; to be called with `num_returns=2`.
 
-        Both objects then belong to the caller, so a record outlives this actor for as long as its node lives.
+        The caller owns both objects, so a record outlives this actor while its node lives.
 
         Args:
             key: names the group among those in flight.
-            begun: what another engine has sampled of it, or of several groups by key; this one goes on from there.
+            begun: tokens that another engine has already sampled, of this group or of several by key; this engine
+                continues them.
         """
         await self._open.wait()
         earlier = begun.get(key) if isinstance(begun, Mapping) else begun
@@ -198,14 +199,14 @@ class EngineActor:
     async def progress(self) -> tuple[dict[str, GroupRecord], dict[str, int]]:
         """The groups in flight as far as they are and how many tokens that is, by key; called with `num_returns=2`.
 
-        An answer is also the proof that the engine lives: it comes from its workers, between two of their steps.
+        An answer is also the heartbeat: it comes from the engine's workers, between two of their steps.
         """
         await self._rpc("lorapar_alive")
         records = {key: as_record(*group) for key, group in self._groups.items()}
         return records, {key: len(record.token_ids) for key, record in records.items()}
 
     async def give_back(self, key: str) -> None:
-        """End a group where it is: its `rollout` then returns with what there is of it."""
+        """Stop a group: its `rollout` then returns the tokens sampled so far."""
         if key in self._groups:
             with self._alive():
                 await self._engine.abort([each.request for each in self._groups[key][1] if not each.ended])
@@ -241,17 +242,18 @@ class EngineActor:
         return [entry[token].logprob for entry, token in pairs]
 
     async def cache_gap(self, token_ids: list[int]) -> float:
-        """Mean absolute difference, in nats, between decoding after `token_ids` and computing the same tokens afresh.
+        """Mean absolute difference, in nats, between decoding after `token_ids` and computing the same tokens without
+        the cache.
 
-        Decoding reads the prefix cache, as rollouts do; prompt log-probabilities never do. So entries that another
-        policy left behind show up here.
+        Decoding reads the prefix cache, like rollouts; prompt log-probabilities never do. So stale entries of another
+        policy are detected here.
         """
         [done] = await self._complete(token_ids, {"max_tokens": 4, "temperature": 1.0, "seed": 0}, 0, priority=PROOF)
         afresh = await self.score([*token_ids, *done.token_ids], len(token_ids))
         return sum(abs(a - b) for a, b in zip(done.logprobs, afresh, strict=True)) / len(afresh)
 
     async def leave(self) -> None:
-        """End the engine's processes, which may no longer listen; whoever asked then ends this actor (`ray.kill`)."""
+        """End the engine's processes, which may not respond any more; the caller then ends this actor (`ray.kill`)."""
         import psutil
 
         self._leaving = True
@@ -271,7 +273,7 @@ class EngineActor:
         return last
 
     async def _stream(self, prompt_ids: list[int], params: Any, request: str, priority: int = 0) -> AsyncIterator[Any]:
-        """What the engine hands over of a request, under the policy that is served as it begins."""
+        """The engine's outputs of a request, with the policy that is served at its start."""
         lora = self._lora
         held = -1 if lora is None else lora.lora_int_id
         prompt = {"prompt_token_ids": prompt_ids, "cache_salt": self._salt()}
@@ -293,14 +295,14 @@ class EngineActor:
         return answers
 
     async def _leave_with_the_engine(self) -> None:
-        """Leave once the engine is dead: vLLM never answers a call to its workers that was under way at that moment."""
+        """Exit once the engine is dead: vLLM never answers calls to its workers that were in flight at that moment."""
         while not self._engine.errored:
             await asyncio.sleep(WATCH_S)
         self._leave_at_once()
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
-        """Leave with a dead engine: an actor without one answers only errors, and its owner replaces a dead actor."""
+        """Exit with a dead engine: without one the actor returns only errors, and its owner replaces a dead actor."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
@@ -310,16 +312,16 @@ class EngineActor:
             raise
 
     def _leave_at_once(self) -> None:
-        """Does nothing while this actor is being ended on purpose: Ray's log should then name no dead worker."""
+        """Does nothing while this actor is being ended on purpose, so that Ray's log reports no dead worker."""
         if not self._leaving:
             os._exit(1)
 
 
 def agreed(digests: Sequence[str]) -> str:
-    """What all ranks of a tensor-parallel engine loaded.
+    """The digest that all ranks of a tensor-parallel engine loaded.
 
     Raises:
-        RuntimeError: they differ, so that the engine computes with parts of two policies.
+        RuntimeError: they differ: the engine would compute with parts of two policies.
     """
     if len(set(digests)) != 1:
         raise RuntimeError(f"the engine's ranks loaded different policies: {', '.join(each[:9] for each in digests)}")
@@ -345,11 +347,11 @@ def start_engine(
 
     Args:
         model_path: as the config has it, or as `models.model_reference` gives it; the actor's machine resolves it.
-        where: the config's field that holds `engine`, for what is said where it cannot start.
+        where: the config's field that holds `engine`, for error messages.
         place: a placement group with a bundle for this engine; None: anywhere.
-        actor, environment: another kind of engine, and variables it needs beside the usual ones.
-        restarts: how often Ray starts the actor again if its process dies, and calls again what was in flight; the new
-            one has no engine and no policy, so only an actor whose calls see to that may ask for it.
+        actor, environment: another kind of engine, and additional environment variables.
+        restarts: how often Ray restarts the actor if its process dies, and retries calls in flight; the new actor has
+            no engine and no policy, so only an actor whose calls handle this may use it.
     """
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -375,7 +377,7 @@ def start_engine(
 
 
 def _spill(adapter: bytes, config: str) -> Path:
-    """Write an adapter where every process of this machine can map it; it is complete when this returns."""
+    """Write an adapter where every process of this machine can map it."""
     shared = Path("/dev/shm")
     roomy = shared.is_dir() and shutil.disk_usage(shared).free > 2 * len(adapter)  # 64 MiB in a plain container
     root = Path(tempfile.mkdtemp(prefix="lorapar-", dir=shared if roomy else None))

@@ -1,7 +1,7 @@
-"""The base model's tensors by checkpoint name: what every merged policy is computed from.
+"""The base model's tensors by checkpoint name, from which every merged policy is computed.
 
-On a CPU they are read from the memory-mapped files, which cost nothing. On a GPU they are read once and kept, on the
-GPU itself where they are small beside its free memory, else in pinned host memory, so that a sync reads no file again.
+On a CPU they are read from memory-mapped files, without a copy. On a GPU they are read once and kept: on the GPU if
+they are small compared with its free memory, else in pinned host memory, so that a sync reads no file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorapar_ray.adapters.merge import base_name
 from lorapar_ray.models import model_folder, resolve_model
 
 RESIDENT_SHARE = 0.1
-"""Of the free memory of a GPU, what a resident copy of the adapted weights may take; larger ones are pinned."""
+"""Share of a GPU's free memory for a resident copy of the adapted weights; larger copies are pinned."""
 
 
 class BaseWeights(Mapping[str, Tensor]):
@@ -42,7 +42,7 @@ class BaseWeights(Mapping[str, Tensor]):
 
 
 class KeptWeights(Mapping[str, Tensor]):
-    """Base weights that come onto `device` without their files: each is read once, when first asked for."""
+    """Base weights cached for `device`: each is read once from its file, at first use."""
 
     def __init__(self, files: Mapping[str, Tensor], device: torch.device, *, resident: bool) -> None:
         """`resident`: keep them on the device; else in pinned host memory, copied from there each time."""
@@ -72,7 +72,7 @@ def kept_on(files: Mapping[str, Tensor], names: Iterable[str], device: torch.dev
 
 
 def unmergeable(model: str, adapter_keys: Iterable[str]) -> list[str]:
-    """`missing_from` for a model on a machine that has it; empty for one that the hub would have to give first."""
+    """`missing_from` for a model on a machine that has it; empty if it must first be downloaded from the hub."""
     folder = Path(resolve_model(model))
     return missing_from(BaseWeights(folder), adapter_keys) if folder.is_dir() else []
 
@@ -87,10 +87,10 @@ def not_in_the_files(missing: Sequence[str], model: str) -> str:
 
 
 def missing_from(names: Iterable[str], adapter_keys: Iterable[str]) -> list[str]:
-    """Weights that an adapter adapts and a checkpoint does not hold under that name.
+    """Adapted weights that the checkpoint does not have under the adapter's name.
 
     Wrapped models (a language model inside a multimodal one) and those that transformers converts while loading have
-    module names that differ from the names in their files; base + s·BA cannot be put together for them.
+    module names that differ from the names in their files; base + s·BA cannot be computed for them.
     """
     return sorted({base_name(key) for key in adapter_keys} - set(names))
 

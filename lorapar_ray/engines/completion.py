@@ -1,4 +1,4 @@
-"""What an engine samples."""
+"""Completions of an engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Kept:
-    """The tokens among which each token was sampled, end to end."""
+    """The kept tokens from which each token was sampled, concatenated."""
 
     token_ids: list[int]
     counts: list[int]
@@ -34,6 +34,6 @@ class Completion:
     finished: bool
     """False if it was cut at the length limit."""
     version: int
-    """Policy version when sampling began; -1 is the base model. A policy that arrived meanwhile wrote the rest."""
+    """Policy version when sampling began; -1 is the base model. A policy loaded meanwhile sampled the rest."""
     kept: Kept = field(default_factory=lambda: Kept([], []))
-    """What top-k, top-p and min-p left to sample from; empty where nothing was cut."""
+    """The tokens that top-k, top-p and min-p kept; empty if nothing was cut."""

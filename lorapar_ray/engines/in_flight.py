@@ -1,4 +1,4 @@
-"""Groups that an engine is at, as far as they are: what another engine needs to go on with them."""
+"""An engine's groups in flight with their tokens so far, so that another engine can continue them."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from lorapar_ray.engines.completion import Completion, Kept
 from lorapar_ray.engines.record import GroupRecord, record_of
 
 INTERVAL = 64
-"""Tokens after which a sequence's newest are handed over: one by one they would cost more than sampling them."""
+"""Number of new tokens per output of a sequence: single-token outputs would take longer than sampling."""
 
 
 @dataclass
 class Growing:
-    """One completion in the making."""
+    """One unfinished completion."""
 
     version: int
-    """Of the policy under which it began."""
+    """Version of the policy at its start."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     kept: Kept = field(default_factory=lambda: Kept([], []))
     ended: bool = False
     finished: bool = False
-    """It ended by itself, not at the length limit."""
+    """Whether it ended by itself, not at the length limit."""
     request: str = ""
-    """The engine's name for it."""
+    """The engine's request id."""
 
     def take(self, choice: Any) -> None:
-        """Add what vLLM hands over; an aborted request leaves the completion open."""
+        """Add an output of vLLM; an aborted request leaves the completion open."""
         self.token_ids += choice.token_ids
         self.logprobs += [choice.logprobs.logprobs[at] for at in choice.logprobs.start_indices]
         self.kept.extend(kept_of(choice.logprobs))
@@ -54,11 +54,10 @@ def kept_of(logprobs: Any) -> Kept:
 
 
 def growing(count: int, version: int, begun: GroupRecord | None) -> list[Growing]:
-    """A group's completions as they are to go on.
+    """The state from which a group's completions continue.
 
     Args:
-        version: of the policy served now, for completions that have no token yet.
-        begun: what was sampled of them elsewhere.
+        version: of the policy served now, for completions without a token. begun: tokens already sampled elsewhere.
     """
     if begun is None:
         return [Growing(version) for _ in range(count)]
@@ -77,7 +76,7 @@ def growing(count: int, version: int, begun: GroupRecord | None) -> list[Growing
 
 
 def as_record(prompt_ids: Sequence[int], group: Sequence[Growing]) -> GroupRecord:
-    """A group as far as it is."""
+    """A group with its tokens so far."""
     completions = [Completion(each.token_ids, each.logprobs, each.finished, each.version, each.kept) for each in group]
     return record_of(prompt_ids, completions, [at for at, each in enumerate(group) if not each.ended])
 
@@ -85,7 +84,7 @@ def as_record(prompt_ids: Sequence[int], group: Sequence[Growing]) -> GroupRecor
 def request_of(each: Growing, sampling: Mapping[str, Any], index: int) -> dict[str, Any]:
     """Sampling parameters for the rest of the group's completion number `index`.
 
-    Its random numbers are others than those that drew the beginning.
+    Its random numbers differ from those of the beginning.
     """
     done, seed = len(each.token_ids), sampling.get("seed")
     if seed is not None:

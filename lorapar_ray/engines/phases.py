@@ -1,4 +1,4 @@
-"""Which phase of its start a process is in: a line for each in its log, and the seconds it took."""
+"""Phases of a process's start: a log line and the seconds of each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Phases:
-    """Seconds by phase, in the order they were gone through."""
+    """Seconds by phase, in order."""
 
     def __init__(self, who: str) -> None:
         """`who`: how the log calls the process."""

@@ -1,8 +1,8 @@
-"""A policy on its way from the learner to the engines: the adapter whole, or only what a step could have changed.
+"""A policy as a message from the learner to the engines: the whole adapter, or only elements that a step may change.
 
-With a partition a step moves the stage's own elements and nothing else, so after the first, whole policy only those
-values travel, side by side, and the receiver puts them into the adapter it has. Either way the digest is that of the
-whole adapter file, so a receiver that missed a version or mixed two up cannot arrive at it.
+With a partition a step changes only the stage's own elements. So after the first, whole policy only those values are
+sent, concatenated, and the receiver writes them into its adapter. In both cases the digest is that of the whole adapter
+file, so a receiver that missed or mixed up versions gets another digest.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 MASK = "mask."
-"""Prefix of the bit-packed masks that a whole policy carries beside the adapter."""
+"""Prefix of the bit-packed masks that a whole policy contains in addition to the adapter."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """One version of the adapter, as bytes, so that it travels as one Ray object."""
+    """One version of the adapter, as bytes, so that it is one Ray object."""
 
     version: int
     kind: Literal["whole", "changes"]
@@ -38,13 +38,13 @@ class Policy:
 
 @dataclass(frozen=True)
 class PolicyNote:
-    """What is said of a policy to whoever passes it on; the policy itself lies in Ray's object store."""
+    """A policy's version, digest and reference; the policy itself is in Ray's object store."""
 
     version: int
     kind: Literal["whole", "changes"]
     digest: str
     size: int
-    """Bytes that travel to each node."""
+    """Bytes that are sent to each node."""
     reference: Any
     """To the `Policy`; nested in this note, so that a call that takes the note does not fetch it."""
 
@@ -55,7 +55,7 @@ def note_of(policy: Policy, reference: Any) -> PolicyNote:
 
 
 class PolicyError(RuntimeError):
-    """The receiver cannot make the adapter that was sent: it missed the whole policy, or its bytes differ."""
+    """The receiver cannot rebuild the sent adapter: it missed the whole policy, or its bytes differ."""
 
 
 class PolicySender:
@@ -68,7 +68,7 @@ class PolicySender:
         self._sent_whole = False
 
     def policy(self, version: int, parameters: Mapping[str, Tensor]) -> Policy:
-        """The parameters (float32, by adapter key) as version `version`; whole the first time."""
+        """The parameters (float32, by adapter key) as version `version`; the first one is whole."""
         state = {key: value.detach().float().cpu().contiguous() for key, value in parameters.items()}
         digest = hashlib.sha256(adapter_bytes(state)).hexdigest()
         if self._masks is None or not self._sent_whole:
@@ -83,7 +83,7 @@ class PolicySender:
 
 
 class PolicyReceiver:
-    """Turns policies back into adapters; keeps the last one, to apply changes to."""
+    """Turns policies back into adapters; keeps the last adapter, to apply changes to it."""
 
     def __init__(self) -> None:
         self._state: dict[str, Tensor] = {}

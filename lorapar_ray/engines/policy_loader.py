@@ -1,13 +1,13 @@
 """Runs inside vLLM's worker process: swaps the served policy for base + s·BA between two engine steps.
 
 Each policy is computed in float32 from the base's own weights and rounded once, to the dtype the engine computes in;
-never by adding to what is loaded. A hundred updates later the served weights are still one rounding away from
-base + s·BA.
+never by adding to the loaded weights. So after any number of updates the served weights differ from base + s·BA by only
+one rounding.
 
-On a GPU linear weights lie as a checkpoint has them, so the merged ones are copied into the tensors that are there:
-CUDA graphs, which captured those, see the new policy. On a CPU, and under quantisation, vLLM repacks them for its
-kernels; there its layerwise reload puts the adapted modules, and only those, back into checkpoint form, loads and
-repacks them. (Over a whole model it would warn of each module that gets no weights, which is intended here.)
+On a GPU linear weights have the checkpoint's layout, so the merged ones are copied into the existing tensors: CUDA
+graphs captured those, so they use the new policy. On a CPU, and with quantisation, vLLM repacks weights for its
+kernels; there its layerwise reload converts only the adapted modules back to the checkpoint's layout, loads and repacks
+them. (For a whole model it would warn about each module without new weights, which is intended here.)
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class PolicyLoader:
             lighten(self.model_runner)
 
     def lorapar_alive(self) -> None:
-        """Called to see whether anybody answers."""
+        """Heartbeat."""
 
     def lorapar_load_policy(self, adapter: str | None) -> str:
-        """Serve base + adapter, or the bare base for None.
+        """Serve base + adapter, or the base alone for None.
 
         Args:
             adapter: directory with `adapter_model.safetensors` and `adapter_config.json`.
@@ -58,7 +58,7 @@ class PolicyLoader:
             SHA-256 of the adapter file that was read, or `base`; the sender compares it with what it sent.
 
         Raises:
-            ValueError: the base's files do not hold what the adapter adapts, or a module did not take its weights.
+            ValueError: the base's files lack adapted weights, or a module did not load its weights.
         """
         before: set[str] = getattr(self, "_lorapar_touched", set())
         if adapter is None:
@@ -109,7 +109,7 @@ class PolicyLoader:
 
 
 def lies_as_in_the_checkpoint(model: Any, device: torch.device) -> bool:
-    """Whether each weight can be written where it is: on a GPU, without quantisation or derived weights (MLA, MoE)."""
+    """Whether each weight can be written in place: on a GPU, without quantisation or derived weights (MLA, MoE)."""
     from vllm.model_executor.layers.attention import is_deferred_attention_layer
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -159,7 +159,7 @@ def modules_of(model: Any, names: Iterable[str]) -> dict[str, Any]:
     """The model's modules that hold weights of these checkpoint names, by their path.
 
     Raises:
-        ValueError: one has none: it is called otherwise in vLLM, or not run by it.
+        ValueError: a name has no module: vLLM uses another name for it, or does not run it.
     """
     stacked = getattr(model, "packed_modules_mapping", {})
     packed = {part: whole for whole, parts in stacked.items() for part in parts}
@@ -179,7 +179,7 @@ def modules_of(model: Any, names: Iterable[str]) -> dict[str, Any]:
 
 
 def reload_modules(model: Any, modules: Mapping[str, Any], weights: Weights, config: Any) -> None:
-    """Bring `modules` back into checkpoint form, load all of their weights, and let vLLM repack them.
+    """Convert `modules` back to the checkpoint's layout, load all of their weights, and let vLLM repack them.
 
     Raises:
         ValueError: a module did not get all of its weights.

@@ -1,4 +1,4 @@
-"""Imported by a fork server for the processes that are forked from it: what every engine's core imports.
+"""Imports for a fork server: the modules that every engine's core imports.
 
 Nothing here may start a thread or touch a GPU, since neither survives a fork. vLLM itself forks after importing its
 core; its GPU worker is left to the forked process.

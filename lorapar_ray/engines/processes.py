@@ -1,8 +1,8 @@
-"""An engine's processes, forked from one that has imported vLLM already.
+"""An engine's processes, forked from a process that has already imported vLLM.
 
-vLLM runs an engine's core in a process of its own, which it spawns from a Ray actor: the core imports vLLM once more,
-6 to 40 seconds on a slow machine, after the actor has. Here a fork server (Python's own) imports it while the actor
-does, and the core is forked from there; so is the process in which vLLM looks at an unknown model's class.
+vLLM spawns an engine's core as a separate process from a Ray actor: the core imports vLLM once more after the actor,
+which takes 6 to 40 seconds. Here a fork server (Python's own) imports it in parallel with the actor, and the core is
+forked from it; so is the process in which vLLM inspects an unknown model's class.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lorapar_ray.heavy_imports import without_collecting
 
 PRELOAD = "lorapar_ray.engines.preload"
 UNUSABLE = "unusable"
-"""Name of a file that a forked process makes if it cannot use the GPU, before it ends."""
+"""Name of a file that a forked process creates before it ends if it cannot use the GPU."""
 CUDA_NOT_INITIALIZED = 3
 """The driver's answer to a child of a process that had initialised it."""
 
@@ -51,7 +51,7 @@ def start_async_llm(arguments: Mapping[str, Any], phases: Phases, where: str) ->
 
 
 def _start(arguments: Mapping[str, Any], phases: Phases, notes: Path, forks: bool) -> Any:
-    """As `start_async_llm`; a forked process leaves in `notes` why it has ended."""
+    """As `start_async_llm`; a forked process writes the reason of its end to `notes`."""
     with phases.phase("importing vLLM"), without_collecting():
         if forks:
             begin_to_import()
@@ -76,7 +76,7 @@ def _start(arguments: Mapping[str, Any], phases: Phases, notes: Path, forks: boo
 
 
 def begin_to_import() -> None:
-    """Start this process's fork server; it imports vLLM meanwhile. Call it before importing vLLM here."""
+    """Start this process's fork server, which imports vLLM in parallel. Call it before importing vLLM here."""
     from multiprocessing.forkserver import ensure_running
 
     if library := _openmp():
@@ -96,7 +96,7 @@ def forked_processes(notes: Path) -> Iterator[None]:
     """vLLM starts its processes from the fork server while the block runs.
 
     Args:
-        notes: folder in which a forked process leaves why it has ended: `UNUSABLE`, or the `CAUSE`.
+        notes: folder in which a forked process writes the reason of its end: `UNUSABLE`, or the `CAUSE`.
     """
     import vllm.model_executor.models.registry as registry
     import vllm.v1.engine.utils as utils
@@ -112,14 +112,14 @@ def forked_processes(notes: Path) -> Iterator[None]:
 
 
 class ForkContext:
-    """As much of a multiprocessing context as vLLM uses for an engine's core."""
+    """The part of a multiprocessing context that vLLM uses for an engine's core."""
 
     def __init__(self, notes: Path) -> None:
         self._notes = notes
         self._context = multiprocessing.get_context("forkserver")
 
     def Process(self, target: Callable[..., None], name: str, kwargs: Mapping[str, Any]) -> Any:
-        """A process with this one's environment as it is now; the fork server's is older."""
+        """A process with this process's current environment; the fork server's is older."""
         arguments = (str(self._notes), dict(os.environ), target)
         return self._context.Process(target=in_a_fork, name=name, args=arguments, kwargs=dict(kwargs))
 
@@ -128,7 +128,7 @@ class ForkContext:
 
 
 def in_a_fork(notes: str, environment: Mapping[str, str], function: Callable[..., None], **arguments: Any) -> None:
-    """Call `function` with `environment` in place of the process's own, until whoever started this process ends."""
+    """Call `function` with `environment` as the process's environment; end when the parent process ends."""
     if cuda_is_lost():
         (Path(notes) / UNUSABLE).touch()
         os._exit(1)

@@ -1,4 +1,4 @@
-"""A finished group as it travels: arrays for whoever reads tokens, and a head with their sizes for whoever does not."""
+"""A finished group as a message: a record of arrays, and a head with their sizes for processes that need no tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GroupHead:
-    """What can be said of a group's completions without their tokens."""
+    """Facts about a group's completions, without their tokens."""
 
     prompt_tokens: int
     lengths: tuple[int, ...]
@@ -26,7 +26,7 @@ class GroupHead:
     versions: tuple[int, ...]
     """See `Completion.version`."""
     open: tuple[int, ...] = ()
-    """Completions that are to go on: the group was given back, or its engine is still at it."""
+    """Unfinished completions: the group was given back, or its engine is still sampling it."""
     sampled: tuple[int, ...] = ()
     """Tokens of each completion that the policy sampled; empty: all of them. The others are an environment's."""
     turns: tuple[int, ...] = ()
@@ -34,7 +34,7 @@ class GroupHead:
     rewards: tuple[float | None, ...] = ()
     """What the environment itself gives each completion."""
     lost: tuple[str, ...] = ()
-    """Why samples of the group are missing, one text each."""
+    """Reasons of the group's missing samples, one text each."""
 
     @property
     def trained(self) -> tuple[int, ...]:
@@ -44,7 +44,7 @@ class GroupHead:
 
 @dataclass(frozen=True)
 class KeptSets:
-    """The tokens that top-k, top-p and min-p left to sample from, for N tokens, end to end.
+    """The tokens that top-k, top-p and min-p kept, for N sampled tokens, concatenated.
 
     A learner has to normalise over the same ones. Over the whole vocabulary a ratio at equal policies is not 1 but the
     probability of the kept set: each token's gradient would be that much smaller, most where the policy is least sure.
@@ -103,7 +103,7 @@ def _split(values: NDArray[Any], lengths: Sequence[int]) -> list[NDArray[Any]]:
 def record_of(
     prompt_ids: Sequence[int] | NDArray[Any], completions: Sequence[Completion], unfinished: Sequence[int] = ()
 ) -> GroupRecord:
-    """The record of a prompt's completions, of which some may still go on (`GroupHead.open`)."""
+    """The record of a prompt's completions, some of which may be unfinished (`GroupHead.open`)."""
     return GroupRecord(
         prompt_ids=np.asarray(prompt_ids, dtype=np.int32),
         token_ids=np.concatenate([np.asarray(done.token_ids, dtype=np.int32) for done in completions]),

@@ -1,7 +1,7 @@
-"""Why an engine could not start, in one line that names the field to change.
+"""Turns the failed start of an engine into one line that names the field to change.
 
-vLLM says it in many ways: pydantic's errors, `ValueError`s of the cache, whatever safetensors or a driver raises, and
-most of them in a process of its own, of which the one that started it learns only that it has ended.
+vLLM reports failures in many ways: pydantic's errors, `ValueError`s of the cache, errors of safetensors or a driver.
+Most occur in a separate process, and its parent sees only that it has ended.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ CAUSE = "cause"
 """Name of the file in which a forked core leaves what ended it."""
 LENGTH = 300
 WAIT_S = 20.0
-"""A core says that it has failed before it has tidied up and left its cause."""
+"""Time for a failed core to clean up and write its cause, after it has reported the failure."""
 _ELSEWHERE = "See root cause above"
-"""Words of vLLM for a core that has failed in a process of its own."""
+"""vLLM's message for a core that has failed in a separate process."""
 _PYDANTIC = re.compile(r"\bValidationError: \d+ validation errors? for \w+ (?:Value error, )?")
 
 # (what the reason says; the first match counts), the field of `where` that it is about ("": all), what to do
@@ -72,7 +72,7 @@ def refusing(model: str, where: str, notes: Path | None) -> Iterator[None]:
 
 
 def refusal(model: str, where: str, why: str) -> str:
-    """The line for `why`, which names one of the engine's fields if that is what it is about, else the model."""
+    """The line for `why`; it names the engine's field that caused it, else the model."""
     why = _PYDANTIC.sub("", why)
     for pattern, name, fix in _FIELDS:
         if re.search(pattern, why, re.IGNORECASE):

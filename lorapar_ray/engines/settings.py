@@ -1,4 +1,4 @@
-"""The config's engine settings in vLLM's own terms."""
+"""The config's engine settings as vLLM's arguments."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lorapar_ray.precision import engine_dtype
 from lorapar_ray.workers import hidden_gpus
 
 GPU_MEMORY_SHARE = 0.9
-"""Of what an engine is given of a GPU, the part it fills; vLLM's own default for a whole one."""
+"""Part of its GPU share that an engine fills; vLLM's own default for a whole GPU."""
 OUTSIDE_TORCH = 2**30
-"""Bytes of a GPU that torch's allocator does not see: the CUDA context, kernels, cuBLAS workspaces."""
+"""Bytes of a GPU outside torch's allocator: the CUDA context, kernels, cuBLAS workspaces."""
 GRAPHS = 2**30
 """Bytes for CUDA graphs."""
 
@@ -105,7 +105,7 @@ def platform_arguments() -> dict[str, Any]:
 
 
 def require_head_size(model: Any) -> None:
-    """Refuse a model whose heads the CPU's attention kernels do not know; vLLM dies of it at the first request.
+    """Refuse a model whose head size the CPU's attention kernels do not support; vLLM would die at the first request.
 
     Args:
         model: vLLM's `ModelConfig`.

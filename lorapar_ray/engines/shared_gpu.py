@@ -1,4 +1,4 @@
-"""vLLM's GPU worker for an engine that has a part of a GPU: it sizes its cache by what it uses itself.
+"""vLLM's GPU worker for an engine with a part of a GPU: it sizes its cache by its own memory use.
 
 vLLM takes the change of the whole GPU's free memory while it profiles for its own use. Where engines start side by
 side, or a learner loads its model meanwhile, that counts others' allocations, and stops when they free some. Here the
