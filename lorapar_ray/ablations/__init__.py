@@ -1,1 +1,1 @@
-"""Many runs that differ in a few settings, what they share made once, and what they allow one to say."""
+"""Grids of runs that differ in a few settings: shared parts are computed once, and claims are tested."""

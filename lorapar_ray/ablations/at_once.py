@@ -1,4 +1,4 @@
-"""Which runs of a grid train on one base and are evaluated by one set of engines, and that they do."""
+"""Trains runs of a grid together on one base, and evaluates them on one set of engines."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def run_at_once(units: Sequence[Unit], stage: str) -> None:
 
     Of runs whose stage 1 has equal inputs one trains, which the others may copy.
 
-    A group that cannot end is no failure yet: each of its runs then goes on alone, from where the group came to, and
-    the one that was the reason says so itself.
+    If a group fails, each of its runs continues alone from the group's checkpoints, and only the run that caused the
+    failure fails.
     """
     groups: dict[str, dict[str, Unit]] = {}
     for unit in units:

@@ -1,4 +1,4 @@
-"""A grid's plots, each told apart without colour too: by place, by its line, by a name beside it."""
+"""A grid's plots, readable without colour: by position, line style and labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorapar_ray.reporting.charts import INK, QUIET, STYLE, SYSTEM2
 Line = tuple[list[int], list[float]]
 """Steps, and a value at each."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
-"""Okabe and Ito's, which the colour-blind tell apart."""
+"""Okabe and Ito's palette, safe for colour-blind readers."""
 DASHES = ("-", "--", ":", "-.")
 WIDTH = 5.4
 """Of a plot, in inches: as much as a phone shows without scrolling."""
@@ -75,7 +75,7 @@ def losses(lines: Mapping[str, Sequence[Line]]) -> str:
 
 
 def frontier(lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    """What each line costs of the first stage's skill at which gain in the second's; an SVG.
+    """The loss of the first stage's skill against the gain in the second's, by line; an SVG.
 
     Args:
         lines: by name, (gain, cost) of each arm, means over seeds.

@@ -1,4 +1,4 @@
-"""The grids: which arms there are, which claims they decide, and the paper's figures (arXiv 2507.20999, LLaMA2-7B)."""
+"""The grids: arms, claims, and the paper's figures (arXiv 2507.20999, LLaMA2-7B)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ UNMASKED = (PLAIN, "grpo.masked=false")
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: the config with a few settings changed."""
+    """One arm: the config with a few settings changed."""
 
     name: str
     changes: tuple[str, ...] = ()
     """As for `--set`."""
     paper: str = ""
-    """Its figure there, in % on GSM8K."""
+    """The paper's figure, in % on GSM8K."""
     rank_share: float = 1.0
     """Of the config's rank, at the same scaling alpha / rank."""
     teachers: int | None = None
@@ -31,13 +31,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class Claim:
-    """That one arm ends above another, or reaches it."""
+    """A claim: one arm ends above another, or reaches it."""
 
     text: str
     better: str
     worse: str
     reaches: bool = False
-    """It holds too where the first is behind by less than a point."""
+    """It also holds if the first is behind by less than a point."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Grid:
     arms: tuple[Arm, ...]
     claims: tuple[Claim, ...] = ()
     tuned: bool = False
-    """Each arm gets a learning rate of its own from a sweep on a validation split: at one rate for all, that of the
-    importance mask, a random mask is an unfair control (arXiv 2405.02596)."""
+    """Each arm gets its own learning rate from a sweep on a validation split: at the importance mask's rate a random
+    mask would be an unfair control (arXiv 2405.02596)."""
     free: tuple[str, ...] = ()
     """Settings of some arm that `--set` may give the others."""
     lines: tuple[Claim, ...] = ()
-    """Of a grid of retention: that the second stage costs one line less of the first's skill than another."""
+    """In a grid of retention: in one line the second stage loses less of the first's skill than in another."""
 
     def arm(self, name: str) -> Arm:
         """The arm of that name."""

@@ -1,4 +1,4 @@
-"""Run a grid: what is equal once, a failed run beside the others, and a table of what is finished at any time."""
+"""Runs a grid: shared parts are computed once, a failed run does not stop others, and the table shows finished runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Plan:
     out: Path
     seeds: tuple[int, ...]
     rates: tuple[float, ...] = RATES
-    """Of a tuned grid's sweep, relative to the config's learning rate."""
+    """Learning rates of a tuned grid's sweep, relative to the config's."""
 
     @cached_property
     def sweeps(self) -> list[Unit]:
@@ -99,7 +99,7 @@ def make_plan(
 
 
 def described(plan: Plan) -> Iterator[str]:
-    """What running it would take, for `--dry-run`."""
+    """The plan of the grid, for `--dry-run`."""
     sweeps, units = plan.sweeps, plan.units({})
     yield f"{plan.grid.name}: {plan.grid.help}; {len(plan.arms)} arms × {len(plan.seeds)} seeds in '{plan.out}'"
     for arm in plan.arms:
@@ -246,7 +246,7 @@ def _run_batch(units: Sequence[Unit], out: Path, failed: list[str]) -> None:
 
 
 def _run_part(unit: Unit, stages: Sequence[str], out: Path, failed: list[str]) -> bool:
-    """Run some stages of a unit; tells whether they ended. Why not is noted: the other arms end all the same."""
+    """Run some stages of a unit; returns whether they finished. An error is recorded, and other arms continue."""
     if not stages:
         return True
     console.print(unit.title)
@@ -255,7 +255,7 @@ def _run_part(unit: Unit, stages: Sequence[str], out: Path, failed: list[str]) -
         _run(unit, out, stages)
     except UserError as error:
         said = one_line(error, 300)
-    except Exception as error:  # a defect of ours or of a library's
+    except Exception as error:  # a bug of this project or of a library
         file = out / "failures" / f"{unit.folder.name}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(redact(traceback.format_exc()))

@@ -1,4 +1,4 @@
-"""What finished runs of a grid say: accuracies by arm, and a verdict on each claim."""
+"""Results of a grid's finished runs: accuracies by arm, and a verdict on each claim."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorapar_ray.evaluation.statistics import paired, wilson_interval
 Right = dict[str, bool]
 """By question, whether it was answered correctly."""
 MARGIN = 0.01
-"""A difference whose whole interval is smaller than this, 1 point, is none worth having."""
+"""A difference whose whole interval is below this (1 point) is negligible."""
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """Student's t at 97.5 %, by degrees of freedom from 1; beyond the last it is taken for 1.96 + 2.6 / df."""
 
@@ -49,7 +49,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the runs say of one claim."""
+    """The verdict on one claim."""
 
     claim: Claim
     found: Literal["held", "not held", "undecided"]
@@ -123,7 +123,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
 
 
 def _found(interval: tuple[float, float], reaches: bool) -> Literal["held", "not held", "undecided"]:
-    """Whether an arm is ahead, or with `reaches` not behind by `MARGIN`, by the interval of the difference."""
+    """Whether an arm is better, or with `reaches` not worse by `MARGIN`, by the interval of the difference."""
     low, high = interval
     if low > (-MARGIN if reaches else 0):
         return "held"

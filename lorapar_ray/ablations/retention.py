@@ -1,9 +1,9 @@
-"""What the second training stage costs of the first one's skill, and what it gains in its own.
+"""The loss of the first training stage's skill in the second stage, against the second stage's own gain.
 
 A skill is the accuracy on the test rows of the tasks whose training questions are mostly labelled that System. A run is
-a point: the second skill's gain over the second stage, and the first skill's loss. Runs that differ in the second
-stage's learning rate alone make a line, from (0, 0), where nothing was trained. Two lines are compared at equal gain:
-at the largest that both reach, between points by linear interpolation, seed by seed.
+a point: the second skill's gain over the second stage, and the first skill's loss. Runs that differ only in the second
+stage's learning rate form a line, which starts at (0, 0), without training. Two lines are compared at equal gain: at
+the largest that both reach, between points by linear interpolation, seed by seed.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Point:
     gain: float
     """Of the second stage's skill, from before that stage to after it."""
     cost: float
-    """What the first stage's skill fell by meanwhile."""
+    """The loss of the first stage's skill in the second stage."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What the runs say of a claim."""
+    """The verdict on a claim."""
 
     claim: Claim
     found: Literal["held", "not held", "undecided"]
@@ -101,7 +101,7 @@ def cost_at(points: Sequence[Point], gain: float) -> float:
 
 
 def compare(claim: Claim, lines: Mapping[str, Sequence[Point]]) -> Kept | None:
-    """What the lines of two arms say of a claim; None where no seed has gained anything on both."""
+    """The verdict on a claim from two arms' lines; None if no seed has a gain on both."""
     differences, gains = [], []
     better, worse = (lines.get(name, ()) for name in (claim.better, claim.worse))
     for seed in sorted({each.seed for each in better} & {each.seed for each in worse}):

@@ -1,4 +1,4 @@
-"""What a grid comes down to: one run for each arm and seed, and which stages several of them share."""
+"""The units of a grid: one run for each arm and seed, and the stages that they share."""
 
 from __future__ import annotations
 

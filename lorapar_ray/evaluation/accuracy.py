@@ -1,4 +1,4 @@
-"""Right or wrong per question, and what that says about the model."""
+"""Accuracy of a model from right or wrong answers."""
 
 from __future__ import annotations
 

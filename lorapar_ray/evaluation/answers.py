@@ -1,7 +1,7 @@
-"""Answers that a model has given, kept as they come: what an interrupted evaluation goes on from.
+"""A model's answers, saved when they arrive, so that an interrupted evaluation can resume.
 
-A folder of Parquet shards, each of which appears whole. A shard holds the answers that came back together, so a driver
-that is killed loses only the questions in flight. Many small shards are now and then merged into one.
+A folder of Parquet shards, each written atomically. A shard holds answers that arrived together, so a killed driver
+loses only the questions in flight. Small shards are regularly merged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorapar_ray.evaluation.requests import ANSWER_SCHEMA, Answer, Request, answ
 from lorapar_ray.files import atomic_path
 
 MERGED_FROM = 64
-"""Shards that become one."""
+"""Number of shards that are merged."""
 DELETE = "delete it; its questions are then asked again"
 
 
@@ -51,7 +51,7 @@ class AnswerStore:
         return list({request.key: request for request in requests if request.key not in self._answers}.values())
 
     def add(self, answers: Sequence[Answer]) -> None:
-        """Keep some answers; they are on the disk when this returns."""
+        """Save some answers; they are on disk when this returns."""
         self._answers |= {answer.key: answer for answer in answers}
         if self._folder is None:
             return
@@ -60,7 +60,7 @@ class AnswerStore:
             tables = [pq.read_table(shard, schema=ANSWER_SCHEMA) for shard in self._small]
             merged = self._write(
                 self._folder, pa.concat_tables(tables)
-            )  # until the parts are gone their answers are there twice
+            )  # until the merged parts are deleted their answers exist twice
             for shard in self._small:
                 shard.unlink()
             self._small = [merged]

@@ -1,4 +1,4 @@
-"""Greedy answers by transformers' own `generate`, in a Ray actor: for adapters that no engine serves.
+"""Greedy answers with transformers' `generate`, in a Ray actor, for adapters that vLLM does not serve.
 
 vLLM serves LoRA only. A learnt prompt or prefix changes what the model reads, not its weights, so it cannot be merged
 either. Slower than an engine by several times, and the same question gets the same answer up to rounding.
@@ -49,7 +49,7 @@ class Generator:
         It stops at every end token that an engine stops at (`Encoder.end_ids`).
 
         Prompts of one length are answered together, without padding: PEFT puts learnt prompts before the padding and
-        counts it as positions, which gives other answers than the model's own.
+            counts padding as positions, which changes the answers.
         """
         import torch
 

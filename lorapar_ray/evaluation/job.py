@@ -34,13 +34,13 @@ from lorapar_ray.runs import RunDirectory, atomic_path, digest, write_json
 
 
 def evaluate_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
-    """Write what the test rows and the tasks say of each of `evaluate.models`; finished parts are kept.
+    """Write the results of each of `evaluate.models` on the test rows and the tasks; finished parts are kept.
 
     `eval/<name>.json` and `eval/<name>.parquet` are of the test rows; of the tasks see `lorapar_ray.evaluation.tasks`.
-    Every model runs as its stock adapter on the original base, which is how it will be served.
+    Every model runs as its stock adapter on the original base, as it will be served.
 
-    Questions that leave no room for an answer in `evaluate.engine.max_model_len` are left out, for every model alike,
-    and listed in `rejects/evaluate.parquet`. An answer ends at the first of the model's end tokens and stop strings.
+    Questions that leave no room for an answer in `evaluate.engine.max_model_len` are skipped for all models, and listed
+    in `rejects/evaluate.parquet`. An answer ends at the first of the model's end tokens and stop strings.
 
     Raises:
         UserError: there is nothing to evaluate on, no question is short enough, or an adapter or a task is missing.
@@ -90,7 +90,7 @@ def engines_of(config: Config) -> str:
 
 @dataclass
 class _Part:
-    """What one run's evaluation has to do."""
+    """The remaining work of one run's evaluation."""
 
     config: Config
     run: RunDirectory
@@ -98,7 +98,7 @@ class _Part:
     todo: dict[str, Path | None]
     """Models that have not answered the test rows."""
     tasks: bool
-    """Some task of lm-eval is not finished."""
+    """Whether a task of lm-eval is not finished."""
     asked: list[dict[str, Any]] = field(default_factory=list)
     catalogue: Any = None
     encoder: Encoder | None = None
@@ -117,7 +117,7 @@ class _Part:
         return bool(self.todo) or self.tasks
 
     def prepare(self) -> None:
-        """What can fail before an engine starts."""
+        """Checks before an engine starts."""
         self.catalogue = catalogue_of(self.config.evaluate) if self.tasks else None
         self.encoder = _encoder(self.config) if self.tasks else None
         self.asked = _questions(self.config, self.run) if self.todo else []
@@ -209,7 +209,7 @@ def _answer_without_engine(
     adapters: dict[str, Path | None],
     process: RewardPool,
 ) -> None:
-    """The base and adapters that no engine serves (learnt prompts, IA3), by transformers on a Ray actor."""
+    """The base and adapters that vLLM does not serve (learnt prompts, IA3), with transformers in a Ray actor."""
     import ray
 
     settings = config.evaluate

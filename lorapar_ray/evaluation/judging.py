@@ -1,4 +1,4 @@
-"""Right or wrong, decided in a reward process: a model's text is never parsed in the driver, which has no limits."""
+"""Judges answers in a reward process: the driver has no limits, so it never parses a model's text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ REWARD_OF = {"numeric": "numeric_answer", "exact": "exact_answer", "option_lette
 TIME_LIMIT_S = 5.0
 MEMORY_MB = 1024
 AT_ONCE = 64
-"""Answers of one call, which may take TIME_LIMIT_S; one that takes longer by itself is wrong, and counted."""
+"""Answers per call, which may take TIME_LIMIT_S; a single answer that takes longer counts as wrong."""
 
 
 def judging_process(answer: str) -> RewardPool:

@@ -1,8 +1,6 @@
-"""What an evaluation asks of a model, as tokens, and what comes back: the same for every kind of task.
+"""Requests of an evaluation to a model, as tokens, and its answers: the same for every kind of task.
 
-Three kinds. `generate` continues a prompt; `score` gives the log-probability of each token behind `start`; `choose`
-gives the log-probabilities of some single next tokens. `choose` is `score` for answers of one token (" A", " B"): one
-short request, which reads the prefix cache, in place of one for each choice, which cannot.
+Three kinds. `generate` continues a prompt; `score` gives the log-probability of each token from `start` on; `choose` gives the log-probabilities of several possible next tokens. `choose` is `score` for answers of one token (" A", " B"): one short request, which reads the prefix cache, instead of one for each choice, which cannot.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ ANSWER_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to compute."""
+    """One request."""
 
     kind: Kind
     ids: Sequence[int]
@@ -56,14 +54,14 @@ class Request:
 
     @cached_property
     def key(self) -> str:
-        """Names the request: equal for equal contents, so that its answer is found again."""
+        """Key of the request: equal for equal contents, so that a saved answer is found."""
         rest = json.dumps([self.kind, self.start, list(self.targets), dict(self.sampling), self.repeat], sort_keys=True)
         return sha256(np.asarray(self.ids, dtype=np.int32).tobytes() + rest.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says to a request."""
+    """A model's answer to a request."""
 
     key: str
     tokens: Sequence[int] = ()
@@ -75,7 +73,7 @@ class Answer:
 
 
 def request_table(requests: Sequence[Request]) -> pa.Table:
-    """Requests as Ray Data moves them."""
+    """Requests as a table for Ray Data."""
     columns = [
         [request.key for request in requests],
         [request.kind for request in requests],
@@ -90,7 +88,7 @@ def request_table(requests: Sequence[Request]) -> pa.Table:
 
 
 def answer_table(answers: Sequence[Answer]) -> pa.Table:
-    """Answers as they travel and as they are stored."""
+    """Answers as a table, for sending and storing."""
     return pa.Table.from_pylist([vars(answer) for answer in answers], schema=ANSWER_SCHEMA)
 
 

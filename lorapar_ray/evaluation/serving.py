@@ -1,4 +1,4 @@
-"""Which model is evaluated, and how engines serve it: a base, or a base with a stock LoRA adapter."""
+"""The evaluated model and how engines serve it: a base, or a base with a stock LoRA adapter."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class NamedModel:
     """What a user named."""
 
     base: str
-    """As workers are told of it (see `models.model_reference`)."""
+    """Its reference for workers (see `models.model_reference`)."""
     adapter: Path | None
     """A stock PEFT LoRA for that base."""
 
@@ -39,7 +39,7 @@ def named_model(text: str, where: str = "--model") -> NamedModel:
     The base of an adapter trained on a PiSSA residual is that residual base's directory.
 
     Raises:
-        UserError: there is no such model or adapter, or the adapter is no plain LoRA.
+        UserError: there is no such model or adapter, or the adapter is not a plain LoRA.
     """
     whole = expanded(text)
     if whole.is_dir() and (whole / "adapter_config.json").is_file():
@@ -61,10 +61,10 @@ def named_model(text: str, where: str = "--model") -> NamedModel:
 def serving(model: str, adapters: Iterable[Path | None], wanted: Serve = "auto") -> dict[str, Any]:
     """How engines are to serve the adapters: arguments `sync` and `max_lora_rank` of `Engines`.
 
-    `auto` is `merged`, or as LoRA where the base's files have other names for what they adapt.
+    `auto` is `merged`, or LoRA if the base's files use other names for the adapted weights.
 
     Raises:
-        UserError: `merged` is wanted and cannot be.
+        UserError: `merged` is requested but not possible.
     """
     states = [read_adapter_state(folder) for folder in adapters if folder is not None]
     apart = [name for state in states for name in on_a_worker(unmergeable, model, list(state))]
@@ -92,10 +92,10 @@ def require_template(tokenizer: Any) -> None:
 
 
 class Served:
-    """One model on running engines: gives answers, and keeps them."""
+    """One model on running engines: returns answers, and saves them."""
 
     def __init__(self, engines: Engines, adapter: Path | None, store: AnswerStore | None = None) -> None:
-        """`store`: where answers are found again by a later process; None: nowhere."""
+        """`store`: saved answers for a later process; None: answers are not saved."""
         self._engines = engines
         self._policy: Policy | None = None if adapter is None else read_policy(adapter, 0)
         self._store = store
@@ -104,7 +104,7 @@ class Served:
         """An answer to each request, in order.
 
         Args:
-            count: told how many of the requests are answered, from time to time.
+            count: called regularly with the number of answered requests.
 
         Raises:
             UserError: the engines cannot answer; what came before is kept.

@@ -119,7 +119,7 @@ def _evaluate_on(base: str, adapters: Mapping[str, Path | None], catalogue: Any,
 
 
 def short_names(texts: Sequence[str]) -> list[str]:
-    """A name for each model that is also a folder's: the last parts of its path, and a number where two are alike."""
+    """A name for each model that is also a folder name: the last parts of its path, with a number if two are equal."""
     names: list[str] = []
     for text in texts:
         parts = [part for whole in text.split("+") for part in whole.removeprefix("package:").split("/")[-2:]]
@@ -132,7 +132,7 @@ def short_names(texts: Sequence[str]) -> list[str]:
 
 
 def _require_same(out: Path, asked: Evaluation, models: Mapping[str, NamedModel]) -> None:
-    """Record what is evaluated, or check that it is what the folder holds already."""
+    """Record the evaluation's settings, or check that they match those in the folder."""
     settings = {
         path: setting.value
         for path, setting in deciding(asked.settings, "evaluate").items()

@@ -1,4 +1,4 @@
-"""What counts of right answers say about models, and how surely. Pure functions."""
+"""Statistics of right answers: intervals, pass@k and paired comparisons. Pure functions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def wilson_interval(correct: int, n: int, z: float = Z_95) -> tuple[float, float
     spread = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     low, high = (centre - spread) / scale, (centre + spread) / scale
-    return 0.0 if correct == 0 else low, 1.0 if correct == n else high  # not what rounding leaves of them
+    return 0.0 if correct == 0 else low, 1.0 if correct == n else high  # exact bounds, without rounding errors
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -91,7 +91,8 @@ def paired(first: Sequence[bool], second: Sequence[bool]) -> Paired:
 
 
 def mcnemar_exact(gained: int, lost: int) -> float:
-    """Two-sided p of McNemar's exact test (McNemar 1947): were it chance, each changed question would go either way.
+    """Two-sided p of McNemar's exact test (McNemar 1947); null hypothesis: each changed question is gained or lost by
+    chance.
 
     Twice the binomial tail, at most 1; 1 if no question changed.
     """

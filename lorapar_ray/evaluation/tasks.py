@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from lorapar_ray.evaluation.harness.catalogue import Catalogue
 
 SHOWN = 12
-"""Lines of a task's shares that are printed; MMLU has a subject for each of 57."""
+"""Most printed lines of a task's shares; MMLU has 57 subjects."""
 
 
 def catalogue_of(settings: EvaluateConfig) -> Catalogue:
-    """The tasks by name, with those of the settings looked up, so that a wrong one is found before an engine starts.
+    """The catalogue, after checking the settings' tasks, so that a wrong name is found before an engine starts.
 
     Raises:
         UserError: lm-eval is not installed, a task or its data is not there, or nothing here can confine the programs

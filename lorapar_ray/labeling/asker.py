@@ -1,6 +1,6 @@
-"""The Ray Data worker that asks: all questions of several blocks in flight, answers returned block by block.
+"""The Ray Data worker that asks teachers: several blocks of questions are in flight, answers return block by block.
 
-It writes nothing: the driver stores what comes back, so that one process alone owns the vote store.
+It writes nothing: only the driver writes to the vote store.
 """
 
 from __future__ import annotations

@@ -33,9 +33,9 @@ def teacher_keys(label: LabelConfig, teacher: TeacherConfig, student: str, print
 
 
 def revision(teacher: TeacherConfig, prints: Fingerprints) -> str:
-    """Which weights a teacher runs: a package's version, what a local directory's files hold, or a hub commit.
+    """A teacher's weights: a package's version, a digest of a local directory, or a hub commit.
 
-    Without a network the commit is the one in the local hub cache; a remote model's is what the config says.
+    Without a network the commit comes from the local hub cache; a remote model's revision comes from the config.
     """
     if teacher.kind != "serve":
         return teacher.revision or ""

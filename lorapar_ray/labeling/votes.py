@@ -108,9 +108,9 @@ def lead(votes: Sequence[Vote], weights: Literal["equal", "confidence"] = "equal
 
 
 def fewest_to_decide(ahead: float, remaining: int) -> int:
-    """How many of the remaining votes must be asked for at least, if all of them went to the leader; 0: decided.
+    """The smallest number of remaining votes that could decide, if all of them went to the leader; 0: decided.
 
-    A vote weighs at most 1, and a tie is never called decided. Asking that many at once wastes none.
+    A vote weighs at most 1, and a tie is not decided. Asking this many at once wastes no request.
     """
     asked = 0
     while asked < remaining and ahead + asked <= remaining - asked:

@@ -1,4 +1,4 @@
-"""What a run directory holds so far, for the report: anything may be missing."""
+"""Reads a run directory for the report: any part may be missing."""
 
 from __future__ import annotations
 

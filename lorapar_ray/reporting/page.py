@@ -1,4 +1,4 @@
-"""The report: one HTML file with everything inside."""
+"""The report: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def in_order(config: Config, accuracy: dict[str, dict[str, Any]]) -> dict[str, d
 
 
 def verdicts(accuracy: dict[str, dict[str, Any]], right: dict[str, dict[str, bool]]) -> list[str]:
-    """What the answers allow one to say about each step from one model to the next, a sentence each.
+    """One sentence about each step from one model to the next.
 
     Two models that answered the same questions are compared question by question; else only their intervals are.
     """

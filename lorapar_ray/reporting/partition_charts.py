@@ -1,4 +1,5 @@
-"""The report's plots of the partition: which elements matter to which System, and whether that is more than noise."""
+"""The report's plots of the partition: the important elements of each System, and whether they differ by more than
+noise."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Tasks by name: lm-eval's own, ours beside and in place of them, and a user's task files.
+"""Tasks by name: lm-eval's own, ours (additional or as replacements), and a user's task files.
 
-Ours (the folder `tasks/`): SVAMP, MAWPS, BoolQ without its passages; and HumanEval and MBPP in place of lm-eval's, so
-that no program of a model ever runs in this process. Other tasks that would run programs here are refused.
+Ours (the folder `tasks/`): SVAMP, MAWPS, BoolQ without its passages; and HumanEval and MBPP instead of lm-eval's, so
+that no program of a model runs in this process. Other tasks that would run programs here are refused.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ HARNESS = Path(lm_eval.tasks.__file__).parent
 USUAL = ("gsm8k", "mmlu/default", "arc", "super_glue/boolq")
 """lm-eval's folders of the tasks that the paper and its peers report."""
 SANDBOXED = frozenset({"humaneval", "mbpp"})
-"""Ours that run a model's programs."""
+"""Our tasks that run a model's programs."""
 LOCAL_ONLY = frozenset({"mawps"})
-"""Ours whose data is nowhere on the hub in a form that is read here."""
+"""Our tasks without supported data on the hub."""
 OTHER_SPLITS = ("training_split", "validation_split", "fewshot_split")
 NEAREST = 3
 LOGGER = "lm_eval"
@@ -44,21 +44,21 @@ LOGGER = "lm_eval"
 
 @dataclass(frozen=True)
 class Wanted:
-    """A task as it is asked for."""
+    """A requested task."""
 
     text: str
-    """`NAME` or `NAME@SHOTS`; names its results."""
+    """`NAME` or `NAME@SHOTS`; also the name of its results."""
     name: str
     """A task, group or tag of the catalogue, or a task file."""
     shots: int | None
-    """Examples in the prompt; None: as the task has it."""
+    """Examples in the prompt; None: the task's own number."""
 
 
 def wanted(text: str) -> Wanted:
     """Parse `gsm8k`, `gsm8k@8` or `my_task.yaml@0`.
 
     Raises:
-        UserError: what follows the @ is no number.
+        UserError: the text after the @ is not a number.
     """
     name, at, shots = text.partition("@")
     if not name or (at and not shots.isdecimal()):
@@ -104,11 +104,12 @@ class Catalogue:
             hint = f"did you mean {', '.join(near)}?" if near else "`lorapar lm-eval ls tasks` lists them"
             for file in (each for folder in self._own for each in sorted(folder.rglob("*.yaml"))):
                 with boundary(f"evaluate.tasks: no task '{name}', and '{file}' is no task file", hint):
-                    load_yaml(file, resolve_func=False)  # lm-eval leaves such a file out in silence
+                    load_yaml(file, resolve_func=False)  # lm-eval silently skips such a file
             raise UserError(f"evaluate.tasks: no task '{name}'; {hint}")
 
     def _refuse_unsafe(self, entry: Entry | None) -> None:
-        """lm-eval's own tasks for code fetch what runs a program when they are loaded, and run it in this process."""
+        """lm-eval's own tasks for code download their program runner when they are loaded, and run programs in this
+        process."""
         members = [] if entry is None else [entry, *(self._manager.task_index[name] for name in sorted(entry.tags))]
         for each in members:
             config = (each.cfg or {}) if each.yaml_path is None else load_yaml(each.yaml_path, resolve_func=False)
@@ -196,7 +197,7 @@ class _Factory(TaskFactory):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval without its remarks and the bars on every task (MMLU has 57): only what it calls an error."""
+    """lm-eval without log messages and progress bars for each task (MMLU has 57): only errors."""
     logger, bar = logging.getLogger(LOGGER), lm_eval.api.task.tqdm
     before, silent = logger.level, datasets.are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)

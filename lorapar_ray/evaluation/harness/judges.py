@@ -1,7 +1,8 @@
-"""Filters and the metric of our own task files: a verdict on each answer, reached outside this process.
+"""Filters and the metric of our own task files: verdicts on answers, computed outside this process.
 
-A filter gets all answers of a task at once. So programs run side by side in the sandbox, and numbers are read in the
-reward process, which has limits: a number of ten thousand digits costs an answer, not the evaluation.
+A filter gets all answers of a task at once. So programs run in parallel in the sandbox, and numbers are read in the
+reward process, which has limits: a number of ten thousand digits makes one answer wrong and does not stop the
+evaluation.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _k = 1
 
 @contextmanager
 def judged_by(sandbox: SandboxConfig, k: int = 1) -> Iterator[None]:
-    """How programs are confined, and the k of pass@k, while the block runs."""
+    """Set the sandbox of programs, and the k of pass@k, inside this block."""
     global _sandbox, _k
     before = _sandbox, _k
     _sandbox, _k = sandbox, k
@@ -46,7 +47,7 @@ def right(references: Sequence[Any], predictions: Sequence[Sequence[float]], **_
 
 
 def numeric(resps: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]]) -> Verdicts:
-    """Whether the number that an answer arrives at is the question's."""
+    """Whether the final number of an answer equals the reference."""
     flat = [
         ({"prompt": doc["question"], "answer": doc["answer"]}, text)
         for texts, doc in _pairs(resps, docs)

@@ -1,6 +1,6 @@
 """A task's questions from the user's own files, in the columns that its prompts read.
 
-What is given for a task is a file, which holds its test questions, or a folder with a file for each split (`train`,
+A task's data is a file with its test questions, or a folder with a file for each split (`train`,
 `dev`, `val`, `test` in its name). The files may be as the dataset's authors publish them or as the hub has them; LLM-
 Adapters' collection of short-answer sets is understood too. `datasets` never sees the network.
 """
@@ -187,11 +187,11 @@ FAMILIES: dict[str, Callable[[Record], list[dict[str, Any]]]] = {
     "humaneval": _humaneval,
     "mbpp": _mbpp,
 }
-"""Data that may be given as files, and what makes a row of a task from a record of theirs."""
+"""Data sets that may be given as files, with the functions that convert their records to a task's rows."""
 
 
 def family_of(config: Mapping[str, Any]) -> str | None:
-    """The family of data that a task's config reads, by where it would load it from; None: another."""
+    """The family of data of a task's config, by the place it would load from; None: another."""
     path, name = str(config.get("dataset_path", "")), config.get("dataset_name")
     if path == "allenai/ai2_arc":
         return {"ARC-Easy": "arc_easy", "ARC-Challenge": "arc_challenge"}.get(str(name))

@@ -1,8 +1,8 @@
-"""The model class that lm-eval asks: its requests become tokens, our answers become what it expects.
+"""The model class for lm-eval: converts its requests to tokens, and our answers to its format.
 
-Tokens are made as lm-eval's own `hf` class makes them, so that both decide alike: special tokens as the tokenizer adds
-them unless the text begins with its BOS token, a context's trailing spaces given to the continuation, what is too long
-cut from the left.
+It tokenizes like lm-eval's own `hf` class, so that both make the same decisions: special tokens as the tokenizer adds
+them unless the text begins with its BOS token, a context's trailing spaces moved to the continuation, longer inputs cut
+from the left.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lorapar_ray.evaluation.serving import require_template
 
 Ask = Callable[[Sequence[Request]], Sequence[Answer]]
 MAX_GEN_TOKS = 256
-"""Tokens of an answer where a task names no number; lm-eval's own default."""
+"""Longest answer, in tokens, if a task sets no limit; lm-eval's own default."""
 CHOICES_AT_ONCE = 64
 """Targets of one `choose` request; vLLM takes at most 128."""
 PASSED_ON = frozenset({"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "seed"})
@@ -36,7 +36,7 @@ PASSED_ON = frozenset({"temperature", "top_p", "top_k", "min_p", "repetition_pen
 
 
 class HarnessModel(TemplateLM):
-    """An `lm_eval` model over whatever answers requests."""
+    """An `lm_eval` model on top of a function that answers requests."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class HarnessModel(TemplateLM):
         """Take who answers.
 
         Args:
-            ask: gives an answer to each request, in order.
+            ask: returns an answer to each request, in order.
             encoder: of the model's tokenizer and end tokens.
             max_model_len: tokens of a prompt and its continuation together.
             max_gen_toks: of an answer, where a task names no number.
@@ -58,11 +58,11 @@ class HarnessModel(TemplateLM):
         """
         super().__init__()
         self.tokenizer = encoder.tokenizer
-        self.max_length = max_model_len - 1  # vLLM generates one token behind what is scored
+        self.max_length = max_model_len - 1  # vLLM generates one token after the scored ones
         self.max_gen_toks = max_gen_toks
         self.add_bos_token = add_bos_token
         self.cut = 0
-        """Prompts that were too long, and lost their beginning."""
+        """Number of prompts that were cut at their beginning."""
         self._encoder = encoder
         self._ask = ask
 
@@ -74,7 +74,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text that has no context is scored behind."""
+        """The context for scoring a text without a context."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
 
@@ -102,7 +102,7 @@ class HarnessModel(TemplateLM):
         return super().chat_template(chat_template)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A prompt from the messages of a chat; without `add_generation_prompt` its last message is gone on with.
+        """A prompt from the messages of a chat; without `add_generation_prompt` its last message is continued.
 
         Raises:
             UserError: the model has no template, or it refuses the messages.

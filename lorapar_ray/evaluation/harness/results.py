@@ -1,4 +1,4 @@
-"""What lm-eval found, as rows by question and as shares with their doubt."""
+"""lm-eval's results, as rows by question and as shares with intervals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROW_SCHEMA = pa.schema(
 )
 """One row for each question, metric and filter. `right`: null where the value is neither 0 nor 1."""
 MAIN_METRICS = ("exact_match", "right", "acc", "acc_norm")
-"""In the order in which one is taken for the task's decision."""
+"""In order of preference for the task's decision."""
 
 
 def rows_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:

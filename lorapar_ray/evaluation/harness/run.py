@@ -1,4 +1,4 @@
-"""One task of one model through lm-eval, its questions answered by our engines."""
+"""Runs one task of one model in lm-eval; our engines answer its questions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def evaluate_task(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(rows by question, see `results.ROW_SCHEMA`; shares by task and group, see `results.summary`).
 
-    What a task's own file says counts where the settings say nothing.
+    The task's own file applies where the settings are not set.
 
     Args:
         ask: answers requests, in order; several times, since lm-eval asks for each kind in turn.
