@@ -1,7 +1,7 @@
 """Log-probabilities of chosen tokens: the output head at the positions that need it, and no float32 copy of its logits.
 
-Over a large vocabulary logits take most of a small model's time and most of any model's memory. Prompt positions get
-none; those of the others stay in the model's dtype, and are float32 for a slice at a time.
+With a large vocabulary logits take most of a small model's time and most of any model's memory. No logits are computed
+for prompt positions; the others stay in the model's dtype, and only a slice at a time is float32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 SLICE = {"cpu": 2**22, "cuda": 2**26}
-"""Logits that are float32 at once: what a CPU's cache holds; on a GPU few kernels matter more."""
+"""Logits in float32 at once: as many as fit into a CPU's cache; on a GPU more, for few kernels."""
 
 Positions = Tensor | tuple[Tensor, Tensor]
 """A mask [B, T], or row and column of each position, repeated as one likes."""
@@ -67,7 +67,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) 
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Keeps the logits as they came and their log-normalisers; left to autograd it would keep them in float32."""
+    """Stores the logits in their own dtype and their log-normalisers; autograd would store them in float32."""
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, tokens_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

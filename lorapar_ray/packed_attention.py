@@ -1,15 +1,15 @@
-"""Attention over sequences that lie end to end in one row, each of which sees itself, and its prompt if it shares one.
+"""Attention over sequences concatenated in one row; each attends to itself, and to its shared prompt if it has one.
 
-The linear layers see a row without padding. Only for the attention itself are queries, keys and values gathered into
-batches of sequences of like length, for torch's fused kernels: no mask over the whole row, no work between sequences.
-Scoring packs whole examples. Stage 2's learner packs groups, whose prompt stands once for all of its completions: a
-completion of length L behind a shared prompt of length P is laid out in one of two ways, whichever costs less:
+The linear layers get a row without padding. Only for attention, queries, keys and values are gathered into batches of
+sequences of similar length, for torch's fused kernels: no mask over the whole row, no computation between sequences.
+Scoring packs whole examples. Stage 2's learner packs groups, with one prompt for all of its completions. A completion
+of length L after a shared prompt of length P is laid out in the cheaper of two ways:
 
 - `whole`: prompt and completion as one causal sequence, (P + L)² / 2 pairs, no mask;
-- `behind`: the completion's queries alone against both, L · (P + L) pairs, with a mask that the kernel does not skip.
+- `behind`: only the completion's queries against both, L · (P + L) pairs, with a mask that the kernel does not skip.
 
-The least there is are L · P + L² / 2 pairs. The better of the two is within 4/3 of it (at L = P). That is all that
-block masks (FlexAttention) could save, and they need a compilation.
+The minimum is L · P + L² / 2 pairs. The better of the two is within 4/3 of it (at L = P). Block masks (FlexAttention)
+could save only this, and they need a compilation.
 
 The layout travels with the model's arguments (`packed_layout`), so layers that gradient checkpointing computes again
 have it too.
@@ -28,16 +28,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 NAME = "lorapar_packed"
 MASKED_COST = 2.0
-"""What a pair costs in a kernel with a mask beside one in the causal kernel."""
+"""Cost of a pair in a kernel with a mask, relative to the causal kernel."""
 BATCH_COST = {"cpu": 2_000, "cuda": 200_000}
-"""What another batch of sequences costs, in pairs: gathers and launches."""
+"""Cost of an additional batch of sequences, in pairs: gathers and launches."""
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
-"""What a model may ask of its attention that the fused kernels do not do."""
+"""Attention options of models that the fused kernels do not support."""
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 PROBE = (7, 4)
-"""Lengths of the two sequences by which a model is tried."""
+"""Lengths of the two sequences that test a model."""
 CLOSE = {torch.float32: 1e-4}
-"""Relative distance of logits that rounding explains, by dtype; 0.05 for 16-bit ones."""
+"""Relative difference of logits due to rounding, by dtype; 0.05 for 16-bit ones."""
 
 
 class UnsupportedAttention(RuntimeError):
@@ -51,9 +51,9 @@ class Span:
     keys: Sequence[int]
     """Columns of the row, from the prompt's first token on."""
     queries: int
-    """How many of them, from the end, ask."""
+    """Number of queries, from the end."""
     answers: int
-    """How many of those, from the end, are read: a prompt is read from one of its completions only."""
+    """Number of those, from the end, whose output is used: a prompt's output comes from only one of its completions."""
 
 
 @dataclass
@@ -73,15 +73,15 @@ class SpanBatch:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the sequences of one packed row of width W attend; batches lie one after the other."""
+    """Attention layout of one packed row of width W; batches are concatenated."""
 
     batches: list[SpanBatch]
     queries_M: Tensor | None
-    """Column of each query, span by span, 0 in padding; None: the row as it is."""
+    """Column of each query, span by span, 0 in padding; None: the row itself."""
     keys_M: Tensor | None
     """The same of the keys and values."""
     source_W: Tensor | None
-    """Where each column's output lies among the queries; None: the row as it is."""
+    """Position of each column's output among the queries; None: the row itself."""
     shared: bool
     """Some column is a key of several spans."""
 
@@ -128,7 +128,7 @@ def move(value: Tensor, device: torch.device) -> Tensor:
 
 
 def by_length(spans: Sequence[Span], causal: bool, batch_cost: float) -> list[list[Span]]:
-    """Spans from long to short in batches, a new one where padding would cost more than another batch."""
+    """Spans from long to short in batches, a new batch if padding would cost more."""
     parts: list[list[Span]] = []
     for span in sorted(spans, key=lambda span: (-len(span.keys), -span.queries)):
         if parts:
@@ -290,11 +290,11 @@ def _mask(batch: SpanBatch, window: int | None, dtype: torch.dtype) -> Tensor:
 
 
 def packs(model: Any) -> bool:
-    """Whether `model` computes for packed sequences what it computes for each alone, tried on two short ones.
+    """Whether `model` gives the same logits for packed sequences as for each alone, tested on two short ones.
 
-    Every layer must ask for the packed attention once, and the logits must be those of the sequences apart. Where
-    tokens meet elsewhere (state spaces, convolutions, linear attention, code of its own), or in a kind of attention
-    that is not known here, they are not; such a model's sequences are padded.
+    Every layer must ask for the packed attention once, and the logits must be those of the sequences apart. They are
+    not if tokens interact outside attention (state spaces, convolutions, linear attention, custom code), or in an
+    unknown kind of attention; then sequences are padded.
     """
     from transformers import AttentionInterface
 
@@ -338,7 +338,7 @@ def packs(model: Any) -> bool:
 
 @contextmanager
 def packed_attention_of(model: Any) -> Iterator[None]:
-    """While it lasts `model` attends as the `packed_layout` among its arguments says; it needs one.
+    """Inside this context `model` computes attention by its argument `packed_layout`, which is required.
 
     Raises:
         UnsupportedAttention: its attention cannot be replaced, or is of a kind that is not known here.

@@ -3,8 +3,8 @@
 A secret is known once `remember` has seen it: the key of a teacher, what a config hides in a URL, under a telling name
 or in the form of a well-known service's keys, and the values of environment variables whose names say so (`HF_TOKEN`,
 `OPENAI_API_KEY`). Errors, summaries, stored reasons, config dumps and the console pass through `redact`, so an endpoint
-that echoes a key does not publish it. Configs pass through `redacted`, which hides by place too: a short password is
-no text to look for, but it stands where passwords do.
+that echoes a key does not publish it. Configs pass through `redacted`, which also hides by field: a short password is
+too short to search for, but its field is known.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit
 
 HIDDEN = "***"
 SHORTEST, SHORTEST_IN_ENVIRONMENT = 6, 8
-"""A shorter value is a word or a number that may stand anywhere."""
+"""Shorter values are not treated as secrets: they may be ordinary words or numbers."""
 BEGINNING = 10
-"""So many characters of a long secret are taken for it, where a service cuts what it echoes."""
+"""This many first characters of a long secret are also hidden, since services may echo a truncated key."""
 _NAME = re.compile(
     r"(?:^|[_\-. ])(?:(?:api|access)?[_-]?key|(?:api|access)[_-]?keys|token|(?:access|auth|api|bearer)[_-]?tokens"
     r"|secrets?|credentials?|cookie|bearer|pass(?:word|wd|phrase)?|auth(?:orization)?|(?<=[_\-. ])(?:pwd|pat))$",
@@ -36,7 +36,7 @@ _KEY = re.compile(
     r"|hf_[A-Za-z0-9]{30,}|gh[opsur]_[A-Za-z0-9]{30,}|AIza[A-Za-z0-9_-]{30,}|AKIA[A-Z0-9]{12,}"
     r"|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]*)"
 )
-"""How the keys of well-known services look: a long run of letters and digits mixed, which names are not."""
+"""The form of well-known services' keys: a long mix of letters and digits, unlike names."""
 _URL = re.compile(r"(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]{0,20}://[^\s'\"<>]+")
 _LOGIN = re.compile(r"://[^\s/:@]{0,200}:[^\s/@]{1,200}@")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
@@ -109,7 +109,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def is_variable(name: str) -> bool:
-    """Whether a field that is to name an environment variable does; else it may hold the key itself."""
+    """Whether a field contains the name of an environment variable; else it may contain the key itself."""
     return name in os.environ or bool(_VARIABLE.fullmatch(name))
 
 
@@ -118,7 +118,7 @@ def url_secrets(url: str) -> list[str]:
     try:
         parts = urlsplit(url)
         user, password = parts.username, parts.password
-    except ValueError:  # not a URL at all: whoever uses it says so
+    except ValueError:  # not a URL: the code that uses it reports the error
         return []
     found = [password] if password else [user] if user else []
     found += [value for name, value in parse_qsl(parts.query) if is_secret_name(name)]

@@ -1,8 +1,8 @@
-"""Our model class beside lm-eval's own `hf` class: the same questions, decision by decision.
+"""Our model class compared with lm-eval's own `hf` class: the same questions, decision by decision.
 
-Both compute in float32, so that what is compared is the two ways of asking and not the rounding of bfloat16. Where they
-decide otherwise the reason is looked for in the logits: how far apart the two best choices are, or the two best tokens
-where two continuations part. What either has answered is kept as it comes, so that an interrupted comparison goes on.
+Both compute in float32, so that the comparison does not depend on bfloat16 rounding. For each different decision it
+reports the logits: the margin between the two best choices, or between the two best tokens at the first difference of
+two continuations. Answers are saved when they arrive, so that an interrupted comparison resumes.
 """
 
 from __future__ import annotations

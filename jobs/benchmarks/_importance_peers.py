@@ -1,4 +1,4 @@
-"""Other ways to the sums of per-example gradients and of their squares, for `jobs/benchmarks/importance.py`."""
+"""Other implementations of the sums of per-example gradients and their squares, for `jobs/benchmarks/importance.py`."""
 
 from __future__ import annotations
 

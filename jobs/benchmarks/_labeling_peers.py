@@ -1,10 +1,10 @@
-"""The other ways to get the same votes: vLLM offline in one process, and Ray's own two batch processors.
+"""Peers that compute the same votes: vLLM offline in one process, and Ray's own two batch processors.
 
 All are given the same prompts, the same engine settings and the same constrained single token. Offline, being the
 limit, also gets what our engines add for the platform (smaller blocks of the key-value cache on a CPU); the processors
 keep vLLM's defaults there, as their users have them. Offline gets the prompts as token ids, the processors as text, as
-our own replicas do. Nobody's start counts: each reports votes per second from the moment its engine took the first of
-the counted prompts, after a quarter of them has warmed it up where the engine outlives a call.
+our own replicas do. Start time does not count: each reports votes per second from the moment its engine took the first
+of the counted prompts, after a quarter of them has warmed it up where the engine outlives a call.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement beside its peer's, taken in the same run."""
+    """One measurement and its peer's, from the same run."""
 
     name: str
     ours: float

@@ -25,7 +25,7 @@ ENGINES_PER_PROCESS = 32
 
 @dataclass(frozen=True)
 class Load:
-    """How long what takes, and how many tokens it makes."""
+    """Durations and numbers of tokens of the simulation."""
 
     slots: int
     """Sequences an engine decodes at once, each at the same speed."""
@@ -86,7 +86,7 @@ class SleepingEngines:
 
 
 class SleepingRewards:
-    """A reward worker that fetches each record, as a real one does, and neither decodes nor judges it."""
+    """A reward worker that fetches each record, like a real one, but does not decode or judge it."""
 
     def __init__(self, plan: dict[str, Any]) -> None: ...
 

@@ -1,4 +1,4 @@
-"""A model for benchmarks of what surrounds a model."""
+"""A tiny model for benchmarks of everything except the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 1 of several arms on one frozen base beside the same arms one after the other.
+"""Stage 1 of several arms on one frozen base, compared with the same arms one after the other.
 
     python jobs/benchmarks/arms.py [--quick] [--device DEVICE] [--shape 135m|1b|1.5b] [--arms K] --json FILE
 
@@ -8,12 +8,12 @@ passes and optimiser as `lorapar` does: `TrainingLoop` for each arm, `ArmsLoop` 
 the model, which the arms share too, is not counted.
 
 - arms per hour: K × the median step alone / the median step together, in the device's dtype;
-- processor time of an arm's step: on a CPU this hardly depends on what else the machine does;
+- processor time of an arm's step: on a CPU this hardly depends on other work on the machine;
 - losses: in float32, the largest relative distance of any step's loss from the arm's alone;
 - launches: operations of a forward and backward pass that compute something (views left out), for each arm's step. What
   a launch costs depends on the device, their number does not: a CPU computes for long in each, so there the gain of
   fewer and larger products is small; on a GPU a small model's step is the time of its launches;
-- memory: what a further arm adds to the peak, and of that its adapter with gradients, and its optimiser.
+- memory: the peak memory that another arm adds, and its parts: adapter with gradients, and optimiser.
 """
 
 from __future__ import annotations

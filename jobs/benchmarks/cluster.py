@@ -1,4 +1,4 @@
-"""Several machines: how soon a submitted run speaks, what crosses the network in a step, how long a loss is felt.
+"""Several machines: time from submission to the first log line, network bytes per step, and recovery time after a loss.
 
     python jobs/benchmarks/cluster.py [--quick] --json FILE
 

@@ -1,4 +1,4 @@
-"""Evaluation: decisions beside lm-eval's own class, speed beside `vllm.LLM`, programs a second through the sandbox.
+"""Evaluation: decisions compared with lm-eval's own class, speed with `vllm.LLM`, programs/s in the sandbox.
 
     python jobs/benchmarks/evaluation.py [--quick] [--parts agreement throughput scaling sandbox] [--data FOLDER]
         --json FILE

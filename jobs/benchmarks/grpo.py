@@ -1,4 +1,4 @@
-"""Stage 2 beside TRL's GRPOTrainer, and its rollout engine beside vLLM alone.
+"""Stage 2 compared with TRL's GRPOTrainer, and its rollout engine compared with vLLM alone.
 
     python jobs/benchmarks/grpo.py [--quick] [--device cuda] [--model MODEL] --json FILE
 
@@ -95,7 +95,7 @@ def main() -> None:
         size = replace(size, engine={**size.engine, "enforce_eager": True})
     rows: list[Row] = []
 
-    def found(*more: Row) -> None:  # told at once: on a lent machine the rest may not be reached
+    def found(*more: Row) -> None:  # printed at once: the rest may not finish on a machine with a time limit
         rows.extend(more)
         print_table(list(more))
         write_rows(arguments.json, rows)

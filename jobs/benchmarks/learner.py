@@ -1,4 +1,4 @@
-"""The learner's forward and backward pass beside a plain one over the same tokens: time and peak memory by length.
+"""The learner's forward and backward pass, compared with a plain one over the same tokens: time and peak memory.
 
     python jobs/benchmarks/learner.py [--quick] [--device cuda] [--shape smollm2-135m|llama2-7b] --json FILE
 

@@ -1,4 +1,4 @@
-"""How long an engine takes from its actor to its first token, by phase, beside vLLM started as it comes.
+"""How long an engine takes from its actor to its first token, by phase, compared with vLLM's default start.
 
     python jobs/benchmarks/startup.py [--quick] [--device cpu|cuda] [--graphs] [--model MODEL] --json FILE
 

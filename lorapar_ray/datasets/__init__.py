@@ -1,1 +1,1 @@
-"""Questions: readers, their one row format, and how they become tokens."""
+"""Questions: readers, the row format, and tokenisation."""

@@ -1,7 +1,7 @@
-"""Questions and answers as token ids: the one place that decides how a prompt is formatted and where an answer ends.
+"""Questions and answers as token ids: the only place that formats prompts and defines where an answer ends.
 
-Scoring, both training stages, rollouts and evaluation all tokenise through here, so a model is never trained on one
-format and sampled in another, nor trained to end with one token and stopped at another.
+Scoring, both training stages, rollouts and evaluation all tokenise through here, so training and sampling always use
+the same format and the same end tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ANSWER = "lorapar-answer"
 
 @dataclass(frozen=True)
 class Encoder:
-    """Formats prompts with the tokenizer's chat template, or as plain text where it has none."""
+    """Formats prompts with the tokenizer's chat template, or as plain text if it has none."""
 
     tokenizer: Any
     system_prompt: str | None = None
@@ -41,7 +41,7 @@ class Encoder:
         """The token that ends an answer in training: the one that the chat template writes after it.
 
         Raises:
-            UserError: neither the template nor the tokenizer has one.
+            UserError: neither the template nor the tokenizer has an end token.
         """
         written = self._template_end()
         for end in (written, self.tokenizer.eos_token_id, *self.model_ends):
@@ -104,8 +104,8 @@ class Encoder:
         return [([*ids, *more, self.end_id], len(ids)) for ids, more in zip(before, after, strict=True)]
 
     def continuation_ids(self, messages: Sequence[dict[str, Any]], **template: Any) -> list[int]:
-        """Token ids by which a chat goes on behind an answer: the token that ends it, `messages`, and what begins the
-        next answer. Without a chat template: their texts, a line each.
+        """Token ids that continue a chat after an answer: its end token, `messages`, and the start of the next answer.
+        Without a chat template: their texts, a line each.
 
         Args:
             template: further arguments of the chat template.
@@ -176,11 +176,11 @@ def load_encoder(model_path: str, system_prompt: str | None, trust_remote_code: 
 def _model_ends(model_path: str) -> tuple[int, ...]:
     """End tokens that a model's `generation_config.json` names, or, without one, its `config.json`: as engines do.
 
-    Only this field is read: transformers would take a damaged file, or one with another field that it does not like,
-    for none, and sampling would run on.
+    Only this field is read: transformers would ignore a damaged file, or one with an invalid field, and sampling would
+        not stop.
 
     Raises:
-        UserError: the file is damaged, or its `eos_token_id` is no token.
+        UserError: the file is damaged, or its `eos_token_id` is not a token.
     """
     from transformers.utils import cached_file
 

@@ -1,4 +1,4 @@
-"""The labelled rows and the test rows of a run as tokens, and which of them a stage keeps."""
+"""The labelled rows and the test rows of a run as tokens, and the selection that a stage keeps."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def require_room(
 
     Args:
         field: the setting that limits the length.
-        of_prompt: it limits the prompt alone, to one token less than a selection's `max_length`.
+        of_prompt: it limits only the prompt, to one token less than a selection's `max_length`.
 
     Raises:
         UserError: every prompt of a selection is too long.

@@ -1,4 +1,4 @@
-"""Known benchmarks: the hub name each goes by and how one of its records becomes a question.
+"""Known benchmarks: their hub names, and the conversion of their records to questions.
 
 Formats are those of the published files; a record is (prompt, response, answer).
 """
@@ -19,7 +19,7 @@ _TRUTH = {"true": "yes", "yes": "yes", "1": "yes", "false": "no", "no": "no", "0
 
 @dataclass(frozen=True)
 class NamedDataset:
-    """Where a benchmark lives and how to read one record."""
+    """A benchmark's hub name and the reader of its records."""
 
     hub_name: str
     convert: Callable[[Record], Triple]

@@ -19,8 +19,8 @@ def prepare(config: Config, run: RunDirectory) -> dict[str, int]:
     """Write `data/train.parquet` and `data/test.parquet`.
 
     A training row whose prompt is also a test row's, or appeared before, goes to `rejects/prepare.parquet`: a model
-    must not be tested on what it was trained on. So does a row that a benchmark was published without an answer.
-    Memory does not grow with the rows: what was seen is kept on disk.
+    must not be tested on what it was trained on. So does a row that a benchmark published without an answer. Memory
+    does not grow with the rows: the set of seen prompts is on disk.
 
     Returns:
         counts of `train`, `test` and `rejected` rows.
@@ -46,7 +46,7 @@ def prepare(config: Config, run: RunDirectory) -> dict[str, int]:
                     else:
                         rejects.add(reject(row, "prepare", "prompt also in the test rows, or a duplicate"))
 
-        with atomic_path(run.data) as draft:  # the folder as a whole: a source that does not open costs nothing
+        with atomic_path(run.data) as draft:  # the folder appears at once: a source that fails to open leaves no files
             counts = {"test": write_rows(draft / "test.parquet", fresh("test", config.data.test, ids[0]))}
             counts["train"] = write_rows(draft / "train.parquet", fresh("train", config.data.train, ids[1]))
             if counts["train"] == 0:
@@ -58,7 +58,7 @@ def prepare(config: Config, run: RunDirectory) -> dict[str, int]:
 
 
 def _own_id(row: Row, ids: SeenTexts, where: str, source: int) -> Row:
-    """The row under an id that no other has: files of one name in two folders make up the same ones."""
+    """The row with a unique id: files of the same name in two folders generate equal ids."""
     if ids.add(row.id):
         return replace(row, id=str(row.id))
     if not isinstance(row.id, MadeUpId):

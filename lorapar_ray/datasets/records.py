@@ -14,14 +14,14 @@ from lorapar_ray.files import expanded
 
 CHUNK = 1 << 16
 MAX_CHARACTERS = 1 << 26
-"""Of one record: a longer line costs that line only, also where a few compressed bytes inflate to it."""
+"""Longest record, in characters: a longer line is rejected alone, also if it is compressed."""
 
 
 LONGEST_WORD = len("-Infinity") + 1
 
 
 class TooLong:
-    """Stands for a line of more than MAX_CHARACTERS."""
+    """Placeholder for a line of more than MAX_CHARACTERS."""
 
 
 def read_records(path: str, where: str) -> Iterator[dict[str, Any] | TooLong]:
@@ -33,7 +33,7 @@ def read_records(path: str, where: str) -> Iterator[dict[str, Any] | TooLong]:
         where: the config field the path came from, for error messages.
 
     Raises:
-        UserError: no such file, not of these forms, or a record that is no object.
+        UserError: no such file, not of these forms, or a record is not an object.
     """
     file = expanded(path, where)
     if not file.is_file():
@@ -73,7 +73,7 @@ def _parquet(file: Path, where: str) -> Iterator[dict[str, Any]]:
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A record; JSON would keep the last of two values of one name in silence."""
+    """A record; two values of one name are an error, since JSON would silently keep the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -82,7 +82,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _may_go_on(error: json.JSONDecodeError, text: str) -> bool:
-    """Whether what is wrong may only be that the text ends here, in a string, a word or an escape."""
+    """Whether the error may be only that the text is cut here, in a string, a word or an escape."""
     return error.msg.startswith("Unterminated string") or error.pos > len(text) - LONGEST_WORD
 
 
@@ -116,7 +116,7 @@ def _bounded_lines(text: TextIO) -> Iterator[str | TooLong]:
 
 
 def _listed(text: TextIO) -> Iterator[Any]:
-    """The elements of a JSON list, decoded as they come in."""
+    """The elements of a JSON list, decoded while they are read."""
     decoder = json.JSONDecoder(object_pairs_hook=_once_each)
     buffer, lines, started, ended = "", 1, False, False
     while not ended:

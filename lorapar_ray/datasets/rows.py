@@ -1,8 +1,8 @@
-"""A question as every stage sees it, and its Parquet form.
+"""The row format of a question for all stages, and its Parquet form.
 
-Text columns: `id`, `prompt`, `response` (what stage 1 imitates), `answer` (what a reward or the evaluation compares
-with), `task` and `difficulty` (the source's own words, shown as information and never trained on). `messages` is a list
-of {role, content}. `columns` has Arrow's JSON type: records of one source need not have the same columns or types.
+Text columns: `id`, `prompt`, `response` (stage 1 trains on it), `answer` (rewards and evaluation compare with it),
+`task` and `difficulty` (the source's own words, shown as information and never trained on). `messages` is a list of
+{role, content}. `columns` has Arrow's JSON type: records of one source need not have the same columns or types.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Lost:
 
 
 class MadeUpId(str):
-    """An id that a reader made from a file's name and a number: it gives way to another one that is the same."""
+    """An id that a reader generated from a file's name and a number: it is changed if it is not unique."""
 
     __slots__ = ()
 
@@ -64,7 +64,7 @@ ROW_SCHEMA = pa.schema([(name, _TYPES.get(name, pa.string())) for name in Row.__
 
 
 def write_rows(target: Path, rows: Iterable[Row]) -> int:
-    """Stream rows into a Parquet file that appears whole or not at all; returns how many there were."""
+    """Stream rows into a Parquet file, written atomically; returns their number."""
     iterator = iter(rows)
     count = 0
     with atomic_path(target) as draft, pq.ParquetWriter(draft, ROW_SCHEMA) as writer:

@@ -1,4 +1,4 @@
-"""A set of texts that lives on disk: telling duplicates apart must not fill the memory with a million questions."""
+"""A set of texts on disk, to find duplicates among millions of questions without using much memory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class SeenTexts:
 
     def __init__(self, path: Path) -> None:
         self._database = sqlite3.connect(path, isolation_level=None)
-        # it is thrown away with the process: no need to survive a crash
+        # it is deleted with the process, so it need not survive a crash
         self._database.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;")
         self._database.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
 
     def add(self, text: str) -> bool:
-        """Remember a text; False if it was there already."""
+        """Add a text; False if it was already in the set."""
         key = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
         return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (key,)).rowcount == 1
 

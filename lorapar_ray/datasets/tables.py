@@ -1,4 +1,4 @@
-"""Parquet tables written row by row, a chunk in memory at a time; and the reject table every stage writes alike."""
+"""Parquet tables written row by row, with one chunk in memory; and the reject table of all stages."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def reject(row: Row | Lost | Mapping[str, Any], stage: str, reason: str) -> dict
 
 @contextmanager
 def reject_table(target: Path) -> Iterator[TableWriter]:
-    """`target` appears when the block ends well, and only if a row was added; an older one does not stay."""
+    """`target` is written when the block ends without an error, and only if a row was added; an older file is
+    deleted."""
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.draft")
     try:

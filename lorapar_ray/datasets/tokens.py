@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 ROWS_PER_BATCH = 1024
 TEXTS = ("prompt", "response", "answer", "task", "difficulty", "messages", "columns")
-"""What rewards and evaluation get of a question."""
+"""Columns of a question for rewards and evaluation."""
 UNLABELLED = 0
-"""The System of a row that nobody labels: a test row."""
+"""The System of a row without a label (a test row)."""
 SCHEMA = pa.schema(
     [
         *(("id", pa.string()), ("system", pa.int8()), ("start", pa.int32()), ("input_ids", pa.list_(pa.int32()))),
@@ -48,7 +48,7 @@ def prompt_of(row: Mapping[str, Any]) -> Prompt:
 
 
 def write_tokens(batches: Iterable[list[dict[str, Any]]], encoder: Encoder, target: Path, key: str) -> int:
-    """Tokenise rows into `target`, which appears whole; returns how many there were.
+    """Tokenise rows into `target`, written atomically; returns their number.
 
     Args:
         batches: labelled rows or test rows as Parquet gives them, some at a time.
@@ -130,7 +130,7 @@ class TokenTable:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which rows of a token file a job sees, and in which order; every worker works it out from the file."""
+    """The rows of a token file that a job uses, in order; every worker computes them from the file."""
 
     path: str
     systems: list[int]
@@ -138,7 +138,7 @@ class Selection:
     """The setting that names the Systems, for messages."""
     max_length: int
     sample: int | None = None
-    """So many rows of each System, one System after the other; None: all."""
+    """Number of rows of each System, one System after the other; None: all."""
     shuffled: bool = False
     """Each System's rows in a seeded order before the sample is taken."""
     seed: int = 0
@@ -152,7 +152,7 @@ class Selection:
         return self.split(table)[0]
 
     def split(self, table: TokenTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """`positions`, and those of the rows that are left out since their prompt is too long."""
+        """`positions`, and the positions of rows that are skipped because their prompt is too long."""
         if not self.shuffled:
             chosen = self._some(table, self.systems)
         else:
@@ -198,7 +198,8 @@ class Examples(Sequence[dict[str, Any]]):
 
 
 class Questions(Sequence[dict[str, Any]]):
-    """The rows of a selection as `TokenTable.question` gives them, read when asked for; it travels as its selection."""
+    """The rows of a selection as `TokenTable.question` gives them, read on demand; only the selection is sent to
+    workers."""
 
     def __init__(self, chosen: Selection) -> None:
         self.chosen = chosen

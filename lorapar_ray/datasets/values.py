@@ -1,4 +1,4 @@
-"""What may stand in a text column of a user's data, and how it becomes text: never a Python `repr`."""
+"""Values allowed in a text column of user data, and their conversion to text (never a Python `repr`)."""
 
 from __future__ import annotations
 

@@ -58,9 +58,8 @@ class AnswerStore:
         self._small.append(self._write(self._folder, answer_table(answers)))
         if len(self._small) >= MERGED_FROM:
             tables = [pq.read_table(shard, schema=ANSWER_SCHEMA) for shard in self._small]
-            merged = self._write(
-                self._folder, pa.concat_tables(tables)
-            )  # until the merged parts are deleted their answers exist twice
+            # until the merged parts are deleted their answers exist twice
+            merged = self._write(self._folder, pa.concat_tables(tables))
             for shard in self._small:
                 shard.unlink()
             self._small = [merged]

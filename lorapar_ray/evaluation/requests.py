@@ -1,6 +1,8 @@
 """Requests of an evaluation to a model, as tokens, and its answers: the same for every kind of task.
 
-Three kinds. `generate` continues a prompt; `score` gives the log-probability of each token from `start` on; `choose` gives the log-probabilities of several possible next tokens. `choose` is `score` for answers of one token (" A", " B"): one short request, which reads the prefix cache, instead of one for each choice, which cannot.
+Three kinds. `generate` continues a prompt; `score` gives the log-probability of each token from `start` on; `choose`
+gives the log-probabilities of several possible next tokens. `choose` is `score` for answers of one token (" A", " B"):
+one short request, which reads the prefix cache, instead of one for each choice, which cannot.
 """
 
 from __future__ import annotations
