@@ -26,6 +26,7 @@ from lorapar_ray.storage.workspace import Handed, publish, refresh, workspace
 from tests.object_store import object_store
 from tests.tiny_run import lorapar_here, tiny_config, write_config
 
+pytestmark = pytest.mark.slow  # all share a server that takes seconds to import
 RUN = Uri("s3", "bucket", "runs/x")
 
 
