@@ -68,7 +68,7 @@ Redo = Annotated[
 
 
 def _one(option: str, values: Sequence[Value]) -> Value:
-    """The value of an option that may be given once; a second one would be dropped in silence."""
+    """The value of an option that may be given once; a second one would be dropped silently."""
     if len(values) > 1:
         raise UserError(f"{option}: given {len(values)} times ({', '.join(map(str, values))}); keep one")
     return values[0]

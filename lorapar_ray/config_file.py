@@ -83,7 +83,7 @@ def _require_all_kept(keys: Sequence[str]) -> None:
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """The values of a YAML file of the user's, none of them shared between two places.
+    """The values of the user's YAML file, without shared objects.
 
     Raises:
         UserError: it is missing, unreadable, not UTF-8, not YAML, or gives a key twice.

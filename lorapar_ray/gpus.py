@@ -5,8 +5,8 @@ The rule, a stage at a time, since stages run one after the other:
 - No GPU: every process computes on the CPU.
 - Training workers (`score`, `sft`) and the engine of `evaluate`: a GPU for each, one for each rank of a tensor-parallel
   engine. There are at most as many workers as GPUs: two on one GPU only take turns, and NCCL refuses them.
-- Hosted teachers: a GPU for each replica (for each rank) while they last; else they share what there is evenly.
-- Stage 2: engines, learners and judges have GPUs of their own if there are enough. Else an engine and a learner share
+- Hosted teachers: a GPU for each replica (for each rank); with too few GPUs they share them evenly.
+- Stage 2: engines, learners and judges get their own GPUs if there are enough. Else an engine and a learner share
   each GPU, at most one of each on it, and judges take a part of every GPU.
 - Asking and reward workers: none; they compute nothing on one unless a user's own code does, who then gives a number.
 

@@ -37,7 +37,7 @@ def cpu_has_bfloat16() -> bool:
 
 
 def use_tensor_cores(device: Any, dtype: Any) -> None:
-    """Let a GPU multiply float32 matrices as TF32 in this process, beside a model of 16 bits.
+    """Let a GPU multiply float32 matrices as TF32 in this process, if the model has 16 bits.
 
     There only the LoRA's own products are float32, and TF32 rounds less (2⁻¹¹) than the activations around them
     (bfloat16: 2⁻⁹). A model that is float32 keeps exact products.

@@ -30,7 +30,7 @@ RETRY_S = 2.0
 WAIT = "LORAPAR_WAIT_S"
 """Environment variable: seconds for which a command waits for the lock."""
 JOB_WAIT_S = "400"
-"""Of a job, which may start again beside the lock of a driver that died with its machine: longer than `STALE_S`."""
+"""Wait of a job, which may restart while the lock of its dead driver is not yet stale: longer than `STALE_S`."""
 STALE_S = 300.0
 """Of another machine's holder, without a beat."""
 
@@ -100,7 +100,7 @@ def require_held(root: Path) -> None:
 def _taken_over(root: Path, mine: str) -> bool:
     try:
         return (root / NAME).read_text(errors="replace") != mine
-    except OSError:  # deleted, or not to be read just now: nobody else has it
+    except OSError:  # deleted, or temporarily unreadable: no other process has it
         return False
 
 

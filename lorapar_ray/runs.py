@@ -254,7 +254,7 @@ def _of_opening(path: Path) -> bool:
 
 @contextmanager
 def looked_at(place: Path | str, *needed: str) -> Iterator[RunDirectory]:
-    """A run to read, whoever is at work on it: one in an object store as it stands now, for as long as the block runs.
+    """A run to read, also while a command works in it. A run in an object store is read in its present state.
 
     Args:
         needed: files and folders of it that are enough; none: all that tells of results.

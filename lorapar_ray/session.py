@@ -161,7 +161,7 @@ def _loopback_only() -> Iterator[None]:
 
 @contextmanager
 def _short_ipc_paths(files: RayFiles) -> Iterator[None]:
-    """Let vLLM's sockets lie beside Ray's where its own place for them, TMPDIR, has too long a name."""
+    """Put vLLM's sockets next to Ray's if TMPDIR, their usual place, has too long a path."""
     long = len(os.fsencode(tempfile.gettempdir())) > LONGEST_IPC_ROOT
     with _environment({"VLLM_RPC_BASE_PATH": str(files.sockets.parent)} if long else {}):
         yield

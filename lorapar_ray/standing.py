@@ -27,7 +27,7 @@ LONGEST = 48
 
 @dataclass(frozen=True)
 class Standing:
-    """`done`; `unfinished`: goes on from what is there; `new`: has written nothing that counts; `changed`: has results
+    """`done`; `unfinished`: has partial results to resume from; `new`: has no results; `changed`: has results
     of other settings or inputs; `damaged`: its results are not as it left them."""
 
     state: State
@@ -37,7 +37,7 @@ class Standing:
 def inputs_of(stage: Stage, config: Config, entries: Mapping[str, Any], prints: Fingerprints) -> dict[str, Any]:
     """What decides a stage's result, JSON-ready, as the manifest records it.
 
-    `settings` by path; `sources`, what each earlier stage passed on; `files`, contents of the user's own files.
+    `settings` by path; `sources`, results of each earlier stage; `files`, contents of the user's own files.
     """
     return {
         "settings": _recorded(stage.settings(config)),

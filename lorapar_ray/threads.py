@@ -1,4 +1,4 @@
-"""Work beside the main thread, for libraries that take over signals there or never come back."""
+"""Runs work outside the main thread, for libraries that replace signal handlers there or never return."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ class WantedPromptLogprobs:
         return found
 
     def _skipped(self, request: str, num_scheduled_tokens: dict[str, int]) -> int:
-        """Tokens of this step, from its first one, whose successors' log-probabilities nobody wants."""
+        """Number of first tokens of this step whose next tokens' log-probabilities are not needed."""
         state, scheduled = self._runner.requests[request], num_scheduled_tokens.get(request, 0)
         wanted = (getattr(state.sampling_params, "extra_args", None) or {}).get(SCORED_FROM, 0)
         return int(max(0, min(wanted - 1 - state.num_computed_tokens, scheduled)))

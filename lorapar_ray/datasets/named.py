@@ -48,7 +48,7 @@ def mawps(record: Record) -> Triple:
         if question in record:
             answer = _number(record[result])
             return record[question], answer, answer
-    if "Question" in record:  # numbers are left out of the text and listed beside it
+    if "Question" in record:  # numbers are replaced in the text and listed separately
         text, answer = str(record["Question"]), _number(record["Answer"])
         for index, value in enumerate(str(record["Numbers"]).split()):
             text = re.sub(rf"\b(?:number|N_?0*){index}\b", _number(value), text)

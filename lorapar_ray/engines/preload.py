@@ -11,7 +11,7 @@ from lorapar_ray.heavy_imports import without_collecting
 with without_collecting(), contextlib.suppress(ImportError):
     import setproctitle
 
-    setproctitle.getproctitle()  # finds where a title goes, which fails once the environment beside it has moved
+    setproctitle.getproctitle()  # locates the title's memory; this fails after the environment has moved
 
     import vllm.v1.engine.core
     from vllm.platforms import current_platform

@@ -1,6 +1,6 @@
 """`lorapar evaluate --model ...`: models on tasks, with no run directory.
 
-<out>/evaluation.json     what is evaluated, and how; a later command with the same goes on from here
+<out>/evaluation.json     what is evaluated, and how; the same command resumes from here
 <out>/rows, <out>/tasks   as `lorapar_ray.evaluation.tasks` writes them
 <out>/answers             what the models said, by request
 <out>/index.html          the comparison, and the failures to read

@@ -2,7 +2,7 @@
 
 <root>/rows/<model>/<task>.parquet     a row for each question, metric and filter (see `harness.results`)
 <root>/tasks/<model>/<task>.json       shares with their intervals
-<answers>/<model>/*.parquet            what the model said, by request: what an interrupted run goes on from
+<answers>/<model>/*.parquet            the model's answers by request; an interrupted run resumes from them
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def evaluate_tasks(
     """Write the results of each task for each model; finished ones are kept.
 
     Args:
-        models: by name, the adapter (None: the bare base) on the base that `engines` serve.
+        models: by name, the adapter (None: the base alone) on the base that `engines` serve.
 
     Raises:
         UserError: a task cannot be evaluated; what was answered is kept.

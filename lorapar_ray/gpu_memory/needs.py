@@ -38,7 +38,7 @@ def needs_of(config: Config, stage: str, size: StudentSize) -> list[Need]:
     """What the stage's processes on GPUs take; teachers of other models are not known here, nor is what is on CPUs.
 
     Args:
-        config: with numbers in place of `gpus: auto` (`gpus.place`).
+        config: with numbers instead of `gpus: auto` (`gpus.place`).
     """
     found = _NEEDS[stage](config, size) if stage in _NEEDS else []
     return [need for need in found if need.share > 0]
@@ -69,7 +69,7 @@ def _sft(config: Config, size: StudentSize) -> list[Need]:
 
 
 def _grpo(config: Config, size: StudentSize) -> list[Need]:
-    """A learner's pass holds what there is room for, and one sample at least, whose layers it may compute again."""
+    """A learner's pass fills the free memory and holds at least one sample, with checkpointed layers if needed."""
     settings = config.grpo
     longest = settings.max_prompt_length + settings.max_completion_length
     parts = {

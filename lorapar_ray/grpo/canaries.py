@@ -42,7 +42,7 @@ def canary_tolerance(base_gap: float, least: float) -> float:
     """
     if not base_gap <= MOST_TOLERANCE:
         raise UserError(
-            f"grpo: on the bare base the learner and the engine are {base_gap:.3f} nats apart, so they do not have the "
+            f"grpo: without an adapter learner and engine differ by {base_gap:.3f} nats, so they do not have the "
             "same model; see model.dtype, model.quantization and grpo.rollout_engine, or set grpo.canary_tolerance to "
             "a number"
         )

@@ -135,7 +135,7 @@ class Coordinator:
         So a policy cannot loosen its own check: the base is measured before any policy is served.
 
         Args:
-            canaries: with the learner's log-probabilities under the bare base.
+            canaries: with the learner's log-probabilities under the base without an adapter.
             least: the least tolerance, in nats.
 
         Raises:

@@ -10,7 +10,7 @@ A file's metadata lists the units that are in its sums. Its writer replaces it b
 and then; no other worker writes it. Workers share a plan's units by their number, not by what is left, so no two
 writers of one group have a unit in common; what a group before them finished is listed, and not done again. If two
 files hold the same unit all the same (a worker thought dead lived on), one of them does not count and its units are
-done anew.
+computed again.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def scatter(axis: Any, run: RunData) -> None:
 
 
 def theta(axis: Any, run: RunData, subset: str = "qkvgud") -> None:
-    """Share of elements kept at each θ, beside the paper's row."""
+    """Share of elements kept at each θ, with the paper's row."""
     assert run.partition is not None
     curves = run.partition["curves"]
     for system, colour in (("system1", SYSTEM1), ("system2", SYSTEM2)):

@@ -1,4 +1,4 @@
-"""A long-running module of the user's Python in a sandbox, spoken to through its standard input and output."""
+"""A long-running user module in a sandbox; it communicates by standard input and output."""
 
 from __future__ import annotations
 

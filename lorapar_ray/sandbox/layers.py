@@ -32,7 +32,7 @@ REAP_S = 2.0
 
 @dataclass(frozen=True)
 class Start:
-    """A process to be confined: `inside.<module>.main`, or a module of the user's Python."""
+    """A process to be confined: `inside.<module>.main`, or the user's Python module."""
 
     module: str
     limits: Limits

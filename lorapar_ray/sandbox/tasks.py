@@ -13,7 +13,7 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.sandbox.examination import Job
 
 _FENCE = re.compile(r"```[ \t]*+(?:python3?|py)?+[ \t]*+\r?\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
-"""Possessive: a model that writes spaces without end must not cost their square."""
+"""Possessive quantifiers: endless spaces in a completion must not take quadratic time."""
 
 
 def code_of(completion: str) -> str:

@@ -68,7 +68,7 @@ def server_key(address: Address) -> str | None:
 
 
 def require_free(address: Address) -> None:
-    """Check that nobody listens there; Serve would try again and again.
+    """Check that the port is free; Serve would retry forever.
 
     Raises:
         UserError: somebody does, or this machine has no such address.

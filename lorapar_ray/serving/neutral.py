@@ -1,4 +1,4 @@
-"""An adapter that changes nothing, under which the base is served beside others.
+"""A zero adapter: the base is served with it, next to other adapters.
 
 vLLM's LoRA for CPUs takes the adapter of a sequence by its place in a stack, and the place of a sequence without one,
 -1, is the last: in a batch with others it would answer with the last adapter (seen in vLLM 0.29).

@@ -83,7 +83,8 @@ class Replica:
         self._asked = 0
 
     async def ready(self) -> dict[str, Any]:
-        """Finish starting: the OpenAI side, and the threshold of `auto`. Returns what there is to say of it."""
+        """Finish starting: the OpenAI side, and the threshold of `auto`. Returns the models and the agreement of
+        `auto`."""
         if self._state is None:
             self._state = await openai_state(self._engine, self._path, self._adapters)
             short = {system: [each for each in own if self._fits(each)] for system, own in self._labelled.items()}

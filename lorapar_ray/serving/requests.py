@@ -31,7 +31,7 @@ class BadRequest(ValueError):
 
 
 def digest_of(key: str) -> str:
-    """What replicas are told in place of the key: they compare, and cannot give it away."""
+    """The digest that replicas get instead of the key: they can compare keys, but not leak the key."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 

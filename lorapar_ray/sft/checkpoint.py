@@ -50,7 +50,7 @@ def _steps_of(path: Path, workers: int) -> int | None:
         return None
     try:
         found = load_tree(path / _rng_file(0))
-    except UserError:  # damaged: the checkpoint before this one is gone on from
+    except UserError:  # damaged: resume from the previous checkpoint
         return None
     ranks = found.get(WORKERS, workers) if isinstance(found, dict) else None
     if not isinstance(ranks, int) or not 0 < ranks <= MOST_WORKERS:

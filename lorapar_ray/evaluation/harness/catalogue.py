@@ -73,7 +73,7 @@ class Catalogue:
         """Read the names of all tasks; none is loaded yet.
 
         Args:
-            data: a file or folder in place of the hub's, by family (see `local_data`).
+            data: a file or folder instead of the hub's, by family (see `local_data`).
             include: folders of a user's task files.
 
         Raises:
@@ -175,7 +175,7 @@ FEWSHOT_SEED = 1234
 
 
 class _Factory(TaskFactory):
-    """lm-eval's, with local files in place of the hub where some are given."""
+    """lm-eval's loader, which reads local files instead of the hub if they are given."""
 
     def __init__(self, data: Mapping[str, str]) -> None:
         super().__init__()

@@ -126,7 +126,8 @@ class HarnessModel(TemplateLM):
         return text
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-probability in nats, whether it is the greedy one) of each continuation; no bar beside that of `ask`."""
+        """(log-probability in nats, whether it is the greedy one) of each continuation; without its own progress
+        bar."""
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return found
 

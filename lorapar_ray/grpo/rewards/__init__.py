@@ -1,7 +1,8 @@
-"""Rewards: functions by name, run in processes of their own.
+"""Rewards: functions by name, run in separate processes.
 
-Each process has limits of time and memory, none of the environment's secrets, and takes what the rewards have started
-with it when it ends. It is no sandbox: a reward reads and writes the files that the user can, unless it is `isolate`d.
+Each process has limits of time and memory, gets no secrets of the environment, and when it ends it kills the processes
+that the rewards have started. It is not a sandbox: a reward can read and write the user's files, unless it is
+`isolate`d.
 """
 
 from lorapar_ray.grpo.rewards.pool import RewardBatch, RewardPool, RewardSpec

@@ -1,6 +1,6 @@
 """Reward workers of a run: Ray actors around a `RewardPool` each, restarted by Ray when they die; and the judge.
 
-They are given references to records and answer with numbers: tokens and texts stay with them.
+They get references to records and return numbers; tokens and texts stay in the workers.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
 AT_ONCE = 16
-"""Requests in one message to a worker at most: the first has to wait for the last."""
+"""Most requests in one message to a worker: the first result waits for the last."""
 
 
 class RecordLost(Exception):
-    """A group's record went with its node before anyone had read it; the group has to be sampled anew."""
+    """A group's record was lost with its node before it was read; the group must be sampled again."""
 
 
 class RewardActor:
-    """One worker; a sample that breaks the process inside costs itself only (see `RewardPool`)."""
+    """One worker; a sample that breaks its process loses only its own reward (see `RewardPool`)."""
 
     def __init__(self, plan: dict[str, Any]) -> None:
         """`plan` as the coordinator has it."""
@@ -84,12 +84,12 @@ class RewardWorkers:
 
         Args:
             plan: as the coordinator has it.
-            worker: what a worker runs, in place of `RewardActor`.
+            worker: the class of a worker, instead of `RewardActor`.
         """
         import ray
 
         settings = GrpoConfig.model_validate(plan["settings"])
-        # scoring has no memory: what a dead worker was asked is asked again of its successor, as often as it takes
+        # scoring is stateless: a dead worker's requests are retried on its successor without limit
         again = {"max_restarts": -1, "max_task_retries": -1}
         actor = ray.remote(worker).options(**ray_options(settings.reward_resources), **again)
         self._actors = [actor.remote({**plan, "judge": None}) for _ in range(settings.reward_workers)]
@@ -105,7 +105,7 @@ class RewardWorkers:
         """The rewards of a group, on the first worker that is free, while the judge, if there is one, grades.
 
         Raises:
-            RecordLost: nobody can read the group any more.
+            RecordLost: the group's record is lost.
         """
         request = Request(index, record, step)
         if self._judge is None:
@@ -123,7 +123,7 @@ class RewardWorkers:
         return awaited(scoring)
 
     def _deal(self) -> None:
-        """Give every idle worker its part of what waits."""
+        """Give every idle worker its part of the waiting requests."""
         while self._idle and self._waiting:
             part = min(AT_ONCE, ceil(len(self._waiting) / len(self._idle)))
             work = self._work(self._idle.popleft(), [self._waiting.popleft() for _ in range(part)])

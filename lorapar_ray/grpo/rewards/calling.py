@@ -20,7 +20,7 @@ from typing import Any
 from lorapar_ray.waiting import awaited
 
 NOT_FINITE = "not finite"
-"""In place of a value that is no finite number; None is a sample that the reward does not apply to."""
+"""Replaces a value that is not a finite number; None is a sample that the reward does not apply to."""
 
 
 def call(function: Callable[..., Any], request: dict[str, Any], own: bool) -> list[float | str | None]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CODE_TESTS = "code_tests"
 TESTS = "give a program of asserts, a list of such texts, or a row of HumanEval or MBPP"
 SHARE = 0.6
-"""Of a reward's time limit: what one program gets at most, so that a program alone never breaks its reward process."""
+"""Share of a reward's time limit that one program may use, so that a single program never breaks its reward process."""
 
 _made: Callable[[], Sandbox] | None = None
 _sandbox: Sandbox | None = None

@@ -1,7 +1,6 @@
 """Whether two mathematical expressions are equal, by math-verify: only where time and memory are limited.
 
-sympy evaluates what it reads: `9^{9^{9^{9}}}` takes all memory there is. A reward process has its limits; anywhere else
-the question goes to one.
+sympy evaluates its input: `9^{9^{9^{9}}}` would use all memory. A reward process has limits; other processes ask one.
 """
 
 from __future__ import annotations

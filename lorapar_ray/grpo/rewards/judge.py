@@ -1,10 +1,10 @@
 """The reward `judge`: the labelling teachers grade completions.
 
-A grade is one constrained token, and the reward is the expected grade under the teacher's probabilities, so that a
-small teacher's hunch still ranks the completions of a group. What a teacher adds to every grade cancels in the group's
-advantages. The judge runs in an actor of its own, beside the reward workers: it executes no foreign code, and each
-question to a teacher has a time limit. A completion may of course try to talk its judge into a better grade; put a
-verifiable reward beside it where there is one.
+A grade is one constrained token, and the reward is the expected grade under the teacher's probabilities, so that even a
+small teacher's weak preference ranks the completions of a group. A teacher's constant bias cancels in the group's
+advantages. The judge runs in its own actor, separate from the reward workers: it executes no foreign code, and each
+question to a teacher has a time limit. A completion may try to persuade its judge; combine the judge with a verifiable
+reward if possible.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Judge:
             async with asyncio.timeout(self._settings.time_limit_s):
                 asked = await persist(lambda: teacher.ask(prompt, self._choices), self._label)
                 return expected_grade(asked.log_probs)
-        except Exception:  # a teacher that fails costs its grade, and is counted
+        except Exception:  # a failed teacher gives no grade; failures are counted
             return None
 
 
@@ -69,7 +69,7 @@ def expected_grade(log_probs: Sequence[float]) -> float:
 
 @contextmanager
 def judging(config: Config) -> Iterator[dict[str, Any] | None]:
-    """Host the judge's teachers while the block runs; gives what `Judge` takes, or None if there is no judge.
+    """Host the judge's teachers while the block runs; yields the arguments of `Judge`, or None without a judge.
 
     Raises:
         UserError: none of them runs.

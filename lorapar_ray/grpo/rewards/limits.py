@@ -6,7 +6,7 @@ import resource
 from pathlib import Path
 
 ASSUMED_MB = 4096
-"""What a process is taken to hold where it cannot see: the sandbox has no /proc."""
+"""Assumed memory of a process that cannot measure it: the sandbox has no /proc."""
 
 _in_force = False
 

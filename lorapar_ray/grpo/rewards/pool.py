@@ -1,4 +1,5 @@
-"""Rewards in processes of their own: one that raises, hangs or eats memory costs its sample only, never the run."""
+"""Rewards in separate processes: one that raises, hangs or uses too much memory loses only its sample, never the
+run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A module of the user's Python, such as a reward process, that confines itself before it runs."""
+"""Runs the user's Python module, such as a reward process, and confines the process first."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ class Channel:
         """Write one message.
 
         Raises:
-            Closed: nobody reads.
+            Closed: the other side has ended.
             WireError: longer than `MAX_MESSAGE`.
         """
         data = json.dumps(message, separators=(",", ":")).encode()
