@@ -97,5 +97,5 @@ class EvaluationEngine(EngineActor):
             output = await self._run(ids, sampling)
             if output.num_cached_tokens < start:
                 break
-        wanted = ids[start:]
-        return [entry[token] for entry, token in zip(output.prompt_logprobs[-len(wanted) :], wanted, strict=True)]
+        first = len(output.prompt_logprobs) - len(ids) + start  # on a GPU what was read from the cache has no entries
+        return [entry[token] for entry, token in zip(output.prompt_logprobs[first:], ids[start:], strict=True)]
