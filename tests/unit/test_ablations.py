@@ -145,7 +145,7 @@ def test_a_group_that_cannot_end_leaves_its_runs_to_go_on_alone(
         unit.run.open(unit.config)
     run_at_once(units, "sft")  # nothing before it has run
     shown = capsys.readouterr().out
-    assert "sft of 2 runs at once" in shown and "not at once, but one after the other: sft: stage 'label'" in shown
+    assert "sft of 2 runs at once" in shown and "not together, but one after the other: sft: stage 'label'" in shown
     assert not any(unit.run.entry("sft") for unit in units)
     asked: list[str] = []
 
@@ -213,7 +213,7 @@ def test_shuffled_labels_are_the_votes_dealt_anew_and_no_teacher_is_asked_twice(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"grid": "maks"}, "no grid 'maks'; there are strategies"),
+        ({"grid": "maks"}, "unknown grid 'maks'; known are strategies"),
         ({"only": ["randm"]}, "no such arm of 'mask'"),
         ({"only": ["shuffled-labels"]}, "needs teachers that vote, and label.strategy is random"),
         ({"seeds": [1, 1]}, "--seeds: give different"),

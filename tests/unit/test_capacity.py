@@ -62,7 +62,7 @@ def test_processes_that_no_single_node_holds_are_refused() -> None:
     large = Node({"group": "b"}, {"CPU": 64.0, "GPU": 8.0})
     room(Capacity({"CPU": 12, "GPU": 8}, nodes=small))
     said = (
-        r"sft: asks for workers 4 × 2 CPU and 1 GPU, each on a single node with group=a, and the nodes hold 3 of them"
+        r"sft: asks for workers 4 × 2 CPU and 1 GPU, each on a single node with group=a, but the nodes have room for 3"
     )
     with pytest.raises(UserError, match=said):
         room(Capacity({"CPU": 73, "GPU": 14}, nodes=(*small[:3], large)), group="a")
