@@ -66,7 +66,7 @@ def test_processes_that_no_single_node_holds_are_refused() -> None:
     )
     with pytest.raises(UserError, match=said):
         room(Capacity({"CPU": 73, "GPU": 14}, nodes=(*small[:3], large)), group="a")
-    with pytest.raises(UserError, match=r"and the nodes hold 0 of them; lower sft\.workers"):
+    with pytest.raises(UserError, match=r"but the nodes have room for 0; lower sft\.workers"):
         room(Capacity({"CPU": 8, "GPU": 4}, nodes=(Node({}, {"CPU": 1.0, "GPU": 4.0}),) * 8))
     room(Capacity({"CPU": 12, "GPU": 8}, {"CPU": 99}, nodes=small[:1]))  # it may grow
 
