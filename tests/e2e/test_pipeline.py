@@ -123,7 +123,7 @@ def test_what_is_exported_says_the_same(finished: FinishedRun, tmp_path: Path) -
     merged = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
     assert (logprobs(merged) - tuned).abs().max() < TOLERANCE
     assert "95 % Wilson intervals" in (adapter / "README.md").read_text()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         export(config, run, adapter)
     with pytest.raises(UserError, match="stage 'sft' has not finished"):
         export(config, RunDirectory(tmp_path / "none"), tmp_path / "other", "sft")

@@ -47,7 +47,7 @@ def test_a_process_that_was_killed_for_memory_is_one_line(tmp_path: Path) -> Non
     group.worker_failures = {0: killed}  # type: ignore[attr-defined]
     for error in (killed, group):
         with (
-            pytest.raises(UserError, match=r"^sft: the machine ran out of memory \(1 worker.*the same command resumes$"),
+            pytest.raises(UserError, match=r"^sft: the machine ran out of memory \(1 worker.*command resumes$"),
             of_the_machine(RunDirectory(tmp_path), "sft"),
         ):
             raise error
