@@ -208,6 +208,6 @@ def require_ray_at(address: str) -> None:
         raise OSError("the server there is not a Ray client server") from error
     except grpc.RpcError as error:
         if error.code() is not grpc.StatusCode.UNAUTHENTICATED:  # a Ray that wants a token: `ray.init` says how
-            raise OSError(f"the server there is not Ray: {error.code().name}") from error
+            raise OSError(f"the server there is not a Ray cluster: {error.code().name}") from error
     finally:
         channel.close()

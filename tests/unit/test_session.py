@@ -144,7 +144,7 @@ def test_a_port_that_is_no_ray_is_one_line_in_time(
     address = scheme + request.getfixturevalue(server)
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr(session, "CONNECT_TIMEOUT_S", 2)
-    with pytest.raises(UserError, match=f"no Ray at RAY_ADDRESS={address}.*is not Ray"), session.ray_session():
+    with pytest.raises(UserError, match=f"no Ray at RAY_ADDRESS={address}.*is not a Ray c"), session.ray_session():
         pass
 
 
