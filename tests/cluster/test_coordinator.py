@@ -157,7 +157,7 @@ def test_what_dead_learners_were_publishing_does_not_go_on_beside_the_next_ones(
         await asyncio.sleep(0.1)
         await coordinator.resume(0, None)
         engine.may_load.set()
-        with pytest.raises(RuntimeError, match="policy 1 was given up"):
+        with pytest.raises(RuntimeError, match="policy 1 was discarded"):
             await given_up
         assert list(coordinator._steps) == []
         figures = await coordinator.publish(policy(0), [])
