@@ -80,7 +80,7 @@ def test_without_masks_there_is_nothing_to_score(tmp_path: Path) -> None:
 
 def test_a_residual_base_in_four_bits_is_refused() -> None:
     model = {"path": "student", "quantization": "nf4"}
-    with pytest.raises(ValueError, match=r"adapter\.init: pissa takes part of the weights out of the base"):
+    with pytest.raises(ValueError, match=r"adapter\.init: pissa subtracts from the base's weights"):
         config_of(model=model, adapter={"init": "pissa"})
     config_of(model=model, adapter={"init": "gaussian"})
 
