@@ -228,6 +228,9 @@ class Coordinator:
                 self._rollouts.lost += 1
         self._shares.pop(step, None)
 
+    async def ping(self) -> None:
+        """Do nothing; see `asking.answer_from`."""
+
     async def checkpoint(self, step: int) -> dict[str, Any]:
         """State of the prompt stream after training on `step`."""
         state = self._stream.state([index for at, drawn in sorted(self._drawn.items()) if at > step for index in drawn])

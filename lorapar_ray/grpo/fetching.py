@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lorapar_ray.engines.record import GroupRecord, read_record
+from lorapar_ray.grpo.asking import answer_from
 from lorapar_ray.grpo.batches import Share, mini_batches
 from lorapar_ray.grpo.samples import MiniBatch
 
@@ -15,14 +16,12 @@ def fetch(coordinator: Any, step: int, rank: int, world: int) -> tuple[Share, li
     If any rank finds that records were lost with a node, their groups are sampled again; then the step is dealt again,
     so every rank asks again.
     """
-    import ray
-
     while True:
-        share: Share = ray.get(coordinator.batch.remote(step, rank, world))
+        share: Share = answer_from(coordinator, coordinator.batch.remote(step, rank, world))
         records = _records(share)
         lost = sorted({part.group for update in share.updates for part in update.parts if part.group not in records})
         if lost:
-            ray.get(coordinator.lost.remote(step, lost))
+            answer_from(coordinator, coordinator.lost.remote(step, lost))
         if not _any_rank(bool(lost), world):
             return share, mini_batches(share, records)
 

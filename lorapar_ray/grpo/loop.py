@@ -17,6 +17,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.config import GrpoConfig
+from lorapar_ray.grpo.asking import answer_from
 from lorapar_ray.grpo.batches import Batch, make_batch
 from lorapar_ray.grpo.clock import Clock
 from lorapar_ray.grpo.fetching import fetch
@@ -101,7 +102,7 @@ def learn(learner: Learner, coordinator: Any, journal: Journal | None, rank: int
         ray.get(coordinator.resume.options(max_task_retries=-1).remote(step, stream))  # it may also be restarting
         journal.begin(step)
         if measured:
-            ray.get(coordinator.calibrate.remote(base_canaries, learner.rounding))
+            answer_from(coordinator, coordinator.calibrate.remote(base_canaries, learner.rounding))
         publisher = Publisher(coordinator)
         publisher.publish(learner.policy(step), canaries)
     if world > 1:

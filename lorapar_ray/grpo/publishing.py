@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorapar_ray.engines.policy import Policy, note_of
+from lorapar_ray.grpo.asking import answer_from
 from lorapar_ray.grpo.canaries import Canary
 
 
@@ -32,8 +33,6 @@ class Publisher:
         Raises:
             PolicyMismatch: one of them does not serve it.
         """
-        import ray
-
         start = time.monotonic()
-        self.figures = ray.get(self._answer)
+        self.figures = answer_from(self._coordinator, self._answer)
         self.figures["seconds/wait_for_proof"] = time.monotonic() - start

@@ -43,6 +43,8 @@ class ScriptedCoordinator:
 
     def resume(self, step: int, stream: Any) -> None: ...
 
+    def ping(self) -> None: ...
+
     def publish(self, policy: Any, canaries: list[Any]) -> dict[str, float]:
         return {"canaries": float(len(canaries))}
 

@@ -11,6 +11,7 @@ from ray.exceptions import OwnerDiedError
 from lorapar_ray.config import GrpoConfig
 from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.record import record_of
+from lorapar_ray.grpo.asking import answer_from
 from lorapar_ray.grpo.batches import Batch, mini_batches, shares_of
 from lorapar_ray.grpo.fetching import fetch
 from lorapar_ray.grpo.groups import Group
@@ -85,6 +86,16 @@ def test_a_group_whose_record_is_lost_is_sampled_anew_and_no_other_prompt_in_its
     assert drawn == [0, 1] and [sample.prompt_ids.tolist() for sample in samples] == [[1], [1]]
 
 
+def test_who_waits_for_the_coordinator_sends_something_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that a network cut has killed is noticed only by data that is sent over it."""
+    pings: list[str] = []
+    coordinator = SimpleNamespace(ping=SimpleNamespace(remote=lambda: pings.append("ping")))
+    monkeypatch.setattr(ray, "wait", lambda references, timeout: (references, []) if len(pings) == 2 else ([], []))
+    monkeypatch.setattr(ray, "get", lambda reference: f"result of {reference}")
+    assert answer_from(coordinator, "the call") == "result of the call"
+    assert pings == ["ping", "ping"]
+
+
 def test_a_learner_reports_records_that_are_lost_and_takes_what_comes_in_their_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -107,6 +118,7 @@ def test_a_learner_reports_records_that_are_lost_and_takes_what_comes_in_their_p
     shares = SimpleNamespace(remote=lambda step, rank, world: whole if told else damaged)
     losses = SimpleNamespace(remote=lambda step, groups: told.append((step, groups)) or "done")
     monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "wait", lambda references, timeout: (references, []))
     coordinator = SimpleNamespace(batch=shares, lost=losses)
     share, [update] = fetch(coordinator, 4, 0, 1)
     assert told == [(4, [1])] and share is whole
