@@ -8,7 +8,6 @@ writes nothing more.
 
 from __future__ import annotations
 
-import _thread
 import json
 import os
 import socket
@@ -23,6 +22,7 @@ from typing import Any
 
 from lorapar_ray.errors import UserError
 from lorapar_ray.progress import console
+from lorapar_ray.threads import stop_this_command
 
 NAME = "lock.json"
 BEAT_S = 20.0
@@ -244,7 +244,7 @@ def _beat(root: Path, stop: threading.Event) -> None:
         mine = _written.get(root)
         if mine is not None and _taken_over(root, mine):
             print(f"lorapar: run directory '{root}' was taken over by another command; this one stops", file=sys.stderr)
-            _thread.interrupt_main()
+            stop_this_command()
             return
         with suppress(OSError):
             os.utime(root / NAME)

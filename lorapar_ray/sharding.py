@@ -108,6 +108,7 @@ def _outline(model: ModelConfig, path: str) -> Any:
             attn_implementation=attention_of(model, device()),
             trust_remote_code=model.trust_remote_code,
         )
+    base.tie_weights()  # without memory each name has got a parameter of its own
     _replace(base, lambda parameter: torch.zeros((), dtype=parameter.dtype).expand(parameter.shape))
     return base.eval()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
+import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -31,3 +34,14 @@ def in_a_thread(work: Callable[[], T], *, name: str, timeout_s: float | None = N
         if outcome.done():
             raise
         raise TimeoutError(f"{name}: not done within {timeout_s:g} s") from error
+
+
+def stop_this_command() -> None:
+    """End this command from one of its threads: as Ctrl-C does, or by SIGTERM where Ctrl-C is ignored.
+
+    A shell script starts its background commands with SIGINT ignored, and `_thread.interrupt_main` then does nothing.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        _thread.interrupt_main()

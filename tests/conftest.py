@@ -1,5 +1,6 @@
 import gc
 import os
+import signal
 from collections.abc import Iterator
 
 # Before torch is imported, which reads it once. Several test processes share the cores, and two threads that wait for
@@ -13,6 +14,8 @@ from hypothesis import settings
 
 from tests import local_ray
 
+# As in a terminal, also where a script has started the tests in the background: commands are ended by SIGINT here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 gc.disable()  # until the tests are collected: what they import stays, and looking through it is a fifth of the time
 pytest_plugins = ["tests.chaos"]
 settings.register_profile("any-machine", deadline=None)  # a busy machine is no failure

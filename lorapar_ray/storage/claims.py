@@ -11,7 +11,6 @@ other can take it.
 
 from __future__ import annotations
 
-import _thread
 import json
 import random
 import sys
@@ -26,6 +25,7 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.progress import console
 from lorapar_ray.run_lock import BEAT_S, RETRY_S, STALE_S, InUse, identity, lives, parsed
 from lorapar_ray.storage.objects import Objects
+from lorapar_ray.threads import stop_this_command
 
 FOLDER = "lock"
 FENCE_S = 0.8 * STALE_S
@@ -102,7 +102,8 @@ class Claim:
         """Claim the run; None if this process has it now, else who has it or claims it too."""
         self._write(holds=False)
         claims = self._objects.listing(FOLDER)
-        mine = claims.pop(self._name)
+        if (mine := claims.pop(self._name, None)) is None:  # someone has deleted it
+            return {"holds": False, "age": 0.0, "claim": self._name}
         dead = []
         for name, stamp in claims.items():
             age = (mine.mtime_ns - stamp.mtime_ns) / 1e9
@@ -131,7 +132,7 @@ class Claim:
                     continue
             self._lost = True
             print(f"lorapar: '{self._objects.uri}' was taken over or cut off; this command stops", file=sys.stderr)
-            _thread.interrupt_main()
+            stop_this_command()
             return
 
 

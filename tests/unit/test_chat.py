@@ -129,7 +129,7 @@ def test_tokens_are_written_again_for_what_has_changed_or_is_damaged(
 ) -> None:
     made: list[str] = []
 
-    def here(work: Any, *arguments: Any) -> None:
+    def here(work: Any, *arguments: Any, **_: Any) -> None:
         made.append("made")
         work(*arguments)
 

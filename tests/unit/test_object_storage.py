@@ -160,7 +160,8 @@ def test_a_command_waits_until_the_first_is_done(objects: Objects, monkeypatch: 
     monkeypatch.setattr(claims, "RETRY_S", 0.01)
     first = Claim(objects)
     with first.held():
-        threading.Timer(0.05, lambda: objects.delete(objects.listing("lock"))).start()
+        held = list(objects.listing("lock"))
+        threading.Timer(0.05, lambda: objects.delete(held)).start()
         with Claim(objects).held(wait_s=20):
             assert len(objects.listing("lock")) == 1
 

@@ -91,7 +91,7 @@ def test_an_honest_answer_is_a_vote_compressed_or_not(url: str) -> None:
         (b"not gzip", {"Content_Encoding": "gzip"}, "is not gzip"),
         (b"x", {"Content_Encoding": "zstd"}, "not asked for"),
         (b"{\xff\xff", {}, "decode"),
-        (b"null", {}, "no JSON object"),
+        (b"null", {}, "not a JSON object"),
         (body(choices=None), {}, "has no '0'"),
         (body(choices=[{"logprobs": {"top_logprobs": [{" 1": None}]}}]), {}, "TypeError"),
         (body(choices=[{"logprobs": {"top_logprobs": [{" 1": float("nan")}]}}]), {}, "not numbers"),

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -404,3 +406,10 @@ def test_a_stage_of_the_first_format_under_other_settings_is_kept(cli: Cli) -> N
     )
     assert status == 2 and "grpo.learning_rate 0.001 → 1e-5" in said, said
     assert everything(cli.run.grpo) == before
+
+
+def test_a_command_that_ignores_ctrl_c_can_still_be_ended_from_a_thread() -> None:
+    """Scripts start their background commands so."""
+    ignoring = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    command = f"{ignoring}; from lorapar_ray.threads import stop_this_command as stop; stop(); time.sleep(60)"
+    assert subprocess.run([sys.executable, "-c", command], timeout=50, check=False).returncode == -signal.SIGTERM
