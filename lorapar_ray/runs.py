@@ -29,6 +29,7 @@ from lorapar_ray.files import write_json as write_json
 from lorapar_ray.fingerprints import Fingerprints
 from lorapar_ray.run_lock import NAME as LOCK
 from lorapar_ray.run_lock import living_holder, require_held, run_lock
+from lorapar_ray.storage import OF_A_MIRROR
 from lorapar_ray.storage.uris import Uri, place_of
 
 if TYPE_CHECKING:
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 
 PROGRESS = "progress.json"
 """In `work`: progress of the running stage."""
-OF_A_MIRROR = (".mirror.json", ".session", ".complete")
-"""Files of this machine's copy of a run in an object store."""
 FORMAT = 2
 """Of the manifest; 1, without a number, recorded one digest of a stage's inputs (see `lorapar_ray.legacy`)."""
 

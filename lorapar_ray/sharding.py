@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 
 from lorapar_ray.adapters import adapter_parameters, load_adapter
+from lorapar_ray.boundary import open_tensors
 from lorapar_ray.config import ModelConfig
 from lorapar_ray.errors import UserError
 from lorapar_ray.models import loading, model_folder, resolve_model
 from lorapar_ray.precision import torch_dtype
 from lorapar_ray.student import attention_of, device, load_base
+
+SAVE_AGAIN = "check the model's files, or save it again"
 
 
 def load_student(model: ModelConfig, path: str, adapter: Path, sharding: str) -> Any:
@@ -124,14 +127,8 @@ def _frozen(student: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _names_in_files(path: str) -> set[str]:
-    from safetensors import safe_open
-
-    names: set[str] = set()
-    with loading(path):
-        for file in model_folder(path).glob("*.safetensors"):
-            with safe_open(file, framework="pt") as opened:
-                names.update(opened.keys())
-    return names
+    files = model_folder(path).glob("*.safetensors")
+    return {name for file in files for name in open_tensors(file, SAVE_AGAIN).keys()}  # noqa: SIM118
 
 
 def _cut(student: Any, mesh: Any, on: torch.device) -> Any:

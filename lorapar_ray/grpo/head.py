@@ -152,9 +152,23 @@ def _among(chosen_NK: Tensor, kept_NK: Tensor, tokens_N: Tensor) -> tuple[Tensor
     return scored_NK.masked_fill(~own_NK, 0.0).sum(-1), entropy_N
 
 
-class _KeptLogprobs(torch.autograd.Function):
-    """Stores the gradient, a vector as long as the hidden state, instead of K rows of the head for every token."""
+class _WithSlope(torch.autograd.Function):
+    """Stores a log-probability's gradient, a vector as long as the hidden state, instead of rows of the head for every
+    token. Of the six inputs only the first, the hidden states, gets a gradient."""
 
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (slope_ND,) = ctx.saved_tensors
+        return (slope_ND * gradients[0][:, None]).to(slope_ND.dtype), None, None, None, None, None
+
+
+def _keep_slope(ctx: Any, entropy: Tensor, slope_ND: Tensor | None) -> None:
+    ctx.mark_non_differentiable(entropy)
+    if slope_ND is not None:
+        ctx.save_for_backward(slope_ND)
+
+
+class _KeptLogprobs(_WithSlope):
     @staticmethod
     def forward(
         ctx: Any,
@@ -182,18 +196,11 @@ class _KeptLogprobs(torch.autograd.Function):
                 p_nK = chosen_nK.masked_fill(kept_NK[part] < 0, -torch.inf).softmax(-1)
                 change_nK = (kept_NK[part] == tokens_N[part, None]).float() - p_nK
                 slope_ND[part] = ((change_nK[:, None] @ weight_nKD)[:, 0] / temperature).to(slope_ND.dtype)
-        ctx.mark_non_differentiable(entropy)
-        if slope_ND is not None:
-            ctx.save_for_backward(slope_ND)
+        _keep_slope(ctx, entropy, slope_ND)
         return logprobs, entropy
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (slope_ND,) = ctx.saved_tensors
-        return (slope_ND * gradients[0][:, None]).to(slope_ND.dtype), None, None, None, None, None
 
-
-class _HeadLogprobs(torch.autograd.Function):
+class _HeadLogprobs(_WithSlope):
     @staticmethod
     def forward(
         ctx: Any,
@@ -228,15 +235,8 @@ class _HeadLogprobs(torch.autograd.Function):
                 onehot = torch.ones_like(tokens, dtype=p.dtype)
                 change = p.neg_().scatter_add_(-1, tokens, onehot).to(weight_VD.dtype)
                 slope_ND[part] = (change @ weight_VD) / temperature
-        ctx.mark_non_differentiable(entropy)
-        if slope_ND is not None:
-            ctx.save_for_backward(slope_ND)
+        _keep_slope(ctx, entropy, slope_ND)
         return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (slope_ND,) = ctx.saved_tensors
-        return (slope_ND * gradients[0][:, None]).to(slope_ND.dtype), None, None, None, None, None
 
 
 def _product(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:

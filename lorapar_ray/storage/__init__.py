@@ -12,3 +12,7 @@ wants files. So each process works on a *mirror*, an ordinary folder on its own 
   on the machine is used again only if nobody has worked on the run in between.
 - Only the driver and the workers of one stage write, each its own files, as on a shared disk.
 """
+
+INDEX, TOKEN, COMPLETE = OF_A_MIRROR = (".mirror.json", ".session", ".complete")
+"""A mirror's own files: what was copied under which stamp; the token of its last session; whether that one could copy
+everything."""

@@ -14,11 +14,11 @@ from pathlib import Path
 from uuid import uuid4
 
 from lorapar_ray.files import write_json
+from lorapar_ray.storage import INDEX
 from lorapar_ray.storage.cache import Cache
 from lorapar_ray.storage.claims import FOLDER
 from lorapar_ray.storage.objects import Objects, Stamp, side_by_side
 
-INDEX = ".mirror.json"
 MANIFEST = "manifest.json"
 """Says which stages have finished, so it comes after everything else."""
 OWN = (FOLDER, "lock.json", "work/ray", "work/digests.json", "work/votes.sqlite")

@@ -16,6 +16,7 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.files import cache_root
 from lorapar_ray.progress import console
 from lorapar_ray.run_lock import BEAT_S, InUse, run_lock
+from lorapar_ray.storage import COMPLETE, TOKEN
 from lorapar_ray.storage.claims import FOLDER, Claim, living_claim
 from lorapar_ray.storage.mirror import MANIFEST, Mirror, Wanted, all_but, below
 from lorapar_ray.storage.objects import Objects
@@ -27,10 +28,8 @@ PARTIAL = ("work", "metrics")
 """What is copied while a stage is at work; results come when the stage says so."""
 UNSEEN = ("trash", "work/label", "work/votes", "work/evaluate", "work/score", "work/sft", "work/grpo", "work/warmup")
 """Not needed to look at a run."""
-LAST = ".session"
-"""An object: the token of the session that has written last."""
-TOKEN, COMPLETE = ".session", ".complete"
-"""In the mirror: the token of its own last session, and whether that one could copy everything."""
+LAST = TOKEN
+"""An object: the token of the session that has written last. The mirror's own is in its file of this name."""
 
 
 class RemoteRun:
