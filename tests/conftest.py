@@ -18,8 +18,11 @@ from tests import local_ray
 signal.signal(signal.SIGINT, signal.default_int_handler)
 gc.disable()  # until the tests are collected: what they import stays, and looking through it is a fifth of the time
 pytest_plugins = ["tests.chaos"]
-settings.register_profile("any-machine", deadline=None)  # a busy machine is no failure
-settings.load_profile("any-machine")
+# A busy machine is no failure, and the same examples are drawn each time: a change is judged by what it changes.
+# HYPOTHESIS_PROFILE=explore draws new and more ones.
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 FIRST = (
     *(f"tests/{name}.py" for name in ("e2e/test_pipeline", "cluster/test_sft", "cluster/test_scoring")),

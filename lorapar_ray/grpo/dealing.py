@@ -24,7 +24,8 @@ def deal(groups: Sequence[GroupHead], chosen: Sequence[Sequence[int]], learners:
 
     Whole groups go, the longest first, to the learner with the least so far. Then, while the gap between the emptiest
     and the fullest learner exceeds `BALANCED`, single completions move from the fullest to the emptiest. At the end the
-    gap is within `BALANCED`, or every completion of the fullest, with its prompt, is at least as long as the gap.
+    gap is within `BALANCED`, or every completion of the fullest, with its prompt, is at least as long as the gap. An
+    empty completion only moves with its whole group: alone it would cost a prompt and save nothing.
 
     Args:
         chosen: completions of each group that are trained on; a group without any is left out.

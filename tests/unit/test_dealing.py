@@ -11,7 +11,7 @@ def head(prompt: int, lengths: list[int]) -> GroupHead:
     return GroupHead(prompt, tuple(lengths), (True,) * len(lengths), (0,) * len(lengths))
 
 
-LENGTHS = st.lists(st.integers(0, 8192), min_size=1, max_size=8)
+LENGTHS = st.lists(st.integers(1, 8192), min_size=1, max_size=8)
 GROUPS = st.lists(st.builds(head, st.integers(1, 1024), LENGTHS), max_size=24)
 
 
@@ -35,6 +35,13 @@ def test_many_groups_for_each_learner_stay_whole_and_within_the_bound(lengths: l
     hands = deal(groups, [range(8)] * len(groups), learners)
     loads = [tokens_of(groups, hand) for hand in hands]
     assert max(loads) - min(loads) <= max(BALANCED * max(loads), 4096 + 100)
+
+
+def test_empty_completions_are_dealt_without_paying_for_their_prompt_twice() -> None:
+    [first, second] = deal([head(1, [0, 1])], [range(2)], 2)
+    assert (first, second) == ({0: [0, 1]}, {})
+    groups = [head(9, [0, 0]), head(9, [0])]
+    assert sorted(str(hand) for hand in deal(groups, [range(2), range(1)], 2)) == ["{0: [0, 1]}", "{1: [0]}"]
 
 
 def test_a_group_is_cut_only_where_whole_ones_are_uneven() -> None:
