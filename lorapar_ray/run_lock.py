@@ -2,8 +2,9 @@
 locks, which network file systems break.
 
 The file names its holder. On the same machine a dead holder is detected by its process; on another machine by the
-file's age, since a living holder touches it every `BEAT_S`. A holder that slept until another command took its lock
-writes nothing more.
+file's age, since a living holder touches it every `BEAT_S`. A clock that is set forwards makes every file old, so an
+old one must also stay untouched while it is watched (`SURE_S`). A holder that slept until another command took its
+lock writes nothing more.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorapar_ray.errors import UserError
 from lorapar_ray.progress import console
@@ -33,10 +34,51 @@ JOB_WAIT_S = "400"
 """Wait of a job, which may restart while the lock of its dead driver is not yet stale: longer than `STALE_S`."""
 STALE_S = 300.0
 """Of another machine's holder, without a beat."""
+SURE_S = 1.5 * BEAT_S
+"""For which a lock that is old enough is watched before it is taken over."""
 
 
 class InUse(UserError):
     """A living process has the lock."""
+
+
+class PerhapsInUse(InUse):
+    """The lock is old enough to be a dead process's, and has not been watched for `SURE_S` yet."""
+
+
+class _Seen(NamedTuple):
+    """Of a lock that is watched."""
+
+    changed_s: float
+    """When it was touched, by the clock of its file system."""
+    since: float
+    """Since when it is seen like this (monotonic)."""
+    beats: bool
+    """Whether it was touched while it was watched."""
+
+
+class Watch:
+    """Tells dead holders of a lock from living ones: by their process here, by their beat elsewhere."""
+
+    def __init__(self) -> None:
+        self._seen: _Seen | None = None
+
+    def lives(self, holder: dict[str, Any], changed_s: float, age: float) -> bool | None:
+        """Whether the holder is still at work; None: look again, it is known after `SURE_S`.
+
+        Args:
+            changed_s: when the lock was touched, by the clock of its file system.
+            age: seconds since then, by the same clock, which may have been set meanwhile.
+        """
+        if _is_here(holder):
+            return lives(holder, age)
+        now = time.monotonic()
+        if self._seen is None or self._seen.changed_s != changed_s:
+            self._seen = _Seen(changed_s, now, beats=self._seen is not None)
+        untouched = now - self._seen.since
+        if self._seen.beats or age < STALE_S:
+            return untouched < STALE_S
+        return False if untouched >= SURE_S else None
 
 
 _held: dict[Path, int] = {}
@@ -106,25 +148,26 @@ def _taken_over(root: Path, mine: str) -> bool:
 
 def _take_within(file: Path, wait_s: float) -> str:
     """`_take`, again and again while a living process has it and the time lasts."""
-    deadline, said = time.monotonic() + wait_s, False
+    deadline, said, watch = time.monotonic() + wait_s, False, Watch()
     while True:
         try:
-            return _take(file)
+            return _take(file, watch)
         except InUse as error:
-            if time.monotonic() > deadline:
+            unsure = isinstance(error, PerhapsInUse)
+            if time.monotonic() > deadline and not unsure:
                 raise
             if not said:
-                console.print(f"  waiting up to {wait_s:g} s: {error}")
+                console.print(f"  waiting up to {max(wait_s, SURE_S if unsure else 0):g} s: {error}")
             said = True
             time.sleep(RETRY_S)
 
 
-def _take(file: Path) -> str:
+def _take(file: Path, watch: Watch) -> str:
     """Create the lock; returns what it says."""
     mine = json.dumps(identity() | {"token": uuid.uuid4().hex})
     try:
         while not _created(file, mine):
-            _remove_if_stale(file)
+            _remove_if_stale(file, watch)
     except OSError as error:
         raise UserError(f"run directory '{file.parent}' cannot be written to ({error.strerror})") from error
     return mine
@@ -139,22 +182,22 @@ def _created(file: Path, mine: str) -> bool:
     return True
 
 
-def _remove_if_stale(file: Path) -> None:
+def _remove_if_stale(file: Path, watch: Watch) -> None:
     """Take a dead holder's lock away; two that see the same dead holder cannot both take the next one's.
 
     Raises:
-        UserError: the holder lives.
+        InUse: the holder lives, or may.
     """
     try:
-        text, age = file.read_text(errors="replace"), _age(file)
+        text, changed_s, age = file.read_text(errors="replace"), file.stat().st_mtime, _age(file)
     except FileNotFoundError:
         if file.is_symlink():
             raise UserError(f"'{file}' is a broken link; delete it") from None
         return
     holder = parsed(text)
-    if lives(holder, age):
+    if (alive := watch.lives(holder, changed_s, age)) is not False:
         pid, host, command, since = (str(holder.get(key, "?"))[:80] for key in ("pid", "host", "command", "since"))
-        raise InUse(
+        raise (InUse if alive else PerhapsInUse)(
             f"run directory '{file.parent}' is in use by process {pid} on {host} ({command}, since {since}, last "
             f"sign of life {max(0.0, age):.0f} s ago); wait for it or stop it, "
             f"or delete '{file}' if it is gone"
@@ -195,11 +238,16 @@ def lives(holder: dict[str, Any], age: float) -> bool:
     """
     if age < STALE_S and not holder:
         return True  # being written
-    mine = identity()
-    if any(holder.get(key) != mine[key] for key in ("host", "boot", "namespace")):
+    if not _is_here(holder):
         return age < STALE_S
     started = _started(holder.get("pid", -1))
     return started is not None and started == holder.get("started")
+
+
+def _is_here(holder: dict[str, Any]) -> bool:
+    """Whether a lock's holder is a process of this machine, which can be looked up."""
+    mine = identity()
+    return all(holder.get(key) == mine[key] for key in ("host", "boot", "namespace"))
 
 
 def identity() -> dict[str, Any]:

@@ -22,6 +22,7 @@ from lorapar_ray.pipeline import STAGES
 from lorapar_ray.runs import RunDirectory
 from tests.tiny_run import tiny_config, write_config
 from tests.unit.faked_stages import in_a_child, lorapar, use_fakes
+from tests.watching import meanwhile
 
 
 @pytest.fixture
@@ -271,6 +272,13 @@ def test_the_lock_of_a_dead_process_is_taken_over(cli: Cli) -> None:
     assert [path.name for path in cli.run.root.iterdir() if run_lock.NAME in path.name] == []
 
 
+@pytest.fixture
+def quick_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock is watched for a moment instead of half a minute."""
+    monkeypatch.setattr(run_lock, "SURE_S", 0.2)
+    monkeypatch.setattr(run_lock, "RETRY_S", 0.05)
+
+
 @pytest.mark.parametrize(
     ("holder", "age", "lives"),
     [
@@ -285,7 +293,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(cli: Cli) -> None:
     ],
 )
 def test_a_holder_is_known_by_process_here_and_by_its_beat_elsewhere(
-    holder: dict[str, Any], age: float, lives: bool, tmp_path: Path
+    holder: dict[str, Any], age: float, lives: bool, tmp_path: Path, quick_watch: None
 ) -> None:
     file = tmp_path / run_lock.NAME
     file.write_text(json.dumps(run_lock.identity() | holder))
@@ -297,6 +305,37 @@ def test_a_holder_is_known_by_process_here_and_by_its_beat_elsewhere(
         with run_lock.run_lock(tmp_path), run_lock.run_lock(tmp_path):
             assert json.loads(file.read_text())["pid"] == os.getpid()
         assert not file.exists()
+
+
+@pytest.mark.parametrize("clock", ["of the file system, set forwards", "of the holder, which touches it by its own"])
+def test_a_clock_that_is_set_takes_no_lock_from_a_living_holder(clock: str, tmp_path: Path, quick_watch: None) -> None:
+    """Elsewhere, of which nothing is known but its beat."""
+    file, hours = tmp_path / run_lock.NAME, 3 * 3600
+    text = json.dumps(run_lock.identity() | {"host": "elsewhere"})
+    file.write_text(text)
+    late = 0 if "set forwards" in clock else hours
+    os.utime(file, (time.time() - hours,) * 2)
+    with (
+        meanwhile(lambda: os.utime(file, (time.time() - late,) * 2), every_s=0.1),
+        pytest.raises(UserError, match="in use by process"),
+        run_lock.run_lock(tmp_path, wait_s=0.5),
+    ):
+        pass
+    assert file.read_text() == text
+
+
+def test_a_clock_that_is_set_back_keeps_no_dead_holder_alive(
+    tmp_path: Path, quick_watch: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock is from tomorrow, and stays untouched."""
+    monkeypatch.setattr(run_lock, "STALE_S", 0.5)
+    file = tmp_path / run_lock.NAME
+    file.write_text(json.dumps(run_lock.identity() | {"host": "elsewhere"}))
+    os.utime(file, (time.time() + 86400,) * 2)
+    with pytest.raises(UserError, match="in use by process"), run_lock.run_lock(tmp_path):
+        pass
+    with run_lock.run_lock(tmp_path, wait_s=5):
+        assert json.loads(file.read_text())["pid"] == os.getpid()
 
 
 def test_of_many_that_find_a_dead_holder_one_gets_the_lock_at_a_time(tmp_path: Path) -> None:
@@ -329,7 +368,7 @@ def test_of_many_that_find_a_dead_holder_one_gets_the_lock_at_a_time(tmp_path: P
     ("content", "said"),
     [("[" * 100_000, ""), ('{"pid": 99999999, "started": null}', ""), ("folder", "is a directory"), ("link", "link")],
 )
-def test_a_lock_that_is_none_is_taken_or_named(content: str, said: str, tmp_path: Path) -> None:
+def test_a_lock_that_is_none_is_taken_or_named(content: str, said: str, tmp_path: Path, quick_watch: None) -> None:
     file = tmp_path / run_lock.NAME
     if content == "folder":
         file.mkdir()
