@@ -16,6 +16,19 @@ FAULTS = (
     "clock jump",
 )
 """What dies or breaks."""
+ONLY = {
+    "worker": ("label", "score", "sft", "grpo"),
+    "coordinator": ("grpo",),
+    "Serve replica": ("label", "serve"),
+    "engine child": ("label", "grpo", "evaluate", "serve"),
+    "reward process": ("grpo",),
+    "driver, other machine": ("label", "score", "sft", "grpo", "evaluate"),
+    "full disk": ("label", "score", "sft", "grpo", "evaluate"),
+    "slow disk": ("label", "score", "sft", "grpo", "evaluate"),
+}
+"""The stages that have what a fault breaks, where not all do: an evaluation's only actors are its engines, and `serve`
+writes no files."""
+MISSING, UNTRIED = "n/a", "–"
 
 
 class Cell(NamedTuple):
@@ -53,9 +66,10 @@ def table(found: list[Cell]) -> str:
     for fault in FAULTS:
         row = [
             " ".join(str(tests.index(each.test) + 1) for each in found if (each.stage, each.fault) == (stage, fault))
+            or (UNTRIED if stage in ONLY.get(fault, STAGES) else MISSING)
             for stage in STAGES
         ]
-        lines.append(f"| {fault} | {' | '.join(each or '–' for each in row)} |")
+        lines.append(f"| {fault} | {' | '.join(row)} |")
     lines.append("")
     for number, test in enumerate(tests, start=1):
         command = next(each.command for each in found if each.test == test)
