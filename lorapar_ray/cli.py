@@ -57,7 +57,7 @@ app = typer.Typer(
 ConfigPath = Annotated[list[Path], typer.Option("--config", "-c", help="YAML config of the run.")]
 RunDir = Annotated[
     list[str] | None,
-    typer.Option("--run-dir", "-d", help="The run directory: a path, s3:// or gs:// [default: runs/<name>]."),
+    typer.Option("--run-dir", "-d", help="The run directory: a path, s3:// or gs:// (default: runs/<name>)."),
 ]
 Overrides = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Override.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the workers' own output.")]
@@ -190,7 +190,7 @@ def evaluate(
         str | None, typer.Option("--tasks", "-t", help="With --model: gsm8k,mmlu@5 (examples in the prompt), a file.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="With --model: directory for the results.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Questions of each task [default: all].")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Questions of each task (default: all).")] = None,
     engines: Annotated[int | None, typer.Option("--engines", help="Engines that share the questions.")] = None,
     data: Annotated[
         list[str] | None, typer.Option("--data", metavar="NAME=PATH", help="Local data instead of the hub's.")
@@ -316,12 +316,12 @@ def submit(
     config: Annotated[list[Path], typer.Argument(help="YAML config of the run, inside the working directory.")],
     run_dir: Annotated[list[str], typer.Option("--run-dir", "-d", help="On storage that every node reaches.")],
     address: Annotated[
-        list[str] | None, typer.Option(help="URL of the cluster's dashboard [default: $RAY_API_SERVER_ADDRESS].")
+        list[str] | None, typer.Option(help="URL of the cluster's dashboard (default: $RAY_API_SERVER_ADDRESS).")
     ] = None,
     set_: Overrides = None,
     redo: Redo = None,
     working_dir: Annotated[
-        list[Path] | None, typer.Option(help="Sent to the cluster: code and config [default: this directory].")
+        list[Path] | None, typer.Option(help="Sent to the cluster: code and config (default: this directory).")
     ] = None,
     check: Annotated[bool, typer.Option(help="Check every node first.")] = True,
     follow: Annotated[bool, typer.Option(help="Show the job's log until it ends.")] = True,
@@ -370,7 +370,7 @@ def status(
 def export(
     run_dir: Annotated[list[str], typer.Option("--run-dir", "-d", help="Of the run.")],
     out: Annotated[list[Path], typer.Option("--out", "-o", help="A directory that does not exist yet.")],
-    stage: Annotated[list[str] | None, typer.Option(help="sft or grpo [default: the last of the run's order].")] = None,
+    stage: Annotated[list[str] | None, typer.Option(help="sft or grpo (default: the last of the run's order).")] = None,
     merged: Annotated[bool, typer.Option("--merged", help="The whole model instead of the adapter.")] = False,
 ) -> None:
     from lorapar_ray.exporting.job import export as write
@@ -416,7 +416,10 @@ def serve(
 def ablate(
     grid: Annotated[str, typer.Argument(help="Which arms.")],
     config: Annotated[Path, typer.Argument(help="YAML config that the arms change.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="[default: runs/<name>-<grid>]")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Directory for the arms and the table (default: runs/<name>-<grid>)."),
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "1,2,3,4,5",
     rates: Annotated[str, typer.Option(help="Learning rates of a sweep, relative to the config's.")] = "0.25,0.5,1,2,4",
     only: Annotated[list[str] | None, typer.Option("--only", metavar="ARM", help="Run only this arm.")] = None,

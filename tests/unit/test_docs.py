@@ -24,6 +24,14 @@ def commands(page: Path) -> list[str]:
     return [line.strip() for line in text.splitlines() if re.match(r"(    |)(lorapar) [a-z]", line)]
 
 
+def test_no_help_text_has_brackets_which_its_formatter_would_take_out() -> None:
+    options = [(name, each) for name, command in COMMANDS.commands.items() for each in command.params]  # type: ignore[attr-defined]
+    assert len(options) > 50
+    assert [
+        f"{name} {each.name}: {each.help}" for name, each in options if "[" in (getattr(each, "help", "") or "")
+    ] == []
+
+
 def test_there_are_commands_to_check() -> None:
     assert sum(len(commands(page)) for page in PAGES) > 8
 
