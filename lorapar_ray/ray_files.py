@@ -7,9 +7,7 @@ A Unix socket's path may have 107 bytes and Ray's own part of it takes 64, so th
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorapar_ray.errors import UserError
+from lorapar_ray.private_directory import PREFIX, private_directory
 
-PREFIX, RANDOM = "lorapar-ray-", 8
-INNER, LOCK = "r", "lock"
+RANDOM = 8
+"""Characters that `mkdtemp` adds."""
+INNER = "r"
 SOCKET_BYTES = 107
 RAYS_PART = len("/session_2026-11-27_07-53-49_123456_4194304/sockets/plasma_store")
 LONGEST_ROOT = SOCKET_BYTES - RAYS_PART - len(f"/{PREFIX}/{INNER}") - RANDOM
@@ -79,37 +79,3 @@ def _fits(root: Path) -> bool:
 
 def _writable(root: Path) -> bool:
     return root.is_dir() and os.access(root, os.W_OK | os.X_OK)
-
-
-@contextmanager
-def private_directory(root: Path) -> Iterator[Path]:
-    """A new directory, mode 0700, locked as long as this process lives and uses it."""
-    remove_abandoned(root)
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
-    held = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(held)
-
-
-def remove_abandoned(root: Path) -> None:
-    """Remove our directories whose lock no process holds.
-
-    A lock tells what a process id cannot: it is held as well by a process in another container that shares `root`. A
-    directory without one may have been made this moment, and stays.
-    """
-    for folder in root.glob(f"{PREFIX}*"):
-        try:
-            lock = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        except OSError:  # a process holds it, or this file system has no locks
-            pass
-        finally:
-            os.close(lock)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.config import EngineConfig, Resources
+from lorapar_ray.engines.adapter_files import AdapterFiles
 from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.in_flight import Growing, as_record, growing, request_of
 from lorapar_ray.engines.phases import Phases
@@ -41,6 +41,7 @@ class EngineActor:
         self._version = -1
         self._digest = "base"
         self._loading = asyncio.Lock()
+        self._files = AdapterFiles()
         self._lora: Any = None
         self._loads = 0
         self._using: Counter[int] = Counter()
@@ -93,7 +94,7 @@ class EngineActor:
             digest = await self._load_merged(None) if self._sync == "merged" else "base"
             self._version = -1
         else:
-            folder = _spill(self._adapter(policy), policy.config)
+            folder = self._files.write(self._adapter(policy), policy.config)
             try:
                 if self._sync == "merged":
                     digest = await self._load_merged(str(folder))
@@ -259,8 +260,7 @@ class EngineActor:
         self._leaving = True
         for child in psutil.Process().children(recursive=True):
             child.kill()
-        if self._lora is not None:
-            shutil.rmtree(self._lora.lora_path, ignore_errors=True)
+        self._files.close()
 
     async def _run(self, prompt_ids: list[int], params: Any, priority: int = 0) -> Any:
         from vllm.sampling_params import RequestOutputKind
@@ -374,13 +374,3 @@ def start_engine(
         runtime_env={"env_vars": {**engine_environment(engine, resources), **(environment or {})}},
     )
     return remote.remote(arguments, sync, where)
-
-
-def _spill(adapter: bytes, config: str) -> Path:
-    """Write an adapter where every process of this machine can map it."""
-    shared = Path("/dev/shm")
-    roomy = shared.is_dir() and shutil.disk_usage(shared).free > 2 * len(adapter)  # 64 MiB in a plain container
-    root = Path(tempfile.mkdtemp(prefix="lorapar-", dir=shared if roomy else None))
-    (root / "adapter_model.safetensors").write_bytes(adapter)
-    (root / "adapter_config.json").write_text(config)
-    return root

@@ -11,7 +11,7 @@ from typing import Any
 
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import cache_root
-from lorapar_ray.ray_files import private_directory
+from lorapar_ray.private_directory import private_directory
 from lorapar_ray.storage.cache import Cache
 from lorapar_ray.storage.mirror import Mirror, all_but, below
 from lorapar_ray.storage.objects import Objects

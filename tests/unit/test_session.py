@@ -16,7 +16,8 @@ import pytest
 
 from lorapar_ray import ray_files, session
 from lorapar_ray.errors import UserError
-from lorapar_ray.ray_files import LOCK, LONGEST_ROOT, PREFIX, SOCKET_BYTES, local_files, remove_abandoned
+from lorapar_ray.private_directory import LOCK, PREFIX, remove_abandoned
+from lorapar_ray.ray_files import LONGEST_ROOT, SOCKET_BYTES, local_files
 from lorapar_ray.threads import in_a_thread
 
 
