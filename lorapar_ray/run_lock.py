@@ -33,42 +33,42 @@ WAIT = "LORAPAR_WAIT_S"
 JOB_WAIT_S = "400"
 """Wait of a job, which may restart while the lock of its dead driver is not yet stale: longer than `STALE_S`."""
 STALE_S = 300.0
-"""Of another machine's holder, without a beat."""
+"""Age from which the lock of another machine's holder is stale."""
 SURE_S = 1.5 * BEAT_S
-"""For which a lock that is old enough is watched before it is taken over."""
+"""How long a stale lock is watched before it is taken over."""
 
 
 class InUse(UserError):
-    """A living process has the lock."""
+    """A living process holds the lock."""
 
 
 class PerhapsInUse(InUse):
-    """The lock is old enough to be a dead process's, and has not been watched for `SURE_S` yet."""
+    """The lock is stale, but has not been watched for `SURE_S` yet."""
 
 
 class _Seen(NamedTuple):
-    """Of a lock that is watched."""
+    """State of a watched lock."""
 
     changed_s: float
     """When it was touched, by the clock of its file system."""
     since: float
-    """Since when it is seen like this (monotonic)."""
+    """When this state was first seen (monotonic)."""
     beats: bool
-    """Whether it was touched while it was watched."""
+    """Whether it was touched while watched."""
 
 
 class Watch:
-    """Tells dead holders of a lock from living ones: by their process here, by their beat elsewhere."""
+    """Distinguishes dead holders of a lock from living ones: by their process here, by their beat on other machines."""
 
     def __init__(self) -> None:
         self._seen: _Seen | None = None
 
     def lives(self, holder: dict[str, Any], changed_s: float, age: float) -> bool | None:
-        """Whether the holder is still at work; None: look again, it is known after `SURE_S`.
+        """Whether the holder is alive; None: not yet known, call again until `SURE_S` have passed.
 
         Args:
             changed_s: when the lock was touched, by the clock of its file system.
-            age: seconds since then, by the same clock, which may have been set meanwhile.
+            age: seconds since then, by the same clock; wrong if the clock was set meanwhile.
         """
         if _is_here(holder):
             return lives(holder, age)
@@ -82,7 +82,7 @@ class Watch:
 
 
 _held: dict[Path, int] = {}
-"""Locks of this process, with how many blocks are inside each."""
+"""Locks of this process, with the number of nested blocks of each."""
 _written: dict[Path, str] = {}
 """What this process wrote into each."""
 _guard = threading.Lock()
@@ -90,13 +90,13 @@ _guard = threading.Lock()
 
 @contextmanager
 def run_lock(root: Path, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold the lock of a run directory, which exists, while the block runs; blocks of one process may nest.
+    """Hold the lock of an existing run directory while the block runs; blocks of one process may nest.
 
     Args:
-        wait_s: for a holder to end, or to be seen to have died with its machine (`STALE_S`).
+        wait_s: how long to wait until the holder ends or is seen to be dead (`STALE_S` on another machine).
 
     Raises:
-        UserError: a living process has it; the message names it.
+        UserError: a living process holds it; the message names it.
     """
     with _guard:
         inside = _held.get(root, 0)
@@ -129,10 +129,10 @@ def living_holder(root: Path) -> dict[str, Any] | None:
 
 
 def require_held(root: Path) -> None:
-    """Check that no other process has meanwhile taken the lock that this one holds, if it holds one.
+    """If this process holds the lock, check that no other process has taken it over.
 
     Raises:
-        UserError: another has; what this process would write now belongs to another command.
+        UserError: another has; this process must not write to the run any more.
     """
     mine = _written.get(root)
     if mine is not None and _taken_over(root, mine):
@@ -142,12 +142,12 @@ def require_held(root: Path) -> None:
 def _taken_over(root: Path, mine: str) -> bool:
     try:
         return (root / NAME).read_text(errors="replace") != mine
-    except OSError:  # deleted, or temporarily unreadable: no other process has it
+    except OSError:  # deleted, or temporarily unreadable: no other process holds it
         return False
 
 
 def _take_within(file: Path, wait_s: float) -> str:
-    """`_take`, again and again while a living process has it and the time lasts."""
+    """Repeat `_take` while a living process holds the lock, for at most `wait_s`."""
     deadline, said, watch = time.monotonic() + wait_s, False, Watch()
     while True:
         try:
@@ -163,7 +163,7 @@ def _take_within(file: Path, wait_s: float) -> str:
 
 
 def _take(file: Path, watch: Watch) -> str:
-    """Create the lock; returns what it says."""
+    """Create the lock; returns its content."""
     mine = json.dumps(identity() | {"token": uuid.uuid4().hex})
     try:
         while not _created(file, mine):
@@ -183,10 +183,10 @@ def _created(file: Path, mine: str) -> bool:
 
 
 def _remove_if_stale(file: Path, watch: Watch) -> None:
-    """Take a dead holder's lock away; two that see the same dead holder cannot both take the next one's.
+    """Remove a dead holder's lock; of two processes that do this at once, neither removes the other's new lock.
 
     Raises:
-        InUse: the holder lives, or may.
+        InUse: the holder is alive, or may be.
     """
     try:
         text, changed_s, age = file.read_text(errors="replace"), file.stat().st_mtime, _age(file)
@@ -205,14 +205,14 @@ def _remove_if_stale(file: Path, watch: Watch) -> None:
     aside = file.with_name(f".{NAME}.{uuid.uuid4().hex}")
     with suppress(FileNotFoundError):
         file.rename(aside)
-        if aside.read_text(errors="replace") != text:  # not the one that was looked at: another process was faster
+        if aside.read_text(errors="replace") != text:  # not the lock that was read: another process was faster
             with suppress(FileExistsError):
                 os.link(aside, file)
         aside.unlink()
 
 
 def _age(file: Path) -> float:
-    """Seconds since a file was touched, by the clock of the file system that it is on."""
+    """Seconds since a file was touched, by its file system's clock."""
     now = file.with_name(f".{NAME}.{uuid.uuid4().hex}")
     now.touch()
     try:
@@ -222,7 +222,7 @@ def _age(file: Path) -> float:
 
 
 def parsed(text: str) -> dict[str, Any]:
-    """What a lock says; empty if it is damaged."""
+    """A lock's content; empty if it is damaged."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -231,7 +231,7 @@ def parsed(text: str) -> dict[str, Any]:
 
 
 def lives(holder: dict[str, Any], age: float) -> bool:
-    """Whether a lock's holder is still at work.
+    """Whether a lock's holder is alive.
 
     Args:
         age: seconds since its last sign of life.
@@ -245,13 +245,13 @@ def lives(holder: dict[str, Any], age: float) -> bool:
 
 
 def _is_here(holder: dict[str, Any]) -> bool:
-    """Whether a lock's holder is a process of this machine, which can be looked up."""
+    """Whether a lock's holder is a process of this machine."""
     mine = identity()
     return all(holder.get(key) == mine[key] for key in ("host", "boot", "namespace"))
 
 
 def identity() -> dict[str, Any]:
-    """This process, as a lock names it."""
+    """This process, as recorded in a lock."""
     return {
         "host": socket.gethostname(),
         "boot": _first_line("/proc/sys/kernel/random/boot_id"),
@@ -264,8 +264,8 @@ def identity() -> dict[str, Any]:
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, in ticks since the machine did, so that a number that was used again is not taken for
-    it; None if there is no such process, or only what is left of it."""
+    """A process's start time, in clock ticks since boot; it detects reused pids. None if there is no such process, or
+    only a zombie."""
     try:
         state, *rest = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError, TypeError, OverflowError):

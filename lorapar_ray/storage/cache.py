@@ -1,4 +1,4 @@
-"""Objects that a machine has read: several processes on it read each once."""
+"""A machine's cache of objects: its processes together download each object once."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from lorapar_ray.storage.objects import Objects
 from lorapar_ray.storage.uris import Uri, is_uri, place_of
 
 REPLACED_WHOLE = (".safetensors", ".parquet", ".arrow", ".bin", ".model")
-"""Nobody writes into these files: a second name serves as a copy."""
+"""These files are never written in place, so a hard link serves as a copy."""
 UNUSED_S = 7 * 24 * 3600.0
 
 
 class Cache:
-    """`$LORAPAR_CACHE/objects`: files by what they are copies of."""
+    """`$LORAPAR_CACHE/objects`: files by URI and tag."""
 
     def __init__(self) -> None:
         self._root = cache_root() / "objects"
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def fetch(self, objects: Objects, name: str, target: Path) -> str:
-        """Put an object's content at `target`; returns its tag.
+        """Write an object's content to `target`; returns its tag.
 
         Raises:
-            FileNotFoundError: the object has gone.
+            FileNotFoundError: the object no longer exists.
         """
         tag = objects.tag(name)
         key = _key(objects, name, tag)
@@ -50,14 +50,14 @@ class Cache:
         """One object as a file.
 
         Raises:
-            FileNotFoundError: the object has gone.
+            FileNotFoundError: the object no longer exists.
         """
         with TemporaryDirectory(dir=self._root, prefix=".") as folder:
             tag = self.fetch(objects, name, Path(folder) / "file")
         return self._root / _key(objects, name, tag)
 
     def folder(self, objects: Objects) -> Path:
-        """A folder with every object under a URI, the same for all who ask while the objects stay the same."""
+        """A folder with every object under a URI; the same folder while the objects are unchanged."""
         there = sorted(objects.listing())
         tags = " ".join(_key(objects, name, objects.tag(name)) for name in there)
         key = hashlib.sha256(tags.encode()).hexdigest()[:32]
@@ -75,7 +75,7 @@ class Cache:
         return target
 
     def remove_unused(self) -> None:
-        """Remove what nobody has asked for in a week; links to it stay whole."""
+        """Remove files that were not used for a week; hard links to them stay valid."""
         for each in self._root.iterdir():
             with suppress(OSError):
                 if time.time() - each.stat().st_mtime > UNUSED_S:
@@ -97,10 +97,10 @@ def _copied(kept: Path, target: Path, name: str) -> None:
 
 
 def on_this_machine(place: str | Path) -> Path:
-    """What another machine named: a path as it stands; a file or a folder of an object store as one here.
+    """A local path: a path unchanged; a file or a folder of an object store as its local copy.
 
     Raises:
-        UserError: it cannot be read, or is not there.
+        UserError: it cannot be read, or does not exist.
     """
     if not is_uri(str(place)):
         return Path(place)

@@ -1,12 +1,11 @@
-"""One command at a time has a run in an object store, without a lock, a rename or a conditional write.
+"""One command at a time holds a run in an object store, without a lock, a rename or a conditional write.
 
-Each command that wants the run writes a claim of its own, `lock/<token>.json`, and then lists them all. If another
-claim lives, it takes its own away. Listings of S3 and GCS show every write that was answered before, so of two commands
-at least one sees the other: never do both go on. Who has the run writes its claim again every `BEAT_S`.
+Each command writes its own claim, `lock/<token>.json`, and then lists all claims. If another claim is alive, the
+command deletes its own. Listings of S3 and GCS show every completed write, so of two commands at least one sees the
+other: the two never both continue. The holder rewrites its claim every `BEAT_S`.
 
-A claim is as old as the store's own clock says, compared with the claim that was just written: no machine's clock
-matters. A holder that could not write for `FENCE_S`, asleep or cut off, has lost the run by its own measure before any
-other can take it.
+A claim's age is its distance from the claim that was just written, by the store's clock: no machine's clock matters. A
+holder that could not write for `FENCE_S` (suspended or cut off) gives up the run before any other command can take it.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from lorapar_ray.threads import stop_this_command
 FOLDER = "lock"
 FENCE_S = 0.8 * STALE_S
 BOTH_S = (0.2, 2.0)
-"""Two that claim at the same moment both step back, and try again after a random time between these."""
+"""If two commands claim at the same moment, both withdraw and retry after a random time in this range."""
 ROUNDS = 8
 
 
@@ -46,13 +45,13 @@ class Claim:
 
     @contextmanager
     def held(self, wait_s: float = 0.0) -> Iterator[None]:
-        """Have the run while the block runs.
+        """Hold the run while the block runs.
 
         Args:
-            wait_s: for a holder to end, or to be seen to have died.
+            wait_s: how long to wait until the holder ends or is seen to be dead.
 
         Raises:
-            UserError: another command has it; the message names it.
+            UserError: another command holds it; the message names it.
         """
         self._take_within(wait_s)
         stop = threading.Event()
@@ -62,16 +61,16 @@ class Claim:
             yield
         finally:
             stop.set()
-            beat.join()  # or it would write again what is deleted here
+            beat.join()  # else it could rewrite the claim that is deleted here
             if not self._lost:
                 with suppress(UserError):
                     self._objects.delete([self._name])
 
     def require(self) -> None:
-        """Check that no other command can have taken the run.
+        """Check that no other command can have taken the run over.
 
         Raises:
-            UserError: one may; what this process would write now could be another's.
+            UserError: one may have; this process must not write to the run any more.
         """
         if self._lost or _now() - self._seen > FENCE_S:
             raise UserError(f"'{self._objects.uri}' was taken over by another command or cut off; this one stops")
@@ -99,10 +98,10 @@ class Claim:
                 time.sleep(random.uniform(*BOTH_S))
 
     def _try(self) -> dict[str, Any] | None:
-        """Claim the run; None if this process has it now, else who has it or claims it too."""
+        """Claim the run; None if this process holds it now, else its holder or the other claimant."""
         self._write(holds=False)
         claims = self._objects.listing(FOLDER)
-        if (mine := claims.pop(self._name, None)) is None:  # someone has deleted it
+        if (mine := claims.pop(self._name, None)) is None:  # deleted by a user
             return {"holds": False, "age": 0.0, "claim": self._name}
         dead = []
         for name, stamp in claims.items():
@@ -128,7 +127,7 @@ class Claim:
                         self._write(holds=True)
                         self._seen = began
                         continue
-                except UserError:  # cut off: perhaps not for long
+                except UserError:  # cut off, perhaps only briefly
                     continue
             self._lost = True
             print(f"lorapar: '{self._objects.uri}' was taken over or cut off; this command stops", file=sys.stderr)
@@ -137,7 +136,7 @@ class Claim:
 
 
 def living_claim(objects: Objects) -> dict[str, Any] | None:
-    """Who has a run, for those who only look: here this machine's clock has to do."""
+    """The holder of a run, for commands that only read; age is measured by this machine's clock."""
     for name, stamp in objects.listing(FOLDER).items():
         holder = parsed((objects.read(name) or b"").decode(errors="replace"))
         if holder.get("holds") and lives(holder, time.time() - stamp.mtime_ns / 1e9):
@@ -155,5 +154,5 @@ def _refusal(objects: Objects, holder: dict[str, Any]) -> str:
 
 
 def _now() -> float:
-    """Seconds that a machine that sleeps counts too."""
+    """Monotonic seconds, including the time the machine was suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -1,6 +1,6 @@
-"""A folder on this machine's disk, and the objects under a URI, made equal one way or the other.
+"""Keeps a folder on this machine's disk equal to the objects under a URI, in either direction.
 
-`.mirror.json` in the folder says of each file under which stamp it was copied, so only what has changed is copied.
+`.mirror.json` in the folder holds the stamp under which each file was copied, so only changed files are copied.
 """
 
 from __future__ import annotations
@@ -20,43 +20,42 @@ from lorapar_ray.storage.claims import FOLDER
 from lorapar_ray.storage.objects import Objects, Stamp, side_by_side
 
 MANIFEST = "manifest.json"
-"""Says which stages have finished, so it comes after everything else."""
+"""Records which stages have finished, so it is copied after everything else."""
 OWN = (FOLDER, "lock.json", "work/ray", "work/digests.json", "work/votes.sqlite")
-"""Of one machine, or of the store itself; never copied."""
+"""Files of one machine, or of the store itself; never copied."""
 
 Wanted = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """A file and an object that were equal."""
+    """The state of a file and its object when they were equal."""
 
     local: tuple[int, int]
     """Size and mtime in nanoseconds."""
     remote: Stamp
     tag: str
-    """Empty where it was not asked for."""
+    """Empty if it was not requested."""
 
 
 class Mirror:
-    """`root`, which may not exist yet, and `objects`. Its methods may be called from any thread."""
+    """A mirror of `objects` in `root`, which may not exist yet. Its methods may be called from any thread."""
 
     def __init__(self, root: Path, objects: Objects, cache: Cache | None = None) -> None:
-        """`cache`: where other processes of this machine may have put the same objects."""
+        """`cache`: shared with other processes of this machine."""
         self.root, self.objects = root, objects
         self._cache = cache
         self._copies = self._read_index()
         self._turn = threading.RLock()
 
     def pull(self, wanted: Wanted, *, look_closely: bool = False, restore: bool = False) -> None:
-        """Take over every wanted object that has changed, and remove files whose objects have gone.
+        """Fetch every wanted object that has changed, and remove files whose objects no longer exist.
 
-        Files that were never copied stay, and files that were removed here are not fetched again.
+        Files that were never copied stay. Files that were removed here are not fetched again.
 
         Args:
-            restore: those are fetched all the same: nothing was to be removed.
-            look_closely: find out by its tag too whether an object has changed: its stamp cannot tell two writes within
-                a second from each other.
+            restore: fetch files that were removed here, too.
+            look_closely: also compare tags: two writes within a second may have the same stamp.
 
         Raises:
             UserError: the store cannot be read.
@@ -75,10 +74,10 @@ class Mirror:
             self._save_index()
 
     def push(self, wanted: Wanted = lambda _: True) -> None:
-        """Copy every wanted file that has changed, and delete the objects of files that have gone.
+        """Copy every wanted file that has changed, and delete the objects of files that no longer exist.
 
-        Logs come first, so that none lacks a line of a step whose checkpoint is there, then what is not JSON, and
-        `manifest.json` last: see the package's docstring.
+        Logs are copied first, so that they contain every step whose checkpoint is there; then files that are not JSON;
+        then JSON; `manifest.json` last: see the package's docstring.
 
         Raises:
             UserError: the store cannot be written to.
@@ -127,12 +126,12 @@ class Mirror:
     def _send(self, name: str, local: tuple[int, int]) -> None:
         try:
             remote = self.objects.upload(name, self.root / name)
-        except FileNotFoundError:  # replaced or removed since: the next push sees it
+        except FileNotFoundError:  # replaced or removed since: left to the next push
             return
         self._copies[name] = _Copy(local, remote, "")
 
     def _files(self) -> dict[str, tuple[int, int]]:
-        """Finished files, by name; what is being written begins with a dot."""
+        """Finished files, by name; unfinished files begin with a dot."""
         found: dict[str, tuple[int, int]] = {}
         for folder, folders, files in os.walk(self.root):
             folders[:] = [each for each in folders if not each.startswith(".")]
@@ -159,13 +158,13 @@ class Mirror:
 
 
 def below(places: Iterable[str]) -> Wanted:
-    """Wants these files, and everything in these folders."""
+    """Selects these files, and everything in these folders."""
     chosen = tuple(places)
     return lambda name: _within(name, chosen)
 
 
 def all_but(places: Iterable[str]) -> Wanted:
-    """Wants everything else."""
+    """Selects everything except these."""
     chosen = tuple(places)
     return lambda name: not _within(name, chosen)
 

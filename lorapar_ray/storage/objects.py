@@ -1,7 +1,7 @@
-"""The objects under one URI: list, read, write, delete, each with clear errors and patience with a network that is cut.
+"""The objects under one URI: list, read, write, delete, with clear errors and retries after network failures.
 
 Credentials come from the environment alone (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`
-and what else the SDKs read), on every machine; a pickled file system holds none.
+and others that the SDKs read), on every machine; a pickled file system holds none.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lorapar_ray.storage.uris import Uri
 from lorapar_ray.text import one_line
 
 AT_ONCE = 8
-"""Transfers side by side."""
+"""Concurrent transfers."""
 PATIENCE_S = 300.0
-"""How long what has worked before is tried again."""
+"""How long a call is retried, once the store has answered."""
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
-"""This machine's, not the store's."""
+"""Errors of this machine, not of the store."""
 GS_TIME_LIMIT_S = 30.0
 CHUNK = 8 * 2**20
 CREDENTIALS = {
@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 
 class Stamp(NamedTuple):
-    """What a listing tells of an object; two writes within a second may have the same."""
+    """An object's entry in a listing; two writes within a second may have the same stamp."""
 
     size: int
     mtime_ns: int
@@ -66,14 +66,14 @@ class Objects:
     """The objects whose names begin with a URI; names are relative to it."""
 
     def __init__(self, uri: Uri, file_system: Any = None, patience_s: float = PATIENCE_S) -> None:
-        """Nothing is asked yet.
+        """Sends no request yet.
 
         Args:
-            file_system: a `pyarrow.fs.FileSystem`; None: the scheme's own.
-            patience_s: how long a call is tried again while the store cannot be reached, once it has answered.
+            file_system: a `pyarrow.fs.FileSystem`; None: the scheme's default.
+            patience_s: how long a call is retried while the store cannot be reached, once it has answered before.
 
         Raises:
-            UserError: this pyarrow cannot reach such a store.
+            UserError: this pyarrow does not support such a store.
         """
         self.uri = uri
         self.file_system = _file_system(uri) if file_system is None else file_system
@@ -83,7 +83,7 @@ class Objects:
         """Every object below `under`, by name; empty if there is none.
 
         Raises:
-            UserError: the bucket is not there, or cannot be reached or read.
+            UserError: the bucket does not exist, or cannot be reached or read.
         """
         from pyarrow.fs import FileSelector
 
@@ -95,19 +95,19 @@ class Objects:
         return {each.path[start:]: _stamp(each) for each in found if each.is_file}
 
     def require_bucket(self) -> None:
-        """Find out whether the store answers, before anything depends on it.
+        """Check that the store answers, before anything depends on it.
 
         Raises:
-            UserError: it does not, or has no such bucket.
+            UserError: it does not answer, or has no such bucket.
         """
         from pyarrow.fs import FileType
 
-        self.listing("lock")  # says why it is refused; asked for the bucket alone, S3 does not
+        self.listing("lock")  # its error states the reason; a request for only the bucket does not on S3
         if self._ask(lambda: self.file_system.get_file_info(self.uri.bucket)).type is FileType.NotFound:
             raise UserError(f"'{self.uri}': there is no such bucket; create it, or name another")
 
     def read(self, name: str) -> bytes | None:
-        """An object's content; None if it is not there."""
+        """An object's content; None if it does not exist."""
 
         def call() -> bytes | None:
             try:
@@ -128,10 +128,10 @@ class Objects:
         self._ask(call)
 
     def upload(self, name: str, file: Path) -> Stamp:
-        """Replace an object by a file's content; it appears whole.
+        """Replace an object with a file's content; it appears whole.
 
         Raises:
-            FileNotFoundError: the file has gone.
+            FileNotFoundError: the file no longer exists.
         """
         file.stat()
 
@@ -150,7 +150,7 @@ class Objects:
         """Write an object's content to a file; returns its tag.
 
         Raises:
-            FileNotFoundError: the object has gone.
+            FileNotFoundError: the object no longer exists.
         """
 
         def call() -> str:
@@ -164,10 +164,10 @@ class Objects:
         return self._ask(call)
 
     def tag(self, name: str) -> str:
-        """An object's ETag: equal only for equal contents.
+        """An object's ETag; equal tags mean equal contents.
 
         Raises:
-            FileNotFoundError: the object has gone.
+            FileNotFoundError: the object no longer exists.
         """
 
         def call() -> str:
@@ -177,7 +177,7 @@ class Objects:
         return self._ask(call)
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete objects; those that are not there are no error."""
+        """Delete objects; missing ones are not an error."""
 
         def one(name: str) -> None:
             with suppress(FileNotFoundError):
@@ -186,7 +186,7 @@ class Objects:
         side_by_side(lambda name: self._ask(lambda: one(name)), names)
 
     def delete_folder(self, name: str) -> None:
-        """Delete every object below `name`, if there is any."""
+        """Delete every object below `name`, if any."""
 
         def call() -> None:
             with suppress(FileNotFoundError):
@@ -198,7 +198,7 @@ class Objects:
         return f"{self.uri.path}/{name}"
 
     def _ask(self, call: Callable[[], T]) -> T:
-        """`call`, again while the store cannot be reached and has been before."""
+        """Run `call`; retry while the store cannot be reached, if it was reached before."""
         deadline, pause = time.monotonic() + self._patience_s, 0.5
         while True:
             try:
@@ -215,7 +215,7 @@ class Objects:
             pause = min(2 * pause, 20.0)
 
     def _why(self, error: OSError) -> tuple[str, bool]:
-        """What is wrong, in words, and whether it may pass."""
+        """The error in words, and whether it may be temporary."""
         said = str(error)
         for signs, advice in PERMANENT:
             if any(sign in said for sign in signs):
@@ -224,7 +224,7 @@ class Objects:
 
 
 def side_by_side(function: Callable[[T], Any], each: Iterable[T]) -> None:
-    """Call a function on each, some at a time; the first error is raised."""
+    """Call a function on each, `AT_ONCE` at a time; raises the first error."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for _ in pool.map(function, list(each)):
             pass

@@ -1,4 +1,4 @@
-"""Does every machine see the same storage? Each leaves an answer beside a question, and the asker looks for it."""
+"""Checks that every machine sees the same storage: each writes an answer next to a question, and the asker reads it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Probe:
     """A question in a run directory; travels to the other machines."""
 
     place: str
-    """Of the run directory."""
+    """The run directory's path or URI."""
     name: str = field(default_factory=lambda: f".probe-{uuid.uuid4().hex}")
 
     def ask(self) -> None:
         """Write the question.
 
         Raises:
-            UserError: the place cannot be written to.
+            UserError: the run directory cannot be written to.
         """
         where = place_of(self.place)
         if isinstance(where, Uri):
@@ -43,10 +43,11 @@ class Probe:
             raise UserError(f"run directory '{where}' cannot be written to ({error.strerror})") from error
 
     def answer(self, node: str) -> tuple[str, float]:
-        """On another machine: read the question and leave an answer.
+        """On another machine: read the question and write an answer.
 
         Returns:
-            why that cannot be done, or nothing; and how many GiB are free where a process there keeps its files.
+            the reason if that fails, else an empty string; and the free space, in GiB, where a process there keeps its
+            files.
         """
         where = place_of(self.place)
         try:
@@ -67,14 +68,14 @@ class Probe:
             return one_line(error.strerror or error, 80), 0.0
 
     def answered(self, node: str) -> bool:
-        """Whether a machine's answer is seen here."""
+        """Whether a machine's answer is visible here."""
         where = place_of(self.place)
         if isinstance(where, Uri):
             return Objects(where).read(f"{self.name}-{node}") is not None
         return (where / f"{self.name}-{node}").is_file()
 
     def remove(self) -> None:
-        """Take question and answers away."""
+        """Delete the question and the answers."""
         where = place_of(self.place)
         if isinstance(where, Uri):
             objects = Objects(where)

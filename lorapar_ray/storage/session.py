@@ -25,22 +25,22 @@ from lorapar_ray.storage.workspace import Handed
 
 SYNC_EVERY_S = 10.0
 PARTIAL = ("work", "metrics")
-"""What is copied while a stage is at work; results come when the stage says so."""
+"""Copied while a stage runs; results are copied when the stage publishes them."""
 UNSEEN = ("trash", "work/label", "work/votes", "work/evaluate", "work/score", "work/sft", "work/grpo", "work/warmup")
-"""Not needed to look at a run."""
+"""Not needed to read a run's results."""
 LAST = TOKEN
-"""An object: the token of the session that has written last. The mirror's own is in its file of this name."""
+"""An object: the token of the last session that wrote. The mirror keeps its token in a file of this name."""
 
 
 class RemoteRun:
     """A run in an object store, and this machine's mirror of it."""
 
     def __init__(self, uri: Uri, root: Path | None = None, seen: Wanted | None = None) -> None:
-        """Nothing is asked yet.
+        """Sends no request yet.
 
         Args:
-            root: of the mirror; None: the one that this machine keeps for commands that work on the run.
-            seen: what `look` takes over; None: all but `UNSEEN`.
+            root: of the mirror; None: this machine's permanent mirror, for commands that write to the run.
+            seen: what `look` fetches; None: all but `UNSEEN`.
         """
         self._seen = seen or all_but(UNSEEN)
         key = hashlib.sha256(str(uri).encode()).hexdigest()[:16]
@@ -52,10 +52,10 @@ class RemoteRun:
 
     @contextmanager
     def at_work(self, wait_s: float = 0.0) -> Iterator[None]:
-        """Have the run, and its files in the mirror, while the block runs.
+        """Hold the run, and keep its files in the mirror, while the block runs.
 
         Raises:
-            UserError: another command has it, or the store cannot be read or written.
+            UserError: another command holds it, or the store cannot be read or written.
         """
         self.objects.require_bucket()
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -75,7 +75,7 @@ class RemoteRun:
                 self._mirror = None
 
     def look(self) -> None:
-        """Fill the mirror with what the run holds now, whoever is at work on it.
+        """Fill the mirror with the run's present content, even if another command holds the run.
 
         Raises:
             UserError: the store cannot be read.
@@ -87,11 +87,11 @@ class RemoteRun:
             self._mirror.pull(self._seen)
 
     def holder(self) -> dict[str, Any] | None:
-        """Who is at work on it."""
+        """The command that holds the run; None if there is none."""
         return living_claim(self.objects)
 
     def publish(self) -> None:
-        """Copy everything that has changed to the store.
+        """Copy every changed file to the store.
 
         Raises:
             UserError: it cannot be written to, or another command has taken the run over.
@@ -102,7 +102,8 @@ class RemoteRun:
 
     @contextmanager
     def shared(self, writes: Sequence[str]) -> Iterator[Handed]:
-        """Let workers read the run, and write `writes` of it, while the block runs; what they write is here then.
+        """Let workers read the run, and write `writes`, while the block runs; afterwards the mirror has what they
+        wrote.
 
         Raises:
             UserError: the store cannot be read or written.
@@ -117,12 +118,12 @@ class RemoteRun:
                 self._mirror.pull(below(writes), look_closely=True)
 
     def remove(self, place: str) -> None:
-        """Remove a folder that no mirror has."""
+        """Remove a folder of the store that no mirror contains."""
         self.objects.delete_folder(place)
 
     @contextmanager
     def _alone_here(self, wait_s: float) -> Iterator[None]:
-        """Commands on one machine share the mirror."""
+        """Lock the mirror, which commands on one machine share."""
         with ExitStack() as held:
             try:
                 held.enter_context(run_lock(self.root, wait_s))
@@ -131,10 +132,10 @@ class RemoteRun:
             yield
 
     def _take_over(self) -> None:
-        """Make the mirror what the store holds, with what this machine's last session could not copy any more."""
+        """Make the mirror equal to the store, plus files that this machine's last session could not copy."""
         last = self.objects.read(LAST)
         token = self.root / TOKEN
-        if last is None or not token.is_file() or token.read_bytes() != last:  # others have worked on it since
+        if last is None or not token.is_file() or token.read_bytes() != last:  # other sessions have written since
             for each in self.root.iterdir():
                 if each.name != "lock.json":
                     shutil.rmtree(each) if each.is_dir() else each.unlink()
@@ -168,10 +169,10 @@ class RemoteRun:
 
 @contextmanager
 def looked_at(uri: Uri, places: Sequence[str] = ()) -> Iterator[RemoteRun]:
-    """A run as it stands, in a folder of its own that goes with the block.
+    """A run's present content, in a temporary folder that is deleted after the block.
 
     Args:
-        places: files and folders that are enough; empty: all but `UNSEEN`.
+        places: the files and folders to fetch; empty: all but `UNSEEN`.
     """
     with tempfile.TemporaryDirectory(prefix="lorapar-view-") as folder:
         run = RemoteRun(uri, Path(folder).resolve() / "run", below(places) if places else None)

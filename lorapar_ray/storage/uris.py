@@ -1,4 +1,4 @@
-"""Where a run lives: a path, or a folder of an object store."""
+"""The location of a run: a path, or a folder of an object store."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ class Uri:
 
     @property
     def name(self) -> str:
-        """Its last part."""
+        """Its last component."""
         return self.key.rpartition("/")[2]
 
     @property
     def parent(self) -> Uri:
-        """The folder that it is in."""
+        """The folder that contains it."""
         return Uri(self.scheme, self.bucket, self.key.rpartition("/")[0])
 
     @property
     def path(self) -> str:
-        """Bucket and key, as pyarrow wants it."""
+        """Bucket and key, in pyarrow's form."""
         return f"{self.bucket}/{self.key}"
 
 
 def place_of(given: str | Path, field: str = "--run-dir") -> Path | Uri:
-    """What a user named: `s3://bucket/folder`, `gs://bucket/folder`, `file:///folder`, or a path.
+    """Parse a user's text: `s3://bucket/folder`, `gs://bucket/folder`, `file:///folder`, or a path.
 
     Args:
-        field: names it in messages.
+        field: its name in messages.
 
     Raises:
         UserError: another scheme, no folder, or credentials in it.
@@ -71,7 +71,7 @@ def place_of(given: str | Path, field: str = "--run-dir") -> Path | Uri:
 
 
 def is_uri(text: str) -> bool:
-    """Whether it names an object store."""
+    """Whether it is a URI of an object store."""
     return text.startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
 
 

@@ -1,4 +1,4 @@
-"""A worker's own copy of a run in an object store, for as long as it works."""
+"""A worker's temporary copy of a run in an object store."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ UNREAD = (
     *("trash", "report", "eval", "rejects", "scores", "manifest.json", "config.yaml"),
     *("work/label", "work/votes", "work/evaluate"),
 )
-"""Of a run; no worker's business."""
+"""Parts of a run that no worker reads."""
 
 _here: list[Workspace] = []
-"""Of this process."""
+"""This process's workspaces."""
 
 
 @dataclass(frozen=True)
 class Handed:
-    """What a worker is told of the run; travels pickled."""
+    """What a worker gets to know of the run; sent pickled."""
 
     uri: Uri
     root: str
@@ -40,7 +40,7 @@ class Handed:
 
 
 class Workspace:
-    """A mirror of which the worker writes a part."""
+    """A mirror; the worker writes a part of it."""
 
     def __init__(self, handed: Handed, root: Path) -> None:
         cache = Cache()
@@ -54,12 +54,12 @@ class Workspace:
         self._mirror.push(self._wanted)
 
     def refresh(self, path: Path) -> None:
-        """Take over what another worker has published at a path, if it is one of this workspace."""
+        """Fetch what another worker has published at a path, if the path is in this workspace."""
         if path.is_relative_to(self._mirror.root):
             self._mirror.pull(below([str(path.relative_to(self._mirror.root))]))
 
     def rebased(self, value: Any) -> Any:
-        """JSON-like values with paths of the driver's mirror as paths of this one."""
+        """JSON-like values, with paths in the driver's mirror replaced by paths in this one."""
         if isinstance(value, dict):
             return {key: self.rebased(each) for key, each in value.items()}
         if isinstance(value, list | tuple):
@@ -75,10 +75,10 @@ class Workspace:
 def workspace(handed: Handed | None) -> Iterator[Callable[[Any], Any]]:
     """Work on a copy of the run while the block runs; yields `Workspace.rebased`.
 
-    What the block writes is published now and then, and at its end, also when it fails.
+    What the block writes is published every `PUSH_EVERY_S`, and at its end, also if it fails.
 
     Args:
-        handed: None: the run is on a disk that this process sees; values are as they stand.
+        handed: None: the run is on a disk that this process sees; values stay unchanged.
 
     Raises:
         UserError: the store cannot be read or written.
@@ -101,13 +101,13 @@ def workspace(handed: Handed | None) -> Iterator[Callable[[Any], Any]]:
 
 
 def publish() -> None:
-    """Let the workers on other machines see what this one has written; nothing to do where all see one disk."""
+    """Let the workers on other machines see what this one has written; does nothing on a shared disk."""
     for own in _here:
         own.publish()
 
 
 def refresh(path: str) -> None:
-    """See what another worker has published; nothing to do where all see one disk."""
+    """Fetch what another worker has published; does nothing on a shared disk."""
     for own in _here:
         own.refresh(Path(path))
 
@@ -122,5 +122,5 @@ def _push_now_and_then(own: Workspace, stop: threading.Event) -> None:
     while not stop.wait(PUSH_EVERY_S):
         try:
             own.publish()
-        except UserError as error:  # the last push decides
+        except UserError as error:  # only an error of the last push is raised
             print(f"lorapar: {error}; it is tried again", flush=True)
