@@ -1,11 +1,13 @@
-"""The rollout engines of a run: who is asked next, who has died or hangs, and which policy all of them serve.
+"""The rollout engines of a run: chooses an engine for each request, replaces dead or hanging ones, and publishes
+policies to all.
 
-An engine that dies, or that no longer answers whether it lives, is rebuilt while the others go on and take over its
-groups, from the tokens that were last seen of them. Its successor gets no request before it has proved that it serves
-the current policy. How long a group takes says nothing of its engine: a healthy one may have many before it.
+An engine that dies, or no longer answers the heartbeat, is rebuilt. Meanwhile the others continue its groups, from the
+tokens last seen of them. The new engine gets no request until it is verified to serve the current policy. A slow group
+does not mean a hanging engine: a healthy one may have many groups before it.
 
-Of a policy only its note passes here. The engines fetch it from the object store, once for each node; its owner is the
-learner that made it, and if that is gone the policy is lost, not the engine: the next learner publishes another.
+Only a policy's note passes through here. The engines fetch the policy from the object store, once for each node. Its
+owner is the learner that made it; if that learner dies, the policy is lost, not the engine: the next learner publishes
+another.
 """
 
 from __future__ import annotations
@@ -29,30 +31,30 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LOSSES = 5
-"""Engines lost in one place between two policies before the run stops: that is a broken setup, not bad luck."""
+"""Engines lost in one place between two policies before the run stops: more mean a broken setup."""
 REBUILD_LIMIT_S = 1800.0
-"""How long the run waits while it has no engine at all; a cluster may have to add a node first."""
+"""How long the run waits while it has no engine; a cluster may have to add a node first."""
 LOOK_S = 10.0
-"""Between two questions to an engine whether it lives and how far its groups are."""
+"""Seconds between two requests for an engine's heartbeat and its groups' progress."""
 STRAGGLER = 3.0
-"""A group that takes so many times the usual is given back, once, if another engine has nothing to do."""
+"""A group that takes this many times the typical time is given back, once, if another engine is idle."""
 
 
 class EnginePool:
-    """Asynchronous; lives in one event loop."""
+    """Asynchronous; used in one event loop."""
 
     def __init__(
         self, start: Callable[[], Any], size: int, *, at_once: int, tolerance: float, time_limit_s: float
     ) -> None:
-        """Take how to run the engines.
+        """Store how to run the engines.
 
         Args:
-            start: makes an engine's handle, with `start`, `load_policy`, `rollout`, `progress`, `give_back`, `score`,
-                `cache_gap` and `leave` as `EngineActor` has them.
-            size: how many engines.
-            at_once: requests an engine holds at most; later ones wait for whichever engine has room first.
+            start: creates an engine and returns its handle, with `EngineActor`'s methods `start`, `load_policy`,
+            `rollout`, `progress`, `give_back`, `score`, `cache_gap` and `leave`.
+            size: number of engines.
+            at_once: most requests in flight per engine; later ones wait for the first engine with room.
             tolerance: the largest canary gap, in nats.
-            time_limit_s: for one answer whether an engine lives, and for loading and proving a policy.
+            time_limit_s: for a heartbeat, and for loading and verifying a policy.
         """
         self._start = start
         self._size = size
@@ -61,9 +63,9 @@ class EnginePool:
         self._rollouts: dict[str, _Rollout] = {}
         """Groups in flight by key."""
         self._gone: dict[int, asyncio.Future[None]] = {}
-        """By place, what ends the wait for an engine that no longer answers."""
+        """By place; set when its engine no longer answers, to end all waits for it."""
         self._seen: dict[int, tuple[Any, Any, dict[str, int]]] = {}
-        """By place, its engine, a reference to the groups as they were last seen, and how many tokens that were."""
+        """By place: its engine, a reference to its groups as last seen, and each group's number of tokens."""
         self._watches: list[asyncio.Task[None]] = []
         self.tolerance = tolerance
         self._time_limit_s = time_limit_s
@@ -74,14 +76,14 @@ class EnginePool:
         self._replaced = 0
         self._current: PolicyNote | None = None
         self._whole: PolicyNote | None = None
-        """What the current policy holds changes to."""
+        """The whole policy to which the current policy's changes apply."""
         self._newer = asyncio.Event()
         self._canaries: Sequence[Canary] = ()
         self._published = 0
         self._started: asyncio.Future[Any] | None = None
 
     async def start(self) -> list[dict[str, Any]]:
-        """Start every engine; returns what each says of itself. A policy may be published meanwhile: it waits."""
+        """Start every engine; returns what each reports. A policy may be published meanwhile: it waits."""
         self.begin_to_start()
         assert self._started is not None
         return list(await self._started)
@@ -94,7 +96,7 @@ class EnginePool:
             self._watches = [asyncio.create_task(self._watch(slot)) for slot in range(self._size)]
 
     async def run(self, call: Callable[[Any], Any]) -> Any:
-        """`call(engine)` on the least loaded engine, in the order asked; if that is lost, on another."""
+        """`call(engine)` on the least loaded engine, in the order of calls; if it is lost, on another."""
         while True:
             slot = await self._turn()
             engine = self._engines[slot]
@@ -110,13 +112,13 @@ class EnginePool:
     async def rollout(
         self, key: str, prompt_ids: Sequence[int] | NDArray[Any], sampling: dict[str, Any]
     ) -> tuple[Any, GroupHead]:
-        """A group of completions of one prompt: a reference to its record, and its head.
+        """Sample a group of completions of one prompt; returns a reference to its record, and its head.
 
-        On an engine that has room, by `Router.choose`; if that is lost, or gives the group back, another one goes on
-        with it, first in the queue.
+        `Router.choose` selects an engine with room; if it is lost, or gives the group back, another continues the
+        group, which then comes first in the queue.
 
         Args:
-            key: of the group, unlike that of any other in flight.
+            key: of the group, unique among groups in flight.
         """
         beginnings, begun, known = beginnings_of(prompt_ids), None, 0
         gave_it_back: int | None = None
@@ -129,11 +131,11 @@ class EnginePool:
                 record, head = engine.rollout.options(num_returns=2).remote(prompt_ids, sampling, key, begun)
                 found: GroupHead = await self._unless_gone(slot, awaited(head))
             except asyncio.CancelledError:
-                engine.give_back.remote(key)  # nobody wants it any more
+                engine.give_back.remote(key)  # no longer needed
                 raise
             except Exception as error:
                 if fetch_failed(error):
-                    begun, known = None, 0  # what there was of it is lost; it begins anew
+                    begun, known = None, 0  # its tokens are lost; begin again
                 elif is_lost(error):
                     whose, seen, lengths = self._seen.get(slot, (None, None, {}))
                     if whose is engine and key in lengths:
@@ -154,11 +156,11 @@ class EnginePool:
     async def episodes(
         self, prompt_ids: Sequence[int] | NDArray[Any], play: Callable[[Any], tuple[Any, Any]]
     ) -> tuple[Any, GroupHead]:
-        """A group of episodes of an environment: a reference to its record, and its head.
+        """Play a group of episodes of an environment; returns a reference to its record, and its head.
 
         Args:
-            play: given an engine, has the group's worker begin, or go on, with it; gives references to both. A head
-                that is `open` says that the engine is lost: another one goes on, first in the queue.
+            play: called with an engine, it lets the group's worker begin or continue there, and returns references to
+                both. An `open` head means that the engine is lost: another continues the group, first in the queue.
 
         Raises:
             RayActorError: the worker is lost.
@@ -183,10 +185,10 @@ class EnginePool:
             lost = slot
 
     async def _look(self, slot: int, engine: Any) -> None:
-        """Ask an engine whether it lives, and how far its groups are; it is rebuilt if it does not answer."""
+        """Request an engine's heartbeat and its groups' progress; rebuild it if it does not answer."""
         try:
             records, lengths = engine.progress.options(num_returns=2).remote()
-            async with asyncio.timeout(self._time_limit_s):  # `wait_for` may swallow the end of this task
+            async with asyncio.timeout(self._time_limit_s):  # `wait_for` may swallow this task's cancellation
                 self._seen[slot] = engine, records, await lengths
         except Exception as error:
             if not is_lost(error):
@@ -194,11 +196,11 @@ class EnginePool:
             self._rebuild(slot, engine, error)
 
     async def _turn(self, beginnings: Sequence[int] = (), again: bool = False, avoid: int | None = None) -> int:
-        """The place of an engine with room, which then holds one more; first come, first served.
+        """Take a place on an engine with room; first come, first served.
 
         Args:
-            again: before all others, since it has waited already.
-            avoid: not there, unless there is no other.
+            again: served before all others, since it has waited already.
+            avoid: an engine to use only if there is no other.
         """
         await self._alive()
         waiting = _Waiting(beginnings, avoid, asyncio.get_running_loop().create_future())
@@ -212,7 +214,7 @@ class EnginePool:
             raise
 
     def _deal(self) -> None:
-        """Give engines with room to those that wait for one."""
+        """Assign engines with room to the waiting requests."""
         while self._waiting:
             waiting = self._waiting[0]
             if not waiting.slot.done():
@@ -229,7 +231,7 @@ class EnginePool:
         """An engine's answer.
 
         Raises:
-            TimeoutError: the engine no longer says that it lives.
+            TimeoutError: the engine no longer answers the heartbeat.
         """
         gone, task = self._gone_future(slot), asyncio.ensure_future(answer)
         try:
@@ -246,7 +248,7 @@ class EnginePool:
         return self._gone[slot]
 
     async def _watch(self, slot: int) -> None:
-        """Look after one place: whether its engine lives, how far its groups are, and whether one is a straggler."""
+        """Monitor one place: its engine's heartbeat, its groups' progress, and stragglers."""
         while True:
             await asyncio.sleep(LOOK_S)
             if slot in self._rebuilding or not self._router.load[slot]:
@@ -269,10 +271,10 @@ class EnginePool:
                 return
 
     async def base_gap(self, canaries: Sequence[Canary]) -> float:
-        """The largest canary gap before any policy is served: what numerics alone make of it.
+        """The largest canary gap before any policy is served, in nats: it is due to numerics alone.
 
         Args:
-            canaries: with the learner's log-probabilities under the bare base.
+            canaries: with the learner's log-probabilities under the base without an adapter.
         """
         await self._all_started()
         slots = await self._alive()
@@ -280,15 +282,15 @@ class EnginePool:
         return max(max(gaps.values()) for gaps in found)
 
     async def publish(self, policy: PolicyNote, canaries: Sequence[Canary]) -> float:
-        """Serve a policy on every engine and check that they do; returns the largest canary gap.
+        """Serve a policy on every engine and verify it; returns the largest canary gap, in nats.
 
-        Engines that are being rebuilt are not waited for, unless there is no other: they prove themselves before they
-        are asked anything.
+        Does not wait for engines that are being rebuilt, unless there is no other: they are verified before their first
+            request.
 
         Raises:
             PolicyMismatch: an engine loaded another adapter, or its log-probabilities of the canary tokens are further
                 from the learner's than the tolerance.
-            PolicyLost: the learner that made it is gone.
+            PolicyLost: the learner that made it has died.
         """
         await self._all_started()
         self._current, self._canaries = policy, canaries
@@ -316,10 +318,10 @@ class EnginePool:
             self._gaps[slot], self._losses[slot] = gap, 0
 
     async def _alive(self) -> list[int]:
-        """The places whose engine can be asked; waits while there is none.
+        """The places whose engine is available; waits while there is none.
 
         Raises:
-            RuntimeError: a place lost too many engines, or none could be rebuilt in time.
+            RuntimeError: a place lost too many engines, or no engine could be rebuilt in time.
         """
         deadline = time.monotonic() + REBUILD_LIMIT_S
         while True:
@@ -340,7 +342,7 @@ class EnginePool:
                 )
 
     def _rebuild(self, slot: int, lost: Any, error: Exception) -> None:
-        """Begin to replace the engine of `slot`, unless that has begun; nobody waits for its answers any more."""
+        """Begin to replace the engine of `slot`, unless that has begun; all waits for its answers end."""
         if self._engines[slot] is lost and slot not in self._rebuilding:
             self._rebuilding[slot] = task = asyncio.create_task(self._replace(slot, lost, error))
             task.add_done_callback(lambda _: self._rebuilt())
@@ -348,7 +350,7 @@ class EnginePool:
                 gone.set_result(None)
 
     def _rebuilt(self) -> None:
-        """Whoever waits for an engine gets it, or learns why there is none."""
+        """Give the rebuilt engine, or the error, to the waiting requests."""
         failed = [task.exception() for task in self._rebuilding.values() if task.done() and not task.cancelled()]
         for error in filter(None, failed):
             for waiting in self._waiting:
@@ -360,10 +362,10 @@ class EnginePool:
         self._deal()
 
     async def _replace(self, slot: int, lost: Any, error: Exception) -> None:
-        """Put an engine that serves the current policy into `slot`; another one if it dies before it does."""
+        """Put a new engine that serves the current policy into `slot`; repeat if the new one dies before."""
         while True:
             if not is_dead(error):
-                await leave(lost)  # else it keeps its place
+                await leave(lost)  # else it keeps its resources
             self._losses[slot] += 1
             if self._losses[slot] > LOSSES:
                 raise RuntimeError(
@@ -388,7 +390,7 @@ class EnginePool:
                 return
 
     async def _catch_up(self, slot: int, engine: Any) -> None:
-        """Bring a fresh engine to the current policy, and to the next if that is published meanwhile."""
+        """Load the current policy into a new engine, and the next one if it is published meanwhile."""
         proved = 0
         while proved != self._published:
             policy, whole, newer = self._current, self._whole, self._newer
@@ -398,7 +400,7 @@ class EnginePool:
                 earlier = [] if policy is whole else [whole.reference]
                 self._gaps[slot] = await prove(slot, engine, policy, self._canaries, self.tolerance, *earlier)
             except PolicyLost:
-                await newer.wait()  # the learners begin again, and publish
+                await newer.wait()  # the restarted learners publish again
             else:
                 proved = published
 
@@ -411,7 +413,7 @@ class EnginePool:
         """Share of the engines' time with a request in flight, since the monotonic time `since`.
 
         Args:
-            seconds_before: what `busy_seconds` gave at `since`.
+            seconds_before: the value of `busy_seconds` at `since`.
         """
         elapsed = time.monotonic() - since
         return min(1.0, (self.busy_seconds() - seconds_before) / (elapsed * self._size)) if elapsed > 0 else 0.0
@@ -437,7 +439,7 @@ class EnginePool:
 
 @dataclass
 class _Waiting:
-    """Somebody who waits for an engine."""
+    """A request that waits for an engine."""
 
     beginnings: Sequence[int]
     avoid: int | None

@@ -1,4 +1,5 @@
-"""The proof that an engine serves the policy it was sent: a digest, canary tokens, what it decodes behind its cache."""
+"""Verifies that an engine serves the policy it was sent: by a digest, canary tokens, and decoding after a cached
+prompt."""
 
 from __future__ import annotations
 
@@ -18,22 +19,22 @@ class PolicyMismatch(UserError):
 
 
 class PolicyLost(RuntimeError):
-    """A policy can no longer be fetched, since the learner that made it is gone."""
+    """A policy can no longer be fetched, since the learner that made it has died."""
 
 
 async def prove(
     slot: int, engine: Any, policy: PolicyNote, canaries: Sequence[Canary], tolerance: float, *whole: Any
 ) -> float:
-    """Have an engine load the policy and prove it; returns the canary gap.
+    """Load the policy into an engine and verify it; returns the canary gap, in nats.
 
     Args:
         slot: its place, for messages.
         tolerance: the largest gap, in nats.
-        whole: a reference to what the policy holds changes to, for an engine that has none yet.
+        whole: a reference to the whole policy to which the changes apply, for an engine that does not have it.
 
     Raises:
-        PolicyMismatch: it loaded another adapter, or is further off than the tolerance.
-        PolicyLost: the learner that made the policy is gone.
+        PolicyMismatch: it loaded another adapter, or its gap exceeds the tolerance.
+        PolicyLost: the learner that made the policy has died.
     """
     try:
         loaded = await engine.load_policy.remote(policy.reference, *whole)
@@ -56,9 +57,9 @@ async def prove(
 
 
 async def gaps_of(engine: Any, canaries: Sequence[Canary]) -> dict[str, float]:
-    """In nats, by what was compared: an engine's canaries with the learner's, its decoding with its own prefill."""
+    """Gaps in nats, by name: an engine's canaries against the learner's, and its decoding against its own prefill."""
     asked = [engine.score.remote(canary.token_ids, canary.start) for canary in canaries]
-    asked += [engine.cache_gap.remote(canary.token_ids) for canary in canaries[:1]]  # one cache, one look
+    asked += [engine.cache_gap.remote(canary.token_ids) for canary in canaries[:1]]  # one is enough: there is one cache
     answers = await asyncio.gather(*map(awaited, asked))
     scored, cached = answers[: len(canaries)], answers[len(canaries) :]
     return {

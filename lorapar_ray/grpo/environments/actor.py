@@ -1,7 +1,7 @@
-"""Environment workers of a run: Ray actors in which episodes run, and who deals groups out to them.
+"""Environment workers of a run: Ray actors in which episodes run, and the class that assigns groups to them.
 
-An episode asks its engine directly; records go into the object store, as those of plain groups do. Which engine a group
-is on is said by the coordinator's `EnginePool`, and so is when it has to go on with another.
+An episode calls its engine directly; records go into the object store, like those of plain groups. The coordinator's
+`EnginePool` chooses a group's engine, and moves the group if the engine is lost.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     from lorapar_ray.grpo.engine_pool import EnginePool
 
 CRASHES = 3
-"""Workers that a group may bring down before its samples count as lost."""
+"""Number of workers that a group may crash before its samples count as lost."""
 TICK_S = 1.0
 STRANDED = GroupHead(0, (), (), (), open=(0,))
-"""In place of a group's head: its engine is lost, and it goes on when it gets another."""
+"""Returned instead of a group's head: its engine is lost, and the group waits for another."""
 
 
 class EnvironmentActor:
     """Async Ray actor: plays episodes of many groups in one event loop."""
 
     def __init__(self, plan: dict[str, Any]) -> None:
-        """`plan` as the coordinator has it."""
+        """`plan`: see `Coordinator`."""
         settings = GrpoConfig.model_validate(plan["settings"])
         assert settings.environment is not None
         self._rows: Sequence[dict[str, Any]] = plan["rows"]
@@ -58,10 +58,10 @@ class EnvironmentActor:
     async def rollout(
         self, engine: Any, key: str, index: int, sampling: Mapping[str, Any]
     ) -> tuple[GroupRecord | None, GroupHead]:
-        """Play a group of prompt `index` on `engine`, or go on with it; to be called with `num_returns=2`.
+        """Play a group of prompt `index` on `engine`, or continue it there; call with `num_returns=2`.
 
         Returns:
-            its record and head; `STRANDED` if the engine is lost: the group waits for a call with another.
+            its record and head; `STRANDED` if the engine is lost: the group waits for a call with another engine.
         """
         self._watch()
         if key not in self._groups:
@@ -80,22 +80,23 @@ class EnvironmentActor:
         return record, record.head
 
     async def cancel(self, key: str) -> None:
-        """End a group that nobody wants any more."""
+        """End a group that is no longer needed."""
         if key in self._groups:
             self._groups.pop(key)[1].cancel()
 
     async def alive(self) -> None:
-        """Answers once this process runs."""
+        """Returns once this process runs."""
 
     def _watch(self) -> None:
-        """From the first call on: end this process if an episode holds up its event loop for longer than it may."""
+        """From the first call on, end this process if an episode blocks its event loop for longer than the time
+        limit."""
         if not self._watched:
             self._watched = True
             end_if_held_up(asyncio.get_running_loop(), self._time_limit_s)
 
 
 def end_if_held_up(loop: asyncio.AbstractEventLoop, limit_s: float) -> None:
-    """End this process once nothing else can run in `loop` for so long: an episode waits there without `await`."""
+    """End this process if `loop` is blocked for `limit_s`: an episode waits without `await`."""
     seen = time.monotonic()
 
     def tick() -> None:
@@ -113,21 +114,21 @@ def end_if_held_up(loop: asyncio.AbstractEventLoop, limit_s: float) -> None:
 
 
 def row_of(question: Mapping[str, Any]) -> dict[str, Any]:
-    """A question as an environment gets it: what it has of ours (`prompt`, `answer`, `prompt_ids`, …), the data's other
-    columns beside that, and all of the data's as `columns`."""
+    """A question in the form that an environment gets: our fields (`prompt`, `answer`, `prompt_ids`, …), the data's
+    other columns, and all of the data's columns again as `columns`."""
     own = json.loads(question["columns"]) if question.get("columns") else {}
     return {**own, **question, "columns": own}
 
 
 class EnvironmentWorkers:
-    """Deals groups out to `grpo.environment_workers` actors; lives in one event loop."""
+    """Assigns groups to `grpo.environment_workers` actors; used in one event loop."""
 
     def __init__(self, plan: dict[str, Any], worker: type[Any] = EnvironmentActor) -> None:
         """Start the workers.
 
         Args:
-            plan: as the coordinator has it.
-            worker: what a worker runs, in place of `EnvironmentActor`.
+            plan: see `Coordinator`.
+            worker: the worker's class.
         """
         import ray
 
@@ -146,10 +147,10 @@ class EnvironmentWorkers:
         prompt_ids: Sequence[int] | NDArray[Any],
         sampling: Mapping[str, Any],
     ) -> tuple[Any, GroupHead]:
-        """A group's record, by reference, and its head; every sample is lost if it brings down `CRASHES` workers.
+        """A reference to a group's record, and its head; every sample is lost if the group crashes `CRASHES` workers.
 
         Args:
-            sampling: vLLM's parameters of a turn, with `n` the number of samples and `seed` the group's.
+            sampling: vLLM's parameters of a turn; `n` is the number of samples, `seed` the group's seed.
         """
         import ray
 
@@ -165,7 +166,7 @@ class EnvironmentWorkers:
                 raise
             except ray.exceptions.RayActorError as error:
                 told = f"its worker died, {CRASHES} times: {one_line(str(error), 200)}"
-                with suppress(ray.exceptions.RayError):  # until Ray has started it again, every call would fail
+                with suppress(ray.exceptions.RayError):  # calls fail until Ray has restarted it
                     await worker.alive.options(max_task_retries=-1).remote()
             finally:
                 self._load[place] -= 1

@@ -1,8 +1,8 @@
-"""An example: a policy that may ask a calculator, several times, while it answers.
+"""An example: a policy that may use a calculator, several times, while it answers.
 
-It writes `<calc>12 * 7</calc>`, and the environment puts ` = 84` behind that; then it goes on. Name it by
-`grpo.environment: lorapar_ray.grpo.environments.calculator:rollout` and tell the policy of it in `data.instruction`.
-What it says behind its last call is the completion that rewards judge.
+It writes `<calc>12 * 7</calc>`, and the environment appends ` = 84`; then the policy continues. Set `grpo.environment:
+lorapar_ray.grpo.environments.calculator:rollout`, and describe the calculator to the policy in `data.instruction`.
+Rewards judge the text after the last call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorapar_ray.grpo.environments import Trajectory, TurnEngine
 BEGIN, END = "<calc>", "</calc>"
 CALLS = 8
 LONGEST = 60
-"""Characters of an expression, so that nothing in it takes long."""
+"""Maximum characters of an expression, so that it is computed quickly."""
 OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -28,7 +28,7 @@ OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = 
 
 
 async def rollout(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
-    """Let the policy answer, and calculate for it on the way."""
+    """Let the policy answer, and evaluate its calculator calls."""
     trajectory = engine.begin(row["prompt_ids"])
     for _ in range(CALLS):
         turn = await engine.generate(trajectory, stop=[END])
@@ -42,7 +42,7 @@ async def rollout(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
 
 
 def calculate(expression: str) -> str:
-    """The value of a sum of products of numbers, exactly; "error" if it is none."""
+    """The exact value of a sum of products of numbers; "error" for anything else."""
     try:
         if len(expression) > LONGEST:
             raise ValueError("too long")

@@ -1,4 +1,4 @@
-"""A group of episodes in flight: one for each sample, on whichever engine the group has at the time."""
+"""A group of episodes in flight: one for each sample, on the group's current engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONGEST_TEXT = 300
 
 
 class EpisodeGroup:
-    """The episodes of one prompt; lives in one event loop."""
+    """The episodes of one prompt; used in one event loop."""
 
     def __init__(
         self,
@@ -32,14 +32,14 @@ class EpisodeGroup:
         sampling: Mapping[str, Any],
         time_limit_s: float,
     ) -> None:
-        """Take what the episodes need; they begin with `play`.
+        """Store the arguments; the episodes begin with `play`.
 
         Args:
-            key: of the group, unlike that of any other in flight.
+            key: of the group, unique among groups in flight.
             rollout: the environment.
             row: the question, given to each episode as a copy.
-            sampling: vLLM's parameters of one turn, with `n` the number of episodes and `seed` the group's.
-            time_limit_s: what an episode may do without the engine at one go.
+            sampling: vLLM's parameters of one turn; `n` is the number of episodes, `seed` the group's seed.
+            time_limit_s: longest time of an episode between two calls of the engine.
         """
         self._key, self._rollout, self._row = key, rollout, row
         self._encoder, self._limits, self._sampling = encoder, limits, dict(sampling)
@@ -48,29 +48,29 @@ class EpisodeGroup:
         self._engine: Any = None
         self._moved = asyncio.Event()
         self.stranded = asyncio.Event()
-        """Set while the engine is lost and the group has got no other."""
+        """Set while the engine is lost and the group has no other."""
 
     def move_to(self, engine: Any) -> None:
-        """Go on with this engine's handle; turns that wait for another one are asked again of it."""
+        """Continue with this engine's handle; it repeats the turns that wait for another engine."""
         self._engine = engine
         self.stranded.clear()
         self._moved.set()
         self._moved = asyncio.Event()
 
     async def play(self) -> GroupRecord:
-        """The record of all episodes that came to an end; the others are named in its head."""
+        """The record of all finished episodes; its head gives the reasons of the others."""
         found = await asyncio.gather(*(self._episode(number) for number in range(self._count)))
         trajectories = [each for each in found if isinstance(each, Trajectory)]
         return as_record(trajectories, [each for each in found if isinstance(each, str)])
 
     async def _episode(self, number: int) -> Trajectory | str:
-        """One sample, or why it is lost."""
+        """One sample, or the reason of its loss."""
         loop, turns, waiting = asyncio.get_running_loop(), 0, 0
 
         async def sample(ids: list[int], options: dict[str, Any]) -> GroupRecord:
             nonlocal turns, waiting
             turns, waiting = turns + 1, waiting + 1
-            scope.reschedule(None)  # an engine's time is not the environment's
+            scope.reschedule(None)  # the engine's time does not count
             stop = [*self._sampling.get("stop", ()), *options["stop"]]
             seed = zlib.crc32(f"{self._seed}/{number}/{turns}".encode())
             asked = {**self._sampling, **options, "stop": stop, "n": 1, "seed": seed}
@@ -94,7 +94,7 @@ class EpisodeGroup:
             return _told(error)
 
     async def _turn(self, key: str, ids: Sequence[int], sampling: Mapping[str, Any]) -> GroupRecord:
-        """What an engine makes of one turn; if it is lost meanwhile, another one."""
+        """One turn, sampled by the current engine; if that is lost, by the next."""
         import ray
 
         while True:
@@ -113,7 +113,7 @@ class EpisodeGroup:
                     await moved.wait()
             except asyncio.CancelledError:
                 with suppress(Exception):
-                    engine.give_back.remote(key)  # nobody wants it any more
+                    engine.give_back.remote(key)  # no longer needed
                 raise
             finally:
                 answer.cancel()

@@ -1,4 +1,4 @@
-"""Environments of the library `verifiers`, as they are: `MultiTurnEnv`, `ToolEnv`, `GymEnv` and their kin.
+"""Unmodified environments of the library `verifiers`: `MultiTurnEnv`, `ToolEnv`, `GymEnv` and their subclasses.
 
     # my_environments.py
     from lorapar_ray.grpo.environments.from_verifiers import from_verifiers
@@ -6,12 +6,12 @@
 
     grpo: {environment: "my_environments:rollout", rewards: [{name: environment}]}
 
-The environment talks to what it takes for an OpenAI client. Behind that each turn is one of `TurnEngine`: the chat so
-far is never tokenised again, only what the environment has added since; so what was sampled is what is trained on. An
-environment that changes earlier messages, or asks for two answers to the same, cannot be played so and says so.
+The environment calls an object with the interface of an OpenAI client; each call is a turn of `TurnEngine`. Only
+messages that the environment has added since are tokenised, never the chat so far, so training uses exactly the sampled
+tokens. An environment that changes earlier messages, or requests two answers to the same chat, fails with an error.
 
-Written for `verifiers` 0.1.10, the newest that can be installed beside this project's versions. Tried with 0.1.14 too,
-where a class of theirs stands around the client. The environments of 0.4 are of another kind.
+Written for `verifiers` 0.1.10, the newest that is compatible with this project's versions. Also tried with 0.1.14,
+which wraps the client in a class. The environments of 0.4 have another interface.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 
 
 def from_verifiers(environment: str | Callable[..., Any], **arguments: Any) -> RolloutFunction:
-    """An environment of `verifiers` as one of ours.
+    """An environment of `verifiers` as a rollout function.
 
     Args:
-        environment: the name of an installed one (`verifiers.load_environment`), or a function that makes one.
-        arguments: given to either.
+        environment: the name of an installed one (`verifiers.load_environment`), or a function that creates one.
+        arguments: passed to either.
 
     Raises:
         UserError: `verifiers` is not installed.
@@ -64,9 +64,9 @@ def load(environment: str | Callable[..., Any], **arguments: Any) -> Any:
 
 
 def rows(environment: Any) -> Iterator[dict[str, Any]]:
-    """The environment's training questions, to be written as a file of the config's `data.train`.
+    """The environment's training questions; write them to a file for `data.train`.
 
-    Each has `prompt` (messages), `answer`, and `task` and `info` where the environment has them.
+    Each has `prompt` (messages), `answer`, and `task` and `info` if the environment has them.
     """
     for row in environment.get_dataset():
         kept = {name: row[name] for name in ("prompt", "answer", "task", "info") if row.get(name) is not None}
@@ -74,7 +74,7 @@ def rows(environment: Any) -> Iterator[dict[str, Any]]:
 
 
 async def play(environment: Any, engine: TurnEngine, row: Mapping[str, Any]) -> Trajectory:
-    """One episode, with the reward that the environment's rubric gives it."""
+    """One episode, with the reward of the environment's rubric."""
     import verifiers
 
     model, columns = Model(engine), row.get("columns") or {}
@@ -99,16 +99,16 @@ async def play(environment: Any, engine: TurnEngine, row: Mapping[str, Any]) -> 
 
 
 class Model:
-    """What an environment takes for `openai.AsyncOpenAI`: `chat.completions.create`, and nothing else."""
+    """Replaces `openai.AsyncOpenAI` for an environment; it has only `chat.completions.create`."""
 
     def __init__(self, engine: TurnEngine) -> None:
         self._engine = engine
         self.chat = self.completions = self  # client.chat.completions.create
         self.trajectory: Trajectory | None = None
         self.failure: Exception | None = None
-        """What ends the episode; environments take exceptions for an answer."""
+        """The error that ends the episode; environments catch exceptions and continue."""
         self._messages: list[Any] = []
-        """The chat as the trajectory has it."""
+        """The chat that the trajectory contains."""
 
     async def create(
         self, *, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **options: Any
@@ -116,7 +116,7 @@ class Model:
         """The policy's answer as an OpenAI `ChatCompletion`.
 
         Raises:
-            openai.BadRequestError: the chat has no room for an answer; environments end the episode then.
+            openai.BadRequestError: the chat leaves no room for an answer; environments then end the episode.
         """
         chat, most = (
             [dict(each) for each in messages],
@@ -136,7 +136,7 @@ class Model:
         return _completion(text, calls, finished=turn.finished)
 
     def _continued(self, chat: list[dict[str, Any]], tools: list[Any]) -> Trajectory:
-        """The trajectory with what the chat has more than it."""
+        """The trajectory, extended by the chat's new messages."""
         template = {"tools": tools} if tools else {}
         if self.trajectory is None:
             ids = self._engine.tokenizer.apply_chat_template(
@@ -153,8 +153,8 @@ class Model:
 
 
 def tool_calls(text: str) -> list[dict[str, str]]:
-    """Name and arguments (JSON) of the calls in an answer, written as `<tool_call>{"name": …, "arguments": …}`; what is
-    no JSON object with a name is no call."""
+    """Name and arguments (JSON) of the calls in an answer, written as `<tool_call>{"name": …, "arguments": …}`; text
+    that is not a JSON object with a name is ignored."""
     found = []
     for written in _TOOL_CALL.findall(text):
         try:
@@ -187,7 +187,7 @@ def _completion(text: str, calls: Sequence[Mapping[str, str]], *, finished: bool
 
 
 def _too_long() -> Exception:
-    """What an OpenAI server says, by which `verifiers` knows that an episode has come to its end."""
+    """An OpenAI server's error for a full context; `verifiers` ends the episode on it."""
     import httpx
     from openai import BadRequestError
 

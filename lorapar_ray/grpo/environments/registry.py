@@ -17,7 +17,7 @@ def get_environment(name: str) -> RolloutFunction:
     """The function `module:function`.
 
     Raises:
-        UserError: it cannot be imported, or is no async function of an engine and a row.
+        UserError: it cannot be imported, or is not an async function of an engine and a row.
     """
     where = f"grpo.environment: '{name}'"
     if ":" not in name:

@@ -1,4 +1,4 @@
-"""One sample of an environment, token by token, and a group of them as the record that stage 2 trains on."""
+"""One sample of an environment, as tokens, and the record of a group of samples, which stage 2 trains on."""
 
 from __future__ import annotations
 
@@ -18,43 +18,43 @@ if TYPE_CHECKING:
 
 
 class TrajectoryFull(ValueError):
-    """The policy cannot go on: the trajectory is as long as the config allows."""
+    """The policy cannot continue: the trajectory has reached the config's length limit."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a trajectory must keep to."""
+    """Limits of a trajectory."""
 
     prompt: int
-    """Tokens of its prompt."""
+    """Most tokens of its prompt."""
     completion: int
-    """Tokens behind the prompt, the environment's included."""
+    """Most tokens after the prompt, including the environment's."""
     vocabulary: int
-    """Tokens that the model knows."""
+    """Size of the model's vocabulary."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What the policy said at one go."""
+    """The policy's answer in one turn."""
 
     token_ids: list[int]
     finished: bool
-    """False if it was cut at a limit of tokens."""
+    """False if it was cut at a token limit."""
     version: int
-    """Of the policy, when the turn began."""
+    """The policy's version when the turn began."""
 
 
 class Trajectory:
-    """A prompt and what follows it; it only grows, so what was sampled stays as it was sampled."""
+    """A prompt and the tokens after it; tokens are only appended, so sampled tokens never change."""
 
     def __init__(self, prompt_ids: Sequence[int], limits: Limits) -> None:
         """Begin with a prompt; see `TurnEngine.begin`.
 
         Raises:
-            ValueError: it is empty or too long, or holds tokens of another vocabulary.
+            ValueError: it is empty or too long, or has tokens outside the vocabulary.
         """
         self.reward: float | None = None
-        """What the reward `environment` gives the sample; None: nothing."""
+        """The sample's value of the reward `environment`; None: no value."""
         self.turns: list[Turn] = []
         self._limits = limits
         self._prompt = _checked(prompt_ids, limits)
@@ -79,14 +79,14 @@ class Trajectory:
 
     @property
     def room(self) -> int:
-        """Tokens that may still come."""
+        """Number of tokens that still fit."""
         return max(0, self._limits.completion - len(self._token_ids))
 
     def add(self, token_ids: Sequence[int]) -> None:
-        """Put in what the environment says: the policy reads it and is not trained on it.
+        """Append the environment's tokens: the policy reads them and is not trained on them.
 
         Raises:
-            ValueError: a token is none of the model's.
+            ValueError: a token is not in the model's vocabulary.
         """
         found = _checked(token_ids, self._limits)
         self._token_ids += found
@@ -97,10 +97,10 @@ class Trajectory:
     def take(
         self, token_ids: Sequence[int], logprobs: Sequence[float], turn: Turn, kept: KeptSets | None = None
     ) -> None:
-        """Append what an engine sampled behind `ids`; for `TurnEngine`.
+        """Append what an engine sampled after `ids`; for `TurnEngine`.
 
         Args:
-            kept: what it was sampled from; None: the whole vocabulary.
+            kept: the kept sets that it was sampled from; None: the whole vocabulary.
         """
         if kept is None:
             self._kept.counts += [0] * len(token_ids)
@@ -115,7 +115,7 @@ class Trajectory:
         """Check that it can be trained on.
 
         Raises:
-            ValueError: the policy said nothing, or the reward is no number.
+            ValueError: the policy sampled nothing, or the reward is not a number.
         """
         if not any(self._sampled):
             raise ValueError("the policy said nothing in it; call engine.generate")
@@ -124,18 +124,18 @@ class Trajectory:
             raise ValueError(f"its reward is {str(reward)[:60]}; give one finite number, or None")
 
     def kept(self, prompt: int) -> Kept:
-        """What the tokens of `arrays` were sampled from."""
+        """The kept sets of the tokens of `arrays`."""
         counts = [*([0] * (len(self._prompt) - prompt)), *self._kept.counts[: self._end]]
         return Kept(self._kept.token_ids, counts)
 
     @property
     def _end(self) -> int:
-        """Behind the last sampled token."""
+        """Index after the last sampled token."""
         return len(self._sampled) - len(list(takewhile(lambda sampled: not sampled, reversed(self._sampled))))
 
     def arrays(self, prompt: int) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.bool_]]:
-        """Tokens behind the first `prompt` of its prompt up to the last sampled one, log-probabilities, and which were
-        sampled."""
+        """Tokens after the first `prompt` ones up to the last sampled one, their log-probabilities, and which were
+        sampled; [N] each."""
         more = self._prompt[prompt:]
         end = self._end
         return (
@@ -148,11 +148,11 @@ class Trajectory:
 def as_record(trajectories: Sequence[Trajectory], lost: Sequence[str]) -> GroupRecord:
     """A group's trajectories as one record.
 
-    Its prompt is what their prompts have in common; where an environment begins each differently, the rest counts as
-    put in by it.
+    Its prompt is the common beginning of their prompts; if an environment begins each differently, the rest counts as
+    the environment's tokens.
 
     Args:
-        lost: why the group's other samples are missing.
+        lost: reasons of the group's missing samples.
     """
     prompts = [each.prompt_ids for each in trajectories]
     same = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))

@@ -1,4 +1,4 @@
-"""The engine as an environment sees it: it goes on with a trajectory, and turns text into tokens and back."""
+"""The engine's interface for an environment: it continues a trajectory, encodes text and decodes tokens."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lorapar_ray.engines.record import GroupRecord
 from lorapar_ray.grpo.environments.trajectory import Limits, Trajectory, TrajectoryFull, Turn
 
 Sample = Callable[[list[int], dict[str, Any]], Awaitable[GroupRecord]]
-"""Has an engine go on with tokens, by vLLM's sampling parameters."""
+"""Continues tokens on an engine, with vLLM's sampling parameters."""
 
 
 class TurnEngine:
-    """What an episode is given. How it samples (temperature and the like) is the config's, as ratios need it."""
+    """The engine that an episode gets. The config sets how it samples (temperature, …), since ratios depend on it."""
 
     def __init__(self, sample: Sample, encoder: Encoder, limits: Limits) -> None:
         self._sample, self._encoder, self._limits = sample, encoder, limits
@@ -22,14 +22,14 @@ class TurnEngine:
 
     @property
     def tokenizer(self) -> Any:
-        """The model's, as transformers has it."""
+        """The model's transformers tokenizer."""
         return self._encoder.tokenizer
 
     def begin(self, prompt_ids: Sequence[int]) -> Trajectory:
         """A new trajectory.
 
         Raises:
-            ValueError: the prompt is longer than `grpo.max_prompt_length`, or none of this model's.
+            ValueError: the prompt is longer than `grpo.max_prompt_length`, or has tokens outside the vocabulary.
         """
         trajectory = Trajectory(prompt_ids, self._limits)
         self._begun.append(trajectory)
@@ -38,13 +38,13 @@ class TurnEngine:
     async def generate(
         self, trajectory: Trajectory, *, max_tokens: int | None = None, stop: Sequence[str] = ()
     ) -> Turn:
-        """Let the policy go on: up to an end token, one of `stop` (tokens with its text are kept), or a limit.
+        """Let the policy continue up to an end token, one of `stop` (tokens with its text are kept), or a limit.
 
         Args:
-            max_tokens: of this turn; there is never more than `trajectory.room`.
+            max_tokens: of this turn; at most `trajectory.room`.
 
         Raises:
-            TrajectoryFull: there is no room.
+            TrajectoryFull: no room is left.
         """
         if not trajectory.room:
             raise TrajectoryFull(
@@ -59,17 +59,17 @@ class TurnEngine:
         return turn
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text, without any that a chat template would put around it."""
+        """Tokens of a text, without those of a chat template."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Their text, up to the first end token."""
+        """The tokens' text, up to the first end token."""
         return self._encoder.answer_text(token_ids)
 
     def reply(self, trajectory: Trajectory, message: str | Sequence[Mapping[str, Any]], **template: Any) -> list[int]:
-        """Tokens by which a chat goes on behind the policy's last turn: its end, if it has none yet, then messages, up
-        to where the policy answers.
+        """Tokens that continue a chat after the policy's last turn: its end token, if missing, then messages, up to the
+        policy's next answer.
 
         Args:
             message: a user's words, or messages `{role, content}`.
@@ -84,10 +84,10 @@ class TurnEngine:
         return ids[1:] if ended and ids and ids[0] in self._encoder.end_ids else ids
 
     def complete(self, trajectory: Any) -> Trajectory:
-        """The trajectory that an episode returned; for whoever runs it.
+        """Check the trajectory that an episode returned; for `EpisodeGroup`.
 
         Raises:
-            TypeError: it is none that was begun here.
+            TypeError: it was not begun here.
             ValueError: see `Trajectory.require_complete`.
         """
         if not any(trajectory is each for each in self._begun):
