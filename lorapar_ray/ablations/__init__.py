@@ -1,1 +1,1 @@
-"""Grids of runs that differ in a few settings: shared parts are computed once, and claims are tested."""
+"""Grids of runs that differ in a few settings. Shared stages are computed once, and claims are tested."""

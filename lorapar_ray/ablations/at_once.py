@@ -18,9 +18,9 @@ from lorapar_ray.text import one_line
 
 
 def batches(units: Sequence[Unit]) -> list[list[Unit]]:
-    """The units in the order in which they run, those whose stage 1 trains together in one list.
+    """The units in the order of their runs; units whose stage 1 trains together are in one list.
 
-    Those of one shape are spread evenly over as few lists as `sft.arms_at_once` allows.
+    Units of one shape are spread evenly over as few lists as `sft.arms_at_once` allows.
     """
     shapes = [_shape(unit) for unit in units]
     count = Counter(shapes)
@@ -39,7 +39,7 @@ def batches(units: Sequence[Unit]) -> list[list[Unit]]:
 
 
 def alone_because(units: Sequence[Unit]) -> Iterator[tuple[str, str]]:
-    """(arm, why) for arms whose stage 1 cannot share a base with any other run's, each arm once."""
+    """(arm, reason) for arms whose stage 1 cannot share a base with any other run, each arm once."""
     count = Counter(map(_shape, units))
     whys: dict[str, str] = {}
     for unit in units:
@@ -58,9 +58,9 @@ def _shape(unit: Unit) -> str | None:
 
 
 def run_at_once(units: Sequence[Unit], stage: str) -> None:
-    """Run stage `sft` or `evaluate` of several runs together, as far as they can.
+    """Run stage `sft` or `evaluate` of several runs together, as far as possible.
 
-    Of runs whose stage 1 has equal inputs one trains, which the others may copy.
+    If several runs have equal inputs of stage 1, only one trains, and the others may copy it.
 
     If a group fails, each of its runs continues alone from the group's checkpoints, and only the run that caused the
     failure fails.

@@ -18,7 +18,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#0
 """Okabe and Ito's palette, safe for colour-blind readers."""
 DASHES = ("-", "--", ":", "-.")
 WIDTH = 5.4
-"""Of a plot, in inches: as much as a phone shows without scrolling."""
+"""Size of a plot, in inches; it fits a phone without scrolling."""
 MARKS = {"held": "o", "not held": "X", "undecided": "D"}
 
 
@@ -99,13 +99,13 @@ def frontier(lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
 
 
 def mean_line(seeds: Sequence[Line]) -> Line:
-    """Means over the seeds, as far as all of them go."""
+    """Means over the seeds, up to the last step that all have."""
     length = min(len(steps) for steps, _ in seeds)
     return seeds[0][0][:length], [sum(line[1][place] for line in seeds) / len(seeds) for place in range(length)]
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """An exponential mean, which one step in five moves by two thirds."""
+    """An exponential moving average; each new value has weight 0.2."""
     found, mean = [], values[0]
     for value in values:
         mean += 0.2 * (value - mean)

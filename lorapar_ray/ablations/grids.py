@@ -18,15 +18,15 @@ class Arm:
     paper: str = ""
     """The paper's figure, in % on GSM8K."""
     rank_share: float = 1.0
-    """Of the config's rank, at the same scaling alpha / rank."""
+    """Factor on the config's rank, with the same scaling alpha / rank."""
     teachers: int | None = None
-    """The config's first so many; None: all."""
+    """Number of the config's teachers, the first ones; None: all."""
     votes: bool = False
-    """Only where teachers vote."""
+    """Only if teachers vote."""
     second_rate: float = 1.0
-    """Of the last training stage's learning rate."""
+    """Factor on the last training stage's learning rate."""
     line: str = ""
-    """Of a grid of retention: arms of one line differ in `second_rate` alone."""
+    """In a retention grid: arms of one line differ only in `second_rate`."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Claim:
     better: str
     worse: str
     reaches: bool = False
-    """It also holds if the first is behind by less than a point."""
+    """The claim also holds if the first arm is less than a point behind."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Arms that are compared."""
+    """Arms to compare, and claims about them."""
 
     name: str
     help: str
@@ -52,12 +52,13 @@ class Grid:
     """Each arm gets its own learning rate from a sweep on a validation split: at the importance mask's rate a random
     mask would be an unfair control (arXiv 2405.02596)."""
     free: tuple[str, ...] = ()
-    """Settings of some arm that `--set` may give the others."""
+    """Settings of some arms that `--set` may change for the others."""
     lines: tuple[Claim, ...] = ()
-    """In a grid of retention: in one line the second stage loses less of the first's skill than in another."""
+    """Claims of a retention grid: in one line the second stage loses less of the first stage's skill than in
+    another."""
 
     def arm(self, name: str) -> Arm:
-        """The arm of that name."""
+        """The arm with this name."""
         return next(each for each in self.arms if each.name == name)
 
 
@@ -219,7 +220,7 @@ def _stage1() -> Grid:
 
 
 def _mask() -> Grid:
-    # With α below 1 two random sets, which overlap less, would leave stage 1 more elements than two chosen ones do
+    # With α below 1 two random sets overlap less than two chosen ones, and would leave stage 1 more elements
     stage1 = ("order=[sft]", "partition.alpha=1")
     controls = {
         "random": ("partition.mask=random",),
@@ -232,7 +233,7 @@ def _mask() -> Grid:
         *(Arm(name, (*stage1, *changes)) for name, changes in controls.items()),
         Arm("shuffled-labels", (*stage1, "label.shuffled=true"), votes=True),
         Arm("smaller-lora", ("order=[sft]", PLAIN), rank_share=0.4),  # what θ = 0.9 keeps
-        Arm("full-lora", (*stage1, "partition.theta=1")),  # and not unmasked, which would start without the warm-up
+        Arm("full-lora", (*stage1, "partition.theta=1")),  # not unmasked: that would start without the warm-up
     )
     said = {
         "random": "the importance mask beats a random one of its size, each at its own learning rate",
@@ -259,7 +260,7 @@ RETAINED = {
     "random": ("partition.alpha=0", "partition.beta=0", "partition.mask=random"),
     "unmasked": UNMASKED,
 }
-"""Lines of a grid of retention. Disjoint regions are System 1's own elements and System 2's own."""
+"""Lines of a retention grid. Disjoint regions are the elements that only System 1 or only System 2 has."""
 SECOND_RATES = (0.5, 1.0, 2.0)
 
 

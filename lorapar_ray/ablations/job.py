@@ -28,7 +28,7 @@ from lorapar_ray.text import one_line
 
 PAGE = "index.html"
 AT_ONCE = ("sft", "evaluate")
-"""Stages that several runs take together."""
+"""Stages that run for several runs together."""
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
@@ -47,7 +47,7 @@ class Plan:
 
     @cached_property
     def sweeps(self) -> list[Unit]:
-        """The runs from which each arm's learning rate is chosen."""
+        """The sweep's runs, from which each arm's learning rate is chosen."""
         if not self.grid.tuned or len(self.rates) < 2:
             return []
         return sweep(self.arms, self.file, self.overrides, self.out, self.seeds[0], self.rates)
@@ -134,7 +134,7 @@ def described(plan: Plan) -> Iterator[str]:
 
 
 def run_plan(plan: Plan, *, verbose: bool = False) -> list[str]:
-    """Run what is not finished, and write the tables.
+    """Run unfinished units, and write the tables.
 
     Returns:
         a line for each run that failed.
@@ -157,7 +157,7 @@ def run_plan(plan: Plan, *, verbose: bool = False) -> list[str]:
 
 
 def report(plan: Plan, failed: Sequence[str] = ()) -> str:
-    """Write the tables and the page of what is finished; returns the table as Markdown."""
+    """Write the tables and the page of finished runs; returns the table as Markdown."""
     from lorapar_ray.ablations.page import write_page
 
     units = plan.units(_chosen(plan.sweeps))
@@ -169,7 +169,7 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
         if outcome is not None:
             found.setdefault(unit.arm, []).append(outcome)
         start = read_outcome(unit.folder, unit.seed, "base", 0.0)
-        if start is not None and not base:  # the base knows no seed
+        if start is not None and not base:  # the base is the same for all seeds
             base = [Outcome(0, start.right, 0.0, None)]
     verdicts = [decide(claim, found.get(claim.better, []), found.get(claim.worse, [])) for claim in plan.grid.claims]
     summaries = {arm: summarise(arm, outcomes) for arm, outcomes in found.items()}
@@ -200,7 +200,7 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
 
 
 def _lines(plan: Plan, units: Sequence[Unit]) -> dict[str, dict[str, list[Point]]]:
-    """Of a grid of retention: by line and arm, the points of finished runs."""
+    """Points of a retention grid's finished runs, by line and arm."""
     found: dict[str, dict[str, list[Point]]] = {}
     for unit in units if plan.grid.lines else ():
         point = read_point(unit.folder, unit.config)
@@ -210,7 +210,7 @@ def _lines(plan: Plan, units: Sequence[Unit]) -> dict[str, dict[str, list[Point]
 
 
 def _chosen(sweeps: Sequence[Unit]) -> dict[str, float]:
-    """By arm, the learning rate of the lowest validation loss; arms whose sweep is not finished are left out."""
+    """The learning rate with the lowest validation loss, by arm; arms with an unfinished sweep are left out."""
     losses: dict[str, dict[float, float]] = {}
     complete: dict[str, bool] = {}
     for unit in sweeps:
@@ -223,7 +223,7 @@ def _chosen(sweeps: Sequence[Unit]) -> dict[str, float]:
 
 
 def _run_all(units: Sequence[Unit], out: Path, failed: list[str], verbose: bool) -> Iterator[None]:
-    """Run what is not finished; yields after each batch of runs."""
+    """Run unfinished units; yields after each batch of runs."""
     due = [unit for unit in units if not _finished(unit)]
     with ray_session(verbose) if due else nullcontext():
         done = 0
@@ -237,7 +237,7 @@ def _run_all(units: Sequence[Unit], out: Path, failed: list[str], verbose: bool)
 
 
 def _run_batch(units: Sequence[Unit], out: Path, failed: list[str]) -> None:
-    """Run the units' stages, those of `AT_ONCE` together; a unit that fails is left out of what comes after."""
+    """Run the units' stages, those of `AT_ONCE` together; later stages leave out a unit that failed."""
     going, firsts = list(units), AT_ONCE if len(units) > 1 else ()
     for number in range(1 + len(firsts)):
         if number:
@@ -282,7 +282,7 @@ def _run(unit: Unit, out: Path, stages: Sequence[str]) -> None:
 
 
 def _seconds(plan: Plan) -> dict[str, float]:
-    """By stage, how long it took on average where it has finished."""
+    """Mean seconds of each finished stage."""
     spent: dict[str, list[float]] = {}
     for file in plan.out.glob("**/manifest.json"):
         for name, entry in read_object(file).get("stages", {}).items():

@@ -34,13 +34,13 @@ def write_page(
     kept: Sequence[Kept] = (),
     lines: Mapping[str, Mapping[str, Sequence[Point]]] | None = None,
 ) -> None:
-    """Write the page; what has not been run yet is left out.
+    """Write the page; unfinished runs are left out.
 
     Args:
-        folders: by arm, its run directories.
-        planned: runs that are to be evaluated.
-        kept: verdicts of a grid of retention.
-        lines: its points, by line and arm.
+        folders: run directories by arm.
+        planned: number of runs to evaluate.
+        kept: verdicts of a retention grid.
+        lines: points of a retention grid, by line and arm.
     """
     plots = []
     if found:
@@ -72,7 +72,7 @@ def write_page(
 
 
 def loss_lines(folders: Mapping[str, Sequence[Path]]) -> dict[str, list[charts.Line]]:
-    """Stage 1's loss by arm and seed, as far as there is any."""
+    """Stage 1's loss by arm and seed, if any."""
     found: dict[str, list[charts.Line]] = {}
     for arm, runs in folders.items():
         for run in runs:
@@ -84,5 +84,5 @@ def loss_lines(folders: Mapping[str, Sequence[Path]]) -> dict[str, list[charts.L
 
 
 def _plain(value: object) -> object:
-    """Foreign text without control characters; what is marked as safe is our own."""
+    """Foreign text without control characters; text marked as safe is ours and stays unchanged."""
     return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -14,11 +14,11 @@ from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.evaluation.statistics import paired, wilson_interval
 
 Right = dict[str, bool]
-"""By question, whether it was answered correctly."""
+"""Whether each question was answered correctly."""
 MARGIN = 0.01
-"""A difference whose whole interval is below this (1 point) is negligible."""
+"""A difference is negligible if its whole interval is below this (1 point)."""
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-"""Student's t at 97.5 %, by degrees of freedom from 1; beyond the last it is taken for 1.96 + 2.6 / df."""
+"""Student's t at 97.5 %, for 1, 2, … degrees of freedom; beyond the last 1.96 + 2.6 / df approximates it."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Outcome:
     right: Right
     learning_rate: float
     active_share: float | None
-    """Of the adapter's elements that stage 1 trains."""
+    """Share of the adapter's elements that stage 1 trains."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Summary:
     arm: str
     accuracy: float
     interval: tuple[float, float]
-    """95 %, Wilson, of all answers together."""
+    """95 % (Wilson), over all answers."""
     n: int
-    """Answers: questions × seeds."""
+    """Number of answers: questions × seeds."""
     by_seed: dict[int, float]
     learning_rate: float
     active_share: float | None
@@ -55,16 +55,16 @@ class Verdict:
     found: Literal["held", "not held", "undecided"]
     difference: float
     interval: tuple[float, float]
-    """95 %: over seeds where there are three or more (Student's t), else over questions (Newcombe)."""
+    """95 %: over seeds if there are three or more (Student's t), else over questions (Newcombe)."""
     p: float
-    """Exact McNemar, the questions of all seeds together."""
+    """Exact McNemar test, over the questions of all seeds."""
     questions: int
     seeds: int
     sentence: str
 
 
 def read_outcome(folder: Path, seed: int, last: str, learning_rate: float) -> Outcome | None:
-    """A run's answers by its last stage; None if it has not been evaluated."""
+    """A run's answers after its last stage; None if it has not been evaluated."""
     file = folder / "eval" / f"{last}.parquet"
     if not (folder / "eval" / f"{last}.json").is_file():
         return None
@@ -74,7 +74,7 @@ def read_outcome(folder: Path, seed: int, last: str, learning_rate: float) -> Ou
 
 
 def validation_loss(folder: Path) -> float | None:
-    """The lowest that a run of a sweep has reached; None if it has not finished stage 1."""
+    """The lowest validation loss of a sweep's run; None if it has not finished stage 1."""
     if read_object(folder / "manifest.json")["stages"].get("sft", {}).get("status") != "done":
         return None
     return min((float(line["loss"]) for line in read_lines(folder / "metrics" / "sft_validation.jsonl")), default=None)
@@ -90,7 +90,7 @@ def summarise(arm: str, outcomes: Sequence[Outcome]) -> Summary:
 
 
 def decide(claim: Claim, better: Sequence[Outcome], worse: Sequence[Outcome]) -> Verdict | None:
-    """Compare two arms on the seeds and questions that both have answered; None if there are none."""
+    """Compare two arms on the seeds and questions that both have; None if there are none."""
     others = {each.seed: each for each in worse}
     pairs = [(each, others[each.seed]) for each in better if each.seed in others]
     ours, theirs, steps = [], [], []
@@ -113,7 +113,7 @@ def decide(claim: Claim, better: Sequence[Outcome], worse: Sequence[Outcome]) ->
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """Mean and 95 % interval of its expectation by Student's t; at least two values."""
+    """Mean and its 95 % interval (Student's t); needs at least two values."""
     n = len(values)
     mean = sum(values) / n
     deviation = sqrt(sum((each - mean) ** 2 for each in values) / (n - 1))
@@ -123,7 +123,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
 
 
 def _found(interval: tuple[float, float], reaches: bool) -> Literal["held", "not held", "undecided"]:
-    """Whether an arm is better, or with `reaches` not worse by `MARGIN`, by the interval of the difference."""
+    """Whether an arm is better, or with `reaches` less than `MARGIN` worse, by the difference's interval."""
     low, high = interval
     if low > (-MARGIN if reaches else 0):
         return "held"

@@ -1,9 +1,9 @@
-"""The loss of the first training stage's skill in the second stage, against the second stage's own gain.
+"""The first training stage's skill that the second stage loses, against the second stage's gain.
 
-A skill is the accuracy on the test rows of the tasks whose training questions are mostly labelled that System. A run is
-a point: the second skill's gain over the second stage, and the first skill's loss. Runs that differ only in the second
-stage's learning rate form a line, which starts at (0, 0), without training. Two lines are compared at equal gain: at
-the largest that both reach, between points by linear interpolation, seed by seed.
+A System's skill is the accuracy on the test rows of the tasks whose training questions are mostly labelled with that
+System. Each run gives a point: the second skill's gain in the second stage, and the first skill's loss. Runs that
+differ only in the second stage's learning rate form a line that starts at (0, 0), without training. For each seed, two
+lines are compared at equal gain: the largest gain that both reach, with linear interpolation between points.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorapar_ray.config import Config
 from lorapar_ray.datasets.rows import read_table
 
 Skills = dict[int, float]
-"""By System, the share of its test rows that are right."""
+"""Accuracy on each System's test rows."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Point:
 
     seed: int
     gain: float
-    """Of the second stage's skill, from before that stage to after it."""
+    """Change of the second stage's skill in that stage."""
     cost: float
-    """The loss of the first stage's skill in the second stage."""
+    """Loss of the first stage's skill in the second stage."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,16 @@ class Kept:
     claim: Claim
     found: Literal["held", "not held", "undecided"]
     difference: float
-    """Of the costs at equal gain; above 0: the better line keeps more."""
+    """Difference of the costs at equal gain; above 0: the better line keeps more."""
     interval: tuple[float, float] | None
     """95 %, over seeds (Student's t); None: fewer than three."""
     gains: tuple[float, ...]
-    """At which each seed was compared."""
+    """The gain at which each seed was compared."""
     sentence: str
 
 
 def systems_of_tasks(labels: Path) -> dict[str, int]:
-    """By task, the System that most of its training questions are labelled."""
+    """For each task, the label of most of its training questions."""
     votes: dict[str, Counter[int]] = {}
     for row in read_table(labels, {"task": str, "system": int}):
         votes.setdefault(row["task"], Counter())[row["system"]] += 1
@@ -59,7 +59,7 @@ def systems_of_tasks(labels: Path) -> dict[str, int]:
 
 
 def skills_in(file: Path, systems: Mapping[str, int]) -> Skills:
-    """Skills by a table of answers; a System without a question is left out."""
+    """Skills from a table of answers; a System without a question is left out."""
     right: dict[int, list[bool]] = {}
     for row in read_table(file, {"task": str, "right": bool}):
         if row["task"] in systems:
@@ -68,7 +68,7 @@ def skills_in(file: Path, systems: Mapping[str, int]) -> Skills:
 
 
 def read_point(folder: Path, config: Config) -> Point | None:
-    """The point of a run with two training stages; None where it is not evaluated, or no task is a System's own."""
+    """The point of a run with two training stages; None if it is not evaluated, or a System has no task."""
     files = [folder / "eval" / f"{stage}.parquet" for stage in config.order]
     if len(files) != 2 or not all(file.is_file() for file in files):
         return None
@@ -82,17 +82,17 @@ def read_point(folder: Path, config: Config) -> Point | None:
 
 
 def mean_of(points: Sequence[Point]) -> tuple[float, float]:
-    """Gain and cost, means over seeds."""
+    """Gain and cost, as means over seeds."""
     return sum(each.gain for each in points) / len(points), sum(each.cost for each in points) / len(points)
 
 
 def joined(lines: Mapping[str, Mapping[str, Sequence[Point]]]) -> dict[str, list[Point]]:
-    """By line, the points of all its arms."""
+    """The points of all arms of each line."""
     return {line: [point for points in arms.values() for point in points] for line, arms in lines.items()}
 
 
 def cost_at(points: Sequence[Point], gain: float) -> float:
-    """The cost at a gain between 0 and the largest of `points`, on the line from (0, 0) through them."""
+    """The cost at a gain between 0 and the largest of `points`, on the line from (0, 0) through the points."""
     line = [(0.0, 0.0), *sorted((each.gain, each.cost) for each in points if each.gain > 0)]
     for (left, low), (right, high) in pairwise(line):
         if left <= gain <= right:
@@ -101,7 +101,7 @@ def cost_at(points: Sequence[Point], gain: float) -> float:
 
 
 def compare(claim: Claim, lines: Mapping[str, Sequence[Point]]) -> Kept | None:
-    """The verdict on a claim from two arms' lines; None if no seed has a gain on both."""
+    """The verdict on a claim about two lines; None if no seed has a gain on both."""
     differences, gains = [], []
     better, worse = (lines.get(name, ()) for name in (claim.better, claim.worse))
     for seed in sorted({each.seed for each in better} & {each.seed for each in worse}):
@@ -142,7 +142,7 @@ def markdown(lines: Mapping[str, Mapping[str, Sequence[Point]]], kept: Sequence[
     """A table of the points, means over seeds, and a line for each claim.
 
     Args:
-        lines: by line, by arm.
+        lines: points by line and arm.
     """
     text = [
         "| line | arm | gained in the second skill | lost of the first | seeds |",

@@ -1,4 +1,4 @@
-"""A stage that a sibling run has finished on the same inputs is copied instead of computed."""
+"""Copies a stage from a sibling run that has finished it with the same inputs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lorapar_ray.runs import RunDirectory
 from lorapar_ray.standing import inputs_of
 
 SHARED = ("label", "score", "sft")
-"""Those that take long. Cutting takes seconds, and evaluation is each run's own."""
+"""The slow stages. Partition takes seconds, and evaluation differs between runs."""
 
 
 def borrow(config: Config, run: RunDirectory, stage: str, siblings: list[Path]) -> bool:
-    """Copy `stage` from the first of `siblings` that has it on the same inputs; returns whether one had."""
+    """Copy `stage` from the first of `siblings` that has finished it with the same inputs; returns whether one had."""
     if is_done(config, run, stage):
         return False
     wanted = inputs_of(PIPELINE[stage], config, run.manifest()["stages"], run.fingerprints)

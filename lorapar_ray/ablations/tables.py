@@ -16,7 +16,7 @@ LATEX = str.maketrans({each: f"\\{each}" for each in "%&_#$"})
 
 
 def rows(grid: Grid, base: Summary | None, found: dict[str, Summary]) -> list[tuple[str, ...]]:
-    """The table's cells, the base first, arms in the grid's order; those without results are left out."""
+    """The table's cells: first the base, then the arms in the grid's order; arms without results are left out."""
     lines = [] if base is None else [_cells(base, "13.3")]
     return lines + [_cells(found[arm.name], arm.paper) for arm in grid.arms if arm.name in found]
 

@@ -1,4 +1,4 @@
-"""The units of a grid: one run for each arm and seed, and the stages that they share."""
+"""The units of a grid: one run for each arm and seed, and the stages that units share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorapar_ray.pipeline import PIPELINE, stages_of
 from lorapar_ray.runs import RunDirectory
 
 VALIDATION = 0.1
-"""Share of the training rows on whose loss a sweep chooses."""
+"""Share of the training rows held out for a sweep's validation loss."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Unit:
     config: Config
     folder: Path
     rate: float | None = None
-    """Of a sweep, relative to the config's; None: no sweep."""
+    """A sweep's learning rate, relative to the config's; None: no sweep."""
 
     @property
     def run(self) -> RunDirectory:
@@ -36,17 +36,17 @@ class Unit:
 
     @property
     def title(self) -> str:
-        """For the log."""
+        """Its name in the log."""
         return f"{self.arm}, seed {self.seed}" + ("" if self.rate is None else f", rate × {self.rate:g}")
 
     @property
     def stages(self) -> list[str]:
-        """What is to run: a sweep ends with stage 1, whose validation loss it is for."""
+        """The stages to run; a sweep ends with stage 1, since it needs only its validation loss."""
         names = [name for name in stages_of(self.config) if name != "report"]
         return names if self.rate is None else names[: names.index("sft") + 1]
 
     def parts(self, firsts: Sequence[str]) -> list[list[str]]:
-        """The stages that are to run, a new part beginning with each stage of `firsts`, which are in order."""
+        """The stages to run in parts: each stage of `firsts` (in order) begins a new part."""
         found: list[list[str]] = [[] for _ in range(1 + len(firsts))]
         part = 0
         for name in self.stages:
@@ -56,7 +56,7 @@ class Unit:
 
 
 def merged(*groups: Sequence[str]) -> list[str]:
-    """Overrides of which a later group's replace an earlier one's."""
+    """All overrides; a later group's replace an earlier group's."""
     found: dict[str, str] = {}
     for change in (each for group in groups for each in group):
         found[change.partition("=")[0].strip()] = change
@@ -89,7 +89,7 @@ def changes_of(arm: Arm, file: Path, overrides: Sequence[str], rate: float = 1.0
 def sweep(
     arms: Iterable[Arm], file: Path, overrides: Sequence[str], out: Path, seed: int, rates: Sequence[float]
 ) -> list[Unit]:
-    """Every arm at every learning rate, on one seed, with a part of the training rows held out."""
+    """Every arm with every learning rate and one seed, with a part of the training rows held out."""
     units: list[Unit] = []
     own = [f"seed={seed}", f"sft.validation={VALIDATION}", "order=[sft]", "evaluate.models=[sft]"]
     for arm in arms:
@@ -108,11 +108,11 @@ def main_runs(
     rates: dict[str, float],
     every_stage: bool = False,
 ) -> list[Unit]:
-    """Every arm on every seed; the first run evaluates the base, which is the same in all.
+    """Every arm with every seed; only the first run evaluates the base, which is the same in all.
 
     Args:
-        rates: by arm, what its sweep chose, relative to the config's learning rate.
-        every_stage: evaluate what each training stage left, not the last one alone.
+        rates: the learning rate that each arm's sweep chose, relative to the config's.
+        every_stage: evaluate the adapter of each training stage, not only of the last.
     """
     units: list[Unit] = []
     for arm in arms:
@@ -127,7 +127,7 @@ def main_runs(
 
 
 def _sharing_votes(config: Config, out: Path) -> Config:
-    """The config with one file of votes for the whole grid: what a teacher was asked once it is not asked again."""
+    """The config with one file of votes for the whole grid, so that no teacher answers a question twice."""
     if config.label.strategy == "random" or config.label.cache is not None:
         return config
     cache = str((out / "votes.sqlite").absolute())
@@ -135,7 +135,7 @@ def _sharing_votes(config: Config, out: Path) -> Config:
 
 
 def shared_keys(unit: Unit) -> dict[str, str]:
-    """By stage, what decides its result: runs whose keys are equal share that stage."""
+    """For each stage a key of all that decides its result: runs with equal keys share the stage."""
     keys: dict[str, str] = {}
     for name in unit.stages:
         stage = PIPELINE[name]
@@ -146,7 +146,7 @@ def shared_keys(unit: Unit) -> dict[str, str]:
 
 
 def counted(units: Sequence[Unit]) -> Iterator[tuple[str, int, int]]:
-    """(stage, how often it is needed, how often it is computed) over all units."""
+    """(stage, number of units that need it, number that compute it) over all units."""
     keys = [shared_keys(unit) for unit in units]
     for name in PIPELINE:
         wanted = [each[name] for each in keys if name in each]

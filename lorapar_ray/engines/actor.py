@@ -160,7 +160,7 @@ class EngineActor:
         key: str = "",
         begun: GroupRecord | Mapping[str, GroupRecord] | None = None,
     ) -> tuple[GroupRecord, GroupHead]:
-        """Sample `sampling["n"]` completions of one prompt; to be called with `num_returns=2`.
+        """Sample `sampling["n"]` completions of one prompt; call with `num_returns=2`.
 
         The caller owns both objects, so a record outlives this actor while its node lives.
 
@@ -198,7 +198,8 @@ class EngineActor:
             each.take(output.outputs[0])
 
     async def progress(self) -> tuple[dict[str, GroupRecord], dict[str, int]]:
-        """The groups in flight as far as they are and how many tokens that is, by key; called with `num_returns=2`.
+        """The groups in flight with their tokens so far, and each one's number of tokens, by key; call with
+        `num_returns=2`.
 
         An answer is also the heartbeat: it comes from the engine's workers, between two of their steps.
         """
@@ -368,7 +369,7 @@ def start_engine(
         asked = {**asked, "label_selector": None, "scheduling_strategy": PlacementGroupSchedulingStrategy(place)}
     remote = ray.remote(actor).options(
         **asked,
-        max_concurrency=10_000,  # each turn of an environment is a call; proofs must not wait behind them
+        max_concurrency=10_000,  # each turn of an environment is a call; verifying a policy must not wait for them
         max_restarts=restarts,
         max_task_retries=restarts,
         runtime_env={"env_vars": {**engine_environment(engine, resources), **(environment or {})}},

@@ -42,8 +42,8 @@ class Growing:
 def kept_of(logprobs: Any) -> Kept:
     """What tokens were sampled from, of vLLM's `FlatLogprobs`; empty if the request asked for none but the sampled one.
 
-    After top-k, top-p and min-p vLLM gives what it has cut a log-probability of −inf (`processed_logprobs`, normalised
-    over the rest), and of the `logprobs` likeliest that it reports all that is kept is among them.
+    After top-k, top-p and min-p, vLLM sets the log-probability of cut tokens to −inf (`processed_logprobs`, normalised
+    over the rest). The `logprobs` likeliest tokens that it reports include all kept ones.
     """
     kept = Kept([], [])
     if len(logprobs.token_ids) > len(logprobs.start_indices):

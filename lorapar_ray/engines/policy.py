@@ -33,7 +33,7 @@ class Policy:
     config: str
     """`adapter_config.json`"""
     digest: str
-    """SHA-256 of the adapter file (see `adapter_bytes`) that the receiver must arrive at."""
+    """SHA-256 of the adapter file (see `adapter_bytes`) that the receiver must obtain."""
 
 
 @dataclass(frozen=True)

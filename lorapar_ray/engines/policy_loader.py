@@ -129,8 +129,8 @@ def load_in_place(model: Any, weights: Weights, *, whole: bool) -> None:
     """Copy weights into the tensors that the model computes with.
 
     Args:
-        whole: no rank holds a part only; what was sent is then compared with what the model holds, bit for bit except
-            for its order.
+        whole: no rank holds only a part; then the sent weights are compared with the model's, bit for bit except for
+            their order.
 
     Raises:
         ValueError: they differ.
@@ -208,10 +208,10 @@ def _lacks_weights(info: Any) -> bool:
 
 
 def leave_the_head_alone(model: Any) -> None:
-    """Take off the LoRA that vLLM (`adapter`) puts around every output head; ours adapt no head.
+    """Remove the LoRA that vLLM (`adapter`) wraps around every output head; our adapters adapt no head.
 
-    It takes the adapters of the rows that are sampled for those of a prompt's tokens: prompt log-probabilities fail as
-    soon as another request is in the same step.
+    It applies the adapters of the sampled rows to a prompt's tokens: prompt log-probabilities fail if another request
+    is in the same step.
     """
     processor = getattr(model, "logits_processor", None)
     plain = getattr(processor, "base_layer", None)

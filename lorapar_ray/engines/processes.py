@@ -29,11 +29,11 @@ PRELOAD = "lorapar_ray.engines.preload"
 UNUSABLE = "unusable"
 """Name of a file that a forked process creates before it ends if it cannot use the GPU."""
 CUDA_NOT_INITIALIZED = 3
-"""The driver's answer to a child of a process that had initialised it."""
+"""The CUDA driver's error in a child of a process that had initialised CUDA."""
 
 
 def start_async_llm(arguments: Mapping[str, Any], phases: Phases, where: str) -> Any:
-    """A running `vllm.AsyncLLM`; `arguments` go before those of `platform_arguments`.
+    """A running `vllm.AsyncLLM`; `arguments` take precedence over `platform_arguments`.
 
     With vLLM's own `VLLM_WORKER_MULTIPROC_METHOD=spawn` in the environment its processes are spawned.
 
@@ -134,7 +134,7 @@ def in_a_fork(notes: str, environment: Mapping[str, str], function: Callable[...
         os._exit(1)
     os.environ.clear()
     os.environ.update(environment)
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # of a tensor-parallel core's workers: CUDA was looked at here
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # for its workers: CUDA is initialised here
     threading.Thread(target=_end_with_the_parent, daemon=True, name="parent-watch").start()
     try:
         function(**arguments)
@@ -144,7 +144,7 @@ def in_a_fork(notes: str, environment: Mapping[str, str], function: Callable[...
 
 
 def cuda_is_lost() -> bool:
-    """Whether the process that this one was forked from has initialised CUDA, which then fails here for good."""
+    """Whether the parent of this forked process has initialised CUDA, which then always fails here."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -153,7 +153,7 @@ def cuda_is_lost() -> bool:
 
 
 def _end_with_the_parent() -> None:
-    """Ray ends a killed actor's children, but not those of its fork server, which would keep a GPU for themselves."""
+    """Ray ends a killed actor's children, but not its fork server's, which would keep a GPU's memory."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -190,7 +190,7 @@ def _answer(function: bytes, pipe: Any) -> None:
 
 @contextmanager
 def _no_main_module() -> Iterator[None]:
-    """Children would run this process's main module again, Ray's worker script; none of them needs anything of it."""
+    """Keep children from running this process's main module, Ray's worker script, again; they do not need it."""
     main = sys.modules["__main__"]
     file = getattr(main, "__file__", None)
     if file is not None:
@@ -203,7 +203,7 @@ def _no_main_module() -> Iterator[None]:
 
 
 def _openmp() -> str | None:
-    """Torch's own OpenMP library, which vLLM's CPU kernels must share: vLLM sets it for processes that it spawns."""
+    """Torch's OpenMP library, which vLLM's CPU kernels must share; vLLM sets it only for processes that it spawns."""
     torch = find_spec("torch")
     if "gomp" in os.environ.get("LD_PRELOAD", "") or torch is None or torch.origin is None or not _vllm_is_for_cpus():
         return None
@@ -213,7 +213,7 @@ def _openmp() -> str | None:
 
 
 def _vllm_is_for_cpus() -> bool:
-    """By its distribution: asking vLLM itself would import it."""
+    """Read from the distribution's metadata, which does not import vLLM."""
     try:
         return "cpu" in version("vllm")
     except PackageNotFoundError:

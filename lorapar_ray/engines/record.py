@@ -32,7 +32,7 @@ class GroupHead:
     turns: tuple[int, ...] = ()
     """Turns of each completion in its environment."""
     rewards: tuple[float | None, ...] = ()
-    """What the environment itself gives each completion."""
+    """The environment's reward of each completion."""
     lost: tuple[str, ...] = ()
     """Reasons of the group's missing samples, one text each."""
 
@@ -46,14 +46,15 @@ class GroupHead:
 class KeptSets:
     """The tokens that top-k, top-p and min-p kept, for N sampled tokens, concatenated.
 
-    A learner has to normalise over the same ones. Over the whole vocabulary a ratio at equal policies is not 1 but the
-    probability of the kept set: each token's gradient would be that much smaller, most where the policy is least sure.
+    A learner must normalise over the same tokens. Over the whole vocabulary a ratio at equal policies would be the
+    probability of the kept set, not 1: each token's gradient would be smaller by that factor, most for the least
+    certain tokens.
     """
 
     token_ids: NDArray[np.int32]
     """[sum of counts]"""
     counts: NDArray[np.int32]
-    """[N]; 0 at what an environment put in."""
+    """[N]; 0 at an environment's tokens."""
 
     def split(self, lengths: Sequence[int]) -> list[KeptSets]:
         """Consecutive parts of `lengths` tokens each, as views."""
@@ -64,7 +65,7 @@ class KeptSets:
 
 @dataclass(frozen=True)
 class GroupRecord:
-    """One prompt and its G completions of N tokens together, end to end.
+    """One prompt and its G completions, concatenated, of N tokens in total.
 
     Read from Ray's object store the arrays are views of shared memory: nothing is copied, and they cannot be written.
     """
@@ -74,12 +75,13 @@ class GroupRecord:
     token_ids: NDArray[np.int32]
     """[N]"""
     logprobs: NDArray[np.float32]
-    """[N]: of each token, under the policy and temperature that sampled it; 0 where `sampled` is not set."""
+    """[N]: log-probability of each token, under the policy and temperature that sampled it; 0 where `sampled` is not
+    set."""
     head: GroupHead
     sampled: NDArray[np.bool_] | None = None
-    """[N]: not set at tokens that an environment put in; None: the policy sampled all."""
+    """[N]: not set at an environment's tokens; None: the policy sampled all."""
     kept: KeptSets | None = None
-    """What each token was sampled from; None: the whole vocabulary."""
+    """The kept set of each token; None: the whole vocabulary."""
 
     def completions(self) -> list[tuple[NDArray[np.int32], NDArray[np.float32]]]:
         """(token ids, log-probabilities) of each completion, as views."""
@@ -91,7 +93,7 @@ class GroupRecord:
         return [None] * len(self.head.lengths) if self.sampled is None else [*_split(self.sampled, self.head.lengths)]
 
     def kept_sets(self) -> list[KeptSets | None]:
-        """What the tokens of each completion were sampled from, as views; None: the whole vocabulary."""
+        """The kept sets of each completion's tokens, as views; None: the whole vocabulary."""
         return [None] * len(self.head.lengths) if self.kept is None else [*self.kept.split(self.head.lengths)]
 
 

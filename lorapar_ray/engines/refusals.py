@@ -16,7 +16,7 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.text import one_line, reason
 
 CAUSE = "cause"
-"""Name of the file in which a forked core leaves what ended it."""
+"""Name of the file to which a forked core writes the error that ended it."""
 LENGTH = 300
 WAIT_S = 20.0
 """Time for a failed core to clean up and write its cause, after it has reported the failure."""
@@ -24,7 +24,7 @@ _ELSEWHERE = "See root cause above"
 """vLLM's message for a core that has failed in a separate process."""
 _PYDANTIC = re.compile(r"\bValidationError: \d+ validation errors? for \w+ (?:Value error, )?")
 
-# (what the reason says; the first match counts), the field of `where` that it is about ("": all), what to do
+# pattern of the reason (the first match counts), the field of `where` that it concerns ("": all), the fix
 _FIELDS: tuple[tuple[str, str, str], ...] = (
     (r"unexpected keyword argument|extra_forbidden", "extra", "remove the setting that vLLM does not know"),
     (
@@ -52,15 +52,15 @@ _FIELDS: tuple[tuple[str, str, str], ...] = (
 
 @contextmanager
 def refusing(model: str, where: str, notes: Path | None) -> Iterator[None]:
-    """Turn whatever ends the start of an engine into one line.
+    """Turn any error that ends an engine's start into one line.
 
     Args:
-        model: what the engine was to load.
+        model: the model to load.
         where: the config's field that holds the engine's settings: "evaluate.engine".
-        notes: folder in which a forked core that ends leaves its `CAUSE`; None: it is not forked.
+        notes: folder to which a forked core writes its `CAUSE`; None: it is not forked.
 
     Raises:
-        UserError: names the field that the reason is about, else the model.
+        UserError: names the field that the reason concerns, else the model.
     """
     try:
         yield
@@ -81,7 +81,7 @@ def refusal(model: str, where: str, why: str) -> str:
 
 
 def leave_cause(notes: Path, error: BaseException) -> None:
-    """Write down what ended a core, for the process that started it; that may have ended, or wait for it no longer."""
+    """Write the error that ended a core, for the process that started it; that process may no longer wait for it."""
     with suppress(OSError):
         part = notes / f"{CAUSE}.part"
         part.write_text(reason(error, LENGTH), encoding="utf-8")
@@ -89,7 +89,7 @@ def leave_cause(notes: Path, error: BaseException) -> None:
 
 
 def _cause(notes: Path) -> str:
-    """What the core has left; empty if it was killed."""
+    """The cause that the core has written; empty if it was killed."""
     file, deadline = notes / CAUSE, time.monotonic() + WAIT_S
     while not file.is_file() and time.monotonic() < deadline:
         time.sleep(0.05)

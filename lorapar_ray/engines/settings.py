@@ -21,10 +21,9 @@ GRAPHS = 2**30
 def engine_arguments(model_path: str, engine: EngineConfig, *, seed: int, trust_remote_code: bool) -> dict[str, Any]:
     """Keyword arguments of `vllm.AsyncEngineArgs`.
 
-    Log-probabilities are those of the distribution that is sampled from (`processed_logprobs`), because importance
-    ratios are taken against them; the model's own `generation_config` is ignored, because a top-p or top-k hidden in it
-    would make them those of another distribution. The output head computes in float32, as the learner's loss does:
-    in bfloat16 log-odds come in steps of an eighth.
+    Log-probabilities are those of the sampled distribution (`processed_logprobs`), since importance ratios use them.
+    The model's `generation_config` is ignored: a top-p or top-k in it would change the distribution. The output head
+    computes in float32, as the learner's loss does: in bfloat16 log-odds have steps of an eighth.
     """
     return {
         "model": model_path,
@@ -32,7 +31,7 @@ def engine_arguments(model_path: str, engine: EngineConfig, *, seed: int, trust_
         "max_model_len": engine.max_model_len,
         "max_num_seqs": engine.max_num_seqs,
         "tensor_parallel_size": engine.tensor_parallel,
-        # an engine's actor holds all of its GPUs; left to itself vLLM would ask Ray for them once more
+        # the engine's actor holds all of its GPUs; by default vLLM would request them from Ray again
         **({"distributed_executor_backend": "mp"} if engine.tensor_parallel > 1 else {}),
         "scheduling_policy": "priority",
         "enforce_eager": engine.enforce_eager,
@@ -48,7 +47,8 @@ def engine_arguments(model_path: str, engine: EngineConfig, *, seed: int, trust_
 
 
 def memory_share(resources: Resources) -> dict[str, Any]:
-    """Arguments of an engine that shares its GPU: it fills its part and leaves the rest; `engine.extra` goes before."""
+    """Arguments of an engine that shares its GPU: it fills its part and leaves the rest; `engine.extra` takes
+    precedence."""
     if not 0 < resources.gpu_count < 1:
         return {}
     return {
@@ -58,18 +58,19 @@ def memory_share(resources: Resources) -> dict[str, Any]:
 
 
 def lora_arguments(rank: int, adapters: int) -> dict[str, Any]:
-    """Arguments of an engine that holds so many LoRA adapters of up to `rank` at once; vLLM knows some ranks only."""
+    """Arguments of an engine that holds `adapters` LoRA adapters of up to `rank` at once; vLLM supports only some
+    ranks."""
     allowed = next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank)
     return {"enable_lora": True, "max_loras": adapters, "max_lora_rank": allowed}
 
 
 def cache_room(part: int, peak: int, *, graphs: bool) -> int:
-    """What is left of an engine's part of a GPU for its key-value cache, in bytes.
+    """Bytes of an engine's part of a GPU that remain for its key-value cache.
 
     Args:
         part: bytes the engine may fill.
-        peak: bytes its process reserved at the most, weights and activations of the largest batch included.
-        graphs: whether CUDA graphs will be captured once the cache is there.
+        peak: most bytes that its process reserved, including weights and activations of the largest batch.
+        graphs: whether CUDA graphs will be captured after the cache is allocated.
 
     Raises:
         ValueError: nothing is left.
@@ -84,12 +85,12 @@ def cache_room(part: int, peak: int, *, graphs: bool) -> int:
 
 
 def platform_arguments() -> dict[str, Any]:
-    """Arguments that only the machine on which the engine runs can know; the others take precedence.
+    """Arguments that depend on the engine's machine; the others take precedence.
 
     vLLM's CPU key-value blocks hold 128 tokens by default, and only whole blocks are shared between prompts: most of a
-    short prompt would be computed again for each of its completions, and for each question behind the same preamble.
-    Prompts are not computed in parts there: behind the first part vLLM turns a request's own random generator back by
-    an offset, which CPU generators do not have, and the engine dies.
+    short prompt would be computed again for each of its completions, and for each question after the same preamble.
+    Chunked prefill is off there: after the first chunk vLLM resets a request's random generator by an offset, which CPU
+    generators do not have, and the engine dies.
     """
     from vllm.platforms import current_platform
 
@@ -111,7 +112,7 @@ def require_head_size(model: Any) -> None:
         model: vLLM's `ModelConfig`.
 
     Raises:
-        ValueError: names the size and those that are known.
+        ValueError: names the size and the supported sizes.
     """
     from vllm.platforms import current_platform
 
@@ -143,11 +144,11 @@ def engine_environment(engine: EngineConfig, resources: Resources) -> dict[str, 
 
 
 def cpu_environment(engine: EngineConfig) -> dict[str, str]:
-    """What makes an engine on a CPU start faster.
+    """Environment that makes an engine on a CPU start faster.
 
-    vLLM puts the worker into a process of its own there to bind it to cores, which `nobind` gives up, unless this
-    variable is 0; it has no other effect on an asynchronous engine. And small functions of its sampler go through
-    torch.compile, with a C++ compiler, even where `enforce_eager` says that nothing should.
+    On a CPU vLLM starts the worker as a separate process to bind it to cores, unless this variable is 0; with `nobind`
+    that is useless, and the variable has no other effect on an asynchronous engine. Also, small functions of its
+    sampler go through torch.compile, with a C++ compiler, in spite of `enforce_eager`.
     """
     compiled = {} if not engine.enforce_eager else {"TORCHDYNAMO_DISABLE": "1"}
     return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **compiled}

@@ -1,8 +1,8 @@
 """vLLM's GPU worker for an engine with a part of a GPU: it sizes its cache by its own memory use.
 
-vLLM takes the change of the whole GPU's free memory while it profiles for its own use. Where engines start side by
-side, or a learner loads its model meanwhile, that counts others' allocations, and stops when they free some. Here the
-cache is the engine's part of the GPU less what this process has allocated at its peak: others do not count.
+vLLM measures its own memory use by the change of the whole GPU's free memory while it profiles. If engines start at the
+same time, or a learner loads its model meanwhile, this counts their allocations, and vLLM stops if they free memory.
+Here the cache is the engine's part of the GPU minus this process's peak allocation: other processes do not count.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lorapar_ray.engines.settings import cache_room
 
 
 class SharedGpuWorker(Worker):
-    """Named by `worker_cls` of an engine with less than a whole GPU."""
+    """For `worker_cls` of an engine with less than a whole GPU."""
 
     @torch.inference_mode()
     def determine_available_memory(self) -> int:

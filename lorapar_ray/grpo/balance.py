@@ -20,7 +20,7 @@ REMEMBERED = 8
 LARGEST_MOVE = 2.0
 """Largest factor of change in one step: a fit is unreliable for very different sizes."""
 SMALLEST_MOVE = 0.15
-"""Smaller ones are noise."""
+"""Smaller changes are noise."""
 
 
 class Balance:
@@ -57,7 +57,7 @@ class Balance:
         return [[self.prompts, 0.0], *([prompts, seconds] for prompts, seconds in self._seen)]
 
     def restore(self, state: Sequence[Sequence[float]]) -> None:
-        """Go on from `state`."""
+        """Continue from `state`."""
         (prompts, _), *seen = state
         self.prompts = int(prompts)
         self._seen = [(int(each), seconds) for each, seconds in seen]

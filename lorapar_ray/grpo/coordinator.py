@@ -223,7 +223,7 @@ class Coordinator:
         for number in groups:
             old = batch.groups[number]
             new = await sample_group(self._rollouts, old.index, step, attempt=0)
-            if batch.groups[number] is old:  # else another learner with a part of it was first
+            if batch.groups[number] is old:  # else another learner, with a part of it, reported it first
                 batch.groups[number] = new
                 self._rollouts.lost += 1
         self._shares.pop(step, None)

@@ -119,7 +119,7 @@ def head_logprobs(
     """(log-probabilities, entropy without gradient) of `tokens_N`, float32, [N]; the head gets no gradient.
 
     Args:
-        hidden_ND: what the head is given, in the head's dtype.
+        hidden_ND: the head's input, in the head's dtype.
         weight_VD: the head's weight.
         bias: the head's, [V].
         wide_VD: the weight in float32, for a CPU, which cannot multiply 16-bit numbers into float32 ones.

@@ -2,11 +2,11 @@
 
     coordinator  `collect`: sample ─► reward ─► advantage ──── a batch, of which each learner gets its share ────┐
          ▲                                                                                                       ▼
-         └── every engine serves the policy and proves it ◄──────────── publish ◄─ step: `learn`, on each learner
+         └── every engine loads the policy and verifies it ◄─────────── publish ◄─ step: `learn`, on each learner
 
 `collect` runs once for each optimiser step, in the coordinator, which decides when a step may begin (`coordinator.py`).
-`learn` runs on each learner from the first step to the last. What they call is in `rollouts.py` (engines and reward
-workers), `batches.py` and `dealing.py` (advantages and shares), `learner.py` and `update.py` (loss, optimiser), and
+`learn` runs on each learner from the first step to the last. They call `rollouts.py` (engines and reward workers),
+`batches.py` and `dealing.py` (advantages and shares), `learner.py` and `update.py` (loss, optimiser), and
 `engine_pool.py` (publishing).
 """
 

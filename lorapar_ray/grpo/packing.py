@@ -29,7 +29,7 @@ class PackedRows:
     """R rows of width W; B sequences of at most T sampled tokens, N together, lie in them."""
 
     inputs: dict[str, Any]
-    """Of the model: `input_ids` [R, W] and what says which of them see each other."""
+    """The model's: `input_ids` [R, W], and positions or a mask that define which tokens attend to which."""
     row_N: Tensor
     column_N: Tensor
     """Position of the output that predicts each sampled token, sequence by sequence."""
@@ -111,7 +111,7 @@ def _rows(samples: Sequence[Sample], inputs: dict[str, Any], row_N: Tensor, colu
 
 
 def _kept(samples: Sequence[Sample], device: torch.device) -> Tensor | None:
-    """[N, K] of samples that all have kept sets, else None."""
+    """[N, K]; None if a sample has no kept sets."""
     found = [sample.kept for sample in samples if sample.kept is not None]
     if len(found) < len(samples):
         return None
@@ -123,7 +123,7 @@ def _kept(samples: Sequence[Sample], device: torch.device) -> Tensor | None:
 
 
 def _sampled(sample: Sample, values: Any) -> Any:
-    """Of values of each token of a completion, those of the tokens that the policy sampled."""
+    """Select, from one value per token of a completion, the values of sampled tokens."""
     return values if sample.sampled is None else np.asarray(values)[sample.sampled]
 
 

@@ -1,6 +1,6 @@
-"""Groups of completions: sampled by whichever engine has room, then rewarded by the reward workers.
+"""Groups of completions: sampled by an engine with room, then rewarded by the reward workers.
 
-What is kept here of a group is its reference in the object store, its lengths and its rewards. The engine's call
+This process keeps a group's reference in the object store, its lengths and its rewards. The engine's call
 returns the record and its head as two objects, both owned by this process: the record stays on the engine's node,
 survives the engine, and is fetched by the reward worker and the learners that need it. It is lost with its node.
 """
@@ -27,7 +27,7 @@ from lorapar_ray.text import one_line
 
 
 class Rollouts:
-    """Samples and rewards one group at a time; many calls run side by side in the coordinator's event loop."""
+    """Samples and rewards one group at a time; many calls run concurrently in the coordinator's event loop."""
 
     def __init__(
         self,
@@ -38,11 +38,11 @@ class Rollouts:
         rewards: RewardWorkers,
         environments: EnvironmentWorkers | None = None,
     ) -> None:
-        """Take the plan as the coordinator has it.
+        """Store the arguments; `plan`: see `Coordinator`.
 
         Args:
             end_ids: tokens at which sampling stops.
-            environments: who plays `grpo.environment`; None: a completion is one answer.
+            environments: plays `grpo.environment`; None: a completion is one answer.
         """
         self._settings = settings
         self.rows: Sequence[dict[str, Any]] = plan["rows"]
@@ -52,7 +52,7 @@ class Rollouts:
         self._numbers = itertools.count()
         self._told = self._told_of_episodes = False
         self.lost = 0
-        """Groups that were lost with a node and sampled anew."""
+        """Groups that were lost with a node and sampled again."""
 
     async def sample(self, index: int, step: int, attempt: int) -> Group:
         """Completions of prompt `index`, seeded by run, step, attempt and prompt."""
@@ -78,7 +78,7 @@ class Rollouts:
         """Fill in the group's rewards.
 
         Raises:
-            RecordLost: the record went with its node.
+            RecordLost: the record was lost with its node.
         """
         start, head = time.monotonic(), group.head
         scored = RewardBatch([0.0] * len(head.lengths), {}, {})

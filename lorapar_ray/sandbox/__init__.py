@@ -29,8 +29,8 @@ What it does NOT protect against:
 - `process`: reads of every file that this user may read, and writes where this user may write.
 - Denial of service below the limits: each job may use all of its seconds, memory and output.
 
-Tests see results by value: changes of an argument in place are lost, and of an object of the program's own class tests
-see only its truth value.
+Tests see results by value: changes of an argument in place are lost, and an object of the program's own class appears
+to the tests only as true or false.
 """
 
 from lorapar_ray.sandbox.choice import choose, survey

@@ -14,14 +14,14 @@ PREFIX = "lorapar-sandbox"
 
 
 class Cgroup:
-    """Groups below this process's own; in version 1 one for each controller that is writable.
+    """Groups below this process's cgroup; in version 1 one for each writable controller.
 
-    Processes that were killed leave the folder removable; those of a process that was itself killed are removed by the
-    next.
+    The folder of killed processes can be removed. A sandbox that was itself killed leaves its folders to the next
+    sandbox, which removes them.
     """
 
     def __init__(self, limits: Limits) -> None:
-        """`folders` is empty where nothing is writable."""
+        """`folders` is empty if nothing is writable."""
         name = f"{PREFIX}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         memory, tasks = str(limits.memory_mb * 2**20), str(limits.tasks)
         self.folders: list[Path] = []
@@ -46,7 +46,7 @@ class Cgroup:
         return ["/bin/sh", "-c", f'{join}; exec "$@"', "sh", *command]
 
     def close(self) -> None:
-        """Remove the groups; a process that is still ending may hold one, which the next sandbox removes."""
+        """Remove the groups; a group with a process that is still ending is left to the next sandbox."""
         for folder in self.folders:
             with suppress(OSError):
                 folder.rmdir()
@@ -54,7 +54,7 @@ class Cgroup:
 
 
 def _parents(memory: str, tasks: str) -> list[tuple[Path, dict[str, str]]]:
-    """Folders under which groups can be made, and what to write there."""
+    """Folders in which groups can be created, and the values to write there."""
     found = []
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():

@@ -24,14 +24,14 @@ class Finding:
 
     name: str
     layer: Layer | None
-    """None: it does not."""
+    """None: it does not work."""
     detail: str
     """A description, or the reason why it does not work."""
 
 
 @lru_cache
 def survey() -> tuple[Finding, ...]:
-    """Every layer, strongest first; each was tried."""
+    """Every layer, strongest first, with the result of trying it."""
     return (_bubblewrap(), _sandlock(), _tried(Process(), "resource limits and a system call filter only"))
 
 

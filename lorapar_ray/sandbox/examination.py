@@ -43,10 +43,10 @@ class Job:
     code: str
     """The program, written by a model."""
     tests: str
-    """A program that calls the tested functions; it passes if it runs to its end. Arguments and results are passed by
-    value."""
+    """A program that calls the tested functions; the job passes if it runs to its end. Arguments and results are passed
+    by value."""
     names: tuple[str, ...]
-    """The functions of `code` that `tests` calls; anything else there is Python's or `setup`'s."""
+    """The functions of `code` that `tests` calls; all other names come from Python or `setup`."""
     setup: str = ""
     """Run before the tests, in their process: imports and helpers that the tests need."""
 
@@ -59,7 +59,7 @@ class Verdict:
     """`passed`; `failed` (an assertion), `raised`, `timeout`, `output` (too much), `died` (the process ended), or
     `tests` (the tests or the setup are themselves at fault)."""
     detail: str
-    """What was raised and where; empty for `passed`."""
+    """The exception and its line; empty for `passed`."""
     seconds: float
     output: str = field(default="", repr=False)
     """The beginning of the program's output."""
@@ -71,10 +71,10 @@ class Verdict:
 
 
 class Examination:
-    """One pair at a time: a warm process with the tests, and a fresh one for each program.
+    """Runs one pair at a time: a warm process for tests, and a new process for each program.
 
-    The verdict comes from the first, over a socket that the second does not have. The second is new for each job, so
-    nothing that a program does to its own process or files reaches the next. Belongs to one thread; its processes die
+    The test process sends the verdict over a socket that the program's process does not have. A program cannot affect
+    the next one through its process or files, since both are new for each job. Belongs to one thread; its processes die
     with the thread.
     """
 
@@ -86,7 +86,7 @@ class Examination:
         self._control: socket.socket | None = None
 
     def run(self, job: Job) -> Verdict:
-        """Decide one job.
+        """Run one job; returns its verdict.
 
         Raises:
             SandboxError: no confined process can be started, or one cannot be ended.
@@ -167,7 +167,7 @@ class Examination:
         try:
             message = self._receive(control, time.monotonic() + START_S, output)
             if message != {"ready": True}:
-                _end(self._examiner, output)  # what it said is all there then
+                _end(self._examiner, output)  # then its output is complete
         finally:
             output.close()
         if message != {"ready": True}:
@@ -179,7 +179,8 @@ class Examination:
         return control
 
     def _follow(self, control: socket.socket, output: Output, program: subprocess.Popen[bytes]) -> tuple[str, str]:
-        """(reason, detail) of the job that was just sent; afterwards the examiner waits for the next, or is gone."""
+        """(reason, detail) of the job that was just sent; afterwards the examiner waits for the next job, or has
+        ended."""
         seconds = self._limits.seconds
         message = self._receive(control, time.monotonic() + START_S, output)
         if message == {"started": True}:
@@ -205,7 +206,7 @@ class Examination:
 
     @staticmethod
     def _receive(control: socket.socket, deadline: float, output: Output | None) -> Any:
-        """The examiner's next message; None if there is none in time, or the program prints too much before."""
+        """The examiner's next message; None if none arrives in time, or the program prints too much before it."""
         while (left := deadline - time.monotonic()) > 0:
             watched: list[Any] = [control, *([output] if output is not None and output.open else [])]
             ready, _, _ = select.select(watched, [], [], left)
@@ -222,7 +223,7 @@ class Examination:
 
 
 class Output:
-    """What a program prints: the first bytes are kept, the rest is counted."""
+    """A program's output: the first bytes are kept, the rest is counted."""
 
     def __init__(self, fd: int, most: int) -> None:
         self._fd = fd
@@ -236,7 +237,7 @@ class Output:
         return self._fd
 
     def take(self) -> None:
-        """Read what has come."""
+        """Read the available output."""
         part = os.read(self._fd, 2**16)
         self.open = bool(part)
         self._count += len(part)
@@ -244,12 +245,12 @@ class Output:
 
     @property
     def full(self) -> bool:
-        """Whether it was more than allowed."""
+        """Whether it exceeds the limit."""
         return self._count > self._most
 
     @property
     def text(self) -> str:
-        """What was kept."""
+        """The kept bytes as text."""
         return self._kept.decode(errors="replace")
 
     def close(self) -> None:

@@ -18,10 +18,11 @@ TASKS = 1024
 
 
 def host(module: str, arguments: Sequence[str], layer: LayerName = "auto") -> subprocess.Popen[bytes]:
-    """Start `python -m module arguments`: it reads what this process can import, and nothing else.
+    """Start `python -m module arguments`: it can read this process's import path, and nothing else.
 
-    No network, no environment, no file outside `sys.path` and the working directory, nothing writable but a small /tmp
-    (bubblewrap alone). It has to limit its own memory; killing the process that is returned ends all that it started.
+    No network, no environment, no file outside `sys.path` and the working directory, nothing writable except a small
+    /tmp (bubblewrap only). It must limit its own memory; killing the returned process also ends the processes that it
+    started.
 
     Raises:
         UserError: this machine has no such layer.

@@ -1,4 +1,4 @@
-"""The ways in which this machine can confine a process, strongest first, and what each is started with."""
+"""The ways to confine a process, strongest first, and the command of each."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 FILE_BYTES = 16 * 2**20
 OPEN_FILES = 64
 REAP_S = 2.0
-"""For bubblewrap to see that what it started has ended."""
+"""Time for bubblewrap to notice that its child has ended."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Start:
     readable: tuple[str, ...] = ()
     """Further folders that it can read."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Further settings for `main`, and others than the limits say."""
+    """Settings for `main`, in addition to the limits or instead of them."""
 
 
 class Bubblewrap:
@@ -55,13 +55,13 @@ class Bubblewrap:
         self._binary = binary
 
     def command(self, start: Start, fd: int, told: int) -> list[str]:
-        """What to execute; `fd` holds the system call filter, and to `told` goes who was started."""
+        """The command; it reads the system call filter from `fd`, and writes the child's process id to `told`."""
         options = [
             *("--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"),
             *("--unshare-cgroup-try", "--disable-userns", "--cap-drop", "ALL"),
             *("--new-session", "--die-with-parent", "--clearenv", "--hostname", "sandbox"),
             *("--seccomp", str(fd), "--info-fd", str(told)),
-            # a program of one process needs no other to wait for its children
+            # a single process has no children, so no other process needs to wait for them
             *(() if start.forks or start.limits.processes else ("--as-pid-1",)),
             *("--size", str(start.limits.scratch_mb * 2**20), "--tmpfs", "/tmp", "--chdir", "/tmp"),
         ]
@@ -80,17 +80,19 @@ class Bubblewrap:
 
     def filter(self, start: Start) -> bytes | None:
         """The system call filter that the command reads."""
-        # bubblewrap sets the filter before it executes Python, so the program may execute others; its root holds none
+        # bubblewrap sets the filter before it executes Python, so execution must be allowed; its root has no other
+        # programs
         return seccomp.program(processes=start.forks or start.limits.processes, execute=True, metadata=True)
 
 
 class Sandlock:
-    """Landlock (reads of Python alone, no writes, no signals out) and a system call filter; one process, no network."""
+    """Landlock (reads only Python, writes nothing, signals no other process) and a system call filter; one process, no
+    network."""
 
     name: LayerName = "sandlock"
 
     def command(self, start: Start, fd: int, told: int) -> list[str]:
-        """What to execute."""
+        """The command."""
         folders = [str(path.resolve()) for path in (*system_folders(), *python_files(), HERE / "inside")]
         folders += [str(Path(path).resolve()) for path in start.readable]
         devices = ["/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"]
@@ -102,7 +104,7 @@ class Sandlock:
         return python_command(start.module, settings)
 
     def filter(self, start: Start) -> bytes | None:
-        """None: the process sets it itself, with its own number in it."""
+        """None: the process sets the filter itself, with its own process id in it."""
         return None
 
 
@@ -112,7 +114,7 @@ class Process:
     name: LayerName = "process"
 
     def command(self, start: Start, fd: int, told: int) -> list[str]:
-        """What to execute."""
+        """The command."""
         seccomp_settings = {"processes": start.forks, "metadata": False}
         settings = _settings(start) | {"tasks": None, "landlock": None, "seccomp": seccomp_settings}
         return python_command(start.module, settings)
@@ -126,18 +128,18 @@ Layer = Bubblewrap | Sandlock | Process
 
 
 class Confined(subprocess.Popen[bytes]):
-    """A confined process, or the bubblewrap that waits for it."""
+    """A confined process, or the bubblewrap process that waits for it."""
 
     def __init__(self, command: list[str], told: int, **options: Any) -> None:
-        """`told`: the read end of a pipe on which bubblewrap says whom it started; closed with the process."""
+        """`told`: the read end of a pipe to which bubblewrap writes its child's process id; closed with the process."""
         self._told = told
         super().__init__(command, **options)
 
     def kill(self) -> None:
-        """End what is confined first, so that bubblewrap sees it end and ends too.
+        """End the confined process first; bubblewrap then ends by itself.
 
-        Killed itself, it would leave a zombie to process 1, which counts in the cgroup until process 1 looks; in many
-        containers it never does.
+        If bubblewrap were killed, it would leave a zombie to process 1, which counts in the cgroup until process 1
+        reaps it; in many containers it never does.
         """
         if self.returncode is None and (inner := self._inner()) is not None:
             with suppress(ProcessLookupError):
@@ -147,7 +149,7 @@ class Confined(subprocess.Popen[bytes]):
         super().kill()
 
     def _inner(self) -> int | None:
-        """The child, as long as bubblewrap has it: its number is no other process's until then."""
+        """The child, while bubblewrap has not reaped it: until then no other process gets its id."""
         try:
             if select.select([self._told], [], [], 0)[0]:
                 child = int(json.loads(os.read(self._told, 4096) or b"{}").get("child-pid", 0))
@@ -172,14 +174,14 @@ def spawn(
     stderr: int | None,
     wrap: Callable[[list[str]], list[str]] = list,
 ) -> Confined:
-    """Start a confined process, without any environment; it dies with the calling thread.
+    """Start a confined process with an empty environment; it dies with the calling thread.
 
     Args:
-        stdin, stdout, stderr: as `subprocess.Popen` takes them.
-        wrap: what the whole command is run through (see `Cgroup.command`).
+        stdin, stdout, stderr: as for `subprocess.Popen`.
+        wrap: wraps the whole command (see `Cgroup.command`).
 
     Raises:
-        UserError: the layer allows no processes, and the limits do.
+        UserError: the limits allow processes, but the layer does not.
     """
     if start.limits.processes and not isinstance(layer, Bubblewrap):
         raise UserError(f"sandbox: only bubblewrap can end what a program starts; '{layer.name}' allows no processes")
@@ -222,7 +224,7 @@ def _settings(start: Start) -> dict[str, Any]:
 
 @lru_cache
 def system_folders() -> tuple[Path, ...]:
-    """Where shared libraries are."""
+    """Folders of shared libraries."""
     return tuple(path for path in map(Path, ("/usr/lib", "/usr/lib64", "/lib", "/lib64")) if path.exists())
 
 
@@ -233,7 +235,7 @@ def _python() -> Path:
 
 @lru_cache
 def python_files() -> tuple[Path, ...]:
-    """The interpreter, its library and its standard library, unless the system's folders hold them."""
+    """The interpreter, its shared library and its standard library, unless they are in the system's folders."""
     library = Path(sys.base_prefix) / "lib"
     wanted = [_python(), Path(sysconfig.get_path("stdlib")), *library.glob("libpython*.so*")]
     wanted.append(Path(sysconfig.get_config_var("DESTSHARED") or wanted[1] / "lib-dynload"))

@@ -1,4 +1,4 @@
-"""What one program may use."""
+"""Resource limits of one program."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one job. Each is enforced by the kernel or by the process outside, never by the code that is tested."""
+    """Limits of one job. The kernel or the outside process enforces each, never the tested code."""
 
     seconds: float = 10.0
-    """Wall clock, from the moment the program may start. Sleeping counts."""
+    """Wall-clock time from the program's start; sleeping counts."""
     memory_mb: int = 512
-    """Address space of one process; where cgroups are writable, also the memory of the whole job."""
+    """Address space of one process; with writable cgroups also the memory of the whole job."""
     scratch_mb: int = 16
-    """Size of /tmp. Only bubblewrap gives a writable folder: the other layers cannot limit its size, so have none."""
+    """Size of /tmp. Only bubblewrap has a writable folder: the other layers cannot limit its size."""
     output_kb: int = 1024
     """Standard output and error together; more ends the job."""
     tasks: int = 32
-    """Threads and processes together. The kernel counts them for users other than root, and in a cgroup."""
+    """Threads and processes together. The kernel enforces it for users other than root, and in a cgroup."""
     processes: bool = False
-    """Whether the program may start processes. Only bubblewrap, whose PID namespace ends them all, allows it."""
+    """Whether the program may start processes. Only bubblewrap allows it: its PID namespace ends them all."""

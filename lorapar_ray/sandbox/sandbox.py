@@ -1,4 +1,4 @@
-"""Many jobs on this machine's cores."""
+"""Runs many jobs on this machine's cores."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lorapar_ray.sandbox.limits import Limits
 
 
 class Sandbox:
-    """Runs model-written programs against their tests, in the strongest layer that this machine has.
+    """Runs model-written programs against their tests, in the strongest layer of this machine.
 
     Use as a context manager, or `close` it.
     """
 
     def __init__(self, layer: LayerName = "auto", limits: Limits | None = None, workers: int | None = None) -> None:
-        """`workers` jobs run at a time; None: as many as this process has cores.
+        """`workers` jobs run at a time; None: one per core of this process.
 
         Raises:
             UserError: this machine has no such layer (see `choose`).

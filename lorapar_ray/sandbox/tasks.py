@@ -1,4 +1,4 @@
-"""Jobs from the rows of HumanEval and MBPP, from a model's completions."""
+"""Jobs from rows of HumanEval and MBPP and a model's completions."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _FENCE = re.compile(r"```[ \t]*+(?:python3?|py)?+[ \t]*+\r?\n(.*?)(?:```|\Z)", r
 
 
 def code_of(completion: str) -> str:
-    """The program in a completion: what its last fenced block holds (an open one too), or else the whole of it."""
+    """The program in a completion: its last fenced block (even if not closed), else the whole completion."""
     blocks = _FENCE.findall(completion)
     return blocks[-1] if blocks else completion
 
 
 def humaneval_job(row: Mapping[str, Any], completion: str) -> Job:
-    """A row of HumanEval: {prompt, entry_point, test}; the completion goes on where the prompt ends.
+    """A row of HumanEval: {prompt, entry_point, test}; the completion continues the prompt.
 
-    A completion in a fenced block that defines the function itself stands alone. The prompt's helper functions, which
+    A completion in a fenced block that defines the function is used alone. The prompt's helper functions, which
     some tests call, are taken from the prompt for the tests, not from the program.
 
     Raises:
@@ -35,7 +35,7 @@ def humaneval_job(row: Mapping[str, Any], completion: str) -> Job:
     prompt, name = row["prompt"], row["entry_point"]
     code = code_of(completion)
     whole = code is not completion and re.search(rf"^(async )?def {re.escape(name)}\b", code, re.MULTILINE)
-    # the prompt ends in a docstring, which is a body, so it is a program
+    # the prompt ends in a docstring, which is a function body, so the prompt is a program
     return Job(code if whole else prompt + code, f"{row['test']}\ncheck({name})\n", (name,), setup=prompt)
 
 
@@ -43,7 +43,7 @@ def mbpp_job(row: Mapping[str, Any], completion: str) -> Job:
     """A row of MBPP: {test_list}, and test_imports or test_setup_code.
 
     Raises:
-        UserError: the row lacks a field, or its tests call nothing.
+        UserError: the row lacks a field, or its tests call no function.
     """
     _require(row, "MBPP", "test_list")
     setup = "\n".join([*row.get("test_imports", ()), row.get("test_setup_code") or ""])
@@ -51,13 +51,13 @@ def mbpp_job(row: Mapping[str, Any], completion: str) -> Job:
 
 
 def tests_job(code: str, tests: str, setup: str = "") -> Job:
-    """A job whose tested functions are found from its tests (see `called_names`).
+    """A job; its tested functions are found in its tests (see `called_names`).
 
     Modules of the standard library that the tests use without importing them are imported for them: MBPP's canonical
-    tests count on the program's own imports, which the tests do not see here.
+        tests rely on the program's imports, which the tests cannot see here.
 
     Raises:
-        UserError: the tests are no program, or call nothing.
+        UserError: the tests are not a Python program, or call no function.
     """
     names = called_names(tests, setup)
     defined = {name for text in (setup, tests) for node in ast.walk(ast.parse(text)) for name in _defines(node)}
@@ -68,13 +68,13 @@ def tests_job(code: str, tests: str, setup: str = "") -> Job:
 
 
 def called_names(tests: str, setup: str = "") -> tuple[str, ...]:
-    """The names that tests call and that neither they, nor the setup, nor Python define.
+    """The names that the tests call and that are not defined in the tests, the setup or Python.
 
-    Only the tests decide, never the program: one that defines `set` or `sorted` does not get to answer for them. Where
-    every name is Python's, it is the first that is called (MBPP has a task to write `sum`).
+    The program has no influence: if it defines `set` or `sorted`, the tests still call Python's. If every name is
+        Python's, the first called one is used (MBPP has a task to write `sum`).
 
     Raises:
-        UserError: the tests are no program, or call nothing.
+        UserError: the tests are not a Python program, or call no function.
     """
     try:
         trees = [ast.parse(setup), ast.parse(tests)]

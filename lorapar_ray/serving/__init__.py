@@ -1,1 +1,1 @@
-"""A finished run behind the OpenAI protocol: base, stage 1, stage 2, and `auto`, which chooses by the question."""
+"""Serves a finished run with the OpenAI protocol: base, stage 1, stage 2, and `auto`, which chooses by the question."""

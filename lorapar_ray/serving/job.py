@@ -1,4 +1,4 @@
-"""`lorapar serve`: deploy a finished run on Ray Serve, and keep it there until the command is ended."""
+"""`lorapar serve`: deploys a finished run on Ray Serve until the command ends."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ KEY = "LORAPAR_API_KEY"
 
 
 READY_S = 120.0
-"""For a replica that runs to say what it serves."""
+"""Time for a running replica to report what it serves."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ class Address:
 
     @property
     def url(self) -> str:
-        """What a client is given."""
+        """The URL for clients."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}/v1"
 
 
 def server_key(address: Address) -> str | None:
-    """The key in the environment; None if there is none and only this machine can reach the address.
+    """The key from the environment; None if there is none and only this machine can reach the address.
 
     Raises:
-        UserError: others can reach it.
+        UserError: there is no key, and other machines can reach the address.
     """
     key = os.environ.get(KEY) or None
     local = address.host == "localhost" or (_is_ip(address.host) and ip_address(address.host).is_loopback)
@@ -71,7 +71,7 @@ def require_free(address: Address) -> None:
     """Check that the port is free; Serve would retry forever.
 
     Raises:
-        UserError: somebody does, or this machine has no such address.
+        UserError: the port is taken, or this machine has no such address.
     """
     try:
         with socket.create_server((address.host, address.port), family=_family(address.host)):
@@ -95,10 +95,10 @@ def _is_ip(text: str) -> bool:
 
 
 def finished_adapters(config: Config, run: RunDirectory) -> dict[str, Path]:
-    """The stock adapter of each training stage that has finished.
+    """The PEFT adapter of each finished training stage.
 
     Raises:
-        UserError: the adapters are no LoRA, which is what one engine serves side by side.
+        UserError: the adapters are not LoRA; one engine can serve only LoRA adapters together.
     """
     if config.adapter.method != "lora":
         raise UserError(
@@ -109,7 +109,7 @@ def finished_adapters(config: Config, run: RunDirectory) -> dict[str, Path]:
 
 
 def labelled_questions(config: Config, run: RunDirectory, adapters: Mapping[str, Path]) -> dict[int, list[str]]:
-    """Questions of each System to find the threshold of `auto` on, drawn by the run's seed; empty: no `auto`."""
+    """Questions of each System to fit the threshold of `auto`, drawn with the run's seed; empty: no `auto`."""
     stages = stages_by_system(config)
     if not stages or not set(stages.values()) <= set(adapters) or not run.labels.is_dir():
         return {}
@@ -123,7 +123,7 @@ def labelled_questions(config: Config, run: RunDirectory, adapters: Mapping[str,
 
 @contextmanager
 def serving(config: Config, run: RunDirectory, address: Address, replicas: int = 1) -> Iterator[dict[str, Any]]:
-    """Serve while the block runs; connected to Ray. Yields the names of the models, and what `auto` agrees with.
+    """Serve while the block runs; needs a connection to Ray. Yields the models' names and the agreement of `auto`.
 
     Raises:
         UserError: the run has not finished a stage, the cluster is too small, the port is taken, or the engine cannot

@@ -1,4 +1,4 @@
-"""vLLM's own serving of the OpenAI protocol, on an engine of ours."""
+"""vLLM's implementation of the OpenAI protocol, on our engine."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 BASE = "base"
 PLAIN = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
-"""The template of a model without one: as such a model was trained, see `datasets.chat`."""
+"""For a model without a chat template: the format that it was trained with, see `datasets.chat`."""
 
 
 async def openai_state(engine: Any, path: str, adapters: Mapping[str, str]) -> Any:
-    """vLLM's own serving of chats and completions, on an engine that runs."""
+    """vLLM's handlers of chats and completions, on a running engine."""
     from starlette.datastructures import State
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -21,7 +21,7 @@ async def openai_state(engine: Any, path: str, adapters: Mapping[str, str]) -> A
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     arguments: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", path])
-    # where there are adapters the base is one of them (`neutral`), and nobody can name the bare one
+    # with adapters, the base is one of them (`neutral`), so clients cannot name the base without an adapter
     arguments.served_model_name = [uuid.uuid4().hex if adapters else BASE]
     arguments.lora_modules = [LoRAModulePath(name=name, path=folder) for name, folder in adapters.items()] or None
     arguments.disable_log_stats = True

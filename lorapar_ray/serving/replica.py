@@ -1,6 +1,6 @@
-"""A Serve replica: one vLLM engine with the run's adapters side by side, behind vLLM's own OpenAI serving.
+"""A Serve replica: one vLLM engine with all of the run's adapters, behind vLLM's OpenAI handlers.
 
-Three routes and no other: vLLM's server has many more, some of which change it.
+It has only three routes: vLLM's server has many more, some of which change the server.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from lorapar_ray.text import one_line
 
 SYSTEM_HEADER = "x-lorapar-system"
 CERTAIN = 1e3
-"""Log-odds, in nats, where one of the choices has no probability at all."""
+"""Log-odds, in nats, if one of the choices has probability zero."""
 
-# What the routes use is imported, not defined below: Serve pickles them as they are when the class is decorated.
+# The routes may use only imported names: Serve pickles them when the class is decorated, before later definitions.
 app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
 
 
 @serve.ingress(app)
 class Replica:
-    """Base, stages and `auto` of one run."""
+    """Serves base, stages and `auto` of one run."""
 
     def __init__(
         self,
@@ -55,16 +55,16 @@ class Replica:
         """Start the engine.
 
         Args:
-            adapters: each stage's adapter: a directory that every machine sees, or a folder of an object store.
-            student: what the student is called in the voting prompt.
-            labelled: questions of each System, to find the threshold of `auto` on; empty: there is no `auto`.
-            key_digest: of the key that clients give (`requests.digest_of`); None: none is asked for.
+            adapters: each stage's adapter: a directory on shared storage, or a folder of an object store.
+            student: the student's name in the voting prompt.
+            labelled: questions of each System, to fit the threshold of `auto`; empty: no `auto`.
+            key_digest: of the clients' key (`requests.digest_of`); None: no key is required.
         """
         self._config, self._labelled = Config.model_validate(config), labelled
         adapters = {name: str(on_this_machine(place)) for name, place in adapters.items()}
         self._adapters = adapters
         if adapters:
-            self._own_files = TemporaryDirectory(prefix="lorapar-neutral-")  # goes with this object
+            self._own_files = TemporaryDirectory(prefix="lorapar-neutral-")  # deleted with this object
             neutral = Path(self._own_files.name) / BASE
             write_neutral(neutral, Path(next(iter(adapters.values()))))
             self._adapters = {BASE: str(neutral), **adapters}
@@ -83,7 +83,7 @@ class Replica:
         self._asked = 0
 
     async def ready(self) -> dict[str, Any]:
-        """Finish starting: the OpenAI side, and the threshold of `auto`. Returns the models and the agreement of
+        """Finish the start: the OpenAI handlers and the threshold of `auto`. Returns the models and the agreement of
         `auto`."""
         if self._state is None:
             self._state = await openai_state(self._engine, self._path, self._adapters)
@@ -95,7 +95,7 @@ class Replica:
         return {"pid": os.getpid()} | ({} if found is None else {"agreement": found.agreement})
 
     async def check_health(self) -> None:
-        """Serve asks now and then, and replaces a replica whose engine has died."""
+        """Called by Serve, which replaces a replica whose engine has died."""
         await self.ready()
         await self._engine.check_health()
 
@@ -107,7 +107,7 @@ class Replica:
 
     @app.get("/v1/models")
     async def models(self, request: Request) -> Response:
-        """The models a client may name."""
+        """The names of the models."""
         try:
             require_key(request.headers, self._key)
         except BadRequest as error:
@@ -129,7 +129,7 @@ class Replica:
 
     @app.post("/v1/completions")
     async def complete(self, request: Request) -> Response:
-        """The completion of a text."""
+        """A completion of a text."""
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
         return await self._answer(request, CompletionRequest, self._state.openai_serving_completion.create_completion)
@@ -161,7 +161,7 @@ class Replica:
         return 2 if await self._odds(question) >= self._threshold.log_odds else 1
 
     def _vote(self, question: str) -> tuple[list[int], list[int]]:
-        """(token ids of what the student is asked, the tokens of the two choices)"""
+        """(token ids of the student's voting prompt, tokens of the two choices)"""
         choice = self._config.label.prompt.choice
         prompt = with_template(routing_prompt(self._config, self._student, question), self._tokenizer, None, choice)
         return choice_tokens(self._tokenizer, prompt, ["1", "2"])
@@ -170,7 +170,7 @@ class Replica:
         return len(self._vote(question)[0]) < self._config.evaluate.engine.max_model_len
 
     async def _odds(self, question: str) -> float:
-        """The student's log-odds of System 2, in nats; the base votes, whichever adapter answers.
+        """The student's log-odds of System 2, in nats; the base without an adapter votes.
 
         Raises:
             BadRequest: the question is too long for the engine.

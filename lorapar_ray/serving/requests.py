@@ -1,4 +1,4 @@
-"""What a client may ask for: checked before any of it reaches the engine."""
+"""Checks a client's request before it reaches the engine."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 MOST_BYTES = 2**20
 MOST_COMPLETIONS = 8
-"""`n` of one request."""
+"""Largest `n` of a request."""
 MOST_PROMPTS = 64
-"""Of one request for completions."""
+"""Most prompts of a completions request."""
 AUTO = "auto"
 
 
 class BadRequest(ValueError):
-    """An answer with a status instead of a completion."""
+    """A refused request, with its HTTP status."""
 
     def __init__(self, status: int, why: str) -> None:
         super().__init__(why)
@@ -25,7 +25,7 @@ class BadRequest(ValueError):
 
     @property
     def body(self) -> dict[str, Any]:
-        """As the OpenAI protocol has it."""
+        """The error in the OpenAI protocol's form."""
         kind = "authentication_error" if self.status == 401 else "invalid_request_error"
         return {"error": {"message": str(self), "type": kind, "param": None, "code": self.status}}
 
@@ -39,10 +39,10 @@ def require_key(headers: Mapping[str, str], digest: str | None) -> None:
     """Compare `Authorization: Bearer …` with the key in constant time.
 
     Args:
-        digest: of the key (`digest_of`); None: no key is asked for.
+        digest: of the key (`digest_of`); None: no key is required.
 
     Raises:
-        BadRequest: it is another, or none.
+        BadRequest: the key is wrong or missing.
     """
     given = headers.get("authorization", "").removeprefix("Bearer ")
     if digest is not None and not hmac.compare_digest(digest_of(given), digest):
@@ -53,7 +53,7 @@ def parsed(body: bytes) -> dict[str, Any]:
     """A request's JSON within the limits.
 
     Raises:
-        BadRequest: it is no JSON object, or asks for too much.
+        BadRequest: it is not a JSON object, or exceeds a limit.
     """
     if len(body) > MOST_BYTES:
         raise BadRequest(413, f"the request is larger than {MOST_BYTES} bytes")
@@ -77,7 +77,7 @@ def parsed(body: bytes) -> dict[str, Any]:
 
 
 def with_system_prompt(asked: dict[str, Any], text: str | None) -> dict[str, Any]:
-    """The request with the system prompt that the run was trained under, if it has messages and none of its own."""
+    """The request with the run's system prompt, if it has messages but no system prompt."""
     messages = asked.get("messages")
     if text is None or not isinstance(messages, list) or not messages:
         return asked
@@ -87,7 +87,7 @@ def with_system_prompt(asked: dict[str, Any], text: str | None) -> dict[str, Any
 
 
 def question_in(asked: Mapping[str, Any]) -> str:
-    """What `auto` goes by: the last message of the user, or the prompt.
+    """The question by which `auto` chooses: the user's last message, or the prompt.
 
     Raises:
         BadRequest: there is no text.

@@ -1,8 +1,7 @@
-"""Which System a question belongs to, asked of the student itself, without its answer.
+"""Decides a question's System by the student's own vote, without an answer.
 
-The student votes as a teacher does (paper, section 3.1): the log-odds of System 2 in the place of one token. A small
-model is biased towards one of the two, so the threshold on its log-odds is fitted to questions of the run that the
-teachers have labelled.
+The student votes like a teacher (paper, section 3.1): by the log-odds of System 2 at one token. A small model is biased
+towards one System, so the threshold on its log-odds is fitted to questions that the run's teachers labelled.
 """
 
 from __future__ import annotations
@@ -15,21 +14,21 @@ from lorapar_ray.config import Config, TeacherConfig
 from lorapar_ray.labeling.prompts import prompt_opening, question_block
 
 QUESTIONS = 64
-"""Of each System, at most, that the threshold is found on."""
+"""Most questions of each System to fit the threshold."""
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """Where log-odds begin to mean System 2."""
+    """From these log-odds on, a question is System 2."""
 
     log_odds: float
     """Nats."""
     agreement: float
-    """With the labels it was found on: the mean share of each System that it gets right; 0.5 is chance."""
+    """Mean over the Systems of the share of correct labels, on the fitted questions; 0.5 is chance."""
 
 
 def fit_threshold(system1: Sequence[float], system2: Sequence[float]) -> Threshold:
-    """The threshold of the best agreement; of several the one in the middle.
+    """The threshold with the best agreement; if several, the middle one.
 
     Args:
         system1: log-odds of System 2, in nats, of questions labelled System 1; at least one.
@@ -50,14 +49,14 @@ def fit_threshold(system1: Sequence[float], system2: Sequence[float]) -> Thresho
 
 
 def routing_prompt(config: Config, student: str, question: str) -> str:
-    """What the student is asked: the run's own voting prompt, the answer left empty."""
+    """The student's prompt: the run's voting prompt, with an empty answer."""
     voter = TeacherConfig(name="student", model=config.model.path)
     opening = prompt_opening(config.label, voter, student)
     return opening + question_block(config.label, question, "").replace(" \n", "\n")
 
 
 def stages_by_system(config: Config) -> dict[int, str]:
-    """The stage that trains on each System's questions; empty if `auto` has nothing to choose between."""
+    """The stage that trains on each System's questions; empty if `auto` has no choice."""
     trained = {"sft": config.sft.systems, "grpo": config.grpo.systems}
     found: dict[int, str] = {}
     for stage in config.order:

@@ -1,7 +1,7 @@
-"""The process that runs a model's program: it defines the functions, and calls them when the tests ask.
+"""The process that runs a model's program: it defines the functions, and calls them for the tests.
 
-Everything after `exec` belongs to the program: it may replace any of this, or write to the channel itself. All that it
-can do so is answer the calls, which is what it is here for; no verdict is ever read from this process.
+After `exec` the program controls this process: it may replace any of this code, or write to the channel itself. This
+only lets it answer calls, which is its task; no verdict is ever read from this process.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _call(program: dict[str, Any], name: str, args: Any, kwargs: Any) -> list[An
 
 
 def _raised(error: BaseException) -> list[Any]:
-    """Names of its built-in classes, most special first, and what it says."""
+    """Names of its built-in classes, most specific first, and its message."""
     names = [each.__name__ for each in type(error).__mro__ if each.__module__ == "builtins"]
     if isinstance(error, WireError):
         names = ["ValueError"]

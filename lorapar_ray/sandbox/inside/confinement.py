@@ -1,4 +1,4 @@
-"""What a process does to itself before it runs anything foreign; none of it can be undone."""
+"""Limits that a process sets on itself before it runs foreign code; none can be undone."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
 LAST_CAPABILITY = 63
 PENDING_SIGNALS = 64
-"""Queued signals and timers, of which all processes of a user share a number."""
+"""Queued signals and timers, which share one limit over all processes of a user."""
 
 
 def limit(what: int, most: int) -> None:
-    """Lower a resource limit, soft and hard; one that is lower already stays."""
+    """Lower a resource limit, soft and hard; a lower existing limit stays."""
     _, hard = resource.getrlimit(what)
     lowest = most if hard == resource.RLIM_INFINITY else min(hard, most)
     resource.setrlimit(what, (lowest, lowest))
@@ -31,10 +31,10 @@ def confine(settings: dict[str, Any]) -> None:
     """Limit this process as the process outside asks.
 
     Args:
-        settings: what `layers` makes of `Limits`: memory_bytes (or None), file_bytes, open_files, seconds (or None).
-            `tasks`, or None where the user's other processes would count too. `landlock`, {readable, library} of
-            `_landlock`, or None. `seccomp`, {processes, metadata} of `seccomp.program`, or None where the filter is in
-            force already.
+        settings: made by `layers` from `Limits`: memory_bytes (or None), file_bytes, open_files, seconds (or None).
+            `tasks`, or None if the user's other processes would count too. `landlock`, {readable, library} of
+            `_landlock`, or None. `seccomp`, {processes, metadata} of `seccomp.program`, or None if the filter is
+            already active.
     """
     limit(resource.RLIMIT_CORE, 0)
     limit(resource.RLIMIT_FSIZE, settings["file_bytes"])
@@ -56,14 +56,15 @@ def confine(settings: dict[str, Any]) -> None:
 
 
 def forbid_processes() -> None:
-    """From now on this process stays one: no child, no other program."""
+    """From now on this process can start no child and no other program."""
     _filter(processes=False, metadata=False)
 
 
 def _landlock(readable: list[str], library: str) -> None:
-    """`readable` can be read and nothing can be written; signals and abstract sockets end at this process.
+    """Only `readable` can be read and nothing can be written; signals and abstract sockets cannot reach other
+    processes.
 
-    `library` is sandlock's, called without its Python package, which takes longer to import than a program to run.
+    `library` is sandlock's; it is called without its Python package, whose import takes longer than a program's run.
     """
     import ctypes
 
@@ -82,7 +83,7 @@ def _landlock(readable: list[str], library: str) -> None:
     policy = sandlock.sandlock_sandbox_builder_new()
     for path in readable:
         policy = sandlock.sandlock_sandbox_builder_fs_read(policy, os.fsencode(path))
-    policy = sandlock.sandlock_sandbox_builder_on_exit(policy, 0)  # commit: there is no other filesystem to undo
+    policy = sandlock.sandlock_sandbox_builder_on_exit(policy, 0)  # commit; no other file system changes to undo
     policy = sandlock.sandlock_sandbox_builder_on_error(policy, 1)  # abort
     error, said = ctypes.c_int(0), ctypes.c_char_p()
     built = sandlock.sandlock_sandbox_build(policy, ctypes.byref(error), ctypes.byref(said))
@@ -91,7 +92,7 @@ def _landlock(readable: list[str], library: str) -> None:
 
 
 def _drop_capabilities() -> None:
-    """Root without capabilities is a user like others, and no program that it starts gets them back."""
+    """Drop all capabilities: root then has only a normal user's rights, also in programs that it starts."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)

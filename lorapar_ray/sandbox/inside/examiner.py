@@ -1,7 +1,7 @@
-"""The process that runs the tests and alone knows the verdict: warm, and forked for each job.
+"""The process that runs the tests and decides the verdict: warm, and forked for each job.
 
-The tests call the program under test through a channel to its process. Names that are tested are bound to stand-ins
-which send the arguments and rebuild the result from plain data (see `wire`).
+The tests call the program under test through a channel to its process. Tested names are bound to stand-ins, which send
+the arguments and rebuild the result from plain data (see `wire`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOOP_ENDS = (StopIteration, StopAsyncIteration)
 
 
 class Broken(BaseException):
-    """The program's process has ended or talks nonsense; no `except Exception` of the tests' may hide it."""
+    """The program's process has ended or sends invalid data; an `except Exception` of the tests cannot hide it."""
 
 
 class CandidateError(Exception):
@@ -31,7 +31,7 @@ class CandidateError(Exception):
 
 
 def main(settings: dict[str, Any]) -> None:
-    """Take jobs from standard input until it ends: a file descriptor of the program's channel, then {job}."""
+    """Read jobs from standard input until it ends: a file descriptor of the program's channel, then {job}."""
     for name in PRELOADED:
         __import__(name)
     control = socket.socket(fileno=os.dup(0))
@@ -61,11 +61,11 @@ def main(settings: dict[str, Any]) -> None:
 
 
 def examine(candidate: Channel, job: dict[str, Any], started: Callable[[], None]) -> dict[str, Any]:
-    """Run the tests of {code, setup, tests, names}; they have passed if they ran to their end.
+    """Run the tests of {code, setup, tests, names}; they pass if they run to their end.
 
     Returns:
         {reason, detail}, with `reason` one of `passed`, `failed`, `raised`, `died`, `tests`, or `unready` if the
-        program's process never came to say that it is there.
+        program's process never reported that it is ready.
     """
     line = Line(candidate)
     namespace: dict[str, Any] = {"__name__": "tests"}
@@ -115,7 +115,7 @@ class Line:
         return self._guard(self._channel.receive)
 
     def answer(self) -> Any:
-        """The value of the program's answer; the built-in exception if it raised one."""
+        """The value of the program's answer; raises the built-in exception that the program raised."""
         message = self.receive()
         if isinstance(message, list) and len(message) == 2 and message[0] == "value":
             return self._guard(lambda: decode(message[1]))
@@ -152,9 +152,9 @@ def _malformed() -> Any:
 
 
 def _exception(names: Any, name: Any, text: Any) -> Exception:
-    """The most special built-in exception that the program's is an instance of; none that ends a process or a loop.
+    """The most specific built-in class of the program's exception, except those that end a process or a loop.
 
-    StopIteration out of a stand-in would end the tests' `map` or `for` as if all had been checked.
+    A StopIteration from a stand-in would end the tests' `map` or `for` as if every element had been checked.
     """
     for each in names if isinstance(names, list) else ():
         kind = getattr(builtins, each, None) if isinstance(each, str) else None
@@ -173,7 +173,7 @@ def _describe(error: BaseException) -> str:
 
 
 def _line_of(error: BaseException, tests: str) -> str:
-    """The line of the tests at which they stopped."""
+    """The line at which the tests stopped."""
     trace, number = error.__traceback__, 0
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == "<tests>":

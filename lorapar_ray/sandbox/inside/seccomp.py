@@ -1,6 +1,6 @@
 """The system calls that tested code may make, as a classic BPF program for seccomp (x86-64).
 
-Calls newer than `rseq` are unknown unless listed: what a future kernel adds is refused until this list names it.
+Calls newer than `rseq` are refused unless listed, so the calls of a future kernel are refused too.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ NEVER = (
     *(141, 142, 144, 203, 314, 251, 256, 279),  # priorities, affinity and memory placement, of other processes too
     *(253, 254, 294),  # inotify: who reads which of the shared files, and when
     *(162, 306),  # sync, syncfs
-    73,  # flock: a lock on a file that can only be read holds up everybody else who locks it
-    *(206, 207, 208, 209, 210),  # asynchronous input and output, of which the whole machine has a fixed number of slots
-    *(188, 189, 190),  # setting extended attributes, which the size of /tmp does not count
+    73,  # flock: a lock on a read-only file blocks every other process that locks it
+    *(206, 207, 208, 209, 210),  # asynchronous input and output: the machine has a fixed number of slots
+    *(188, 189, 190),  # setting extended attributes, which do not count in the size of /tmp
 )
 METADATA = (
     *(90, 91, 268, 92, 93, 94, 260),  # chmod, chown
@@ -44,13 +44,13 @@ METADATA = (
     *(191, 192, 193, 194, 195, 196, 197, 198, 199),  # reading, listing and removing extended attributes
     *(133, 259),  # mknod
 )
-"""What Landlock leaves free: a file's mode, owner, times and attributes."""
+"""Not covered by Landlock: a file's mode, owner, times and attributes."""
 LOCKS = (6, 7, 37, 38)
-"""fcntl: F_SETLK, F_SETLKW and those of open files; for programs that have files of their own, as sqlite has."""
+"""fcntl: F_SETLK, F_SETLKW and those of open files; for programs that write their own files, such as sqlite."""
 DEVICE_CONTROL = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
-"""ioctl requests that are let through: TCGETS, TCGETS2, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX.
+"""Allowed ioctl requests: TCGETS, TCGETS2, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX.
 
-Others change a file that is only open for reading (its flags, its version), type into a terminal, or ask a device.
+Others change a file that is only open for reading (its flags, its version), type into a terminal, or control a device.
 """
 MAP_HUGETLB = 0x40000
 
@@ -62,11 +62,11 @@ def program(*, processes: bool, metadata: bool, execute: bool | None = None, pid
     """The filter, 8 bytes an instruction.
 
     Args:
-        processes: whether new processes may be started; threads always may.
-        execute: whether this process may become another program; None: as `processes`.
-        metadata: whether modes, owners and times of files may be changed, attributes read, and files locked (where
-            there are only its own).
-        pid: the process that the filter is for, which may then signal itself alone; None: any it can see.
+        processes: whether it may start processes; threads are always allowed.
+        execute: whether it may execute another program; None: as `processes`.
+        metadata: whether it may change modes, owners and times of files, read attributes, and lock files (if all files
+        are its own).
+        pid: the filtered process, which may then signal only itself; None: any process that it can see.
     """
     denied = _ERRNO | errno.EPERM
     code = [
@@ -82,21 +82,21 @@ def program(*, processes: bool, metadata: bool, execute: bool | None = None, pid
         listed += [EXECVE, EXECVEAT]
     for number in listed:
         code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, denied)]
-    # clone3 keeps its flags in memory, where a filter cannot look; the C library falls back to clone
+    # clone3 passes its flags in memory, which a filter cannot read; the C library falls back to clone
     code += [(_EQUAL, 0, 1, CLONE3), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
     code += _on_argument(CLONE, 0, [(_ANY, 0, 1, CLONE_NEW), (_RETURN, 0, 0, denied)])
     if not processes:
         code += _on_argument(CLONE, 0, [(_ANY, 1, 0, CLONE_THREAD), (_RETURN, 0, 0, denied)])
     code += _unless_zero(302, 0, denied)  # prlimit64 of another process
     code += _unless_zero(44, 4, denied)  # sendto an address
-    for option in (1, 62):  # prctl: PR_SET_PDEATHSIG, PR_SCHED_CORE, which keeps others off a core
+    for option in (1, 62):  # prctl: PR_SET_PDEATHSIG, PR_SCHED_CORE (keeps others off a core)
         code += _on_argument(157, 0, [(_EQUAL, 0, 1, option), (_RETURN, 0, 0, denied)])
     # fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX make the kernel send signals; F_SETLEASE stops others' writes, F_NOTIFY
-    # watches folders, and F_SETPIPE_SZ uses up what the user's pipes may hold together
+    # watches folders, and F_SETPIPE_SZ uses up the user's total pipe size
     for command in (8, 10, 15, 1024, 1026, 1031, *(() if metadata else LOCKS)):
         code += _on_argument(72, 1, [(_EQUAL, 0, 1, command), (_RETURN, 0, 0, denied)])
     code += _on_argument(53, 0, [(_EQUAL, 1, 0, 1), (_RETURN, 0, 0, denied)])  # socketpair of another family than Unix
-    code += _on_argument(9, 3, [(_ANY, 0, 1, MAP_HUGETLB), (_RETURN, 0, 0, denied)])  # mmap out of others' huge pages
+    code += _on_argument(9, 3, [(_ANY, 0, 1, MAP_HUGETLB), (_RETURN, 0, 0, denied)])  # mmap of huge pages
     past = reversed(range(1, len(DEVICE_CONTROL) + 1))
     allowed = [(_EQUAL, jump, 0, request) for jump, request in zip(past, DEVICE_CONTROL, strict=True)]
     code += _on_argument(16, 1, [*allowed, (_RETURN, 0, 0, denied)])
@@ -109,7 +109,7 @@ def program(*, processes: bool, metadata: bool, execute: bool | None = None, pid
 
 
 def _on_argument(number: int, argument: int, test: list[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
-    """`test` on the low half of a call's argument, if the call is `number`; then the number is loaded again."""
+    """If the call is `number`, apply `test` to the low half of its argument; then load the call's number again."""
     body = [(_LOAD, 0, 0, 16 + 8 * argument), *test, (_LOAD, 0, 0, 0)]
     return [(_EQUAL, 0, len(body), number), *body]
 

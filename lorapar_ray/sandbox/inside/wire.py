@@ -1,11 +1,11 @@
 """Values between the tests and the program under test: plain data by value, nothing executable.
 
-The receiver builds every value itself, of the exact built-in type, so a class of the sender's never gets to override
-`__eq__`, `__bool__` or anything else on the other side. No pickle and no marshal: both let the sender choose what runs,
-or crash the reader.
+The receiver builds every value itself, of the exact built-in type, so a sender's class cannot override `__eq__`,
+`__bool__` or anything else on the other side. No pickle and no marshal: with both the sender can run code in the
+reader, or crash it.
 
-A value is JSON: null, booleans, strings, floats and small integers stand for themselves, and everything else is a list
-that begins with a tag.
+A value is JSON: null, booleans, strings, floats and small integers are unchanged, and everything else is a list that
+begins with a tag.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MAX_MESSAGE = 16 * 2**20
 """Bytes. A longer message is refused before it is read."""
 MAX_ITERATOR = 100_000
-"""An iterator is passed as the list of its elements, if they are no more than this."""
+"""An iterator is passed as the list of its elements, if it has at most this many."""
 _PLAIN: tuple[type, ...] = (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset)
 TYPES = {each.__name__: each for each in _PLAIN}
 _SEQUENCES: dict[str, Callable[[Any], Any]] = {
@@ -46,9 +46,9 @@ class Closed(WireError):
 
 
 class Opaque:
-    """A value that stays where it was made, such as a match of a regular expression.
+    """Replaces a value that cannot be passed, such as a match of a regular expression.
 
-    It is true or false, and equal to nothing but itself.
+    It is true or false, and equal only to itself.
     """
 
     def __init__(self, truth: bool) -> None:
@@ -59,9 +59,9 @@ class Opaque:
 
 
 def encode(value: Any) -> Any:
-    """JSON-ready form of a value; one of another kind is sent as its truth alone.
+    """JSON-ready form of a value; for other kinds only the truth value is sent.
 
-    Subclasses of built-in types (Counter, namedtuple, IntEnum) travel as the built-in type.
+    Subclasses of built-in types (Counter, namedtuple, IntEnum) are sent as the built-in type.
 
     Raises:
         RecursionError: the value is nested too deeply, or contains itself.
@@ -96,10 +96,10 @@ def encode(value: Any) -> Any:
 
 
 def decode(form: Any) -> Any:
-    """The value of a form as `encode` makes it, of exact built-in types.
+    """The value of a form made by `encode`, in exact built-in types.
 
     Raises:
-        WireError: the form is of no known kind.
+        WireError: the form is unknown.
     """
     if form is None or isinstance(form, (bool, int, float, str)):
         return form
