@@ -88,7 +88,6 @@ def learn(learner: Learner, coordinator: Any, journal: Journal | None, rank: int
         coordinator: handle of the actor that runs `collect`.
         journal: of the learner that leads (rank 0): it publishes the policy, writes metrics and checkpoints.
     """
-    import ray
     import torch.distributed as dist
 
     steps, settings = learner.job.steps, learner.settings
@@ -99,7 +98,8 @@ def learn(learner: Learner, coordinator: Any, journal: Journal | None, rank: int
     base_canaries = learner.base_canaries() if measured and computes_canaries else []
     publisher = None
     if journal is not None:
-        ray.get(coordinator.resume.options(max_task_retries=-1).remote(step, stream))  # it may also be restarting
+        resumed = coordinator.resume.options(max_task_retries=-1).remote(step, stream)  # it may also be restarting
+        answer_from(coordinator, resumed)
         journal.begin(step)
         if measured:
             answer_from(coordinator, coordinator.calibrate.remote(base_canaries, learner.rounding))
@@ -122,7 +122,7 @@ def learn(learner: Learner, coordinator: Any, journal: Journal | None, rank: int
             publisher.publish(learner.policy(step), canaries)
             journal.write(step, share, metrics, learning, waited, time.monotonic() - start)
             if step % settings.checkpoint_every == 0 and step < steps:
-                learner.save(step, ray.get(coordinator.checkpoint.remote(step - 1)))
+                learner.save(step, answer_from(coordinator, coordinator.checkpoint.remote(step - 1)))
     if publisher is not None:
         publisher.wait()
         learner.finish()
