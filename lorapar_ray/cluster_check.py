@@ -11,11 +11,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lorapar_ray.capacity import Capacity, capacity, growing, require_fit
 from lorapar_ray.config import Config
 from lorapar_ray.doctor import INSTALL, Finding
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import expanded
+from lorapar_ray.gpus import place
 from lorapar_ray.models import require_there
+from lorapar_ray.pipeline import PIPELINE, stages_of
+from lorapar_ray.processes import HINTS, processes_of
 from lorapar_ray.storage.probe import Probe
 from lorapar_ray.storage.uris import is_uri
 from lorapar_ray.versions import installed_versions
@@ -60,7 +64,8 @@ def examine_cluster(config: Config | None, run_dir: str | None) -> list[Finding]
         if probe is not None:
             found.append(_storage(nodes, reports, probe))
         if config is not None:
-            found += [_models_found(nodes, reports), _keys(config)]
+            with growing(config.cluster):
+                found += [_models_found(nodes, reports), _keys(config), _room(config, capacity())]
         return found
     except UserError as error:
         return [Finding("storage", False, str(error))]
@@ -195,3 +200,16 @@ def _keys(config: Config) -> Finding:
             "secrets", False, f"{', '.join(unset)} not set where jobs run; set them for the head node's pods"
         )
     return Finding("secrets", True, f"{', '.join(wanted)} set" if wanted else "the config names none")
+
+
+def _room(config: Config, has: Capacity) -> Finding:
+    """Whether the cluster has room for what each stage runs at the same time, or may grow to that."""
+    for stage in stages_of(config):
+        placed = place(config, stage, int(has.largest("GPU")))
+        groups = processes_of(placed, stage)
+        if groups and PIPELINE[stage].uses_ray(config):
+            try:
+                require_fit(stage, has, groups, HINTS.get(stage) or f"{stage}.{next(iter(groups))}")
+            except UserError as error:
+                return Finding("room", False, str(error))
+    return Finding("room", True, "for every stage, at the latest once the cluster has grown")

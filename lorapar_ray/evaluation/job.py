@@ -29,6 +29,7 @@ from lorapar_ray.evaluation.serving import Served, require_template, serving
 from lorapar_ray.evaluation.tasks import catalogue_of, evaluate_tasks, unfinished
 from lorapar_ray.grpo.rewards import RewardPool
 from lorapar_ray.models import model_reference, resolve_model
+from lorapar_ray.processes import processes_of
 from lorapar_ray.progress import console, progress
 from lorapar_ray.runs import RunDirectory, atomic_path, digest, write_json
 
@@ -63,7 +64,7 @@ def evaluate_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[di
         return notes
     config = parts[0].config
     settings = config.evaluate
-    require("evaluate", {"engines": (settings.engines, settings.resources)})
+    require("evaluate", processes_of(config, "evaluate"))
     for part in parts:
         part.prepare()
     if config.adapter.method != "lora":

@@ -19,6 +19,7 @@ from typing import Any
 from lorapar_ray.capacity import require
 from lorapar_ray.config import Config, GrpoConfig
 from lorapar_ray.errors import UserError
+from lorapar_ray.processes import processes_of
 from lorapar_ray.workers import bundle
 
 
@@ -36,13 +37,7 @@ def reserved(config: Config) -> Iterator[Any]:
 
     settings, limit_s = config.grpo, config.cluster.wait_s
     engines, resources = settings.rollout_actors, settings.rollout_resources
-    groups = {
-        "rollout_actors": (engines, resources),
-        "learners": (settings.learners, settings.learner_resources),
-        "reward_workers": (settings.reward_workers, settings.reward_resources),
-    }
-    judges = {f"judge.{each.name}": (each.replicas, each.resources) for each in config.judges if each.kind == "serve"}
-    require("grpo", groups | judges)
+    require("grpo", processes_of(config, "grpo"))
     if not any(bundle(resources).values()):
         yield None  # nothing to reserve
         return

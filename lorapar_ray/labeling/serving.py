@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lorapar_ray.capacity import require
 from lorapar_ray.config import Config
+from lorapar_ray.processes import HINTS, processes_of
 from lorapar_ray.progress import console
 from lorapar_ray.serve_apps import deployed, end, start_serve
 from lorapar_ray.text import markup
@@ -47,9 +48,7 @@ def require_room(config: Config) -> None:
     Raises:
         UserError: names the resource, what is wanted and what the cluster has.
     """
-    label = config.label
-    hosted = {t.name: (t.replicas, t.resources) for t in label.teachers if t.kind == "serve"}
-    require("label", {**hosted, "workers": (label.workers, label.resources)}, "label.teachers")
+    require("label", processes_of(config, "label"), HINTS["label"])
 
 
 def stop_teachers(config: Config) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorapar_ray.cluster_check import NodeReport, _gpus, _keys, _models_found, _nodes, _storage, _versions
+from lorapar_ray.capacity import Capacity
+from lorapar_ray.cluster_check import NodeReport, _gpus, _keys, _models_found, _nodes, _room, _storage, _versions
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
 from lorapar_ray.redact import remember
@@ -30,6 +32,15 @@ NODES = {name: {"NodeManagerAddress": f"10.0.0.{place}", "Resources": {"CPU": 4}
 def report(**changes: Any) -> NodeReport:
     plain = {"versions": installed_versions(), "gpus": 0, "storage": "", "free_gib": 9.0, "models": {}}
     return NodeReport(**{**plain, **changes})
+
+
+def config_of(**parts: Any) -> Config:
+    remote = {"kind": "remote", "name": "t", "model": "m", "base_url": "https://x.org", "api_key_env": "A_KEY"}
+    source = {"reader": "file", "path": "rows.jsonl"}
+    label = {"teachers": [remote], "quorum": 1}
+    return Config.model_validate(
+        {"name": "x", "model": {"path": "m"}, "data": {"train": [source]}, "label": label, **parts}
+    )
 
 
 def test_one_run_directory_has_one_row_of_jobs() -> None:
@@ -123,16 +134,24 @@ def test_storage_is_shared_or_the_node_is_named(tmp_path: Path) -> None:
 def test_models_and_keys_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     found = _models_found(NODES, {"a": report(), "b": report(models={"/m": "model '/m': no such directory"})})
     assert not found.ok and found.detail == "on 10.0.0.1: model '/m': no such directory"
-    remote = {"kind": "remote", "name": "t", "model": "m", "base_url": "https://x.org", "api_key_env": "A_KEY"}
-    source = {"reader": "file", "path": "rows.jsonl"}
-    tree = {
-        "name": "x",
-        "model": {"path": "m"},
-        "data": {"train": [source]},
-        "label": {"teachers": [remote], "quorum": 1},
-    }
-    config = Config.model_validate(tree)
+    config = config_of()
     monkeypatch.delenv("A_KEY", raising=False)
     assert _keys(config).detail.startswith("A_KEY not set where jobs run")
     monkeypatch.setenv("A_KEY", "abc")
     assert _keys(config).ok
+
+
+@pytest.mark.parametrize(
+    ("has", "said"),
+    [
+        (
+            Capacity({"CPU": 3}),
+            r"grpo: asks for 4 CPU \(rollout_actors 1 × 1, learners 3 × 1\) but the cluster has 3; lower",
+        ),
+        (Capacity({}, {"CPU": 3}), "but the cluster has 0 and may grow to 3"),
+        (Capacity({}, {"CPU": 4}), ""),
+    ],
+)
+def test_a_cluster_without_room_for_a_later_stage_is_refused_before_the_first(has: Capacity, said: str) -> None:
+    found = _room(config_of(grpo={"learners": 3}), has)
+    assert found.ok == (not said) and re.search(said, found.detail)

@@ -1,0 +1,40 @@
+"""The processes that a stage runs at the same time, as numbers: what a cluster must have room for."""
+
+from __future__ import annotations
+
+from lorapar_ray.config import Config, Resources, TeacherConfig
+
+Groups = dict[str, tuple[int, Resources]]
+"""By the group's name, the number of its processes, the fewest of a range, and the resources of each."""
+HINTS = {"label": "label.teachers"}
+"""By stage, the setting to lower where it is not the number of the first group."""
+
+
+def processes_of(config: Config, stage: str) -> Groups:
+    """The groups of a stage; empty: it works in the driver alone.
+
+    Args:
+        config: with numbers for `gpus: auto`, as `gpus.place` gives it for this stage.
+    """
+    if stage == "label":
+        label = config.label
+        return {**_hosted(label.teachers), "workers": (label.workers, label.resources)}
+    if stage == "score":
+        return {"workers": (config.score.workers, config.score.resources)}
+    if stage == "sft":
+        return {"workers": (config.sft.workers, config.sft.resources)}
+    if stage == "grpo":
+        grpo = config.grpo
+        return {
+            "rollout_actors": (grpo.rollout_actors, grpo.rollout_resources),
+            "learners": (grpo.learners, grpo.learner_resources),
+            "reward_workers": (grpo.reward_workers, grpo.reward_resources),
+            **_hosted(config.judges, "judge."),
+        }
+    if stage == "evaluate":
+        return {"engines": (config.evaluate.engines, config.evaluate.resources)}
+    return {}
+
+
+def _hosted(teachers: list[TeacherConfig], prefix: str = "") -> Groups:
+    return {f"{prefix}{each.name}": (each.replicas, each.resources) for each in teachers if each.kind == "serve"}
