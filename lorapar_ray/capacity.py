@@ -9,16 +9,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lorapar_ray.config import ClusterConfig, Resources
 from lorapar_ray.errors import UserError
 from lorapar_ray.progress import console
+from lorapar_ray.threads import meanwhile
 
 LOOK_AGAIN_S = 2.0
 """Seconds between two checks for a lost node."""
+LOOK_WHILE_WORKING_S = 10.0
+"""The same while a stage works."""
 
 _growth: ContextVar[ClusterConfig | None] = ContextVar("growth", default=None)
 
@@ -110,6 +113,33 @@ def require_soon(
                 console.print(f"  {stage} waits up to {limit_s:g} s for a node that was lost: {error}")
             said = True
             time.sleep(LOOK_AGAIN_S)
+
+
+@contextmanager
+def losses_told(stage: str, groups: dict[str, tuple[int, Resources]]) -> Iterator[None]:
+    """While the block runs, print a line whenever the cluster has lost nodes without which `stage` cannot go on: Ray
+    itself waits in silence until there are others. `groups` as in `require`."""
+    told = missing_for(stage, capacity(), groups)  # `require` has told it
+
+    def look() -> None:
+        nonlocal told
+        with suppress(Exception):  # the connection may be ending
+            missing = missing_for(stage, capacity(), groups)
+            if missing and not told:
+                console.print(f"  {stage} waits for nodes: {missing}")
+            told = missing
+
+    with meanwhile(look, every_s=LOOK_WHILE_WORKING_S):
+        yield
+
+
+def missing_for(stage: str, has: Capacity, groups: dict[str, tuple[int, Resources]]) -> str:
+    """Why the processes have no room on the nodes that there are; empty: they have."""
+    try:
+        require_fit(stage, replace(has, most={}), groups, f"{stage}.{next(iter(groups))}")
+    except UserError as error:
+        return str(error).removeprefix(f"{stage}: ")
+    return ""
 
 
 def require_fit(stage: str, has: Capacity, groups: dict[str, tuple[int, Resources]], hint: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorapar_ray.config import Resources, TeacherConfig
+from lorapar_ray.config import Resources, ScoreConfig, SftConfig, TeacherConfig
 from lorapar_ray.gpus import RULES
 from lorapar_ray.redact import redacted
 
@@ -13,10 +13,16 @@ def asked(stage: str, *parts: str) -> str:
     return f"{text}; GPU {RULES[stage]}" if "GPU auto" in text else text
 
 
-def each_of(count: int, what: str, resources: Resources) -> str:
-    """So many processes of one kind."""
+def each_of(count: int, what: str, resources: Resources, most: int | None = None) -> str:
+    """So many processes of one kind, or as many as there is room for up to `most`."""
     gpus = " + GPU auto" if resources.gpus == "auto" else f" + {resources.gpus:g} GPU" if resources.gpus else ""
-    return f"{count} × {what} ({resources.cpus:g} CPU{gpus})"
+    number = f"{count}" if most is None else f"{count} to {most}"
+    return f"{number} × {what} ({resources.cpus:g} CPU{gpus})"
+
+
+def group_of(config: ScoreConfig | SftConfig) -> str:
+    """The training workers of a stage."""
+    return each_of(config.workers, "worker", config.resources, config.max_workers)
 
 
 def teacher(config: TeacherConfig) -> str:

@@ -6,8 +6,9 @@ import _thread
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -34,6 +35,24 @@ def in_a_thread(work: Callable[[], T], *, name: str, timeout_s: float | None = N
         if outcome.done():
             raise
         raise TimeoutError(f"{name}: not done within {timeout_s:g} s") from error
+
+
+@contextmanager
+def meanwhile(look: Callable[[], object], every_s: float) -> Iterator[None]:
+    """Call `look` in a thread every `every_s` seconds while the block runs."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(every_s):
+            look()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
 
 
 def stop_this_command() -> None:

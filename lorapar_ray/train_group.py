@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from lorapar_ray.network import meet_on_rays_interface
 
@@ -17,6 +19,19 @@ Ray itself removes a group's resources when the driver ends, which a dead contro
 COLLECTIVE_LIMIT_S = 7200
 """For one collective operation, on gloo and NCCL alike. Ranks wait in one while rank 0 publishes a policy, which may
 take half an hour for an engine to be rebuilt; a dead rank is found by Ray, not by this."""
+
+
+class BeforeRestarts(ControllerCallback):
+    """Calls a function, on the driver's machine, before a group takes its resources again: all but the first time."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+        self._begun = False
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        if self._begun:
+            self._call()
+        self._begun = True
 
 
 class _Backend(_TorchBackend):

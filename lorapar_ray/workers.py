@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorapar_ray.capacity import require
+from lorapar_ray.capacity import losses_told, require
 from lorapar_ray.config import Resources
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import write_json
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 RESTARTS = 2
 """How often a worker group is restarted after losing a worker before the stage gives up (it can still be resumed)."""
+ELASTIC_RESTARTS = 20
+"""The same for a group with a range of workers: its nodes are expected to be lost now and then."""
+RESIZE_S = 60.0
+"""Seconds between two looks whether such a group has room for more workers."""
 
 
 def run_workers(
@@ -35,6 +39,8 @@ def run_workers(
     resources: Resources,
     run: RunDirectory,
     writes: Sequence[Path],
+    max_workers: int | None = None,
+    before_restart: Callable[[], None] | None = None,
 ) -> None:
     """Run `function(argument)` on every worker of a Ray Train group and wait.
 
@@ -43,11 +49,15 @@ def run_workers(
         argument: JSON-like; the same on every worker.
         run: paths of it in `argument` are right on every worker, wherever the run lives.
         writes: files and folders of the run that the function writes.
+        max_workers: None: always `workers`. Else as many as there is room for, from `workers` to this number; whenever
+            nodes come or go, the function is called again, by another number of workers.
+        before_restart: called, in another process of this machine, before workers start again after a loss.
 
     Raises:
         UserError: as the worker raised it, or the cluster cannot hold the group.
     """
-    require(name, {"workers": (workers, resources)})
+    group = {"workers": (workers, resources)}
+    require(name, group)
     refusal = run.work / f"refused-{name}-{os.getpid()}.json"
     refusal.unlink(missing_ok=True)
     try:
@@ -55,8 +65,9 @@ def run_workers(
         # is the usual KeyboardInterrupt; the group ends with the Ray session.
         with run.shared(*writes, refusal) as handed:
             task = {"function": function, "argument": argument, "refusal": refusal, "run": handed}
-            trainer = _group(task, name=name, workers=workers, resources=resources, run=run)
-            in_a_thread(trainer.fit, name="ray-train")
+            trainer = _group(task, name, workers, max_workers, resources, run, before_restart)
+            with losses_told(name, group):
+                in_a_thread(trainer.fit, name="ray-train")
     finally:
         if refusal.is_file():
             said = json.loads(refusal.read_text())
@@ -64,18 +75,27 @@ def run_workers(
             raise UserError(said)
 
 
-def _group(task: dict[str, Any], *, name: str, workers: int, resources: Resources, run: RunDirectory) -> Any:
+def _group(
+    task: dict[str, Any],
+    name: str,
+    workers: int,
+    max_workers: int | None,
+    resources: Resources,
+    run: RunDirectory,
+    before_restart: Callable[[], None] | None,
+) -> Any:
     """The workers of a task; Ray Train keeps its own books beside the run's files."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-    from lorapar_ray.train_group import TrainGroup
+    from lorapar_ray.train_group import BeforeRestarts, TrainGroup
 
     remote = run.remote
     return TrainGroup(
         _work,
         train_loop_config=task,
         scaling_config=ScalingConfig(
-            num_workers=workers,
+            num_workers=workers if max_workers is None else (workers, max_workers),
+            elastic_resize_monitor_interval_s=RESIZE_S,
             use_gpu=resources.gpu_count > 0,
             resources_per_worker=bundle(resources),
             label_selector=resources.nodes or None,
@@ -84,8 +104,9 @@ def _group(task: dict[str, Any], *, name: str, workers: int, resources: Resource
             name=f"{name}-{os.getpid()}",
             storage_path=str(run.work / "ray") if remote is None else (remote.uri / "work/ray").path,
             storage_filesystem=None if remote is None else remote.objects.file_system,
-            failure_config=FailureConfig(max_failures=RESTARTS),
+            failure_config=FailureConfig(max_failures=RESTARTS if max_workers is None else ELASTIC_RESTARTS),
             worker_runtime_env={"env_vars": worker_environment(resources)},
+            callbacks=[] if before_restart is None else [BeforeRestarts(before_restart)],
         ),
     )
 

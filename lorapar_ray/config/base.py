@@ -49,6 +49,27 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
+def require_range(name: str, fewest: int, most: int | None) -> None:
+    """Check the field `max_<name>` beside `<name>`.
+
+    Raises:
+        ValueError: it is the smaller one.
+    """
+    if most is not None and most < fewest:
+        raise ValueError(f"max_{name}: {most} is below {name} ({fewest})")
+
+
+def require_worker_range(workers: int, max_workers: int | None, sharding: str) -> None:
+    """Check the number of workers of a training group, or its range.
+
+    Raises:
+        ValueError: the range is empty, or the base is cut by node, which needs as many workers on each node.
+    """
+    require_range("workers", workers, max_workers)
+    if max_workers is not None and sharding == "hsdp":
+        raise ValueError("max_workers: hsdp needs as many workers on each node; set sharding: fsdp2, or no max_workers")
+
+
 def names_in(text: str, field: str) -> set[str]:
     """The `{names}` in a template.
 

@@ -20,6 +20,7 @@ from lorapar_ray.config.base import (
     Tracker,
     names_in,
     require_last_words,
+    require_range,
 )
 from lorapar_ray.config.engine import EngineConfig, Resources, require_gpu_for_each_rank
 from lorapar_ray.config.marks import Operation, Result, result_but_not
@@ -205,7 +206,10 @@ class GrpoConfig(Section):
     times the gap on the base without an adapter, measured before a policy is served, and at least the rounding of
     `dtype`."""
     rollout_actors: Operation[PositiveInt] = 1
-    """Rollout engines."""
+    """Rollout engines; with `max_rollout_actors` the fewest."""
+    max_rollout_actors: Operation[PositiveInt | None] = None
+    """Use as many engines as the cluster has room for, up to this number. An engine joins when there is a node for it,
+    and when its node is lost the others take over its samples. None: always `rollout_actors`."""
     rollout_time_limit_s: Operation[PositiveFloat] = 900.0
     """Time limit for an engine's heartbeat, and for loading and checking a policy. An engine that exceeds it is
     replaced. The time of its groups does not count."""
@@ -300,13 +304,27 @@ class GrpoConfig(Section):
         require_gpu_for_each_rank("rollout_resources", self.rollout_resources, "rollout_engine", self.rollout_engine)
         engine, learner = self.rollout_resources.gpu_count, self.learner_resources.gpu_count
         left = 1 - engine
-        shared = max(self.rollout_actors, self.learners) > 1 and 0 < engine < 1 and 0 < learner < 1
+        shared = (
+            max(self.rollout_actors + self.extra_rollout_actors, self.learners) > 1
+            and 0 < engine < 1
+            and 0 < learner < 1
+        )
         if shared and not (engine > 0.5 and left / 2 + 1e-9 < learner <= left + 1e-9):
             raise ValueError(
                 f"rollout_resources.gpus: {engine:g} and learners' {learner:g} do not share a GPU evenly; to put one "
                 "engine and one learner on each GPU give engines more than 0.5 and learners the rest"
             )
         return self
+
+    @model_validator(mode="after")
+    def _engines_are_a_range(self) -> GrpoConfig:
+        require_range("rollout_actors", self.rollout_actors, self.max_rollout_actors)
+        return self
+
+    @property
+    def extra_rollout_actors(self) -> int:
+        """Engines that join if there is room."""
+        return 0 if self.max_rollout_actors is None else self.max_rollout_actors - self.rollout_actors
 
     @property
     def judged(self) -> bool:

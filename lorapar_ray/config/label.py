@@ -17,6 +17,7 @@ from lorapar_ray.config.base import (
     Word,
     names_in,
     require_last_words,
+    require_range,
 )
 from lorapar_ray.config.engine import EngineConfig, Resources, require_gpu_for_each_rank
 from lorapar_ray.config.marks import Operation, Result
@@ -86,8 +87,7 @@ class TeacherConfig(Section):
             raise ValueError("base_url: required for kind: remote, and not allowed for other kinds")
         if self.base_url is not None and not _is_address(self.base_url):
             raise ValueError("base_url: write it as https://host/v1")
-        if self.max_replicas is not None and self.max_replicas < self.replicas:
-            raise ValueError(f"max_replicas: {self.max_replicas} is below replicas ({self.replicas})")
+        require_range("replicas", self.replicas, self.max_replicas)
         require_gpu_for_each_rank("resources", self.resources, "engine", self.engine)
         return self
 

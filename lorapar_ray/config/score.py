@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from lorapar_ray.config.base import Fraction, PositiveInt, Section
+from lorapar_ray.config.base import Fraction, PositiveInt, Section, require_worker_range
 from lorapar_ray.config.engine import Resources
 from lorapar_ray.config.marks import Operation, Result
 
@@ -34,11 +34,19 @@ class ScoreConfig(Section):
     gradient_checkpointing: Operation[bool] = False
     """Recompute activations in the backward pass: less memory, more time."""
     workers: Operation[PositiveInt] = 1
-    """Training workers that share the examples."""
+    """Training workers that share the examples; with `max_workers` the fewest."""
+    max_workers: Operation[PositiveInt | None] = None
+    """Use as many workers as the cluster has room for, up to this number. When nodes come or go, the stage resumes
+    from its last checkpoint with more or fewer workers. None: always `workers`."""
     sharding: Operation[Literal["none", "fsdp2", "hsdp"]] = "none"
     """Cut the frozen base, if it does not fit one device: `fsdp2` over all workers, `hsdp` over those of each node."""
     resources: Operation[Resources] = Resources()
     """Resources of one worker."""
+
+    @model_validator(mode="after")
+    def _workers_are_a_range(self) -> ScoreConfig:
+        require_worker_range(self.workers, self.max_workers, self.sharding)
+        return self
 
 
 class PartitionConfig(Section):

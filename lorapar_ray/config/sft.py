@@ -16,6 +16,7 @@ from lorapar_ray.config.base import (
     Section,
     System,
     Tracker,
+    require_worker_range,
 )
 from lorapar_ray.config.engine import Resources
 from lorapar_ray.config.marks import Operation, Result
@@ -82,7 +83,10 @@ class SftConfig(Section):
     on one frozen base, each with its own rows and steps. Each ends as it does alone, except for rounding and dropout
     masks. Each needs memory for its activations. 1: one run after the other."""
     workers: Operation[PositiveInt] = 1
-    """Training workers that share each step's examples."""
+    """Training workers that share each step's examples; with `max_workers` the fewest."""
+    max_workers: Operation[PositiveInt | None] = None
+    """Use as many workers as the cluster has room for, up to this number. When nodes come or go, the stage resumes
+    from its last checkpoint with more or fewer workers. None: always `workers`."""
     sharding: Operation[Literal["none", "fsdp2", "hsdp"]] = "none"
     """Cut the frozen base, if it does not fit one device: `fsdp2` over all workers, `hsdp` over those of each node."""
     resources: Operation[Resources] = Resources()
@@ -102,6 +106,11 @@ class SftConfig(Section):
             "patience": None,
         }
         return self.model_copy(update=settings)
+
+    @model_validator(mode="after")
+    def _workers_are_a_range(self) -> SftConfig:
+        require_worker_range(self.workers, self.max_workers, self.sharding)
+        return self
 
     @model_validator(mode="after")
     def _patience_needs_validation(self) -> SftConfig:

@@ -75,8 +75,9 @@ class Coordinator:
         asked = self._settings.canary_tolerance
         self._calibrated = None if asked == "auto" else asked
         self._engines = EnginePool(
-            engine or self._new_engine,
+            lambda slot: self._new_engine(slot) if engine is None else engine(),
             self._settings.rollout_actors,
+            extra=self._settings.extra_rollout_actors,
             at_once=groups_at_once(self._settings),
             tolerance=MOST_TOLERANCE if self._calibrated is None else self._calibrated,
             time_limit_s=self._settings.rollout_time_limit_s,
@@ -128,6 +129,11 @@ class Coordinator:
             if self._balance is not None and "balance" in stream:
                 self._balance.restore(stream["balance"])
         self._engines.begin_to_start()  # a restarted coordinator has none
+        self._engines.grow()  # the learners have what they need
+
+    async def make_room(self) -> None:
+        """Before learners begin again, which may need the room of the extra engines."""
+        await self._engines.make_room()
 
     async def calibrate(self, canaries: list[Canary], least: float) -> float:
         """Set the canary tolerance from the gap on the base without an adapter, once for the run; returns it.
@@ -151,8 +157,8 @@ class Coordinator:
 
         Returns:
             seconds and bytes of the sync, the largest canary gap (mean absolute log-probability difference in nats),
-            the engines' idle share since the last sync, prompts of the steps that begin now, engines replaced so far,
-            groups lost with their nodes so far, and finished steps in the queue.
+            the engines' idle share since the last sync, prompts of the steps that begin now, engines that can be
+            asked, engines replaced so far, groups lost with their nodes so far, and finished steps in the queue.
 
         Raises:
             PolicyMismatch: see `EnginePool.publish`.
@@ -194,6 +200,7 @@ class Coordinator:
             "canary_tolerance": self._engines.tolerance,
             "idle/engines": idle,
             "prompts_per_step": float(wanted),
+            "engines": float(self._engines.working),
             "engines_replaced": float(self._engines.replaced),
             "groups_lost": float(self._rollouts.lost),
             "queue_depth": float(sum(self._steps[step].done() for step in self._steps if step >= policy.version)),
@@ -258,7 +265,7 @@ class Coordinator:
             return None
         return Balance(settings.prompts_per_step, settings.balance_bounds)
 
-    def _new_engine(self) -> Any:
+    def _new_engine(self, slot: int) -> Any:
         settings, engine = self._settings, self._settings.rollout_engine
         if settings.top_k:  # the largest number of log-probabilities per request
             engine = engine.model_copy(update={"extra": {"max_logprobs": settings.top_k, **engine.extra}})
@@ -271,5 +278,5 @@ class Coordinator:
             trust_remote_code=self._plan["trust_remote_code"],
             sync=sync_of(settings),
             max_lora_rank=self._plan["lora_rank"],
-            place=self._place,
+            place=self._place if slot < settings.rollout_actors else None,  # only those have a bundle there
         )

@@ -5,6 +5,9 @@ An engine that dies, or no longer answers the heartbeat, is rebuilt. Meanwhile t
 tokens last seen of them. The new engine gets no request until it is verified to serve the current policy. A slow group
 does not mean a hanging engine: a healthy one may have many groups before it.
 
+Extra engines join in the same way, whenever the cluster has room for one. They leave when the learners restart, which
+may need that room.
+
 Only a policy's note passes through here. The engines fetch the policy from the object store, once for each node. Its
 owner is the learner that made it; if that learner dies, the policy is lost, not the engine: the next learner publishes
 another.
@@ -15,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,21 +47,31 @@ class EnginePool:
     """Asynchronous; used in one event loop."""
 
     def __init__(
-        self, start: Callable[[], Any], size: int, *, at_once: int, tolerance: float, time_limit_s: float
+        self,
+        start: Callable[[int], Any],
+        size: int,
+        *,
+        extra: int = 0,
+        at_once: int,
+        tolerance: float,
+        time_limit_s: float,
     ) -> None:
         """Store how to run the engines.
 
         Args:
-            start: creates an engine and returns its handle, with `EngineActor`'s methods `start`, `load_policy`,
-            `rollout`, `progress`, `give_back`, `score`, `cache_gap` and `leave`.
-            size: number of engines.
+            start: creates the engine of a place (from 0) and returns its handle, with `EngineActor`'s methods `start`,
+                `load_policy`, `rollout`, `progress`, `give_back`, `score`, `cache_gap` and `leave`.
+            size: number of engines that sampling needs before it begins.
+            extra: number of further places, each empty until its engine has started (see `grow`).
             at_once: most requests in flight per engine; later ones wait for the first engine with room.
             tolerance: the largest canary gap, in nats.
             time_limit_s: for a heartbeat, and for loading and verifying a policy.
         """
         self._start = start
-        self._size = size
-        self._router = Router(size, at_once)
+        self._fewest, self._size = size, size + extra
+        self._empty = set(range(self._fewest, self._size))
+        """Places for which no engine is wanted now."""
+        self._router = Router(self._size, at_once)
         self._waiting: deque[_Waiting] = deque()
         self._rollouts: dict[str, _Rollout] = {}
         """Groups in flight by key."""
@@ -71,8 +84,8 @@ class EnginePool:
         self._time_limit_s = time_limit_s
         self._engines: list[Any] = []
         self._rebuilding: dict[int, asyncio.Task[None]] = {}
-        self._losses = [0] * size
-        self._gaps = [0.0] * size
+        self._losses = [0] * self._size
+        self._gaps = [0.0] * self._size
         self._replaced = 0
         self._current: PolicyNote | None = None
         self._whole: PolicyNote | None = None
@@ -91,9 +104,30 @@ class EnginePool:
     def begin_to_start(self) -> None:
         """Start every engine, unless that has begun."""
         if self._started is None:
-            self._engines = [self._start() for _ in range(self._size)]
-            self._started = asyncio.gather(*(engine.start.remote() for engine in self._engines))
+            first = [self._start(slot) for slot in range(self._fewest)]
+            self._engines = [*first, *[None] * (self._size - self._fewest)]
+            self._started = asyncio.gather(*(engine.start.remote() for engine in first))
             self._watches = [asyncio.create_task(self._watch(slot)) for slot in range(self._size)]
+
+    def grow(self) -> None:
+        """Begin to start the extra engines. Each waits for room in the cluster; nothing waits for them."""
+        for slot in sorted(self._empty):
+            self._rebuild_by(slot, self._fill(slot))
+        self._empty.clear()
+
+    async def make_room(self) -> None:
+        """End the extra engines until `grow` is called; the other engines take over their groups."""
+        extra = set(range(self._fewest, self._size)) - self._empty
+        self._empty |= extra
+        starting = [self._rebuilding.pop(slot) for slot in extra if slot in self._rebuilding]
+        for task in starting:
+            task.cancel()
+        for slot in extra:
+            self._let_go(slot)
+        leaving = [engine for slot in extra if (engine := self._engines[slot]) is not None]
+        for slot in extra:
+            self._engines[slot] = None
+        await asyncio.gather(*starting, *map(leave, leaving), return_exceptions=True)
 
     async def run(self, call: Callable[[Any], Any]) -> Any:
         """`call(engine)` on the least loaded engine, in the order of calls; if it is lost, on another."""
@@ -218,7 +252,7 @@ class EnginePool:
         while self._waiting:
             waiting = self._waiting[0]
             if not waiting.slot.done():
-                alive = [slot for slot in range(self._size) if slot not in self._rebuilding]
+                alive = self._working()
                 wanted = [slot for slot in alive if slot != waiting.avoid] or alive
                 slot = self._router.choose(wanted, waiting.beginnings)
                 if slot is None:
@@ -251,16 +285,16 @@ class EnginePool:
         """Monitor one place: its engine's heartbeat, its groups' progress, and stragglers."""
         while True:
             await asyncio.sleep(LOOK_S)
-            if slot in self._rebuilding or not self._router.load[slot]:
+            if slot not in self._working() or not self._router.load[slot]:
                 continue
             engine = self._engines[slot]
             await self._look(slot, engine)
-            if slot not in self._rebuilding:
+            if slot in self._working():
                 self._hand_on_stragglers(slot, engine)
 
     def _hand_on_stragglers(self, slot: int, engine: Any) -> None:
         usual = self._router.typical
-        others = (each for each in range(self._size) if each != slot and each not in self._rebuilding)
+        others = (each for each in self._working() if each != slot)
         if usual is None or self._waiting or all(self._router.load[each] for each in others):
             return
         now = time.monotonic()
@@ -329,7 +363,7 @@ class EnginePool:
                 if task.done():
                     del self._rebuilding[slot]
                     task.result()
-            if alive := [slot for slot in range(self._size) if slot not in self._rebuilding]:
+            if alive := self._working():
                 return alive
             left = deadline - time.monotonic()
             done, _ = await asyncio.wait(
@@ -344,10 +378,21 @@ class EnginePool:
     def _rebuild(self, slot: int, lost: Any, error: Exception) -> None:
         """Begin to replace the engine of `slot`, unless that has begun; all waits for its answers end."""
         if self._engines[slot] is lost and slot not in self._rebuilding:
-            self._rebuilding[slot] = task = asyncio.create_task(self._replace(slot, lost, error))
-            task.add_done_callback(lambda _: self._rebuilt())
-            if (gone := self._gone.pop(slot, None)) is not None and not gone.done():
-                gone.set_result(None)
+            self._rebuild_by(slot, self._replace(slot, lost, error))
+            self._let_go(slot)
+
+    def _rebuild_by(self, slot: int, work: Coroutine[Any, Any, None]) -> None:
+        self._rebuilding[slot] = task = asyncio.create_task(work)
+        task.add_done_callback(lambda _: self._rebuilt())
+
+    def _let_go(self, slot: int) -> None:
+        """End every wait for an answer of the engine in `slot`."""
+        if (gone := self._gone.pop(slot, None)) is not None and not gone.done():
+            gone.set_result(None)
+
+    def _working(self) -> list[int]:
+        """The places whose engine can be asked."""
+        return [slot for slot in range(self._size) if slot not in self._rebuilding and slot not in self._empty]
 
     def _rebuilt(self) -> None:
         """Give the rebuilt engine, or the error, to the waiting requests."""
@@ -373,21 +418,34 @@ class EnginePool:
                     f"grpo.rollout_time_limit_s ({self._time_limit_s:g}) if requests take longer than that"
                 ) from error
             self._replaced += 1
-            lost = self._start()
+            lost = self._start(slot)
             try:
-                await lost.start.remote()
-                await self._catch_up(slot, lost)
+                return await self._put(slot, lost)
             except PolicyMismatch:
                 raise
             except Exception as another:
                 error = another
-            except asyncio.CancelledError:
-                await leave(lost)
-                raise
-            else:
-                self._engines[slot] = lost
-                self._router.forget(slot)
-                return
+
+    async def _fill(self, slot: int) -> None:
+        """Put an engine that serves the current policy into an empty `slot`."""
+        engine = self._start(slot)
+        try:
+            await self._put(slot, engine)
+        except PolicyMismatch:
+            raise
+        except Exception as error:
+            await self._replace(slot, engine, error)
+
+    async def _put(self, slot: int, engine: Any) -> None:
+        """Start an engine, bring it to the current policy, and put it into `slot`."""
+        try:
+            await engine.start.remote()
+            await self._catch_up(slot, engine)
+        except asyncio.CancelledError:
+            await leave(engine)
+            raise
+        self._engines[slot] = engine
+        self._router.forget(slot)
 
     async def _catch_up(self, slot: int, engine: Any) -> None:
         """Load the current policy into a new engine, and the next one if it is published meanwhile."""
@@ -409,14 +467,19 @@ class EnginePool:
         """Engines replaced so far."""
         return self._replaced
 
+    @property
+    def working(self) -> int:
+        """Engines that can be asked now."""
+        return len(self._working())
+
     def busy_share(self, since: float, seconds_before: float) -> float:
         """Share of the engines' time with a request in flight, since the monotonic time `since`.
 
         Args:
             seconds_before: the value of `busy_seconds` at `since`.
         """
-        elapsed = time.monotonic() - since
-        return min(1.0, (self.busy_seconds() - seconds_before) / (elapsed * self._size)) if elapsed > 0 else 0.0
+        elapsed, engines = time.monotonic() - since, max(self._fewest, len(self._working()))
+        return min(1.0, (self.busy_seconds() - seconds_before) / (elapsed * engines)) if elapsed > 0 else 0.0
 
     def busy_seconds(self) -> float:
         """Seconds with a request in flight, summed over the engines since they started."""
@@ -427,7 +490,7 @@ class EnginePool:
         for task in [*self._watches, *self._rebuilding.values()]:
             task.cancel()
         await asyncio.gather(*self._rebuilding.values(), return_exceptions=True)
-        await asyncio.gather(*(leave(engine) for engine in self._engines))
+        await asyncio.gather(*(leave(engine) for engine in self._engines if engine is not None))
 
     def _begin(self, slot: int, beginnings: Sequence[int]) -> None:
         self._router.begin(slot, beginnings, time.monotonic())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ CANARIES = 4
 CANARY_TOKENS = 32
 """Most characters of a response."""
 STOP_LIMIT_S = 30
+ROOM_LIMIT_S = 60
 
 
 def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
@@ -97,6 +99,7 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
                 resources=settings.learner_resources,
                 run=run,
                 writes=[Path(job.checkpoints), out, run.metrics],
+                before_restart=partial(_make_room, name) if settings.extra_rollout_actors else None,
             )
         except Exception:
             if ray.wait([engines], timeout=0)[0]:
@@ -120,6 +123,14 @@ def _require_servable(sync: str, base: str, adapter: Path) -> None:
         missing = on_a_worker(unmergeable, base, list(read_adapter_state(adapter)))
         if missing:
             raise UserError(not_in_the_files(missing, base))
+
+
+def _make_room(coordinator: str) -> None:
+    """End the extra engines, whose resources may be what the learners lack after the loss of a node."""
+    import ray
+
+    with contextlib.suppress(ray.exceptions.RayError, ValueError):  # lost with its engines, and perhaps begun again
+        ray.get(ray.get_actor(coordinator).make_room.remote(), timeout=ROOM_LIMIT_S)
 
 
 def _stop(coordinator: Any) -> None:

@@ -122,6 +122,7 @@ def _run(config: Config, run: RunDirectory, job: ScoreJob, plan: Plan, folder: P
             job.payload(),
             name="score",
             workers=config.score.workers,
+            max_workers=config.score.max_workers,
             resources=config.score.resources,
             run=run,
             writes=[run.work / "score", run.work / "warmup", run.adapter, run.metrics],

@@ -7,7 +7,7 @@ from typing import Any
 
 from lorapar_ray.config import Config
 from lorapar_ray.config.marks import Setting, deciding
-from lorapar_ray.resources import asked, each_of
+from lorapar_ray.resources import asked, group_of
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.stages import Settings, Stage, model_files, settings_of
 
@@ -65,6 +65,6 @@ STAGE = Stage(
     ),
     scratch=("work/score", "work/warmup"),
     reads=reads,
-    resources=lambda config: asked("score", each_of(config.score.workers, "worker", config.score.resources)),
+    resources=lambda config: asked("score", group_of(config.score)),
     uses_ray=lambda config: config.partitioned or config.adapter.method == "lora",
 )

@@ -69,7 +69,7 @@ def warm_up_job(config: Config, run: RunDirectory, adapter: Path, chosen: Select
     """
     score = config.score
     settings = config.sft.warmup(config.adapter).model_copy(
-        update={"workers": score.workers, "resources": score.resources, "sharding": score.sharding}
+        update={key: getattr(score, key) for key in ("workers", "max_workers", "resources", "sharding")}
     )
     chosen = replace(chosen, max_length=settings.max_length)
     require_room(run, TokenTable(Path(chosen.path)), [chosen], stage="warmup", field="sft.max_length")
@@ -98,7 +98,6 @@ def _job(
         regions=None if regions is None else str(regions.resolve()),
         checkpoints=str((run.work / name / "checkpoints").resolve()),
         metrics=str((run.metrics / f"{name}.jsonl").resolve()),
-        workers=settings.workers,
         seed=config.seed,
     )
 
@@ -111,6 +110,7 @@ def _run(job: SftJob, settings: SftConfig, examples: int, name: str, run: RunDir
             job.payload(),
             name=name,
             workers=settings.workers,
+            max_workers=settings.max_workers,
             resources=settings.resources,
             run=run,
             writes=[Path(job.checkpoints), Path(job.adapter_out), run.metrics],

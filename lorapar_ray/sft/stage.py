@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lorapar_ray.config import Config
-from lorapar_ray.resources import asked, each_of
+from lorapar_ray.resources import asked, group_of
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.stages import Stage, before, model_files, order_until, settings_of
 
@@ -37,6 +37,6 @@ STAGE = Stage(
     ),
     scratch=("work/sft",),
     reads=lambda config: model_files(config.model.path),
-    resources=lambda config: asked("sft", each_of(config.sft.workers, "worker", config.sft.resources)),
+    resources=lambda config: asked("sft", group_of(config.sft)),
     check=check,
 )

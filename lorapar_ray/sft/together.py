@@ -72,6 +72,7 @@ def train_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[dict[
             {"jobs": [job.payload() for job in jobs]},
             name="sft",
             workers=config.sft.workers,
+            max_workers=config.sft.max_workers,
             resources=config.sft.resources,
             run=run,
             writes=[],  # arms are on a disk that all see

@@ -41,7 +41,6 @@ class SftJob:
     """`regions.safetensors`, or None to train every element."""
     checkpoints: str
     metrics: str
-    workers: int
     seed: int
 
     def payload(self) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def test_a_policy_that_is_not_the_learners_is_caught_and_a_hanging_engine_replac
 
     async def go() -> None:
         pool = EnginePool(
-            lambda: engine_of(finished.student, fault), 1, at_once=8, tolerance=TOLERANCE, time_limit_s=120
+            lambda _: engine_of(finished.student, fault), 1, at_once=8, tolerance=TOLERANCE, time_limit_s=120
         )
         [told] = await pool.start()
         assert await pool.publish(*source.next("q_proj", "v_proj")) < TOLERANCE  # vLLM keeps q, k and v in one tensor
@@ -116,7 +116,7 @@ def test_an_adapter_is_swapped_under_requests_that_go_on_with_their_own(cluster:
         return start_engine(str(finished.student), settings, Resources(), seed=0, sync="adapter", max_lora_rank=rank)
 
     async def go() -> None:
-        pool = EnginePool(engine, 1, at_once=8, tolerance=TOLERANCE, time_limit_s=300)
+        pool = EnginePool(lambda _: engine(), 1, at_once=8, tolerance=TOLERANCE, time_limit_s=300)
         await pool.start()
         assert await pool.publish(*source.next()) < TOLERANCE
         sampling = {**SAMPLING, "n": 16, "max_tokens": 170, "ignore_eos": True}

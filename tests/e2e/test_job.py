@@ -18,11 +18,11 @@ from urllib.request import urlopen
 import pytest
 
 from lorapar_ray.pipeline import STAGES
+from lorapar_ray.threads import meanwhile
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.test_interruption import copy_before
 from tests.tiny_run import ROOT, metrics
 from tests.unit.test_dashboard import figures
-from tests.watching import meanwhile
 
 pytestmark = pytest.mark.e2e
 RAY = str(Path(sys.executable).with_name("ray"))

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import pytest
 
+from lorapar_ray.threads import meanwhile
 from tests.hosts.machines import Machine, why_not
 from tests.hosts.run import Sent, write_sent
 from tests.hosts.topology import topology
 from tests.tiny_run import save_tiny_student
-from tests.watching import meanwhile
 
 
 class FarRun(NamedTuple):

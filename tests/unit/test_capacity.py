@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from threading import Event
+
 import pytest
 
 from lorapar_ray import capacity
-from lorapar_ray.capacity import Capacity, Node, require_fit, require_soon
+from lorapar_ray.capacity import Capacity, Node, losses_told, require_fit, require_soon
 from lorapar_ray.config import Resources
 from lorapar_ray.errors import UserError
 
@@ -104,3 +106,24 @@ def test_a_lost_node_is_waited_for(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     never = Capacity({"CPU": 2}, nodes=(other,))
     with pytest.raises(UserError, match="group=a, which no node"):
         require_soon("sft", lambda: never, groups, "sft.workers", 60.0)
+
+
+def test_what_lost_nodes_leave_too_little_for_is_told_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a cluster that may grow again; what the connection's end makes of the look is not told."""
+    amounts = {"CPU": 8.0, "GPU": 4.0}
+    whole, half = (Capacity(each, {"CPU": 64.0, "GPU": 8.0}, (Node({}, each),)) for each in (amounts, {"CPU": 4.0}))
+    seen, all_seen = [half, half, whole, half, half, whole, half], Event()
+
+    def look() -> Capacity:
+        if not seen:
+            all_seen.set()
+        return seen.pop(0)
+
+    monkeypatch.setattr(capacity, "capacity", look)
+    monkeypatch.setattr(capacity, "LOOK_WHILE_WORKING_S", 0.001)
+    with losses_told("sft", GROUPS):
+        assert all_seen.wait(10)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("sft waits for nodes: asks for 8 CPU (workers 4 × 2) but the cluster has 4") == 2

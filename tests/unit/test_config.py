@@ -101,6 +101,10 @@ TEACHER = {"name": "t", "model": "m/m"}
         ({"model": {"path": "a\ud800"}}, "model.path"),
         ({"label": {"teachers": [{**TEACHER, "requests_per_second": float("inf")}]}}, "requests_per_second"),
         ({"label": {"strategy": "vote", "teachers": [{**TEACHER, "replicas": 3, "max_replicas": 2}]}}, "max_replicas"),
+        ({"sft": {"workers": 3, "max_workers": 2}}, "max_workers"),
+        ({"score": {"workers": 3, "max_workers": 2}}, "max_workers"),
+        ({"grpo": {"rollout_actors": 3, "max_rollout_actors": 2}}, "max_rollout_actors"),
+        ({"sft": {"max_workers": 2, "sharding": "hsdp"}}, "max_workers"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict[str, Any], culprit: str) -> None:

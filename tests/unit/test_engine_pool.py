@@ -89,7 +89,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def pool_of(fates: Iterable[str], size: int, at_once: int = 4) -> EnginePool:
     engines = (Engine(name, fate) for name, fate in enumerate(fates))
-    return EnginePool(lambda: next(engines), size, at_once=at_once, tolerance=0.1, time_limit_s=60)
+    return EnginePool(lambda _: next(engines), size, at_once=at_once, tolerance=0.1, time_limit_s=60)
 
 
 def ask(pool: EnginePool, times: int) -> list[int]:
@@ -250,6 +250,10 @@ def test_a_policy_that_went_with_its_learner_costs_no_engine_and_the_next_one_is
 class Sampling:
     """An engine that samples one token at a time, when told to; what is sampled elsewhere it goes on with."""
 
+    room = asyncio.Event()
+    """Whether the cluster has room for another one."""
+    room.set()
+
     def __init__(self, name: int) -> None:
         self.name = name
         self.start, self.rollout, self.progress = Remote(self._start), Remote(self._rollout), Remote(self._progress)
@@ -258,6 +262,7 @@ class Sampling:
         self.answers, self.dead = True, False
 
     async def _start(self) -> dict[str, int]:
+        await self.room.wait()
         return {"pid": self.name}
 
     def _rollout(self, prompt_ids: list[int], sampling: dict[str, Any], key: str, begun: Any) -> tuple[Any, Any]:
@@ -301,14 +306,14 @@ async def failing(error: Exception) -> None:
     raise error
 
 
-async def started(size: int, time_limit_s: float = 60.0) -> tuple[EnginePool, list[Sampling]]:
+async def started(size: int, time_limit_s: float = 60.0, extra: int = 0) -> tuple[EnginePool, list[Sampling]]:
     made: list[Sampling] = []
 
-    def make() -> Sampling:
+    def make(_: int) -> Sampling:
         made.append(Sampling(len(made)))
         return made[-1]
 
-    pool = EnginePool(make, size, at_once=4, tolerance=0.1, time_limit_s=time_limit_s)
+    pool = EnginePool(make, size, extra=extra, at_once=4, tolerance=0.1, time_limit_s=time_limit_s)
     await pool.start()
     return pool, made
 
@@ -377,6 +382,41 @@ def test_a_straggler_is_given_back_once_and_an_idle_engine_goes_on_with_it() -> 
         made[1].grow("a", 6, 7, 8)
         assert (await asked)[0] == [5, 6, 7, 8] and pool.replaced == 0
         await pool.stop()
+
+    asyncio.run(go())
+
+
+@pytest.mark.usefixtures("looks")
+def test_extra_engines_join_leave_and_join_again(ended: list[int]) -> None:
+    """What one has begun when it leaves, another one goes on with; nothing waits for one that has no room."""
+
+    async def go() -> None:
+        pool, made = await started(1, extra=2)
+        assert len(made) == 1
+        pool.grow()
+        await until(lambda: pool._working() == [0, 1, 2])
+        asked = [asyncio.create_task(pool.rollout(key, [1, 1], {})) for key in "abc"]
+        await until(lambda: all(len(engine.groups) == 1 for engine in made))
+        key = next(iter(made[1].groups))
+        made[1].grow(key, 5, 6)
+        await until(lambda: pool._seen.get(1, (0, 0, {}))[2] == {key: 2})
+        made[2].die()
+        await until(lambda: len(made) == 4 and pool._working() == [0, 1, 2] and pool.replaced == 1)
+        await pool.make_room()
+        assert pool._working() == [0] and set(ended) == {1, 3}
+        await until(lambda: len(made[0].groups) == 3)
+        assert made[0].groups[key][0] == [5, 6] and pool.replaced == 1
+        Sampling.room.clear()
+        pool.grow()
+        await until(lambda: len(made) == 6)
+        for each in "abc":
+            made[0].grow(each, *[7] * (4 - len(made[0].groups[each][0])))
+        assert [head.lengths for _, head in await asyncio.gather(*asked)] == [(4,)] * 3
+        assert pool._working() == [0]
+        Sampling.room.set()
+        await until(lambda: pool._working() == [0, 1, 2])
+        await pool.stop()
+        assert set(ended) == {0, 1, 3, 4, 5}
 
     asyncio.run(go())
 

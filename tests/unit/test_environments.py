@@ -259,7 +259,7 @@ def test_episodes_go_on_with_another_engine_from_the_turn_that_was_lost() -> Non
     engines = iter([dying, next_one])
     started: list[Engine] = []
 
-    def start() -> Any:
+    def start(_: int) -> Any:
         engine = next(engines)
         engine.start = Method(lambda: answered({"pid": 0}))
         engine.leave = Method(lambda: answered(None))

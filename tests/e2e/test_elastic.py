@@ -1,0 +1,140 @@
+"""Groups of workers on a cluster whose nodes come and go: processes of one machine that Ray takes for nodes."""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from lorapar_ray.config import Config
+from lorapar_ray.grpo.job import train_stage2
+from lorapar_ray.runs import RunDirectory
+from lorapar_ray.sft.checkpoint import last_checkpoint
+from lorapar_ray.sft.job import train_stage1
+from tests.chaos import Recovery
+from tests.sft_run import ready_run
+from tests.tiny_run import metrics, save_tiny_student
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """The driver's node, with two cores; tests add others."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_TRAIN_V2_ENABLED", "1")
+    monkeypatch.setattr("lorapar_ray.workers.RESIZE_S", 1.0)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+class Stage:
+    """A stage at work in a thread, until it is stopped."""
+
+    def __init__(self, name: str, work: Callable[[Config, RunDirectory], object], config: Config, run: RunDirectory):
+        self.name, self.run = name, run
+        self._work = partial(work, config, run)
+        self._thread = threading.Thread(target=self._until_stopped, daemon=True)
+        self._thread.start()
+
+    def lines(self) -> list[dict[str, Any]]:
+        return metrics(self.run.root, self.name)
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 240
+        while not condition():
+            assert self._thread.is_alive() and time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if "TrainController" in " ".join(process.cmdline()):
+                    process.kill()
+        self._thread.join(60)
+
+    def _until_stopped(self) -> None:
+        with suppress(ray.exceptions.RayError):
+            self._work()
+
+
+@pytest.mark.chaos("sft", "node")
+def test_stage_1_goes_on_with_the_workers_that_there_are(
+    chance: Random, nodes: Cluster, recovery: Recovery, tmp_path: Path
+) -> None:
+    """Two workers, one after a node is lost, two again: each step's loss is that of one undisturbed worker."""
+    student = save_tiny_student(tmp_path / "student")
+    options = {"micro_batch_size": 4, "checkpoint_every": 5, "schedule": "constant", "warmup_ratio": 0.0}
+    resources = {"cpus": 2, "threads": 1}
+    config, run = ready_run(student, tmp_path / "elastic", epochs=20_000, max_workers=2, resources=resources, **options)
+    checkpoints = run.work / "sft" / "checkpoints"
+
+    def checkpoint_of(workers: int, begun: int) -> bool:
+        """Whether the newest checkpoint is of so many workers, and of a step after `begun`."""
+        newest = last_checkpoint(checkpoints, 1)
+        return newest is not None and newest[1] > begun and len([*Path(newest[0]).glob("rng-*")]) == workers
+
+    second = nodes.add_node(num_cpus=2)
+    stage, before = Stage("sft", train_stage1, config, run), chance.randint(1, 20)
+    stage.wait_for(lambda: checkpoint_of(2, before))
+    nodes.remove_node(second, allow_graceful=False)
+    lost = len(stage.lines())
+    with recovery("sft", "node"):
+        stage.wait_for(lambda: checkpoint_of(1, lost))
+    nodes.add_node(num_cpus=2)
+    grown = len(stage.lines())
+    stage.wait_for(lambda: checkpoint_of(2, grown))
+    stage.stop()
+    lines = stage.lines()
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    alone = ready_run(student, tmp_path / "alone", epochs=20_000, max_steps=len(lines), **options)
+    train_stage1(*alone)
+    losses = [[line["loss"] for line in metrics(each.root, "sft")] for each in (run, alone[1])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.chaos("grpo", "node")
+def test_stage_2_goes_on_with_the_engines_that_there_are(
+    chance: Random, nodes: Cluster, recovery: Recovery, tmp_path: Path
+) -> None:
+    """One engine, two once a node joins, one after its loss, two again: no step and no prompt is missing."""
+    student = save_tiny_student(tmp_path / "student")
+    config, run = ready_run(student, tmp_path / "run")
+    shutil.copytree(run.adapter, run.sft / "adapter")
+    more = {"steps": 100_000, "max_rollout_actors": 2, "max_staleness": 1, "refill_limit": 0, "learning_rate": 1e-4}
+    stage = Stage("grpo", train_stage2, config.model_copy(update={"grpo": config.grpo.model_copy(update=more)}), run)
+
+    def steps_by(engines: int, count: int) -> bool:
+        """Whether the last `count` steps were sampled by so many engines."""
+        return [line["engines"] for line in stage.lines()[-count:]] == [engines] * count
+
+    stage.wait_for(lambda: steps_by(1, 3))
+    second, before = nodes.add_node(num_cpus=1), chance.randint(1, 10)
+    stage.wait_for(lambda: steps_by(2, before))
+    nodes.remove_node(second, allow_graceful=False)
+    with recovery("grpo", "node"):
+        stage.wait_for(lambda: steps_by(1, 3))
+    nodes.add_node(num_cpus=1)
+    stage.wait_for(lambda: steps_by(2, 3))
+    stage.stop()
+    lines = stage.lines()
+    assert [line["policy_version"] for line in lines] == list(range(1, len(lines) + 1))
+    assert lines[-1]["engines_replaced"] >= 1
+    drawn = [prompt for line in lines for prompt in line["prompts"]]
+    epoch = len(set(drawn))
+    epochs = [drawn[start : start + epoch] for start in range(0, len(drawn) - epoch + 1, epoch)]
+    assert [len(set(each)) for each in epochs] == [epoch] * len(epochs)
