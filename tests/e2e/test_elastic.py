@@ -42,6 +42,14 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         cluster.shutdown()
 
 
+def end_processes(kind: str) -> None:
+    """End Ray's processes of a kind by `kill -9`."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if kind in " ".join(process.cmdline()):
+                process.kill()
+
+
 class Stage:
     """A stage at work in a thread, until it is stopped."""
 
@@ -61,10 +69,7 @@ class Stage:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):
-                if "TrainController" in " ".join(process.cmdline()):
-                    process.kill()
+        end_processes("TrainController")
         self._thread.join(60)
 
     def _until_stopped(self) -> None:
@@ -129,6 +134,9 @@ def test_stage_2_goes_on_with_the_engines_that_there_are(
     with recovery("grpo", "node"):
         stage.wait_for(lambda: steps_by(1, 3))
     nodes.add_node(num_cpus=1)
+    stage.wait_for(lambda: steps_by(2, 3))
+    end_processes("RayTrainWorker")  # the learner, which may need the room of the second engine
+    stage.wait_for(lambda: steps_by(1, 1))
     stage.wait_for(lambda: steps_by(2, 3))
     stage.stop()
     lines = stage.lines()
