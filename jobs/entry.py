@@ -1,4 +1,4 @@
-"""What every job of this folder does: find the package, join the job's cluster, run one command of `lorapar`."""
+"""Shared by every job of this folder: finds the package, joins the job's cluster and runs one `lorapar` command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def job(command: str) -> None:
     given = sys.argv[1:]
     place = run_dir(given)
     if place is None and "--help" not in given:
-        sys.exit("lorapar: --run-dir: give a directory that every node can reach; the job's own goes when it ends")
+        sys.exit("lorapar: --run-dir: give a directory that every node can reach; Ray deletes the job's own directory")
     if place is not None:
         try:
             require_whole_path(place)

@@ -2,8 +2,8 @@
 
     ray job submit --working-dir . -- python jobs/pipeline.py --config jobs/configs/quickstart.yaml --run-dir DIR
 
-Options are those of `lorapar run`. DIR must be on storage that every node can reach. Started again, on this cluster or
-on another, it goes on from what DIR holds.
+Options are those of `lorapar run`. DIR must be on storage that every node can reach. Submitted again, on this cluster
+or on another, it resumes from DIR.
 """
 
 from entry import job

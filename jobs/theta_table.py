@@ -1,9 +1,9 @@
-"""What a partition keeps at each θ, beside the paper's figures, as a Markdown table.
+"""A Markdown table of what a partition keeps at each θ, compared with the paper's figures.
 
     python jobs/theta_table.py RUN_DIRECTORY...
 
 Needs runs whose `partition` has finished. The paper's rows are LLaMA2-7B on GSM8K (arXiv 2507.20999, θ sweep and
-section on overlap); it gives its Jaccard index at θ = 0.9 only.
+section on overlap); it reports its Jaccard index at θ = 0.9 only.
 """
 
 from __future__ import annotations

@@ -26,16 +26,16 @@ QUICK = {"gsm8k@0": 4, "mmlu@0": 1, "arc_easy@0": 8}
 MAX_MODEL_LEN = 4096
 """The longest prompt with five examples of MMLU fits."""
 MAX_GEN_TOKS = 64
-"""Of both, to bound the time on a CPU."""
+"""For both, to limit the time on a CPU."""
 HF_BATCH = {"gsm8k@0": 32, "gsm8k@8": 8, "mmlu@0": 8, "mmlu@5": 1, "arc_easy@0": 8}
-"""Of the peer, which scores over the whole vocabulary at once: larger batches of choices need gigabytes."""
+"""Batch sizes of the peer, which scores over the whole vocabulary at once: larger batches of choices need gigabytes."""
 HF_KEPT = 16
-"""Answers of the peer that are written together, or a whole batch if that is more."""
+"""The peer's answers are saved in parts of this many, or a whole batch if that is larger."""
 
 
 @dataclass
 class Compared:
-    """What became of one task."""
+    """The comparison on one task."""
 
     task: str
     questions: int
@@ -43,15 +43,16 @@ class Compared:
     """Questions × metrics × filters."""
     same: int
     accuracy: dict[str, list[float]]
-    """By metric: ours, theirs."""
+    """For each metric: ours, theirs."""
     same_text: int | None
-    """Of the questions: continuations that are equal to the last character; None where nothing is generated."""
+    """Questions with exactly equal continuations; None if the task generates nothing."""
     largest_gap: float | None
-    """Of the log-probabilities of choices, in nats."""
+    """Largest difference of the choices' log-probabilities, in nats."""
     differing: list[dict[str, Any]] = field(default_factory=list)
-    """Questions decided otherwise, and by what margin."""
+    """Questions with different decisions, and their margins."""
     parted: list[float] = field(default_factory=list)
-    """Where continuations part: logit of the best token less that of the second best, as `hf` computes them."""
+    """At the first difference of two continuations: the best token's logit minus the second best's, computed by
+    `hf`."""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -59,7 +60,7 @@ def compare(data: Path, quick: bool, device: str, keep: Path) -> list[Compared]:
     """Evaluate with both.
 
     Args:
-        keep: folder for what each answers, from which a later call goes on.
+        keep: folder for the answers of both, from which a later call resumes.
     """
     from lorapar_ray.evaluation.harness.catalogue import Catalogue
 
@@ -73,7 +74,7 @@ def compare(data: Path, quick: bool, device: str, keep: Path) -> list[Compared]:
 
 
 def _kept(file: Path, work: Callable[[], Any]) -> Any:
-    """What `work` gives, or gave before to the same file."""
+    """The result of `work`, or the result saved in `file` by an earlier call."""
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = file.with_suffix(".draft")
@@ -134,7 +135,7 @@ def _theirs(catalogue: Any, task: str, limit: int, device: str, keep: Path) -> d
 
 
 def _in_parts(answer: Callable[..., list[Any]], size: int, keep: Path) -> Callable[..., list[Any]]:
-    """`answer`, some requests at a time, each part of which is kept: a task's requests have one order."""
+    """Wrap `answer` to save its answers in parts of `size` requests; a task's requests always have the same order."""
 
     def answers(requests: Sequence[Any], **_: Any) -> list[Any]:
         found = []
@@ -207,7 +208,7 @@ def _mean(values: Any) -> float:
 
 
 def _margins(found: Sequence[Compared], both: Mapping[str, Any], device: str) -> None:
-    """Say by how much each different decision was decided."""
+    """Add the margin of each different decision."""
     for compared in found:
         ours, theirs = both[compared.task]
         for each in compared.differing:
@@ -225,7 +226,7 @@ def _margins(found: Sequence[Compared], both: Mapping[str, Any], device: str) ->
 
 
 def _parting_margins(texts: Sequence[tuple[str, str, str]], device: str) -> list[float]:
-    """For each (prompt, continuation, other continuation): the gap of the two best logits where they part."""
+    """For each (prompt, continuation, other continuation): the gap of the two best logits at their first difference."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -250,5 +251,5 @@ def _parting_margins(texts: Sequence[tuple[str, str, str]], device: str) -> list
 
 
 def as_json(found: Sequence[Compared]) -> list[dict[str, Any]]:
-    """For the page of results."""
+    """JSON for the results page."""
     return [asdict(each) for each in found]

@@ -1,4 +1,4 @@
-"""The peer of `weight_sync.py`: every weight of the model travels to the engine and is loaded."""
+"""The peer of `weight_sync.py`: every weight of the model is sent to the engine and loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FullLoader(PolicyLoader):
 
 
 class FullPushEngine(EngineActor):
-    """An engine that takes a whole checkpoint as bytes."""
+    """An engine that receives a whole checkpoint as bytes."""
 
     async def push(self, blob: bytes) -> None:
         with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:

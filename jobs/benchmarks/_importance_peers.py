@@ -17,14 +17,14 @@ from lorapar_ray.logprobs import logits_at
 
 
 def plain_training(model: Any, batches: list[dict[str, Tensor]]) -> None:
-    """What a training step costs up to its optimiser, over packed batches."""
+    """A training step without its optimiser, over packed batches."""
     for batch in batches:
         plain_losses(model, batch).sum().backward()
         model.zero_grad()
 
 
 def plain_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Each example's mean loss as one writes it: PEFT's forward, float32 logits of the labelled positions."""
+    """Each example's mean loss in the usual way: PEFT's forward pass, float32 logits of the labelled positions."""
     device = next(model.parameters()).device
     layout = layout_of(batch, device)
     rows, columns = layout.predicting // layout.shape[1], layout.predicting % layout.shape[1]
@@ -48,7 +48,7 @@ def one_by_one(model: Any, examples: list[TokenizedExample]) -> GradSums:
 
 
 def by_vmap(model: Any, batches: list[dict[str, Tensor]]) -> GradSums:
-    """Per-example gradients from torch.func, with a mask made beforehand: making one depends on data."""
+    """Per-example gradients from torch.func. The mask is built before, since building one depends on data."""
     keys = {id(parameter): key for key, parameter in adapter_parameters(model).items()}
     names = {keys[id(parameter)]: name for name, parameter in model.named_parameters() if id(parameter) in keys}
     parameters = {key: parameter.detach() for key, parameter in adapter_parameters(model).items()}
@@ -88,7 +88,7 @@ def causal_mask(present: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def by_opacus(model: Any, batches: list[dict[str, Tensor]]) -> GradSums:
-    """Per-example gradients as Opacus hooks leave them on each parameter: all of a batch's, side by side."""
+    """Per-example gradients from Opacus's hooks: each parameter holds those of a whole batch."""
     from opacus.grad_sample import GradSampleModule
 
     parameters = adapter_parameters(model)

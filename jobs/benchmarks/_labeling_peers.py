@@ -1,10 +1,10 @@
-"""Peers that compute the same votes: vLLM offline in one process, and Ray's own two batch processors.
+"""Peers that compute the same votes: vLLM offline in one process, and Ray's two batch processors.
 
-All are given the same prompts, the same engine settings and the same constrained single token. Offline, being the
-limit, also gets what our engines add for the platform (smaller blocks of the key-value cache on a CPU); the processors
-keep vLLM's defaults there, as their users have them. Offline gets the prompts as token ids, the processors as text, as
-our own replicas do. Start time does not count: each reports votes per second from the moment its engine took the first
-of the counted prompts, after a quarter of them has warmed it up where the engine outlives a call.
+All get the same prompts, engine settings and constrained single token. Offline is the limit, so it also gets what our
+engines add for the platform (smaller blocks of the key-value cache on a CPU); the processors keep vLLM's defaults, as
+for their users. Offline gets the prompts as token ids, the processors as text, like our replicas. Start time does not
+count: each reports votes per second from the engine's first counted prompt. If the engine outlives a call, a quarter of
+the prompts warms it up first.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from lorapar_ray.precision import engine_dtype
 
 BATCH = 16
 RESULT = "votes per second: "
-"""Marks the line that matters among what an engine prints."""
+"""Marks the result among the lines that an engine prints."""
 
 
 def offline(
     model: str, engine: EngineConfig, resources: Resources, prompts: list[list[int]], choices: list[int]
 ) -> float:
-    """Votes per second of `vllm.LLM.generate`, in a process of its own; the first quarter warms up."""
+    """Votes per second of `vllm.LLM.generate`, in a separate process; the first quarter warms up."""
     task = {"model": model, "engine": engine.model_dump(), "prompts": prompts, "choices": choices}
     environment = os.environ | engine_environment(engine, resources)
     done = subprocess.run(
@@ -67,7 +67,7 @@ def sampling(choices: Sequence[int]) -> dict[str, Any]:
 def engine_processor(
     model: str, engine: EngineConfig, resources: Resources, texts: list[str], choices: list[int]
 ) -> float:
-    """Ray Data's `vLLMEngineProcessorConfig`: an engine inside a Ray Data actor, started anew by each call."""
+    """Ray Data's `vLLMEngineProcessorConfig`: an engine inside a Ray Data actor, started by each call."""
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
     config = vLLMEngineProcessorConfig(
@@ -105,9 +105,9 @@ def serve_processor(
     sent = Path(tempfile.mkdtemp(prefix="labeling-")) / "sent"
 
     class VoteRequest:
-        """Makes a `CompletionRequest` of a row's fields, in which Ray Data has turned lists into arrays.
+        """Makes a `CompletionRequest` from a row's fields; Ray Data has turned lists into arrays.
 
-        Notes when: rows come out of the processor in one burst, so that what they say of themselves is no help.
+        Records the time: rows leave the processor in one burst, so their own times are useless.
         """
 
         def __new__(cls, **fields: Any) -> Any:

@@ -1,9 +1,8 @@
-"""`vllm.LLM` in a process of its own: for each line on standard input it answers all prompts and says how long it took.
+"""`vllm.LLM` in a separate process: for each line on standard input it answers all prompts and prints the seconds.
 
     python jobs/benchmarks/_llm_peer.py JOB.json
 
-JOB: {arguments of `vllm.LLM`, sampling, and as token ids `generate`: prompts, `score`: prompts whose log-probabilities
-are asked for}.
+JOB: {arguments of `vllm.LLM`, sampling, and as token ids `generate`: prompts, `score`: prompts to score}.
 """
 
 from __future__ import annotations

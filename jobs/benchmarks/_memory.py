@@ -13,7 +13,7 @@ import psutil  # type: ignore[import-untyped]
 
 @dataclass
 class Memory:
-    """Bytes held before a block, and at most during it."""
+    """Bytes before a block, and the most during it."""
 
     before: int
     peak: int
@@ -25,7 +25,7 @@ class Memory:
 
 @contextmanager
 def private_memory() -> Iterator[Memory]:
-    """Resident memory not backed by files, on Linux; what earlier work has freed is given back first."""
+    """Resident memory not backed by files, on Linux; memory freed by earlier work is returned to the system first."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     process, done = psutil.Process(), threading.Event()
 

@@ -1,4 +1,4 @@
-"""What every benchmark reports: one row per comparison, as a table and as JSON."""
+"""The rows of every benchmark: one per comparison, as a table and as JSON."""
 
 from __future__ import annotations
 

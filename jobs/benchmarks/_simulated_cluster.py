@@ -1,7 +1,7 @@
 """A simulated cluster for `rollout_scale.py`: engines, rewards and a learner that sleep instead of computing.
 
-Only the computing is simulated. The coordinator, its queue, the records in the object store and every message between
-them are those of stage 2, on a local Ray; several simulated engines share a process, as asynchronous tasks.
+Only computation is simulated. The coordinator, its queue, the records in the object store and all messages are those of
+stage 2, on a local Ray. Several simulated engines share a process, as asynchronous tasks.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Load:
     """Durations and numbers of tokens of the simulation."""
 
     slots: int
-    """Sequences an engine decodes at once, each at the same speed."""
+    """Sequences that an engine decodes at once, all at the same speed."""
     median_s: float
-    """Median time of a sequence; lengths are log-normal, as those of chains of thought are."""
+    """Median time of a sequence; lengths are log-normal, like those of chains of thought."""
     mean_tokens: int
-    """Of a sequence."""
+    """Mean tokens of a sequence."""
     sigma: float = 0.6
     longest: float = 4.0
-    """Where the length limit cuts, in medians."""
+    """The length limit, in medians."""
 
     def draw(self, generator: random.Random) -> float:
         """One sequence's length, in medians."""
@@ -43,7 +43,7 @@ class Load:
 
     @cached_property
     def mean(self) -> float:
-        """Mean of `draw`, by drawing many."""
+        """Mean of `draw`, from many draws."""
         generator = random.Random(0)
         return sum(self.draw(generator) for _ in range(100_000)) / 100_000
 
@@ -75,10 +75,10 @@ class SleepingEngines:
         return {}, {}
 
     async def give_back(self, engine: int, key: str) -> None:
-        """It sleeps on."""
+        """Does nothing: the simulated engine continues."""
 
     async def _sequence(self, engine: int) -> int:
-        """Its tokens, once it has had its time."""
+        """Sleep for a sequence's time; returns its number of tokens."""
         length = self._load.draw(self._generator)
         async with self._slots[engine]:
             await asyncio.sleep(self._load.median_s * length)
@@ -128,7 +128,7 @@ class _Answer:
 
 
 class Engines:
-    """Makes handles one after another; what a coordinator is given to start its engines with."""
+    """The factory of engine handles for a coordinator."""
 
     def __init__(self, count: int, load: Load) -> None:
         actor = ray.remote(SleepingEngines).options(num_cpus=0, max_concurrency=10_000)

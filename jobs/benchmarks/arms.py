@@ -2,18 +2,18 @@
 
     python jobs/benchmarks/arms.py [--quick] [--device DEVICE] [--shape 135m|1b|1.5b] [--arms K] --json FILE
 
-K arms (masks of 40 %, seeds and learning rates of their own) of rank 8 on QKVGUD, 16 rows a step (8 with `--quick`) of
-20 to 60 tokens, of which the last 3 to 8 have a loss; the base has random weights. Both sides run stage 1's loop,
-passes and optimiser as `lorapar` does: `TrainingLoop` for each arm, `ArmsLoop` for all. Starting workers and loading
-the model, which the arms share too, is not counted.
+K arms (each with its own mask of 40 %, seed and learning rate) of rank 8 on QKVGUD, 16 rows a step (8 with `--quick`)
+of 20 to 60 tokens, of which the last 3 to 8 have a loss; the base has random weights. Both sides run stage 1's loop,
+passes and optimiser like `lorapar`: `TrainingLoop` for each arm, `ArmsLoop` for all. Starting workers and loading the
+model, which the arms share too, do not count.
 
 - arms per hour: K × the median step alone / the median step together, in the device's dtype;
 - processor time of an arm's step: on a CPU this hardly depends on other work on the machine;
-- losses: in float32, the largest relative distance of any step's loss from the arm's alone;
-- launches: operations of a forward and backward pass that compute something (views left out), for each arm's step. What
-  a launch costs depends on the device, their number does not: a CPU computes for long in each, so there the gain of
-  fewer and larger products is small; on a GPU a small model's step is the time of its launches;
-- memory: the peak memory that another arm adds, and its parts: adapter with gradients, and optimiser.
+- losses: in float32, the largest relative difference of a step's loss from that of the arm alone;
+- launches: operations of a forward and backward pass that compute something (no views), for each arm's step. Their
+  number does not depend on the device, their cost does: on a CPU each computes for long, so fewer and larger products
+  gain little; on a GPU launches take most of a small model's step;
+- memory: the peak memory that one more arm adds, and its parts: adapter with gradients, and optimiser.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from lorapar_ray.sft.step_log import StepLog
 
 MICRO, ACTIVE, RATE = 8, 0.4, 1e-4
 GOAL = 2.5
-"""Times as many arms per hour, for 4."""
+"""Ratio of arms per hour, for 4 arms."""
 MIB = 2**20
 
 
@@ -89,7 +89,7 @@ class Bench:
             return AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[self.shape]), dtype=dtype)
 
     def base(self, dtype: torch.dtype) -> Any:
-        """A copy of the base, whose weights are drawn once."""
+        """A copy of the base; its weights are drawn once."""
         from transformers import AutoModelForCausalLM, LlamaConfig
 
         if dtype not in self.bases:
@@ -141,7 +141,7 @@ class Bench:
         self.processor_s = time.process_time() - start
 
     def alone(self, arm: int, dtype: torch.dtype, steps: int) -> list[dict[str, Any]]:
-        """Lines of the log of one arm."""
+        """The log's lines of one arm."""
         model = self.peft(arm, dtype)
         parameters = adapter_parameters(model)
         with tempfile.TemporaryDirectory() as folder:
@@ -155,7 +155,7 @@ class Bench:
     def together(
         self, arms: int, dtype: torch.dtype, steps: int, micro: int = MICRO
     ) -> tuple[list[list[dict[str, Any]]], int]:
-        """(lines of the log of each arm, bytes of one arm's optimiser)."""
+        """(the log's lines of each arm, bytes of one arm's optimiser)."""
         model = self.many(arms, dtype)
         passes = self.passes(model, model.stacks(), arms)
         model.share_gradients()
@@ -180,7 +180,7 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
 
 
 def steady(lines: Sequence[dict[str, Any]]) -> float:
-    """Median seconds of the steps but the first two, in which graphs are captured."""
+    """Median seconds of a step, without the first two, which capture graphs."""
     return statistics.median(line["seconds"] for line in lines[2:])
 
 
@@ -215,7 +215,7 @@ def equality(bench: Bench, steps: int) -> Row:
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations that are no views."""
+    """Counts operations that are not views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class Launches(TorchDispatchMode):
 
 
 def launches(bench: Bench, arms: int, dtype: torch.dtype) -> int:
-    """Of one forward and backward pass over a micro-batch of each arm; nothing is computed for it."""
+    """Launches of one forward and backward pass over a micro-batch of each arm, on meta tensors."""
     meta = torch.device("meta")
     if arms > 1:
         states = [{key: torch.empty(size, device=meta) for key, size in bench.sizes.items()}] * arms
@@ -237,7 +237,7 @@ def launches(bench: Bench, arms: int, dtype: torch.dtype) -> int:
         model = attach_lora(bench.empty(dtype), rank=8, alpha=16)
     rows = collate([[each] for each in bench.examples[:2]] * arms, packed=False, filler=0, arms=arms)
     parts: dict[str, Any] = {name: part.to(meta) for name, part in vars(rows).items() if torch.is_tensor(part)}
-    for _ in range(2):  # gradients are there the second time
+    for _ in range(2):  # the second time, gradients exist
         with Launches() as counted:
             arm_losses(model.train(), replace(rows, **parts)).sum().backward()
     return counted.count
@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", choices=("135m", "1b", "1.5b"), default="135m")
     parser.add_argument("--arms", type=int, default=4)
-    parser.add_argument("--json", type=Path, required=True, help="where the rows go")
+    parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cuda":

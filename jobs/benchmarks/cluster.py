@@ -2,15 +2,15 @@
 
     python jobs/benchmarks/cluster.py [--quick] --json FILE
 
-As root. Three machines made of Linux namespaces (`tests/hosts`) run the tiny pipeline: teachers on one, an engine on
-another, two learners on two. So times are those of a model of a few thousand weights on shared cores: what Ray, starts
-and the network's protocols take, not what a GPU does.
+Needs root. Three machines made of Linux namespaces (`tests/hosts`) run the tiny pipeline: teachers on one, an engine on
+another, two learners on two. The model has a few thousand weights and the cores are shared, so the times are those of
+Ray, process starts and network protocols, not of a GPU.
 
-- Submit: `lorapar submit`, without its check, beside a bare Ray job that prints a line, until the line is shown.
-- Bytes: sent and received by each machine's network card while stage 2 makes steps, and in the same time at rest.
-  The peer of a step is what a push of every weight to one engine would take.
-- Recovery: `kill -9` of the raylet under the engine, and under a learner, until the second step of stage 2 after it is
-  written, beside two usual steps; a machine whose command failed is started again at once. `--quick` leaves this out.
+- Submit: `lorapar submit`, without its check, until its first line; the peer is a bare Ray job that prints a line.
+- Bytes: sent and received by each machine's network card while stage 2 makes steps, and in the same time at rest. The
+  peer of a step is a push of every weight to one engine.
+- Recovery: from `kill -9` of the engine's raylet, and of a learner's, until stage 2 has written its second step after
+  it, compared with two usual steps; a machine whose command failed is restarted at once. `--quick` leaves this out.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tests.tiny_run import metrics, save_tiny_student  # noqa: E402
 FIRST_LINE_GOAL_S = 10.0
 STEPS = 60
 WATCHED = 10
-"""Steps over which bytes are counted."""
+"""Number of steps over which bytes are counted."""
 REST_S = 10.0
 
 
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="no recoveries")
     parser.add_argument("--device", choices=["cpu"], default="cpu")
-    parser.add_argument("--json", type=Path, required=True, help="where the rows go")
+    parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     arguments = parser.parse_args()
     if reason := why_not():
         raise SystemExit(f"no machines inside this one: {reason}")
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def measured(sent: Sent, weights: int, *, recoveries: bool) -> list[Row]:
-    """All rows, out of one run."""
+    """All rows, from one run."""
     ray_alone = first_line_s(bare_job(sent), "hello")
     at_rest = {name: sum(amounts) / REST_S for name, amounts in traffic(sent, lambda: time.sleep(REST_S)).items()}
     run = sent.shared / "runs" / "measured"
@@ -89,7 +89,7 @@ def measured(sent: Sent, weights: int, *, recoveries: bool) -> list[Row]:
 
 
 def bare_job(sent: Sent) -> subprocess.Popen[str]:
-    """The same folder sent by `ray job submit`, to print a line."""
+    """A job with the same folder, submitted by `ray job submit`, that prints a line."""
     ray = str(Path(sys.executable).with_name("ray"))
     command = [ray, "job", "submit", "--address", sent.cluster.address, "--working-dir", ".", "--", "echo", "hello"]
     return subprocess.Popen(
@@ -103,7 +103,7 @@ def bare_job(sent: Sent) -> subprocess.Popen[str]:
 
 
 def first_line_s(job: subprocess.Popen[str], beginning: str) -> float:
-    """Seconds until a job that was just submitted shows a line."""
+    """Seconds until a job that was just submitted prints a line with this beginning."""
     start = time.monotonic()
     assert job.stdout is not None
     for line in job.stdout:
@@ -114,7 +114,7 @@ def first_line_s(job: subprocess.Popen[str], beginning: str) -> float:
 
 @contextmanager
 def drained(job: subprocess.Popen[str]) -> Iterator[None]:
-    """Read on, so that the job's client does not stop; the run is left unfinished."""
+    """Read the job's output, so that its client does not block; the run is left unfinished."""
     reader = threading.Thread(target=lambda: list(job.stdout or ()), daemon=True)
     reader.start()
     try:
@@ -125,7 +125,7 @@ def drained(job: subprocess.Popen[str]) -> Iterator[None]:
 
 
 def traffic(sent: Sent, during: Callable[[], object]) -> dict[str, tuple[int, int]]:
-    """Bytes that each machine sent and received meanwhile."""
+    """Bytes that each machine sent and received during the call."""
     before = {name: machine.traffic() for name, machine in sent.cluster.on.items()}
     during()
     after = {name: machine.traffic() for name, machine in sent.cluster.on.items()}
@@ -133,12 +133,12 @@ def traffic(sent: Sent, during: Callable[[], object]) -> dict[str, tuple[int, in
 
 
 def wait_for_step(run: Path, step: int) -> None:
-    """Until a step of stage 2 is written down."""
+    """Wait until stage 2 has written this step."""
     wait_until(f"step {step}", lambda: len(metrics(run, "grpo")) >= step, 600, every_s=0.02)
 
 
 def step_rows(sent: Sent, run: Path, at_rest: dict[str, float], weights: int) -> list[Row]:
-    """What crosses each machine's network card in a step."""
+    """Bytes through each machine's network card per step."""
     first, start = len(metrics(run, "grpo")), time.monotonic()
     found = traffic(sent, lambda: wait_for_step(run, first + WATCHED))
     steps, seconds = len(metrics(run, "grpo")) - first, time.monotonic() - start
@@ -153,7 +153,7 @@ def step_rows(sent: Sent, run: Path, at_rest: dict[str, float], weights: int) ->
 
 
 def recovery(sent: Sent, run: Path, name: str) -> Row:
-    """Until the second step after the loss of a machine's Ray; the first may have been sampled already."""
+    """Seconds until the second step after the loss of a machine's Ray; the first may have been sampled already."""
     begun, usual = len(metrics(run, "grpo")), median_step_s(run)
     start = time.monotonic()
     sent.cluster.kill_raylet(name)
@@ -163,7 +163,7 @@ def recovery(sent: Sent, run: Path, name: str) -> Row:
 
 
 def median_step_s(run: Path) -> float:
-    """Of the steps so far."""
+    """Median seconds of the steps so far."""
     return median(line["seconds"] for line in metrics(run, "grpo"))
 
 

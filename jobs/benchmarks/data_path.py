@@ -2,10 +2,10 @@
 
     python jobs/benchmarks/data_path.py [--quick] [--rows N] --json FILE
 
-N questions (a million; --quick: 100,000) and a tenth of them, each in a process of its own, go through label (one
+N questions (a million; --quick: 100,000) and a tenth of them, each in a separate process, go through label (one
 simulated teacher without latency), score (8 examples of each System), partition and stage 1's first step, on a random
-model of two layers. Memory is the driver's own, resident and not backed by files, at its peak in each stage. Last, what
-the labelled questions cost a process: as the memory-mapped token file, beside all of them as Python rows (`to_pylist`).
+model of two layers. Memory is the driver's peak in each stage, resident and not backed by files. The last row compares
+the memory of all labelled questions in a process: as the memory-mapped token file, and as Python rows (`to_pylist`).
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from lorapar_ray.session import ray_session
 ROWS, QUICK = 1_000_000, 100_000
 STAGES = ("label", "score", "partition", "sft")
 FLAT = 1.25
-"""Of the peak at a tenth of the rows, what counts as flat."""
+"""Memory counts as flat up to this ratio to the peak with a tenth of the rows."""
 AT_ONCE = 1024
-"""Questions in flight, and in a block: nobody waits for a teacher here, and each block is a task of Ray's."""
+"""Questions in flight, and in a block: teachers answer at once here, and each block is a Ray task."""
 MIB = 2**20
 
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK:,} rows: minutes")
     parser.add_argument("--rows", type=int, help=f"default {ROWS:,}")
-    parser.add_argument("--json", type=Path, required=True, help="where the rows go")
+    parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     parser.add_argument("--one", action="store_true", help="measure one size in this process (used by the benchmark)")
     arguments = parser.parse_args()
     count = arguments.rows or (QUICK if arguments.quick else ROWS)
@@ -51,10 +51,10 @@ def main() -> None:
         arguments.json.write_text(json.dumps(measured(count)))
         return
     fewer, more = (apart(size) for size in (count // 10, count))
-    rows = [flat(f"driver in {stage}, {count:,} rows beside a tenth", more[stage], fewer[stage]) for stage in STAGES]
+    rows = [flat(f"driver in {stage}, {count:,} rows vs a tenth", more[stage], fewer[stage]) for stage in STAGES]
     mapped, listed = more["mapped"], more["listed"]
     ratio = mapped / listed
-    rows.append(Row(f"{count:,} questions, mapped beside listed", mapped, listed, "MiB", ratio, "≤ 0.1", ratio <= 0.1))
+    rows.append(Row(f"{count:,} questions, memory-mapped vs Python rows", mapped, listed, "MiB", ratio, "≤ 0.1", ratio <= 0.1))
     rows += [Row(f"{stage}, {count:,} rows", more[f"{stage}_s"], None, "s", None, "–", None) for stage in STAGES]
     rows.append(Row("run directory", more["disk"], None, "MiB", None, "–", None))
     print_table(rows)
@@ -66,7 +66,7 @@ def flat(name: str, more: float, fewer: float) -> Row:
 
 
 def apart(rows: int) -> dict[str, float]:
-    """`measured` in a process of its own, whose memory no earlier work has touched."""
+    """`measured` in a new process, whose memory no earlier work has touched."""
     with TemporaryDirectory(prefix="data-path-") as folder:
         file = Path(folder) / "found.json"
         subprocess.run([sys.executable, __file__, "--one", "--rows", str(rows), "--json", str(file)], check=True)
@@ -76,7 +76,7 @@ def apart(rows: int) -> dict[str, float]:
 
 
 def measured(count: int) -> dict[str, float]:
-    """By stage its peak in MiB and its seconds (`<stage>_s`); `mapped`, `listed` and `disk` in MiB."""
+    """Each stage's peak in MiB and its seconds (`<stage>_s`); `mapped`, `listed` and `disk` in MiB."""
     found: dict[str, float] = {}
     with TemporaryDirectory(prefix="data-path-") as folder:
         config, run = Config.model_validate(fields(Path(folder), count)), RunDirectory(Path(folder) / "run")
@@ -100,7 +100,7 @@ def measured(count: int) -> dict[str, float]:
 
 
 def fields(folder: Path, count: int) -> dict[str, Any]:
-    """A config on a tiny student and `count` generated questions."""
+    """A config with a tiny student and `count` generated questions."""
     source = folder / "rows.jsonl"
     with source.open("w") as file:
         for i in range(count):

@@ -4,17 +4,17 @@
         --json FILE
 
 `agreement`: 300 questions and more each of GSM8K, MMLU and ARC-Easy (files in `--data`, as published), decided by our
-model class over vLLM and by lm-eval's own `hf` class; fewer with examples in the prompt; see `_agreement.py`. Details
-and answers go beside the JSON file: the same command again goes on from them.
+model class with vLLM and by lm-eval's `hf` class; fewer with examples in the prompt; see `_agreement.py`. Details and
+answers are written next to the JSON file: the same command resumes from them.
 
-`throughput`: the same prompts through one of our engines, behind Ray Data, and through `vllm.LLM` in a process of its
-own with the same arguments, in turns; once generating, once scoring a continuation.
+`throughput`: the same prompts through one of our engines, behind Ray Data, and through `vllm.LLM` in a separate process
+with the same arguments, in turns; once generating, once scoring a continuation.
 
-`scaling`: the same prompts through two engines and through one, each of one CPU core (or of a GPU of its own).
+`scaling`: the same prompts through two engines and through one, each on one CPU core (or one GPU).
 
-`sandbox`: honest programs of the kind that models write for HumanEval, each with its tests, in every layer that this
-machine has, on as many at a time as there are cores. The peer is what evaluation scripts commonly do: a new
-`python -c` for each program with its tests behind it, with a time limit and no isolation at all.
+`sandbox`: honest programs of the kind that models write for HumanEval, each with its tests, in every layer of this
+machine, one per core at a time. The peer is the usual evaluation script: a new `python -c` for each program followed by
+its tests, with a time limit and without isolation.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the public data sets")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, required=True, help="where the rows go")
+    parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     arguments = parser.parse_args()
     rows: list[Row] = []
     for part in arguments.parts:
@@ -170,7 +170,7 @@ def scaling(arguments: argparse.Namespace) -> list[Row]:
 
 
 def _work(count: int) -> dict[str, list[Request]]:
-    """The same prompts to go on from, and to score a continuation of."""
+    """The same prompts, to continue and to score a continuation of."""
     from lorapar_ray.datasets.chat import load_encoder
     from lorapar_ray.evaluation.requests import Request
     from lorapar_ray.models import resolve_model
@@ -214,13 +214,13 @@ def sandbox_rate(arguments: argparse.Namespace) -> list[Row]:
 
 
 def honest(count: int) -> list[Job]:
-    """Programs with their tests, no two of which are equal."""
+    """Different programs with their tests."""
     chosen = [(*PROGRAMS[number % len(PROGRAMS)], number) for number in range(count)]
     return [tests_job(code, tests.format(n=number)) for code, tests, number in chosen]
 
 
 def unconfined(jobs: list[Job], cores: int) -> float:
-    """Programs a second, each in a Python of its own."""
+    """Programs per second, each in a new Python process."""
 
     def run(job: Job) -> int:
         program = f"{job.setup}\n{job.code}\n{job.tests}\n"

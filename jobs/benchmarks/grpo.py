@@ -2,13 +2,13 @@
 
     python jobs/benchmarks/grpo.py [--quick] [--device cuda] [--model MODEL] --json FILE
 
-Samples per second: our stage 2 as users run it (Ray, vLLM engine, Ray Train learner, policy proved at every step) and
-TRL's trainer, with transformers' generation on a CPU, its only path there, and with vLLM colocated on a GPU: same model
-and dtype, same rank 8 adapter on QKVGUD, same prompts, 8 prompts × 8 completions of 48 tokens a step (32 × 8 of 256 on
-a GPU), strictly on-policy. The
-reward is overlap with a sentence, so that nearly every group has a spread and both learn from all of it. Start-up and
-the first step are left out on both sides; mean lengths are printed, since samples end where they end. Tokens per
-second: the engine inside its Ray actor, asked as stage 2 asks it, beside `vllm.LLM` with the same settings and seeds.
+Samples per second: our stage 2 as users run it (Ray, vLLM engine, Ray Train learner, policy verified at every step) and
+TRL's trainer, on a CPU with transformers' generation (its only way there), on a GPU with colocated vLLM: same model and
+dtype, same rank 8 adapter on QKVGUD, same prompts, 8 prompts × 8 completions of 48 tokens a step (32 × 8 of 256 on a
+GPU), strictly on-policy. The reward is overlap with a sentence, so that nearly every group has different rewards and
+both sides learn from it. Start-up and the first step are left out on both sides; mean lengths are printed, since
+samples differ in length. Tokens per second: the engine inside its Ray actor, with stage 2's requests, compared with
+`vllm.LLM` with the same settings and seeds.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ RATE = 1e-5
 
 @dataclass(frozen=True)
 class Size:
-    """A step's work, and what the engine and the learner get for it."""
+    """A step's work, and the settings of engine and learner."""
 
     prompts: int
     tokens: int
@@ -53,7 +53,7 @@ class Size:
     rollout: dict[str, Any]
     learner: dict[str, Any]
     trl_batch: int
-    """Completions of one of TRL's passes."""
+    """Completions in one pass of TRL."""
 
     @property
     def samples(self) -> int:
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--device", choices=SIZES, default="cpu")
     parser.add_argument("--eager", action="store_true", help="engines without CUDA graphs, which take time to capture")
     parser.add_argument("--model", default="package:smollm2-135m-instruct")
-    parser.add_argument("--json", type=Path, required=True, help="where the rows go")
+    parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     arguments = parser.parse_args()
     steps = 3 if arguments.quick else 8
     size = SIZES[arguments.device]
@@ -95,7 +95,7 @@ def main() -> None:
         size = replace(size, engine={**size.engine, "enforce_eager": True})
     rows: list[Row] = []
 
-    def found(*more: Row) -> None:  # printed at once: the rest may not finish on a machine with a time limit
+    def found(*more: Row) -> None:  # printed now: a time limit may end the run before the rest
         rows.extend(more)
         print_table(list(more))
         write_rows(arguments.json, rows)
@@ -121,13 +121,13 @@ def main() -> None:
 
 
 def prepare(model: str, steps: int, folder: Path, size: Size) -> tuple[Config, RunDirectory]:
-    """A run that has reached stage 2, with a fresh adapter and no partition."""
+    """A run that has reached stage 2, with a new adapter and no partition."""
     questions = folder.with_name("questions.jsonl")
     questions.write_text("".join(json.dumps(question(number)) + "\n" for number in range(256)))
     config = Config.model_validate(
         {
             "name": "benchmark",
-            "model": {"path": model},  # the template's own system prompt, as TRL has it
+            "model": {"path": model},  # the template's system prompt, as in TRL
             "data": {"train": [{"reader": "file", "path": str(questions)}]},
             "adapter": {"rank": 8, "alpha": 16, "init": "gaussian"},
             "grpo": {
@@ -153,7 +153,7 @@ def prepare(model: str, steps: int, folder: Path, size: Size) -> tuple[Config, R
 
 
 def question(number: int) -> dict[str, str]:
-    """A sum, and the sentence that a reward compares with."""
+    """A sum, and the sentence with which the reward compares."""
     a, b = 10 + 7 * number % 89, 10 + 11 * number % 83
     return {"prompt": f"What is {a} plus {b}?", "answer": str(a + b), "response": f"The sum of {a} and {b} is {a + b}."}
 
@@ -191,7 +191,7 @@ def token_prompts(size: Size) -> list[list[int]]:
 
 
 def apart(work: Any, *arguments: Any) -> tuple[float, ...]:
-    """`work` in a process of its own, so that no library's memory or threads meet another's."""
+    """`work` in a separate process, so that libraries do not share memory or threads."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_send, args=(theirs, work, *arguments))
@@ -208,11 +208,11 @@ def apart(work: Any, *arguments: Any) -> tuple[float, ...]:
 def _send(pipe: Any, work: Any, *arguments: Any) -> None:
     pipe.send(work(*arguments))
     pipe.close()
-    os._exit(0)  # engines' threads may abort an orderly exit; the result is out
+    os._exit(0)  # an engine's threads may abort a normal exit; the result is already written
 
 
 def vllm_alone(config: Config, size: Size) -> tuple[float, ...]:
-    """Tokens per second of `vllm.LLM` with the engine's own settings."""
+    """Tokens per second of `vllm.LLM` with the engine's settings."""
     settings = config.grpo
     os.environ |= engine_environment(settings.rollout_engine, settings.rollout_resources)
     from vllm import LLM, SamplingParams

@@ -1,20 +1,20 @@
-"""Importance scoring: examples per second and peak memory against four other ways to the same sums.
+"""Importance scoring: examples per second and peak memory, compared with four other methods for the same sums.
 
     python jobs/benchmarks/importance.py [--quick] [--model MODEL] [--rows FILE] [--device DEVICE] --json FILE
 
-Every way differentiates the same examples and the same loss (mean cross-entropy over an example's response tokens) on
-the same model under a float32 rank 8 adapter on QKVGUD:
-- plain LoRA: PEFT's own forward and backward of the same packed tokens into `.grad`, with the same attention: the floor
-  under any scorer that computes as PEFT does;
-- one by one: a backward per example, squares summed afterwards, the way of the paper's public script;
-- Opacus: per-example gradients of a padded batch held side by side on every parameter (`pip install opacus`);
+Every method differentiates the same examples and the same loss (mean cross-entropy over an example's response tokens)
+on the same model with a float32 rank 8 adapter on QKVGUD:
+- plain LoRA: PEFT's forward and backward pass of the same packed tokens into `.grad`, with the same attention: a lower
+  bound for scorers that use PEFT's computation;
+- one by one: a backward pass per example, squares summed afterwards, as in the paper's public script;
+- Opacus: every parameter holds the per-example gradients of a padded batch (`pip install opacus`);
 - torch.func: `vmap(grad(...))` over the LoRA parameters; eager attention, the only kind that vmap maps here.
-The ways take turns within a round and the median round counts, so that a busy machine slows all of them alike. Before
-anything is timed, the sums of a small float32 model of the same family must be those of autograd one by one; how far
-apart the ways are in the measured model's own dtype is a row. Memory is what a way adds to the model at its peak.
-Without --model the weights are random in the shape that --shape names, and without --rows the lengths are those of 96
-training questions of GSM8K, evenly spread over the set, under SmolLM2's tokenizer and chat template; speed depends on
-neither weights nor words.
+The methods take turns within a round and the median round counts, so that a busy machine slows all of them equally.
+Before timing, the sums of a small float32 model of the same family must equal those of autograd one by one; a row
+reports the methods' difference in the measured model's dtype. Memory is the peak that a method adds to the model.
+Without --model the weights are random, of the shape --shape. Without --rows the lengths are those of 96 training
+questions of GSM8K, evenly spread over the set, with SmolLM2's tokenizer and chat template. Speed does not depend on
+weights or words.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ SHAPES = {
 MAX_TOKENS = 512
 EXAMPLES = {"cpu": 16, "cuda": len(LENGTHS)}
 FEW, FEWEST = 24, 4
-"""Examples that the slow ways are given on a GPU, and torch.func anywhere."""
+"""Number of examples for the slow methods on a GPU, and for torch.func on every device."""
 GOALS = {"plain": {"cpu": 0.85, "cuda": 0.85}, "one": {"cpu": 1.0, "cuda": 8.0}}
 APART = {"exact": 1e-3, "rounded": 0.1}
-"""How far apart sums may be, over their size: in float32, and with bfloat16 activations."""
+"""Largest relative difference of sums: in float32, and with bfloat16 activations."""
 
 Way = Callable[[], object]
 
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="smollm2-135m", help="of the random weights")
     parser.add_argument("--rows", type=Path, help="JSON lines with question and answer; needs --model's tokenizer")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, required=True, help="where the rows go")
+    parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     arguments = parser.parse_args()
     if arguments.rows and not arguments.model:
         parser.error("--rows needs --model, whose tokenizer reads them")
@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def exact(device: torch.device) -> None:
-    """Stop unless a small float32 model's sums on this device are those of autograd one by one."""
+    """Stop unless a small float32 model's sums on this device equal those of autograd one by one."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32000, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4
@@ -111,7 +111,7 @@ def exact(device: torch.device) -> None:
 
 
 def compare(model: Any, examples: list[TokenizedExample], rounds: int, device: torch.device) -> list[Row]:
-    """Speed, distance and memory beside each peer. On a GPU the slow ways are given some of the examples only."""
+    """Speed, difference and memory compared with each peer. On a GPU the slow methods get only some of the examples."""
     few = examples if device.type == "cpu" else examples[:: -(-len(examples) // FEW)]
     fewest = examples[:FEWEST]
     batches = in_batches(examples, device)
@@ -154,7 +154,7 @@ def compare(model: Any, examples: list[TokenizedExample], rounds: int, device: t
 
 
 def speed_row(peer: str, ours: list[float], theirs: list[float], device: torch.device) -> Row:
-    """Median speeds, and the median of the rounds' own ratios."""
+    """Median speeds, and the median of the rounds' ratios."""
     goal = GOALS.get(peer.split()[0], {}).get(device.type, 1.0)
     ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
     speeds = statistics.median(ours), statistics.median(theirs)
@@ -166,7 +166,7 @@ def memory_row(peer: str, ours: float, theirs: float) -> Row:
 
 
 def race(ways: list[tuple[Way, int]], rounds: int, device: torch.device) -> list[list[float]]:
-    """Items per second of each way in each round, after one round to warm up; a way comes with its number of items."""
+    """Items per second of each method in each round, after a warm-up round; a method comes with its number of items."""
     speeds: list[list[float]] = [[] for _ in ways]
     for number in range(rounds + 1):
         for speed, (way, items) in zip(speeds, ways, strict=True):
@@ -180,14 +180,14 @@ def race(ways: list[tuple[Way, int]], rounds: int, device: torch.device) -> list
 
 
 def peak(way: Way, device: torch.device) -> float:
-    """GiB that `way` adds at its peak to what is there before it."""
+    """GiB that `way` adds at its peak."""
     with (device_memory if device.type == "cuda" else private_memory)() as memory:
         way()
     return memory.added / 2**30
 
 
 def apart(ours: GradSums, theirs: GradSums) -> float:
-    """The larger distance of the two kinds of sums, over the size of the peer's."""
+    """The larger difference of the two kinds of sums, relative to the peer's sums."""
     assert ours.n == theirs.n
     distances = []
     for mine, other in ((ours.first, theirs.first), (ours.second, theirs.second)):
@@ -217,7 +217,7 @@ def read_examples(arguments: argparse.Namespace, count: int) -> list[TokenizedEx
 
 
 def draw_examples(count: int) -> list[TokenizedExample]:
-    """Random tokens in GSM8K's lengths, evenly spread over those that are recorded."""
+    """Random tokens with GSM8K's lengths, evenly spread over the recorded ones."""
     generator = random.Random(0)
     lengths = LENGTHS[:: len(LENGTHS) // count][:count]
     return [
@@ -227,13 +227,13 @@ def draw_examples(count: int) -> list[TokenizedExample]:
 
 
 def in_batches(examples: list[TokenizedExample], device: torch.device) -> list[dict[str, Tensor]]:
-    """Packed batches, cut by cost as the scoring stage cuts them."""
+    """Packed batches, split by cost as in the scoring stage."""
     lengths = [len(example.input_ids) for example in examples]
     return [pack([examples[index] for index in batch]) for batch in by_cost(lengths, TOKENS[device.type])]
 
 
 def padded(examples: list[TokenizedExample], device: torch.device) -> list[dict[str, Tensor]]:
-    """Padded batches on the device, equal lengths together, for the ways that cannot pack."""
+    """Padded batches on the device, equal lengths together, for the methods that cannot pack."""
     lengths = [len(example.input_ids) for example in examples]
     cut = by_cost(lengths, TOKENS[device.type], padded=True)
     batches = [collate([examples[index] for index in batch], pad_id=0) for batch in cut]

@@ -1,14 +1,15 @@
-"""Votes per second of the whole Ray path, against vLLM offline and Ray's own batch processors; then without engines.
+"""Votes per second of the whole Ray path, compared with vLLM offline and Ray's batch processors; then without engines.
 
     python jobs/benchmarks/labeling.py [--quick] --json FILE
 
-First, one real teacher (SmolLM2-135M-Instruct out of its package), the same voting prompts over generated questions,
-the same engine settings: `lorapar label` (Serve replica, Ray Data, vote store) beside `vllm.LLM.generate` in one
-process, which is the limit, `ServeDeploymentProcessorConfig` over `ray.serve.llm`, and `vLLMEngineProcessorConfig`.
-Ours and offline's rates are of the last three quarters of the votes; nobody's start counts (see `_labeling_peers`).
+First, one real teacher (SmolLM2-135M-Instruct from its package), with the same voting prompts for generated questions
+and the same engine settings: `lorapar label` (Serve replica, Ray Data, vote store) compared with `vllm.LLM.generate` in
+one process (the limit), `ServeDeploymentProcessorConfig` over `ray.serve.llm`, and `vLLMEngineProcessorConfig`. Ours
+and offline's rates are of the last three quarters of the votes; start times do not count (see `_labeling_peers`).
 
-Second, five simulated teachers of fixed latency: rows per second against latency × concurrency, memory of the driver
-and of the asking worker between the first fifth and the end, and the majority's accuracy against the binomial's.
+Second, five simulated teachers of fixed latency: rows per second compared with latency × concurrency, memory of the
+driver and of the requesting worker between the first fifth and the end, and the majority's accuracy compared with the
+binomial's.
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ LATENCY_S, CONCURRENCY, TEACHERS, ACCURACY = 0.2, 128, 5, 0.7
 FULL = 100_000
 LOGICAL_CPUS = 8
 Arrivals = list[tuple[float, int]]
-"""(wall-clock seconds, votes that came in then)."""
+"""(wall-clock seconds, votes that arrived then)."""
 OF_THE_LIMIT, OF_THE_LATENCY, GROWTH_MIB = 0.9, 0.9, 32.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer questions: minutes")
-    parser.add_argument("--json", type=Path, required=True, help="where the rows go")
+    parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     parser.add_argument("--only", choices=["engines", "plumbing"], help="one of the two parts")
     arguments = parser.parse_args()
     rows: list[Row] = []
@@ -68,7 +69,7 @@ def main() -> None:
 
 
 def engines(questions: int) -> list[Row]:
-    """The whole path with one real teacher, beside its peers."""
+    """The whole path with one real teacher, and its peers."""
     with tempfile.TemporaryDirectory(prefix="labeling-") as folder:
         run = RunDirectory(Path(folder))
         source = {"reader": "reasoning_gym", "task": "gsm_symbolic", "rows": questions, "seed": 1}
@@ -99,7 +100,8 @@ def engines(questions: int) -> list[Row]:
 
 @contextmanager
 def roomy_ray() -> Iterator[None]:
-    """A local Ray with CPUs to spare on paper: the processors' own stages ask for whole ones beside the engine's."""
+    """A local Ray with more nominal CPUs than the machine: the processors' stages need whole CPUs in addition to the
+    engine's."""
     import ray
 
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
@@ -187,7 +189,7 @@ def voting(source: dict[str, Any], teachers: list[dict[str, Any]], **settings: A
 
 
 def tokenised(config: Config, run: RunDirectory) -> tuple[list[str], list[list[int]], list[int]]:
-    """(every voting prompt, its token ids, ids of the choices), as the hosted teacher makes them."""
+    """(every voting prompt, its token ids, ids of the choices), as made by the hosted teacher."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(MODEL))
@@ -209,7 +211,7 @@ def tokenised(config: Config, run: RunDirectory) -> tuple[list[str], list[list[i
 
 
 class Held:
-    """Private memory of the driver and of the asking workers as votes come in."""
+    """Private memory of the driver and of the requesting workers while votes arrive."""
 
     def __init__(self) -> None:
         self.votes = 0
@@ -227,7 +229,7 @@ class Held:
         self.samples.append((self.votes, total / 2**20))
 
     def growth_mib(self, votes: int) -> float:
-        """From the mean of the second fifth of the votes to that of the last."""
+        """Growth from the mean of the second fifth of the votes to that of the last."""
         early = [mib for seen, mib in self.samples if votes / 5 <= seen < 2 * votes / 5]
         late = [mib for seen, mib in self.samples if seen >= 4 * votes / 5]
         return sum(late) / len(late) - sum(early) / len(early)
@@ -252,7 +254,7 @@ def memory_over_votes() -> Iterator[Held]:
 
 @contextmanager
 def arrivals(held: Held | None = None) -> Iterator[Arrivals]:
-    """When votes reach the driver's store, while the block runs; those of the calibration left out."""
+    """Times at which votes reach the driver's store while the block runs; without those of the calibration."""
     found: Arrivals = []
 
     class TimedStore(VoteStore):
@@ -272,7 +274,7 @@ def arrivals(held: Held | None = None) -> Iterator[Arrivals]:
 
 
 def rate(found: Arrivals) -> float:
-    """Votes per second after the first quarter has come in."""
+    """Votes per second after the first quarter has arrived."""
     total, seen = sum(count for _, count in found), 0
     for index, (start, count) in enumerate(found):
         seen += count

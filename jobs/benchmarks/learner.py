@@ -2,11 +2,11 @@
 
     python jobs/benchmarks/learner.py [--quick] [--device cuda] [--shape smollm2-135m|llama2-7b] --json FILE
 
-One group of 8 completions of 256, 2,048 or 8,192 tokens, behind a prompt of 64 and one of 1,024 tokens. The peer is
-what a plain trainer does with them at its best: each sample for itself with its prompt, no padding, torch's causal
-kernel, the model's own head, and `log_softmax` over the vocabulary of one sample; the same frozen base, LoRA and dtype.
-It makes the logits of a sample at once, so that where they do not fit it has no figure. Both checkpoint where the
-learner does. Random weights: speed and memory do not depend on them.
+One group of 8 completions of 256, 2,048 or 8,192 tokens, after a prompt of 64 or 1,024 tokens. The peer is a plain
+trainer at its best: each sample separately with its prompt, no padding, torch's causal kernel, the model's head, and
+`log_softmax` over the vocabulary for one sample; the same frozen base, LoRA and dtype. It computes all logits of a
+sample at once, so it has no figure if they do not fit. Both checkpoint where the learner does. Random weights: speed
+and memory do not depend on them.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="256 and 2,048 tokens, once each; on a CPU 2 × 256")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
-    parser.add_argument("--json", type=Path, required=True, help="where the rows go")
+    parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     dtype = torch_dtype("auto", device)
@@ -131,7 +131,7 @@ def compare(model: Any, prompt: int, length: int, group: int, device: torch.devi
 
 
 def probe_inputs(probe: Any) -> dict[str, Any]:
-    """The probe in a form that any attention takes."""
+    """The probe in a form for any attention."""
     return {"input_ids": probe.inputs["input_ids"]}
 
 
@@ -154,7 +154,7 @@ def plain_pass(model: Any, sample: Sample, device: torch.device) -> None:
 
 
 def measured(work: Callable[[], None], model: Any, device: torch.device, repeats: int) -> tuple[float, float]:
-    """(median seconds, peak GiB beyond what was held before)."""
+    """(median seconds, peak GiB in addition to the memory before)."""
     work()  # warm-up
     seconds: list[float] = []
     memory: Memory

@@ -1,16 +1,15 @@
-"""MaskedAdamW: step time and state bytes against torch.optim.AdamW, fused and foreach.
+"""MaskedAdamW: step time and state bytes, compared with torch.optim.AdamW, fused and foreach.
 
     python jobs/benchmarks/masked_adamw.py [--quick] [--device DEVICE] --json FILE
 
 The parameters are a QKVGUD adapter of Llama-2-7B's shapes at ranks 8 and 64, float32, with 10, 40 and 100 % of the
-elements active, drawn at random. The stock optimisers step the whole adapter: they are what one would use without a
-mask. All of them take turns within a round, and the median round counts; a row of its own has clipping in the step.
-On a GPU there are also rows for the kernels' time alone and for how far our bits are from torch's. A part that fails
-is reported in its row. The state's bytes are what `state_dict` would hold; our index (4 bytes an active element) is
-counted in a row of its own.
+elements active, drawn at random. The stock optimisers step the whole adapter, as one would without a mask. All of them
+take turns within a round, and the median round counts; a separate row includes clipping in the step. On a GPU there are
+also rows for the kernels' time alone and for the difference of our bits from torch's. A part that fails is reported in
+its row. The state's bytes are those of `state_dict`; our index (4 bytes per active element) has a separate row.
 
 The whole SFT step (forward, backward, clipping, update) is that of a Llama of SmolLM2-135M's shape with a rank 8
-adapter, 8 rows of 64 tokens: masked at 40 % against every element under fused AdamW and torch's own clipping.
+adapter, 8 rows of 64 tokens: masked at 40 %, compared with every element under fused AdamW and torch's clipping.
 """
 
 from __future__ import annotations
@@ -47,14 +46,15 @@ GOAL: dict[str, dict[float, float | None]] = {
     "cpu": {0.1: 1.0, 0.4: 0.97, 1.0: None},
     "cuda": {0.1: 2.0, 0.4: 1.0, 1.0: None},
 }
-"""Least ratio by device and active share. On a CPU 0.97 counts as no slower: so much do medians differ between runs."""
+"""Smallest ratio by device and active share. On a CPU 0.97 counts as no slower: medians differ that much between
+runs."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="rank 8 only, fewer rounds")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, required=True, help="where the rows go")
+    parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     arguments = parser.parse_args()
     device, rounds = torch.device(arguments.device), 5 if arguments.quick else 15
     rows: list[Row] = []
@@ -76,12 +76,12 @@ def main() -> None:
 
 
 def bits_apart(device: torch.device) -> list[Row]:
-    """How far values are from those of fused AdamW after steps from the same state.
+    """Differences from fused AdamW's values after steps from the same state.
 
-    The unit is the last place of the larger of the value before and after the step: where the two cancel, the value
-    that is left has finer places, and none of the operands had those. Our bias corrections come from double precision;
-    torch 2.11's CUDA kernel was 418 last places away on an H100. Powers of β in single precision would explain some
-    hundred of them; that has not been checked there.
+    The unit is the last place of the larger of the values before and after the step: if the step cancels a value, the
+    result has finer places than its operands. Our bias corrections are computed in double precision; torch 2.11's CUDA
+    kernel was 418 last places away on an H100. Powers of β in single precision would explain about a hundred of them;
+    this has not been checked there.
     """
     generator = torch.Generator(device).manual_seed(1)
     start = [torch.randn(shape, generator=generator, device=device) for shape in list(shapes(8))[:24]]
@@ -119,7 +119,7 @@ def last_place(values: torch.Tensor) -> torch.Tensor:
 
 
 def whole_step(rounds: int, device: torch.device) -> Row:
-    """One SFT step, masked against unmasked on the same model and batch, taking turns."""
+    """One SFT step, masked and unmasked in turns, on the same model and batch."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
@@ -190,7 +190,7 @@ def compare(rank: int, share: float, rounds: int, device: torch.device) -> list[
 
 
 def step_row(name: str, share: float, ours: list[float], theirs: list[float], device: torch.device) -> Row:
-    """Median milliseconds of a step; the ratio is the peer's time over ours."""
+    """Median milliseconds of a step; the ratio is the peer's time divided by ours."""
     ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
     goal = GOAL[device.type][share]
     met = None if goal is None else ratio >= goal
@@ -204,8 +204,8 @@ def _said(goal: float | None) -> str:
 def race(updates: Sequence[Callable[[], Any]], rounds: int, device: torch.device) -> list[list[float]]:
     """Milliseconds of each optimiser's step in each round, taking turns, after two rounds to warm up.
 
-    On a GPU a round is ten steps in a row, from an idle device to an idle device: what a training loop waits for, be it
-    launches or kernels.
+    On a GPU a round is ten steps, from an idle device to an idle device: the time that a training loop waits, for
+        launches or kernels.
     """
     steps = 10 if device.type == "cuda" else 1
     times: list[list[float]] = [[] for _ in updates]
@@ -222,7 +222,7 @@ def race(updates: Sequence[Callable[[], Any]], rounds: int, device: torch.device
 
 
 def device_milliseconds(update: Callable[[], Any]) -> float:
-    """Time of a step's kernels on the GPU, launches and gaps left out."""
+    """Time of a step's kernels on the GPU, without launches and gaps."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(5):
             update()
@@ -236,7 +236,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the moments; the step counters are left out on both sides."""
+    """Bytes of the moments, without step counters on both sides."""
     return sum(
         value.nbytes
         for state in optimizer.state.values()

@@ -1,23 +1,24 @@
-"""Stage 2's plumbing on a simulated cluster: how close it comes to the ideal, and what the coordinator costs.
+"""Stage 2's throughput on a simulated cluster compared with the ideal, and the coordinator's cost.
 
     python jobs/benchmarks/rollout_scale.py [--quick] [--engines N …] [--only balance] --json FILE
 
-Engines, rewards and learner sleep (see `_simulated_cluster`); the coordinator, its queue, the policies' way, the
+Engines, rewards and learner sleep (see `_simulated_cluster`); the coordinator, its queue, policy publishing, the
 records in the object store and Ray are real, all on this machine. Each engine decodes 16 sequences at once and gets 32
-groups of 8 a step, of 4,096 tokens a completion in the mean: 256 KiB a group, which the reward worker and the learner
-fetch. Lengths are log-normal up to four medians. The learner takes two thirds of a step's mean generation time.
+groups of 8 per step, with 4,096 tokens per completion on average: 256 KiB per group, which the reward worker and the
+learner fetch. Lengths are log-normal up to four medians. The learner takes two thirds of a step's mean generation time.
 
-Ideal: a step takes the larger of its generation work, spread evenly over all slots, and its training. The peer of each
-row is that ideal. Busy share: processor seconds of the coordinator's process, all threads, beside the seconds they were
-spent in. A sequence takes about half a second for each 64 engines, where 4,096 tokens take a real engine a minute or
-more: so every second here has the messages of many, and the share of a real run is as much smaller. Memory: resident
-bytes of the coordinator's process after a tenth of 10,000 steps and at their end, and of the object store at the end.
+Ideal: a step takes the longer of its training and its generation work, spread evenly over all slots. This ideal is the
+peer of each row. Busy share: processor seconds of the coordinator's process, over all threads, divided by wall-clock
+seconds. A sequence takes about half a second for each 64 engines; on a real engine 4,096 tokens take a minute or more.
+So a second here has the messages of many real seconds, and the share in a real run is smaller by that factor. Memory:
+resident bytes of the coordinator's process after a tenth of 10,000 steps and at the end, and bytes of the object store
+at the end.
 
-Balance: `balance: auto` has 20 steps, from the grid's smallest step on; then steps of the size that it has come to are
-measured beside every size of the grid. What a step costs whatever its size is here the tail of its longest completion.
+Balance: `balance: auto` has 20 steps, beginning with the grid's smallest size; then steps of the size that it chose are
+compared with every size of the grid. The fixed time of a step is here the tail of its longest completion.
 
-A step's records take 8 MiB for each engine, and up to `max_staleness` + 2 steps exist at once; what does not fit this
-machine's object store is left out and named.
+A step's records take 8 MiB for each engine, and up to `max_staleness` + 2 steps exist at once; rows that do not fit
+this machine's object store are left out and named.
 """
 
 from __future__ import annotations
@@ -50,14 +51,15 @@ TOKENS, PROMPT_TOKENS = 4096, 256
 GROUP_BYTES = GROUP_SIZE * TOKENS * 8
 ENGINES = 1, 8, 64, 256
 MEDIAN_S = 0.5
-"""Of a sequence, on up to 64 engines; longer on more by as much, since this machine carries all their messages."""
+"""Median time of a sequence with up to 64 engines; proportionally longer with more, since this machine carries all
+messages."""
 TRAINING_SHARE = 2 / 3
 WARM_UP = 2
 GOAL, BUSY_GOAL = 0.95, 0.2
 ELEMENTS = 10_000
 BALANCED_STEPS = 20
 SIZES = 8, 16, 32, 64, 128
-"""Prompts of a step."""
+"""Prompts per step."""
 BALANCED_ENGINES = 8
 BALANCED_GOAL = 0.9
 
@@ -67,7 +69,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer steps; up to 64 engines, if none are named")
     parser.add_argument("--engines", type=int, nargs="+", help="engines to simulate")
     parser.add_argument("--only", choices=["balance"], help="these rows and no others")
-    parser.add_argument("--json", type=Path, required=True, help="where the rows go")
+    parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     arguments = parser.parse_args()
     rows = []
     with ray_session():
@@ -80,7 +82,7 @@ def main() -> None:
 
 
 def measured(sizes: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Every row, as soon as it is there: in full this takes half an hour."""
+    """Yields each row when it is measured: the whole takes half an hour."""
     room = ray.cluster_resources()["object_store_memory"]
     for engines, staleness in product(sizes, (1, 4)):
         if (staleness + 2) * engines * GROUPS * GROUP_BYTES > room:
@@ -92,7 +94,7 @@ def measured(sizes: Sequence[int], quick: bool) -> Iterator[Row]:
 
 
 def scale(engines: int, staleness: int, steps: int) -> Iterator[Row]:
-    """Steps per second in steady state beside the ideal, and what the coordinator needs for them."""
+    """Steady-state steps per second compared with the ideal, and the coordinator's cost."""
     load = Load(slots=SLOTS, median_s=MEDIAN_S * max(1.0, engines / 64), mean_tokens=TOKENS)
     generation = GROUPS * GROUP_SIZE * load.median_s * load.mean / SLOTS
     training = TRAINING_SHARE * generation
@@ -111,7 +113,7 @@ def scale(engines: int, staleness: int, steps: int) -> Iterator[Row]:
 
 
 def balanced() -> Iterator[Row]:
-    """Samples per second with the size of a step that `balance: auto` has come to, beside the best of `SIZES`."""
+    """Samples per second with the step size that `balance: auto` chose, compared with the best of `SIZES`."""
     load, staleness = Load(slots=SLOTS, median_s=MEDIAN_S, mean_tokens=TOKENS), 1
     each = TRAINING_SHARE * GROUP_SIZE * load.median_s * load.mean / SLOTS / BALANCED_ENGINES
 
@@ -126,35 +128,35 @@ def balanced() -> Iterator[Row]:
     rates = {prompts: rate(prompts) for prompts in SIZES}
     ours, best = rate(chosen), max(rates.values())
     print(", ".join(f"{prompts} prompts: {found:.1f} samples/s" for prompts, found in rates.items()), file=sys.stderr)
-    name = f"balance: auto, {chosen} prompts a step after {BALANCED_STEPS} steps, beside the best of a grid"
+    name = f"balance: auto, {chosen} prompts a step after {BALANCED_STEPS} steps, vs the best of a grid"
     yield Row(name, ours, best, "samples/s", ours / best, f"≥ {BALANCED_GOAL:g}", ours / best >= BALANCED_GOAL)
 
 
 def memory(steps: int) -> Iterator[Row]:
-    """Growth of the coordinator's memory once it has run for a while, and what is left in the object store."""
+    """Growth of the coordinator's memory after a warm-up, and the object store's bytes at the end."""
     load, staleness = Load(slots=SLOTS, median_s=0.0, mean_tokens=TOKENS), 1
     marks = run(1, 1, staleness, steps, load, training=0.0)
     early, late = marks[steps // 10].resident / 2**20, marks[-1].resident / 2**20
     name, flat = f"after {steps:,} simulated steps", late <= 1.05 * early
-    yield Row(f"coordinator {name} beside {steps // 10:,}", late, early, "MiB", late / early, "≤ 1.05", flat)
+    yield Row(f"coordinator {name} vs step {steps // 10:,}", late, early, "MiB", late / early, "≤ 1.05", flat)
     held, most = marks[-1].stored / 2**20, (staleness + 3) * GROUP_BYTES / 2**20
-    yield Row(f"object store {name} beside what may exist", held, most, "MiB", held / most, "≤ 1", held <= most)
+    yield Row(f"object store {name} vs its limit", held, most, "MiB", held / most, "≤ 1", held <= most)
 
 
 @dataclass(frozen=True)
 class Mark:
-    """What was seen at the end of a step."""
+    """Measurements at the end of a step."""
 
     at: float
     """Monotonic time."""
     busy_s: float
-    """Processor time of the coordinator so far."""
+    """The coordinator's processor time so far."""
     resident: int
-    """Its bytes of memory."""
+    """The coordinator's resident bytes."""
     stored: float
     """Bytes in the object store."""
     prompts: int
-    """Of the step."""
+    """Prompts of the step."""
 
 
 def run(
@@ -167,12 +169,12 @@ def run(
     training_each: float = 0.0,
     settings: dict[str, Any] | None = None,
 ) -> list[Mark]:
-    """Be the learner for `steps` steps; further ones are begun, so that the last is none of a run's end.
+    """Act as the learner for `steps` steps; more steps are begun, so that the last is not the run's last.
 
     Args:
         training: seconds of a step.
-        training_each: and of each of its prompts.
-        settings: further ones of `grpo`.
+        training_each: additional seconds for each of its prompts.
+        settings: further settings of `grpo`.
     """
     plan = plan_of(engines, prompts, staleness, steps + staleness + 1)
     plan["settings"] |= settings or {}
@@ -195,7 +197,7 @@ def run(
         looks = step in (0, steps - 1)
         busy, held = times.user + times.system, stored() if looks else 0.0
         marks.append(Mark(time.monotonic(), busy, memory.rss, held, len(share.prompts)))
-    ray.kill(coordinator)  # and with it the reward workers it owns
+    ray.kill(coordinator)  # this also ends its reward workers
     simulated.stop()
     return marks
 
@@ -232,7 +234,7 @@ def plan_of(engines: int, prompts: int, staleness: int, steps: int) -> dict[str,
 
 
 class _Coordinator(Coordinator):
-    """Says which process it is."""
+    """Reports its process id."""
 
     async def pid(self) -> int:
         import os

@@ -1,10 +1,10 @@
-"""θ selection: elements per second against a sort and against a row-by-row walk, and memory at 10^9 elements.
+"""θ selection: elements per second compared with a sort and a row-by-row walk, and memory at 10^9 elements.
 
     python jobs/benchmarks/selection.py [--quick] --json FILE
 
-Three ways to the same set at θ = 0.9, on products of Gaussians (the shape of a Taylor score on a Gaussian adapter):
-ours (`keep_top`, exact); `torch.sort` with a float64 cumulative sum, all of torch's threads; and a pandas frame with a
-row per element, sorted and walked with `iterrows`, the way of the paper's public script. The last case reads 10^9
+Three methods for the same set at θ = 0.9, on products of Gaussians (the shape of a Taylor score on a Gaussian adapter):
+ours (`keep_top`, exact); `torch.sort` with a float64 cumulative sum, with all of torch's threads; and a pandas frame
+with a row per element, sorted and walked with `iterrows`, as in the paper's public script. The last case reads 10^9
 scores from memory-mapped safetensors shards just written (so from the page cache, not from the disk) and writes the
 mask; its memory is the peak of this process's private pages, which leaves the mapped files out.
 """
@@ -35,7 +35,7 @@ GOAL_SECONDS, GOAL_GIB = 60.0, 3.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="up to 10^6 elements, seconds instead of minutes")
-    parser.add_argument("--json", type=Path, required=True, help="where the rows go")
+    parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     arguments = parser.parse_args()
     rows = [against_sort(10**power) for power in range(5, 7 if arguments.quick else 9)]
     rows += [against_pandas(10**power) for power in range(5, 6 if arguments.quick else 7)]
@@ -105,7 +105,7 @@ def walk_rows(scores: Tensor) -> int:
 
 
 def rate(elements: int, select: Callable[[], int], repeats: int = 3) -> tuple[float, int]:
-    """Elements per second of the fastest repeat, and how many elements were kept."""
+    """Elements per second of the fastest repeat, and the number of kept elements."""
     fastest, kept = float("inf"), 0
     for _ in range(repeats):
         start = time.perf_counter()
@@ -115,7 +115,7 @@ def rate(elements: int, select: Callable[[], int], repeats: int = 3) -> tuple[fl
 
 
 def agree(exact: int, rounded: int) -> None:
-    """The peers' floating-point sums may cut an element or so earlier or later, no more."""
+    """Check that the peers' floating-point sums change the number of kept elements by about one at most."""
     if abs(exact - rounded) > max(2, exact * 1e-5):
         raise SystemExit(f"the ways disagree: {exact} elements kept exactly, {rounded} by the peer")
 

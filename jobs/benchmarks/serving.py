@@ -1,11 +1,10 @@
-"""Serving: what `auto` saves on held-out questions, and requests a second beside vLLM's own server.
+"""Serving: tokens that `auto` saves on held-out questions, and requests per second compared with vLLM's server.
 
     python jobs/benchmarks/serving.py --run-dir DIR [--quick] --json FILE
 
 `DIR` is a finished run with both stages. Its test questions go to `sft`, `grpo` and `auto`, greedily, under the run's
-own limits; the peer of `auto` is stage 2's adapter for every question, as one would serve without routing. Then the
-same requests, from 16 clients, go to `grpo` at vLLM's own server with the same engine settings and adapters.
-`--quick` asks 40 questions.
+own limits; the peer of `auto` is stage 2's adapter for every question, as without routing. Then the same requests, from
+16 clients, go to `grpo` on vLLM's server with the same engine settings and adapters. `--quick` sends 40 questions.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, required=True, help="a finished run")
     parser.add_argument("--quick", action="store_true", help="40 questions")
-    parser.add_argument("--json", type=Path, required=True, help="where the rows go")
+    parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     arguments = parser.parse_args()
     run = RunDirectory(arguments.run_dir)
     config = load_config(run.root / "config.yaml", [])
@@ -67,15 +66,15 @@ def main() -> None:
         peer = answered(url, "grpo", rows, config)
     auto, always = found["auto"], found["grpo"]
     table = [
-        row("auto: accuracy, beside grpo for all", auto.right, always.right, "share"),
-        row("auto: tokens of answers, beside grpo for all", auto.tokens, always.tokens, "tokens"),
+        row("auto: accuracy, vs grpo for all", auto.right, always.right, "share"),
+        row("auto: tokens of answers, vs grpo for all", auto.tokens, always.tokens, "tokens"),
         row("sft for all: accuracy", found["sft"].right, always.right, "share"),
         row("sft for all: tokens of answers", found["sft"].tokens, always.tokens, "tokens"),
         row("auto: questions that went to stage 2", auto.systems.count("2") / len(rows), None, "share"),
         row(
-            "16 clients, beside vLLM's server", len(rows) / always.seconds, len(rows) / peer.seconds, "requests/s", 0.95
+            "16 clients, vs vLLM's server", len(rows) / always.seconds, len(rows) / peer.seconds, "requests/s", 0.95
         ),
-        row("16 clients to auto, beside grpo", len(rows) / auto.seconds, len(rows) / always.seconds, "requests/s"),
+        row("16 clients to auto, vs grpo", len(rows) / auto.seconds, len(rows) / always.seconds, "requests/s"),
     ]
     print_table(table)
     write_rows(arguments.json, table)
@@ -88,7 +87,7 @@ def row(name: str, ours: float, peer: float | None, unit: str, least: float | No
 
 
 def answered(url: str, model: str, rows: list[dict[str, Any]], config: Config) -> Answered:
-    """Greedy answers by `CLIENTS` clients at once."""
+    """Greedy answers to `CLIENTS` concurrent clients."""
     client = OpenAI(base_url=url, api_key="-", timeout=600)
     system = config.model.system_prompt
     before: list[Any] = [] if system is None else [{"role": "system", "content": system}]
@@ -132,7 +131,7 @@ def stock(config: Config, run: RunDirectory) -> Iterator[str]:
         resolve_model(config.model.path), settings.engine, seed=config.seed, trust_remote_code=False
     )
     ranks = lora_arguments(2 * config.adapter.rank, len(adapters))
-    # its command line `vllm serve` asks for a distribution called vllm, which the build for CPUs is not
+    # `vllm serve` needs a distribution named vllm; the CPU build has another name
     command = [
         sys.executable,
         "-m",
@@ -155,7 +154,7 @@ def stock(config: Config, run: RunDirectory) -> Iterator[str]:
 
 @contextmanager
 def running(command: list[str], environment: dict[str, str], port: int) -> Iterator[str]:
-    """The server at work; yields its address."""
+    """Run the server while the block runs; yields its address."""
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + START_S

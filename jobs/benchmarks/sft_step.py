@@ -1,17 +1,18 @@
-"""Stage 1's training step beside TRL's SFTTrainer and a plain PEFT loop.
+"""Stage 1's training step compared with TRL's SFTTrainer and a plain PEFT loop.
 
     python jobs/benchmarks/sft_step.py [--quick] [--device DEVICE] [--part 135m] [--part 1b] [--part 7b] --json FILE
 
 `135m` is a Llama of SmolLM2-135M's shape, 16 rows a step in micro-batches of 8, 20 to 60 tokens a row of which the last
-3 to 8 have a loss: stage 1's loop as `acceleration: auto` runs it, against `SFTTrainer` with torch's fused AdamW over
-every element. On a GPU a step of such a model is the time of its launches.
+3 to 8 have a loss: stage 1's loop with `acceleration: auto`, compared with `SFTTrainer` with torch's fused AdamW over
+every element. On a GPU launches take most of such a model's step.
 
 `1b` and `7b` are Llama-3.2-1B's (vocabulary 32,000) and Llama-2-7B's shapes in bfloat16 with random weights, 4 rows of
-512 tokens, the second half with a loss: loop's passes and optimiser against forward, backward, `clip_grad_norm_` and
-fused AdamW of the same PEFT model, first uncompiled, then with the same compiled layers. They need a GPU.
+512 tokens, the second half with a loss: the loop's passes and optimiser, compared with forward, backward,
+`clip_grad_norm_` and fused AdamW of the same PEFT model, first uncompiled, then with the same compiled layers. They
+need a GPU.
 
 Adapters are of rank 8 on QKVGUD in float32, with 40 % of the elements active in ours. A part that fails is reported in
-its row; the others run on.
+its row; the others continue.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer steps; no compiled 7b")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--part", action="append", choices=PARTS, help="default: all that the device can run")
-    parser.add_argument("--json", type=Path, required=True, help="where the rows go")
+    parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cuda":
@@ -66,12 +67,12 @@ def main() -> None:
             traceback.print_exc()
             rows.append(Row(f"{part}: failed, {type(error).__name__}", 0.0, None, "–", None, "–", False))
         write_rows(arguments.json, rows)
-        print_table(rows)  # after each part: a time limit may end the run in the next
+        print_table(rows)  # after each part: a time limit may end the run during the next
         print(f"{part}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 def model_of(part: str, device: torch.device) -> Any:
-    """A PEFT model of random weights in the device's dtype, the same each time."""
+    """A PEFT model with random weights in the device's dtype, the same in each call."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
@@ -89,7 +90,7 @@ def masked_optimizer(parameters: dict[str, Any]) -> MaskedAdamW:
 
 
 def small(quick: bool, device: torch.device) -> list[Row]:
-    """Seconds of a step of the 135M shape, ours and TRL's, and how far their losses are apart."""
+    """Seconds of a step of the 135M shape, ours and TRL's, and the difference of their losses."""
     steps = (6 if quick else 12) if device.type == "cpu" else (20 if quick else 80)
     examples = short_examples(ROWS * steps)
     ours, losses = our_steps(examples, steps, device)
@@ -129,7 +130,7 @@ def settings_of(steps: int) -> SftConfig:
 
 
 def our_steps(examples: list[dict[str, Any]], steps: int, device: torch.device) -> tuple[float, list[float]]:
-    """(median seconds of a step, losses) of our loop; the first steps, with the captures, are left out."""
+    """(median seconds of a step, losses) of our loop, without the first steps, which capture graphs."""
     import json
 
     settings = settings_of(steps)
@@ -273,7 +274,7 @@ def passes_steps(model: Any, parameters: dict[str, Any], rows: Rows, rounds: int
 
 
 def plain_steps(model: Any, parameters: dict[str, Any], rows: Rows, rounds: int, device: torch.device) -> float:
-    """Milliseconds of a step as one would write it with PEFT and torch."""
+    """Milliseconds of a plain step with PEFT and torch."""
     optimizer = torch.optim.AdamW(parameters.values(), lr=RATE, weight_decay=0.01, fused=True)
     ids = rows.input_ids.to(device)
     labels = ids.clone()
@@ -291,7 +292,7 @@ def plain_steps(model: Any, parameters: dict[str, Any], rows: Rows, rounds: int,
 
 
 def milliseconds(step: Callable[[], None], rounds: int, device: torch.device) -> float:
-    """Median over rounds, each of one step that starts on an idle device, after two to warm up."""
+    """Median over rounds of one step each, started on an idle device, after two warm-up rounds."""
     for _ in range(2):
         step()
     taken = []

@@ -1,4 +1,4 @@
-"""How long an engine takes from its actor to its first token, by phase, compared with vLLM's default start.
+"""Time from an engine's actor to its first token, by phase, compared with vLLM's default start.
 
     python jobs/benchmarks/startup.py [--quick] [--device cpu|cuda] [--graphs] [--model MODEL] --json FILE
 
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--graphs", action="store_true")
     parser.add_argument("--model", default="package:smollm2-135m-instruct")
-    parser.add_argument("--json", type=Path, required=True, help="where the rows go")
+    parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     arguments = parser.parse_args()
     engine = EngineConfig(max_model_len=512, max_num_seqs=32, enforce_eager=not arguments.graphs)
     gpus = 1.0 if arguments.device == "cuda" else 0.0
@@ -65,7 +65,7 @@ def main() -> None:
         alone, together = GOALS["tiny" if arguments.quick and not gpus else arguments.device]
         peer = stock_seconds(model, engine, Resources(threads=2, gpus=gpus))
         with ray_session():
-            ray.get(ray.remote(warmed).remote())  # a worker's first start is Ray's own
+            ray.get(ray.remote(warmed).remote())  # the first worker's start includes Ray's start
             seconds, phases = started(model, engine, Resources(threads=2, gpus=gpus), 1)
             rows = [row("actor to first token", seconds, peer, alone)]
             rows += [row(f"of it: {name}", taken, None, None) for name, taken in phases.items()]
@@ -89,7 +89,7 @@ def warmed() -> None:
 
 
 def started(model: str, engine: EngineConfig, resources: Resources, count: int) -> tuple[float, dict[str, float]]:
-    """(seconds from making so many actors to the last one's first token, the first one's seconds by phase)."""
+    """(seconds from creating `count` actors to the last one's first token, the first one's seconds by phase)."""
     start = time.perf_counter()
     actors = [start_engine(model, engine, resources, seed=0) for _ in range(count)]
     told: list[dict[str, Any]] = ray.get([actor.start.remote() for actor in actors])

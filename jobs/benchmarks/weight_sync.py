@@ -1,13 +1,13 @@
-"""What it takes to serve a new policy: bytes and milliseconds of `merged`, `adapter` and a push of the full weights.
+"""The cost of serving a new policy: bytes and milliseconds of `merged`, `adapter` and a push of the full weights.
 
     python jobs/benchmarks/weight_sync.py [--quick] [--device cpu|cuda] [--graphs] [--model MODEL] --json FILE
 
-One vLLM engine in a Ray actor, as stage 2 has it; a rank 8 adapter on QKVGUD, 40 % of whose elements change, as at
-θ = 0.9. `merged` and `adapter` send the changes and are timed from the learner's parameters to the engine's answer,
-digest and file included. The full push is what libraries without LoRA support do: every weight of the model, merged by
-the sender, travels and is loaded. The step whose share a sync takes is 8 prompts × 8 completions × 64 tokens, strictly
-on-policy: sampled on the same engine, then learnt from by stage 2's learner. The proof that follows each sync, canaries
-and a look at the prefix cache, is timed apart. `--graphs` lets the engines capture CUDA graphs.
+One vLLM engine in a Ray actor, as in stage 2; a rank 8 adapter on QKVGUD, of which 40 % of the elements change, as at θ
+= 0.9. `merged` and `adapter` send the changes and are timed from the learner's parameters to the engine's answer,
+including digest and file. The full push is the method of libraries without LoRA support: the sender merges and sends
+every weight of the model, and the engine loads it. A sync's share is of a step of 8 prompts × 8 completions × 64
+tokens, strictly on-policy: sampled on the same engine, then trained on by stage 2's learner. The policy check after
+each sync (canaries and the prefix cache) is timed separately. `--graphs` lets the engines capture CUDA graphs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--graphs", action="store_true")
     parser.add_argument("--model", default="package:smollm2-135m-instruct")
-    parser.add_argument("--json", type=Path, required=True, help="where the rows go")
+    parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     arguments = parser.parse_args()
     rounds = 3 if arguments.quick else 10
     if arguments.device == "cpu":
@@ -77,13 +77,13 @@ def main() -> None:
         learning = learning_seconds(model, adapter, measured["merged"].samples, resources)
     rows = [Row("a step's learning", learning, None, "s", None, "–", None)]
     for sync, found in measured.items():
-        step = found.sync_s + found.proof_s + found.rollout_s + learning
+        step = found.sync_s + found.check_s + found.rollout_s + learning
         share = found.sync_s / step
         goal = f"≤ {GOAL_SHARE:g}"
         rows += [
             row(f"{sync}: bytes", found.size / 2**20, full[1] / 2**20, "MiB", "changed elements only", True),
             row(f"{sync}: time", found.sync_s * 1e3, full[0] * 1e3, "ms", "–", None),
-            Row(f"{sync}: time of the proof", found.proof_s * 1e3, None, "ms", None, "–", None),
+            Row(f"{sync}: time of the policy check", found.check_s * 1e3, None, "ms", None, "–", None),
             Row(f"{sync}: a step's rollouts", found.rollout_s, None, "s", None, "–", None),
             Row(f"{sync}: share of a step", share, None, "", None, goal, share <= GOAL_SHARE),
         ]
@@ -93,15 +93,15 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Sync:
-    """What was measured of one way."""
+    """Measurements of one method."""
 
     sync_s: float
-    proof_s: float
+    check_s: float
     rollout_s: float
     size: int
-    """Bytes that travel."""
+    """Bytes sent."""
     samples: list[Sample]
-    """Of the step's rollouts."""
+    """The samples of the step's rollouts."""
 
 
 def row(name: str, ours: float, peer: float, unit: str, goal: str, met: bool | None) -> Row:
@@ -115,13 +115,13 @@ def start(model: str, sync: str, settings: EngineConfig, resources: Resources) -
 
 
 def measure(engine: Any, sync: str, config: str, state: dict[str, torch.Tensor], rounds: int) -> Sync:
-    """Medians of so many syncs and their proofs, and a step's rollouts afterwards."""
+    """Medians of `rounds` syncs and their policy checks, and a step's rollouts afterwards."""
     generator = torch.Generator().manual_seed(0)
     masks = {key: torch.rand(value.shape, generator=generator) < ACTIVE for key, value in state.items()}
     sender = PolicySender(config, masks)
     ray.get(engine.load_policy.remote(sender.policy(0, state)))
     canaries = token_rows(CANARIES, 80, seed=1)
-    size, times, proofs = 0, [], []
+    size, times, checks = 0, [], []
     for version in range(1, rounds + 1):
         state = {key: value + 1e-3 * masks[key] for key, value in state.items()}
         start = time.perf_counter()
@@ -133,7 +133,7 @@ def measure(engine: Any, sync: str, config: str, state: dict[str, torch.Tensor],
         size = len(policy.tensors)
         start = time.perf_counter()
         ray.get([*(engine.score.remote(canary, 48) for canary in canaries), engine.cache_gap.remote(canaries[0])])
-        proofs.append(time.perf_counter() - start)
+        checks.append(time.perf_counter() - start)
     prompts = token_rows(PROMPTS, 64, seed=0)
     sampling = {"n": GROUP, "temperature": 1.0, "max_tokens": TOKENS, "seed": 0, "ignore_eos": True}
     start = time.perf_counter()
@@ -145,23 +145,23 @@ def measure(engine: Any, sync: str, config: str, state: dict[str, torch.Tensor],
         for prompt, group in zip(prompts, groups, strict=True)
         for place, done in enumerate(group)
     ]
-    return Sync(statistics.median(times), statistics.median(proofs), rollout, size, samples)
+    return Sync(statistics.median(times), statistics.median(checks), rollout, size, samples)
 
 
 def token_rows(count: int, length: int, seed: int) -> list[list[int]]:
-    """Rows of random tokens, no two alike."""
+    """Different rows of random tokens."""
     generator = torch.Generator().manual_seed(seed)
     rows: list[list[int]] = torch.randint(5, 4000, (count, length), generator=generator).tolist()
     return rows
 
 
 def sample(prompt: list[int], done: Completion, place: int) -> Sample:
-    """A completion with an advantage, of either sign in turn."""
+    """A completion with an advantage, of alternating sign."""
     return Sample(prompt, done.token_ids, done.logprobs, (-1.0) ** place, done.finished, done.version)
 
 
 def learning_seconds(model: str, adapter: Path, samples: list[Sample], resources: Resources) -> float:
-    """What stage 2's learner takes for one step on these samples, its canaries included; the second of two."""
+    """Seconds of stage 2's learner for one step on these samples, including its canaries; the second of two."""
     settings = GrpoConfig(learning_rate=1e-5)
     job = GrpoJob(
         model={"path": model},
