@@ -54,7 +54,9 @@ def main() -> None:
     rows = [flat(f"driver in {stage}, {count:,} rows vs a tenth", more[stage], fewer[stage]) for stage in STAGES]
     mapped, listed = more["mapped"], more["listed"]
     ratio = mapped / listed
-    rows.append(Row(f"{count:,} questions, memory-mapped vs Python rows", mapped, listed, "MiB", ratio, "≤ 0.1", ratio <= 0.1))
+    rows.append(
+        Row(f"{count:,} questions, memory-mapped vs Python rows", mapped, listed, "MiB", ratio, "≤ 0.1", ratio <= 0.1)
+    )
     rows += [Row(f"{stage}, {count:,} rows", more[f"{stage}_s"], None, "s", None, "–", None) for stage in STAGES]
     rows.append(Row("run directory", more["disk"], None, "MiB", None, "–", None))
     print_table(rows)

@@ -71,9 +71,7 @@ def main() -> None:
         row("sft for all: accuracy", found["sft"].right, always.right, "share"),
         row("sft for all: tokens of answers", found["sft"].tokens, always.tokens, "tokens"),
         row("auto: questions that went to stage 2", auto.systems.count("2") / len(rows), None, "share"),
-        row(
-            "16 clients, vs vLLM's server", len(rows) / always.seconds, len(rows) / peer.seconds, "requests/s", 0.95
-        ),
+        row("16 clients, vs vLLM's server", len(rows) / always.seconds, len(rows) / peer.seconds, "requests/s", 0.95),
         row("16 clients to auto, vs grpo", len(rows) / auto.seconds, len(rows) / always.seconds, "requests/s"),
     ]
     print_table(table)

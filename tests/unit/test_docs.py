@@ -32,6 +32,16 @@ def test_no_help_text_has_brackets_which_its_formatter_would_take_out() -> None:
     ] == []
 
 
+def test_no_page_or_setting_has_the_marks_of_a_merge() -> None:
+    folders = [ROOT / name for name in ("cluster", "docs", "jobs", "requirements")]
+    files = [
+        *PAGES,
+        *(file for folder in folders for file in folder.rglob("*") if file.suffix in (".md", ".yaml", ".txt")),
+    ]
+    assert len(files) > 30
+    assert [file for file in files if re.search(r"^(<{7}|>{7}) ", file.read_text(), re.MULTILINE)] == []
+
+
 def test_there_are_commands_to_check() -> None:
     assert sum(len(commands(page)) for page in PAGES) > 8
 
