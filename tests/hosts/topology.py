@@ -8,7 +8,7 @@ import secrets
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -48,13 +48,15 @@ class Topology:
         return {key: substituted(str(value), self._variables) for key, value in given.items()}
 
     def start(self) -> None:
-        """Start every service in the file's order, in which each comes behind what it depends on."""
+        """Start every service in the file's order, in which each comes behind what it depends on. One whose command
+        fails, as Ray's may on a busy machine, is started again."""
+        self._keeper.start()
         for name, service in self._services.items():
             for needed in service.get("depends_on", {}):
-                self.require_healthy(needed)
+                self._wait_for(needed, self._healthy)
             self._begin(name)
-            wait_until(f"{name} runs", partial(self._runs, name), START_LIMIT_S)
-        self._keeper.start()
+            self._wait_for(name, self._runs)
+        self.restarts.clear()
 
     def stop(self) -> None:
         """No service is started any more."""
@@ -62,12 +64,15 @@ class Topology:
         if self._keeper.is_alive():
             self._keeper.join()
 
+    def _wait_for(self, name: str, state: Callable[[str], bool]) -> None:
+        try:
+            wait_until(name, partial(state, name), START_LIMIT_S)
+        except TimeoutError:
+            raise RuntimeError(f"{name} did not start: {self.on[name].log.read_text()[-3000:]}") from None
+
     def _runs(self, name: str) -> bool:
         """Whether a service's command has said that its node runs."""
-        text = self.on[name].log.read_text()
-        if self._nodes[name].poll() is not None:
-            raise RuntimeError(f"{name}: {text[-3000:]}")
-        return "Ray runtime started" in text
+        return self._nodes[name].poll() is None and "Ray runtime started" in self.on[name].log.read_text()
 
     def _begin(self, name: str) -> None:
         self._nodes[name] = self.on[name].start(self._services[name]["command"], self.environment(name))
@@ -90,13 +95,11 @@ class Topology:
         [raylet] = [pid for pid, line in found if line.partition(" ")[0].endswith("/raylet")]
         os.kill(raylet, signal.SIGKILL)
 
-    def require_healthy(self, name: str) -> None:
-        """Run a service's health check."""
+    def _healthy(self, name: str) -> bool:
+        """Whether a service's health check succeeds."""
         check = self._services[name]["healthcheck"]["test"]
         assert check[0] == "CMD"
-        status, said = self.on[name].run(check[1:], self.environment(name))
-        if status:
-            raise RuntimeError(f"{name} is not healthy: {said}")
+        return self.on[name].run(check[1:], self.environment(name))[0] == 0
 
     def client(self, **changed: str) -> dict[str, str]:
         """Environment of a machine that is no part of the cluster and may submit to it."""
