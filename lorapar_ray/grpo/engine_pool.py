@@ -226,7 +226,7 @@ class EnginePool:
                 self._seen[slot] = engine, records, await lengths
         except Exception as error:
             if not is_lost(error):
-                error = TimeoutError(f"rollout engine {slot} cannot say whether it lives: {error}")
+                error = TimeoutError(f"rollout engine {slot} did not answer the heartbeat: {error}")
             self._rebuild(slot, engine, error)
 
     async def _turn(self, beginnings: Sequence[int] = (), again: bool = False, avoid: int | None = None) -> int:

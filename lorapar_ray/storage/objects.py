@@ -141,7 +141,7 @@ class Objects:
                 size = stream.tell()
             there = _stamp(self.file_system.get_file_info(self._path(name)))
             if there.size != size:
-                raise OSError("the store holds another number of bytes than were sent")
+                raise OSError("the store holds a different number of bytes than were sent")
             return there
 
         return self._ask(call)
@@ -220,7 +220,7 @@ class Objects:
         for signs, advice in PERMANENT:
             if any(sign in said for sign in signs):
                 return advice.format(credentials=CREDENTIALS[self.uri.scheme]), False
-        return f"the object store cannot be reached or does not answer as it should ({one_line(said, 200)})", True
+        return f"the object store cannot be reached or does not answer properly ({one_line(said, 200)})", True
 
 
 def side_by_side(function: Callable[[T], Any], each: Iterable[T]) -> None:
@@ -237,7 +237,7 @@ def _stamp(info: Any) -> Stamp:
 def _tag(source: Any) -> str:
     told = {key.lower(): value for key, value in (source.metadata() or {}).items()}
     if not told.get("etag"):
-        raise OSError("the store tells no ETag")
+        raise OSError("the store returns no ETag")
     return str(told["etag"])
 
 

@@ -61,7 +61,7 @@ class Probe:
                 found = (where / self.name).read_text()
                 (where / f"{self.name}-{node}").write_text(node)
                 own = where
-            return ("" if found == self.name else "reads another content"), shutil.disk_usage(own).free / GIB
+            return ("" if found == self.name else "reads different content"), shutil.disk_usage(own).free / GIB
         except UserError as error:
             return one_line(error, 200), 0.0
         except OSError as error:

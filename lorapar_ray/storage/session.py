@@ -163,7 +163,7 @@ class RemoteRun:
                 said = False
             except UserError as error:
                 if not said:
-                    console.print(f"  {error}; the stage goes on, and it is tried again")
+                    console.print(f"  {error}; the stage continues and tries again")
                 said = True
 
 

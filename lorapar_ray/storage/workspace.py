@@ -123,4 +123,4 @@ def _push_now_and_then(own: Workspace, stop: threading.Event) -> None:
         try:
             own.publish()
         except UserError as error:  # only an error of the last push is raised
-            print(f"lorapar: {error}; it is tried again", flush=True)
+            print(f"lorapar: {error}; trying again", flush=True)

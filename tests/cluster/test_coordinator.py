@@ -122,7 +122,7 @@ def test_an_environment_that_blocks_goes_with_its_worker_and_the_next_one_plays_
         _, head = await workers.play(Engines(), "a", 0, [1, 2, 3], sampling)  # type: ignore[arg-type]
         assert len(head.lost) == 2 and "its worker died" in head.lost[0] and head.lengths == ()
         reference, head = await workers.play(Engines(), "b", 1, [1, 2, 3], sampling)  # type: ignore[arg-type]
-        assert len(head.lost) == 2 and "the policy said nothing" in head.lost[0]
+        assert len(head.lost) == 2 and "the policy sampled nothing" in head.lost[0]
         record = await reference
         assert record.completions() == [] and record.head == head
         workers.stop()

@@ -233,7 +233,7 @@ def test_a_policy_that_went_with_its_learner_costs_no_engine_and_the_next_one_is
     async def go() -> None:
         await pool.start()
         await publish(0, there=True)
-        with pytest.raises(PolicyLost, match="policy 1 went with the learner"):
+        with pytest.raises(PolicyLost, match="policy 1 was lost with the learner"):
             await publish(1, there=False)
         assert pool.replaced == 0
         assert await asyncio.gather(*(pool.run(lambda engine: engine.generate.remote()) for _ in range(2))) == [0, 0]

@@ -225,10 +225,10 @@ async def leaves(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
 @pytest.mark.parametrize(
     ("rollout", "told"),
     [
-        (another_vocabulary, "'200000' is none of the model's 49152 tokens"),
+        (another_vocabulary, "'200000' is not one of the model's 49152 tokens"),
         (never_full, "all 64 tokens of grpo.max_completion_length"),
-        (long_prompt, "a prompt of 17 tokens; 1 to 16 are possible (grpo.max_prompt_length)"),
-        (silent, "the policy said nothing"),
+        (long_prompt, "a prompt of 17 tokens; 1 to 16 are allowed (grpo.max_prompt_length)"),
+        (silent, "the policy sampled nothing"),
         (two_rewards, "its reward is [1.0, 0.0]"),
         (no_trajectory, "it returns str, not the trajectory"),
         (hangs, "longer than grpo.environment_time_limit_s (0.05)"),
@@ -372,9 +372,9 @@ def test_the_environments_own_reward_counts_by_its_weight_and_a_missing_one_is_c
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("my_module", "is no module:function"),
+        ("my_module", "is not module:function"),
         ("no_such_module:rollout", "no_such_module"),
-        ("lorapar_ray.grpo.environments.calculator:calculate", "is no async function"),
+        ("lorapar_ray.grpo.environments.calculator:calculate", "is not an async function"),
         ("tests.unit.test_environments:failed", "cannot be called with an engine and a row"),
     ],
 )

@@ -98,7 +98,7 @@ def test_a_changed_history_is_no_one_trajectory() -> None:
 
     row = {"prompt": "Guess a number.", "answer": "0", "prompt_ids": [5]}
     [lost] = played(from_verifiers(environment), Engine("1<|im_end|>"), limits=LONG, row=row).head.lost
-    assert "changes what was said before" in lost
+    assert "changes earlier messages" in lost
 
 
 def test_what_is_no_call_is_none() -> None:

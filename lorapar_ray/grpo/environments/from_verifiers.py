@@ -147,7 +147,7 @@ class Model:
         known = len(self._messages)
         same = all(old is None or old == new for old, new in zip(self._messages, chat, strict=False))
         if len(chat) <= known or not same or chat[known - 1]["role"] != "assistant":
-            raise ValueError("the environment changes what was said before, so its turns are no one trajectory")
+            raise ValueError("the environment changes earlier messages, so its turns are not one trajectory")
         self.trajectory.add(self._engine.reply(self.trajectory, chat[known:], **template))
         return self.trajectory
 

@@ -21,11 +21,11 @@ def get_environment(name: str) -> RolloutFunction:
     """
     where = f"grpo.environment: '{name}'"
     if ":" not in name:
-        raise UserError(f"{where} is no module:function")
+        raise UserError(f"{where} is not module:function")
     found: RolloutFunction = imported(name, where)
     called = found if inspect.isroutine(found) else getattr(found, "__call__", None)  # noqa: B004
     if not inspect.iscoroutinefunction(called):
-        raise UserError(f"{where} is no async function; write `async def rollout(engine, row)`")
+        raise UserError(f"{where} is not an async function; write `async def rollout(engine, row)`")
     try:
         inspect.signature(found).bind(None, None)
     except TypeError as error:

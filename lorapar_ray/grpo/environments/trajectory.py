@@ -64,7 +64,7 @@ class Trajectory:
         self._kept = Kept([], [])
         if not 0 < len(self._prompt) <= limits.prompt:
             raise ValueError(
-                f"a prompt of {len(self._prompt)} tokens; 1 to {limits.prompt} are possible (grpo.max_prompt_length)"
+                f"a prompt of {len(self._prompt)} tokens; 1 to {limits.prompt} are allowed (grpo.max_prompt_length)"
             )
 
     @property
@@ -118,7 +118,7 @@ class Trajectory:
             ValueError: the policy sampled nothing, or the reward is not a number.
         """
         if not any(self._sampled):
-            raise ValueError("the policy said nothing in it; call engine.generate")
+            raise ValueError("the policy sampled nothing; call engine.generate")
         reward: Any = self.reward
         if reward is not None and not (np.ndim(reward) == 0 and isfinite(float(reward))):
             raise ValueError(f"its reward is {str(reward)[:60]}; give one finite number, or None")
@@ -186,5 +186,5 @@ def _checked(token_ids: Sequence[int], limits: Limits) -> list[int]:
     found: list[Any] = list(token_ids)
     for each in found:
         if isinstance(each, bool | str | float) or not 0 <= int(each) < limits.vocabulary:
-            raise ValueError(f"{str(each)[:40]!r} is none of the model's {limits.vocabulary} tokens")
+            raise ValueError(f"{str(each)[:40]!r} is not one of the model's {limits.vocabulary} tokens")
     return [int(each) for each in found]
