@@ -1,9 +1,9 @@
-"""Tests that kill processes, at moments and places drawn from a seed: a pytest plugin.
+"""A pytest plugin for tests that kill processes, at moments and places drawn from a seed.
 
-A test with the mark `chaos(stage, *faults)` draws from the fixture `chance`. By default one such test of each stage
-runs, itself drawn; `--chaos all` runs every one, `--chaos-rounds N` each so often with other draws. The seed is
-printed; LORAPAR_CHAOS_SEED sets it. A test with the mark `fault(stage, *faults)` breaks something too, and runs every
-time. What the fixture `recovery` is told is printed at the end.
+A test with the mark `chaos(stage, *faults)` draws from the fixture `chance`. By default one drawn test of each stage
+runs; `--chaos all` runs every one, `--chaos-rounds N` runs each N times with different draws. The seed is printed;
+LORAPAR_CHAOS_SEED sets it. A test with the mark `fault(stage, *faults)` also injects a fault, and always runs. The
+times that the fixture `recovery` measures are printed at the end.
 """
 
 import os
@@ -48,7 +48,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def chance(chaos_round: int, request: pytest.FixtureRequest) -> Random:
-    """Of this test, in this round, under this seed."""
+    """The random generator of this test, round and seed."""
     return Random(f"{os.environ[SEED]} {request.node.nodeid}")
 
 
@@ -60,7 +60,7 @@ def thorough(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def recovery(record_property: Callable[[str, object], None]) -> Recovery:
-    """Takes a stage and a fault; the block around which it stands ends when the work has gone on."""
+    """Times a block: called with a stage and a fault; the block ends when the work has continued."""
 
     @contextmanager
     def timed(stage: str, fault: str) -> Iterator[None]:

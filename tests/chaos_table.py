@@ -1,5 +1,5 @@
-"""Which fault each stage has been tested under, from the marks of the tests: `python -m tests.chaos_table` writes it
-into `docs/chaos.md`."""
+"""The matrix of stages and tested faults, from the tests' marks: `python -m tests.chaos_table` writes it into
+`docs/chaos.md`."""
 
 import ast
 from collections.abc import Iterator

@@ -3,8 +3,8 @@ import os
 import signal
 from collections.abc import Iterator
 
-# Before torch is imported, which reads it once. Several test processes share the cores, and two threads that wait for
-# each other's time slices are many times slower than one.
+# Set before torch is imported, which reads it once. Several test processes share the cores: two threads that wait for
+# each other's time slices are much slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -14,12 +14,12 @@ from hypothesis import settings
 
 from tests import local_ray
 
-# As in a terminal, also where a script has started the tests in the background: commands are ended by SIGINT here.
+# As in a terminal, even if a script has started the tests in the background: tests end commands by SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-gc.disable()  # until the tests are collected: what they import stays, and looking through it is a fifth of the time
+gc.disable()  # until the tests are collected: imported modules stay, and scanning them takes a fifth of the time
 pytest_plugins = ["tests.chaos"]
-# A busy machine is no failure, and the same examples are drawn each time: a change is judged by what it changes.
-# HYPOTHESIS_PROFILE=explore draws new and more ones.
+# A busy machine is not a failure. Every run draws the same examples, so that results depend only on the code.
+# HYPOTHESIS_PROFILE=explore draws more and new ones.
 settings.register_profile("same", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
@@ -57,13 +57,13 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """A Ray on this machine, the same for all tests of this process that ask for one."""
+    """A Ray on this machine, shared by all tests of this process that use it."""
     local_ray.start()
     yield
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """That Ray ends before a file that does not ask for it: no other test meets it."""
+    """End that Ray before a file that does not use it, so that other tests run without it."""
     if nextitem is None or (item.path != nextitem.path and "cluster" not in getattr(nextitem, "fixturenames", ())):
         local_ray.stop()

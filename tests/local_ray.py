@@ -1,4 +1,4 @@
-"""One Ray for the tests of a process that need one: starting it takes longer than most of them."""
+"""One Ray for all tests of a process that need it: its start takes longer than most tests."""
 
 from contextlib import ExitStack
 
@@ -8,7 +8,7 @@ _running = ExitStack()
 
 
 def start() -> None:
-    """Be connected to it; does nothing where it runs."""
+    """Start it and connect; does nothing if it already runs."""
     import ray
 
     if not ray.is_initialized():
@@ -16,5 +16,5 @@ def start() -> None:
 
 
 def stop() -> None:
-    """End it, and take back what it has set in this process's environment."""
+    """End it, and undo its changes of this process's environment."""
     _running.close()

@@ -1,4 +1,4 @@
-"""An S3 server on this machine, and what a process needs to use it."""
+"""An S3 server on this machine, and the environment for its clients."""
 
 import urllib.request
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ KEYS = {
 
 @contextmanager
 def object_store() -> Iterator[dict[str, str]]:
-    """A bucket while the block runs; yields the environment that leads to it."""
+    """A bucket while the block runs; yields its clients' environment."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

@@ -1,4 +1,4 @@
-"""A PiSSA adapter of the tiny student, as training leaves one."""
+"""A PiSSA adapter of the tiny student, as after training."""
 
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ from lorapar_ray.adapters.export import export_plain
 
 
 def trained_pissa(student: Path, folder: Path, drift: float) -> Any:
-    """The model on its residual base; writes `adapter`, and `plain`, the same for the original base, into `folder`.
+    """The model on its residual base; writes the `adapter`, and as `plain` its export for the original base, into
+    `folder`.
 
     Args:
-        drift: what training moved, in standard deviations of each matrix.
+        drift: simulated change by training, in standard deviations of each matrix.
     """
     base = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     model = attach_lora(base, rank=4, alpha=8, init="pissa")

@@ -1,4 +1,4 @@
-"""A run that stands right before stage 1: labelled, an adapter, a region, all made without Ray and without engines."""
+"""A run right before stage 1 (labels, adapter, region), made without Ray and without engines."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ BASE = {"batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-2, "weight_d
 def ready_run(
     student: Path, folder: Path, init: str = "gaussian", dropout: float = 0.0, **sft: Any
 ) -> tuple[Config, RunDirectory]:
-    """Stage 1 on 24 rows is next; `sft` overrides its settings."""
+    """A run whose next stage is stage 1, on 24 rows; `sft` overrides its settings."""
     plain = tiny_config(student)
     rows = [{**source, "rows": 52} for source in plain["data"]["train"]]
     plain |= {

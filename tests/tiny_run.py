@@ -28,8 +28,8 @@ ENGINE = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 16, "enforce
 def save_tiny_student(folder: Path) -> Path:
     """A random two-layer Llama in bfloat16 that vLLM can run on a CPU (head size 32), with SmolLM2's tokenizer.
 
-    Its frozen head knows one thing of its tokens, as a trained one does: which of them begin a word. So a few steps can
-    teach it to write words.
+    Its frozen head can tell which tokens begin a word, like a trained head. So it can learn to write words in a few
+    steps.
     """
     tokenizer = AutoTokenizer.from_pretrained(resolve_model("package:smollm2-135m-instruct"))
     torch.manual_seed(0)
@@ -113,7 +113,7 @@ def write_config(path: Path, config: dict[str, Any]) -> Path:
 
 
 def lorapar_here(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """The CLI's entry point in this process, whose Ray it uses if there is one."""
+    """The CLI's entry point in this process; it uses this process's Ray, if any."""
     output, errors, usual, status = StringIO(), StringIO(), sys.argv, 0
     sys.argv = ["lorapar", *map(str, arguments)]
     try:
@@ -127,7 +127,7 @@ def lorapar_here(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def lorapar(*arguments: str | Path, timeout: float = 1000, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the CLI as a user would, in a process of its own; output is captured."""
+    """Run the CLI like a user, in a separate process; output is captured."""
     return subprocess.run(
         command(*arguments), cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=timeout
     )

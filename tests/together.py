@@ -1,4 +1,4 @@
-"""Jobs of Ray Train in one group of workers: starting a group takes longer than a small job."""
+"""Runs several Ray Train jobs in one group of workers: a group's start takes longer than a small job."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -10,15 +10,16 @@ from lorapar_ray.workers import run_workers
 
 
 class _Later(Exception):
-    """The stage stops where it would start its own group."""
+    """Raised to stop a stage where it would start its own group."""
 
 
 def run_together(module: str, stages: Sequence[Callable[[], Any]]) -> None:
-    """Run stages that each start a group of as many workers: all their jobs in one, then what the stages do after it.
+    """Run stages that each start a group of the same size: run all their jobs in one group, then the rest of each
+    stage.
 
     Args:
-        module: where the stages look up `run_workers`.
-        stages: each calls `run_workers` once, or not at all where its results are there.
+        module: the module in which the stages find `run_workers`.
+        stages: each calls `run_workers` once, or not at all if its results exist.
     """
     jobs: list[tuple[Any, ...]] = []
     groups: list[dict[str, Any]] = []
@@ -40,7 +41,7 @@ def run_together(module: str, stages: Sequence[Callable[[], Any]]) -> None:
 
 
 def run_in_one_group(jobs: Sequence[tuple[Any, ...]], groups: Sequence[dict[str, Any]]) -> None:
-    """The jobs (function, argument), one after the other, in the first of their groups; all have as many workers."""
+    """The jobs (function, argument), one after the other, in one group; all need the same number of workers."""
     assert len({(group["workers"], str(group["resources"])) for group in groups}) == 1
     run_workers(_one_after_another, {"jobs": list(jobs)}, **groups[0])
 

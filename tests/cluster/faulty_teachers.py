@@ -1,4 +1,4 @@
-"""Fault injection: teachers that write down who asked what, and break as they are told.
+"""Fault injection: teachers that log every request and fail as configured.
 
 Settings in `extra_body`: `log` (a file; each request appends "process teacher question"), `latency_s`, `accuracy`,
 `die_after` (requests answered before every further one fails), `dead_while` (a file; fail as long as it exists).
@@ -31,12 +31,12 @@ class FaultyTeacher(SimulatedTeacher):
 
 
 def note(log: Path, teacher: str, question: str) -> None:
-    """Append one line; short writes to a file opened for appending are not torn apart."""
+    """Append one line; short writes to a file opened for appending are atomic."""
     with log.open("a") as file:
         file.write(f"{os.getpid()} {teacher} {question}\n")
 
 
 def noted(log: Path) -> Counter[tuple[str, str]]:
-    """How often each (teacher, question) was asked."""
+    """Number of requests by (teacher, question)."""
     lines = log.read_text().splitlines() if log.is_file() else []
     return Counter((teacher, question) for _, teacher, question in (line.split(" ", 2) for line in lines))

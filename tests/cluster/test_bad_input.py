@@ -1,4 +1,4 @@
-"""Every kind of bad input through the CLI: one line, a non-zero exit, and nothing lost."""
+"""Every kind of bad input through the CLI gives one line, a non-zero exit status, and loses nothing."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def config(student: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def refused(stage: str, config: dict[str, Any], folder: Path, *culprits: str, **environment: str) -> None:
-    """Run a stage, in a process of its own where it needs its own environment; one line must name every culprit."""
+    """Run a stage, in a separate process if it needs its own environment; one line must name every cause."""
     path = write_config(folder / "config.yaml", config)
     arguments = (stage, path) if stage == "run" else (stage, "-c", path)
     whole = (*arguments, "-d", folder / "run")
@@ -124,7 +124,7 @@ def test_no_ray(config: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.fixture
 def labelled(cluster: None, labelled_once: Path, tmp_path: Path) -> Path:
-    """A copy for each test: what one leaves of `score` is not gone over by the next."""
+    """A copy for each test, so that no test sees another's results of `score`."""
     return Path(shutil.copytree(labelled_once, tmp_path / "labelled"))
 
 

@@ -1,4 +1,4 @@
-"""The coordinator when its learners die and begin again; its engine is a fake whose loading can be held up."""
+"""The coordinator when its learners die and restart; its engine is a fake whose loading can be delayed."""
 
 import asyncio
 import time
@@ -22,7 +22,7 @@ MODEL = resolve_model("package:smollm2-135m-instruct")
 
 
 class Method:
-    """What Ray makes of a method."""
+    """Imitates a method of a Ray actor's handle."""
 
     def __init__(self, method: Any) -> None:
         self.remote = method
@@ -32,7 +32,7 @@ class Method:
 
 
 class Engine:
-    """Loads a policy as soon as it may; answers with two different numbers under the policy it has."""
+    """Loads a policy when allowed; samples two different numbers under its current policy."""
 
     def __init__(self) -> None:
         self.start, self.load_policy, self.rollout = map(Method, (self._start, self._load, self._rollout))
@@ -85,7 +85,7 @@ def test_a_balanced_steps_prompts_follow_the_time_that_steps_take(cluster: None)
             share = await coordinator.batch(version, 0, 1)
             begun.append(figures["prompts_per_step"])
             assert len(share.prompts) == begun[-1]
-        assert begun[:3] == [1, 1, 2]  # the first step's time says nothing; then another size is tried
+        assert begun[:3] == [1, 1, 2]  # the first step's time includes the start; then another size is tried
         saved = await coordinator.checkpoint(3)
         await coordinator.resume(3, saved)
         assert await coordinator.checkpoint(3) == saved and len(saved["balance"]) == 3
@@ -95,23 +95,21 @@ def test_a_balanced_steps_prompts_follow_the_time_that_steps_take(cluster: None)
 
 
 async def blocks(engine: Any, row: dict[str, Any]) -> Any:
-    """Holds up its worker for question 0; the others' episodes end without a word of the policy."""
+    """Blocks its worker on question 0; other questions' episodes end without a turn of the policy."""
     if row["id"] == "0":
         time.sleep(600)
     return engine.begin(row["prompt_ids"])
 
 
 class Engines:
-    """A pool with one engine, which nobody asks."""
+    """A pool with one engine, which gets no request."""
 
     async def episodes(self, prompt_ids: Any, play: Any) -> tuple[Any, Any]:
         record, head = play(None)
         return record, await head
 
 
-def test_an_environment_that_blocks_goes_with_its_worker_and_the_next_one_plays_on(
-    cluster: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_blocked_environment_worker_is_replaced(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorapar_ray.grpo.environments.actor.CRASHES", 1)
     blocking = plan()
     blocking["settings"] |= {"environment": f"{__name__}:blocks", "environment_time_limit_s": 0.5}
@@ -130,7 +128,7 @@ def test_an_environment_that_blocks_goes_with_its_worker_and_the_next_one_plays_
     asyncio.run(go())
 
 
-def test_what_dead_learners_were_publishing_does_not_go_on_beside_the_next_ones(cluster: None) -> None:
+def test_publishing_of_dead_learners_ends_before_the_next_ones(cluster: None) -> None:
     sender = PolicySender("{}")
 
     def policy(version: int) -> PolicyNote:
@@ -149,7 +147,7 @@ def test_what_dead_learners_were_publishing_does_not_go_on_beside_the_next_ones(
         [part] = share.updates[0].parts
         record = ray.get(part.record)
         assert (record.token_ids.tolist(), record.head.lengths, part.completions) == ([32, 33], (1, 1), [0, 1])
-        await coordinator.lost(0, [part.group])  # sampled anew, under another reference
+        await coordinator.lost(0, [part.group])  # sampled again, with another reference
         [again] = (await coordinator.batch(0, 0, 1)).updates[0].parts
         assert again.record != part.record and ray.get(again.record).token_ids.tolist() == [32, 33]
         engine.may_load.clear()
@@ -166,7 +164,7 @@ def test_what_dead_learners_were_publishing_does_not_go_on_beside_the_next_ones(
         waiting = asyncio.create_task(coordinator.batch(1, 0, 1))
         with pytest.raises(PolicyMismatch):
             await coordinator.publish(replace(policy(1), digest="another"), [])
-        with pytest.raises(PolicyMismatch):  # so does whoever waits for a step that cannot begin
+        with pytest.raises(PolicyMismatch):  # so does the wait for a step that cannot begin
             await waiting
         coordinator._rewards.stop()
 

@@ -1,4 +1,5 @@
-"""Labelling through Ray Data with simulated teachers and endpoints: whatever breaks, nothing is lost or asked twice."""
+"""Labelling through Ray Data with simulated teachers and endpoints: no fault loses a question or requests a vote
+twice."""
 
 import asyncio
 import json
@@ -74,7 +75,7 @@ def labelled(config: Settings, run: RunDirectory) -> dict[str, Any]:
 
 
 def ids_of(run: RunDirectory) -> list[str]:
-    """Ids in labels and rejects, each as often as it is there."""
+    """Ids in labels and rejects, with repetitions."""
     reject = run.rejects / "label.parquet"
     return [row["id"] for row in chain(read_table(run.labels), read_table(reject) if reject.is_file() else [])]
 
@@ -86,14 +87,14 @@ def complete(run: RunDirectory) -> bool:
 
 
 def stored(run: RunDirectory) -> int:
-    """How many votes are in the run's store."""
+    """Number of votes in the run's store."""
     path = run.work / "votes.sqlite"
     if not path.is_file():
         return 0
     with closing(sqlite3.connect(path, timeout=30)) as store:
         try:
             return int(store.execute("SELECT count(*) FROM answers").fetchone()[0])
-        except sqlite3.OperationalError:  # it is being made
+        except sqlite3.OperationalError:  # it is being created
             return 0
 
 
@@ -139,7 +140,7 @@ def test_kill_9_on_the_driver_costs_only_the_blocks_in_flight(
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(30)
     worker = int(log.read_text().splitlines()[-1].split()[0])
-    wait_for(lambda: not psutil.pid_exists(worker))  # it goes on asking until it sees that its driver is gone
+    wait_for(lambda: not psutil.pid_exists(worker))  # it sends requests until it notices that its driver has ended
     asked, kept = sum(noted(log).values()), stored(run)
     assert votes < kept < 2 * ROWS and not (run.label_summary).exists()
     with recovery("label", "driver"):
@@ -177,7 +178,7 @@ def test_kill_9_on_an_asking_worker_in_mid_run(
     killer.join()
     assert len(workers()) == 2, "no worker was replaced"
     assert complete(run) and summary["votes"] == 2 * ROWS
-    assert sum(count - 1 for count in noted(log).values()) <= 2 * 8 * 6 + 2  # at most what was queued at the worker
+    assert sum(count - 1 for count in noted(log).values()) <= 2 * 8 * 6 + 2  # at most the worker's queue
 
 
 def test_a_dead_teacher_abstains_and_below_the_quorum_the_job_stops_and_goes_on_later(
@@ -207,7 +208,7 @@ def test_from_three_to_five_teachers_only_the_new_two_are_asked(
     first = labelled(config, run)
     assert (first["votes_asked"], first["votes_from_cache"]) == (120, 0)
     asked = noted(log)
-    (run.work / "label" / "run.json").unlink()  # what the pipeline does when the settings of the stage change
+    (run.work / "label" / "run.json").unlink()  # as the pipeline does when the stage's settings change
     config["label"]["teachers"] += [faulty(name, log, accuracy=0.8) for name in "de"]
     second = labelled(config, run)
     new = noted(log) - asked
@@ -330,7 +331,7 @@ class Endpoint(BaseHTTPRequestHandler):
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
-        except OSError:  # the caller has given up
+        except OSError:  # the client has closed the connection
             self.close_connection = True
 
     def log_message(self, *_: Any) -> None:
@@ -344,7 +345,7 @@ def _token(chosen: str) -> dict[str, Any]:
 
 
 def _thirds(prompt: str) -> dict[str, float]:
-    """Judges q0, q1, q2, ... in turn as recall, inference, planning; leans to the number 3 whatever that stands for."""
+    """Judges q0, q1, q2, ... in turn as recall, inference, planning; biased towards the number 3 in every order."""
     number = prompt.rpartition("Question: q")[2].split("\n")[0]
     meant = ("recall", "inference", "planning")[int(number) % 3 if number.isdigit() else 0]
     shown = {meaning: number for number in "123" for meaning in prompt.split(f"System {number}: ")[1].split(".")[:1]}
@@ -366,4 +367,4 @@ def test_the_rate_limit_is_kept_by_all_workers_together(tmp_path: Path) -> None:
             assert all(isinstance(each, list) for each in found)
             return time.monotonic() - start
 
-        assert asyncio.run(ask()) >= 20 / 20  # each of two workers keeps to half of 40 a second
+        assert asyncio.run(ask()) >= 20 / 20  # each of two workers sends at most half of 40 per second

@@ -1,4 +1,4 @@
-"""Learners of stage 2: several, and several with the base cut between them, take the step that one takes."""
+"""Several learners of stage 2, also with a sharded base, take the same step as one learner."""
 
 import random
 from pathlib import Path
@@ -27,7 +27,7 @@ ADVANTAGES = [1.5, -0.5, 0.25, -1.25]
 
 
 def groups(step: int) -> list[Group]:
-    """Three groups of unequal lengths, drawn at random, with their records in place of references."""
+    """Three groups of different random lengths, with records instead of references."""
     draw = random.Random(step)
     found = []
     for group in range(3):
@@ -39,7 +39,7 @@ def groups(step: int) -> list[Group]:
 
 
 class ScriptedCoordinator:
-    """A fake: hands out batches made beforehand instead of sampling them."""
+    """A fake coordinator that returns prepared batches."""
 
     def resume(self, step: int, stream: Any) -> None: ...
 
@@ -69,7 +69,7 @@ def run(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config
 
 
 def learn(run: tuple[Config, RunDirectory], folders: dict[Path, dict[str, Any]], learners: int) -> None:
-    """STEPS steps by so many learners with each of some settings, into a folder each."""
+    """Take STEPS steps with `learners` learners for each of some settings, in one folder each."""
     import ray
 
     config, directory = run
@@ -103,7 +103,7 @@ def learn(run: tuple[Config, RunDirectory], folders: dict[Path, dict[str, Any]],
 
 
 def learnt(folder: Path) -> dict[str, torch.Tensor]:
-    """The adapter after those steps."""
+    """The adapter after all steps."""
     assert [line["canaries"] for line in metrics(folder, "grpo")] == [1.0] * STEPS
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 

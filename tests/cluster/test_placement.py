@@ -1,4 +1,5 @@
-"""Where stage 2's engines and learners land; the GPUs are a number that Ray is told, the actors and groups are real."""
+"""Placement of stage 2's engines and learners; only the GPUs are fake (a number given to Ray), actors and groups are
+real."""
 
 import tempfile
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ def gpus() -> Iterator[None]:
 
 
 class Where(EngineActor):
-    """An engine that says where it is instead of starting."""
+    """An engine that reports its GPUs instead of starting."""
 
     def gpus(self) -> list[int]:
         import ray
@@ -64,7 +65,7 @@ def test_engines_and_learners_share_gpus_one_of_each_on_each(gpus: None) -> None
     with reserved(tree) as place:
         engines = [engine(tree, place) for _ in range(GPUS)]
         found = ray.get([each.gpus.remote() for each in engines])
-        train = placement_group([{"CPU": 0.5, "GPU": 0.4}] * GPUS)  # as Ray Train makes it
+        train = placement_group([{"CPU": 0.5, "GPU": 0.4}] * GPUS)  # as Ray Train creates it
         options = {"num_cpus": 0.5, "num_gpus": 0.4, "scheduling_strategy": PlacementGroupSchedulingStrategy(train)}
         actors = [ray.remote(Where).options(**options).remote({}, "merged") for _ in range(GPUS)]
         learners = ray.get([each.gpus.remote() for each in actors])

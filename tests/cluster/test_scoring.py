@@ -1,4 +1,4 @@
-"""Scores do not depend on who computed them: other numbers of workers, a base in pieces, a worker that is killed."""
+"""Scores do not depend on the number of workers, a sharded base, or a killed worker."""
 
 import shutil
 import threading
@@ -28,7 +28,7 @@ Scores = dict[str, torch.Tensor]
 
 
 def make_run(student: Path, folder: Path, **score: Any) -> tuple[Config, RunDirectory]:
-    """A labelled run with an adapter to score, and how to."""
+    """A labelled run with an adapter, and a function that scores it."""
     settings = {"examples_per_system": 13, "batch_tokens": 128, "unit_size": 3, "max_length": 128, **score}
     plain = tiny_config(student)
     plain |= {
@@ -58,7 +58,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """A run that one undisturbed worker scored."""
+    """A run scored by one worker without faults."""
     config, run = make_run(student, tmp_path_factory.mktemp("alone"))
     score_stage(config, run)
     return run

@@ -1,4 +1,4 @@
-"""θ selection by Ray tasks is the selection of one process, to the last tie."""
+"""θ selection by Ray tasks equals that of one process, including ties."""
 
 from itertools import chain
 from pathlib import Path
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.cluster
 
 @pytest.fixture
 def scores() -> Scores:
-    """Rounded so coarsely that most elements are tied."""
+    """Scores rounded so coarsely that most elements are tied."""
     return {key: (value * 4).round() for key, value in skewed(seed=0, layers=3).items()}
 
 

@@ -1,4 +1,4 @@
-"""A local Ray starts where TMPDIR is long, is reachable from this machine only, and leaves nothing behind."""
+"""A local Ray starts with a long TMPDIR, is reachable from this machine only, and leaves no files behind."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Stage 1 says the same however it is computed: workers, packing, sharding, accumulation, checkpointing, a kill."""
+"""Stage 1's result does not depend on workers, packing, sharding, accumulation, checkpointing or a kill."""
 
 import json
 import threading
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.cluster
 LOSS_TOLERANCE = 2e-5
 """Relative, per step, in float32 (measured: below 2e-6); the additions run in another order."""
 EXPORT_TOLERANCE = 1e-4
-"""Absolute, on logits in float32: the export adds and takes away the part that the residual base lacks."""
+"""Absolute, on float32 logits: the export adds and subtracts the part that the residual base lacks."""
 MEASURED = {"epochs": 2, "validation": 0.2, "validate_every": 2, "keep": "last"}
 TWO_WORKERS = {"workers": 2, "resources": {"cpus": 0.5}}
 
@@ -47,8 +47,8 @@ STEADY = {"schedule": "constant", "warmup_ratio": 0.0, "validation": 0.3, "valid
 
 @pytest.fixture(scope="module")
 def by_one(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDirectory]:
-    """What one worker trained: `alone` two epochs in one forward pass a step; `stopped` PiSSA, at far too high a rate
-    until its validation loss has not fallen twice."""
+    """Runs of one worker: `alone` trains two epochs with one forward pass per step; `stopped` trains PiSSA with much
+    too high a rate, until its validation loss has not fallen twice."""
     root = tmp_path_factory.mktemp("by_one")
     stopping = {"init": "pissa", "epochs": 20, "patience": 2, "learning_rate": 0.05, **STEADY}
     return trained(
@@ -61,7 +61,7 @@ def by_one(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def by_two(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDirectory]:
-    """The two epochs of `alone` in each of the layouts."""
+    """The two epochs of `alone`, in each layout."""
     root = tmp_path_factory.mktemp("by_two")
     return trained({name: ready_run(student, root / name, **MEASURED, **how) for name, how in LAYOUTS.items()})
 
@@ -93,7 +93,7 @@ def test_the_layout_changes_no_loss(
 def test_arms_at_once_leave_the_files_that_each_leaves_alone(
     by_one: dict[str, RunDirectory], student: Path, tmp_path: Path
 ) -> None:
-    """By two workers, beside another arm of its own rate and of every element."""
+    """With two workers, together with an arm that has another rate and trains every element."""
     alone = by_one["alone"]
     options = {**MEASURED, **TWO_WORKERS, "micro_batch_size": 2}
     own = {"learning_rate": 3e-3, "masked": False, "schedule": "linear"}
@@ -123,7 +123,7 @@ def test_arms_at_once_leave_the_files_that_each_leaves_alone(
 def test_a_killed_worker_ends_in_the_same_adapter(
     chance: Random, recovery: Recovery, cluster: None, student: Path, tmp_path: Path
 ) -> None:
-    """With dropout, so that the generators' states count."""
+    """With dropout, so that the random generators' states matter."""
     steps = chance.randint(1, 8)
     options = {**TWO_WORKERS, "epochs": 8, "micro_batch_size": 2, "checkpoint_every": 2}
     undisturbed, disturbed = (ready_run(student, tmp_path / name, dropout=0.2, **options) for name in ("a", "b"))

@@ -65,7 +65,7 @@ reaches_out_openly = reaches_out
 
 
 async def remote(prompts: list[str], completions: list[str], url: list[str], **_: Any) -> list[float]:
-    """A reward elsewhere, asked over HTTP."""
+    """A remote reward, over HTTP."""
     import httpx
 
     async with httpx.AsyncClient(timeout=None) as client:

@@ -1,6 +1,6 @@
-"""Fault injection: stages whose bodies do no work but leave files, and kill their process where they are told to.
+"""Fault injection: stages whose bodies only write files, and kill their process where configured.
 
-What is around a body is the project's own: the command line, the pipeline, the manifest, the lock and the trash.
+Everything around a body is real: the command line, the pipeline, the manifest, the lock and the trash.
 """
 
 import json
@@ -26,7 +26,7 @@ FAULT = "LORAPAR_TEST_FAULT"
 
 
 def fake(stage: Stage) -> Stage:
-    """The stage with such a body."""
+    """The stage with a fake body."""
 
     def body(config: Config, run: RunDirectory) -> dict[str, Any]:
         fault = os.environ.get(FAULT, "")
@@ -56,7 +56,7 @@ def use_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lorapar(*arguments: str | Path) -> tuple[int, str]:
-    """The command line in this process: exit status, and what a user reads."""
+    """Run the command line in this process; returns the exit status and the output."""
     outcome = CliRunner().invoke(app, list(map(str, arguments)))
     if isinstance(outcome.exception, UserError):
         return 2, str(outcome.exception)
@@ -66,7 +66,7 @@ def lorapar(*arguments: str | Path) -> tuple[int, str]:
 
 
 def killed(*arguments: str | Path) -> None:
-    """The same in a process of its own, which the fault kills with SIGKILL: no block of it is left in order."""
+    """The same in a separate process, which the fault kills with SIGKILL, so that no `finally` block runs."""
     in_a_child(lambda: lorapar(*arguments), signal.SIGKILL)
 
 

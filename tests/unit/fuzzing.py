@@ -1,4 +1,4 @@
-"""Inputs as accidents and enemies make them, and what may come of them: one line for the user, or acceptance."""
+"""Damaged and hostile inputs; each must be accepted, or refused with one line for the user."""
 
 import copy
 import json
@@ -21,17 +21,17 @@ WHOLE = [
     b"PAR1", b"PAR1PAR1", b"\x1f\x8b", b"\x1f\x8b\x08\x00" + bytes(16), b"\x00" * 100, b"\xff" * 8, b"\x08" + bytes(7) + b"{}      ",  # noqa: E501
     b"SQLite format 3\x00", b"\"\\ud83d\"", b"{\"a\": \"\\ud83d\"}", b"a: &a [*a]", b"!!python/object:os.system x", b"\x80\x04.",  # noqa: E501
 ]  # fmt: skip
-"""Whole files that are none."""
+"""Complete files of another kind."""
 
 
 def fuzzed(examples: int) -> Callable[[Any], Any]:
-    """Hypothesis with so many inputs, the same ones on every machine."""
+    """Hypothesis with this number of inputs, the same on every machine."""
     checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
     return settings(max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=checks)
 
 
 def one_line_or_accepted(read: Callable[[], Any]) -> Any:
-    """What `read` returns, or None where it says in one line what is wrong; any other exception is a failure."""
+    """The result of `read`, or None if it raises a one-line error; any other exception is a failure."""
     try:
         return read()
     except UserError as error:
@@ -43,7 +43,7 @@ def one_line_or_accepted(read: Callable[[], Any]) -> Any:
 
 @st.composite
 def damaged(draw: st.DrawFn, good: bytes) -> bytes:
-    """A file that was cut, hit by stray bytes, or replaced."""
+    """A file that was truncated, overwritten at some bytes, or replaced."""
     how = draw(st.sampled_from(["cut", "stray", "stray", "insert", "drop", "double", "whole", "noise"]))
     at = draw(st.integers(0, max(0, len(good) - 1)))
     if how == "cut":
@@ -62,7 +62,7 @@ def damaged(draw: st.DrawFn, good: bytes) -> bytes:
 
 @st.composite
 def changed(draw: st.DrawFn, good: Any) -> Any:
-    """A JSON-like value in which some values are of other types, missing, or under another name."""
+    """A JSON-like value in which some values have another type, are missing, or have another name."""
     tree = copy.deepcopy(good)
     for _ in range(draw(st.integers(1, 2))):
         places = list(_places(tree))

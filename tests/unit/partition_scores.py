@@ -13,7 +13,7 @@ def flat(tensors: Scores) -> Tensor:
 
 
 def skewed(seed: int, layers: int = 2, modules: tuple[str, ...] = ("q", "k", "v", "gate", "up", "down")) -> Scores:
-    """Scores as a Taylor estimate on a Gaussian adapter gives them: products of Gaussians, over PEFT's keys."""
+    """Scores like a Taylor estimate's on a Gaussian adapter: products of Gaussians, with PEFT's keys."""
     generator = torch.Generator().manual_seed(seed)
     scores = {}
     for layer in range(layers):

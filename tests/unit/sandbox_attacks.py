@@ -1,8 +1,8 @@
 # ruff: noqa: E501  (programs on one line)
-"""Programs that attack the sandbox. Each defines `f`; what it must not achieve is said by its kind.
+"""Programs that attack the sandbox. Each defines `f`; its kind says what it must not achieve.
 
-- FORGERIES answer wrongly and try to be called right: the tests below are false, so `passed` is the attack's success.
-- ESCAPES return what they got hold of, or nothing.
+- FORGERIES give wrong answers and try to pass: the tests below are false, so `passed` means that the attack worked.
+- ESCAPES return what they could access, or nothing.
 - FLOODS use up what they can.
 
 `SECRET`, `WITNESS`, `PORT`, `ABSTRACT`, `PID` and `MARK` are replaced by a file, a folder, a TCP port, an abstract
@@ -188,7 +188,7 @@ def _syscall(number: int, *arguments: object, before: str = "") -> str:
 
 
 def _tries(*attempts: str, imports: str = "") -> str:
-    """A program that returns the first attempt which gives anything."""
+    """A program that returns the result of the first successful attempt."""
     body = "".join(
         f"    try:\n        got = {each}\n        if got: return repr(got)[:200]\n    except Exception: pass\n"
         for each in attempts
@@ -198,7 +198,7 @@ def _tries(*attempts: str, imports: str = "") -> str:
 
 OPEN = "open({!r}).read(99)"
 
-FILES: dict[str, str] = {  # what the layer `process` does not keep away
+FILES: dict[str, str] = {  # not prevented by the layer `process`
     "read a secret": _tries(OPEN.format("SECRET"), "os.listdir(os.path.dirname('SECRET'))"),
     "read home": _tries("os.listdir(os.path.expanduser('~'))", "os.listdir('/home') or os.listdir('/root/.ssh')"),
     "read other users' files": _tries(OPEN.format("/etc/shadow"), OPEN.format("/etc/passwd"), "os.listdir('/var')"),

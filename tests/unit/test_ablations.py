@@ -1,4 +1,4 @@
-"""Grids of arms: every arm is a config of its own, equal stages are made once, and verdicts follow from the answers."""
+"""Grids of arms: every arm has its own config, equal stages are computed once, and verdicts follow from the answers."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_stage_of_several_runs_is_recorded_in_each_as_if_it_had_run_alone(tmp_
         asked.append(len(members))
         return [PIPELINE["label"].run(*member) for member in members]
 
-    run_stage(*together[1], "label")  # one goes on alone, the rest together
+    run_stage(*together[1], "label")  # one continues alone, the others together
     run_together("label", [*together, alone], work)
     run_together("label", [*together, alone], work)
     assert asked == [2]
@@ -135,7 +135,7 @@ def test_runs_of_one_shape_train_at_once(tmp_path: Path) -> None:
     assert "stage 1 of ia3 trains alone: adapter.method: ia3" in shown and "of lora trains" not in shown
 
 
-def test_a_group_that_cannot_end_leaves_its_runs_to_go_on_alone(
+def test_runs_of_a_failed_group_continue_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write_config(tmp_path / "tiny.yaml", tiny_config(Path("student")) | {"label": {"strategy": "random"}})
@@ -180,7 +180,7 @@ def test_residual_bases_are_compared_by_what_they_hold(tmp_path: Path) -> None:
     require_one_base([(runs[0], "package:x"), (runs[2], "package:x")])
 
 
-def test_shuffled_labels_are_the_votes_dealt_anew_and_no_teacher_is_asked_twice(tmp_path: Path) -> None:
+def test_shuffled_labels_permute_the_votes_without_new_requests(tmp_path: Path) -> None:
     teacher = {"name": "a", "kind": "python", "model": "lorapar_ray.labeling.simulated:SimulatedTeacher"}
     voting = {"teachers": [teacher], "calibration": "none"}
     file = write_config(tmp_path / "tiny.yaml", tiny_config(Path("student")) | {"label": voting})
@@ -190,7 +190,7 @@ def test_shuffled_labels_are_the_votes_dealt_anew_and_no_teacher_is_asked_twice(
     for unit in plan.units({}):
         config, run = unit.config, unit.run
         run.open(config)
-        if not found:  # one teacher's answers to everything: none has to start
+        if not found:  # one teacher's answers to all questions: no teacher has to start
             other = RunDirectory(tmp_path / "other")
             prepare(config, other)
             (keys,) = teacher_keys(config.label, config.label.teachers[0], "student", run.fingerprints)
@@ -248,7 +248,7 @@ def test_a_claim_is_held_not_held_or_undecided() -> None:
     assert decide(CLAIM, outcomes(120), []) is None
 
 
-def test_the_interval_over_seeds_is_students() -> None:
+def test_the_interval_over_seeds_is_student_t() -> None:
     mean, (low, high) = mean_interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3 and (low, high) == pytest.approx((3 - 1.9634, 3 + 1.9634), abs=1e-3)
 

@@ -1,4 +1,4 @@
-"""Adapters that engines read as files: where they are, and that a killed engine's are removed."""
+"""Adapter files for engines: their folder, and the removal of a killed engine's files."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from lorapar_ray.engines.adapter_files import AdapterFiles
 
 @pytest.fixture
 def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stands for /dev/shm."""
+    """Replaces /dev/shm."""
     folder = tmp_path / "shm"
     folder.mkdir()
     monkeypatch.setattr(adapter_files, "SHARED_MEMORY", folder)

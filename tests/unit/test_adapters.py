@@ -35,7 +35,7 @@ TOKENS = torch.arange(3, 19).view(2, 8)
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """Give B a value, so that the adapter does something."""
+    """Set B to nonzero values, so that the adapter has an effect."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -55,7 +55,7 @@ def test_qkv_and_gud_are_found_in_every_family(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
-def test_packed_experts_are_left_out_aloud(family: str) -> None:
+def test_packed_experts_are_left_out_with_a_warning(family: str) -> None:
     model = tiny(family)
     with pytest.warns(UserWarning, match=r"4 tensors of .* hold packed experts and get no adapter"):
         resolve_targets(model, "qkvgud")
@@ -154,7 +154,7 @@ def test_an_adapter_that_lacks_tensors_is_refused(tmp_path: Path) -> None:
         load_adapter(tiny(), tmp_path / "adapter")
 
 
-def test_an_adapter_of_the_users_is_gone_on_from(tmp_path: Path) -> None:
+def test_training_continues_from_the_users_adapter(tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path / "base")
     trained = attach_lora(tiny(), rank=4, alpha=32, targets="qkv")
     randomise(trained)

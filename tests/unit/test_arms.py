@@ -1,4 +1,4 @@
-"""Several adapters on one frozen base end as each does alone."""
+"""Several adapters trained on one frozen base end like each one trained alone."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ WORKER = Worker(0, 1, CPU)
 
 @dataclass(frozen=True)
 class Trial:
-    """What one arm is made of."""
+    """The parts of one arm."""
 
     name: str
     seed: int
     share: float
-    """Of the elements that its mask lets train."""
+    """Share of elements that its mask trains."""
     init: str = "gaussian"
     rows: int = 15
     settings: dict[str, Any] | None = None
@@ -57,7 +57,7 @@ class Trial:
         return {key: torch.rand(value.shape, generator=draw) < self.share for key, value in self.state().items()}
 
     def parts(self, folder: Path) -> dict[str, Any]:
-        """Arguments that a loop and an arm have in common."""
+        """Arguments that a loop and an arm share."""
         rows = examples(self.rows)
         found = last_checkpoint(folder / "checkpoints", 1)
         keep_lines_until(folder / "metrics" / "sft.jsonl", 0 if found is None else found[1])
@@ -153,7 +153,7 @@ def require_alike(
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_arms_of_other_masks_rates_seeds_and_lengths_end_as_each_does_alone(packing: bool, tmp_path: Path) -> None:
+def test_arms_together_end_like_each_arm_alone(packing: bool, tmp_path: Path) -> None:
     trials = [replace(each, settings={**(each.settings or {}), "packing": packing}) for each in THREE]
     adapters = together(trials, tmp_path / "together")
     assert len({len(metrics(tmp_path / "together" / each.name, "sft")) for each in trials}) > 1
@@ -177,7 +177,7 @@ def test_each_arm_validates_keeps_its_best_and_stops_by_itself(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("at", [1, 5])
-def test_arms_that_were_cut_off_go_on_each_from_its_own_checkpoint(
+def test_interrupted_arms_resume_each_from_its_own_checkpoint(
     at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trials = [
@@ -231,7 +231,7 @@ def test_losses_and_gradients_are_each_arms_own(dtype: torch.dtype, checkpointin
     again = rows_in(torch.cat([tensor.flatten() for tensor in rows.tensors()]), rows.shape)
     assert all(torch.equal(a, b) for a, b in zip(again.tensors(), rows.tensors(), strict=True))
     losses = arm_losses(model, again)
-    losses.sum().backward()  # what checkpointing computes again it computes here
+    losses.sum().backward()  # with checkpointing, layers are recomputed here
     gradients = [stack.grad for stack in model.stacks()]
     for number, trial in enumerate(trials):
         peft = attach_lora(tiny().to(dtype), rank=RANK, alpha=ALPHA)

@@ -1,7 +1,7 @@
-"""The size of a step, chosen by what steps take: beside the best of a grid, on a cluster that is only simulated.
+"""The step size that `Balance` chooses from step times, compared with the best of a grid, on a simulated cluster.
 
-What is simulated is how long a step takes: completions of log-normal length on engines that decode some at once, a
-learner, and what each step costs whatever its size.
+The simulation computes a step's time: completions of log-normal length on engines with several slots, a learner, and
+the fixed time of a step.
 """
 
 import heapq
@@ -17,7 +17,7 @@ GROUP = 8
 
 
 def step_seconds(prompts: int, engines: int, overlap: bool, draw: random.Random, fixed_s: float) -> float:
-    """Sequences go to the slot that is free first; the learner takes two thirds of that time, beside or after."""
+    """Each sequence takes the first free slot; the learner takes two thirds of that time, in parallel or afterwards."""
     slots = [0.0] * (engines * 16)
     work = 0.0
     for _ in range(prompts * GROUP):
@@ -32,7 +32,7 @@ def step_seconds(prompts: int, engines: int, overlap: bool, draw: random.Random,
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("fixed_s", [0.2, 4.0])
 @pytest.mark.parametrize("begin", [4, 256])
-def test_within_twenty_steps_it_comes_to_nine_tenths_of_the_grids_best(
+def test_within_twenty_steps_it_reaches_nine_tenths_of_the_grids_best(
     engines: int, overlap: bool, fixed_s: float, begin: int
 ) -> None:
     draw = random.Random(0)
@@ -46,24 +46,24 @@ def test_within_twenty_steps_it_comes_to_nine_tenths_of_the_grids_best(
         prompts = balance.prompts
         balance.observe(prompts, step_seconds(prompts, engines, overlap, draw, fixed_s))
     assert rate(balance.prompts) >= 0.9 * max(rates.values()), (balance.prompts, rates)
-    if begin > 4 and engines == 1 and fixed_s < 1:  # nor is a step larger than it has to be
+    if begin > 4 and engines == 1 and fixed_s < 1:  # and the step is no larger than necessary
         assert balance.prompts <= 128
 
 
-def test_a_fixed_part_and_a_part_of_each_prompt_are_told_apart() -> None:
+def test_fixed_time_and_time_per_prompt_are_separated() -> None:
     assert fitted([(4, 3.0), (8, 5.0), (16, 9.0)]) == pytest.approx((1.0, 0.5))
 
 
-def test_it_stays_within_bounds_and_goes_on_where_it_was() -> None:
+def test_it_stays_within_bounds_and_resumes() -> None:
     balance = Balance(1, (6, 10))
     assert balance.prompts == 6
     for _ in range(3):
-        balance.observe(balance.prompts, 100.0)  # every size takes as long: the largest is best
+        balance.observe(balance.prompts, 100.0)  # every size takes the same time: the largest is best
     assert balance.prompts == 10
     other = Balance(6, (6, 10))
     other.restore(balance.state())
     assert other.state() == balance.state() and other.prompts == 10
-    for _ in range(20):  # it has seen that smaller steps are no better, and does not try again
+    for _ in range(20):  # it has measured that smaller steps are not better, and does not try again
         balance.observe(10, 100.0)
         assert balance.prompts == 10
     assert len(balance.state()) <= 9

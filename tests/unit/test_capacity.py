@@ -1,4 +1,4 @@
-"""Whether a stage can ever fit the cluster, on clusters described by hand."""
+"""Whether a stage can ever fit a cluster, on clusters described by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def room(has: Capacity, **nodes: str) -> None:
     require_fit("sft", has, groups, "sft.workers")
 
 
-def test_what_fits_now_is_let_through_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_fits_now_passes_silently(capsys: pytest.CaptureFixture[str]) -> None:
     room(Capacity({"CPU": 8, "GPU": 4}))
     assert capsys.readouterr().out == ""
 
@@ -40,7 +40,7 @@ def test_what_can_never_fit_is_refused(has: Capacity, said: str) -> None:
         room(has)
 
 
-def test_a_cluster_that_stands_at_zero_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_autoscaling_cluster_without_nodes_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
     room(Capacity({}, {"CPU": 64, "GPU": 4}))
     said = " ".join(capsys.readouterr().out.split())
     assert "sft waits for nodes: 8 CPU (workers 4 × 2), the cluster has 0 so far" in said
@@ -56,7 +56,7 @@ def test_a_label_that_no_node_has_is_named() -> None:
         room(has, group="rollouts")
     with pytest.raises(UserError, match=r"label group=in\(teachers, rollouts\), which no node"):
         room(has, group="in(teachers, rollouts)")
-    room(Capacity({}, {"CPU": 64, "GPU": 4}), group="rollouts")  # its nodes are still to come
+    room(Capacity({}, {"CPU": 64, "GPU": 4}), group="rollouts")  # its nodes may still join
 
 
 def test_processes_that_no_single_node_holds_are_refused() -> None:
@@ -76,7 +76,7 @@ def test_processes_that_no_single_node_holds_are_refused() -> None:
 @pytest.mark.parametrize(
     ("resources", "count"),
     [
-        (Resources(cpus=0.1), 30),  # three CPUs, and no part lost in binary fractions
+        (Resources(cpus=0.1), 30),  # three CPUs, without rounding of binary fractions
         (Resources(cpus=0, gpus=0.6), 2),  # a process never gets parts of two GPUs
         (Resources(cpus=0, gpus=0.5), 4),
         (Resources(cpus=0, gpus=2), 1),
@@ -108,10 +108,10 @@ def test_a_lost_node_is_waited_for(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         require_soon("sft", lambda: never, groups, "sft.workers", 60.0)
 
 
-def test_what_lost_nodes_leave_too_little_for_is_told_once(
+def test_a_stage_that_waits_for_lost_nodes_is_reported_once(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also on a cluster that may grow again; what the connection's end makes of the look is not told."""
+    """Also on a cluster that may grow again; a check that fails since the connection has ended prints nothing."""
     amounts = {"CPU": 8.0, "GPU": 4.0}
     whole, half = (Capacity(each, {"CPU": 64.0, "GPU": 8.0}, (Node({}, each),)) for each in (amounts, {"CPU": 4.0}))
     seen, all_seen = [half, half, whole, half, half, whole, half], Event()

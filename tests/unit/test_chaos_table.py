@@ -1,9 +1,9 @@
-"""The page of faults says what the tests' marks say."""
+"""The page of faults matches the tests' marks."""
 
 from tests.chaos_table import FAULTS, ONLY, PAGE, STAGES, cells, page
 
 
-def test_the_page_is_of_these_marks() -> None:
+def test_the_page_matches_the_marks() -> None:
     found = list(cells())
     assert {each.stage for each in found} <= set(STAGES) and {each.fault for each in found} <= set(FAULTS)
     assert {(each.stage, each.fault) for each in found} >= {("sft", "worker"), ("grpo", "node"), ("label", "driver")}

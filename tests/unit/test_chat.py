@@ -31,7 +31,7 @@ TEXT_END, TURN_END = 0, 2
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer as many chat models have it: documents end with one token, turns with another."""
+    """A tokenizer like that of many chat models: documents end with one token, turns with another."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer = AutoTokenizer.from_pretrained(resolve_model("package:smollm2-135m-instruct"))
     tokenizer.eos_token = tokenizer.pad_token = "<|endoftext|>"
@@ -73,7 +73,7 @@ def test_a_chat_keeps_its_roles(published: Path) -> None:
     text = encoder.prompt_text(chat)
     assert "system\nYou are the data's." in text and "config's" not in text
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    assert encoder.prompt_text(turns).count("<|im_start|>") == 5  # with the config's system and the answer's beginning
+    assert encoder.prompt_text(turns).count("<|im_start|>") == 5  # + system prompt and answer's beginning
 
 
 def test_a_template_that_refuses_is_one_line(published: Path) -> None:

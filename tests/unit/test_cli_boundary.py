@@ -1,4 +1,4 @@
-"""What ends a command: one line and status 2, on a terminal of any encoding and a disk of any kind."""
+"""Errors end a command with one line and status 2, with any terminal encoding and any disk."""
 
 import errno
 import subprocess
@@ -66,7 +66,7 @@ def test_a_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -
         lambda path: cli.export([Path("nowhere")], [Path(path)]),
     ],
 )
-def test_a_home_of_nobody_is_one_line(use: Callable[[str], object]) -> None:
+def test_the_home_of_an_unknown_user_is_one_line(use: Callable[[str], object]) -> None:
     with pytest.raises(UserError, match="no such user's home"):
         use("~no-such-user/x")
 
@@ -74,7 +74,7 @@ def test_a_home_of_nobody_is_one_line(use: Callable[[str], object]) -> None:
 @pytest.mark.parametrize(
     "command", ["status -d a -d b", "export -d a -d b -o c", "export -d a -o b -o c", "submit c.yaml -d a -d b"]
 )
-def test_no_option_drops_an_earlier_one_in_silence(command: str, tmp_path: Path) -> None:
+def test_no_option_silently_drops_an_earlier_one(command: str, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.yaml", tiny_config(Path("a/b")))
     outcome = CliRunner().invoke(cli.app, command.replace("c.yaml", str(config)).split())
     assert isinstance(outcome.exception, UserError) and "given 2 times" in str(outcome.exception)

@@ -1,4 +1,4 @@
-"""The files of `cluster/`: valid by the published schemas, and everything that they name exists."""
+"""The files of `cluster/` are valid by the published schemas, and everything that they name exists."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def schema(name: str) -> Any:
 
 
 def strict(node: Any) -> Any:
-    """A custom resource's schema that refuses unknown fields, which Kubernetes drops in silence."""
+    """A custom resource's schema that refuses unknown fields; Kubernetes would ignore them silently."""
     if isinstance(node, list):
         return [strict(each) for each in node]
     if not isinstance(node, dict):
@@ -54,7 +54,7 @@ def problems(document: Any, against: Any) -> list[str]:
 
 
 def against(document: dict[str, Any]) -> Any:
-    """The schema of a custom resource, whose metadata the API server knows."""
+    """The schema of a custom resource; of its metadata only the name is required (the API server checks the rest)."""
     found = strict(schema(f"{document['apiVersion'].replace('/', '_')}_{document['kind']}"))
     found["properties"]["metadata"] = {"type": "object", "required": ["name"]}
     return found

@@ -1,4 +1,4 @@
-"""Rewards in the sandbox: programs that models wrote, and functions of the user's."""
+"""Rewards in the sandbox: model-written programs, and the user's functions."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def test_programs_are_rewarded_for_passing_their_tests() -> None:
 def test_a_users_reward_can_be_isolated(layer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAPAR_SECRET", "x")
     (tmp_path / "typing_extensions.py").write_text("raise ImportError('the last on the path came first')")
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])  # as setuptools adds its own copies
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])  # as setuptools does for its own copies
     name = "tests.unit.bad_rewards:{}"
     specs = [RewardSpec(name.format("reaches_out"), isolate=True), RewardSpec(name.format("reaches_out_openly"))]
     with RewardPool(specs, time_limit_s=60, memory_limit_mb=512, sandbox=SandboxConfig(layer=layer)) as pool:  # type: ignore[arg-type]
         scored = pool.score(["q"], ["a"], {"answer": ["a"]})
-    # no reward has secrets in its environment, isolated or not; all else is open to one that is not
+    # no reward has secrets in its environment, isolated or not; one that is not isolated has access to all else
     assert scored.parts == {specs[0].name: [0.0], specs[1].name: [14.0]}
 
 
@@ -63,10 +63,10 @@ BREAKS = list(zip(LAYERS, ("hangs", "leaves"), ("timeout", "crashed"), strict=Fa
 
 @pytest.mark.parametrize(("layer", "reward", "cause"), BREAKS)
 @pytest.mark.slow
-def test_an_isolated_reward_that_breaks_costs_its_sample(layer: str, reward: str, cause: str) -> None:
+def test_a_failing_isolated_reward_loses_only_its_sample(layer: str, reward: str, cause: str) -> None:
     specs = [RewardSpec(f"tests.unit.bad_rewards:{reward}", isolate=True)]
     settings = SandboxConfig(layer=layer)  # type: ignore[arg-type]
-    limit = 10 if cause == "timeout" else 60  # seconds; the process that takes over has to start within them
+    limit = 10 if cause == "timeout" else 60  # seconds, within which the replacement process must start
     with RewardPool(specs, time_limit_s=limit, memory_limit_mb=512, sandbox=settings) as pool:
         assert pool.score(["q"], ["bad"], {"answer": ["1"]}).failures == {cause: 1}
         assert pool.score(["q"], ["1"], {"answer": ["1"]}).total == [1.0]
@@ -124,12 +124,12 @@ def test_the_last_block_is_the_program() -> None:
     assert code_of("a\n```py\nx = 1\n```\nb\n```\ny = 2\n```") == "y = 2\n"
     assert code_of("```python\nx = 1") == "x = 1"
     assert code_of("```Python3 \r\nx = 1\n```") == "x = 1\n"
-    endless = "```" + " " * 10**6  # the square of it would be hours
+    endless = "```" + " " * 10**6  # a quadratic pattern would take hours
     assert code_of(endless) == endless
 
 
-def test_what_tests_use_is_the_tests_own() -> None:
-    """A program must not answer for `set`, for a helper of the prompt, or for a module the tests forgot to import."""
+def test_a_program_does_not_replace_names_that_the_tests_use() -> None:
+    """A program must not replace `set`, a helper of the prompt, or a module that the tests forgot to import."""
     cheat = "def set(x): return 1\ndef half(x): return add(1, 1)\nclass sys: getsizeof = 0\ndef add(a, b): return 3\n"
     with Sandbox(limits=Limits(seconds=20), workers=1) as sandbox:
         verdicts = sandbox.run(

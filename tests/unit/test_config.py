@@ -1,4 +1,4 @@
-"""The config: every field says whether it decides a result; what cannot be is refused in one line as it is read."""
+"""The config: every field is marked as result or operation; invalid configs are refused with one line when read."""
 
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def test_what_decides_is_taken_out_of_nested_sections_and_lists() -> None:
     for how in ("label.teachers.0.replicas", "label.resources.cpus", "score.workers", "grpo.judge.time_limit_s"):
         assert how not in found
     assert "grpo.rollout_engine.dtype" in found
-    assert "grpo.rollout_engine.max_model_len" not in found  # a sample fits, or the config is refused
+    assert "grpo.rollout_engine.max_model_len" not in found  # a sample must fit, else the config is refused
     extra = {"gpu_memory_utilization": 0.5, "quantization": "fp8"}
     assert deciding(EngineConfig(extra=extra))["extra"] == ({"quantization": "fp8"}, False)
     assert deciding(EngineConfig())["max_model_len"] == (1024, True)
@@ -107,7 +107,7 @@ TEACHER = {"name": "t", "model": "m/m"}
         ({"sft": {"max_workers": 2, "sharding": "hsdp"}}, "max_workers"),
     ],
 )
-def test_what_cannot_be_is_refused(changes: dict[str, Any], culprit: str) -> None:
+def test_impossible_configs_are_refused(changes: dict[str, Any], culprit: str) -> None:
     with pytest.raises(ValidationError) as error:
         Config.model_validate(tree(**changes))
     where = [".".join(map(str, each["loc"])) + " " + each["msg"] for each in error.value.errors()]
@@ -157,7 +157,7 @@ def test_an_override_within_defaults_keeps_the_others(tmp_path: Path) -> None:
         ("3: x\n", "field"),
     ],
 )  # fmt: skip
-def test_yaml_that_says_two_things_or_nothing_is_one_line(text: str, problem: str, tmp_path: Path) -> None:
+def test_contradictory_or_empty_yaml_is_one_line(text: str, problem: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         loaded(tmp_path, text)
     assert problem in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
@@ -182,7 +182,7 @@ def test_an_override_that_fits_nowhere_is_one_line(override: str, tmp_path: Path
         (["data.train.-1.path=x"], r"--set 'data.train.-1.path': the config has no such place"),
     ],
 )
-def test_no_override_drops_or_doubles_another_in_silence(overrides: list[str], said: str, tmp_path: Path) -> None:
+def test_no_override_silently_drops_or_repeats_another(overrides: list[str], said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         loaded(tmp_path, "", *overrides)
 

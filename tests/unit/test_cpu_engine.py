@@ -1,4 +1,4 @@
-"""What replaces parts of vLLM's CPU path samples the same distribution and computes the same head."""
+"""The replacements for parts of vLLM's CPU path sample the same distribution and compute the same head."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ def seeded(rows: int, seed: int = 0) -> dict[int, torch.Generator]:
     return {row: torch.Generator().manual_seed(seed + row) for row in range(rows)}
 
 
-def test_tokens_come_as_often_as_their_probabilities_say() -> None:
+def test_tokens_are_sampled_by_their_probabilities() -> None:
     shares = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.0, 0.05])
     rows = 20_000
     tokens = draw(shares.log().expand(rows, -1), {0: torch.Generator().manual_seed(1)})
@@ -26,7 +26,7 @@ def test_tokens_come_as_often_as_their_probabilities_say() -> None:
     assert counts[1] == counts[4] == 0
 
 
-def test_a_seeded_row_does_not_depend_on_its_companions() -> None:
+def test_a_seeded_row_does_not_depend_on_other_rows() -> None:
     logits = torch.randn(5, 1000, generator=torch.Generator().manual_seed(0))
     together, _ = sample_and_logprobs(logits.clone(), seeded(5), None, None)
     alone = [sample_and_logprobs(logits[row : row + 1], {0: seeded(5)[row]}, None, None)[0] for row in range(5)]
@@ -60,7 +60,7 @@ def test_a_model_runner_without_these_parts_is_left_alone() -> None:
 
 @pytest.mark.slow
 def test_only_wanted_log_probabilities_of_prompts_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's own function on a runner with three requests in a step; the third is computed in two parts."""
+    """vLLM's function on a runner with three requests in a step; the third is computed in two parts."""
     from vllm.v1.sample.sampler import Sampler
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 

@@ -1,4 +1,4 @@
-"""The Grafana dashboard: every query asks for a metric that there is."""
+"""The Grafana dashboard: every query uses an existing metric."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def queries() -> Iterator[str]:
 
 
 def figures(stage: str) -> set[str]:
-    """What the dashboard shows of a training stage; the end-to-end run is looked through for them."""
+    """The training metrics of the dashboard; the end-to-end test checks that the run writes them."""
     return {
         found for query in queries() for found in re.findall(rf'ray_lorapar_{stage}\{{[^}}]*figure="([^"]+)"', query)
     }
@@ -34,7 +34,7 @@ def test_every_metric_is_one_of_ours_or_of_rays() -> None:
     assert asked - ours and asked - ours <= shown_by_ray
 
 
-def test_panels_have_numbers_and_places_of_their_own() -> None:
+def test_panels_have_unique_numbers_and_places() -> None:
     panels = DASHBOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     cells = [

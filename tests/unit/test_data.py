@@ -138,7 +138,7 @@ def test_real_benchmark_files_are_read_whole(
     assert row["response"] and row["id"]
 
 
-def test_a_benchmarks_own_gaps_are_rejected_and_a_users_are_an_error(tmp_path: Path) -> None:
+def test_missing_answers_of_benchmarks_are_rejected_and_of_users_are_an_error(tmp_path: Path) -> None:
     rows = [{"instruction": "i", "output": "o"}, {"instruction": "gap", "output": " "}]
     path = tmp_path / "c.yaml"
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -157,7 +157,7 @@ def test_generated_questions_whose_difficulty_is_a_number(tmp_path: Path) -> Non
 
 
 def test_any_hub_data_set_is_streamed_with_a_field_mapping(tmp_path: Path) -> None:
-    folder = tmp_path / "set"  # what the hub client reads from its servers it also reads from a directory
+    folder = tmp_path / "set"  # the hub client reads a directory like its servers
     folder.mkdir()
     pq.write_table(pa.table({"q": ["one?", "two?", "three?"], "a": ["1", "2", "3"]}), folder / "train.parquet")
     path = tmp_path / "c.yaml"
@@ -244,7 +244,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path: Path) -> Non
 
 
 @given(takes=st.lists(st.integers(1, 5), min_size=1, max_size=12), untrained=st.integers(0, 3), count=st.integers(1, 9))
-def test_a_resumed_prompt_stream_goes_on_as_if_it_never_stopped(takes: list[int], untrained: int, count: int) -> None:
+def test_a_resumed_prompt_stream_continues_as_if_uninterrupted(takes: list[int], untrained: int, count: int) -> None:
     whole = PromptStream(count, seed=3)
     drawn = [whole.take(k) for k in takes]
     cut = max(0, len(takes) - untrained)
@@ -272,11 +272,11 @@ def test_an_epoch_by_solve_rate_begins_with_what_is_solved_half_of_the_time() ->
     resumed.restore(json.loads(json.dumps(stream.state([]))))
     order = begun + stream.take(4)
     assert order[:4] == [1, 5, 3, 4] and set(order[4:]) == {0, 2}
-    stream.observe(1, 0.0)  # the running epoch is not rearranged
+    stream.observe(1, 0.0)  # the current epoch's order does not change
     assert resumed.take(4) == order[2:]
 
 
-def test_trees_of_tensors_come_back(tmp_path: Path) -> None:
+def test_saved_trees_of_tensors_are_read_back(tmp_path: Path) -> None:
     tree = {"a": torch.arange(3), "b": {0: {"x": torch.tensor(2.5), "n": 3}}, "c": [1, None, "s", torch.ones(2, 2)]}
     save_tree(tmp_path / "t.safetensors", tree)
     back = load_tree(tmp_path / "t.safetensors")

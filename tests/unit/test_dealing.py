@@ -1,4 +1,4 @@
-"""How completions are dealt to learners: every one once, evenly, and whole groups where that is even enough."""
+"""Completions are dealt to learners once each, evenly, and in whole groups if that is even enough."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,7 +37,7 @@ def test_many_groups_for_each_learner_stay_whole_and_within_the_bound(lengths: l
     assert max(loads) - min(loads) <= max(BALANCED * max(loads), 4096 + 100)
 
 
-def test_empty_completions_are_dealt_without_paying_for_their_prompt_twice() -> None:
+def test_empty_completions_are_dealt_without_computing_their_prompt_twice() -> None:
     [first, second] = deal([head(1, [0, 1])], [range(2)], 2)
     assert (first, second) == ({0: [0, 1]}, {})
     groups = [head(9, [0, 0]), head(9, [0])]

@@ -1,4 +1,4 @@
-"""The documentation says what the code does: its messages, its commands, its diagram, its fields."""
+"""The documentation matches the code: messages, commands, diagram, fields."""
 
 import re
 import shlex
@@ -19,7 +19,7 @@ COMMANDS = typer.main.get_command(app)
 
 
 def commands(page: Path) -> list[str]:
-    """The `lorapar` command lines that stand alone on a line, continued ones joined."""
+    """The `lorapar` commands that have their own line, with continuation lines joined."""
     text = page.read_text().replace("\\\n", " ")
     return [line.strip() for line in text.splitlines() if re.match(r"(    |)(lorapar) [a-z]", line)]
 

@@ -1,4 +1,4 @@
-"""The pool of rollout engines when engines are lost; the engines are fakes whose faults are injected."""
+"""The pool of rollout engines when engines are lost; the engines are fakes with injected faults."""
 
 import asyncio
 import math
@@ -20,7 +20,7 @@ from lorapar_ray.grpo.routing import DURATIONS
 
 
 class Remote:
-    """What Ray makes of a method."""
+    """Imitates a method of a Ray actor's handle."""
 
     def __init__(self, method: Callable[..., Any]) -> None:
         self.remote = method
@@ -30,7 +30,7 @@ class Remote:
 
 
 class Engine:
-    """Dies at `start` or at `generate`, is out of reach there, fails to start, starts or loads late, or `lives`."""
+    """Dies at `start` or at `generate`, is unreachable there, fails to start, starts or loads late, or `lives`."""
 
     may_go_on = asyncio.Event()
 
@@ -77,7 +77,7 @@ class Engine:
 
 @pytest.fixture(autouse=True)
 def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The engines that were told to leave; Ray itself would have to kill them."""
+    """The engines that were asked to leave, instead of being killed by Ray."""
     names = []
 
     async def leave(engine: Engine) -> None:
@@ -100,7 +100,7 @@ def ask(pool: EnginePool, times: int) -> list[int]:
     return asyncio.run(go())
 
 
-def test_a_successor_that_dies_before_it_serves_is_replaced_too() -> None:
+def test_a_new_engine_that_dies_before_it_serves_is_replaced_too() -> None:
     pool = pool_of(["generate", "start", "start", "lives"], 1)
     assert ask(pool, 3) == [3, 3, 3]
     assert pool.replaced == 3
@@ -112,7 +112,7 @@ def test_engines_lost_together_are_replaced_in_their_own_places() -> None:
     assert pool.replaced == 8
 
 
-def test_what_is_over_an_engines_limit_goes_to_whichever_has_room_first() -> None:
+def test_requests_over_an_engines_limit_go_to_the_first_engine_with_room() -> None:
     pool = pool_of(["lives", "lives"], 2, at_once=1)
 
     async def answer(engine: Engine, wait: asyncio.Event, slow: bool) -> int:
@@ -157,7 +157,7 @@ def test_an_engine_that_is_lost_again_and_again_ends_the_run(when: str) -> None:
         ask(pool, 1)
 
 
-def test_the_others_go_on_while_one_is_rebuilt() -> None:
+def test_the_others_continue_while_one_is_rebuilt() -> None:
     pool = pool_of(["generate", "lives", "late"], 2)
     Engine.may_go_on = asyncio.Event()  # never set
     assert ask(pool, 6) == [1] * 6
@@ -165,7 +165,7 @@ def test_the_others_go_on_while_one_is_rebuilt() -> None:
 
 
 @pytest.mark.parametrize("fate", ["out of reach", "no memory"])
-def test_an_engine_that_may_live_is_ended_before_its_place_is_taken(fate: str, ended: list[int]) -> None:
+def test_an_engine_that_may_be_alive_is_ended_before_it_is_replaced(fate: str, ended: list[int]) -> None:
     fates = ["out of reach", "lives"] if fate == "out of reach" else ["generate", "no memory", "lives"]
     assert ask(pool_of(fates, 1), 2) == [len(fates) - 1] * 2
     assert ended == [len(fates) - 2]
@@ -208,7 +208,7 @@ def test_a_policy_published_while_engines_start_waits_for_them(fate: str) -> Non
         starting = asyncio.create_task(pool.start())
         await asyncio.sleep(0)
         publishing = asyncio.create_task(pool.publish(note_of(policy, policy), [Canary([1, 2], 1, [0.0])]))
-        if fate == "no memory":  # what the engines died of reaches both who started them and who waits for them
+        if fate == "no memory":  # the engines' error reaches both the starting and the waiting calls
             for waiting in (starting, publishing):
                 with pytest.raises(RuntimeError, match="no free memory"):
                     await waiting
@@ -222,7 +222,7 @@ def test_a_policy_published_while_engines_start_waits_for_them(fate: str) -> Non
     asyncio.run(go())
 
 
-def test_a_policy_that_went_with_its_learner_costs_no_engine_and_the_next_one_is_served() -> None:
+def test_a_policy_lost_with_its_learner_loses_no_engine_and_the_next_one_is_served() -> None:
     pool = pool_of(["lives", "generate", "lives"], 2)
     sender = PolicySender("{}")
 
@@ -239,7 +239,7 @@ def test_a_policy_that_went_with_its_learner_costs_no_engine_and_the_next_one_is
         assert await asyncio.gather(*(pool.run(lambda engine: engine.generate.remote()) for _ in range(2))) == [0, 0]
         rebuilt = pool._rebuilding[1]
         await asyncio.sleep(0.01)
-        assert not rebuilt.done()  # its successor waits for a policy that is there
+        assert not rebuilt.done()  # the new engine waits for a policy that exists
         await publish(2, there=True)
         await rebuilt
         assert [engine.version for engine in pool._engines] == [2, 2] and pool.replaced == 1
@@ -248,10 +248,10 @@ def test_a_policy_that_went_with_its_learner_costs_no_engine_and_the_next_one_is
 
 
 class Sampling:
-    """An engine that samples one token at a time, when told to; what is sampled elsewhere it goes on with."""
+    """An engine that samples one token at a time, on request; it continues tokens sampled elsewhere."""
 
     room = asyncio.Event()
-    """Whether the cluster has room for another one."""
+    """Whether the cluster has room for another engine."""
     room.set()
 
     def __init__(self, name: int) -> None:
@@ -326,13 +326,13 @@ async def until(holds: Callable[[], bool]) -> None:
 
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines are looked after all the time."""
+    """Engines are checked continuously."""
     monkeypatch.setattr(engine_pool, "LOOK_S", 0.002)
 
 
 @pytest.mark.usefixtures("looks")
 @pytest.mark.parametrize("how", ["dies", "hangs"])
-def test_what_was_last_seen_of_a_dead_engines_group_goes_on_elsewhere(how: str) -> None:
+def test_another_engine_continues_the_last_seen_tokens_of_a_dead_one(how: str) -> None:
     async def go() -> None:
         pool, made = await started(1, time_limit_s=0.05 if how == "hangs" else 60.0)
         asked = asyncio.create_task(pool.rollout("a", [1, 1], {}))
@@ -354,7 +354,7 @@ def test_what_was_last_seen_of_a_dead_engines_group_goes_on_elsewhere(how: str) 
 
 
 @pytest.mark.usefixtures("looks")
-def test_a_group_that_waits_long_is_no_hang_while_its_engine_answers() -> None:
+def test_a_group_that_waits_long_does_not_count_as_a_hang_while_its_engine_answers() -> None:
     async def go() -> None:
         pool, made = await started(1, time_limit_s=0.02)
         asked = asyncio.create_task(pool.rollout("a", [1, 1], {}))
@@ -367,7 +367,7 @@ def test_a_group_that_waits_long_is_no_hang_while_its_engine_answers() -> None:
 
 
 @pytest.mark.usefixtures("looks")
-def test_a_straggler_is_given_back_once_and_an_idle_engine_goes_on_with_it() -> None:
+def test_a_straggler_is_given_back_once_and_an_idle_engine_continues_it() -> None:
     async def go() -> None:
         pool, made = await started(2)
         for _ in range(DURATIONS):
@@ -388,7 +388,7 @@ def test_a_straggler_is_given_back_once_and_an_idle_engine_goes_on_with_it() -> 
 
 @pytest.mark.usefixtures("looks")
 def test_extra_engines_join_leave_and_join_again(ended: list[int]) -> None:
-    """What one has begun when it leaves, another one goes on with; nothing waits for one that has no room."""
+    """Another engine continues the groups of one that leaves; no request waits for an engine without room."""
 
     async def go() -> None:
         pool, made = await started(1, extra=2)
@@ -421,7 +421,7 @@ def test_extra_engines_join_leave_and_join_again(ended: list[int]) -> None:
     asyncio.run(go())
 
 
-def test_a_group_whose_beginning_is_lost_begins_anew() -> None:
+def test_a_group_whose_tokens_are_lost_starts_again() -> None:
     async def go() -> None:
         pool, made = await started(1)
         pool._seen[0] = made[0], "lost", {"a": 2}
@@ -436,12 +436,12 @@ def test_a_group_whose_beginning_is_lost_begins_anew() -> None:
     asyncio.run(go())
 
 
-def test_a_measured_tolerance_is_of_the_bare_base_and_bounded() -> None:
+def test_a_measured_tolerance_uses_the_base_without_an_adapter_and_is_bounded() -> None:
     pool = pool_of(["lives", "lives"], 2)
 
     async def go() -> float:
         await pool.start()
-        return await pool.base_gap([Canary([1, 2], 1, [1.0 - 0.03])])  # an engine that loaded nothing says 1.0
+        return await pool.base_gap([Canary([1, 2], 1, [1.0 - 0.03])])  # an engine without a policy returns 1.0
 
     gap = asyncio.run(go())
     assert gap == pytest.approx(0.03)

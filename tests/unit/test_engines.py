@@ -1,4 +1,4 @@
-"""How an engine is started, and what it is told to load."""
+"""How an engine is started, and which weights it loads."""
 
 import pytest
 from pydantic import ValidationError
@@ -45,6 +45,6 @@ def test_each_rank_needs_a_gpu(gpus: float) -> None:
         ({"max_staleness": 1, "importance_cap": None}, "importance_cap: nothing else corrects"),
     ],
 )
-def test_settings_that_would_train_on_something_else_are_refused(settings: dict[str, object], problem: str) -> None:
+def test_unsafe_settings_of_stage_2_are_refused(settings: dict[str, object], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         GrpoConfig.model_validate(settings)

@@ -1,6 +1,6 @@
-"""Environments: what a trajectory may hold, what of it is trained on, and what an episode that goes wrong costs.
+"""Environments: what a trajectory may contain, which tokens are trained on, and what a failed episode loses.
 
-The engine is a fake that says what it is told; the learner's model, the tokenizer and the records are real.
+The engine is a fake with fixed answers; the learner's model, the tokenizer and the records are real.
 """
 
 import asyncio
@@ -54,7 +54,7 @@ def plain(text: str) -> list[int]:
 
 
 class Method:
-    """What Ray makes of a method."""
+    """Imitates a method of a Ray actor's handle."""
 
     def __init__(self, method: Callable[..., Any]) -> None:
         self.remote = method
@@ -64,7 +64,7 @@ class Method:
 
 
 class Engine:
-    """Says `says`, turn by turn of each sample, under version `version`; dies at its `dies`-th turn."""
+    """Answers `says`, in each sample's turns, with version `version`; dies at its `dies`-th turn."""
 
     def __init__(self, *says: str, version: int = 0, dies: int | None = None) -> None:
         self.says, self.version, self.dies = [plain(text) for text in says], version, dies
@@ -110,7 +110,7 @@ def played(
     return asyncio.run(go())
 
 
-def test_tokens_come_out_as_they_were_sampled_and_what_a_tool_says_is_marked() -> None:
+def test_sampled_tokens_stay_unchanged_and_a_tools_tokens_are_marked() -> None:
     engine = Engine("It is <calc>12 * 7</calc>", "so 84.<|im_end|>", version=3)
     record = played(calculator, engine, samples=2)
     first, reply, last = (plain(text) for text in ("It is <calc>12 * 7</calc>", " = 84\n", "so 84.<|im_end|>"))
@@ -132,7 +132,7 @@ def test_the_calculator_calculates_and_takes_nothing_else() -> None:
     assert {calculate(each) for each in ("2 ** 9", "__import__('os')", "1/0", "9" * 99, "True + 1", "(")} == {"error"}
 
 
-def test_what_an_environment_put_in_is_read_and_neither_predicted_nor_counted() -> None:
+def test_an_environments_tokens_are_read_but_neither_predicted_nor_counted() -> None:
     model = frozen_head(tiny())
     trajectories = []
     for said in ((9, 8), (30, 31, 32)):
@@ -235,7 +235,7 @@ async def leaves(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
         (leaves, "SystemExit: 3"),
     ],
 )
-def test_an_episode_that_goes_wrong_costs_its_sample_alone(rollout: Any, told: str) -> None:
+def test_a_failed_episode_loses_only_its_sample(rollout: Any, told: str) -> None:
     episodes = iter([rollout, calculator, calculator])
 
     async def either(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
@@ -247,14 +247,14 @@ def test_an_episode_that_goes_wrong_costs_its_sample_alone(rollout: Any, told: s
     assert told in lost and len(record.head.lengths) == len(record.completions()) == 2
 
 
-def test_advantages_are_of_the_samples_that_are_left() -> None:
+def test_advantages_use_the_remaining_samples() -> None:
     rewards = torch.tensor([1.0, 0.0, 3.0, 1.0, 2.0])
     found = group_advantages(rewards, [2, 3])
     torch.testing.assert_close(found, torch.cat([group_advantages(rewards[:2], 2), group_advantages(rewards[2:], 3)]))
     assert group_advantages(torch.zeros(0), []).tolist() == []
 
 
-def test_episodes_go_on_with_another_engine_from_the_turn_that_was_lost() -> None:
+def test_episodes_continue_on_another_engine_from_the_lost_turn() -> None:
     dying, next_one = Engine("a <calc>1+1</calc>", "b", version=1, dies=3), Engine("a", "b<|im_end|>", version=2)
     engines = iter([dying, next_one])
     started: list[Engine] = []
@@ -295,7 +295,7 @@ def test_episodes_go_on_with_another_engine_from_the_turn_that_was_lost() -> Non
     head = asyncio.run(go())
     assert calls == [dying, next_one] and head.turns == (2, 2) and head.lost == ()
     assert [ids[:3] for _, ids, _ in next_one.asked] == [[5, 6, 7]] * 2
-    assert head.versions == (1, 1)  # of the first turn: what the bound on staleness is about
+    assert head.versions == (1, 1)  # of the first turn, which the bound on staleness uses
     assert {len(ids) for _, ids, _ in next_one.asked} == {3 + len(plain("a <calc>1+1</calc>")) + len(plain(" = 2\n"))}
 
 
@@ -314,7 +314,7 @@ def test_a_reply_continues_the_chat_as_the_template_would_have_written_it() -> N
         assert trajectory.ids == expected
 
 
-def test_a_row_has_the_datas_columns_beside_ours() -> None:
+def test_a_row_has_our_fields_and_the_datas_columns() -> None:
     question = {"prompt": "q", "answer": "4", "prompt_ids": [5], "columns": '{"answer": 4, "level": 2}'}
     assert row_of(question) == {
         "prompt": "q",
@@ -325,7 +325,7 @@ def test_a_row_has_the_datas_columns_beside_ours() -> None:
     }
 
 
-def test_rewards_get_the_last_words_and_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rewards_get_the_last_answer_and_the_whole_trajectory(monkeypatch: pytest.MonkeyPatch) -> None:
     record = played(calculator, Engine("It is <calc>12 * 7</calc>", "so 84.<|im_end|>"))
     monkeypatch.setattr(reading, "read_record", lambda reference: reference)
     row = {"prompt": "q", "answer": "84", "response": "84", "prompt_ids": [5, 6, 7]}

@@ -1,4 +1,5 @@
-"""No config ends in a traceback, whatever its bytes and its fields hold: one line, or a config that can be planned."""
+"""No config file, with any bytes and fields, ends in a traceback: it gives one line, or a config that can be
+planned."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tests.unit.test_readme_and_report import QUICKSTART
 
 WRITTEN: dict[str, Any] = yaml.safe_load(QUICKSTART.read_text())
 WHOLE: dict[str, Any] = load_config(QUICKSTART).model_dump(mode="json")
-"""Every field of the config, defaults too."""
+"""Every field of the config, including defaults."""
 
 
 PLACES = ["seed", "label.teachers.0", "label.definitions.1", "nothing", "data.train.9.path", "", "grpo"]

@@ -1,6 +1,6 @@
-"""No file that a user gives or a run holds ends in a traceback: each is answered by one line, or taken rightly.
+"""No user's file and no file of a run ends in a traceback: each gives one line, or is read correctly.
 
-With `test_fuzz_config.py` these are more than 2,000 inputs, the same ones on every machine.
+With `test_fuzz_config.py` these are more than 2,000 inputs, the same on every machine.
 """
 
 import gzip
@@ -230,7 +230,7 @@ def scored(folder: Path) -> RunDirectory:
 )
 @fuzzed(5)
 @given(data=st.data())
-def test_what_a_cut_reads(scored: RunDirectory, place: str, data: st.DataObject) -> None:
+def test_files_that_partition_reads(scored: RunDirectory, place: str, data: st.DataObject) -> None:
     file = scored.root / place
     good = file.read_bytes()
     config = load_config(QUICKSTART)
@@ -350,7 +350,7 @@ def shown_files(run: RunDirectory) -> dict[str, Any]:
 
 @fuzzed(150)
 @given(data=st.data())
-def test_what_the_report_reads(shown: RunDirectory, data: st.DataObject) -> None:
+def test_files_that_the_report_reads(shown: RunDirectory, data: st.DataObject) -> None:
     name, value = data.draw(st.sampled_from(sorted(shown_files(shown).items(), key=str)))
     good = (shown.root / name).read_bytes()
     try:
@@ -364,7 +364,7 @@ def test_what_the_report_reads(shown: RunDirectory, data: st.DataObject) -> None
 @fuzzed(5)
 @given(data=st.data())
 def test_the_whole_report(shown: RunDirectory, folder: Path, data: st.DataObject) -> None:
-    """One damaged file alone in a run: what is drawn of it and written on the page."""
+    """A run with only one damaged file: its plots and the page."""
     name, value = data.draw(st.sampled_from(sorted(shown_files(shown).items(), key=str)))
     run = RunDirectory(folder / "page")
     for old in run.root.rglob("*.json*"):

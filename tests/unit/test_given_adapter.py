@@ -1,4 +1,4 @@
-"""A LoRA of the user's: what the run computes with it is what stock PEFT computes, or one line says why not."""
+"""The user's LoRA: the run computes the same as stock PEFT, or one line gives the reason why not."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def base(tied: bool = True, **shape: int) -> Any:
 
 
 def given(folder: Path, model: Any = None, embeddings: bool | str = "auto", **options: Any) -> Path:
-    """An adapter as a user's script leaves it, every element of it away from where it began."""
+    """An adapter from a user's script, with every element changed by training."""
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], **options}
     adapted = get_peft_model(model or base(), LoraConfig(task_type="CAUSAL_LM", **settings))
     with torch.no_grad():
@@ -50,7 +50,7 @@ def given(folder: Path, model: Any = None, embeddings: bool | str = "auto", **op
     ],
     ids=str,
 )
-def test_what_is_taken_computes_what_stock_peft_and_a_merging_engine_compute(
+def test_an_accepted_adapter_computes_the_same_in_stock_peft_and_merged(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
     theirs, ours = given(tmp_path / "theirs", **options), tmp_path / "ours"
@@ -85,7 +85,9 @@ def test_what_is_taken_computes_what_stock_peft_and_a_merging_engine_compute(
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_the_run_would_compute_otherwise_is_refused(tmp_path: Path, options: dict[str, Any], why: str) -> None:
+def test_an_adapter_that_the_run_would_compute_differently_is_refused(
+    tmp_path: Path, options: dict[str, Any], why: str
+) -> None:
     theirs = given(tmp_path / "theirs", **options)
     with pytest.raises(UserError, match=f"adapter.path '.*theirs'.*{why}"):
         require_lora(theirs)
@@ -101,8 +103,8 @@ def test_a_tied_output_layer_is_refused_however_it_was_saved(tmp_path: Path) -> 
         take_over(base(), untied, tmp_path / "ours", "m")
 
 
-def test_the_round_trip_catches_what_no_setting_tells(tmp_path: Path) -> None:
-    """PEFT's name of a setting that changes the base may be one that this code has never heard of."""
+def test_the_round_trip_catches_unknown_settings(tmp_path: Path) -> None:
+    """A setting that changes the base may have a name that this code does not know."""
     theirs = given(tmp_path / "theirs", init_lora_weights="pissa")
     with pytest.raises(UserError, match="PEFT changes the base when it loads"):
         take_over(base(), theirs, tmp_path / "ours", "m")
@@ -153,14 +155,14 @@ def test_an_adapter_of_another_model_is_one_line(tmp_path: Path, make: Callable[
         ({"fan_in_fan_out": True}, "has fan_in_fan_out"),
     ],
 )
-def test_settings_that_are_none_are_one_line(tmp_path: Path, change: dict[str, Any], why: str) -> None:
+def test_invalid_settings_are_one_line(tmp_path: Path, change: dict[str, Any], why: str) -> None:
     config = given(tmp_path) / CONFIG
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
     with pytest.raises(UserError, match=why):
         require_lora(tmp_path)
 
 
-def test_numbers_that_are_none_are_one_line(tmp_path: Path) -> None:
+def test_invalid_numbers_are_one_line(tmp_path: Path) -> None:
     state = load_file(given(tmp_path) / WEIGHTS)
     key = min(state)
     for wrong in (torch.full_like(state[key], torch.nan), torch.zeros(4, 64, dtype=torch.int32)):

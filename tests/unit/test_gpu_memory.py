@@ -1,4 +1,4 @@
-"""What a plan says of GPU memory: against what autograd keeps on a CPU, and what fits which GPU."""
+"""A plan's estimate of GPU memory, compared with what autograd stores on a CPU, and which GPU it fits."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +48,7 @@ def size(one_gpu: Config) -> StudentSize:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_what_is_kept_is_what_autograd_keeps(tmp_path: Path, dropout: float) -> None:
+def test_the_estimate_matches_what_autograd_stores(tmp_path: Path, dropout: float) -> None:
     config = LlamaConfig(
         hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, vocab_size=128
     )
@@ -72,7 +72,7 @@ def test_llama2_7b_engine_and_learner_share_one_gpu_of_80_gib(one_gpu: Config, s
     list(memory_lines(one_gpu, ["score", "sft", "grpo", "evaluate"], size, Device(1, 80 * GIB)))
 
 
-def test_what_cannot_fit_is_refused_behind_the_lines(one_gpu: Config, size: StudentSize) -> None:
+def test_what_cannot_fit_is_refused_after_the_estimate(one_gpu: Config, size: StudentSize) -> None:
     seen = []
     with pytest.raises(UserError, match=r"grpo: a learner takes at least 1\d\.\d GiB \(base 12\.6\) and has 12\.0 GiB"):
         seen.extend(memory_lines(one_gpu, ["grpo"], size, Device(1, 30 * GIB)))
@@ -92,7 +92,7 @@ SMALLER: list[tuple[str, str, Callable[[Any], float]]] = [
 
 
 @pytest.mark.parametrize(("setting", "stage", "part"), SMALLER)
-def test_what_the_advice_names_takes_less(
+def test_the_advised_settings_take_less(
     llama: str, one_gpu: Config, size: StudentSize, setting: str, stage: str, part: Callable[[Any], float]
 ) -> None:
     changed = load_config(LLAMA, [f"model.path={llama}", *SHARED, setting])

@@ -1,4 +1,4 @@
-"""What `gpus: auto` becomes on clusters of several sizes, and what a number in the config does to it."""
+"""`gpus: auto` on clusters of several sizes, with and without numbers in the config."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def test_a_teacher_over_several_gpus_takes_them_first() -> None:
     assert [teacher.resources.gpus for teacher in label.teachers] == [2, 0.5, 0.5]
 
 
-def test_numbers_that_are_more_than_there_is_are_left_for_the_check_of_the_cluster() -> None:
+def test_too_large_numbers_are_left_to_the_check_of_the_cluster() -> None:
     fixed = [{**teacher, "resources": {"gpus": 1}} for teacher in TEACHERS]
     label = place(config(label={"teachers": fixed}), "label", 1).label
     assert [teacher.resources.gpus for teacher in label.teachers] == [1, 1, 1]
@@ -77,7 +77,7 @@ def test_a_number_fixes_the_workers_too() -> None:
         (1, {"sync": "merged"}, (1, 0.6), (1, 0.4), "merged"),
     ],
 )
-def test_engines_and_learners_have_gpus_apart_or_share_each(
+def test_engines_and_learners_have_separate_gpus_or_share_each(
     gpus: int,
     asked: dict[str, Any],
     engines: tuple[int, float],
@@ -95,7 +95,7 @@ def test_engines_and_learners_have_gpus_apart_or_share_each(
     [
         (1, {}, 0),
         (2, {"rollout_actors": 2, "learners": 2}, 0),
-        (4, {"rollout_actors": 3, "learners": 2}, 1),  # two learners would fit the fourth
+        (4, {"rollout_actors": 3, "learners": 2}, 1),  # two learners would fit on the fourth
         (8, {"rollout_actors": 3, "learners": 2}, 0),  # apart: whole GPUs
     ],
 )
@@ -110,7 +110,7 @@ def test_judges_take_a_part_of_each_gpu() -> None:
     judges = [judge.resources.gpu_count for judge in placed.judges]
     assert judges == [0.1] * 3
     assert isinstance(engine, float) and isinstance(learner, float)
-    assert engine > 0.5  # two engines never fit one GPU, nor two learners beside an engine
+    assert engine > 0.5  # neither two engines nor an engine and two learners fit on one GPU
     assert (1 - engine) / 2 < learner and engine + learner + sum(judges) / 2 <= 1
     apart = place(tree, "grpo", 7)
     assert [judge.resources.gpu_count for judge in apart.judges] == [1] * 3
@@ -123,7 +123,7 @@ def test_evaluation_takes_a_gpu_for_each_rank() -> None:
     assert place(tree, "evaluate", 0).evaluate.resources.gpus == 0
 
 
-def test_a_process_that_asks_for_none_sees_none() -> None:
+def test_a_process_without_gpus_sees_none() -> None:
     resources = place(config(sft={"resources": {"gpus": 0}}), "sft", 8).sft.resources
     assert hidden_gpus(resources) == {"CUDA_VISIBLE_DEVICES": ""}
     assert hidden_gpus(place(config(), "sft", 8).sft.resources) == {}

@@ -25,7 +25,7 @@ REWARDS = {0: [1.0, 1.0], 1: [1.0, 0.0], 2: [0.0, 0.0], 3: [0.0, 1.0]}
 
 
 class ScriptedRollouts:
-    """A fake: prompt k's completions are rewarded by REWARDS; notes what was asked."""
+    """A fake: REWARDS has the rewards of prompt k's completions; it records the requests."""
 
     rows: ClassVar = [{"prompt": f"q{index}", "answer": "1"} for index in range(4)]
     lost = 0
@@ -64,7 +64,7 @@ def collected(loses: int | None = None, **settings: Any) -> tuple[Batch, list[Sa
     return batch, sorted(update.samples, key=lambda sample: sample.prompt_ids[0]), rollouts, drawn
 
 
-def test_groups_that_teach_nothing_are_replaced_and_advantages_follow_the_rewards() -> None:
+def test_groups_with_equal_rewards_are_replaced_and_advantages_follow_the_rewards() -> None:
     batch, samples, rollouts, drawn = collected(refill_limit=2)
     assert rollouts.asked == [(0, 0), (1, 0), (2, 1), (3, 2)] and drawn == [0, 1, 2, 3] and rollouts.reported == 4
     assert [sample.prompt_ids.tolist() for sample in samples] == [[1], [1], [3], [3]]
@@ -80,14 +80,14 @@ def test_without_refills_a_step_trains_on_what_there_is() -> None:
     assert drawn == [0, 1] and [sample.prompt_ids.tolist() for sample in samples] == [[1], [1]]
 
 
-def test_a_group_whose_record_is_lost_is_sampled_anew_and_no_other_prompt_in_its_place() -> None:
+def test_a_group_whose_record_is_lost_is_sampled_again_with_the_same_prompt() -> None:
     _, samples, rollouts, drawn = collected(loses=1, refill_limit=0)
     assert rollouts.asked == [(0, 0), (1, 0), (1, 0)] and rollouts.lost == 1
     assert drawn == [0, 1] and [sample.prompt_ids.tolist() for sample in samples] == [[1], [1]]
 
 
-def test_who_waits_for_the_coordinator_sends_something_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection that a network cut has killed is noticed only by data that is sent over it."""
+def test_waiting_for_the_coordinator_sends_pings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only sending data reveals that a network cut has broken a connection."""
     pings: list[str] = []
     coordinator = SimpleNamespace(ping=SimpleNamespace(remote=lambda: pings.append("ping")))
     monkeypatch.setattr(ray, "wait", lambda references, timeout: (references, []) if len(pings) == 2 else ([], []))
@@ -96,10 +96,10 @@ def test_who_waits_for_the_coordinator_sends_something_now_and_then(monkeypatch:
     assert pings == ["ping", "ping"]
 
 
-def test_a_learner_reports_records_that_are_lost_and_takes_what_comes_in_their_place(
+def test_a_learner_reports_lost_records_and_uses_their_replacements(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """References are the records themselves; None is one that is lost."""
+    """References are the records themselves; None is a lost one."""
 
     def get(reference: Any) -> Any:
         if isinstance(reference, list):

@@ -1,4 +1,4 @@
-"""GRPO losses: TRL's own `_compute_loss` on the same tensors, and hand-computed cases."""
+"""GRPO losses, compared with TRL's `_compute_loss` on the same tensors and with hand-computed cases."""
 
 import math
 from typing import Any
@@ -35,7 +35,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def trl_loss(data: dict[str, torch.Tensor], loss_type: str, level: str, beta: float, cap: float | None) -> torch.Tensor:
-    """TRL's code on our tensors; everything of the trainer that the loss does not read is a stand-in."""
+    """TRL's code on our tensors; parts of the trainer that the loss does not read are fakes."""
     trainer: Any = MagicMock()
     trainer._get_per_token_logps_and_entropies.return_value = (data["logprobs"], torch.zeros(B, T), None)
     trainer.loss_type, trainer.importance_sampling_level, trainer.beta = loss_type, level, beta
@@ -125,7 +125,7 @@ def test_advantages_by_hand() -> None:
         group_advantages(rewards, 3)
 
 
-def test_a_sample_whose_group_is_lost_is_no_better_than_any() -> None:
+def test_a_single_sample_of_a_group_has_no_advantage() -> None:
     assert group_advantages(torch.tensor([1.0, 1.0, 0.0]), [1, 2]).tolist()[0] == 0
     assert group_advantages(torch.tensor([1.0]), [1], "batch").tolist() == [0]
 

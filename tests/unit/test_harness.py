@@ -1,4 +1,4 @@
-"""lm-eval on our side: requests, stored answers, tasks by name and from local files, verdicts, and what is reported."""
+"""lm-eval with our model class: requests, stored answers, tasks by name and from local files, verdicts, and reports."""
 
 import json
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ SPLIT = "test"
 
 
 class Reference:
-    """Answers requests with transformers, one at a time: the plainest reading of what each of them asks."""
+    """Answers requests with transformers, one at a time: the simplest implementation of each request."""
 
     def __init__(self, folder: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -87,7 +87,7 @@ def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
     return [Instance(kind, {}, args, at) for at, args in enumerate(arguments)]
 
 
-def test_what_lm_eval_asks_is_answered_as_by_its_own_hf_class(student: Path) -> None:
+def test_requests_are_answered_like_lm_evals_hf_class(student: Path) -> None:
     ours = HarnessModel(Reference(student), load_encoder(str(student), None), 128)
     theirs = HFLM(pretrained=str(student), device="cpu", dtype="float32", batch_size=2, max_length=127)
     pairs = [
@@ -113,7 +113,7 @@ def test_what_lm_eval_asks_is_answered_as_by_its_own_hf_class(student: Path) -> 
     assert ours.generate_until(asked) == theirs.generate_until(asked, disable_tqdm=True)
 
 
-def test_continuations_of_one_token_are_asked_for_together() -> None:
+def test_continuations_of_one_token_are_requested_together() -> None:
     plan = plan_scores([([5, 6], [7]), ([5, 6], [8]), ([5, 6], [7, 8]), ([9], [7]), ([5, 6], [7])], 10)
     assert [(request.kind, tuple(request.ids), tuple(request.targets)) for request in plan.requests] == [
         ("choose", (5, 6), (7, 8)),
@@ -245,7 +245,7 @@ def catalogue(tmp_path: Path) -> Catalogue:
         ({}, "unsafe.yaml", "runs a model's programs in this process, which is refused"),
     ],
 )
-def test_a_task_that_cannot_be_asked_is_one_line(tmp_path: Path, data: dict[str, Any], task: str, said: str) -> None:
+def test_an_unsupported_task_is_one_line(tmp_path: Path, data: dict[str, Any], task: str, said: str) -> None:
     own = {
         "task": "mine",
         "dataset_path": "json",
@@ -269,7 +269,7 @@ def test_a_task_that_cannot_be_asked_is_one_line(tmp_path: Path, data: dict[str,
     assert said in str(raised.value) and "\n" not in str(raised.value), raised.value
 
 
-def test_an_unknown_task_names_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_task_names_similar_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = catalogue(tmp_path)
     monkeypatch.setattr(found, "_own", found._own)
     monkeypatch.setattr(found, "_managed", lambda *_, **__: found._manager)  # reading all 13,000 names takes 15 s
@@ -280,7 +280,7 @@ def test_an_unknown_task_names_its_neighbours(tmp_path: Path, monkeypatch: pytes
         found.load(wanted("mine"))
 
 
-def test_numbers_are_judged_elsewhere_and_within_limits() -> None:
+def test_numbers_are_judged_in_another_process_within_limits() -> None:
     docs = [{"question": "1 + 1?", "answer": "2"}] * 2
     long = "The answer is " + "9" * 10_000
     assert judges.numeric([["It is 2.", "It is 3."], [long, "2.0"]], docs) == [[1.0, 0.0], [0.0, 1.0]]
@@ -343,7 +343,7 @@ def test_a_task_is_reported_as_lm_eval_reports_it(student: Path, arc: str, tmp_p
     assert all(share["n"] == 4 and share["interval"][0] < share["accuracy"] + 1e-9 for share in shares)
 
 
-def test_a_group_counts_its_questions_alike() -> None:
+def test_a_group_weights_its_questions_equally() -> None:
     rows = [
         {"task": task, "metric": "acc", "filter": "none", "value": value}
         for task, values in (("a", (1.0, 0.0, 0.0)), ("b", (1.0,)), ("c", (0.0,)))
@@ -495,7 +495,7 @@ def test_real_files_are_read_whole() -> None:
     assert len(groups["mmlu"]) == 57 and "mmlu_anatomy" in groups["mmlu_stem"]
 
 
-def test_models_share_engines_whatever_each_calls_the_base(student: Path) -> None:
+def test_models_with_the_same_base_share_engines(student: Path) -> None:
     models = {"a": str(student), "b": f"{student.parent}/./{student.name}", "c": "package:smollm2-135m-instruct"}
     assert by_base({name: NamedModel(base, None) for name, base in models.items()}) == [["a", "b"], ["c"]]
 
@@ -515,7 +515,7 @@ def test_settings_bind_a_folder_from_its_first_answer_on(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_command_that_is_refused_leaves_nothing_that_refuses_the_next(tmp_path: Path) -> None:
+def test_a_refused_command_does_not_block_the_next(tmp_path: Path) -> None:
     model, out = tmp_path / "model", tmp_path / "out"
     model.mkdir()
     (model / "config.json").write_text("{}")

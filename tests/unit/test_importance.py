@@ -1,4 +1,4 @@
-"""Batched per-example gradient sums against autograd, one example at a time."""
+"""Batched per-example gradient sums, compared with autograd on one example at a time."""
 
 import weakref
 from dataclasses import replace
@@ -101,7 +101,7 @@ def test_packed_examples_longer_than_a_sliding_window_see_the_window_only() -> N
     assert_close(gradient_sums(model, [pack(EXAMPLES)]), naive(model))
 
 
-def test_a_model_whose_tokens_meet_outside_attention_is_not_packed() -> None:
+def test_a_model_that_mixes_tokens_outside_attention_is_not_packed() -> None:
     model = model_of()
     attention = layers_of(model)[0].self_attn.o_proj
     attention.register_forward_hook(lambda _, __, output: output + output.roll(1, dims=1))

@@ -1,4 +1,4 @@
-"""A group that is taken up by another engine: what was sampled stays, the rest is asked for, nothing is drawn twice."""
+"""A group that another engine continues: sampled tokens stay, the rest is requested, nothing is drawn twice."""
 
 import math
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ SAMPLING = {"n": 2, "temperature": 0.7, "max_tokens": 8, "stop": [], "stop_token
 
 
 def handed(ids: list[int], reason: str | None) -> SimpleNamespace:
-    """What vLLM hands over."""
+    """An output of vLLM."""
     places = list(range(len(ids)))
     flat = SimpleNamespace(
         token_ids=ids,
@@ -20,7 +20,7 @@ def handed(ids: list[int], reason: str | None) -> SimpleNamespace:
     return SimpleNamespace(token_ids=ids, logprobs=flat, finish_reason=reason)
 
 
-def test_a_group_that_is_given_back_goes_on_where_it_was() -> None:
+def test_a_group_given_back_continues_where_it_was() -> None:
     first, second = growing(2, version=3, begun=None)
     first.take(handed([5, 6], None))
     first.take(handed([2], "stop"))
@@ -44,9 +44,9 @@ def test_a_group_that_is_given_back_goes_on_where_it_was() -> None:
     assert whole.logprobs.tolist() == [-5.0, -6.0, -2.0, -7.0, -8.0, -9.0, -4.0, -3.0, -3.0, -3.0, -3.0]
 
 
-def test_what_was_sampled_from_a_part_of_the_vocabulary_takes_that_part_along() -> None:
+def test_kept_sets_stay_with_their_tokens() -> None:
     def cut(token: int, *others: tuple[int, float]) -> SimpleNamespace:
-        """vLLM's: the sampled token first, then the likeliest ones, it among them or not."""
+        """In vLLM's order: the sampled token first, then the likeliest ones, with or without it."""
         ids, values = [token, *(each for each, _ in others)], [-0.5, *(value for _, value in others)]
         flat = SimpleNamespace(token_ids=ids, logprobs=values, start_indices=[0], end_indices=[len(ids)])
         return SimpleNamespace(token_ids=[token], logprobs=flat, finish_reason=None)
@@ -68,11 +68,11 @@ def test_what_was_sampled_from_a_part_of_the_vocabulary_takes_that_part_along() 
     assert request_of(first, {**SAMPLING, "top_k": 20}, 0)["logprobs"] == 20
 
 
-def test_a_completion_without_a_token_begins_under_the_policy_of_whoever_takes_it_up() -> None:
+def test_a_completion_without_a_token_gets_the_policy_of_the_next_engine() -> None:
     assert growing(1, version=4, begun=as_record([1], [Growing(3)])) == [Growing(4)]
 
 
-def test_the_rest_is_asked_for_with_other_random_numbers() -> None:
+def test_the_rest_is_sampled_with_other_random_numbers() -> None:
     fresh, begun = Growing(0), Growing(0, [5, 6, 7], [-1.0] * 3)
     assert [request_of(fresh, SAMPLING, index)["seed"] for index in (0, 1)] == [11, 12]
     asked = request_of(begun, SAMPLING, 0)

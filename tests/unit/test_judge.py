@@ -1,4 +1,4 @@
-"""Teachers as judges: expected grades, their mean, and what a broken teacher costs."""
+"""Teachers as judges: expected grades, their mean, and broken teachers."""
 
 import asyncio
 import math
@@ -14,7 +14,7 @@ from lorapar_ray.labeling.teachers import Asked
 
 
 class Grader:
-    """A fake teacher: certain of `extra_body.grades[completion]`; raises or hangs as told."""
+    """A fake teacher: certain of `extra_body.grades[completion]`; raises or hangs as configured."""
 
     def __init__(self, teacher: TeacherConfig) -> None:
         self._settings = teacher.extra_body
@@ -62,7 +62,7 @@ def test_the_mean_of_the_chosen_teachers_counts() -> None:
     assert grades(tree(*teachers, judges=("a", "b")), "x", "y") == pytest.approx([0.75, 0.0])
 
 
-def test_a_broken_teacher_costs_its_grade_only() -> None:
+def test_a_broken_teacher_loses_only_its_grade() -> None:
     teachers = (grader("a", {"x": 5, "y": 2}, hangs_at=["z"]), grader("b", {"x": 1}, raises_at=["y", "z"]))
     assert grades(tree(*teachers), "x", "y", "z") == [pytest.approx(0.5), pytest.approx(0.25), None]
 

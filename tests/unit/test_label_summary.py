@@ -1,4 +1,4 @@
-"""What a labelling session says about itself."""
+"""The summary of a labelling session."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""A module of the mathematics is held to the layers of `make lint`, or named here as one of Ray's edges."""
+"""Every module of the mathematics is in the layers of `make lint`, or listed here as an edge to Ray."""
 
 import tomllib
 from pathlib import Path
@@ -8,7 +8,7 @@ EDGES = {"job", "stage", "worker", "units", "distributed", "__init__"}
 """Files of these folders that put the mathematics on Ray or read the config."""
 
 
-def test_a_new_file_of_mathematics_is_held_to_the_layers() -> None:
+def test_every_file_of_mathematics_is_in_the_layers() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     held = set(contracts[0]["source_modules"])
     for folder in ("adapters", "importance", "partition"):

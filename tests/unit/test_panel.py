@@ -1,4 +1,4 @@
-"""Teachers: where they run, what they lack, and when one is given up."""
+"""Teachers: their placement, missing requirements, and when the run gives one up."""
 
 import asyncio
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_placement_and_scaling_come_from_the_config() -> None:
         return TeacherConfig.model_validate({"name": "t", "model": "owner/name", **settings})
 
     plain = deployment_options(teacher(resources={"cpus": 2}))
-    assert plain["num_replicas"] == 1 and plain["max_ongoing_requests"] == 96  # half as many again as max_num_seqs
+    assert plain["num_replicas"] == 1 and plain["max_ongoing_requests"] == 96  # 1.5 times max_num_seqs
     assert plain["ray_actor_options"]["num_cpus"] == 2 and plain["ray_actor_options"]["num_gpus"] == 0
     scaled = deployment_options(teacher(replicas=2, max_replicas=5, engine={"max_num_seqs": 128}))
     assert scaled["autoscaling_config"] == {"min_replicas": 2, "max_replicas": 5, "target_ongoing_requests": 128}
@@ -59,7 +59,7 @@ def test_what_a_teacher_lacks_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 class Moody:
-    """Fault injection: fails as its name says."""
+    """Fault injection: fails in the way that its name says."""
 
     def __init__(self, teacher: TeacherConfig) -> None:
         self._name = teacher.name
@@ -90,10 +90,10 @@ def test_a_teacher_is_given_up_for_its_own_failures_and_not_for_the_questions(mo
     asked = asyncio.run(ask_all())
     assert set(asked.dead) == {"locked", "down"} and asked.quorum_lost
     assert asked.dead["down"] == "3 failures in a row, the last: ConnectionError: down!"
-    assert slept == [1.0, 2.0] * 3  # only what may pass by itself is tried again, and nothing once it is given up
+    assert slept == [1.0, 2.0] * 3  # only temporary errors are retried, and nothing after it is given up
 
 
-def test_an_answer_that_is_none_is_asked_for_again_and_then_abstains() -> None:
+def test_an_invalid_answer_is_requested_again_and_then_abstains() -> None:
     teachers = [{"name": name, "kind": "python", "model": f"{__name__}:Moody"} for name in ("well", "down")]
     label = LabelConfig.model_validate({"teachers": teachers, "retries": 2, "backoff_s": 0.001})
     times = []
@@ -133,7 +133,7 @@ def test_a_probe_that_a_teacher_refused_before_does_not_silence_it(tmp_path: Pat
     assert list(silent) == ["down"]
 
 
-def test_dry_run_says_what_each_teacher_asks_for() -> None:
+def test_dry_run_shows_what_each_teacher_requests() -> None:
     config = load_config(QUICKSTART)
     teachers = [
         {"name": "big", "model": "o/n", "max_replicas": 4, "engine": {"tensor_parallel": 2}, "resources": {"gpus": 2}},

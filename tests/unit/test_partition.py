@@ -1,4 +1,4 @@
-"""θ selection against a ranking done element by element with fractions, and the random baseline of equal size."""
+"""θ selection, compared with an element-by-element ranking with fractions; and the random baseline of equal size."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def score_sets(draw: st.DrawFn) -> Scores:
 
 
 def reference(scores: Scores, theta: float) -> list[bool]:
-    """The definition, element by element: sort, add fractions, stop at the first sum that reaches θ · ΣI."""
+    """The definition: sort, add elements as fractions, stop at the first sum that reaches θ · ΣI."""
     values = [Fraction(value) for value in flat(scores).tolist()]
     if theta == 1:
         return [True] * len(values)
@@ -136,7 +136,7 @@ def test_curve_agrees_with_the_masks() -> None:
     assert kept_counts(scores, thetas) == [int(flat(keep_top(scores, theta)).sum()) for theta in thetas]
 
 
-def test_threshold_value_parts_kept_from_cut() -> None:
+def test_threshold_value_separates_kept_from_cut() -> None:
     scores = skewed(2)
     [cuts] = find_thresholds(scores, [0.8])
     kept = flat(keep_top(scores, 0.8))
@@ -219,7 +219,7 @@ def test_random_mask_is_spread_evenly() -> None:
     assert all(abs(int(mask.sum()) - 5_000) < 250 for mask in masks.values())
 
 
-def test_more_than_there_is_cannot_be_kept() -> None:
+def test_more_elements_than_exist_cannot_be_kept() -> None:
     for count in (-1, 4):
         with pytest.raises(ValueError, match="cannot keep"):
             keep_count({"a": torch.ones(3)}, count)

@@ -1,4 +1,4 @@
-"""The algebra of the regions, and what is reported about them: summary, curves, control, scatter."""
+"""The algebra of the regions, and their summary, curves, control and scatter plot."""
 
 from __future__ import annotations
 

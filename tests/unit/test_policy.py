@@ -1,4 +1,4 @@
-"""A policy on its way: what is received is what was sent, to the last bit, or is refused."""
+"""Policy messages: the receiver gets exactly the sent bits, or refuses the message."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ def test_masks_survive_packing(bits: list[bool]) -> None:
 
 
 @given(st.integers(0, 99), st.sampled_from([0.0, 0.1, 0.6, 1.0]))
-def test_changes_arrive_as_the_whole_would(seed: int, share: float) -> None:
+def test_changes_give_the_same_adapter_as_the_whole(seed: int, share: float) -> None:
     masks, state = masks_of(seed, share), draw(seed)
     sender, receiver = PolicySender("{}", masks), PolicyReceiver()
     first = sender.policy(0, state)
@@ -44,7 +44,7 @@ def test_changes_arrive_as_the_whole_would(seed: int, share: float) -> None:
         assert receiver.adapter(policy) == adapter_bytes(state)
         active = sum(int(mask.sum()) for mask in masks.values())
         assert sum(value.numel() for value in load(policy.tensors).values()) == active
-    late = PolicyReceiver()  # the first policy and the last one are all that it takes
+    late = PolicyReceiver()  # the first policy and the latest one are enough
     late.adapter(first)
     assert late.adapter(policy) == adapter_bytes(state)
 
@@ -57,7 +57,7 @@ def test_without_a_partition_every_policy_is_whole() -> None:
         assert receiver.adapter(policy) == adapter_bytes(draw(version))
 
 
-def test_what_does_not_add_up_is_refused() -> None:
+def test_inconsistent_policies_are_refused() -> None:
     masks, state = masks_of(0, 0.5), draw(0)
     sender = PolicySender("{}", masks)
     whole = sender.policy(0, state)

@@ -1,4 +1,4 @@
-"""What engines load of a policy, and the proof that it is what they serve; vLLM's own part is under tests/e2e."""
+"""How engines load a policy and verify that they serve it; the part inside vLLM is tested in tests/e2e."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_policies_merged_in_float32_lie_within_1e_6_nats_where_the_files_are_bfl
         return float((ours - theirs).abs().mean())
 
     assert gap(torch.float32) < 1e-6
-    assert gap(torch.bfloat16) > 1e-4  # what rounding to the file's dtype would cost
+    assert gap(torch.bfloat16) > 1e-4  # the gap from rounding to the file's dtype
 
 
 class Files(Mapping[str, Tensor]):
@@ -65,7 +65,7 @@ def test_a_kept_base_reads_each_file_once() -> None:
 
 
 class Loads(torch.nn.Module):
-    """As a vLLM model takes weights: two checkpoint tensors lie in one; the real one is under tests/e2e."""
+    """Loads weights like a vLLM model: two checkpoint tensors lie in one; the real one is tested in tests/e2e."""
 
     def __init__(self, forgets: bool = False) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def test_weights_loaded_in_place_are_compared_with_what_was_sent() -> None:
         load_in_place(Loads(forgets=True), iter(sent.items()), whole=True)
 
 
-def test_sums_of_bits_add_up_and_tell_a_flipped_bit() -> None:
+def test_sums_of_bits_add_up_and_detect_a_flipped_bit() -> None:
     whole = torch.randn(6, 5)
     assert torch.equal(bit_sums(whole), bit_sums(whole[:2]) + bit_sums(whole[2:]))
     other = whole.clone()

@@ -1,4 +1,4 @@
-"""What `dtype: auto` comes to; which of the two this CPU can do is taken as a fact."""
+"""How `dtype: auto` is resolved, with the CPU's ability set by the test."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Processes that are forked for an engine: what they know, and when they end. vLLM's own are under tests/e2e."""
+"""Processes forked for an engine: their environment, and when they end. vLLM's processes are tested in tests/e2e."""
 
 import os
 import signal
@@ -43,9 +43,9 @@ def fails() -> int:
     raise KeyError("what was asked")
 
 
-def test_a_forked_process_has_the_environment_of_the_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forked_process_has_the_current_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context = ForkContext(tmp_path)
-    for word in ("one", "two"):  # the fork server itself keeps the first
+    for word in ("one", "two"):  # the fork server keeps its first environment
         monkeypatch.setenv("LORAPAR_TEST_LATE", word)
         process = context.Process(target=note_environment, name="core", kwargs={"file": str(tmp_path / word)})
         process.start()
@@ -68,7 +68,7 @@ def test_a_forked_process_ends_with_the_one_that_asked_for_it(tmp_path: Path) ->
     wait_for(lambda: not psutil.pid_exists(pid))
 
 
-def test_what_a_short_lived_fork_finds_comes_back() -> None:
+def test_a_short_lived_fork_returns_its_result() -> None:
     assert answer_of(seven) == 7
     with pytest.raises(RuntimeError, match="KeyError: 'what was asked'"):
         answer_of(fails)

@@ -1,4 +1,5 @@
-"""The README's examples run as they stand; the report escapes what models write and misses what has not run."""
+"""The README's examples run unchanged; the report escapes model-written text and leaves out stages that have not
+run."""
 
 import re
 from pathlib import Path
@@ -85,7 +86,7 @@ def test_the_vote_of_three_systems_is_in_the_report_with_its_cost_and_latency(tm
     assert page.count("System 3") >= 1
 
 
-def test_verdicts_say_no_more_than_the_answers_do() -> None:
+def test_verdicts_claim_no_more_than_the_answers_show() -> None:
     models = {"base": result(50, 100, 0.4, 0.6), "sft": result(52, 100, 0.42, 0.62), "grpo": result(9, 99, 0, 0.2)}
     said = verdicts(models, {})
     assert "the intervals overlap, so no difference is shown" in said[0]

@@ -1,4 +1,4 @@
-"""Which field is named where something that the machine or an engine refuses stops a stage."""
+"""The field that an error names when a machine or an engine refuses a stage."""
 
 import threading
 from pathlib import Path
@@ -11,7 +11,7 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.perform import of_the_machine
 from lorapar_ray.runs import RunDirectory
 
-SAID = {  # as vLLM, torch and the operating system say it
+SAID = {  # messages of vLLM, torch and the operating system
     "max_model_len": "ValidationError: 1 validation error for ModelConfig Value error, max_model_len (4096) is",
     "kv_cache_gib": "ValueError: To serve at least one request 8.0 GiB KV cache is needed",
     "extra.gpu_memory_utilization": "ValueError: Free memory on device cuda:0 on startup is less than desired",
@@ -27,7 +27,7 @@ def test_the_field_that_an_engine_refuses_is_named(field: str) -> None:
     assert line.startswith(f"grpo.rollout_engine.{field}: ") and "'m'" in line and "validation error" not in line
 
 
-def test_what_is_about_no_field_is_about_the_model() -> None:
+def test_an_error_about_no_field_names_the_model() -> None:
     assert refusal("m", "evaluate.engine", "SafetensorError: header").startswith("model 'm': evaluate.engine")
     assert refusal("m", "evaluate.engine", "OSError: Address already in use").startswith("evaluate.engine: no engine")
 

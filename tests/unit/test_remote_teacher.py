@@ -1,4 +1,4 @@
-"""A remote teacher against a real HTTP server that breaks in every way it can: only that answer is lost."""
+"""A remote teacher with a real HTTP server that fails in many ways: only the failed answer is lost."""
 
 import asyncio
 import gzip
@@ -42,7 +42,7 @@ class Endpoint(BaseHTTPRequestHandler):
         for name, value in ({"Content-Length": str(len(body))} | headers).items():
             self.send_header(name, value)
         self.end_headers()
-        with suppress(OSError):  # the client may have had enough
+        with suppress(OSError):  # the client may have closed the connection
             self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
@@ -154,12 +154,12 @@ def test_a_key_over_plain_http_is_warned_of(
 @pytest.mark.parametrize(
     "address", ["ftp://h/v1", "http://[::1", "http://", "far/v1", "http://h:99999/v1", "http://u:x@1:2:3/v1"]
 )
-def test_an_address_that_is_none_is_one_line_before_anything_starts(address: str) -> None:
+def test_an_invalid_address_is_one_line_before_anything_starts(address: str) -> None:
     with pytest.raises(ValidationError, match="base_url: write it as"):
         TeacherConfig.model_validate({"name": "far", "kind": "remote", "model": "m", "base_url": address})
 
 
-def test_a_new_vote_store_is_its_owners_alone(tmp_path: Path) -> None:
+def test_only_its_owner_can_read_a_new_vote_store(tmp_path: Path) -> None:
     store = VoteStore(tmp_path / "votes.sqlite")
     store.add([(b"q", b"t", Answer([-0.1, -2.3], 3, 0.1))])
     assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o600}

@@ -1,4 +1,4 @@
-"""A run that was killed goes on under other operational settings, and under deciding ones it loses nothing unasked."""
+"""A killed run resumes with other operation settings; with other result settings it deletes nothing unless asked."""
 
 import os
 import shutil
@@ -91,7 +91,7 @@ class Cli:
         return self.run.entry(stage)
 
     def before(self, stage: str) -> None:
-        """Let everything before a stage be done."""
+        """Finish every stage before this one."""
         place = self.ready / stage
         if not place.exists():
             for name in NAMES[: NAMES.index(stage)]:
@@ -102,7 +102,7 @@ class Cli:
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs that stand before a stage, by its name."""
+    """Runs right before a stage, by its name."""
     return tmp_path_factory.mktemp("ready")
 
 
@@ -116,7 +116,7 @@ def changed(override: str) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(("stage", "override"), OPERATION)
-def test_a_killed_stage_goes_on_under_another_operational_setting(stage: str, override: str, cli: Cli) -> None:
+def test_a_killed_stage_resumes_with_another_operation_setting(stage: str, override: str, cli: Cli) -> None:
     cli.before(stage)
     cli.kill(stage, stage)
     status, said = cli(stage, *changed(override))
@@ -126,7 +126,7 @@ def test_a_killed_stage_goes_on_under_another_operational_setting(stage: str, ov
 
 
 @pytest.mark.parametrize(("stage", "override", "why"), RESULT)
-def test_a_killed_stage_keeps_its_checkpoint_under_another_deciding_setting(
+def test_a_killed_stage_keeps_its_checkpoint_with_another_result_setting(
     stage: str, override: str, why: str, cli: Cli
 ) -> None:
     cli.before(stage)
@@ -157,14 +157,14 @@ def test_a_whole_run_is_refused_before_anything_starts_and_says_what_would_follo
     assert all(each["status"] == "done" for each in cli.run.manifest()["stages"].values())
 
 
-def test_what_comes_out_the_same_redoes_nothing_after_it(cli: Cli) -> None:
+def test_equal_new_results_redo_no_later_stage(cli: Cli) -> None:
     assert cli("run")[0] == 0
     trained = cli.entry("sft")
     assert cli("run", "--redo", "label")[0] == 0
     assert cli.entry("sft") == trained
 
 
-def test_a_redo_that_fails_at_once_puts_the_old_results_back(cli: Cli) -> None:
+def test_a_redo_that_fails_at_once_restores_the_old_results(cli: Cli) -> None:
     assert cli("run")[0] == 0
     before = (cli.entry("label"), (cli.run.labels / "result.json").stat().st_mtime_ns)
     with cli.fault("label fail-at-once"):
@@ -174,7 +174,7 @@ def test_a_redo_that_fails_at_once_puts_the_old_results_back(cli: Cli) -> None:
     assert not cli.run.trash.exists() and cli("label")[1].startswith("✓ label: done")
 
 
-def test_a_redo_that_is_killed_goes_on_or_the_old_settings_bring_the_old_results_back(cli: Cli) -> None:
+def test_a_killed_redo_resumes_or_the_old_settings_restore_the_old_results(cli: Cli) -> None:
     assert cli("run")[0] == 0
     old, other = cli.entry("grpo"), changed("grpo.learning_rate=1e-5")
     cli.kill("grpo", "grpo", "--redo", "grpo", *other)

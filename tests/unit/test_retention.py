@@ -1,4 +1,4 @@
-"""What a second stage costs of the first one's skill: points, lines, and lines compared at equal gain."""
+"""How much of the first stage's skill the second stage loses: points, lines, and lines compared at equal gain."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_lines_are_compared_at_equal_gain_seed_by_seed() -> None:
 
 
 def finish(unit: Unit, answers: dict[str, tuple[int, int]]) -> None:
-    """An evaluated run: by stage, how many of 100 sums and of 100 riddles are right."""
+    """An evaluated run: for each stage the right answers of 100 sums and of 100 riddles."""
     run = unit.run
     for folder in (run.labels, run.eval):
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Rewards, and the process that contains them."""
+"""Rewards, and the process in which they run."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def test_a_module_that_breaks_while_it_is_imported_is_one_line(
     ],
 )
 @pytest.mark.slow
-def test_a_bad_sample_costs_itself_only(reward: str, cause: str) -> None:
+def test_a_bad_sample_loses_only_itself(reward: str, cause: str) -> None:
     specs = [RewardSpec(f"tests.unit.bad_rewards:{reward}"), RewardSpec("numeric_answer", 2.0)]
     with RewardPool(specs, time_limit_s=0.7, memory_limit_mb=512) as pool:
         result = pool.score(["q"] * 4, ["1", "2", "bad", "3"], {"answer": ["1", "0", "1", "3"]})
@@ -93,7 +93,7 @@ def test_a_bad_sample_costs_itself_only(reward: str, cause: str) -> None:
 
 
 class Judging(BaseHTTPRequestHandler):
-    """Says nothing to "bad", and one value too few to "few"."""
+    """Returns nothing for "bad", and one value too few for "few"."""
 
     def do_POST(self) -> None:
         completions = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -109,7 +109,7 @@ class Judging(BaseHTTPRequestHandler):
 
 
 @pytest.mark.slow
-def test_an_asynchronous_reward_asks_elsewhere_and_an_answer_that_does_not_come_costs_its_sample_alone() -> None:
+def test_an_asynchronous_reward_calls_a_server_and_a_missing_answer_loses_only_its_sample() -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Judging)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()

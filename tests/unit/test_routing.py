@@ -1,4 +1,4 @@
-"""Which engine a group goes to: room, speed and prompts with the same beginning."""
+"""The choice of a group's engine: room, speed, and prompts with the same beginning."""
 
 from lorapar_ray.grpo.routing import BLOCK, BLOCKS, DURATIONS, Router, beginnings_of
 
@@ -36,7 +36,7 @@ def test_full_engines_are_left_alone() -> None:
 
 
 def run(router: Router, slot: int, seconds: float, tokens: int) -> None:
-    """One more group while the engine is full, which takes so long."""
+    """Keep the engine full while twenty groups end there, one every `seconds`."""
     now = 0.0
     for _ in range(4):
         router.begin(slot, [], now)
@@ -48,9 +48,9 @@ def run(router: Router, slot: int, seconds: float, tokens: int) -> None:
         router.end(slot, now)
 
 
-def test_a_slow_engine_holds_less_but_enough_to_show_what_it_can_do() -> None:
+def test_a_slow_engine_holds_less_but_enough_to_measure_its_speed() -> None:
     router = Router(3, at_once=8)
-    assert [router.cap(slot) for slot in range(3)] == [8, 8, 8]  # nothing is known yet
+    assert [router.cap(slot) for slot in range(3)] == [8, 8, 8]  # nothing has been measured yet
     run(router, 0, seconds=1.0, tokens=1000)
     run(router, 1, seconds=1.0, tokens=700)
     run(router, 2, seconds=10.0, tokens=1000)
@@ -59,7 +59,7 @@ def test_a_slow_engine_holds_less_but_enough_to_show_what_it_can_do() -> None:
     assert router.cap(2) == 8 and router.load == [0, 0, 0]
 
 
-def test_what_is_usual_is_known_after_enough_groups() -> None:
+def test_the_typical_time_is_known_after_enough_groups() -> None:
     router = Router(1, at_once=2)
     for count in range(DURATIONS):
         assert router.typical is None

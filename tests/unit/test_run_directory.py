@@ -1,4 +1,4 @@
-"""What a run directory promises: one command at a time, nothing of another's removed, results that are checked."""
+"""Guarantees of a run directory: one command at a time, no foreign file removed, checked results."""
 
 import hashlib
 import json
@@ -78,7 +78,7 @@ def test_a_home_directory_in_the_run_directory_is_followed(
 @pytest.mark.parametrize(
     "where", ["x" * 300, "~no-such-user/run", "circle/run", "rows.jsonl/run", "/proc/run", "\udcff"]
 )
-def test_a_run_directory_that_cannot_be_is_one_line(where: str, tmp_path: Path, cli: Cli) -> None:
+def test_an_impossible_run_directory_is_one_line(where: str, tmp_path: Path, cli: Cli) -> None:
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     run = where if where.startswith(("~", "/")) else tmp_path / where
     status, said = lorapar("label", "-c", write_config(tmp_path / "c.yaml", cli.tree), "-d", run)
@@ -115,7 +115,7 @@ def test_damage_is_named_with_the_stage_to_redo(cli: Cli) -> None:
     status, said = cli("run", "--redo", "score")
     assert status == 0 and score.read_text() == whole, said
     (cli.run.report / "result.json").unlink()
-    assert cli("run")[0] == 0 and (cli.run.report / "result.json").is_file()  # only shows what there is: made anew
+    assert cli("run")[0] == 0 and (cli.run.report / "result.json").is_file()  # only shows results: made again
 
 
 def settled(root: Path) -> None:
@@ -124,7 +124,7 @@ def settled(root: Path) -> None:
         os.utime(path, (time.time() - 60, time.time() - 60), follow_symlinks=False)
 
 
-def test_an_input_is_known_by_what_it_holds(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_input_is_known_by_its_content(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -151,11 +151,11 @@ def test_an_input_is_known_by_what_it_holds(cli: Cli, tmp_path: Path, monkeypatc
         path.write_text("two")
         status, said = cli(stage)
         assert status == 2 and f"'{name}' has changed" in said, said
-    (tmp_path / "rows.jsonl").unlink()  # moved away: nothing to compare with, and nothing lost
+    (tmp_path / "rows.jsonl").unlink()  # moved away: nothing to compare, and nothing lost
     assert cli("label")[1].startswith("✓ label: done")
 
 
-def test_an_input_that_does_not_open_costs_no_labels(tmp_path: Path) -> None:
+def test_an_unreadable_input_loses_no_labels(tmp_path: Path) -> None:
     """With the real stage."""
     rows, run = tmp_path / "rows.jsonl", RunDirectory(tmp_path / "run")
     rows.write_text("".join(json.dumps({"prompt": f"q{number}", "answer": "1"}) + "\n" for number in range(9)))
@@ -185,7 +185,7 @@ def digests(root: Path) -> dict[str, str]:
     return {str(path.relative_to(root)): found for path, found in known.items() if path.name != "digests.json"}
 
 
-def test_how_long_it_took_is_no_part_of_a_result(tmp_path: Path) -> None:
+def test_durations_are_not_part_of_a_result(tmp_path: Path) -> None:
     def left(name: str, seconds: float, system: int) -> str:
         folder = tmp_path / name
         folder.mkdir()
@@ -274,7 +274,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(cli: Cli) -> None:
 
 @pytest.fixture
 def quick_watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lock is watched for a moment instead of half a minute."""
+    """Watch a lock for a moment instead of half a minute."""
     monkeypatch.setattr(run_lock, "SURE_S", 0.2)
     monkeypatch.setattr(run_lock, "RETRY_S", 0.05)
 
@@ -283,8 +283,8 @@ def quick_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     ("holder", "age", "lives"),
     [
         ({}, 0, True),
-        ({"pid": 1}, 0, False),  # process 1 began at another time than the holder
-        ({"started": 5}, 0, False),  # its number belongs to another process now
+        ({"pid": 1}, 0, False),  # process 1 started at another time than the holder
+        ({"started": 5}, 0, False),  # its pid now belongs to another process
         ({"pid": "no number"}, 0, False),
         ({"host": "elsewhere"}, 10, True),
         ({"host": "elsewhere"}, run_lock.STALE_S + 10, False),
@@ -309,7 +309,7 @@ def test_a_holder_is_known_by_process_here_and_by_its_beat_elsewhere(
 
 @pytest.mark.parametrize("clock", ["of the file system, set forwards", "of the holder, which touches it by its own"])
 def test_a_clock_that_is_set_takes_no_lock_from_a_living_holder(clock: str, tmp_path: Path, quick_watch: None) -> None:
-    """Elsewhere, of which nothing is known but its beat."""
+    """A holder on another machine: only its beat is known."""
     file, hours = tmp_path / run_lock.NAME, 3 * 3600
     text = json.dumps(run_lock.identity() | {"host": "elsewhere"})
     file.write_text(text)
@@ -327,7 +327,7 @@ def test_a_clock_that_is_set_takes_no_lock_from_a_living_holder(clock: str, tmp_
 def test_a_clock_that_is_set_back_keeps_no_dead_holder_alive(
     tmp_path: Path, quick_watch: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its lock is from tomorrow, and stays untouched."""
+    """Its lock has tomorrow's time, and stays untouched."""
     monkeypatch.setattr(run_lock, "STALE_S", 0.5)
     file = tmp_path / run_lock.NAME
     file.write_text(json.dumps(run_lock.identity() | {"host": "elsewhere"}))
@@ -368,7 +368,7 @@ def test_of_many_that_find_a_dead_holder_one_gets_the_lock_at_a_time(tmp_path: P
     ("content", "said"),
     [("[" * 100_000, ""), ('{"pid": 99999999, "started": null}', ""), ("folder", "is a directory"), ("link", "link")],
 )
-def test_a_lock_that_is_none_is_taken_or_named(content: str, said: str, tmp_path: Path, quick_watch: None) -> None:
+def test_an_invalid_lock_is_taken_or_named(content: str, said: str, tmp_path: Path, quick_watch: None) -> None:
     file = tmp_path / run_lock.NAME
     if content == "folder":
         file.mkdir()
@@ -385,7 +385,7 @@ def test_a_lock_that_is_none_is_taken_or_named(content: str, said: str, tmp_path
         assert said and said in str(error).lower()
 
 
-def test_who_slept_while_another_took_the_lock_writes_nothing_more(cli: Cli) -> None:
+def test_a_suspended_holder_whose_lock_was_taken_writes_nothing_more(cli: Cli) -> None:
     assert cli("label")[0] == 0
     file, before = cli.run.root / run_lock.NAME, cli.run.manifest_path.read_text()
     with run_lock.run_lock(cli.run.root):
@@ -397,7 +397,7 @@ def test_who_slept_while_another_took_the_lock_writes_nothing_more(cli: Cli) -> 
     assert file.read_text() == other
 
 
-def test_what_a_kill_leaves_of_a_fresh_run_directory_is_no_users_file(cli: Cli) -> None:
+def test_leftovers_of_a_killed_new_run_are_not_taken_for_users_files(cli: Cli) -> None:
     (cli.run.root / ".manifest.json.k3ps").mkdir(parents=True)
     (cli.run.root / f".{run_lock.NAME}.0").touch()
     assert cli("label")[0] == 0
@@ -418,7 +418,7 @@ def test_an_input_replaced_under_its_old_times_and_size_is_noticed(tmp_path: Pat
 
 
 LEGACY = Path(__file__).parent / "legacy_run"
-"""A whole run as the first format left it, its bodies faked."""
+"""A whole run in the first format, with faked bodies."""
 
 
 def test_a_run_of_the_first_format_is_done_and_says_what_differs(cli: Cli, tmp_path: Path) -> None:
@@ -448,7 +448,7 @@ def test_a_stage_of_the_first_format_under_other_settings_is_kept(cli: Cli) -> N
 
 
 def test_a_command_that_ignores_ctrl_c_can_still_be_ended_from_a_thread() -> None:
-    """Scripts start their background commands so."""
+    """Scripts start their background commands this way."""
     ignoring = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)"
     command = f"{ignoring}; from lorapar_ray.threads import stop_this_command as stop; stop(); time.sleep(60)"
     assert subprocess.run([sys.executable, "-c", command], timeout=50, check=False).returncode == -signal.SIGTERM

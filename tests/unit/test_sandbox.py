@@ -1,4 +1,4 @@
-"""The sandbox on honest programs, and what its verdicts say; attacks are in test_sandbox_attacks.py."""
+"""The sandbox with honest programs, and its verdicts; attacks are in test_sandbox_attacks.py."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
 
 @contextmanager
 def adopted_orphans() -> Iterator[Callable[[], list[str]]]:
-    """Gives the names of what has ended and nobody has waited for: here, in place of with process 1."""
+    """Names of ended processes that were not reaped; orphans come to this process instead of process 1."""
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
@@ -109,7 +109,7 @@ class Colour(IntEnum):
         *(deque([1, 2]), bytearray(b"x")),
     ],
 )
-def test_values_travel_as_they_are(value: Any) -> None:
+def test_values_are_passed_unchanged(value: Any) -> None:
     import json
 
     back = wire.decode(json.loads(json.dumps(wire.encode(value))))
@@ -117,7 +117,7 @@ def test_values_travel_as_they_are(value: Any) -> None:
     assert type(back) is type(value)
 
 
-def test_other_values_travel_as_the_built_in_type() -> None:
+def test_other_values_are_passed_as_the_built_in_type() -> None:
     class Liar(list):  # type: ignore[type-arg]
         def __eq__(self, other: object) -> bool:
             return True

@@ -1,4 +1,4 @@
-"""Every attack of `sandbox_attacks` against every layer that this machine has."""
+"""Every attack of `sandbox_attacks` on every layer of this machine."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ LAYERS = [finding.name for finding in survey() if finding.layer is not None]
 AT_ONCE = 8
 HONEST = Job("def f(x):\n    return x + 2", "assert f(2) == 4", ("f",))
 SLACK_S = 30.0
-"""A busy machine starts and ends processes late; a job without an end would still be seen."""
+"""A busy machine starts and ends processes late; a job that never ends is still detected."""
 
 
 @dataclass
 class Outside:
-    """What the attacks aim at, and whether they hit it."""
+    """The attacks' targets, and whether an attack reached them."""
 
     folder: Path
     port: int
@@ -46,7 +46,7 @@ class Outside:
         return code
 
     def state(self) -> list[object]:
-        """What no attack may change."""
+        """Checks that no attack changed the targets."""
         secret = (self.folder / "secret").stat()
         left = [
             str(each)
@@ -100,8 +100,8 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outside]:
 
 
 def attack(layer: str, limits: Limits, jobs: dict[str, Job]) -> dict[str, Verdict]:
-    """The verdict on each job; after each an honest job passes, and at the end nothing is left running."""
-    seconds = limits.seconds + int(uuid.uuid4().hex[:6], 16) * 1e-9  # marks the command line of each process
+    """The verdict on each job; after each job an honest one must pass, and at the end no process may be left."""
+    seconds = limits.seconds + int(uuid.uuid4().hex[:6], 16) * 1e-9  # a mark in each process's command line
     mixed = [each for job in jobs.values() for each in (job, HONEST)]
     with Sandbox(layer, replace(limits, seconds=seconds), workers=AT_ONCE) as sandbox:
         verdicts = sandbox.run(mixed)
@@ -112,7 +112,7 @@ def attack(layer: str, limits: Limits, jobs: dict[str, Job]) -> dict[str, Verdic
 
 
 def running() -> list[tuple[str, str]]:
-    """(number, command) of every process that is no zombie."""
+    """(pid, command) of every process except zombies."""
     found = []
     for path in Path("/proc").iterdir():
         with suppress(OSError):
@@ -193,7 +193,7 @@ HARMLESS = [
 
 
 def test_the_attacks_work_where_there_is_no_sandbox(outside: Outside) -> None:
-    """An attack that fails everywhere would prove nothing."""
+    """An attack that fails without a sandbox too would show nothing."""
     programs = {name: outside.aimed((attacks.ESCAPES | attacks.FILES)[name]) for name in HARMLESS}
     programs["kill the parent"] = programs["kill the parent"].replace("os.kill(os.getppid(), 9) is None", "0")
     script = "import sys, json\nout = {}\nfor name, code in json.load(sys.stdin).items():\n"

@@ -61,7 +61,7 @@ def mbpp() -> list[dict[str, Any]]:
 
 
 def wrong(code: str, job: Job) -> str:
-    """The program with one more line: the tested function gives something else."""
+    """The program with one more line, so that the tested function returns something else."""
     return f"{code}{CHANGE}{job.names[0]} = _wrapped({job.names[0]})\n"
 
 

@@ -1,4 +1,4 @@
-"""Running sums on disk: every unit once, whoever wrote it."""
+"""Running sums on disk contain every unit once, from any worker."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What `lorapar serve` checks before an engine is asked, and how `auto` chooses."""
+"""What `lorapar serve` checks before a request reaches the engine, and how `auto` chooses."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""Where a local Ray's files lie, who may read them, and what is said when there is no Ray to connect to."""
+"""A local Ray's files, their permissions, and the messages if there is no Ray to connect to."""
 
 import fcntl
 import os
@@ -29,7 +29,7 @@ def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def short() -> Iterator[Path]:
-    """A directory whose name is short enough, which pytest's own are not."""
+    """A directory with a short enough name, unlike pytest's."""
     import shutil
     import tempfile
 
@@ -43,7 +43,7 @@ def use_tmpdir(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(folder))
 
 
-def test_files_lie_in_tmpdir_are_private_and_go(monkeypatch: pytest.MonkeyPatch, short: Path) -> None:
+def test_files_are_private_in_tmpdir_and_are_removed(monkeypatch: pytest.MonkeyPatch, short: Path) -> None:
     use_tmpdir(monkeypatch, short)
     with local_files() as files:
         assert files.sockets.parent.parent == short and files.spilled.parent == files.sockets.parent
@@ -86,7 +86,7 @@ def test_without_a_short_place_the_message_names_what_to_set(monkeypatch: pytest
 
 
 def test_a_directory_goes_with_its_process_whatever_its_number(tmp_path: Path) -> None:
-    """A live process of another PID namespace has a number that means nothing here; its lock does."""
+    """The pid of a process in another PID namespace means nothing here; its lock does."""
     live, dead, fresh, foreign = (tmp_path / f"{PREFIX}{name}" for name in ("live", "dead", "4194305-new", "foreign"))
     for folder in (live, dead, fresh, foreign):
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""The plan of a job: what a step sees does not depend on workers or packing, and nothing is lost or seen twice."""
+"""The plan of a job: a step's examples do not depend on workers or packing; each example is used once."""
 
 from collections import Counter
 from itertools import chain
@@ -48,7 +48,7 @@ def test_an_epoch_sees_every_example_once(lengths: list[int], bucketing: bool) -
     assert Counter(chain(*steps)) == dict.fromkeys(range(len(lengths)), 2)
     first, second = steps[: len(steps) // 2], steps[len(steps) // 2 :]
     assert sorted(chain(*first)) == sorted(chain(*second)) == list(range(len(lengths)))
-    few = 48 if bucketing else 12  # as many as may come in the same order again by chance: 11 buckets, or 11 examples
+    few = 48 if bucketing else 12  # as many as may have the same order again by chance: 11 buckets, or 11 examples
     assert len(lengths) < few or first != second
 
 

@@ -1,4 +1,4 @@
-"""What stage 1 leaves on disk while it runs: checkpoints without pickle, metrics lines, trackers."""
+"""Stage 1's files while it runs: checkpoints without pickle, metrics lines, trackers."""
 
 import json
 import random
@@ -19,9 +19,9 @@ def draw() -> tuple[float, float, float]:
     return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 
-def test_every_generator_goes_on_from_a_file(tmp_path: Path) -> None:
+def test_every_generator_resumes_from_a_file(tmp_path: Path) -> None:
     draw()
-    np.random.randn()  # leaves half of a pair behind, which belongs to the state too
+    np.random.randn()  # keeps half of a pair, which is part of the state too
     save_tree(tmp_path / "rng.safetensors", rng_state())
     first = draw(), np.random.randn()
     draw()
@@ -56,7 +56,7 @@ def test_only_whole_checkpoints_are_resumed_from(tmp_path: Path) -> None:
         assert last_checkpoint(tmp_path, workers) == (str(tmp_path / "checkpoint-11"), 11)
 
 
-def test_lines_of_steps_to_be_done_again_go(tmp_path: Path) -> None:
+def test_lines_of_steps_to_repeat_are_removed(tmp_path: Path) -> None:
     file = tmp_path / "metrics" / "sft.jsonl"
     keep_lines_until(file, 0)
     for step in (1, 2, 3):

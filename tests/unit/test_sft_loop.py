@@ -1,4 +1,4 @@
-"""Stage 1's loop beside TRL's SFTTrainer, its loss beside TRL's head, and its rows."""
+"""Stage 1's loop compared with TRL's SFTTrainer, its loss with TRL's head, and its rows."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def trained_with(
     validated: bool = False,
     **changes: Any,
 ) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """(lines of the metrics file, adapter) of a run by our loop, which goes on from a checkpoint if there is one."""
+    """(lines of the metrics file, adapter) of a run of our loop, which resumes from a checkpoint, if any."""
     settings = SftConfig(**{**SETTINGS, "max_length": 32, **changes})
     model = attach_lora(tiny().to(device), rank=4, alpha=8, init="gaussian", dropout=dropout)
     parameters = adapter_parameters(model)
@@ -143,14 +143,12 @@ def test_losses_norms_and_adapter_are_those_of_trls_trainer(tmp_path: Path, pack
 
 
 class Killed(BaseException):
-    """In place of a kill."""
+    """Raised instead of a kill."""
 
 
 @pytest.mark.parametrize("at", [1, 4, 5])
-def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(
-    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With dropout, so that the generators' states count."""
+def test_an_interrupted_run_resumes_to_the_same_bits(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout, so that the random generators' states matter."""
     options: dict[str, Any] = {"dropout": 0.2, "checkpoint_every": 2}
     undisturbed, expected = trained_with(tmp_path / "whole", **options)
 
@@ -262,7 +260,7 @@ def test_checkpoints_of_transformers_trainer_are_resumed_from(tmp_path: Path) ->
     )
     with torch.no_grad():
         value.zero_()
-    best = str(tmp_path / "somewhere")  # beside the checkpoint, wherever the run is now
+    best = str(tmp_path / "somewhere")  # next to the checkpoint, even if the run has moved
     assert load_checkpoint(folder, 0, {"a": value}, optimizer) == Progress(7, 1.5, best, 2)
     assert load_checkpoint(folder, 3, {"a": value}, optimizer).step == 7  # a worker that was not there before
     assert value.detach().tolist() == [1.0] * 4
@@ -281,7 +279,7 @@ class Operations(TorchDispatchMode):
 
 
 WAITS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "lift_fresh", "_assert_async", "equal", "unique"}
-"""Operations that wait for the device, or bring it a constant from pageable memory: none may be in a graph."""
+"""Operations that wait for the device, or copy a constant from pageable memory to it: none may be in a graph."""
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt_neox"])

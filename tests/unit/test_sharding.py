@@ -1,4 +1,4 @@
-"""The base cut over ranks, read from its files slice by slice: it computes what the whole one does."""
+"""A base sharded over ranks, each reading only its slices of the files, computes the same as the whole base."""
 
 import multiprocessing
 import socket
@@ -80,7 +80,7 @@ def worker(rank: int, port: int, root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What each rank found, in a folder with the models."""
+    """Each rank's results, in a folder with the models."""
     folder = tmp_path_factory.mktemp("sharding")
     for kind in ("tied", "untied"):
         student(folder / kind, tied=kind == "tied")
@@ -100,7 +100,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def renamed(model: Path, target: Path) -> None:
-    """A checkpoint as transformers still reads it, by names that the modules do not have."""
+    """A checkpoint with older names, which transformers still reads."""
     from safetensors.torch import save_file
 
     target.mkdir()

@@ -1,4 +1,4 @@
-"""Intervals, tests and pass@k against worked values and brute force."""
+"""Intervals, tests and pass@k, compared with values computed by hand and by brute force."""
 
 from __future__ import annotations
 

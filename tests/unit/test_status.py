@@ -1,4 +1,4 @@
-"""`lorapar status`: what a run directory says of itself, at work and after."""
+"""`lorapar status`: a run's progress from its directory, during a command and afterwards."""
 
 from __future__ import annotations
 

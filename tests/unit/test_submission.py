@@ -1,4 +1,4 @@
-"""Handing a run to a cluster: what is refused before anything is sent, and what nodes that differ are told apart by."""
+"""Submitting a run to a cluster: errors before anything is sent, and how nodes that differ are named."""
 
 from __future__ import annotations
 

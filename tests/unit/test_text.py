@@ -40,7 +40,7 @@ def on_console(text: str, **options: bool) -> str:
         ("ends in \\", "ends in \\"),
     ],
 )
-def test_foreign_text_is_shown_as_it_stands(text: str, wanted: str) -> None:
+def test_foreign_text_is_shown_unchanged(text: str, wanted: str) -> None:
     assert on_console(text) == f"{wanted}\n"
     assert on_console(f"[bold]x[/] {markup(text)}[green][/]", markup=True) == f"x {wanted}\n"
 
@@ -109,7 +109,7 @@ def test_a_config_is_shown_without_what_stands_where_secrets_do() -> None:
     assert "http://***@h" in kept and "it" not in yaml.safe_load(kept)["label"]["teachers"][0]["extra_body"]["api_key"]
 
 
-def test_a_name_that_begins_like_a_key_is_none() -> None:
+def test_a_name_that_begins_like_a_key_is_not_a_key() -> None:
     names = ["/models/sk-llama-finetuned-v2-large", "pk-something-with-a-long-name-2024", "hf_transformers_cache_dir_2"]
     remember_config({"model": {"path": names}})
     assert [redacted(name) for name in names] == names
@@ -152,7 +152,7 @@ def test_names_of_secrets(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["max_tokens", "eos_token", "keys", "monkey", "author", "tokenizer", "api_key_env", "PWD"]
 )
-def test_names_that_are_none(name: str) -> None:
+def test_names_that_are_not_secrets(name: str) -> None:
     assert not is_secret_name(name)
 
 

@@ -114,6 +114,6 @@ def test_a_prompt_that_leaves_no_room_is_left_out_and_a_missing_system_is_one_li
         Selection(str(table[0]), [3], "sft.systems", 512).positions(opened)
 
 
-def test_half_a_file_is_no_file(tmp_path: Path, table: tuple[Path, list[dict[str, object]]]) -> None:
+def test_a_truncated_file_is_ignored(tmp_path: Path, table: tuple[Path, list[dict[str, object]]]) -> None:
     (tmp_path / "t.arrow").write_bytes(table[0].read_bytes()[:100])
     assert key_of(tmp_path / "t.arrow") is None and key_of(tmp_path / "none.arrow") is None

@@ -1,4 +1,4 @@
-"""Settings of Ray Train's group of workers."""
+"""Settings of Ray Train's worker group."""
 
 from lorapar_ray.grpo.engine_losses import LEAVE_LIMIT_S
 from lorapar_ray.grpo.engine_pool import REBUILD_LIMIT_S

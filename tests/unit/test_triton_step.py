@@ -1,6 +1,6 @@
-"""The one-launch step: against torch's AdamW, on a GPU as it runs there, elsewhere through Triton's interpreter.
+"""The one-launch step, compared with torch's AdamW: on a GPU directly, elsewhere in Triton's interpreter.
 
-Interpreting is a setting of the process that first imports Triton, so these tests run in a process of their own.
+The process that first imports Triton sets the interpreter, so these tests run in a separate process.
 """
 
 import os
@@ -19,8 +19,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 kernels = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="runs below, in a process that interprets")
 ULP = {"cuda": 1, "cpu": 64}
-"""Units in the last place that a value may be off after a step from the same state: on a CPU torch itself uses another
-order of operations (measured: 16)."""
+"""Allowed difference of a value, in units in the last place, after a step from the same state: on a CPU torch uses
+another order of operations (measured: 16)."""
 SHAPES = [(16, 100), (7, 13), (40, 64), (1, 1), (16, 16)]
 SHARES = [0.4, 1.0, 0.1, 1.0, 0.0]
 
@@ -49,7 +49,7 @@ def gradients(step: int, dtype: torch.dtype = torch.float32) -> list[torch.Tenso
 
 
 def groups(parameters: list[Any], masks: list[Any] | None) -> list[dict[str, Any]]:
-    """Two, with rates and decays of their own."""
+    """Two groups with different rates and decays."""
     cut = [slice(0, 2), slice(2, None)]
     masked = [{} if masks is None else {"masks": masks[part]} for part in cut]
     settings = [{"lr": 0.01, "weight_decay": 0.1}, {"lr": 0.03, "weight_decay": 0.0}]
@@ -73,7 +73,7 @@ def units_apart(ours: torch.Tensor, theirs: torch.Tensor) -> int:
 def as_torchs_cuda_kernel(
     value: Any, gradient: Any, first: Any, second: Any, group: dict[str, Any], number: int
 ) -> Any:
-    """ATen's `adam_math`, line by line: what is a double there is one here."""
+    """ATen's `adam_math`, line by line, with the same doubles."""
     (beta1, beta2), wide = group["betas"], torch.float64
     correction1 = torch.tensor(1 - beta1**number, dtype=torch.float32)
     correction2 = torch.tensor((1 - beta2**number) ** 0.5, dtype=torch.float32)
@@ -82,7 +82,7 @@ def as_torchs_cuda_kernel(
     first = (beta1 * first.to(wide) + (1 - beta1) * gradient.to(wide)).float()
     second = (beta2 * second.to(wide) + (1 - beta2) * gradient.to(wide) * gradient.to(wide)).float()
     step_size = (group["lr"] / correction1.to(wide)).float()
-    root = second.to(wide).sqrt().float()  # a CPU's own float32 root is not always the nearest
+    root = second.to(wide).sqrt().float()  # a CPU's float32 square root is not always the nearest
     divisor = ((root / correction2).to(wide) + group["eps"]).float()
     return value - step_size * first / divisor, first, second
 
@@ -102,14 +102,14 @@ def test_the_arithmetic_is_that_of_torchs_cuda_kernel() -> None:
         masked.step()
     launched(masked)
     for (_, parameter), mask, (value, first, second) in zip(places, masks, expected, strict=True):
-        assert units_apart(parameter.detach()[mask], value) <= (0 if INTERPRETED else 3)  # one a step
+        assert units_apart(parameter.detach()[mask], value) <= (0 if INTERPRETED else 3)  # one per step
         assert units_apart(masked.state[parameter]["exp_avg"], first) <= (0 if INTERPRETED else 3)
         assert units_apart(masked.state[parameter]["exp_avg_sq"], second) <= (0 if INTERPRETED else 3)
 
 
 @kernels
 def test_active_elements_step_as_under_adamw_and_the_others_keep_their_bits() -> None:
-    """Each step from the same state, so that what is compared is one step's arithmetic."""
+    """Each step begins with the same state, so that one step's arithmetic is compared."""
     ours, masks = problem()
     theirs, _ = problem()
     start = [value.detach().clone() for value in ours]
@@ -143,7 +143,7 @@ def test_clipping_is_part_of_the_pass() -> None:
     masked, stock = MaskedAdamW(groups(ours, masks)), torch.optim.AdamW(groups(theirs, None), foreach=False)
     for step, max_norm in enumerate((0.5, 1e6)):
         for mine, other, mask, gradient in zip(ours, theirs, masks, gradients(step), strict=True):
-            mine.grad = torch.where(mask, gradient, float("nan"))  # nothing that is frozen gets into the norm
+            mine.grad = torch.where(mask, gradient, float("nan"))  # frozen elements are not in the norm
             other.grad = gradient * mask
         before = [mine.grad.clone() for mine in ours if mine.grad is not None]
         norm = masked.clip_and_step(max_norm)
@@ -187,15 +187,15 @@ def test_lower_precision_follows_its_float32_masters(dtype: torch.dtype) -> None
     for mine, other, mask, value in zip(ours, reference, masks, start, strict=True):
         state = masked.state[mine]
         torch.testing.assert_close(state["master"], other[mask], rtol=1e-5, atol=1e-6)
-        # Triton's interpreter cuts off what bfloat16 cannot hold, where a GPU rounds
+        # Triton's interpreter truncates to bfloat16, a GPU rounds
         near = 2**-7 if INTERPRETED and dtype == torch.bfloat16 else 0.0
         torch.testing.assert_close(mine[mask], state["master"].to(dtype), rtol=near, atol=0.0)
         assert torch.equal(mine[~mask], value[~mask])
 
 
 @kernels
-def test_state_goes_to_and_from_the_other_ways() -> None:
-    """A run saved before there was one launch goes on with it, and the other way round; a schedule moves the rate."""
+def test_state_converts_to_and_from_the_other_methods() -> None:
+    """A run saved without the one-launch step resumes with it, and the reverse; a schedule changes the rate."""
 
     def run(switch: bool) -> list[torch.Tensor]:
         parameters, masks = problem()
@@ -208,7 +208,7 @@ def test_state_goes_to_and_from_the_other_ways() -> None:
                 schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
                 optimizer.load_state_dict(saved[0])
                 schedule.load_state_dict(saved[1])
-                optimizer._triton_was_tried = step == 2  # so that it takes torch's kernels
+                optimizer._triton_was_tried = step == 2  # so that it uses torch's kernels
             for parameter, gradient in zip(parameters, gradients(step), strict=True):
                 parameter.grad = gradient
             optimizer.step()
@@ -236,7 +236,7 @@ def test_moved_values_and_gradients_are_found_again() -> None:
 
 
 @kernels
-def test_parameters_without_a_gradient_stand_still() -> None:
+def test_parameters_without_a_gradient_do_not_change() -> None:
     ours, masks = problem()
     start = ours[0].detach().clone()
     masked = MaskedAdamW(groups(ours, masks))
@@ -273,4 +273,4 @@ def test_a_step_with_clipping_is_three_launches_and_never_waits() -> None:
     on_device = [e.name for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     kernels = [name for name in on_device if "mem" not in name.lower()]
     assert [name for name in kernels if name in ("squares", "factor", "adamw")] == ["squares", "factor", "adamw"]
-    assert len(kernels) <= 4, kernels  # and the copy of the norm that is handed out
+    assert len(kernels) <= 4, kernels  # and the copy of the returned norm

@@ -1,4 +1,4 @@
-"""The tutorial's scripts and config, as the page has them, with the tiny student for its model; without an engine."""
+"""The tutorial's scripts and config, copied from the page, with the tiny student as the model and without an engine."""
 
 import re
 import runpy

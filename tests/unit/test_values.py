@@ -1,4 +1,4 @@
-"""What users' files hold, and that none of it is converted in silence."""
+"""Values in users' files; none is converted silently."""
 
 import gzip
 import json
@@ -94,7 +94,7 @@ def test_questions_of_earlier_versions_are_read_as_before(tmp_path: Path) -> Non
         ({"prompt": "a", "answer": "1", "response": {"x": 1}}, "its 'response' is an object"),
     ],
 )
-def test_what_is_no_text_is_one_line(tmp_path: Path, record: dict[str, Any], message: str) -> None:
+def test_values_that_are_not_text_are_one_line(tmp_path: Path, record: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         prepared(tmp_path, write(tmp_path / "rows.jsonl", record))
 
@@ -103,7 +103,7 @@ def test_what_is_no_text_is_one_line(tmp_path: Path, record: dict[str, Any], mes
 def test_numbers_are_written_without_exponent(tmp_path: Path, number: float, text: str) -> None:
     rows, _ = prepared(tmp_path, write(tmp_path / "rows.jsonl", {"prompt": "a", "answer": number}))
     assert rows[0]["answer"] == text
-    assert json.loads(rows[0]["columns"]) == {"answer": number}  # a reward gets it as it is
+    assert json.loads(rows[0]["columns"]) == {"answer": number}  # a reward gets it unchanged
 
 
 def test_rows_that_no_file_can_hold_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-"""Environments of the library `verifiers` played through our engine's turns; the engine says what it is told."""
+"""Environments of the library `verifiers`, played through our engine's turns; the engine is a fake with fixed
+answers."""
 
 import json
 from typing import Any
@@ -86,7 +87,7 @@ def test_its_tool_environment_calls_tools_and_an_episode_without_room_ends() -> 
     assert (cut.turns, cut.lost, cut.sampled) == ((1,), (), (len(plain(call)),))
 
 
-def test_a_changed_history_is_no_one_trajectory() -> None:
+def test_a_changed_history_is_refused() -> None:
     def environment() -> Any:
         from verifiers.envs.experimental.gym_env import GymEnv
 
@@ -101,7 +102,7 @@ def test_a_changed_history_is_no_one_trajectory() -> None:
     assert "changes earlier messages" in lost
 
 
-def test_what_is_no_call_is_none() -> None:
+def test_text_that_is_not_a_call_is_ignored() -> None:
     assert (
         tool_calls('<tool_call>{"name": 1}</tool_call> <tool_call>{x}</tool_call> <tool_call>{"a": 1}</tool_call>')
         == []

@@ -1,4 +1,4 @@
-"""Answers that are kept: over processes, teachers and prompts."""
+"""Stored answers, across processes, teachers and prompts."""
 
 import os
 from pathlib import Path
@@ -105,7 +105,7 @@ def test_bias_is_measured_from_stored_answers(tmp_path: Path) -> None:
     assert measured_bias(panel("a", "b"), keys, store, []) == {}
 
 
-def test_votes_are_made_anew_from_their_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_votes_are_rebuilt_from_their_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorapar_ray.labeling.journal.SEGMENT_BYTES", 200)
     folder, keys = tmp_path / "votes", [question_key(f"q{i}", "a") for i in range(6)]
     store = VoteStore(tmp_path / "here.sqlite", folder)

@@ -1,4 +1,4 @@
-"""Counting votes: majorities, calibration, agreement, and whom to ask next."""
+"""Counting votes: majorities, calibration, agreement, and which teacher comes next."""
 
 import math
 from collections import Counter
@@ -66,7 +66,7 @@ def test_the_majority_over_100_000_rows_is_as_accurate_as_the_binomial_says(n: i
     keys = {teacher.name: [teacher.name.encode()] for teacher in label.teachers}
     draws = np.random.default_rng(n).random((rows, n)) < p
     correct = asked = 0
-    # our code is pure, so it is asked once for each pattern of right and wrong teachers, 2^n of them among all rows
+    # our code is pure, so it runs once for each of the 2^n patterns of right and wrong teachers
     for pattern, times in Counter(map(tuple, draws.tolist())).items():
         knows = {name: answer(-2.0 if right else 2.0) for name, right in zip(keys, pattern, strict=True)}
         found: dict[bytes, Answer] = {}
@@ -150,6 +150,6 @@ def test_the_cheapest_are_asked_first_and_only_as_many_as_could_decide() -> None
     assert whom_to_ask(label, [], list(prices)) == ["free", "cheap"]
     assert whom_to_ask(label, [vote("free", 1), vote("cheap", 2)], ["dear"]) == ["dear"]
     assert whom_to_ask(label, [vote("free", 1), vote("cheap", 1)], ["dear"]) == []
-    assert whom_to_ask(label, [vote("free", 1)], ["dear"]) == ["dear"]  # cheap has failed: a tie may still come
+    assert whom_to_ask(label, [vote("free", 1)], ["dear"]) == ["dear"]  # cheap has failed: a tie is still possible
     at_once = label.model_copy(update={"sequential": False})
     assert whom_to_ask(at_once, [], list(prices)) == ["free", "cheap", "dear"]

@@ -1,4 +1,4 @@
-"""What a teacher is shown, and how its choice is read."""
+"""A teacher's prompt, and how its choice is read."""
 
 from typing import Any
 

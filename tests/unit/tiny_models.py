@@ -1,4 +1,4 @@
-"""Random-weight models of many families, small enough to differentiate one example at a time."""
+"""Random-weight models of many families, small enough for a backward pass per example."""
 
 from copy import deepcopy
 
@@ -47,6 +47,6 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 
 def tiny(family: str = "llama", seed: int = 0) -> torch.nn.Module:
-    """A fresh float32 model of a family, the same for the same seed."""
+    """A new float32 model of a family, determined by the seed."""
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(deepcopy(CONFIGS[family]), attn_implementation="eager").eval()

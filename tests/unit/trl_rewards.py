@@ -1,4 +1,4 @@
-"""Rewards as users write them for TRL's GRPOTrainer, and some that try what a reward must not."""
+"""Rewards written for TRL's GRPOTrainer, and some that try forbidden things."""
 
 import asyncio
 import contextlib

@@ -23,7 +23,7 @@ def panel(*names: str, **settings: Any) -> LabelConfig:
 
 
 def answer(log_odds: float, run: str = "") -> Answer:
-    """Of two Systems; positive odds are for System 2."""
+    """Votes on two Systems; positive odds mean System 2."""
     return Answer(normalised([0.0, log_odds]), tokens=100, latency_s=0.5, run=run)
 
 
