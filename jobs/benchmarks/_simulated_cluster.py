@@ -7,7 +7,9 @@ stage 2, on a local Ray. Several simulated engines share a process, as asynchron
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -49,20 +51,20 @@ class Load:
 
 
 class SleepingEngines:
-    """Asynchronous Ray actor: several simulated engines, addressed by number."""
+    """Asynchronous Ray actor: several simulated engines, addressed by name."""
 
     def __init__(self, load: Load) -> None:
         self._load = load
-        self._slots = [asyncio.Semaphore(load.slots) for _ in range(ENGINES_PER_PROCESS)]
-        self._version = [0] * ENGINES_PER_PROCESS
+        self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(load.slots))
+        self._version: dict[str, int] = {}
         self._generator = random.Random(0)
 
-    async def load_policy(self, engine: int, policy: Policy, *whole: Policy) -> str:
+    async def load_policy(self, engine: str, policy: Policy, *whole: Policy) -> str:
         self._version[engine] = policy.version
         return policy.digest
 
     async def rollout(
-        self, engine: int, prompt_ids: list[int], sampling: dict[str, Any], key: str, begun: Any
+        self, engine: str, prompt_ids: list[int], sampling: dict[str, Any], key: str, begun: Any
     ) -> tuple[GroupRecord, GroupHead]:
         version, count = self._version[engine], sampling["n"]
         lengths = tuple(await asyncio.gather(*(self._sequence(engine) for _ in range(count))))
@@ -71,13 +73,13 @@ class SleepingEngines:
         ids, logprobs = np.full(tokens, version, np.int32), np.full(tokens, -1.0, np.float32)
         return GroupRecord(np.asarray(prompt_ids, np.int32), ids, logprobs, head), head
 
-    async def progress(self, engine: int) -> tuple[dict[str, GroupRecord], dict[str, int]]:
+    async def progress(self, engine: str) -> tuple[dict[str, GroupRecord], dict[str, int]]:
         return {}, {}
 
-    async def give_back(self, engine: int, key: str) -> None:
+    async def give_back(self, engine: str, key: str) -> None:
         """Does nothing: the simulated engine continues."""
 
-    async def _sequence(self, engine: int) -> int:
+    async def _sequence(self, engine: str) -> int:
         """Sleep for a sequence's time; returns its number of tokens."""
         length = self._load.draw(self._generator)
         async with self._slots[engine]:
@@ -99,24 +101,24 @@ class SleepingRewards:
 class Handle:
     """One simulated engine with the methods of an `EngineActor` handle."""
 
-    def __init__(self, actor: Any, number: int) -> None:
-        self.rollout = _Method(actor.rollout, number)
-        self.load_policy = _Method(actor.load_policy, number)
-        self.progress = _Method(actor.progress, number)
-        self.give_back = _Method(actor.give_back, number)
+    def __init__(self, actor: Any, name: str) -> None:
+        self.rollout = _Method(actor.rollout, name)
+        self.load_policy = _Method(actor.load_policy, name)
+        self.progress = _Method(actor.progress, name)
+        self.give_back = _Method(actor.give_back, name)
         self.start = _Answer({"pid": 0})
         self.leave = _Answer(None)
 
 
 class _Method:
-    def __init__(self, method: Any, number: int) -> None:
-        self._method, self._number = method, number
+    def __init__(self, method: Any, name: str) -> None:
+        self._method, self._name = method, name
 
     def options(self, **options: Any) -> _Method:
-        return _Method(self._method.options(**options), self._number)
+        return _Method(self._method.options(**options), self._name)
 
     def remote(self, *arguments: Any) -> Any:
-        return self._method.remote(self._number, *arguments)
+        return self._method.remote(self._name, *arguments)
 
 
 class _Answer:
@@ -128,7 +130,10 @@ class _Answer:
 
 
 class Engines:
-    """The factory of engine handles for a coordinator."""
+    """The factory of engine handles for a coordinator.
+
+    Each shard has its own copy: an engine's name contains the shard's process id.
+    """
 
     def __init__(self, count: int, load: Load) -> None:
         actor = ray.remote(SleepingEngines).options(num_cpus=0, max_concurrency=10_000)
@@ -136,9 +141,8 @@ class Engines:
         self._made = 0
 
     def __call__(self) -> Handle:
-        number = self._made
         self._made += 1
-        return Handle(self._actors[number // ENGINES_PER_PROCESS], number % ENGINES_PER_PROCESS)
+        return Handle(self._actors[self._made % len(self._actors)], f"{os.getpid()}/{self._made}")
 
     def stop(self) -> None:
         """End the processes."""

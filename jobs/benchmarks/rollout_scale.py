@@ -9,10 +9,10 @@ learner fetch. Lengths are log-normal up to four medians. The learner takes two 
 
 Ideal: a step takes the longer of its training and its generation work, spread evenly over all slots. This ideal is the
 peer of each row. Busy share: processor seconds of the coordinator's process, over all threads, divided by wall-clock
-seconds. A sequence takes about half a second for each 64 engines; on a real engine 4,096 tokens take a minute or more.
-So a second here has the messages of many real seconds, and the share in a real run is smaller by that factor. Memory:
-resident bytes of the coordinator's process after a tenth of 10,000 steps and at the end, and bytes of the object store
-at the end.
+seconds; with more than 64 engines also that of the busiest shard (`grpo.rollout_shards`). A sequence takes about half a
+second for each 64 engines; on a real engine 4,096 tokens take a minute or more. So a second here has the messages of
+many real seconds, and the share in a real run is smaller by that factor. Memory: resident bytes of the coordinator's
+process after a tenth of 10,000 steps and at the end, and bytes of the object store at the end.
 
 Balance: `balance: auto` has 20 steps, beginning with the grid's smallest size; then steps of the size that it chose are
 compared with every size of the grid. The fixed time of a step is here the tail of its longest completion.
@@ -37,14 +37,17 @@ import ray
 import torch
 from _rows import Row, print_table, write_rows
 from _simulated_cluster import Engines, Load, SleepingRewards
+from ray.util.state import list_actors
 
 from lorapar_ray.engines.policy import PolicySender
 from lorapar_ray.grpo.coordinator import Coordinator
 from lorapar_ray.grpo.fetching import fetch
 from lorapar_ray.grpo.publishing import Publisher
+from lorapar_ray.grpo.shards import ENGINES_EACH
 from lorapar_ray.models import resolve_model
 from lorapar_ray.session import ray_session
 
+SHARDS = [("class_name", "=", "Sampler"), ("state", "=", "ALIVE")]
 MODEL = "package:smollm2-135m-instruct"
 GROUP_SIZE, SLOTS, GROUPS = 8, 16, 32
 TOKENS, PROMPT_TOKENS = 4096, 256
@@ -103,6 +106,10 @@ def scale(engines: int, staleness: int, steps: int) -> Iterator[Row]:
     first, last = marks[WARM_UP - 1], marks[-1]
     ours, name = steps / (last.at - first.at), f"{engines} engines, staleness {staleness}"
     yield Row(f"simulated, {name}", ours, ideal, "steps/s", ours / ideal, f"≥ {GOAL:g}", ours / ideal >= GOAL)
+    if last.shards_s:
+        busiest = max(now - then for now, then in zip(last.shards_s, first.shards_s, strict=True))
+        share = busiest / (last.at - first.at)
+        yield Row(f"busiest of {len(last.shards_s)} shards, {name}", share, 1.0, "", share, "–", None)
     spent = last.busy_s - first.busy_s
     share, goal = spent / (last.at - first.at), f"< {BUSY_GOAL:g}" if engines == max(ENGINES) else "–"
     each = 1e3 * spent / (steps * GROUPS * engines)
@@ -151,6 +158,8 @@ class Mark:
     """Monotonic time."""
     busy_s: float
     """The coordinator's processor time so far."""
+    shards_s: list[float]
+    """Processor time of each shard so far."""
     resident: int
     """The coordinator's resident bytes."""
     stored: float
@@ -185,6 +194,7 @@ def run(
     parameters = {"m.lora_A.weight": torch.zeros(ELEMENTS)}
     ray.get(coordinator.start.remote())
     process = psutil.Process(ray.get(coordinator.pid.remote()))
+    shards = [psutil.Process(actor.pid) for actor in list_actors(filters=SHARDS)]
     publisher.publish(sender.policy(0, parameters), [])
     marks = []
     for step in range(steps):
@@ -193,13 +203,18 @@ def run(
         publisher.wait()
         del samples
         publisher.publish(sender.policy(step + 1, parameters), [])
-        times, memory = process.cpu_times(), process.memory_info()
-        looks = step in (0, steps - 1)
-        busy, held = times.user + times.system, stored() if looks else 0.0
-        marks.append(Mark(time.monotonic(), busy, memory.rss, held, len(share.prompts)))
+        held = stored() if step in (0, steps - 1) else 0.0
+        busy, resident = busy_seconds(process), process.memory_info().rss
+        marks.append(Mark(time.monotonic(), busy, list(map(busy_seconds, shards)), resident, held, len(share.prompts)))
     ray.kill(coordinator)  # this also ends its reward workers
     simulated.stop()
     return marks
+
+
+def busy_seconds(process: psutil.Process) -> float:
+    """Processor time of all its threads so far."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def stored() -> float:
@@ -217,7 +232,7 @@ def plan_of(engines: int, prompts: int, staleness: int, steps: int) -> dict[str,
         "rollout_engine": {"max_num_seqs": SLOTS},
         "max_staleness": staleness,
         "refill_limit": 0,
-        "reward_workers": 2,
+        "reward_workers": max(2, engines // ENGINES_EACH),
     }
     row = {"prompt": "Say a number.", "response": "7", "answer": "7", "prompt_ids": list(range(PROMPT_TOKENS))}
     rows = [{**row, "id": str(number)} for number in range(4 * prompts)]

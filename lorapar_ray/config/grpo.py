@@ -210,6 +210,9 @@ class GrpoConfig(Section):
     max_rollout_actors: Operation[PositiveInt | None] = None
     """Use as many engines as the cluster has room for, up to this number. An engine joins when there is a node for it,
     and when its node is lost the others take over its samples. None: always `rollout_actors`."""
+    rollout_shards: Operation[PositiveInt | Literal["auto"]] = "auto"
+    """Processes that send requests to engines and reward workers, each with its part of them. `auto`: one for every 64
+    engines, if there are as many reward workers."""
     rollout_time_limit_s: Operation[PositiveFloat] = 900.0
     """Time limit for an engine's heartbeat, and for loading and checking a policy. An engine that exceeds it is
     replaced. The time of its groups does not count."""
@@ -325,6 +328,21 @@ class GrpoConfig(Section):
     def extra_rollout_actors(self) -> int:
         """Engines that join if there is room."""
         return 0 if self.max_rollout_actors is None else self.max_rollout_actors - self.rollout_actors
+
+    @model_validator(mode="after")
+    def _every_shard_has_its_part(self) -> GrpoConfig:
+        if self.rollout_shards != "auto" and self.rollout_shards > self.most_shards:
+            raise ValueError(
+                f"rollout_shards: {self.rollout_shards} processes cannot share {self.most_shards} engines or workers; "
+                "each needs one of rollout_actors, reward_workers and, with an environment, environment_workers"
+            )
+        return self
+
+    @property
+    def most_shards(self) -> int:
+        """Shards of which each has an engine and workers."""
+        workers = [self.reward_workers] if self.environment is None else [self.reward_workers, self.environment_workers]
+        return min(self.rollout_actors, *workers)
 
     @property
     def judged(self) -> bool:

@@ -5,8 +5,10 @@ One asynchronous task per optimiser step runs `loop.collect`. A step may begin o
 most that many finished steps.
 
 Tokens and weights do not pass through this process. It holds a group's reference, lengths and rewards, and a policy's
-digest and reference; tokens, texts and weights go directly from producer to reader through Ray's object store. It owns
-the groups' records, so they outlive their engine; a record that is lost with its node is sampled again.
+digest and reference; tokens, texts and weights go directly from producer to reader through Ray's object store. It (or
+a shard) owns the groups' records, so they outlive their engine; a record that is lost with its node is sampled again.
+
+With many engines, requests to engines and reward workers are handled by several processes: see `shards.py`.
 """
 
 from __future__ import annotations
@@ -14,33 +16,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from math import ceil
 from typing import Any
 
 from lorapar_ray.config import GrpoConfig
-from lorapar_ray.engines.actor import start_engine
 from lorapar_ray.engines.policy import PolicyNote
-from lorapar_ray.gpus import sync_of
 from lorapar_ray.grpo.balance import Balance
 from lorapar_ray.grpo.batches import Batch, Share, shares_of
 from lorapar_ray.grpo.canaries import MOST_TOLERANCE, Canary, canary_tolerance
-from lorapar_ray.grpo.engine_pool import EnginePool
-from lorapar_ray.grpo.environments.actor import EnvironmentWorkers
-from lorapar_ray.grpo.loop import collect, sample_group
+from lorapar_ray.grpo.failures import Failures
+from lorapar_ray.grpo.loop import collect
 from lorapar_ray.grpo.policy_proof import PolicyMismatch
 from lorapar_ray.grpo.prompt_stream import PromptStream
-from lorapar_ray.grpo.rewards.actor import RewardActor, RewardWorkers
-from lorapar_ray.grpo.rollouts import Rollouts
-from lorapar_ray.models import resolve_model
-
-FILLINGS = 3
-"""In-flight cap: sequences per engine, as a multiple of its batch. A group ends with its longest sequence, so most
-groups in flight have few running sequences left; queued groups go to the engine that is free first."""
-
-
-def groups_at_once(settings: GrpoConfig) -> int:
-    """In-flight cap: groups per engine."""
-    return ceil(FILLINGS * settings.rollout_engine.max_num_seqs / settings.group_size)
+from lorapar_ray.grpo.rewards.actor import RewardActor
+from lorapar_ray.grpo.sampler import Sampler
+from lorapar_ray.grpo.shards import Shards, shard_count
 
 
 class Coordinator:
@@ -66,28 +55,16 @@ class Coordinator:
             place: the engines' placement group.
             reward_worker: the function of a reward worker.
         """
-        from lorapar_ray.datasets.chat import load_encoder
-
         self._plan = plan
-        self._place = place
         self._settings = GrpoConfig.model_validate(plan["settings"])
         self._stream = self._fresh_stream()
         asked = self._settings.canary_tolerance
-        self._calibrated = None if asked == "auto" else asked
-        self._engines = EnginePool(
-            lambda slot: self._new_engine(slot) if engine is None else engine(),
-            self._settings.rollout_actors,
-            extra=self._settings.extra_rollout_actors,
-            at_once=groups_at_once(self._settings),
-            tolerance=MOST_TOLERANCE if self._calibrated is None else self._calibrated,
-            time_limit_s=self._settings.rollout_time_limit_s,
-        )
-        self._rewards = RewardWorkers(plan, reward_worker)
-        self._environments = EnvironmentWorkers(plan) if self._settings.environment is not None else None
-        encoder = load_encoder(resolve_model(plan["model"]), None, plan["trust_remote_code"])
-        self._rollouts = Rollouts(
-            self._settings, plan, encoder.end_ids, self._engines, self._rewards, self._environments
-        )
+        self._tolerance = None if asked == "auto" else asked
+        shards, own = shard_count(self._settings), (engine, place, reward_worker)
+        self._sampler = Sampler(plan, *own) if shards == 1 else Shards(plan, shards, *own)
+        self._failures = Failures()
+        self._lost = 0
+        """Groups whose records a learner found lost."""
         self._steps: dict[int, asyncio.Task[Batch]] = {}
         self._drawn: dict[int, list[int]] = {}
         self._shares: dict[int, list[Share]] = {}
@@ -105,7 +82,7 @@ class Coordinator:
 
     async def start(self) -> list[dict[str, Any]]:
         """Start every rollout engine; returns their process ids."""
-        return await self._engines.start()
+        return await self._sampler.start()
 
     async def resume(self, step: int, stream: dict[str, Any] | None) -> None:
         """Begin (again) at `step`: discard unfinished steps, and continue the prompt stream from the checkpoint."""
@@ -128,12 +105,12 @@ class Coordinator:
             self._stream.restore(stream)
             if self._balance is not None and "balance" in stream:
                 self._balance.restore(stream["balance"])
-        self._engines.begin_to_start()  # a restarted coordinator has none
-        self._engines.grow()  # the learners have what they need
+        await self._sampler.begin_to_start()  # a restarted coordinator has no engines
+        await self._sampler.grow()  # the learners have what they need
 
     async def make_room(self) -> None:
         """Before learners begin again, which may need the room of the extra engines."""
-        await self._engines.make_room()
+        await self._sampler.make_room()
 
     async def calibrate(self, canaries: list[Canary], least: float) -> float:
         """Set the canary tolerance from the gap on the base without an adapter, once for the run; returns it.
@@ -147,10 +124,11 @@ class Coordinator:
         Raises:
             UserError: the gap is too large for one model.
         """
-        if self._calibrated is None:
-            self._calibrated = canary_tolerance(await self._engines.base_gap(canaries), least)
-            self._engines.tolerance = self._calibrated
-        return self._calibrated
+        if self._tolerance is None:
+            tolerance = canary_tolerance(await self._sampler.base_gap(canaries), least)
+            await self._sampler.tolerate(tolerance)
+            self._tolerance = tolerance
+        return self._tolerance
 
     async def publish(self, policy: PolicyNote, canaries: list[Canary]) -> dict[str, float]:
         """Serve a policy on every engine and verify it; sampling that waited for it begins.
@@ -178,31 +156,43 @@ class Coordinator:
         if self._settings.drain:
             await asyncio.gather(*self._steps.values(), return_exceptions=True)
         start = time.monotonic()
-        idle = 1.0 - self._engines.busy_share(self._marked_at, self._marked_busy_s)
+        counts = await self._sampler.counts()
+        available = (start - self._marked_at) * max(self._settings.rollout_actors, counts.working)
+        busy = min(1.0, (counts.busy_seconds - self._marked_busy_s) / max(1e-9, available))
         size = self._sizes.pop(policy.version - 1, None)
         if self._balance is not None and size is not None and policy.version > self._first_step + 1:
             self._balance.observe(size, start - self._marked_at)  # the first step includes start-up time
         wanted = self._settings.prompts_per_step if self._balance is None else self._balance.prompts
-        self._marked_at, self._marked_busy_s = start, self._engines.busy_seconds()
-        gap = await self._engines.publish(policy, canaries)
+        self._marked_at, self._marked_busy_s = start, counts.busy_seconds
+        gap = await self._sampler.publish(policy, canaries)
         for step in range(max(self._first_step, policy.version), policy.version + self._settings.max_staleness + 1):
             if step not in self._steps and step < self._plan["steps"]:
                 drawn = self._drawn[step] = []
                 self._sizes[step] = wanted
                 self._steps[step] = asyncio.create_task(
-                    collect(step, drawn, self._stream, self._rollouts, self._settings, wanted)
+                    collect(
+                        step,
+                        wanted,
+                        self._settings.refill_limit,
+                        drawn=drawn,
+                        stream=self._stream,
+                        sampler=self._sampler,
+                        failures=self._failures,
+                        rows=self._plan["rows"],
+                    )
                 )
         self._change()
+        counts = await self._sampler.counts()
         return {
             "seconds/sync": time.monotonic() - start,
             "sync_bytes": float(policy.size),
             "canary_gap": gap,
-            "canary_tolerance": self._engines.tolerance,
-            "idle/engines": idle,
+            "canary_tolerance": MOST_TOLERANCE if self._tolerance is None else self._tolerance,
+            "idle/engines": 1.0 - busy,
             "prompts_per_step": float(wanted),
-            "engines": float(self._engines.working),
-            "engines_replaced": float(self._engines.replaced),
-            "groups_lost": float(self._rollouts.lost),
+            "engines": float(counts.working),
+            "engines_replaced": float(counts.replaced),
+            "groups_lost": float(counts.lost + self._lost),
             "queue_depth": float(sum(self._steps[step].done() for step in self._steps if step >= policy.version)),
         }
 
@@ -229,10 +219,10 @@ class Coordinator:
         batch = await self._steps[step]
         for number in groups:
             old = batch.groups[number]
-            new = await sample_group(self._rollouts, old.index, step, attempt=0)
+            [new] = await self._sampler.groups([old.index], step, attempt=0)
             if batch.groups[number] is old:  # else another learner, with a part of it, reported it first
                 batch.groups[number] = new
-                self._rollouts.lost += 1
+                self._lost += 1
         self._shares.pop(step, None)
 
     async def ping(self) -> None:
@@ -245,10 +235,7 @@ class Coordinator:
 
     async def stop(self) -> None:
         """End reward workers, environments and engines."""
-        self._rewards.stop()
-        if self._environments is not None:
-            self._environments.stop()
-        await self._engines.stop()
+        await self._sampler.stop()
 
     def _change(self) -> None:
         self._changed.set()
@@ -264,19 +251,3 @@ class Coordinator:
         if settings.balance == "off":
             return None
         return Balance(settings.prompts_per_step, settings.balance_bounds)
-
-    def _new_engine(self, slot: int) -> Any:
-        settings, engine = self._settings, self._settings.rollout_engine
-        if settings.top_k:  # the largest number of log-probabilities per request
-            engine = engine.model_copy(update={"extra": {"max_logprobs": settings.top_k, **engine.extra}})
-        return start_engine(
-            self._plan["model"],
-            engine,
-            settings.rollout_resources,
-            seed=self._plan["seed"],
-            where="grpo.rollout_engine",
-            trust_remote_code=self._plan["trust_remote_code"],
-            sync=sync_of(settings),
-            max_lora_rank=self._plan["lora_rank"],
-            place=self._place if slot < settings.rollout_actors else None,  # only those have a bundle there
-        )

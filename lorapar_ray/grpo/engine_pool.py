@@ -472,15 +472,6 @@ class EnginePool:
         """Engines that can be asked now."""
         return len(self._working())
 
-    def busy_share(self, since: float, seconds_before: float) -> float:
-        """Share of the engines' time with a request in flight, since the monotonic time `since`.
-
-        Args:
-            seconds_before: the value of `busy_seconds` at `since`.
-        """
-        elapsed, engines = time.monotonic() - since, max(self._fewest, len(self._working()))
-        return min(1.0, (self.busy_seconds() - seconds_before) / (elapsed * engines)) if elapsed > 0 else 0.0
-
     def busy_seconds(self) -> float:
         """Seconds with a request in flight, summed over the engines since they started."""
         return self._router.busy_seconds(time.monotonic())

@@ -5,77 +5,69 @@
          └── every engine loads the policy and verifies it ◄─────────── publish ◄─ step: `learn`, on each learner
 
 `collect` runs once for each optimiser step, in the coordinator, which decides when a step may begin (`coordinator.py`).
-`learn` runs on each learner from the first step to the last. They call `rollouts.py` (engines and reward workers),
+`learn` runs on each learner from the first step to the last. They call `sampler.py` (engines and reward workers),
 `batches.py` and `dealing.py` (advantages and shares), `learner.py` and `update.py` (loss, optimiser), and
 `engine_pool.py` (publishing).
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorapar_ray.config import GrpoConfig
 from lorapar_ray.grpo.asking import answer_from
 from lorapar_ray.grpo.batches import Batch, make_batch
 from lorapar_ray.grpo.clock import Clock
+from lorapar_ray.grpo.failures import Failures
 from lorapar_ray.grpo.fetching import fetch
 from lorapar_ray.grpo.groups import Group
 from lorapar_ray.grpo.prompt_stream import PromptStream
 from lorapar_ray.grpo.publishing import Publisher
-from lorapar_ray.grpo.rewards.actor import RecordLost
-from lorapar_ray.grpo.rollouts import Rollouts
 
 if TYPE_CHECKING:
     from lorapar_ray.grpo.journal import Journal
     from lorapar_ray.grpo.learner import Learner
+    from lorapar_ray.grpo.sampler import Sampler
+    from lorapar_ray.grpo.shards import Shards
 
 
 async def collect(
     step: int,
+    size: int,
+    refills: int,
+    *,
     drawn: list[int],
     stream: PromptStream,
-    rollouts: Rollouts,
-    settings: GrpoConfig,
-    prompts: int | None = None,
+    sampler: Sampler | Shards,
+    failures: Failures,
+    rows: Sequence[Mapping[str, Any]],
 ) -> Batch:
     """One step's batch. Groups whose rewards are all equal give no gradient and are replaced by others.
 
     Args:
         step: the version that will train on it.
+        size: prompts.
+        refills: how often groups are replaced.
         drawn: gets the prompts as they are drawn; a checkpoint meanwhile hands them back to the stream.
-        prompts: how many groups; None: as many as the config says.
+        rows: the run's questions.
     """
-    size = prompts or settings.prompts_per_step
     clock = Clock()
     groups: list[Group] = []
     dropped: list[Group] = []
-    for attempt in range(settings.refill_limit + 1):
+    for attempt in range(refills + 1):
         indices = stream.take(size - len(groups))
         drawn += indices
         with clock.phase("rollout"):
-            found = await asyncio.gather(*(sample_group(rollouts, index, step, attempt) for index in indices))
+            found = await sampler.groups(indices, step, attempt)
         for index, group in zip(indices, found, strict=True):
             if group.rewards:
                 stream.observe(index, group.solved)
             (groups if group.spread > 0 else dropped).append(group)
         if len(groups) == size:
             break
-    rollouts.report_failures([*groups, *dropped], step)
-    return make_batch(groups, dropped, drawn, step, clock.seconds, rollouts.rows)
-
-
-async def sample_group(rollouts: Rollouts, index: int, step: int, attempt: int) -> Group:
-    """A prompt's completions and their rewards; sampled again if they are lost with their node in between."""
-    while True:
-        group = await rollouts.sample(index, step, attempt)
-        try:
-            await rollouts.reward(group, step)
-        except RecordLost:
-            rollouts.lost += 1
-        else:
-            return group
+    failures.report([*groups, *dropped], step)
+    return make_batch(groups, dropped, drawn, step, clock.seconds, rows)
 
 
 def learn(learner: Learner, coordinator: Any, journal: Journal | None, rank: int, world: int) -> None:

@@ -7,27 +7,24 @@ survives the engine, and is fetched by the reward worker and the learners that n
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import time
 import zlib
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from lorapar_ray.config import ENVIRONMENT, GrpoConfig
-from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.engine_pool import EnginePool
 from lorapar_ray.grpo.environments.actor import EnvironmentWorkers
 from lorapar_ray.grpo.groups import Group
 from lorapar_ray.grpo.rewards import RewardBatch
-from lorapar_ray.grpo.rewards.actor import RewardWorkers
+from lorapar_ray.grpo.rewards.actor import RecordLost, RewardWorkers
 from lorapar_ray.grpo.rewards.pool import with_part
-from lorapar_ray.progress import console
-from lorapar_ray.text import one_line
 
 
 class Rollouts:
-    """Samples and rewards one group at a time; many calls run concurrently in the coordinator's event loop."""
+    """Samples and rewards groups; many calls run concurrently in one event loop."""
 
     def __init__(
         self,
@@ -45,18 +42,32 @@ class Rollouts:
             environments: plays `grpo.environment`; None: a completion is one answer.
         """
         self._settings = settings
-        self.rows: Sequence[dict[str, Any]] = plan["rows"]
+        self._rows: Sequence[dict[str, Any]] = plan["rows"]
         self._steps, self._seed = plan["steps"], plan["seed"]
         self._end_ids, self._engines, self._rewards = list(end_ids), engines, rewards
         self._environments = environments
         self._numbers = itertools.count()
-        self._told = self._told_of_episodes = False
         self.lost = 0
         """Groups that were lost with a node and sampled again."""
 
+    async def groups(self, indices: Sequence[int], step: int, attempt: int) -> list[Group]:
+        """The groups of these prompts, rewarded, in their order."""
+        return list(await asyncio.gather(*(self._group(index, step, attempt) for index in indices)))
+
+    async def _group(self, index: int, step: int, attempt: int) -> Group:
+        """A prompt's completions and their rewards; sampled again if they are lost with their node in between."""
+        while True:
+            group = await self.sample(index, step, attempt)
+            try:
+                await self.reward(group, step)
+            except RecordLost:
+                self.lost += 1
+            else:
+                return group
+
     async def sample(self, index: int, step: int, attempt: int) -> Group:
         """Completions of prompt `index`, seeded by run, step, attempt and prompt."""
-        settings, row = self._settings, self.rows[index]
+        settings, row = self._settings, self._rows[index]
         sampling = {
             "n": settings.group_size,
             "temperature": settings.temperature,
@@ -91,24 +102,3 @@ class Rollouts:
                 scored = with_part(scored, ENVIRONMENT, reward.weight, given, order, error="it gave no reward")
         group.take(scored, self._settings)
         group.reward_seconds = time.monotonic() - start
-
-    def report_failures(self, groups: list[Group], step: int) -> None:
-        """Show the first failure of a reward or an environment; stop if one failed on every sample of the step."""
-        samples = sum(len(group.rewards) for group in groups)
-        lost = [text for group in groups for text in group.head.lost]
-        if lost and not samples:
-            raise UserError(f"grpo.environment: all {len(lost)} episodes of step {step + 1} are lost; one: {lost[0]}")
-        if lost and not self._told_of_episodes:
-            self._told_of_episodes = True
-            console.print(f"  an episode is lost, and its sample with it; the first: {lost[0]}")
-        failed = sum((Counter(group.failed) for group in groups), Counter[str]())
-        errors = {name: text for group in reversed(groups) for name, text in group.errors.items()}
-        for name, count in failed.items():
-            if count == samples:
-                raise UserError(
-                    f"grpo.rewards: '{name}' failed on all {samples} samples of step {step + 1}: {errors[name]}"
-                )
-        if errors and not self._told:
-            self._told = True
-            first = "; ".join(f"{name}: {text}" for name, text in errors.items())
-            console.print(f"  a reward failed on some samples, which count 0 for it; the first: {one_line(first, 500)}")

@@ -89,7 +89,7 @@ def test_a_balanced_steps_prompts_follow_the_time_that_steps_take(cluster: None)
         saved = await coordinator.checkpoint(3)
         await coordinator.resume(3, saved)
         assert await coordinator.checkpoint(3) == saved and len(saved["balance"]) == 3
-        coordinator._rewards.stop()
+        coordinator._sampler._rewards.stop()
 
     asyncio.run(go())
 
@@ -166,6 +166,6 @@ def test_publishing_of_dead_learners_ends_before_the_next_ones(cluster: None) ->
             await coordinator.publish(replace(policy(1), digest="another"), [])
         with pytest.raises(PolicyMismatch):  # so does the wait for a step that cannot begin
             await waiting
-        coordinator._rewards.stop()
+        coordinator._sampler._rewards.stop()
 
     asyncio.run(go())

@@ -28,6 +28,7 @@ from lorapar_ray.grpo.environments.calculator import rollout as calculator
 from lorapar_ray.grpo.environments.episodes import EpisodeGroup
 from lorapar_ray.grpo.environments.registry import get_environment
 from lorapar_ray.grpo.environments.trajectory import Limits, as_record
+from lorapar_ray.grpo.failures import Failures
 from lorapar_ray.grpo.groups import Group
 from lorapar_ray.grpo.head import TokenScorer
 from lorapar_ray.grpo.packing import pack, packed_logprobs, pad
@@ -366,7 +367,7 @@ def test_the_environments_own_reward_counts_by_its_weight_and_a_missing_one_is_c
     asyncio.run(rollouts.reward(empty, 0))
     assert (empty.rewards, empty.spread, empty.solved) == ([], 0.0, 0.0)
     with pytest.raises(UserError, match=r"grpo.environment: all 3 episodes of step 1 are lost; one: E: x"):
-        rollouts.report_failures([empty], 0)
+        Failures().report([empty], 0)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """The sampling half of stage 2's loop: which groups make a step's batch, and with which advantages."""
 
 import asyncio
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import ray
@@ -13,28 +14,29 @@ from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.record import record_of
 from lorapar_ray.grpo.asking import answer_from
 from lorapar_ray.grpo.batches import Batch, mini_batches, shares_of
+from lorapar_ray.grpo.failures import Failures
 from lorapar_ray.grpo.fetching import fetch
 from lorapar_ray.grpo.groups import Group
 from lorapar_ray.grpo.loop import collect
 from lorapar_ray.grpo.prompt_stream import PromptStream
 from lorapar_ray.grpo.rewards import RewardBatch
 from lorapar_ray.grpo.rewards.actor import RecordLost
+from lorapar_ray.grpo.rollouts import Rollouts
 from lorapar_ray.grpo.samples import Sample
 
 REWARDS = {0: [1.0, 1.0], 1: [1.0, 0.0], 2: [0.0, 0.0], 3: [0.0, 1.0]}
 
 
-class ScriptedRollouts:
-    """A fake: REWARDS has the rewards of prompt k's completions; it records the requests."""
+ROWS = [{"prompt": f"q{index}", "answer": "1"} for index in range(4)]
 
-    rows: ClassVar = [{"prompt": f"q{index}", "answer": "1"} for index in range(4)]
-    lost = 0
+
+class ScriptedRollouts(Rollouts):
+    """A fake: REWARDS has the rewards of prompt k's completions; it records the requests."""
 
     def __init__(self, loses: int | None) -> None:
         """`loses`: a prompt whose first record is lost before it is rewarded."""
-        self.loses = loses
+        self.loses, self.lost = loses, 0
         self.asked: list[tuple[int, int]] = []
-        self.reported = 0
 
     async def sample(self, index: int, step: int, attempt: int) -> Group:
         self.asked.append((index, attempt))
@@ -48,16 +50,24 @@ class ScriptedRollouts:
         rewards = REWARDS[group.index]
         group.take(RewardBatch(rewards, {"r": list(rewards)}, {}), GrpoConfig())
 
-    def report_failures(self, groups: list[Group], step: int) -> None:
+
+class Reports(Failures):
+    """Notes how many groups it was told of."""
+
+    reported = 0
+
+    def report(self, groups: Sequence[Group], step: int) -> None:
         self.reported = len(groups)
 
 
-def collected(loses: int | None = None, **settings: Any) -> tuple[Batch, list[Sample], ScriptedRollouts, list[int]]:
-    rollouts, drawn = ScriptedRollouts(loses), list[int]()
+def collected(refills: int, loses: int | None = None) -> tuple[Batch, list[Sample], ScriptedRollouts, list[int]]:
+    rollouts, drawn, failures = ScriptedRollouts(loses), list[int](), Reports()
     stream = PromptStream(4, seed=0, order=[0, 1, 2, 3])
     stream.returned = [0, 1, 2, 3]
-    config = GrpoConfig(group_size=2, prompts_per_step=2, **settings)
-    batch = asyncio.run(collect(4, drawn, stream, rollouts, config))  # type: ignore[arg-type]
+    config = GrpoConfig(group_size=2, prompts_per_step=2)
+    made = collect(4, 2, refills, drawn=drawn, stream=stream, sampler=rollouts, failures=failures, rows=ROWS)  # type: ignore[arg-type]
+    batch = asyncio.run(made)
+    assert failures.reported == len(drawn)
     [share] = shares_of(batch, 1, config)
     [update] = mini_batches(share, {number: group.record for number, group in enumerate(batch.groups)})
     assert (update.count, update.tokens, share.tokens) == (len(update.samples), 2 * update.count, update.tokens)
@@ -65,8 +75,8 @@ def collected(loses: int | None = None, **settings: Any) -> tuple[Batch, list[Sa
 
 
 def test_groups_with_equal_rewards_are_replaced_and_advantages_follow_the_rewards() -> None:
-    batch, samples, rollouts, drawn = collected(refill_limit=2)
-    assert rollouts.asked == [(0, 0), (1, 0), (2, 1), (3, 2)] and drawn == [0, 1, 2, 3] and rollouts.reported == 4
+    batch, samples, rollouts, drawn = collected(refills=2)
+    assert rollouts.asked == [(0, 0), (1, 0), (2, 1), (3, 2)] and drawn == [0, 1, 2, 3]
     assert [sample.prompt_ids.tolist() for sample in samples] == [[1], [1], [3], [3]]
     signs = [sample.advantage > 0 for sample in samples]
     assert signs == [True, False, False, True] and sum(each.advantage for each in samples) == pytest.approx(0)
@@ -76,12 +86,12 @@ def test_groups_with_equal_rewards_are_replaced_and_advantages_follow_the_reward
 
 
 def test_without_refills_a_step_trains_on_what_there_is() -> None:
-    _, samples, _, drawn = collected(refill_limit=0)
+    _, samples, _, drawn = collected(refills=0)
     assert drawn == [0, 1] and [sample.prompt_ids.tolist() for sample in samples] == [[1], [1]]
 
 
 def test_a_group_whose_record_is_lost_is_sampled_again_with_the_same_prompt() -> None:
-    _, samples, rollouts, drawn = collected(loses=1, refill_limit=0)
+    _, samples, rollouts, drawn = collected(refills=0, loses=1)
     assert rollouts.asked == [(0, 0), (1, 0), (1, 0)] and rollouts.lost == 1
     assert drawn == [0, 1] and [sample.prompt_ids.tolist() for sample in samples] == [[1], [1]]
 
@@ -108,7 +118,7 @@ def test_a_learner_reports_lost_records_and_uses_their_replacements(
             raise OwnerDiedError("00", None, "")
         return reference
 
-    batch, _, _, _ = collected(refill_limit=2)
+    batch, _, _, _ = collected(refills=2)
     config = GrpoConfig(group_size=2, prompts_per_step=2)
     [whole] = shares_of(batch, 1, config)
     batch.groups[1].record = None

@@ -12,11 +12,11 @@ import pytest
 
 from lorapar_ray.engines.record import GroupHead
 from lorapar_ray.errors import UserError
+from lorapar_ray.grpo.failures import Failures
 from lorapar_ray.grpo.groups import Group
 from lorapar_ray.grpo.rewards import RewardPool, RewardSpec, get_reward
 from lorapar_ray.grpo.rewards.calling import call
 from lorapar_ray.grpo.rewards.process import open_environment
-from lorapar_ray.grpo.rollouts import Rollouts
 from tests.unit import trl_rewards
 
 TAGGED = "<reasoning>\nadd\n</reasoning>\n<answer>\n6\n</answer>"
@@ -237,19 +237,18 @@ def test_a_rewards_environment_holds_nothing_secret(monkeypatch: pytest.MonkeyPa
 def test_a_step_on_which_one_reward_fails_everywhere_stops_with_that_rewards_text(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    rollouts = Rollouts.__new__(Rollouts)
-    rollouts._told = False
+    failures = Failures()
 
     def group(failed: dict[str, int], errors: dict[str, str]) -> Group:
         head = GroupHead(prompt_tokens=1, lengths=(1, 1), finished=(True, True), versions=(0, 0))
         return Group(0, None, head, rewards=[0.0, 0.0], failed=failed, errors=errors)
 
     some = [group({"rare": 1, "typo": 2}, {"rare": "ValueError: one", "typo": "KeyError: 'x'"}), group({}, {})]
-    rollouts.report_failures(some, step=0)
-    rollouts.report_failures(some, step=1)
+    failures.report(some, step=0)
+    failures.report(some, step=1)
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("failed on some samples") == 1 and "typo: KeyError: 'x'" in said and "rare: ValueError" in said
     everywhere = [*some[:1], group({"typo": 2}, {"typo": "KeyError: 'y'"})]
     with pytest.raises(UserError, match=r"'typo' failed on all 4 samples of step 3: KeyError: 'x'"):
-        rollouts.report_failures(everywhere, step=2)
-    rollouts.report_failures([], step=3)
+        failures.report(everywhere, step=2)
+    failures.report([], step=3)

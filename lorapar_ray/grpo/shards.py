@@ -1,0 +1,131 @@
+"""Several samplers, each an actor with its part of the engines: what one process cannot handle for hundreds of engines.
+
+The coordinator sends each shard its part of a step's prompts in one call, and gets rewards, lengths and references
+back. So its own work no longer grows with the number of requests to engines and reward workers.
+
+A shard that dies ends the coordinator: both start again, and the learners resume from their checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from functools import reduce
+from math import ceil
+from operator import add
+from typing import Any
+
+from lorapar_ray.config import GrpoConfig
+from lorapar_ray.engines.policy import PolicyNote
+from lorapar_ray.grpo.canaries import Canary
+from lorapar_ray.grpo.groups import Group
+from lorapar_ray.grpo.rewards.actor import RewardActor
+from lorapar_ray.grpo.sampler import Counts, Sampler
+from lorapar_ray.waiting import awaited
+from lorapar_ray.workers import beside_the_driver
+
+ENGINES_EACH = 64
+"""`rollout_shards: auto`: one process handles about 500 groups a second, which so many engines do not need."""
+
+
+class Shards:
+    """The same methods as `Sampler`, over several of them."""
+
+    def __init__(
+        self,
+        plan: dict[str, Any],
+        count: int,
+        engine: Callable[[], Any] | None = None,
+        place: Any = None,
+        reward_worker: type[Any] = RewardActor,
+    ) -> None:
+        """Start `count` actors on this machine; the other arguments are those of `Coordinator`."""
+        import ray
+
+        actor = ray.remote(Sampler).options(**beside_the_driver(), max_concurrency=1000)
+        self._actors = [actor.remote(part, engine, place, reward_worker) for part in parts_of(plan, count)]
+
+    async def start(self) -> list[dict[str, Any]]:
+        return [each for found in await self._all("start") for each in found]
+
+    async def begin_to_start(self) -> None:
+        await self._all("begin_to_start")
+
+    async def grow(self) -> None:
+        await self._all("grow")
+
+    async def make_room(self) -> None:
+        await self._all("make_room")
+
+    async def base_gap(self, canaries: Sequence[Canary]) -> float:
+        return max(await self._all("base_gap", canaries))
+
+    async def tolerate(self, tolerance: float) -> None:
+        await self._all("tolerate", tolerance)
+
+    async def publish(self, policy: PolicyNote, canaries: Sequence[Canary]) -> float:
+        return max(await self._all("publish", policy, canaries))
+
+    async def groups(self, indices: Sequence[int], step: int, attempt: int) -> list[Group]:
+        count = len(self._actors)
+        dealt = [indices[shard::count] for shard in range(count)]
+        calls = [actor.groups.remote(own, step, attempt) for actor, own in zip(self._actors, dealt, strict=True) if own]
+        found = await _answers(calls)
+        return [found[at % count][at // count] for at in range(len(indices))]
+
+    async def counts(self) -> Counts:
+        return reduce(add, await self._all("counts"))
+
+    async def stop(self) -> None:
+        import ray
+
+        await self._all("stop")
+        for actor in self._actors:
+            ray.kill(actor)
+
+    async def _all(self, method: str, *arguments: Any) -> list[Any]:
+        return await _answers([getattr(actor, method).remote(*arguments) for actor in self._actors])
+
+
+def shard_count(settings: GrpoConfig) -> int:
+    """How many samplers a run has; 1: the coordinator's own."""
+    if settings.rollout_shards != "auto":
+        return settings.rollout_shards
+    return min(ceil(settings.rollout_actors / ENGINES_EACH), settings.most_shards)
+
+
+def parts_of(plan: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """A plan for each shard, with its part of the engines and workers."""
+    settings = GrpoConfig.model_validate(plan["settings"])
+    names = ("rollout_actors", "extra_rollout_actors", "reward_workers", "environment_workers")
+
+    def part(shard: int) -> dict[str, Any]:
+        engines, extra, rewards, environments = (len(range(shard, getattr(settings, name), count)) for name in names)
+        return {
+            "rollout_shards": 1,
+            "rollout_actors": engines,
+            "max_rollout_actors": engines + extra,
+            "reward_workers": rewards,
+            "environment_workers": max(1, environments),  # unused without an environment
+        }
+
+    return [{**plan, "settings": {**plan["settings"], **part(shard)}} for shard in range(count)]
+
+
+async def _answers(calls: Sequence[Any]) -> list[Any]:
+    """What the shards return. If this is cancelled, so are the calls, and they have ended when it returns."""
+    import ray
+
+    tasks = [asyncio.ensure_future(awaited(call)) for call in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except asyncio.CancelledError:
+        for call in calls:
+            ray.cancel(call)
+        await asyncio.gather(*(awaited(call) for call in calls), return_exceptions=True)
+        raise
+    except ray.exceptions.RayActorError as error:
+        if not isinstance(error, ray.exceptions.RayTaskError):  # not an engine's or a worker's, which a shard reports
+            os._exit(1)
+        raise
