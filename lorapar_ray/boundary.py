@@ -89,7 +89,7 @@ def read_object(path: Path, fix: str = REDO) -> dict[str, Any]:
 
 
 def read_lines(path: Path, fix: str = REDO) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object a line, as a killed run may leave it; empty if there is no file.
+    """The objects of a file with one JSON object per line, also after a killed run; empty if there is no file.
 
     Only a newline ends a line: `str.splitlines` also splits at characters that models write, such as U+2028. Text after
         the last newline is an incomplete line of a killed run and is ignored.
@@ -141,7 +141,7 @@ def open_tensors(path: Path, fix: str = REDO) -> Any:
     """An open `safe_open` handle; tensors are read on demand.
 
     Raises:
-        UserError: the file is missing, or not safetensors, a cut one among them.
+        UserError: the file is missing, truncated, or not safetensors.
     """
     from safetensors import safe_open
 

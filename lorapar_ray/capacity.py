@@ -117,9 +117,9 @@ def require_soon(
 
 @contextmanager
 def losses_told(stage: str, groups: dict[str, tuple[int, Resources]]) -> Iterator[None]:
-    """While the block runs, print a line whenever the cluster has lost nodes without which `stage` cannot go on: Ray
-    itself waits in silence until there are others. `groups` as in `require`."""
-    told = missing_for(stage, capacity(), groups)  # `require` has told it
+    """While the block runs, print a line if the cluster has lost nodes that `stage` needs: Ray itself waits silently
+    until others join. `groups` as in `require`."""
+    told = missing_for(stage, capacity(), groups)  # `require` has reported it
 
     def look() -> None:
         nonlocal told
@@ -134,7 +134,7 @@ def losses_told(stage: str, groups: dict[str, tuple[int, Resources]]) -> Iterato
 
 
 def missing_for(stage: str, has: Capacity, groups: dict[str, tuple[int, Resources]]) -> str:
-    """Why the processes have no room on the nodes that there are; empty: they have."""
+    """Why the processes have no room on the present nodes; empty: they have room."""
     try:
         require_fit(stage, replace(has, most={}), groups, f"{stage}.{next(iter(groups))}")
     except UserError as error:
@@ -158,7 +158,7 @@ def require_fit(stage: str, has: Capacity, groups: dict[str, tuple[int, Resource
         if amount > now + 1e-9:
             console.print(f"  {stage} waits for nodes: {amount:g} {kind} ({parts}), the cluster has {now:g} so far")
     if has.most or not has.nodes:
-        return  # which nodes there will be is not known
+        return  # the future nodes are unknown
     for name, (count, resources) in groups.items():
         if missing := _missing(resources.nodes, has.nodes):
             raise UserError(
@@ -185,7 +185,8 @@ def _missing(asked: dict[str, str], nodes: tuple[Node, ...]) -> str:
 
 
 def _selects(selector: str, label: str | None) -> bool:
-    """Whether Ray's label selector (`a`, `!a`, `in(a, b)`, `!in(a, b)`) takes a node with this label, or without it."""
+    """Whether Ray's label selector (`a`, `!a`, `in(a, b)`, `!in(a, b)`) accepts a node with this label, or without
+    it."""
     wanted = selector.removeprefix("!")
     if wanted.startswith("in(") and wanted.endswith(")"):
         found = label in [each.strip() for each in wanted[3:-1].split(",")]

@@ -42,7 +42,7 @@ OF_THE_PLACE = (
     errno.ESTALE,
     errno.EBUSY,
 )
-"""What is wrong with a disk, a directory or a path, and not with this program."""
+"""Errors of a disk, a directory or a path, not of this program."""
 
 Value = TypeVar("Value", str, Path)
 Number = TypeVar("Number", int, float)
@@ -87,7 +87,7 @@ def _place(config: Config, run_dir: Sequence[str] | None) -> str:
 
 @contextmanager
 def _finished(run_dir: Sequence[str], overrides: list[str]) -> Iterator[tuple[Config, RunDirectory]]:
-    """A run to take something from, with its own config."""
+    """A run to read, with its own config."""
     with looked_at(_one("--run-dir", run_dir)) as run:
         if not run.manifest():
             raise UserError(f"run directory '{run.place}' holds no run (no manifest.json)")
@@ -122,7 +122,7 @@ def _execute(
 
 
 def _seconds_to_wait() -> float:
-    """For another command to leave the run directory: a job that is started again finds its dead driver's lock."""
+    """How long to wait until another command leaves the run directory: a restarted job finds its dead driver's lock."""
     given = os.environ.get(WAIT, "0")
     try:
         return float(given)
@@ -286,7 +286,7 @@ def _show_plan(config: Config, run: RunDirectory, redo: Sequence[str]) -> None:
 
 
 def _show_memory(config: Config) -> None:
-    """What the run will take of its GPUs, where it has any.
+    """The run's memory use on its GPUs, if any.
 
     Raises:
         UserError: a process cannot fit.

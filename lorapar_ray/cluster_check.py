@@ -49,7 +49,7 @@ def examine_cluster(config: Config | None, run_dir: str | None) -> list[Finding]
 
     Args:
         config: also checks its models, keys and what its stages ask for; None: only the nodes.
-        run_dir: also checks that every node reaches it, and what any has written.
+        run_dir: also checks that every node reaches it, and sees the other nodes' files.
     """
     import ray
 
@@ -76,7 +76,7 @@ def examine_cluster(config: Config | None, run_dir: str | None) -> list[Finding]
 
 
 def _ask(nodes: dict[str, Any], probe: Probe | None, models: list[str]) -> tuple[dict[str, NodeReport], list[str]]:
-    """Every node's report, and the nodes that gave none in time."""
+    """Every node's report, and the nodes that sent none in time."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -203,7 +203,7 @@ def _keys(config: Config) -> Finding:
 
 
 def _room(config: Config, has: Capacity) -> Finding:
-    """Whether the cluster has room for what each stage runs at the same time, or may grow to that."""
+    """Whether the cluster has, or may grow to, room for the processes that each stage runs at the same time."""
     for stage in stages_of(config):
         placed = place(config, stage, int(has.largest("GPU")))
         groups = processes_of(placed, stage)

@@ -20,7 +20,7 @@ PRIVATE = ("base_url", "extra_body", "api_key_env")
 """Fields whose values may contain a key; messages never show them."""
 MERGE = "tag:yaml.org,2002:merge"
 NOT_YAML = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
-"""What PyYAML raises: its own errors, and Python's for dates and numbers that are none, or too deep nesting."""
+"""What PyYAML raises: its own errors, and Python's for invalid dates and numbers, or too deep nesting."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -72,7 +72,7 @@ def _require_all_kept(keys: Sequence[str]) -> None:
     """A later override must not silently drop an earlier one.
 
     Raises:
-        UserError: a key is given twice, or behind one that it holds (`sft` behind `sft.epochs`).
+        UserError: a key is given twice, or after a part of it (`sft` after `sft.epochs`).
     """
     for place, key in enumerate(keys):
         for earlier in keys[:place]:
@@ -101,10 +101,11 @@ def read_yaml(path: Path, what: str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """YAML as plain values; an anchor that is used twice gives two copies, so that changing one leaves the other.
+    """YAML as plain values; an anchor that is used twice gives two copies, so that changing one does not change the
+    other.
 
     Raises:
-        ValueError: a key is given twice in one mapping, or anchors stand for too much; and `NOT_YAML`.
+        ValueError: a key is given twice in one mapping, or anchors expand to too many values; and `NOT_YAML`.
     """
     loader = yaml.SafeLoader(text)
     try:
@@ -182,9 +183,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _place(node: Any, part: str) -> Any:
-    """The key or index that `part` of an override means: Systems, for one, are keyed by numbers."""
+    """The key or index that `part` of an override means; Systems, for example, have numbers as keys."""
     if isinstance(node, list):
-        if not part.isdecimal() or part != _number_once(part):  # `01` and `1` would be two names of one place
+        if not part.isdecimal() or part != _number_once(part):  # `01` and `1` would be two names of one field
             raise IndexError(part)
         return int(part)
     numbered = part.isdecimal() and part not in node and any(isinstance(key, int) for key in node)
@@ -200,9 +201,10 @@ def _section(section: type[Section] | None, field: str) -> type[Section] | None:
 
 
 def _default(section: type[Section] | None, field: str) -> Any:
-    """What stands in for a part of the config that the file leaves out, so that an override changes one value of it.
+    """The default of a part of the config that the file leaves out, so that an override can change one value of it.
 
-    Of a section that is what its default sets (`label.resources` has half a CPU); a list or a dict is written out.
+    For a section: the values that its default sets (`label.resources` has half a CPU); for a list or a dict: the whole
+        default.
     """
     if section is None or field not in section.model_fields:
         return {}
@@ -230,7 +232,7 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def _yaml_problem(error: Exception) -> str:
-    """What is wrong and where; not PyYAML's own text, which quotes the line, and a key with it."""
+    """The error and its place; without PyYAML's text, which quotes the line and so could show a key."""
     if not isinstance(error, yaml.YAMLError):
         return one_line(error, 200)
     mark = getattr(error, "problem_mark", None)

@@ -19,7 +19,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def expanded(path: str | Path, field: str = "path") -> Path:
-    """A path whose `~` is followed.
+    """A path with `~` expanded.
 
     Args:
         field: names it in messages.
@@ -63,7 +63,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 
 def is_of_a_full_disk(error: BaseException) -> bool:
-    """Whether an error says that a disk, or a user's share of it, is full; safetensors says so in words alone."""
+    """Whether an error means that a disk or a quota is full; safetensors reports this only in its text."""
     if isinstance(error, OSError) and error.errno in FULL:
         return True
     said = str(error)

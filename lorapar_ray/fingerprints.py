@@ -1,7 +1,7 @@
 """Digests of file contents; a file is read again only after it has changed.
 
-`Fingerprints` remembers a file's sha256 with its size and times in one JSON file, so that asking again costs a `stat`.
-The time of the last change is one of them: unlike that of the last write, no copy or archive sets it.
+`Fingerprints` remembers a file's sha256 with its size and times in one JSON file, so that the next request needs only a
+`stat`. It uses the time of the last change too: unlike the time of the last write, no copy or archive sets it.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ class Fingerprints:
                 return None
             found = sorted(each for each in path.resolve().rglob("*") if each.suffix in OF_A_FOLDER and each.is_file())
             return digest([[str(each.relative_to(path.resolve())), self.of_file(each)] for each in found])
-        except (OSError, RuntimeError):  # not to be read, or of no such user: the stage that needs it will say so
+        except (OSError, RuntimeError):  # unreadable, or of an unknown user: the stage that needs it reports the error
             return None
 
     def save(self) -> None:
-        """Keep what was learnt."""
+        """Save the digests."""
         if self._changed and self._memory.parent.parent.is_dir():
             write_json(self._memory, self._known)
             self._changed = False

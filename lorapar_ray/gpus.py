@@ -22,11 +22,11 @@ from typing import Any, TypeVar
 from lorapar_ray.config import Config, GrpoConfig, Resources, Section, TeacherConfig
 
 ENGINE_SHARE = 0.6
-"""Of a GPU that an engine shares with a learner, which gets the rest."""
+"""An engine's share of a GPU that a learner shares; the learner gets the rest."""
 MORE_THAN_HALF = 0.51
-"""The least of that on several GPUs: two engines then never fit one."""
+"""The smallest such share with several GPUs: two engines then never fit on one."""
 JUDGES_SHARE = 0.2
-"""Of a GPU on which judges are too, all of them together."""
+"""The judges' total share of a GPU that they share."""
 RULES = {
     "label": "auto: one for each teacher, or shared evenly",
     "score": "auto: one each, at most as many workers as GPUs",
@@ -62,7 +62,7 @@ def place(config: Config, stage: str, gpus: int) -> Config:
 
 
 def engine_resources(resources: Resources, ranks: int, gpus: int) -> Resources:
-    """Those of an engine of `evaluate` on a cluster with so many GPUs."""
+    """The resources of an engine of `evaluate` on a cluster with `gpus` GPUs."""
     return _given(resources, ranks if gpus else 0)
 
 
@@ -74,7 +74,7 @@ def _workers(workers: int, resources: Resources, gpus: int) -> tuple[int, Resour
 
 
 def _teachers(teachers: Sequence[TeacherConfig], gpus: float) -> list[TeacherConfig]:
-    """Hosted teachers on so many GPUs; the others ask for none."""
+    """Hosted teachers on `gpus` GPUs; other teachers request none."""
     hosted = [teacher for teacher in teachers if teacher.kind == "serve"]
     free = gpus - sum(_most(each) * each.resources.gpu_count for each in hosted)
     asking = [each for each in hosted if each.resources.gpus == "auto"]
@@ -91,12 +91,12 @@ def _teachers(teachers: Sequence[TeacherConfig], gpus: float) -> list[TeacherCon
 
 
 def _most(teacher: TeacherConfig) -> int:
-    """Replicas of a teacher at the most."""
+    """Most replicas of a teacher."""
     return teacher.max_replicas or teacher.replicas
 
 
 def _share(processes: int, free: float) -> float:
-    """What each of some processes gets of `free` GPUs: a whole one, or a part such that all of them fit."""
+    """Each process's share of `free` GPUs: a whole GPU, or a part such that all processes fit."""
     if processes <= max(free, 0.0):
         return 1.0
     whole = floor(free)
@@ -162,7 +162,7 @@ def _beside(judges: Sequence[TeacherConfig], gpus: int) -> list[TeacherConfig]:
 
 
 def sync_of(settings: GrpoConfig) -> str:
-    """How policies are served: what the config says, else by the (placed) engines' device."""
+    """How policies are served: by the config, else by the (placed) engines' device."""
     if settings.sync != "auto":
         return settings.sync
     return "adapter" if settings.rollout_resources.gpu_count else "merged"

@@ -1,4 +1,4 @@
-"""Packages whose names are imported when they are first used: what a stage is can be read without importing torch."""
+"""Packages that import their names at first use, so that a stage's description can be read without importing torch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Run directories of the first manifest format, which recorded one digest of a stage's settings, sources and files.
 
-Such a digest is computed once more, as it was computed then, from the run's `config.yaml` with the present values of
-the settings that decide results. Where it is the recorded one, the stage was made with these settings: its entry gets
-today's form, and the stage stays done.
+The digest is recomputed as before, from the run's `config.yaml` with the present values of the settings that change
+results. If it equals the recorded one, the stage was made with these settings: its entry is converted to the present
+form, and the stage stays done.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WARMUP = (
 
 
 def entries(config: Config, run: RunDirectory, pipeline: Mapping[str, Stage]) -> dict[str, Any]:
-    """The manifest's entries by stage, those of the first format in today's form."""
+    """The manifest's entries by stage, converted from the first format if necessary."""
     manifest = run.manifest()
     found: dict[str, Any] = manifest.get("stages", {})
     if manifest.get("format", 1) != 1:
@@ -46,7 +46,7 @@ def entries(config: Config, run: RunDirectory, pipeline: Mapping[str, Stage]) ->
 
 
 def adopt(config: Config, run: RunDirectory, pipeline: Mapping[str, Stage]) -> None:
-    """Write the manifest down in today's form."""
+    """Write the manifest in the present format."""
     manifest = run.manifest()
     if manifest and manifest.get("format", 1) == 1:
         stages = entries(config, run, pipeline)
@@ -72,7 +72,7 @@ def _migrated(
 
 
 def _tree(run: RunDirectory) -> dict[str, Any]:
-    """The settings that the run used last, as they were written then."""
+    """The settings that the run used last, as written then."""
     try:
         tree = parse_yaml((run.root / "config.yaml").read_text())
     except (OSError, *NOT_YAML):
@@ -81,7 +81,7 @@ def _tree(run: RunDirectory) -> dict[str, Any]:
 
 
 def _candidates(config: Config, old: dict[str, Any]) -> Iterator[tuple[Config, dict[str, Any]]]:
-    """Configs that a stage may have been made with, each with the tree that was digested: today's, or the last."""
+    """Configs with which a stage may have been made (the present and the last one), each with the digested tree."""
     yield config, _overlaid(config, config.model_dump(mode="json"), old, frozenset())
     try:
         yield Config.model_validate(old), old
@@ -90,7 +90,7 @@ def _candidates(config: Config, old: dict[str, Any]) -> Iterator[tuple[Config, d
 
 
 def _overlaid(section: Section, plain: Any, old: Any, but_not: frozenset[str]) -> Any:
-    """`plain` where it decides a result, `old` elsewhere, and only fields that `old` has."""
+    """`plain` for fields that change a result, else `old`; only fields that `old` has."""
     if not isinstance(old, dict):
         return plain
     result = dict(old)

@@ -17,13 +17,13 @@ SLICE = {"cpu": 2**22, "cuda": 2**26}
 """Logits in float32 at once: as many as fit into a CPU's cache; on a GPU more, for few kernels."""
 
 Positions = Tensor | tuple[Tensor, Tensor]
-"""A mask [B, T], or row and column of each position, repeated as one likes."""
+"""A mask [B, T], or row and column of each position, possibly repeated."""
 
 
 def logits_at(positions: Positions, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """Logits [N, vocabulary] of a causal language model at N positions of `inputs` (`input_ids` [B, T] and others).
 
-    What the model does to its logits (soft caps, scales) is done to these, too.
+    The model's changes of its logits (soft caps, scales) are included.
     """
     with head_sees(positions, model, inputs["input_ids"].shape) as selected:
         logits: Tensor = model(**inputs, use_cache=False).logits
@@ -32,9 +32,10 @@ def logits_at(positions: Positions, model: Any, inputs: Mapping[str, Tensor]) ->
 
 @contextmanager
 def head_sees(positions: Positions, model: Any, shape: tuple[int, ...]) -> Iterator[Callable[[], bool]]:
-    """While it lasts `model`'s output head is given the hidden states of `positions`, as one row, for all of `shape`.
+    """Inside this context `model`'s output head gets the hidden states of `positions`, as one row, instead of all of
+    `shape`.
 
-    Yields a function that tells whether that has happened: a model without a head of its own takes its own way.
+    Yields a function that returns whether this has happened: it does not for a model without a separate head.
     """
     done = False
 

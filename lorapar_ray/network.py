@@ -1,4 +1,4 @@
-"""Which network interface the processes of several machines meet on: the one by which Ray knows the machine."""
+"""Chooses the network interface for processes of several machines: the interface of the machine's address in Ray."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 def interface_of(address: str, interfaces: Mapping[str, Sequence[str]]) -> str | None:
-    """The interface that has an address; None if none has (a machine behind address translation).
+    """The interface with an address; None if there is none (a machine behind address translation).
 
     Args:
         interfaces: addresses by interface, an IPv6 one perhaps with its zone (`fe80::1%eth0`).
@@ -21,10 +21,10 @@ def interface_of(address: str, interfaces: Mapping[str, Sequence[str]]) -> str |
 
 
 def meet_on_rays_interface() -> None:
-    """Let gloo in this process, a Ray worker, listen on the interface by which Ray knows this machine.
+    """Let gloo in this process, a Ray worker, listen on the interface of this machine's address in Ray.
 
-    Left to itself gloo takes the address to which the host's own name resolves: 127.0.1.1 on a Debian, where no other
-    machine finds it. One that the user has chosen (`GLOO_SOCKET_IFNAME`) stays.
+    By default gloo uses the address to which the host's name resolves: on Debian 127.0.1.1, which other machines cannot
+    reach. An interface that the user has chosen (`GLOO_SOCKET_IFNAME`) stays.
     """
     import psutil
     import ray

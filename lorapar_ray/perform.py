@@ -55,14 +55,14 @@ def performing(
     """Record a stage around the block that does its work; what the block puts into the dict is recorded with it.
 
     Args:
-        inputs: what decides its result (see `standing.inputs_of`).
+        inputs: everything that changes its result (see `standing.inputs_of`).
         spent: seconds that it has run before it was interrupted.
-        aside: where the results are that it replaces. They are put back if it ends before it has written anything, and
-            removed once it has finished.
+        aside: folder of the results that it replaces. They are restored if it ends before it has written anything, and
+        removed once it has finished.
         sharing: runs whose stages the block does together; each took its share of the seconds.
 
     Raises:
-        UserError: no space is left on the disk, or a process was killed for want of memory.
+        UserError: no space is left on the disk, or a process was killed since memory ran out.
     """
     name, prints = stage.name, run.fingerprints
     run.record(name, status="started", inputs=inputs, seconds=spent)
@@ -135,7 +135,7 @@ def of_the_machine(run: RunDirectory, stage: str) -> Iterator[None]:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """An error with what it says it comes from."""
+    """An error and its causes."""
     workers = getattr(error, "worker_failures", {})  # of a Ray Train group
     return [each for each in (error, getattr(error, "cause", None), error.__cause__, *workers.values()) if each]
 

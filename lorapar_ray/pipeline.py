@@ -1,8 +1,8 @@
 """Runs the stages in order, and skips those that already have results for their inputs.
 
-Settings that decide a result, the contents of the user's files and what earlier stages passed on are recorded with each
+Settings that change a result, the contents of the user's files and the results of earlier stages are recorded with each
 stage. An interrupted stage continues from its partial results. A stage with results of other settings does not
-overwrite them: it says what has changed and needs `redo`.
+overwrite them: it reports what has changed and needs `redo`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PIPELINE: dict[str, Stage] = {stage.name: stage for stage in ORDER}
 STAGES: tuple[str, ...] = tuple(PIPELINE)
 
 TRAINING = ("sft", "grpo")
-"""Those that `order` arranges."""
+"""The stages that `order` arranges."""
 
 Redo = Literal["no", "if_changed", "yes"]
 
@@ -51,8 +51,7 @@ def check(config: Config, stages: Sequence[str], redo: Collection[str] = ()) -> 
     """Find errors that would otherwise stop one of `stages` hours after the start.
 
     Raises:
-        UserError: `redo` names no stage of these, there is nothing to evaluate on, or a reward or a tracker is not
-            there.
+        UserError: `redo` names another stage, there is nothing to evaluate on, or a reward or a tracker is missing.
     """
     require_stages(config, stages, redo)
     for name in stages:
@@ -112,12 +111,11 @@ def require_leave(config: Config, run: RunDirectory, stages: Sequence[str], redo
     """Check before anything starts that no finished result or checkpoint would be replaced without `redo`.
 
     Args:
-        stages: what is to run.
-        redo: the stages that may be replaced, and with them those that use their results.
+        stages: what is to run. redo: the stages that may be replaced, and with them those that use their results.
 
     Raises:
-        UserError: says what has changed or is damaged, what that would replace, and how to allow it; or which stage
-            has to run before.
+        UserError: names what has changed or is damaged, what that would replace, and how to allow it; or the stage that
+            must run before.
     """
     allowed = {*redo, *dependents(config, redo)}
     found = standings(config, run)
@@ -147,11 +145,11 @@ def run_stage(config: Config, run: RunDirectory, name: str, redo: Redo = "no") -
     """Run one stage, unless it is done, and record it.
 
     Args:
-        redo: `yes` replaces what it has; `if_changed` only if that is of other inputs, or damaged.
+        redo: `yes` replaces its results; `if_changed` only if they are of other inputs, or damaged.
 
     Raises:
-        UserError: it is not among the run's, a stage it needs has not finished, it has results that would be replaced
-            unasked, the run directory is in use, or what the stage itself raises.
+        UserError: it is not in the run, a stage it needs has not finished, its results would be replaced without
+            `redo`, the run directory is in use, or as the stage itself raises.
     """
     stage = PIPELINE[name]
     require_stages(config, [name], ())
@@ -175,10 +173,10 @@ def run_together(name: str, members: Sequence[Member], work: Callable[[list[Memb
     """Run one stage of several runs at once, and record it in each; runs in which it is done are left out.
 
     Args:
-        work: does the work of all, going on from what each has; returns notes for each one's manifest.
+        work: does the work of all, from the partial results of each; returns notes for each one's manifest.
 
     Raises:
-        UserError: as `run_stage`, for any of them, before anything starts; or what `work` raises.
+        UserError: as `run_stage`, for any of them, before anything starts; or as `work` raises.
     """
     stage = PIPELINE[name]
     with ExitStack() as held:
@@ -215,7 +213,7 @@ class _Due:
 
 
 def _due(stage: Stage, config: Config, run: RunDirectory, redo: Redo) -> _Due | None:
-    """What is to be done of a stage, with results that it replaces set aside; None: it is done."""
+    """The remaining work of a stage, with replaced results set aside; None: it is done."""
     name = stage.name
     found = standings(config, run)
     _require_needs(stage, config, run, found)
@@ -251,9 +249,9 @@ def _require_needs(stage: Stage, config: Config, run: RunDirectory, found: dict[
 
 
 def _of_these_inputs(stage: Stage, config: Config, run: RunDirectory) -> Path | None:
-    """Results in the trash that are of the present inputs, where those in place are not, or are only a part.
+    """Results of the present inputs in the trash, if those in place are of other inputs or incomplete.
 
-    The latter is what a process leaves that was killed while it moved them.
+    A process that is killed while it moves results leaves them incomplete.
     """
     inputs = inputs_of(stage, config, entries_of(config, run), run.fingerprints)
     found = trash.in_trash(run, stage.name).items()
@@ -261,7 +259,7 @@ def _of_these_inputs(stage: Stage, config: Config, run: RunDirectory) -> Path | 
 
 
 def _take_back(stage: Stage, config: Config, run: RunDirectory, now: str) -> bool:
-    """Whether results of the present inputs were in the trash, and are in their place again."""
+    """Whether results of the present inputs were in the trash and have been restored."""
     folder = _of_these_inputs(stage, config, run) if now in ("changed", "damaged") else None
     if folder is None:
         return False
@@ -280,5 +278,5 @@ def _require_nothing_unknown(stage: Stage, run: RunDirectory) -> None:
 
 
 def entries_of(config: Config, run: RunDirectory) -> dict[str, Any]:
-    """The manifest's entries by stage, those of an earlier version in today's form."""
+    """The manifest's entries by stage, converted from earlier versions if necessary."""
     return legacy.entries(config, run, PIPELINE)

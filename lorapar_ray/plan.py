@@ -1,4 +1,4 @@
-"""What `lorapar run` would do, for `--dry-run`: a line per stage, and under it why and what that would replace."""
+"""The plan of `lorapar run --dry-run`: a line per stage, and under it the reason and what it would replace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `dtype: auto` means on the machine that computes.
+"""Resolves `dtype: auto` on the machine that computes.
 
 A CPU that cannot multiply bfloat16 numbers (x86 without AVX-512, as in many laptops) emulates it, a hundred times
 slower than float32 (0.9 and 110 GFLOPS on two cores of such an AMD EPYC). Everywhere else bfloat16 halves memory and

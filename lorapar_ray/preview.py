@@ -1,4 +1,4 @@
-"""A cut in one line: the one on disk, or one that is only looked at."""
+"""A cut in one line: the one on disk, or a preview."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOTHING = "  nothing to cut: no stage of this run trains a region only (sft.mask
 
 
 def preview(config: Config, run: RunDirectory) -> str:
-    """One line about a cut that leaves the run as it is.
+    """One line about a previewed cut; the run does not change.
 
     Raises:
         UserError: there are no scores of these settings.

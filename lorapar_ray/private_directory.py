@@ -31,8 +31,8 @@ def private_directory(root: Path) -> Iterator[Path]:
 def remove_abandoned(root: Path) -> None:
     """Remove our directories whose lock no process holds.
 
-    A lock tells what a process id cannot: it is held as well by a process in another container that shares `root`. A
-    directory without one may have been made this moment, and stays.
+    Unlike a process id, a lock also works for a process in another container that shares `root`. A directory without a
+    lock may be new, and stays.
     """
     for folder in root.glob(f"{PREFIX}*"):
         try:

@@ -1,4 +1,4 @@
-"""The processes that a stage runs at the same time, as numbers: what a cluster must have room for."""
+"""The processes that a stage runs at the same time, for which the cluster must have room."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from lorapar_ray.config import Config, Resources, TeacherConfig
 Groups = dict[str, tuple[int, Resources]]
 """By the group's name, the number of its processes, the fewest of a range, and the resources of each."""
 HINTS = {"label": "label.teachers"}
-"""By stage, the setting to lower where it is not the number of the first group."""
+"""For each stage the setting to lower, if it is not the number of the first group."""
 
 
 def processes_of(config: Config, stage: str) -> Groups:
-    """The groups of a stage; empty: it works in the driver alone.
+    """The groups of a stage; empty: it works only in the driver.
 
     Args:
         config: with numbers for `gpus: auto`, as `gpus.place` gives it for this stage.

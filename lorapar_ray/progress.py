@@ -36,16 +36,16 @@ NOTE_EVERY_S = 2.0
 FEW = 10
 
 Report = Callable[[str, int], Callable[[int], None]]
-"""(name of the work, the count at which it is done) → what takes the count so far."""
+"""(name of the work, the count at which it is done) → a function that receives the count so far."""
 
 _note: ContextVar[tuple[Path, Report] | None] = ContextVar("note", default=None)
 
 
 @contextmanager
 def noted_in(file: Path, report: Report) -> Iterator[None]:
-    """Write down in `file` how far the work of the block is, for `lorapar status`; the file goes when it ends.
+    """Write the block's progress to `file`, for `lorapar status`; the file is deleted at its end.
 
-    `report` is told, too.
+    `report` also gets it.
     """
     token = _note.set((file, report))
     try:
@@ -86,7 +86,7 @@ def _note_down(
         done, remark = poll()
         told(done)
         note = {"what": what, "done": done, "total": total, "left": pace.left(done), "remark": remark}
-        with suppress(OSError, UserError):  # a full disk ends the stage with its own words
+        with suppress(OSError, UserError):  # a full disk ends the stage with its own message
             write_json(file, {**note, "now": time.time()})
         stop.wait(NOTE_EVERY_S)
 
@@ -122,16 +122,16 @@ def _lines(what: str, total: int, poll: Callable[[], tuple[int, str]], stop: thr
 
 
 class Pace:
-    """How long the rest takes at the pace since the work moved first: what came before that was starting."""
+    """Estimates the remaining time from the pace since the first progress; the time before that was the start."""
 
     def __init__(self, total: int) -> None:
-        """`total`: the count at which the work is done; of few things nothing is told."""
+        """`total`: the count at which the work is done; for small totals there is no estimate."""
         self._total = total
         self._before: int | None = None
         self._since: tuple[int, float] | None = None
 
     def left(self, done: int) -> str:
-        """As ` · m:ss left`; empty where nothing can be told yet."""
+        """As ` · m:ss left`; empty if there is no estimate yet."""
         now = time.monotonic()
         if self._before is not None and done > self._before and self._since is None:
             self._since = done, now

@@ -1,4 +1,4 @@
-"""Where a local Ray keeps its sockets, logs and spilled objects: a private directory that goes when the run goes.
+"""The files of a local Ray (sockets, logs, spilled objects): a private directory that is deleted after the run.
 
 A Unix socket's path may have 107 bytes and Ray's own part of it takes 64, so the directory must be a short one:
 `$RAY_TMPDIR` if that is set, else `$TMPDIR`, and where that is too long (a cluster's scratch often is) one of
@@ -32,9 +32,9 @@ class RayFiles:
     """The directories of one local Ray."""
 
     sockets: Path
-    """Ray's `_temp_dir`. Ray opens it to everybody (0777); the directory around it is the owner's alone (0700)."""
+    """Ray's `_temp_dir`. Ray opens it to all users (0777); only the owner can enter the directory around it (0700)."""
     spilled: Path
-    """Where objects go that no longer fit into memory."""
+    """The folder for objects that no longer fit into memory."""
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def remember_environment() -> None:
 
 
 def remember_config(tree: Any) -> None:
-    """Remember what a config, before it is validated, holds of secrets: in URLs and under telling names."""
+    """Remember the secrets of a config before it is validated: in URLs and under secret-like names."""
     remember(_in_tree(tree, ""))
 
 
@@ -114,7 +114,7 @@ def is_variable(name: str) -> bool:
 
 
 def url_secrets(url: str) -> list[str]:
-    """What a URL holds of secrets: its password, a user name without one, and query values under telling names."""
+    """The secrets in a URL: its password, a user name without one, and query values under secret-like names."""
     try:
         parts = urlsplit(url)
         user, password = parts.username, parts.password
@@ -140,7 +140,7 @@ def _bare(url: str) -> str:
 
 
 def _without_beginnings(text: str, secret: str) -> str:
-    """`text` with `***` for what a service has cut off of `secret`."""
+    """`text` with `***` for truncated forms of `secret`."""
     start = text.find(secret[:BEGINNING])
     while start >= 0:
         same = BEGINNING

@@ -1,4 +1,4 @@
-"""What a stage asks of the cluster, in words, for `lorapar run --dry-run`."""
+"""The resources that a stage requests, in words, for `lorapar run --dry-run`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def asked(stage: str, *parts: str) -> str:
 
 
 def each_of(count: int, what: str, resources: Resources, most: int | None = None) -> str:
-    """So many processes of one kind, or as many as there is room for up to `most`."""
+    """`count` processes of one kind, or as many as there is room for, up to `most`."""
     gpus = " + GPU auto" if resources.gpus == "auto" else f" + {resources.gpus:g} GPU" if resources.gpus else ""
     number = f"{count}" if most is None else f"{count} to {most}"
     return f"{number} × {what} ({resources.cpus:g} CPU{gpus})"
@@ -26,7 +26,7 @@ def group_of(config: ScoreConfig | SftConfig) -> str:
 
 
 def teacher(config: TeacherConfig) -> str:
-    """What one teacher asks for: replicas with their placement, or another machine."""
+    """The resources of one teacher: replicas with their placement, or a remote endpoint."""
     if config.kind == "remote":
         limit = f", at most {config.requests_per_second:g} requests/s" if config.requests_per_second else ""
         return f"{config.name} (remote, {config.endpoint} at {redacted(config.base_url)}{limit})"

@@ -1,6 +1,6 @@
-"""What Prometheus can read of a run at work, through Ray's own metrics: `cluster/grafana/lorapar.json` draws it.
+"""A running run's metrics for Prometheus, through Ray's metrics; `cluster/grafana/lorapar.json` plots them.
 
-Ray puts `ray_` before these names. Every process that sets one does so for itself; there is no service to start.
+Ray puts `ray_` before these names. Each process sets its own; no service needs to be started.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 PROGRESS_METRICS = ("lorapar_done", "lorapar_total")
-"""Gauges of every stage, by `run` and `work` (what its progress bar is called)."""
+"""Gauges of every stage, by `run` and `work` (the name of its progress bar)."""
 FIGURE_METRICS = ("lorapar_sft", "lorapar_grpo")
 """Gauges of the training stages, by `run` and `figure`: the numbers of a step, as in `metrics/<stage>.jsonl`."""
 

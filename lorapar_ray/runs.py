@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 PROGRESS = "progress.json"
 """In `work`: progress of the running stage."""
 FORMAT = 2
-"""Of the manifest; 1, without a number, recorded one digest of a stage's inputs (see `lorapar_ray.legacy`)."""
+"""Format of the manifest; format 1, without a number, recorded one digest of a stage's inputs (see
+`lorapar_ray.legacy`)."""
 
 
 class RunDirectory:
@@ -51,15 +52,15 @@ class RunDirectory:
     """
 
     def __init__(self, place: Path | str, remote: RemoteRun | None = None) -> None:
-        """A path may hold `~`, `..` and links; it is followed to where it leads.
+        """A path may contain `~`, `..` and links; it is resolved.
 
         Args:
             place: a path, or the URI of a folder in an object store.
             remote: the latter's session; None: a new one.
 
         Raises:
-            UserError: it leads nowhere: no such user, or links in a circle; its name is not UTF-8; or it is no URI of
-                a store that is known.
+            UserError: it cannot be resolved (unknown user, circular links); its name is not UTF-8; or it is not a URI
+                of a known store.
         """
         root = place_of(place)
         self.remote: RemoteRun | None = remote
@@ -95,24 +96,24 @@ class RunDirectory:
 
     @property
     def place(self) -> str:
-        """Where the run lives, for messages."""
+        """The run's location, for messages."""
         return str(self.root if self.remote is None else self.remote.uri)
 
     def address(self, path: Path) -> str:
-        """How other machines call a path of the run."""
+        """A path of the run as other machines see it."""
         if self.remote is None:
             return str(path.resolve())
         return str(self.remote.uri / str(path.relative_to(self.root)))
 
     @contextmanager
     def at_work(self, config: Config, wait_s: float = 0.0) -> Iterator[None]:
-        """Open the run for `config` and have it for this process alone while the block runs.
+        """Open the run for `config` and lock it for this process while the block runs.
 
         Args:
-            wait_s: for another command to leave it.
+            wait_s: how long to wait until another command leaves it.
 
         Raises:
-            UserError: see `open`; or another command is at work, or an object store does not answer.
+            UserError: see `open`; or another command holds the run, or an object store does not answer.
         """
         with nullcontext() if self.remote is None else self.remote.at_work(wait_s):
             self.open(config)
@@ -123,7 +124,7 @@ class RunDirectory:
         """Let workers anywhere read the run, and write to some of its places, while the block runs.
 
         Yields:
-            what `storage.workspace.workspace` needs on their side; None where all see one disk.
+            the argument of `storage.workspace.workspace` on their side; None on a shared disk.
         """
         if self.remote is None:
             return nullcontext()
@@ -171,12 +172,12 @@ class RunDirectory:
                 )
 
     def keep_config(self, config: Config) -> None:
-        """Write down the settings that a stage is about to use, as `config.yaml`."""
+        """Write the settings that a stage is about to use, as `config.yaml`."""
         with atomic_path(self.root / "config.yaml") as draft:
             draft.write_text(config.to_yaml(hide_secrets=True))
 
     def manifest(self) -> dict[str, Any]:
-        """The manifest as it stands; empty before the first `open`.
+        """The present manifest; empty before the first `open`.
 
         Raises:
             UserError: it is damaged.
@@ -204,7 +205,7 @@ class RunDirectory:
         return found
 
     def entry(self, stage: str) -> dict[str, Any]:
-        """What the manifest says of a stage; empty if nothing."""
+        """The manifest's entry of a stage; empty if there is none."""
         found: dict[str, Any] = self.manifest().get("stages", {}).get(stage, {})
         return found
 
@@ -230,7 +231,7 @@ class RunDirectory:
 
 
 def is_entry(entry: Any, version: int = FORMAT) -> bool:
-    """Whether a value is what a manifest of this version says of a stage, as far as anything relies on it.
+    """Whether a value is a valid entry of a stage in a manifest of this version, in all used parts.
 
     Raises:
         KeyError, TypeError, AttributeError: it is not.
@@ -247,7 +248,7 @@ def is_entry(entry: Any, version: int = FORMAT) -> bool:
 
 
 def _of_opening(path: Path) -> bool:
-    """Whether a file is what a command leaves behind that is killed while it opens a run directory, or of a mirror."""
+    """Whether a file belongs to a mirror, or is left by a command that was killed while it opened a run directory."""
     return path.name in (LOCK, *OF_A_MIRROR) or path.name.startswith((f".{LOCK}.", ".manifest.json.", ".config.yaml."))
 
 
@@ -256,7 +257,7 @@ def looked_at(place: Path | str, *needed: str) -> Iterator[RunDirectory]:
     """A run to read, also while a command works in it. A run in an object store is read in its present state.
 
     Args:
-        needed: files and folders of it that are enough; none: all that tells of results.
+        needed: the files and folders to read; none: everything about results.
 
     Raises:
         UserError: as `RunDirectory`, or an object store does not answer.

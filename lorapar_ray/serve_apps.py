@@ -53,7 +53,7 @@ def _why(app: Any) -> str:
 def end(apps: Iterable[str]) -> None:
     """Free the applications' resources, and wait until they are free.
 
-    Serve itself ends with a Ray of this process's own; on a cluster it is ended unless it runs other applications.
+    Serve itself ends with a local Ray of this process; on a cluster it is ended unless it runs other applications.
     """
     from ray import serve
 
@@ -70,9 +70,9 @@ def end(apps: Iterable[str]) -> None:
 
 
 def _retry_no_last_calls() -> None:
-    """Serve's controller ends by killing itself while it is called: by who waits for its end, and by who listens for
-    changes. Its handle retries calls without end, and of each Ray prints a line that looks like a failure. Here both
-    are called without retries from now on; the listening call under way returns when an application is deleted."""
+    """Serve's controller kills itself while two calls to it are running: one waits for its end, one listens for
+    changes. Its handle retries calls forever, and for each retry Ray prints a line that looks like a failure. Here both
+    are called without retries from now on; the running listening call returns when an application is deleted."""
     from ray.serve.context import _get_global_client
 
     client = _get_global_client(raise_if_no_controller_running=False)

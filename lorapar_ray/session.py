@@ -15,19 +15,19 @@ from lorapar_ray.text import one_line
 from lorapar_ray.threads import in_a_thread
 
 CONNECT_TIMEOUT_S = 20
-"""For a cluster to answer at all."""
+"""Time for a cluster to answer."""
 JOIN_TIMEOUT_S = 120
-"""For Ray to connect to one that has answered."""
+"""Time for Ray to connect to a cluster that has answered."""
 LONGEST_IPC_ROOT = 60
-"""Bytes of a directory in which vLLM can name its sockets."""
+"""Most bytes of a directory's path for vLLM's sockets."""
 
 ONE_MACHINE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
-"""A machine is not drained from under its own driver, so that no process need watch for it; and looking after a few
-workers twice a second costs nothing."""
+"""The driver's own machine is never drained, so no process needs to watch for that; and polling a few workers twice a
+second is cheap."""
 LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 QUIET = {LOG_LEVEL: "fatal"}
-"""Ray's C++ prints its errors straight into the terminal, such as a warning about any actor pool of Ray Data. What goes
-wrong reaches the driver as an exception or an event too; `--verbose` shows both."""
+"""Ray's C++ code prints its errors directly to the terminal, such as a warning about any actor pool of Ray Data. Errors
+also reach the driver as exceptions or events; `--verbose` shows both."""
 
 _started_here = False
 
@@ -123,7 +123,7 @@ _NO_RAY = (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError, Ass
 
 @contextmanager
 def _quiet(logs: dict[str, Any]) -> Iterator[None]:
-    """Let the Ray that is connected to meanwhile print no C++ errors, nor that it has been told so."""
+    """Keep the Ray that this block connects to from printing C++ errors, and a line about this setting."""
     if logs["log_to_driver"]:
         yield
         return
@@ -145,8 +145,8 @@ def _quiet(logs: dict[str, Any]) -> Iterator[None]:
 def _loopback_only() -> Iterator[None]:
     """Let Ray's servers, and what vLLM advertises, stay on 127.0.0.1.
 
-    Ray takes any loopback address that it is given for "this node" and then listens on every interface. A machine that
-    cannot be part of a cluster, which is what this setting says, keeps to the loopback interface.
+    Ray takes any given loopback address for "this node" and then listens on every interface. With this setting, which
+    means that the machine cannot be part of a cluster, it uses only the loopback interface.
     """
     from ray._private import ray_constants
 

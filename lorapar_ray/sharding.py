@@ -1,10 +1,11 @@
-"""The frozen base cut over a group of workers (FSDP2), each of which reads only its share of the model's files.
+"""Shards the frozen base over a group of workers (FSDP2); each reads only its share of the model's files.
 
-For bases that do not fit one device. A layer's weights are gathered when it computes and dropped after, so every worker
-must run the same number of forward and backward passes. The adapter, put on afterwards, is whole on each.
+For bases that do not fit one device. A layer's weights are gathered for its computation and freed afterwards, so every
+worker must run the same number of forward and backward passes. The adapter is attached afterwards and is whole on each
+worker.
 
 `fsdp2` cuts over all workers. `hsdp` cuts over the workers of a node, and every node holds the whole base once: weights
-are then gathered over the node's own links, and the network between nodes carries the adapter's gradients alone.
+are then gathered within a node, and the network between nodes carries only the adapter's gradients.
 """
 
 from __future__ import annotations
@@ -45,12 +46,11 @@ def load_sharded(
 ) -> Any:
     """The base cut over the ranks of the process group, with a trainable adapter.
 
-    Nothing of the base is in memory whole, neither the host's nor the device's. But where the files have other names
-    for weights than the modules (wrapped or converted models), or with `model.quantization`, each rank reads the whole
-    base into host memory first.
+    Neither host nor device holds the whole base. Exceptions: if the files' weight names differ from the modules'
+    (wrapped or converted models), or with `model.quantization`, each rank first reads the whole base into host memory.
 
     Args:
-        on: where this rank's share goes, and the adapter.
+        on: device of this rank's share and of the adapter.
         sharding: `fsdp2` or `hsdp`.
 
     Raises:
@@ -66,7 +66,7 @@ def load_sharded(
 
 
 def mesh_of(on: torch.device, sharding: str, ranks_on_node: int) -> Any:
-    """The ranks as FSDP2 wants them: in one row to cut over, or in a row for each node."""
+    """The ranks as FSDP2's mesh: one row, or a row for each node."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -82,7 +82,7 @@ def mesh_of(on: torch.device, sharding: str, ranks_on_node: int) -> Any:
 
 
 def require_even(counts: Sequence[int]) -> None:
-    """Check that every node has as many workers.
+    """Check that every node has the same number of workers.
 
     Args:
         counts: by rank, the workers on its node.
@@ -98,8 +98,8 @@ def require_even(counts: Sequence[int]) -> None:
 
 
 def _outline(model: ModelConfig, path: str) -> Any:
-    """The model, each of its parameters a single zero that is repeated over its shape: it takes no memory until it is
-    cut. (On torch's `meta` device PEFT would leave the adapter without values too.)"""
+    """The model with each parameter a single zero, expanded to its shape: it takes no memory until it is sharded. (On
+    torch's `meta` device PEFT would leave the adapter without values too.)"""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -111,13 +111,13 @@ def _outline(model: ModelConfig, path: str) -> Any:
             attn_implementation=attention_of(model, device()),
             trust_remote_code=model.trust_remote_code,
         )
-    base.tie_weights()  # without memory each name has got a parameter of its own
+    base.tie_weights()  # without memory each name has a separate parameter
     _replace(base, lambda parameter: torch.zeros((), dtype=parameter.dtype).expand(parameter.shape))
     return base.eval()
 
 
 def _frozen(student: Any) -> Iterator[tuple[str, Any]]:
-    """The base's saved tensors by their names without an adapter, each once however many names it has."""
+    """The base's saved tensors by their names without an adapter; a tensor with several names appears once."""
     adapter = {id(parameter) for parameter in adapter_parameters(student).values()}
     seen: set[int] = set()
     for name, tensor in student.get_base_model().state_dict(keep_vars=True).items():
@@ -153,7 +153,7 @@ def _is_outline(parameter: Tensor) -> bool:
 def _replace(
     module: Any, made_of: Callable[[Tensor], Tensor], which: Callable[[Tensor], bool] = lambda _: True
 ) -> None:
-    """Put other tensors in place of frozen parameters; one that goes by several names goes on doing so."""
+    """Replace frozen parameters by other tensors; shared parameters stay shared."""
     made: dict[int, torch.nn.Parameter] = {}
     for each in module.modules():
         for name, parameter in list(each.named_parameters(recurse=False)):

@@ -19,10 +19,10 @@ from lorapar_ray.stages import Settings, Stage
 
 State = Literal["done", "unfinished", "new", "changed", "damaged"]
 HIDDEN = ("base_url", "extra_body")
-"""Settings that may hold a key: of them, and of any other that does, a digest is recorded."""
+"""Settings that may hold a key: for these, and for any other that does, only a digest is recorded."""
 DIGEST = "digest "
 LONGEST = 48
-"""Of a value that is shown."""
+"""Most characters of a shown value."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Standing:
 
 
 def inputs_of(stage: Stage, config: Config, entries: Mapping[str, Any], prints: Fingerprints) -> dict[str, Any]:
-    """What decides a stage's result, JSON-ready, as the manifest records it.
+    """Everything that changes a stage's result, JSON-ready, as recorded in the manifest.
 
     `settings` by path; `sources`, results of each earlier stage; `files`, contents of the user's own files.
     """

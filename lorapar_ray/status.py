@@ -15,7 +15,7 @@ from lorapar_ray.text import one_line
 
 REFRESH_S, REFRESH_REMOTE_S = 1.0, 5.0
 READ = ("manifest.json", "config.yaml", "work/progress.json")
-"""Of a run."""
+"""The files of a run that are read."""
 SILENT_S = 30.0
 """Without a sign of progress, its age is shown."""
 

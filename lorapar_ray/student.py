@@ -54,7 +54,7 @@ def load_base(model: ModelConfig, path: str, on: Any = None) -> Any:
             return base.to(on or device())
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes' packed CPU kernel computes in bfloat16 whatever was asked, and gives no gradient.
+            # bitsandbytes' packed CPU kernel always computes in bfloat16, and gives no gradient.
             module.support_avx512bf16_for_cpu = False
     return base
 

@@ -27,18 +27,18 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 CONNECT_TIMEOUT_S = 30.0
 SUBMIT_TIMEOUT_S = 600.0
 NOT_SENT = [".git", ".venv", ".hypothesis", "runs", "site", "**/__pycache__"]
-"""Of the working directory."""
+"""Files of the working directory that are not sent."""
 CHATTY = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
 )
-"""Loggers of Ray's that tell of every upload and connection."""
+"""Ray's loggers that report every upload and connection."""
 FINAL = ("SUCCEEDED", "FAILED", "STOPPED")
 DUMP = "[state-dump]"
-"""Begins the lines, twenty and more, in which Ray prints a lost node's own statistics; the dashboard has them too."""
+"""Beginning of the lines (twenty or more) in which Ray prints a lost node's statistics; the dashboard has them too."""
 OURS = "lorapar: "
-"""How the line begins in which a command says why it ends."""
+"""Beginning of the line in which a command reports why it ends."""
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ class Submission:
 
     @property
     def key(self) -> str:
-        """What the jobs of one run directory have in common: the beginning of their submission ids."""
+        """The common beginning of the submission ids of one run directory's jobs."""
         place = hashlib.sha256(f"{self.name}\n{self.run_dir}".encode()).hexdigest()[:8]
         return f"lorapar-{self.name}-{place}"
 
@@ -77,7 +77,7 @@ class Jobs:
             address: URL of the cluster's dashboard; None: `RAY_API_SERVER_ADDRESS`, or this machine.
 
         Raises:
-            UserError: nothing answers, it is no Ray, or it wants another token.
+            UserError: nothing answers, it is not Ray, or it requires another token.
         """
         self.address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
         if not self.address.startswith(("http://", "https://")):
@@ -109,7 +109,7 @@ class Jobs:
             ) from error
 
     def check(self, handed: Submission) -> None:
-        """Ask every node whether it can run this, in a short job of its own, and show what they say.
+        """Check in a short separate job whether every node can run this, and show the reports.
 
         Raises:
             UserError: some cannot, or the job cannot be submitted.
@@ -120,7 +120,7 @@ class Jobs:
             raise UserError(f"the cluster at {self.address} cannot run this ({why}); --no-check skips this check")
 
     def submit(self, handed: Submission) -> str:
-        """Submit the run, unless a job of the same run is at work already; returns the submission id.
+        """Submit the run, unless a job of the same run is already running; returns the submission id.
 
         Raises:
             UserError: the working directory cannot be sent, or the server refuses the job.
@@ -138,7 +138,7 @@ class Jobs:
         """Show the log of a job until it ends.
 
         Raises:
-            UserError: it has failed; says why.
+            UserError: it has failed; gives the reason.
         """
         status, why = self._follow(job)
         if status != "SUCCEEDED":
@@ -188,13 +188,13 @@ class Jobs:
 
 
 class JobLog:
-    """A job's log, shown in whole lines as it comes in pieces."""
+    """Shows a job's log in whole lines while it arrives in pieces."""
 
     def __init__(self, show: Callable[[str], object]) -> None:
         self._show = show
         self._rest = ""
         self.cause = ""
-        """What the last line says in which a command of ours says why it ends."""
+        """The reason in the last line in which one of our commands reports why it ends."""
 
     def add(self, text: str) -> None:
         """The next piece; it may end within a line."""
@@ -203,7 +203,7 @@ class JobLog:
             self._line(line)
 
     def end(self) -> None:
-        """No more comes."""
+        """Show the rest at the end of the log."""
         if self._rest:
             self._line(self._rest)
 
@@ -238,10 +238,10 @@ def in_working_dir(config: Path, given: Path | None) -> tuple[Path, Path]:
 
 
 def require_whole_path(run_dir: str) -> None:
-    """A job begins in a copy of the working directory that each of its machines has for itself.
+    """Check a run directory: a job begins in a copy of the working directory, and each machine has its own copy.
 
     Raises:
-        UserError: the run directory would lie in the copy of one machine, or in no store that is known.
+        UserError: the run directory would lie in one machine's copy, or is not in a known store.
     """
     place = place_of(run_dir)
     if isinstance(place, Path) and not place.is_absolute():
@@ -252,7 +252,7 @@ def require_whole_path(run_dir: str) -> None:
 
 
 def require_no_secret(words: Sequence[str]) -> None:
-    """A job's command line is shown on the cluster's dashboard.
+    """Check a job's command line, which the cluster's dashboard shows.
 
     Raises:
         UserError: it would hold a secret that this process knows.

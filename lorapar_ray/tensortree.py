@@ -38,7 +38,7 @@ def save_tree(path: Path, tree: Any) -> None:
 
 
 def load_tree(path: Path) -> Any:
-    """What `save_tree` wrote; tuples come back as lists.
+    """Read what `save_tree` wrote; tuples become lists.
 
     Raises:
         UserError: the file is missing, damaged, or another one.
@@ -59,7 +59,7 @@ def load_tree(path: Path) -> Any:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a safetensors file is all there: its header says how long it must be, so no tensor is read."""
+    """Whether a safetensors file is complete: its header contains the length, so no tensor is read."""
     try:
         open_tensors(path).metadata()
     except UserError:

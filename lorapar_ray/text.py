@@ -24,7 +24,7 @@ _UNSHOWABLE = re.compile(
 
 
 def printable(text: str) -> str:
-    """`text` with control characters, reordering marks and lone surrogates as the escapes Python writes them by.
+    """`text` with control characters, reordering marks and lone surrogates as Python escapes.
 
     Tabs and newlines stay.
     """
@@ -43,7 +43,7 @@ def one_line(value: Any, limit: int | None = None) -> str:
 
 
 def reason(error: BaseException, limit: int = REASON_LENGTH) -> str:
-    """What went wrong, in one short line; an error from a Ray task carries the whole of a remote traceback."""
+    """An error in one short line; an error from a Ray task contains a whole remote traceback."""
     cause = getattr(error, "cause", None) or error
     said = one_line(cause, limit)
     return f"{type(cause).__name__}: {said}" if said else type(cause).__name__

@@ -15,10 +15,11 @@ T = TypeVar("T")
 
 
 def in_a_thread(work: Callable[[], T], *, name: str, timeout_s: float | None = None) -> T:
-    """What `work` returns or raises; the main thread waits for it interruptibly.
+    """Run `work` in a thread; returns or raises as it does. The main thread waits interruptibly.
 
     Raises:
-        TimeoutError: it takes longer than `timeout_s`; it may go on in its thread, which does not keep the process.
+        TimeoutError: it takes longer than `timeout_s`; it may continue in its thread, which does not keep the process
+            alive.
     """
     outcome: Future[T] = Future()
 
@@ -56,7 +57,7 @@ def meanwhile(look: Callable[[], object], every_s: float) -> Iterator[None]:
 
 
 def stop_this_command() -> None:
-    """End this command from one of its threads: as Ctrl-C does, or by SIGTERM where Ctrl-C is ignored.
+    """End this command from one of its threads: like Ctrl-C, or by SIGTERM if Ctrl-C is ignored.
 
     A shell script starts its background commands with SIGINT ignored, and `_thread.interrupt_main` then does nothing.
     """

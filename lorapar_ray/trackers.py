@@ -1,4 +1,4 @@
-"""Where a stage's curves go while it runs: Ray's own metrics always, TensorBoard, W&B and MLflow by config."""
+"""Sends a stage's curves to trackers while it runs: always Ray's metrics; TensorBoard, W&B and MLflow by config."""
 
 from __future__ import annotations
 

@@ -14,11 +14,11 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from lorapar_ray.network import meet_on_rays_interface
 
 UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
-"""Each is an actor, and so two seconds of a core at every start. Workers read their own files, not Ray's datasets; and
-Ray itself removes a group's resources when the driver ends, which a dead controller makes it do."""
+"""Each is an actor, which takes two seconds of a core at every start. Workers read their own files, not Ray's datasets;
+and Ray itself frees a group's resources when the driver ends, as it does if the controller dies."""
 COLLECTIVE_LIMIT_S = 7200
-"""For one collective operation, on gloo and NCCL alike. Ranks wait in one while rank 0 publishes a policy, which may
-take half an hour for an engine to be rebuilt; a dead rank is found by Ray, not by this."""
+"""Time limit of one collective operation, for gloo and NCCL. Ranks wait in one while rank 0 publishes a policy, which
+may take half an hour for an engine to be rebuilt; a dead rank is found by Ray, not by this."""
 
 
 class BeforeRestarts(ControllerCallback):

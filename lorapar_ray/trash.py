@@ -1,8 +1,8 @@
 """The place of old results while a stage computes new ones: `trash/<time>-<stage>/`, with the stage's entry of the
 manifest.
 
-They are removed when the stage has finished. If it fails before it has written anything they are restored; if it is
-given up, running the old settings again restores them.
+They are removed when the stage has finished. If it fails before it has written anything they are restored; otherwise
+running the old settings again restores them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def set_aside(run: RunDirectory, stage: str, paths: Iterable[Path], entry: dict[
 
 
 def put_back(run: RunDirectory, stage: str, folder: Path) -> None:
-    """Undo `set_aside`; nothing may be in the way."""
+    """Undo `set_aside`; the target must not exist."""
     entry = json.loads((folder / ENTRY).read_text())
     (folder / ENTRY).unlink()
     _move_back(folder, folder, run.root)
@@ -56,7 +56,7 @@ def in_trash(run: RunDirectory, stage: str) -> dict[Path, dict[str, Any]]:
 
 
 def empty(run: RunDirectory, stage: str) -> None:
-    """Remove what a stage has replaced."""
+    """Remove a stage's replaced results."""
     for folder in in_trash(run, stage):
         shutil.rmtree(folder, ignore_errors=True)
     _tidy(run)

@@ -1,4 +1,4 @@
-"""Which versions of the packages that matter to a result are installed here."""
+"""Installed versions of the packages that affect results."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ PACKAGES = ("lorapar-ray", "ray", "torch", "transformers", "peft", "trl", "datas
 
 
 DRIVERS = ("lm-eval",)
-"""Decides results too, but only the driver needs it."""
+"""Affects results too, but only the driver needs it."""
 
 
 def installed_versions() -> dict[str, str | None]:
-    """Of what every node needs, by package; None for one that is missing."""
+    """Versions of the packages that every node needs; None for a missing one."""
     return {package: _version(package) for package in PACKAGES}
 
 
 def versions_of_a_result() -> dict[str, str]:
-    """Of everything that decides a result and is installed here, by package."""
+    """Versions of all installed packages that affect results."""
     return {package: found for package in (*PACKAGES, *DRIVERS) if (found := _version(package)) is not None}
 
 

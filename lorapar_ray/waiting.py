@@ -6,6 +6,6 @@ from typing import Any
 
 
 async def awaited(answer: Any) -> Any:
-    """Anything that can be awaited, such as an object reference, as a coroutine: `run`, `wait_for` and `gather` take
-    it, and can cancel it."""
+    """Any awaitable, such as an object reference, as a coroutine, which `run`, `wait_for` and `gather` accept and can
+    cancel."""
     return await answer

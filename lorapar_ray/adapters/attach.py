@@ -25,7 +25,7 @@ def attach_lora(
     seed: int = 0,
     init_std: float = 0.01,
 ) -> Any:
-    """A PeftModel of `model` with float32 LoRA weights, whatever the base's dtype.
+    """A PeftModel of `model` with float32 LoRA weights, for any dtype of the base.
 
     Args:
         init: `default` (B = 0), `gaussian` (A and B from N(0, init_std²), the authors' way to avoid zero scores),

@@ -56,7 +56,7 @@ class ManyLora(nn.Module):
             raise ValueError("a layer with an adapter sees only some of the tokens; such a model's arms train alone")
         result = self.base_layer(x)
         stacks: list[Tensor] = [self.lora_A, self.lora_B, self.scaling_K11]
-        if arms < len(self.lora_A):  # a slice costs its backward pass a launch
+        if arms < len(self.lora_A):  # the backward pass of a slice is one more launch
             stacks = [each[:arms] for each in stacks]
         a, b, scaling = stacks
         own = self.dropout(x.to(a.dtype)).reshape(arms, -1, x.shape[-1])
@@ -107,7 +107,7 @@ class ManyAdapters(nn.Module):
         return self.base(**inputs)
 
     def stacks(self) -> list[nn.Parameter]:
-        """Every adapter's parameters together, which gradients are computed for."""
+        """The stacked parameters of all adapters, for which gradients are computed."""
         return [stack for layer in self._layers.values() for stack in (layer.lora_A, layer.lora_B)]
 
     def parameters_of(self, arm: int) -> dict[str, nn.Parameter]:
@@ -123,7 +123,7 @@ class ManyAdapters(nn.Module):
         return {key: value.detach().cpu().clone() for key, value in self._of_arm[arm].items()}
 
     def share_gradients(self) -> None:
-        """Make each adapter's gradients views of the stacks', which must be there to stay."""
+        """Make each adapter's gradients views of the stacks' gradients, which must exist and stay."""
         for name, layer in self._layers.items():
             for matrix, stack in (("A", layer.lora_A), ("B", layer.lora_B)):
                 assert stack.grad is not None

@@ -50,7 +50,7 @@ class Section(BaseModel):
 
 
 def require_range(name: str, fewest: int, most: int | None) -> None:
-    """Check the field `max_<name>` beside `<name>`.
+    """Check the field `max_<name>` against `<name>`.
 
     Raises:
         ValueError: it is the smaller one.

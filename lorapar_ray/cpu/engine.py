@@ -1,11 +1,11 @@
 """Replaces redundant work of vLLM's CPU path on one engine's objects; runs inside vLLM's worker.
 
-Three things; the first two are together nearly half of a decoding step of a small model:
+Three replacements; the first two save nearly half of a decoding step of a small model:
 
-- Seeded sampling draws a random number for every entry of the vocabulary, for every sequence by itself (and once more
-  for the whole batch). One number for each sequence against the cumulative distribution samples the same distribution.
-- A float32 output head over bfloat16 weights casts all of its weights at every step. Here the cast ones are kept.
-- Log-probabilities of a prompt are computed for all of it, where an evaluation asks for a short continuation's.
+- Seeded sampling draws a random number for every vocabulary entry of each sequence (and again for the whole batch). One
+  number per sequence, compared with the cumulative distribution, samples the same distribution.
+- A float32 output head with bfloat16 weights casts all weights at every step. Here the cast weights are kept.
+- Prompt log-probabilities are computed for the whole prompt; an evaluation needs only those of a short continuation.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch.nn import functional
 
 Generators = dict[int, torch.Generator]
 SCORED_FROM = "lorapar_scored_from"
-"""Of a request's `extra_args`: the first prompt token whose log-probability is wanted."""
+"""Key of a request's `extra_args`: the first prompt token whose log-probability is needed."""
 
 
 def lighten(model_runner: Any) -> None:
-    """Replace these on a model runner; parts that this version of vLLM lacks are skipped."""
+    """Install the replacements on a model runner; skips parts that this version of vLLM lacks."""
     sampler = getattr(getattr(model_runner, "sampler", None), "topk_topp_sampler", None)
     if sampler is not None and getattr(sampler, "logprobs_mode", None) == "processed_logprobs":
         sampler.forward = sample_and_logprobs
     processor: Any = getattr(getattr(model_runner, "model", None), "logits_processor", None)
-    processor = getattr(processor, "base_layer", processor)  # with LoRA another layer is around it
+    processor = getattr(processor, "base_layer", processor)  # with LoRA another layer wraps it
     if getattr(processor, "head_dtype", None) == torch.float32 and hasattr(processor, "_apply_head"):
         processor._apply_head = Float32Head()
     if hasattr(model_runner, "_get_prompt_logprobs_dict") and hasattr(model_runner, "num_prompt_logprobs"):
@@ -37,10 +37,10 @@ def lighten(model_runner: Any) -> None:
 def sample_and_logprobs(
     logits_BV: Tensor, generators: Generators, k: Tensor | None, p: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One token per row and the log-probabilities it was drawn from; in place of `TopKTopPSampler.forward`.
+    """One token per row and the log-probabilities it was drawn from; replaces `TopKTopPSampler.forward`.
 
     Args:
-        generators: of the rows that have a seed of their own.
+        generators: of the rows with a seed.
         k, p: top-k and top-p by row, or None.
     """
     if k is not None or p is not None:
@@ -52,7 +52,7 @@ def sample_and_logprobs(
 
 
 def draw(logprobs_BV: Tensor, generators: Generators) -> Tensor:
-    """Sample each row by the inverse of its cumulative distribution, in float64: one random number a row."""
+    """Sample each row by the inverse of its cumulative distribution, in float64: one random number per row."""
     cumulative_BV = logprobs_BV.exp().cumsum(dim=-1, dtype=torch.float64)
     uniform_B = torch.rand(len(logprobs_BV), dtype=torch.float64)
     for row, generator in generators.items():
@@ -63,7 +63,7 @@ def draw(logprobs_BV: Tensor, generators: Generators) -> Tensor:
 
 
 class Float32Head:
-    """In place of `LogitsProcessor._apply_head`: casts the head's weights when they have changed only."""
+    """Replaces `LogitsProcessor._apply_head`: casts the head's weights only when they have changed."""
 
     def __init__(self) -> None:
         self._seen: tuple[int, int] | None = None
@@ -79,17 +79,17 @@ class Float32Head:
 
 
 class WantedPromptLogprobs:
-    """In place of `GPUModelRunner._get_prompt_logprobs_dict`: leaves out the tokens before `SCORED_FROM`."""
+    """Replaces `GPUModelRunner._get_prompt_logprobs_dict`: leaves out the tokens before `SCORED_FROM`."""
 
     def __init__(self, model_runner: Any) -> None:
         self._runner = model_runner
         self._all = model_runner._get_prompt_logprobs_dict
 
     def __call__(self, hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, Any]:
-        """As vLLM's own; rows of its tensors before the wanted ones hold nothing.
+        """Like vLLM's function; rows of its tensors before `SCORED_FROM` are not set.
 
-        To vLLM it looks as if the tokens that are left out had been computed in an earlier step: their number is raised
-        meanwhile, and the hidden states begin that much later.
+        For vLLM the omitted tokens seem computed in an earlier step: during the call the number of computed tokens is
+        larger, and the hidden states begin later by the same number.
         """
         runner, found = self._runner, dict[str, Any]()
         groups: dict[int, dict[str, int]] = {}
@@ -105,7 +105,7 @@ class WantedPromptLogprobs:
             found |= self._all(hidden_states[skip:], num_scheduled_tokens | later)
             for state in states:
                 state.num_computed_tokens -= skip
-            unfinished |= group  # vLLM takes out those that are complete
+            unfinished |= group  # vLLM removes the complete ones
         runner.num_prompt_logprobs = unfinished
         return found
 

@@ -1,12 +1,12 @@
 """AdamW on the active elements of a CPU's float32 parameters, in one pass over memory.
 
-torch would gather, step and scatter in passes of their own, the first and the last on one core each. Here numba (which
-vLLM brings) compiles one loop that moves a block of active elements into the nearest cache, steps it and puts it back,
-on all of torch's threads. numba's cache of compiled code would be pickles, so it compiles anew: 3 s in a process.
+torch would gather, step and scatter in three passes, the first and the last on one core each. Here numba (a dependency
+of vLLM) compiles one loop that moves a block of active elements into the nearest cache, steps it and writes it back, on
+all of torch's threads. numba caches compiled code as pickles, so the cache is off and every process compiles: 3 s.
 
-The arithmetic is that of torch's fused kernel, operation by operation and with its fused multiply-adds, which are the
-compiler's choice and may differ in another build of torch. So the first use compares the two; where a bit differs, or
-numba is missing, `one_pass` gives None and `MaskedAdamW` takes torch's kernel.
+The arithmetic is that of torch's fused kernel, operation by operation and with its fused multiply-adds, which the
+compiler chooses and which may differ in another build of torch. So the first use compares the two; if a bit differs, or
+numba is missing, `one_pass` returns None and `MaskedAdamW` uses torch's kernel.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from torch import Tensor
 BLOCK = 64
 """Elements stepped at once by one core: a few vectors of them, so that fetching the next ones overlaps arithmetic."""
 PARTS = 4
-"""Ranges a thread gets: more than one, so that a core that is held up holds up the others less."""
+"""Ranges per thread: more than one, so that a delayed core delays the others less."""
 
 Step = Callable[..., None]
 
 
 def fits(values: Sequence[Tensor], gradients: Sequence[Tensor], indices: Sequence[Tensor | None]) -> bool:
-    """Whether `one_pass` takes such tensors."""
+    """Whether `one_pass` supports these tensors."""
     return all(
         tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
         for tensor in (*values, *gradients)
@@ -40,7 +40,7 @@ def fits(values: Sequence[Tensor], gradients: Sequence[Tensor], indices: Sequenc
 
 @cache
 def one_pass() -> Step | None:
-    """The compiled step, or None where it cannot be compiled or does not give the bits of torch's fused kernel.
+    """The compiled step, or None if it cannot be compiled or its bits differ from those of torch's fused kernel.
 
     Called as `step(values, gradients, indices, exp_avgs, exp_avg_sqs, number, group)`: parameters and gradients in
     full (see `fits`), positions of their active elements (None: all), the moments of the active elements, the number of
@@ -74,8 +74,8 @@ def one_pass() -> Step | None:
 def _openmp_as_it_was() -> Iterator[None]:
     """Keep torch's threads as they are while numba starts its own.
 
-    Both are OpenMP's. numba sets their number anew and lets teams nest, upon which the matrix products inside torch's
-    parallel attention open teams of their own: eight times slower.
+    Both use OpenMP. numba resets the number of threads and enables nested teams; then the matrix products inside
+    torch's parallel attention start their own teams, which is eight times slower.
     """
     threads, openmp = torch.get_num_threads(), ctypes.CDLL(None)
     nested = openmp.omp_get_nested() if hasattr(openmp, "omp_get_nested") else None
@@ -94,7 +94,7 @@ def _addresses(tensors: Sequence[Tensor | None]) -> np.ndarray[Any, Any]:
 
 
 def _factors(number: int, group: dict[str, Any]) -> tuple[Any, ...]:
-    """What is the same for every element, worked out in double precision as torch does."""
+    """Factors that are the same for every element, in double precision like torch."""
     (beta1, beta2), rate = group["betas"], float(group["lr"])
     toward = np.float32(1 - beta1)
     near = bool(toward < 0.5)  # torch interpolates from the nearer end
@@ -111,7 +111,7 @@ def _factors(number: int, group: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _same_bits(step: Step) -> bool:
-    """Three steps of random elements, against torch."""
+    """Three steps of random elements, compared with torch."""
     from lorapar_ray.optim.kernel import torch_adamw  # which imports this module for MaskedAdamW
 
     generator = torch.Generator().manual_seed(0)

@@ -108,12 +108,12 @@ def iterate_rows(file: Path) -> Iterator[Row]:
 
 
 def messages_in(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The messages of a row as Parquet gives it; empty where the prompt is plain text.
+    """The messages of a row read from Parquet; empty if the prompt is plain text.
 
     Earlier versions wrote them as JSON text, or had no such column.
 
     Raises:
-        UserError: it is no list of messages.
+        UserError: it is not a list of messages.
     """
     found = row.get("messages") or []
     with boundary("the column 'messages' of a row is damaged", REDO):
@@ -122,7 +122,7 @@ def messages_in(row: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def count_rows(file: Path) -> int:
-    """How many rows a Parquet file holds, from its footer.
+    """The number of rows in a Parquet file, from its footer.
 
     Raises:
         UserError: it is missing or damaged.

@@ -16,7 +16,7 @@ OF_A_ROW = tuple(name for name in ROW_SCHEMA.names if name != "id")
 REJECT_SCHEMA = pa.schema(
     [("id", pa.string()), ("stage", pa.string()), ("reason", pa.string()), *(ROW_SCHEMA.field(n) for n in OF_A_ROW)]
 )
-"""A row that was left out, in the columns of any other row; of a record that is no row only `columns` is filled."""
+"""A rejected row, with the columns of any other row; for a record that is not a row only `columns` is filled."""
 
 
 class TableWriter:
@@ -36,7 +36,7 @@ class TableWriter:
             self._flush()
 
     def close(self) -> None:
-        """Write what is left and the file's footer."""
+        """Write the remaining rows and the file's footer."""
         self._flush()
         self._writer.close()
 
@@ -50,7 +50,7 @@ def reject(row: Row | Lost | Mapping[str, Any], stage: str, reason: str) -> dict
     """A line of the reject table.
 
     Args:
-        row: a question, also as Parquet gives it, or a record that is none.
+        row: a question, also as read from Parquet, or a record that is not a question.
     """
     values = row if isinstance(row, Mapping) else vars(row)
     own = {name: values.get(name) or None for name in OF_A_ROW}

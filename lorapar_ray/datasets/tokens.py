@@ -42,7 +42,7 @@ SCHEMA = pa.schema(
 
 
 def prompt_of(row: Mapping[str, Any]) -> Prompt:
-    """What the model is asked: the row's messages if it is a chat, else its prompt."""
+    """The model's input: the row's messages if it is a chat, else its prompt."""
     text: str = row["prompt"]
     return messages_in(row) or text
 
@@ -51,8 +51,8 @@ def write_tokens(batches: Iterable[list[dict[str, Any]]], encoder: Encoder, targ
     """Tokenise rows into `target`, written atomically; returns their number.
 
     Args:
-        batches: labelled rows or test rows as Parquet gives them, some at a time.
-        key: what the tokens were made from; `key_of` reads it back.
+        batches: labelled rows or test rows, as read from Parquet in chunks.
+        key: identifies the tokens' source; `key_of` reads it back.
     """
     schema = SCHEMA.with_metadata({"key": key})
     count = 0
@@ -73,7 +73,7 @@ def write_tokens(batches: Iterable[list[dict[str, Any]]], encoder: Encoder, targ
 
 
 def key_of(path: Path) -> str | None:
-    """What the tokens of `path` were made from; None if there is no whole file, or one of an earlier version."""
+    """The key of the tokens in `path`; None if the file is missing, truncated or of an earlier version."""
     try:
         with pa.memory_map(str(path)) as source:
             schema = pa.ipc.open_file(source).schema
@@ -216,7 +216,7 @@ class Questions(Sequence[dict[str, Any]]):
         return self._table.question(int(self._positions[index]))
 
     def beginning(self, index: int, tokens: int) -> tuple[list[int], int]:
-        """(the prompt's token ids and at most so many of the response's, where the response begins)."""
+        """(the prompt's token ids and at most `tokens` of the response's, index where the response begins)."""
         row = int(self._positions[index])
         start = int(self._table.starts[row])
         return self._table.tokens(row)[: start + tokens].tolist(), start

@@ -1,4 +1,4 @@
-"""The engine of an evaluation: an `EngineActor` that answers requests, and that comes back as it was when it dies."""
+"""The engine of an evaluation: an `EngineActor` that answers requests, and continues after its process dies."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lorapar_ray.evaluation.requests import Answer, answer_table
 
 
 class EvaluationEngine(EngineActor):
-    """Ray starts it again when its process dies, and calls again what was in flight there.
+    """If its process dies, Ray restarts it and repeats the calls in flight.
 
-    So each call says which policy it is for: an engine that has just come back has none yet.
+    So each call names its policy: a restarted engine has none yet.
     """
 
     def __init__(self, arguments: dict[str, Any], sync: str, where: str = "engine") -> None:
@@ -25,13 +25,13 @@ class EvaluationEngine(EngineActor):
         self._turn = asyncio.Lock()
 
     async def serve(self, digest: str, policy: Sequence[Any]) -> None:
-        """Have the engine run, with the policy of this digest.
+        """Start the engine if needed, and load the policy with this digest.
 
         Args:
-            policy: a reference to it, which is fetched only if it is needed; empty for the base.
+            policy: a reference to it, fetched only if needed; empty for the base.
 
         Raises:
-            RuntimeError: what the engine loaded is not that policy.
+            RuntimeError: the engine loaded another policy.
         """
         async with self._turn:
             await self.start()
@@ -52,7 +52,7 @@ class EvaluationEngine(EngineActor):
         key, kind, ids = row["key"], row["kind"], row["ids"]
         if kind == "generate":
             asked = json.loads(row["sampling"])
-            # the text is only needed here to see where a stop string ends it
+            # the text is only needed to find a stop string
             sampling = SamplingParams(**asked, detokenize=bool(asked.get("stop")))
             output = await self._run(ids, sampling)
             return Answer(key, tokens=list(output.outputs[0].token_ids))
@@ -79,9 +79,9 @@ class EvaluationEngine(EngineActor):
     async def _score(self, ids: list[int], start: int) -> list[Any]:
         """vLLM's `Logprob` of each of `ids[start:]`.
 
-        The prefix cache is read, which vLLM leaves out where it is asked for log-probabilities of a prompt: the choices
-        of a question share their context, and questions their examples. What is read from there has none, so a
-        request that finds a part of its own continuation there is computed once more.
+        Reads the prefix cache, which vLLM does not do for prompt log-probabilities: the choices of a question share
+        their context, and questions share their examples. Cached tokens have no log-probabilities, so a request that
+        finds a part of its continuation in the cache is computed again.
         """
         from vllm import SamplingParams
 
@@ -97,5 +97,5 @@ class EvaluationEngine(EngineActor):
             output = await self._run(ids, sampling)
             if output.num_cached_tokens < start:
                 break
-        first = len(output.prompt_logprobs) - len(ids) + start  # on a GPU what was read from the cache has no entries
+        first = len(output.prompt_logprobs) - len(ids) + start  # on a GPU cached tokens have no entries
         return [entry[token] for entry, token in zip(output.prompt_logprobs[first:], ids[start:], strict=True)]

@@ -30,12 +30,12 @@ from lorapar_ray.text import reason
 
 REQUESTS_PER_BLOCK = 16
 RESTARTS = 3
-"""Deaths of one engine that are made good before the evaluation stops: more is a broken setup, not bad luck."""
+"""Restarts of one engine before the evaluation stops: more mean a broken setup."""
 OBJECT_STORE_BYTES = 256 * 2**20
 LEAVE_LIMIT_S = 5.0
-"""For engines to end by themselves."""
+"""Time for engines to end by themselves."""
 FAILURE = "failure"
-"""Key of a row that says, in place of answers, why there are none."""
+"""Key of a row that holds an error instead of answers."""
 
 
 class Engines:
@@ -61,7 +61,7 @@ class Engines:
             sync: `merged` or `adapter` (see `start_engine`).
         """
         self._at_once = -(-2 * settings.max_num_seqs // REQUESTS_PER_BLOCK)
-        """Blocks an engine has: those that it computes, and the next ones."""
+        """Blocks per engine: those in computation, and the next ones."""
         self._actors = [
             start_engine(
                 model,
@@ -95,7 +95,7 @@ class Engines:
         ray.get([actor.start.remote() for actor in self._actors])
 
     def answers(self, requests: Sequence[Request], policy: Policy | None = None) -> Iterator[list[Answer]]:
-        """The answers, some at a time, in the order in which they are finished.
+        """The answers, in groups, in the order in which they finish.
 
         Args:
             policy: the adapter to answer with; None: the base.
@@ -136,10 +136,10 @@ class Engines:
         context = DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = False
-        # Ray Data takes CPUs that the engines hold for its own and waits for them without end, unless it gets limits
+        # without limits Ray Data counts CPUs that the engines hold as its own and waits for them forever
         limits = {"cpu": 1, "object_store_memory": OBJECT_STORE_BYTES}
         context.execution_options.resource_limits = context.execution_options.resource_limits.copy(**limits)
-        # `from_arrow` asks for a CPU to look at its tables with, and there is none where the engines hold them all
+        # `from_arrow` requests a CPU to read its tables, and the engines may hold all CPUs
         asked = ray.data.from_blocks(blocks).map_batches(
             Asker,
             fn_constructor_args=(self._actors, *served),
@@ -154,10 +154,10 @@ class Engines:
         return cast(Iterable[Any], asked.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
 
     def close(self) -> None:
-        """End the engines; those that answer take away what they have written (adapters in /dev/shm) before."""
+        """End the engines; those that answer first remove their files (adapters in /dev/shm)."""
         import ray
 
-        if not ray.is_initialized():  # its end was theirs; a call would start another
+        if not ray.is_initialized():  # the engine has already ended; a call would start another
             return
         leaving = [actor.leave.remote() for actor in self._actors]
         ray.wait(leaving, num_returns=len(leaving), timeout=LEAVE_LIMIT_S, fetch_local=False)
@@ -166,7 +166,7 @@ class Engines:
 
 
 class Asker:
-    """Ray Data's worker: gives each block to the engine that has the fewest."""
+    """Ray Data's worker: gives each block to the engine with the fewest blocks."""
 
     def __init__(self, actors: Sequence[Any], digest: str, policy: Sequence[Any]) -> None:
         self._actors = actors
@@ -200,7 +200,7 @@ def _answers(table: pa.Table) -> list[Answer]:
     """The answers of an `answer_table`.
 
     Raises:
-        UserError: it says why there are none.
+        UserError: it holds an error instead.
     """
     found = answers_of(table)
     if failed := [answer for answer in found if answer.key.startswith(FAILURE)]:
@@ -209,7 +209,7 @@ def _answers(table: pa.Table) -> list[Answer]:
 
 
 def _failure(error: Exception) -> pa.Table:
-    """Ray Data would wrap an exception several times over; as a row it is a line."""
+    """An error as a row: Ray Data would wrap an exception several times."""
     import ray
 
     if isinstance(error, ray.exceptions.RayActorError):

@@ -20,7 +20,8 @@ def judging_process(answer: str) -> RewardPool:
 
 
 def judge(process: RewardPool, rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> tuple[list[bool], int]:
-    """(whether each text answers its row's question, how many could not be judged within the limits: wrong ones)."""
+    """(whether each text answers its row's question, number of texts that exceeded the limits, which count as
+    wrong)."""
     right: list[bool] = []
     lost = 0
     for start in range(0, len(texts), AT_ONCE):

@@ -44,15 +44,15 @@ class Request:
 
     kind: Kind
     ids: Sequence[int]
-    """The prompt; for `score` with the tokens whose probabilities are wanted."""
+    """The prompt; for `score` including the tokens to score."""
     start: int = 0
-    """`score`: index in `ids` of the first of those, at least 1."""
+    """`score`: index in `ids` of the first token to score, at least 1."""
     targets: Sequence[int] = ()
-    """`choose`: the tokens whose probabilities are wanted, as the next one behind `ids`."""
+    """`choose`: the candidate next tokens after `ids`."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
     """`generate`: arguments of `vllm.SamplingParams`."""
     repeat: int = 0
-    """Number of this request among equal ones, where several samples of one prompt are wanted."""
+    """Number of this request among equal ones, for several samples of one prompt."""
 
     @cached_property
     def key(self) -> str:

@@ -33,7 +33,7 @@ from lorapar_ray.session import ray_session
 
 ABOUT = "evaluation.json"
 NOT_HERE = ("models", "answer", "max_new_tokens", "stop", "tasks")
-"""Settings of test rows, and the tasks, of which there may be more another time."""
+"""Settings of test rows only, and the tasks, which a later command may extend."""
 
 
 MAX_MODEL_LEN = 2048
@@ -90,7 +90,7 @@ def evaluate_models(asked: Evaluation, out: Path, verbose: bool = False) -> list
 
 
 def by_base(models: Mapping[str, NamedModel]) -> list[list[str]]:
-    """The models that share a base, whatever each calls it, in order."""
+    """The models grouped by base, in order; names of the same base count as equal."""
     groups: dict[str, list[str]] = {}
     for text, model in models.items():
         groups.setdefault(resolve_model(model.base), []).append(text)

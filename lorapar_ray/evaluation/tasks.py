@@ -67,7 +67,7 @@ def rows_file(root: Path, model: str, task: str) -> Path:
 
 
 def file_name(task: str) -> str:
-    """A task as a file's name; one from a file goes by that file's."""
+    """A task's name as a file name; for a task file, that file's name."""
     name, at, shots = task.partition("@")
     stem = Path(name).stem if name.endswith((".yaml", ".yml")) else name
     return re.sub(r"[^\w.-]+", "_", stem) + at + shots
@@ -116,7 +116,7 @@ def evaluate_tasks(
 
 
 def lines(shares: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Shares as they are printed, groups first."""
+    """The printed shares, groups first."""
     found = []
     for share in shares:
         low, high = share["interval"]

@@ -1,1 +1,1 @@
-"""A finished run as something to take away: an adapter or a merged model, with a card that says how it came about."""
+"""Exports a finished run: an adapter or a merged model, with a model card."""

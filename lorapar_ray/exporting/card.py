@@ -1,4 +1,4 @@
-"""The model card: data, settings, regions and results of a run, with their doubt."""
+"""The model card: data, settings, regions and results of a run, with their intervals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorapar_ray.reporting.page import in_order, verdicts
 from lorapar_ray.text import shown
 
 SHOWN = ("adapter", "score", "partition", "sft", "grpo")
-"""Parts of the config that say what was trained and how."""
+"""Config sections that describe the training."""
 
 
 def model_card(config: Config, run: RunData, stage: str, *, merged: bool) -> str:

@@ -1,4 +1,4 @@
-"""Write an adapter, or the model that it makes of its base, where it can be taken away."""
+"""Exports an adapter, or the model merged with it, to a directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lorapar_ray.runs import RunDirectory
 
 
 def export(config: Config, run: RunDirectory, out: Path, stage: str | None = None, *, merged: bool = False) -> str:
-    """Write a stage's result to `out`, which is not there yet; returns the stage.
+    """Write a stage's result to `out`, which must not exist; returns the stage.
 
     The adapter is a plain LoRA on the original base, also of a run that trained against a residual base (PiSSA, OLoRA).
 
@@ -27,7 +27,7 @@ def export(config: Config, run: RunDirectory, out: Path, stage: str | None = Non
         merged: the whole model, base + s·BA in the config's dtype, by stock peft, with its tokenizer.
 
     Raises:
-        UserError: the stage is not the run's or has not finished, `out` is in the way, or the base cannot be loaded.
+        UserError: the stage is not in the run or has not finished, `out` exists, or the base cannot be loaded.
     """
     stage = stage or config.order[-1]
     if stage not in config.order:

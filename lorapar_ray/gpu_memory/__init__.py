@@ -1,4 +1,4 @@
-"""What every process of a run will take of its GPU's memory, before anything starts: for `lorapar run --dry-run`."""
+"""Estimates the GPU memory of every process of a run before anything starts, for `lorapar run --dry-run`."""
 
 from lorapar_ray.lazy import exports
 

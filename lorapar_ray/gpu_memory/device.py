@@ -17,11 +17,11 @@ class Device:
 
     count: int
     bytes: float | None
-    """Memory of each; None: not known."""
+    """Memory of each; None: unknown."""
 
 
 def device_of(config: Config) -> Device:
-    """What the config says of the cluster, else the GPUs of this machine."""
+    """The cluster's GPUs from the config, else the GPUs of this machine."""
     cluster, here = config.cluster, _gpus_here()
     memory = None if cluster.gpu_memory_gib is None else cluster.gpu_memory_gib * GIB
     if memory is None and here:

@@ -1,4 +1,4 @@
-"""The least that each process of a stage takes of its GPU: pure functions of a placed config and the student's size."""
+"""The smallest GPU memory of each process of a stage: pure functions of a placed config and the student's size."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from lorapar_ray.gpus import sync_of
 from lorapar_ray.logprobs import SLICE
 
 BATCHED_TOKENS = 2048
-"""Of an engine's largest forward pass, vLLM's default."""
+"""Tokens of an engine's largest forward pass, vLLM's default."""
 SCORED_TOKENS = 4096
 """`score.batch_tokens` on a GPU."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """What processes of one kind take."""
+    """The memory of processes of one kind."""
 
     process: str
     count: int
     share: float
-    """Of a GPU that one of them may fill; 1: the whole."""
+    """Share of a GPU that one of them may fill; 1: the whole."""
     parts: Mapping[str, float]
-    """Bytes by what for."""
+    """Bytes by purpose."""
 
     @property
     def bytes(self) -> float:
-        """Of one of them."""
+        """Bytes of one process."""
         return sum(self.parts.values())
 
 
 def needs_of(config: Config, stage: str, size: StudentSize) -> list[Need]:
-    """What the stage's processes on GPUs take; teachers of other models are not known here, nor is what is on CPUs.
+    """The memory of the stage's processes on GPUs; without teachers of other models and processes on CPUs.
 
     Args:
         config: with numbers instead of `gpus: auto` (`gpus.place`).
@@ -74,7 +74,7 @@ def _grpo(config: Config, size: StudentSize) -> list[Need]:
     longest = settings.max_prompt_length + settings.max_completion_length
     parts = {
         **_weights(size, _shards(settings.sharding, settings.learners)),
-        "adapter and moments": 20.0 * size.elements,  # and stage 1's values, which the divergence is taken from
+        "adapter and moments": 20.0 * size.elements,  # and stage 1's values, for the KL divergence
         **_activations(size, size.kept, longest, checkpointing=settings.gradient_checkpointing is not False),
         "logits": 2.0 * 4 * SLICE["cuda"],
     }
@@ -93,7 +93,7 @@ def _evaluate(config: Config, size: StudentSize) -> list[Need]:
 
 
 def _shards(sharding: str, workers: int) -> int:
-    """How many parts the base is cut into, at most (`hsdp`: with all workers on one node)."""
+    """The most parts into which the base is cut (`hsdp`: with all workers on one node)."""
     return 1 if sharding == "none" else workers
 
 
@@ -125,7 +125,7 @@ def _logits(size: StudentSize, tokens: int) -> dict[str, float]:
 
 
 def _engine(engine: EngineConfig, resources: Resources, size: StudentSize, *, merged: bool) -> dict[str, float]:
-    """At the least, a cache for one sequence of `max_model_len`; it takes all of its part of the GPU."""
+    """At least a cache for one sequence of `max_model_len`; the cache then fills the engine's part of the GPU."""
     ranks = engine.tensor_parallel
     parts = {
         "weights": size.served / ranks,

@@ -1,4 +1,4 @@
-"""What a plan says of GPU memory, and its refusal of what cannot fit."""
+"""The plan's lines about GPU memory; refuses what cannot fit."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ ADVICE = {
 
 
 def memory_lines(config: Config, stages: Sequence[str], size: StudentSize, device: Device) -> Iterator[str]:
-    """A line per kind of process: what one takes, and what for.
+    """A line per kind of process: the memory of one process, by purpose.
 
     Raises:
-        UserError: one of them cannot fit its part of a GPU; raised behind the lines.
+        UserError: one of them cannot fit its part of a GPU; raised after the lines.
     """
     refused = ""
     for stage in stages:

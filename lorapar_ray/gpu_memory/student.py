@@ -15,29 +15,29 @@ from lorapar_ray.grpo.memory import saved_bytes
 
 PROBE_TOKENS = 128
 NF4_BYTES = 0.53
-"""Of a weight in 4 bits: its code, and its share of the quantised constants (arXiv 2305.14314, section 3)."""
+"""Bytes of a 4-bit weight: its code, and its share of the quantised constants (arXiv 2305.14314, section 3)."""
 
 
 @dataclass(frozen=True)
 class StudentSize:
-    """Bytes, if not said otherwise."""
+    """The student's sizes, in bytes unless stated otherwise."""
 
     base: float
-    """The frozen weights as training holds them."""
+    """The frozen weights in training."""
     served: float
-    """The same as an engine holds them: in 16 bits."""
+    """The same in an engine: 16 bits each."""
     largest_layer: float
-    """Of a decoder layer, which sharding gathers whole."""
+    """A decoder layer, which sharding gathers whole."""
     elements: int
-    """Trained numbers of the adapter."""
+    """Number of the adapter's parameters."""
     kept: float
-    """What a forward pass keeps for the backward one, per token; without dropout, as in scoring and stage 2."""
+    """Activations stored for the backward pass, per token; without dropout, as in scoring and stage 2."""
     kept_with_dropout: float
     """The same in stage 1."""
     checkpointed: float
     """The same with gradient checkpointing: every layer's input."""
     recomputed: float
-    """Beside that, what one layer keeps while it is computed again, per token, at most."""
+    """In addition, the most that one layer stores while it is recomputed, per token."""
     cache: float
     """Keys and values of one token in 16 bits, over all layers."""
     vocabulary: int
@@ -45,9 +45,9 @@ class StudentSize:
 
 
 def student_size(model: ModelConfig, adapter: AdapterConfig) -> StudentSize:
-    """Of `model` with `adapter` on a GPU.
+    """The sizes of `model` with `adapter` on a GPU.
 
-    Attention is counted as the fused kernels compute it: queries, keys, values and output, no matrix of all pairs.
+    Attention counts as in the fused kernels: queries, keys, values and output, no matrix of all pairs.
 
     Raises:
         UserError: the model's configuration cannot be read here.
@@ -99,18 +99,18 @@ def _layers(base: Any) -> list[Any]:
 
 
 def _kept_per_token(model: Any) -> float:
-    """Bytes that autograd keeps for a token of a forward pass, without the weights; nothing is computed."""
+    """Bytes that autograd stores per token of a forward pass, without the weights; computes nothing."""
     ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device="meta")
-    mask = torch.zeros(1, 1, PROBE_TOKENS, PROBE_TOKENS, dtype=torch.bool, device="meta")  # else the ids are looked at
+    mask = torch.zeros(1, 1, PROBE_TOKENS, PROBE_TOKENS, dtype=torch.bool, device="meta")  # else it reads the ids
     with saved_bytes(model) as kept, _fused_attention():
         output = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
-    del output  # until here what it keeps was alive, so that no two storages had one number
+    del output  # the stored tensors stay alive until here, so that every storage has its own id
     return sum(kept.values()) / PROBE_TOKENS
 
 
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """On the meta device torch would take the kernel that keeps a matrix of all pairs, which no GPU gets."""
+    """On the meta device torch would select the kernel that stores a matrix of all pairs, which no GPU uses."""
     usual = torch.nn.functional.scaled_dot_product_attention
     torch.nn.functional.scaled_dot_product_attention = _Fused.attend
     try:
@@ -120,7 +120,7 @@ def _fused_attention() -> Iterator[None]:
 
 
 class _Fused(torch.autograd.Function):
-    """Keeps what FlashAttention keeps (arXiv 2307.08691): queries, keys, values, output and a number per query."""
+    """Stores the same as FlashAttention (arXiv 2307.08691): queries, keys, values, output and a number per query."""
 
     @staticmethod
     def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:

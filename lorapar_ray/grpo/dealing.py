@@ -67,8 +67,8 @@ def _even_out(groups: Sequence[GroupHead], hands: list[Hand], loads: list[int]) 
 
 
 def _moves(groups: Sequence[GroupHead], giver: Hand, taker: Hand, gap: int) -> list[tuple[int, int, int, int, int]]:
-    """(larger load afterwards beside the giver's now, group, completion, giver's saving, taker's cost) of every move
-    that makes the larger of the two loads smaller."""
+    """(larger load after the move relative to the giver's load now, group, completion, giver's saving, taker's cost) of
+    every move that reduces the larger of the two loads."""
     found = []
     for number, own in giver.items():
         group = groups[number]

@@ -70,7 +70,7 @@ def by_cost(lengths: Sequence[int], tokens: int, *, padded: bool = False) -> lis
     """Positions of examples, longest first, in batches of at most `tokens` tokens (one longer example goes alone).
 
     Args:
-        padded: a batch costs its longest example times their number, not the sum of its lengths.
+        padded: a batch's cost is its longest example times its number of examples, not the sum of its lengths.
     """
     batches: list[list[int]] = []
     spent = 0
@@ -108,7 +108,7 @@ class Layout:
     home: Tensor | None
     """[T] int64: the slot of each token; None if every length is the same."""
     attention: packed_attention.Layout | None
-    """Of a packed row."""
+    """The layout of a packed row."""
 
     @property
     def longest(self) -> int:

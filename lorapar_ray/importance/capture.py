@@ -99,7 +99,7 @@ class _Group:
     up: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
     """s·B by site and dtype."""
     shared: tuple[Any, tuple[Tensor, ...]] | None = None
-    """(a weak reference to the first site's input, what all the A's made of it), until the last site has asked."""
+    """(a weak reference to the first site's input, its product with all A's), until the last site has used it."""
 
     def A(self, dtype: torch.dtype) -> Tensor:
         if dtype not in self.down:
@@ -159,7 +159,7 @@ class Scorer:
         """What an adapted layer computes while scoring."""
         site = group.sites[number]
         base: Tensor = site.layer.base_layer(x, *arguments, **options)
-        if self._layout is None:  # a trial of the model
+        if self._layout is None:  # a test pass of the model
             return base + ((x @ group.A(x.dtype).T).split(group.ranks, -1)[number] @ group.sB(number, x.dtype).T)
         seen, expected = x.shape[:-1].numel(), self._layout.tokens
         if seen != expected:

@@ -6,11 +6,10 @@ any size has a few parts, and the signal-or-noise control can take halves of its
 
     work/score/sums-<key>/1-02-a/<writer>.safetensors     one worker's sums of part 2 (units 4 to 7), first half
 
-A file's metadata lists the units that are in its sums. Its writer replaces it by one with more units, atomically, now
-and then; no other worker writes it. Workers share a plan's units by their number, not by what is left, so no two
-writers of one group have a unit in common; what a group before them finished is listed, and not done again. If two
-files hold the same unit all the same (a worker thought dead lived on), one of them does not count and its units are
-computed again.
+A file's metadata lists the units that are in its sums. Its writer regularly replaces it, atomically, by one with more
+units; no other worker writes it. Workers share a plan's units by number, not by what remains, so no two writers of one
+group have a unit in common. Units that an earlier group finished are listed and skipped. If two files still hold the
+same unit (a worker thought dead was alive), one of them does not count and its units are computed again.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class Plan:
         return range(unit * size, min((unit + 1) * size, self.examples[system]))
 
     def parts(self) -> Iterator[tuple[Part, list[int]]]:
-        """Every part with its units, System by System."""
+        """Every part with its units, one System after the other."""
         for system in sorted(self.examples):
             found: dict[Part, list[int]] = {}
             for unit in range(self.units(system)):

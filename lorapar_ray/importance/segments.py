@@ -1,8 +1,7 @@
-"""Σ_k G_k and Σ_k G_k² of per-example products G_k = Σ_{t in k} u_t v_tᵀ, which are never kept.
+"""Σ_k G_k and Σ_k G_k² of per-example products G_k = Σ_{t in k} u_t v_tᵀ, which are never stored.
 
 On a GPU one kernel holds a tile of G_k in registers while it reads an example's tokens, and adds it and its square to
-running sums before it goes on to the next example (`segment_kernel`). Elsewhere each product is formed, added and
-overwritten.
+running sums before the next example (`segment_kernel`). Elsewhere each product is formed, added and overwritten.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ def add_segment_products(
     Args:
         small: [T, P], a few columns.
         wide: [T, Q].
-        first, second: [P, Q] float32, strided as one likes (a transposed view for [Q, P]).
+        first, second: [P, Q] float32, with any strides (a transposed view for [Q, P]).
     """
     if small.device.type == "cuda" and has_triton():
         from lorapar_ray.importance.segment_kernel import launch

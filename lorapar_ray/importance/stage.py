@@ -14,7 +14,7 @@ from lorapar_ray.stages import Settings, Stage, model_files, settings_of
 WARMUP = (
     *("batch_size", "lora_plus_ratio", "weight_decay", "betas", "max_grad_norm", "max_length", "length_bucketing"),
 )
-"""Settings of `sft` that the warm-up goes by too; the others are set for it, or change nothing that it computes."""
+"""Settings of `sft` that the warm-up uses; the others are fixed for it, or do not affect it."""
 
 
 def run(config: Config, run: RunDirectory) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def run(config: Config, run: RunDirectory) -> dict[str, Any]:
 
 
 def settings(config: Config) -> Settings:
-    """Its own, whether there is anything to score, and the part of stage 1's that the warm-up goes by."""
+    """Its own settings, whether there is anything to score, and stage 1's settings that the warm-up uses."""
     found = settings_of(config, "model", "adapter", "score") | {"partitioned": Setting(config.partitioned, False)}
     if config.warms_up:
         sft = deciding(config.sft, "sft")
@@ -46,7 +46,7 @@ def settings(config: Config) -> Settings:
 
 
 def reads(config: Config) -> Iterator[str]:
-    """The student, and an adapter to go on from."""
+    """The student, and an adapter to start from."""
     yield from model_files(config.model.path)
     if config.adapter.path is not None:
         yield config.adapter.path

@@ -1,4 +1,4 @@
-"""Σ∂L and Σ(∂L)² over examples: all that any importance criterion needs, and what a unit of scoring work leaves."""
+"""Σ∂L and Σ(∂L)² over examples: the input of every importance criterion, and the result of a unit of scoring."""
 
 from __future__ import annotations
 

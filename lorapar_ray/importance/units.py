@@ -1,4 +1,4 @@
-"""What earlier versions left of scoring: the sums of each unit, `work/score/system1/unit-00000.safetensors`."""
+"""Scoring's partial results of earlier versions: the sums of each unit, `work/score/system1/unit-00000.safetensors`."""
 
 from __future__ import annotations
 

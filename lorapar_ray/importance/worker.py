@@ -1,4 +1,4 @@
-"""What one worker of scoring does: the warm-up where there is one, then its share of the sums."""
+"""One worker of scoring: the warm-up, if any, then its share of the sums."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
     from lorapar_ray.importance.capture import Scorer
 
 WINDOW = 8
-"""Forward passes' worth of units that are sorted by length together, so that little is padded or left over."""
+"""Number of forward passes whose units are sorted by length together, for little padding and few partial batches."""
 
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """A scoring job, JSON-like so that it travels to the workers."""
+    """A scoring job, JSON-like so that it can be sent to the workers."""
 
     model: dict[str, Any]
     score: dict[str, Any]
     base: str
     adapter: str
     samples: dict[str, dict[str, Any]]
-    """By System: the fields of a `Selection`."""
+    """For each System the fields of a `Selection`."""
     sums: str
     """Folder of the running sums."""
     phase: str
-    """File in which rank 0 says what is going on."""
+    """File to which rank 0 writes its progress."""
     warm_up: dict[str, Any] | None
     """An `SftJob` to do first, whose result is `adapter`."""
 
@@ -46,7 +46,7 @@ class ScoreJob:
 
 
 def score_worker(payload: dict[str, Any]) -> None:
-    """Warm the adapter up if that is to be done, and add this worker's share of the examples (a Ray Train function)."""
+    """Warm the adapter up if requested, then add this worker's share of the examples (a Ray Train function)."""
     import ray.train
 
     job = ScoreJob(**payload)
@@ -83,7 +83,7 @@ def _warm_up(job: ScoreJob, rank: int, world: int) -> None:
         torch.cuda.empty_cache()
     publish()
     if world > 1:
-        dist.barrier()  # the adapter is rank 0's to write
+        dist.barrier()  # rank 0 writes the adapter
     if rank != 0:
         refresh(job.adapter)
 
@@ -155,7 +155,7 @@ def _add_part(
     tokens: int,
     batches: Any,
 ) -> int:
-    """Add a part's units, saving now and then; returns how many passes that took."""
+    """Add a part's units, saving regularly; returns the number of passes."""
     sums, writer, passes = scorer.new_sums(), PartWriter(Path(job.sums), part), 0
     saved = time.monotonic()
     for window in windows(units, plan, part.system, rows.lengths, WINDOW * tokens):

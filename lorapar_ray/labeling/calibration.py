@@ -24,7 +24,7 @@ ARE_YOU_THERE: Probe = (CONTENT_FREE[0], "N/A")
 
 
 def probes(label: LabelConfig, rows: Path, seed: int) -> list[Probe]:
-    """Questions that measure every teacher's bias, asked first; empty without calibration.
+    """Questions that measure every teacher's bias, sent first; empty without calibration.
 
     For `batch` they are a sample of the questions themselves, whose votes are needed anyway.
     """
@@ -55,10 +55,10 @@ def unanswered(label: LabelConfig, keys: Keys, store: VoteStore, asked: Sequence
 async def ask_probes(
     panel: Panel, label: LabelConfig, keys: Keys, store: VoteStore, asked: Sequence[Probe], ready: list[str]
 ) -> dict[str, str]:
-    """Ask for what `unanswered` says and store it; returns the teachers that do not answer now, and why.
+    """Request the answers to `unanswered` and store them; returns the teachers that do not answer now, with reasons.
 
-    A teacher that has answered some before is also asked one question that says nothing: is it there, and only dislikes
-    what is left? Each teacher that is through is appended to `ready`.
+    A teacher that has answered some before also gets one question without content, to check whether it is available and
+    only refuses the remaining ones. Each finished teacher is appended to `ready`.
     """
     waiting = unanswered(label, keys, store, asked)
 

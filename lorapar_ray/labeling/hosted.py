@@ -106,7 +106,7 @@ class HostedTeacher:
 
 
 def choice_tokens(tokenizer: Any, text: str, choices: list[str]) -> tuple[list[int], list[int]]:
-    """(ids of `text` and whatever all choices begin with, the one token by which each choice differs).
+    """(ids of `text` and the choices' common beginning, the one token by which each choice differs).
 
     Raises:
         UserError: a choice is more than one token for this tokenizer.

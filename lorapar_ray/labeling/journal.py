@@ -1,8 +1,8 @@
-"""Votes where SQLite cannot be: a run in an object store, or on a network file system.
+"""Votes for runs where SQLite does not work: in an object store, or on a network file system.
 
-What is added to the vote store is added as well, as a line of JSON, to the newest file of a folder, `000001.jsonl` and
-so on. Nothing is locked, renamed or changed in place, so the folder can be on any file system and be copied anywhere;
-the store itself is made anew from it on this machine's own disk, by each process that works on the run.
+Every entry of the vote store is also appended, as a line of JSON, to the newest file of a folder, `000001.jsonl` and so
+on. Nothing is locked, renamed or changed in place, so the folder can be on any file system and be copied anywhere. Each
+process that works on the run rebuilds the store from it on its machine's own disk.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 SEGMENT_BYTES = 4 * 2**20
-"""After so many a new file begins; a copy of the folder sends the newest file alone again."""
+"""Size from which a new file begins; a later copy of the folder sends only the newest file again."""
 NETWORKED = ("nfs", "lustre", "cifs", "smb", "gpfs", "beegfs", "ceph", "fuse", "9p", "afs", "glusterfs", "orangefs")
-"""How the names of file systems begin whose locks hold on one machine, or nowhere."""
+"""Prefixes of file system types whose locks work only on one machine, or not at all."""
 MOUNTS = Path("/proc/self/mountinfo")
 
 Rows = list[list[Any]]
@@ -25,14 +25,14 @@ class Journal:
     """Rows of answers and of failures, in the order in which they were added."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder` may not exist yet. A process begins a file of its own: an older one may end within a line."""
+        """`folder` may not exist yet. Each process begins a new file, since an older one may end within a line."""
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._number = max((int(file.stem) for file in self._files()), default=0)
         self._size = SEGMENT_BYTES
 
     def rows(self) -> Iterator[tuple[Rows, Rows]]:
-        """What was added so far; a line that a kill cut off is left out.
+        """All entries so far, without a line that a kill cut off.
 
         Raises:
             ValueError: a whole line is damaged.
@@ -56,7 +56,7 @@ class Journal:
 
 
 def is_networked(path: Path, mounts: str | None = None) -> bool:
-    """Whether a path, which need not exist, is on a file system that other machines share.
+    """Whether a path, which may not exist, is on a file system that other machines share.
 
     Args:
         mounts: the text of `/proc/self/mountinfo`; None: this machine's. See proc(5).

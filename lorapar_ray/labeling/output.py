@@ -1,4 +1,4 @@
-"""Labels and rejects from stored answers, streamed: a row at a time in, a chunk at a time out."""
+"""Labels and rejects from stored answers, streamed: reads a row at a time, writes a chunk at a time."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def write_pending(
 
 
 def answered_rows(rows: Path, store: VoteStore, size: int) -> Iterator[tuple[list[Row], list[Mapping[bytes, Answer]]]]:
-    """Stream `size` rows at a time with what is stored about each: {teacher key: answer}."""
+    """Stream `size` rows at a time with the stored answers to each: {teacher key: answer}."""
     stream = iterate_rows(rows)
     while chunk := list(islice(stream, size)):
         keys = [question_key(row.prompt, row.answer) for row in chunk]

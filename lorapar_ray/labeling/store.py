@@ -55,10 +55,10 @@ class VoteStore:
     """Answers by (question, teacher key); see `lorapar_ray.labeling.keys` for the latter."""
 
     def __init__(self, path: Path, journal: Path | None = None) -> None:
-        """Open or create the file; only its owner may read a new one, since reasons quote what services said.
+        """Open or create the file; only its owner may read a new one, since reasons quote services' messages.
 
         Args:
-            journal: folder of a `Journal` that everything is added to; the file is made anew from it.
+            journal: folder of a `Journal` that gets every entry; the file is rebuilt from it.
 
         Raises:
             UserError: it cannot be opened, or is something else.

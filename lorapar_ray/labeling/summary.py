@@ -26,9 +26,9 @@ class Session:
     """Figures of one process: a resumed run has several; speeds are those of the last one."""
 
     run: str = ""
-    """Names the votes that this run asked for, see `Answer.run`."""
+    """Marks the votes that this run requested, see `Answer.run`."""
     votes: int = 0
-    """Asked for and stored."""
+    """Number of votes requested and stored."""
     starting_s: float = 0.0
     """Seconds until teachers had started and were calibrated."""
     asking_s: float = 0.0

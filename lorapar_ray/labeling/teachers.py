@@ -26,9 +26,9 @@ class Asked:
     """A teacher's answer to one prompt."""
 
     log_probs: list[float]
-    """Of each choice, in the order asked; a constant may be added to all."""
+    """Of each choice, in order; up to a common constant."""
     tokens: int
-    """Read and written."""
+    """Tokens read and written."""
     latency_s: float
     """Measured from sending the request, without the wait for a rate limit."""
 
@@ -63,7 +63,7 @@ async def persist(
     """Ask with up to `label.retries` retries and growing backoff.
 
     Args:
-        given_up: whether the teacher is meanwhile known to be dead, so that a retry is useless.
+        given_up: tells whether the teacher has been given up meanwhile, so that a retry is useless.
 
     Raises:
         Refused: at once.
@@ -102,7 +102,7 @@ class ServedTeacher:
             log_probs, tokens = await asyncio.wait_for(answer, self._timeout_s)
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
-            if isinstance(cause, ValueError | UserError):  # how vLLM and we refuse a prompt
+            if isinstance(cause, ValueError | UserError):  # errors by which vLLM and this project refuse a prompt
                 raise Refused(str(cause)) from error
             raise
         return Asked(log_probs, tokens, time.monotonic() - start)

@@ -1,4 +1,4 @@
-"""Votes and what follows from them; pure functions."""
+"""Counts votes; pure functions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 
 SMALLEST = -30.0
 Pattern = tuple[tuple[int, int], ...]
-"""(System, how many votes for it) of one question, in order."""
+"""(System, its number of votes) of one question, in order."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def balanced(rotated: Sequence[Sequence[float]]) -> list[float]:
 
 
 def number_bias(rotated: Sequence[Sequence[float]]) -> list[float]:
-    """By number, not by System: a teacher's mean log-probability of it, over all meanings of the number.
+    """A teacher's mean log-probability of each number (not System), over all meanings of the number.
 
     Args:
         rotated: log-probabilities by System of the prompts with rotation 0, 1, ... K-1.

@@ -1,14 +1,14 @@
 """AdamW that stores and touches active elements only.
 
 Masking the gradient under a stock AdamW freezes nothing: weight decay and stale moments still move a "frozen" element
-(method, section 3). Here an inactive element has no moments and never enters the arithmetic, so it keeps its bits
-whatever decay, momentum, clipping or loss scaling do; and the optimiser's memory is the active share of AdamW's.
+(method, section 3). Here an inactive element has no moments and never enters the arithmetic, so decay, momentum,
+clipping and loss scaling do not change its bits; and the optimiser's memory is the active share of AdamW's.
 
-How a step runs: the active elements of several parameters are gathered side by side into one flat chunk, torch's own
-AdamW kernel steps the chunk, and the values are scattered back. An adapter has hundreds of small matrices; a handful of
-flat chunks costs a handful of kernels. Where every element is active, the kernel steps the parameters themselves. On a
-GPU with Triton one kernel does all of it for all parameters (`triton_step`); where a CPU holds float32, gathering,
-stepping and scattering are one loop (`lorapar_ray.cpu.one_pass`).
+How a step runs: the active elements of several parameters are gathered into one flat chunk, torch's own
+AdamW kernel steps the chunk, and the values are scattered back. An adapter has hundreds of small matrices; a few flat
+chunks need a few kernels. Where every element is active, the kernel steps the parameters themselves. On a GPU with
+Triton one kernel does all of it for all parameters (`triton_step`); on a CPU with float32, gathering, stepping and
+scattering are one loop (`lorapar_ray.cpu.one_pass`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lorapar_ray.optim.triton_step import TritonStep
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 TRITON_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton interprets its kernels, as in their tests, so that they take a CPU's tensors too."""
+"""Whether Triton interprets its kernels, as in their tests; they then accept a CPU's tensors too."""
 
 
 def masked_param_groups(
@@ -73,8 +73,8 @@ def trainable_share(masks: Mapping[str, Tensor]) -> float:
 
 
 WORTH_COMPILING = 2**18
-"""Active elements of a group from which the compiled pass saves several milliseconds a step, and so earns the 3 s that
-compiling it takes. Below, torch's kernel gives the same bits."""
+"""From this number of active elements in a group the compiled pass saves several milliseconds per step, which is worth
+3 s of compiling. Below, torch's kernel gives the same bits."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,11 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     In float32 and float64 every active element takes the same bits as under `torch.optim.AdamW(fused=True)`, or with
     `fused=False` as under `torch.optim.AdamW(foreach=False)`: the same function runs on the gathered elements, or a
-    loop that was seen to give its bits. One exception: on a CPU torch's fused kernel rounds the last elements of a
-    tensor whose length is no multiple of LANES differently from the rest, and which elements are the last is not the
+    loop that was tested to give the same bits. One exception: on a CPU torch's fused kernel rounds the last elements of
+    a tensor whose length is no multiple of LANES differently from the rest, and which elements are the last is not the
     same here. There a step may differ by the rounding of a few operations, as torch's own two ways do. On a GPU the
-    Triton kernel's steps were seen to differ by up to 418 last places (`triton_step`). Parameters of lower
-    precision are stepped through float32 master values, which stock AdamW does not keep.
+    Triton kernel's steps differed by up to 418 last places (`triton_step`). Parameters of lower precision are stepped
+    through float32 master values, which stock AdamW does not keep.
 
     State per parameter: `step`, `index` (flat positions, int32 where they fit; none if all are active), and flat
     `exp_avg`, `exp_avg_sq` and, below float32, `master`, all of the active length.

@@ -41,7 +41,7 @@ STYLE = {
     "text.parse_math": False,  # names of files and tasks may hold a dollar sign
 }
 TICK_LENGTH = 40
-"""Characters of a name beside a bar."""
+"""Most characters of a bar's name."""
 Draw = Callable[[Any, RunData], None]
 
 
@@ -126,7 +126,7 @@ def ratio(axis: Any, run: RunData) -> None:
 
 
 def gaps(axis: Any, run: RunData) -> None:
-    """Proof of the served policy: log-probability gaps between learner and engine."""
+    """Check of the served policy: log-probability gaps between learner and engine."""
     _curve(axis, run.grpo, "canary_gap", SHARED, "canary tokens")
     _curve(axis, run.grpo, "logprob_gap", SYSTEM2, "sampled tokens")
     axis.set(title="Stage 2: learner against engine", xlabel="step", ylabel="mean |Δ log p|, nats")
@@ -134,7 +134,7 @@ def gaps(axis: Any, run: RunData) -> None:
 
 
 def phases(axis: Any, run: RunData) -> None:
-    """Where a step's seconds go."""
+    """Seconds of a step by phase."""
     names = [key for key in ("rollout", "reward", "learn", "sync") if f"seconds/{key}" in run.grpo[0]]
     bottom = [0.0] * len(run.grpo)
     for name, colour in zip(names, (SYSTEM2, SYSTEM1, SHARED, QUIET), strict=False):

@@ -18,10 +18,10 @@ from lorapar_ray.runs import RunDirectory
 from lorapar_ray.text import shown
 
 FAILURES = 200
-"""Shown of each model and task, spread over all of them."""
+"""Wrong answers shown for each model and task, evenly spread."""
 TEST_ROWS = "test rows"
 LONGEST = 4000
-"""Characters of a text that is shown."""
+"""Most characters of a shown text."""
 NEXT_TO_NOTHING = ("none", "")
 Decision = tuple[str, str, str]
 """Task, metric and filter."""
@@ -29,7 +29,7 @@ Decision = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Found:
-    """What an evaluation's folder holds of one model."""
+    """One model's results in an evaluation's folder."""
 
     model: str
     shares: list[dict[str, Any]]
@@ -37,7 +37,7 @@ class Found:
 
 
 def read_found(root: Path, models: Sequence[str]) -> list[Found]:
-    """What `root` holds of each model, in this order (see `lorapar_ray.evaluation.tasks`)."""
+    """Each model's results in `root`, in this order (see `lorapar_ray.evaluation.tasks`)."""
     found = []
     for model in models:
         results = sorted((root / "tasks" / model).glob("*.json"))
@@ -95,7 +95,7 @@ def write_page(root: Path, models: Sequence[str]) -> Path:
 
 
 def write(page: Path, title: str, found: Sequence[Found]) -> Path:
-    """Write the page: one file with everything inside, all that models wrote escaped."""
+    """Write the page: one self-contained file; model-written text is escaped."""
     folder = files("lorapar_ray.reporting")
     template = folder.joinpath("evaluation.html.j2").read_text()
     html = (
@@ -162,7 +162,7 @@ def comparisons(found: Sequence[Found]) -> Iterator[dict[str, Any]]:
 
 
 def _decisions(found: Found) -> dict[Decision, dict[str, bool]]:
-    """Right or wrong by decision and question, where each value is one or the other."""
+    """Right or wrong by decision and question, for decisions whose values are all 0 or 1."""
     by: dict[Decision, dict[str, bool]] = {}
     for row in found.rows:
         if row["right"] is not None:
@@ -186,6 +186,6 @@ def failures(found: Found) -> list[dict[str, Any]]:
 
 
 def _cut(text: Any) -> str:
-    """The end of a long text: of a prompt with examples that is the question."""
+    """The end of a long text; for a prompt with examples this is the question."""
     whole = str(text)
     return whole if len(whole) <= LONGEST else "…" + whole[-LONGEST:]

@@ -22,7 +22,7 @@ from lorapar_ray.text import shown
 
 SAMPLES_SHOWN = 24
 SIGNIFICANT = 0.05
-"""p below which the page speaks of a gain or a loss."""
+"""Below this p the page reports a gain or a loss."""
 DAMAGED = "a file of the stages it shows is damaged or of another version: redo that stage"
 OVERVIEW = ("label_split", "scatter", "theta_qkvgud", "sft_loss", "reward", "accuracies")
 
@@ -84,7 +84,7 @@ def _shown(value: Any) -> Any:
 
 
 def in_order(config: Config, accuracy: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The base, and the stages as they followed each other."""
+    """The base, then the stages in order."""
     return {name: accuracy[name] for name in ("base", *config.order) if name in accuracy}
 
 
@@ -125,7 +125,7 @@ def _apart(old: list[float], new: list[float]) -> str:
 
 
 def _drawable(data: RunData) -> dict[str, charts.Draw]:
-    """Every plot there is data for, by name."""
+    """Every plot with data, by name."""
     draws: dict[str, charts.Draw] = {}
     if data.accuracy:
         draws["accuracies"] = charts.accuracies

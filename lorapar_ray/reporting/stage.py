@@ -1,4 +1,4 @@
-"""Stage `report`: plots and tables of what the run holds."""
+"""Stage `report`: plots and tables of the run's results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run(config: Config, run: RunDirectory) -> dict[str, Any]:
 
 
 def needs(config: Config) -> tuple[str, ...]:
-    """Every stage of the run; the page says so where one has not run."""
+    """Every stage of the run; the page names stages that have not run."""
     return ("label", "score", "partition", *config.order, "evaluate")
 
 

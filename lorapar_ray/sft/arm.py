@@ -1,6 +1,6 @@
 """One adapter's training in stage 1: its rows, rates, optimiser, checkpoints and log.
 
-How its gradients come about is the loop's: `loop` trains one adapter, `arms_loop` several on one frozen base.
+The loops compute its gradients: `loop` trains one adapter, `arms_loop` several on one frozen base.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Micro = list[list[Example]]
 
 @dataclass(frozen=True)
 class Worker:
-    """This worker among all."""
+    """This worker's rank, the number of workers, and its device."""
 
     rank: int
     world: int
@@ -63,11 +63,11 @@ class Arm:
         checkpoints: Path | None,
         log: StepLog,
     ) -> None:
-        """Take what to train and how.
+        """Store what to train and how.
 
         Args:
             trained: parameters of the optimiser, by the names that checkpoints give them.
-            optimizer: at the rates of the schedule's peak.
+            optimizer: with the schedule's peak rates.
             examples: {input_ids, response_start}, which `plan` numbers.
             checkpoints: directory for them; None: none are kept.
         """
@@ -84,7 +84,7 @@ class Arm:
         return self.progress.step < self.plan.steps and (patience is None or self.progress.waited < patience)
 
     def resume(self, path: str) -> None:
-        """Go on from a checkpoint.
+        """Resume from a checkpoint.
 
         Raises:
             UserError: it is damaged, or of another adapter.
@@ -130,7 +130,7 @@ class Arm:
         """Write the rest of the log, and set the parameters to the best or last ones, by the settings."""
         self.log.flush()
         best = self.progress.best_checkpoint
-        if self.settings.keep == "best" and best is not None and self.worker.rank == 0:  # which writes the adapter
+        if self.settings.keep == "best" and best is not None and self.worker.rank == 0:  # rank 0 writes the adapter
             load_parameters(Path(best), self.trained)
 
     @property

@@ -1,9 +1,9 @@
-"""Checkpoints of stage 1 in safetensors: nothing is pickled, and half a checkpoint is never resumed from.
+"""Checkpoints of stage 1 in safetensors: nothing is pickled, and an incomplete checkpoint is never used.
 
 A checkpoint directory holds `parameters.safetensors` (what trains), `optimizer.safetensors`, one
 `rng-<rank>.safetensors` per worker and, last, `trainer_state.json` (the step, the best validation so far). Another
-number of workers goes on from it too: a step's examples do not depend on it, and a worker without a file of its own
-draws, for dropout, from a seed.
+number of workers can resume from it too: a step's examples do not depend on the number, and a worker without such a
+file draws dropout from a seed.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Progress:
     """Validations in a row without a lower loss."""
 
     def heard(self, loss: float) -> bool:
-        """Take a validation's loss; tells whether it is the lowest so far."""
+        """Record a validation's loss; returns whether it is the lowest so far."""
         improved = not isnan(loss) and (self.best_loss is None or loss < self.best_loss)
         self.waited = 0 if improved else self.waited + 1
         if improved:
@@ -83,9 +83,9 @@ class Progress:
 def save_checkpoint(
     folder: Path, rank: int, world: int, progress: Progress, parameters: Mapping[str, Tensor], optimizer: Any
 ) -> None:
-    """Write `checkpoint-<step>` of `folder`, and take away old ones: the last two and the best stay.
+    """Write `checkpoint-<step>` of `folder`, and delete old ones except the last two and the best.
 
-    Every rank calls this at the same step; rank 0 writes what is the same on all of them.
+    Every rank calls this at the same step; rank 0 writes the parts that are equal on all.
     """
     path = folder / f"checkpoint-{progress.step}"
     path.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def save_checkpoint(
         save_tree(path / PARAMETERS, {key: value.data for key, value in parameters.items()})
         save_tree(path / OPTIMIZER, {"optimizer": optimizer.state_dict()})
     if world > 1:
-        torch.distributed.barrier()  # once the last file is there, all of them are
+        torch.distributed.barrier()  # the last file: once it exists, the checkpoint is complete
     if rank == 0:
         write_json(path / STATE, _as_transformers_writes(progress))
         for old in sorted(folder.glob("checkpoint-*"), key=lambda each: int(each.name.split("-")[1]))[:-2]:
@@ -103,7 +103,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, rank: int, parameters: Mapping[str, Tensor], optimizer: Any) -> Progress:
-    """Put parameters, optimiser and generators where they were; the schedule is a function of the step.
+    """Restore parameters, optimiser and random generators; the schedule is a function of the step.
 
     Raises:
         UserError: a file is damaged, or of another adapter.
@@ -127,7 +127,7 @@ def load_checkpoint(path: Path, rank: int, parameters: Mapping[str, Tensor], opt
 
 
 def load_parameters(path: Path, parameters: Mapping[str, Tensor]) -> None:
-    """Put the trained parameters where they were at a checkpoint.
+    """Restore the trained parameters from a checkpoint.
 
     Raises:
         UserError: the file is damaged, or of another adapter.

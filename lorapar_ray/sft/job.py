@@ -35,7 +35,7 @@ def train_stage1(config: Config, run: RunDirectory) -> dict[str, Any]:
 
 
 def stage1_job(config: Config, run: RunDirectory) -> tuple[SftJob, dict[str, Any]]:
-    """Stage 1 of a run as a job for workers, and what the manifest says of it.
+    """Stage 1 of a run as a job for workers, and its notes for the manifest.
 
     Raises:
         UserError: as `train_stage1`.
@@ -52,20 +52,20 @@ def stage1_job(config: Config, run: RunDirectory) -> tuple[SftJob, dict[str, Any
 
 
 def export_if_residual(config: Config, run: RunDirectory) -> None:
-    """Write what a residual base's adapter has become as a plain one for the original base."""
+    """Export the trained adapter of a residual base as a plain LoRA for the original base."""
     if residual(config):
         export_plain(run.adapter, run.sft / "trained", run.sft / "adapter", config.model.path)
 
 
 def residual(config: Config) -> bool:
-    """Whether the adapter trains against a base that a part was taken out of."""
+    """Whether the adapter trains on a residual base."""
     return config.adapter.method == "lora" and config.adapter.init in RESIDUAL_INITS
 
 
 def warm_up_job(config: Config, run: RunDirectory, adapter: Path, chosen: Selection) -> SftJob:
     """A few unmasked steps on both Systems, so that a zero-B adapter can be scored (method, section 2).
 
-    The workers that score take them, and go on to score: a group of their own would cost its start.
+    The scoring workers take these steps before they score, which saves the start of another group.
     """
     score = config.score
     settings = config.sft.warmup(config.adapter).model_copy(

@@ -45,7 +45,7 @@ class TrainingLoop:
         checkpoints: Path | None,
         log: StepLog,
     ) -> None:
-        """Take what to train and how.
+        """Store what to train and how.
 
         Args:
             model: whose trainable parameters the optimiser holds, at the rates of the schedule's peak.

@@ -32,7 +32,7 @@ def why_alone(config: Config) -> str | None:
     """The setting that prevents a run's stage 1 from sharing a base with other runs; None: it can share."""
     if config.adapter.method != "lora":
         return f"adapter.method: {config.adapter.method}"
-    if config.adapter.init == "adapter":  # its rank and its targets are its own
+    if config.adapter.init == "adapter":  # it has its own rank and targets
         return f"adapter.init: {config.adapter.init}"
     if config.sft.sharding != "none":
         return f"sft.sharding: {config.sft.sharding}"
@@ -44,7 +44,7 @@ def shape_of(config: Config) -> str:
     sft = {key: value for key, value in config.sft.model_dump(mode="json").items() if key not in OWN}
     adapter = {key: getattr(config.adapter, key) for key in SHARED_ADAPTER}
     model = {key: value.value for key, value in deciding(config.model).items()} | {"attention": config.model.attention}
-    if residual(config):  # what the base has lost
+    if residual(config):  # the part that was removed from the base
         adapter |= {"init": config.adapter.init, "alpha": config.adapter.alpha}
         adapter |= {"seed": config.seed} if config.adapter.init == "pissa_fast" else {}
     return digest(json.loads(json.dumps([model, adapter, sft], default=str)))
@@ -56,8 +56,7 @@ def train_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[dict[
     Args:
         members: of one `shape_of`, and `why_alone` None.
 
-    Returns:
-        what each one's manifest says of it.
+    Returns: each one's notes for the manifest.
 
     Raises:
         UserError: as `train_stage1`, of any of them, or their residual bases are not the same.
@@ -75,7 +74,7 @@ def train_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[dict[
             max_workers=config.sft.max_workers,
             resources=config.sft.resources,
             run=run,
-            writes=[],  # arms are on a disk that all see
+            writes=[],  # arms are on a shared disk
         )
     for (config, run), job in zip(members, jobs, strict=True):
         shutil.rmtree(job.checkpoints, ignore_errors=True)
@@ -84,7 +83,7 @@ def train_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[dict[
 
 
 def require_one_base(bases: Sequence[tuple[RunDirectory, str]]) -> None:
-    """Check that runs train on the same base, each of which may have a copy of its own.
+    """Check that runs train on the same base, of which each may have its own copy.
 
     Raises:
         UserError: the copies differ.

@@ -59,7 +59,7 @@ def _share(number: Number) -> Number:
 
 
 def close(gold: Number, guess: Number) -> bool:
-    """Whether two values are equal, or one is the other rounded: to six digits or more, or by what a float adds.
+    """Whether two values are equal, or one is the other rounded: to six digits or more, or by a float's error.
 
     The latter are heuristics.
     """
@@ -69,7 +69,7 @@ def close(gold: Number, guess: Number) -> bool:
 
 
 def _rounds_to(short: Fraction, long: Fraction, decimals: int | None) -> bool:
-    """Whether `short`, written with so many decimals, is `long` rounded."""
+    """Whether `short`, with its number of decimals, is `long` rounded."""
     if not decimals or short == 0:
         return False
     significant = len(str(abs(short.numerator * 10**decimals // short.denominator)))

@@ -108,7 +108,7 @@ def _after_equals(parts: Sequence[Token]) -> list[Token]:
 
 
 def _without_remark(parts: list[Token]) -> list[Token]:
-    """Without `(2 per day)` after the number."""
+    """The text without a remark such as `(2 per day)` after the number."""
     for start, part in enumerate(parts):
         if (
             start
@@ -123,7 +123,8 @@ def _without_remark(parts: list[Token]) -> list[Token]:
 
 
 def _without_name(parts: list[Token]) -> list[Token]:
-    """Without the words before the number; a variable, or a word in a sum, stays, so the text is not a number."""
+    """The text without the words before the number; a variable, or a word in a sum, stays, so the text is not a
+    number."""
     start = 0
     while start < len(parts) and (parts[start].kind == "word" or parts[start].text in (":", ",", ".", "#", '"')):
         start += 1
@@ -141,7 +142,7 @@ def _without_name(parts: list[Token]) -> list[Token]:
 
 
 def _without_unit(parts: list[Token]) -> list[Token]:
-    """Without the unit after the number: words, also with `/` and `*` between them."""
+    """The text without the unit after the number: words, also with `/` and `*` between them."""
     end = len(parts)
     while end > 1:
         last, before = parts[end - 1], parts[end - 2]

@@ -77,7 +77,7 @@ class Lorapar(HarnessModel):
         resources = Resources.model_validate({"cpus": cpus, "gpus": gpus, "threads": threads})
         closing = ExitStack()
         closing.enter_context(ray_session())
-        atexit.register(closing.close)  # after Ray's own, which thus comes later
+        atexit.register(closing.close)  # registered after Ray's, so it runs before Ray's
         running = Engines(
             model.base,
             settings,
@@ -112,7 +112,7 @@ def run(arguments: Sequence[str]) -> None:
     """lm-eval's command line; our task files are known to it, HumanEval and MBPP in the sandbox among them.
 
     Raises:
-        UserError: from our model; what lm-eval itself refuses, it says in its own words.
+        UserError: from our model; lm-eval prints its own errors.
     """
     from lm_eval.__main__ import cli_evaluate
 

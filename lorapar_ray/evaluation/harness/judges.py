@@ -88,7 +88,7 @@ def mbpp_shots() -> list[dict[str, Any]]:
 
 
 def word_problems(docs: Any) -> Any:
-    """SVAMP as the hub has it, in the columns that the prompt reads; local files come in them already."""
+    """The hub's SVAMP, converted to the prompt's columns; local files already have them."""
     from lorapar_ray.evaluation.harness.local_data import FAMILIES
 
     if {"question", "answer"} <= set(docs.column_names):

@@ -29,8 +29,8 @@ def local_dataset(family: str, path: str, evaluated: str, name: str | None = Non
     Args:
         family: one of `FAMILIES`.
         path: a file or a folder.
-        evaluated: the split that holds the test questions; a single file is it.
-        name: the part of the dataset that is wanted: MMLU's subject.
+        evaluated: the split with the test questions; a single file is this split.
+        name: the part of the dataset: MMLU's subject.
 
     Raises:
         UserError: there are no such files, or a row lacks a column.
@@ -141,7 +141,7 @@ def _boolq(record: Record) -> list[dict[str, Any]]:
 
 
 def _word_problem(record: Record) -> list[dict[str, Any]]:
-    """SVAMP, MAWPS and their like: {question, answer}, the answer as short as it can be written."""
+    """SVAMP, MAWPS and similar sets: {question, answer}, with the answer's shortest form."""
     if "Body" in record:
         body = record["Body"].strip()
         question = f"{body}{'' if body.endswith(('.', '?', '!', ',')) else '.'} {record['Question'].strip()}"

@@ -47,13 +47,13 @@ class HarnessModel(TemplateLM):
         max_gen_toks: int = MAX_GEN_TOKS,
         add_bos_token: bool | None = None,
     ) -> None:
-        """Take who answers.
+        """Store the arguments.
 
         Args:
             ask: returns an answer to each request, in order.
             encoder: of the model's tokenizer and end tokens.
             max_model_len: tokens of a prompt and its continuation together.
-            max_gen_toks: of an answer, where a task names no number.
+            max_gen_toks: most tokens of an answer if a task sets no limit.
             add_bos_token: whether plain text begins with the tokenizer's special tokens; None: as it does by itself.
         """
         super().__init__()
@@ -187,7 +187,7 @@ class HarnessModel(TemplateLM):
         return texts
 
     def _generation(self, context: str, settings: Mapping[str, Any], repeat: int) -> tuple[Request, list[str]]:
-        """A request, and the strings that its text is cut at."""
+        """A request, and the strings at which its text ends."""
         given: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), self.max_gen_toks))
         stop = handle_stop_sequences(given.pop("until", None), eos=self.tokenizer.decode(self.eot_token_id))
         most = int(given.pop("max_gen_toks"))
@@ -227,13 +227,13 @@ class Plan:
 
 
 def plan_scores(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int) -> Plan:
-    """How to ask for the log-probability of each continuation behind its context, both as token ids.
+    """The requests for the log-probability of each continuation after its context, both as token ids.
 
-    Continuations of one token behind the same context are asked for together. What is longer than `max_length` is cut
-    from the left.
+    Continuations of one token after the same context share a request. Inputs longer than `max_length` are cut from the
+    left.
 
     Raises:
-        UserError: a continuation alone is that long.
+        UserError: a continuation alone is longer.
     """
     plan = Plan()
     singles: dict[tuple[int, ...], list[int]] = {}

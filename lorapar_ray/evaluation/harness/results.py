@@ -27,13 +27,13 @@ ROW_SCHEMA = pa.schema(
         ("extracted", pa.string()),
     ]
 )
-"""One row for each question, metric and filter. `right`: null where the value is neither 0 nor 1."""
+"""One row for each question, metric and filter. `right`: null if the value is neither 0 nor 1."""
 MAIN_METRICS = ("exact_match", "right", "acc", "acc_norm")
 """In order of preference for the task's decision."""
 
 
 def rows_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows (`ROW_SCHEMA`) of what `lm_eval.evaluator.evaluate` returned, tasks and questions in its order."""
+    """The rows (`ROW_SCHEMA`) of the result of `lm_eval.evaluator.evaluate`, tasks and questions in its order."""
     return [row for task, samples in found["samples"].items() for sample in samples for row in _rows(task, sample)]
 
 
@@ -75,11 +75,11 @@ def write_rows(target: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def summary(rows: Sequence[Mapping[str, Any]], groups: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
     """{task, metric, filter, n, correct, accuracy, interval} of each task and group, JSON-ready.
 
-    A group's questions count alike, as MMLU's categories are reported. The interval is Wilson's where each value is 0
-    or 1, else normal, about the mean.
+    All questions of a group have equal weight, as in MMLU's categories. The interval is Wilson's if every value is 0 or
+    1, else normal, about the mean.
 
     Args:
-        groups: tasks of each group, however deep.
+        groups: tasks of each group, including nested groups.
     """
     values: dict[tuple[str, str, str], list[float]] = {}
     for row in rows:
@@ -102,5 +102,5 @@ def _share(values: Sequence[float]) -> dict[str, Any]:
 
 
 def leaves(groups: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The tasks of each of lm-eval's groups, those of the groups within it too."""
+    """The tasks of each of lm-eval's groups, including nested groups."""
     return {name: [task.task_name for task in group.get_all_tasks()] for name, group in groups.items()}

@@ -33,7 +33,7 @@ class RewardActor:
     """One worker; a sample that breaks its process loses only its own reward (see `RewardPool`)."""
 
     def __init__(self, plan: dict[str, Any]) -> None:
-        """`plan` as the coordinator has it."""
+        """`plan`: see `Coordinator`."""
         settings = GrpoConfig.model_validate(plan["settings"])
         self._reader = Reader(plan, settings)
         self._pool = RewardPool(
@@ -49,7 +49,7 @@ class RewardActor:
         )
 
     def score(self, requests: list[Request]) -> list[RewardBatch | None]:
-        """As `RewardPool.score`, one request after the other; None where the record is lost."""
+        """As `RewardPool.score`, one request after the other; None if the record is lost."""
         return [self._score(request) for request in requests]
 
     def _score(self, request: Request) -> RewardBatch | None:
@@ -58,10 +58,10 @@ class RewardActor:
 
 
 class JudgeActor:
-    """Asynchronous: asks the judge's teachers about many groups side by side."""
+    """Asynchronous: sends many groups to the judge's teachers at once."""
 
     def __init__(self, plan: dict[str, Any]) -> None:
-        """`plan` as the coordinator has it."""
+        """`plan`: see `Coordinator`."""
         self._reader = Reader(plan, GrpoConfig.model_validate(plan["settings"]))
         self._judge = Judge(**plan["judge"])
 
@@ -74,22 +74,23 @@ class JudgeActor:
 
 
 class RewardWorkers:
-    """Deals requests out to `grpo.reward_workers` actors; what comes while all are busy travels together later.
+    """Distributes requests over `grpo.reward_workers` actors; requests that arrive while all are busy are sent together
+    later.
 
-    Lives in one event loop.
+    Used in one event loop.
     """
 
     def __init__(self, plan: dict[str, Any], worker: type[Any] = RewardActor) -> None:
         """Start the workers, and the judge if there is one.
 
         Args:
-            plan: as the coordinator has it.
+            plan: see `Coordinator`.
             worker: the class of a worker, instead of `RewardActor`.
         """
         import ray
 
         settings = GrpoConfig.model_validate(plan["settings"])
-        # scoring is stateless: a dead worker's requests are retried on its successor without limit
+        # scoring is stateless: the restarted worker retries its requests without limit
         again = {"max_restarts": -1, "max_task_retries": -1}
         actor = ray.remote(worker).options(**ray_options(settings.reward_resources), **again)
         self._actors = [actor.remote({**plan, "judge": None}) for _ in range(settings.reward_workers)]
@@ -102,7 +103,7 @@ class RewardWorkers:
         self._weights = {reward.name: reward.weight for reward in settings.rewards}
 
     async def score(self, index: int, record: Any, step: int) -> RewardBatch:
-        """The rewards of a group, on the first worker that is free, while the judge, if there is one, grades.
+        """The rewards of a group from the first free worker; the judge, if any, grades at the same time.
 
         Raises:
             RecordLost: the group's record is lost.

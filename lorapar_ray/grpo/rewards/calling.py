@@ -1,10 +1,10 @@
 """How a reward function is called: by keyword with every column of the row, as TRL's GRPOTrainer (1.16) calls it.
 
 The names are TRL's: `prompts`, `completions`, `completion_ids`, the data's own columns (all but the prompt's),
-`trainer_state`, `log_extra` and `log_metric`. Beside them ours: `answer` and `response` as text, where the data has no
-column of that name. A chat's prompts and completions are lists of messages. A function may be async, may be a callable
-object, and may return None for a sample that it does not apply to. A function whose first two parameters have names of
-their own is called with prompts and completions by position; one without `**kwargs` gets the columns that it names.
+`trainer_state`, `log_extra` and `log_metric`. We add `answer` and `response` as text, if the data has no column of that
+name. A chat's prompts and completions are lists of messages. A function may be async, may be a callable object, and may
+return None for a sample that it does not apply to. A function whose first two parameters have other names gets prompts
+and completions by position; one without `**kwargs` gets only the columns that it names.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _arguments(request: dict[str, Any], own: bool) -> tuple[list[Any], list[Any]
             columns[name] = [row.get(name) for row in rows]
     if state:
         columns["trainer_state"] = SimpleNamespace(**state[0])
-    columns["log_extra"] = columns["log_metric"] = lambda name, value: None  # taken, and not recorded
+    columns["log_extra"] = columns["log_metric"] = lambda name, value: None  # accepted, but not recorded
     return prompts, completions, columns
 
 

@@ -1,9 +1,9 @@
 """The parent of a reward process: every process that the rewards have started ends with it.
 
-It starts the process as its child, becomes the parent of every orphan below it, and when the process ends, when it is
-told to (SIGTERM) or when its own parent is gone, it kills all that is left. What it cannot see: processes that a reward
-had started elsewhere, by a service or another machine. A reward that kills its own guardian leaves behind what it has
-put into a session of its own: that is no accident, and `isolate: true` ends it all the same.
+It starts the process as its child and becomes the parent of every orphan below it. When the process ends, on SIGTERM,
+or when its own parent has died, it kills all remaining processes. It cannot see processes that a reward has started
+through a service or on another machine. If a reward deliberately kills its guardian, processes in a separate session
+stay; `isolate: true` ends these too.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 
 _PR_SET_CHILD_SUBREAPER = 36
 LOOK_S = 1.0
-"""How often it looks whether its parent is alive."""
+"""Seconds between two checks that its parent is alive."""
 
 
 def guarded(work: Callable[[], None]) -> None:
-    """Run `work` in a child and return there; the caller's process stays behind as the guardian and ends by itself."""
+    """Run `work` in a child process and return there; the caller's process becomes the guardian and ends by itself."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signals = {signal.SIGCHLD, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
@@ -31,7 +31,7 @@ def guarded(work: Callable[[], None]) -> None:
         work()
         return
     null = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1):  # the process alone holds its channel, so that its end is seen at once
+    for stream in (0, 1):  # only the process holds its channel, so that its end is noticed at once
         os.dup2(null, stream)
     while os.getppid() == parent:
         found = signal.sigtimedwait(signals, LOOK_S)

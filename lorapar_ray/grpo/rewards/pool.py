@@ -29,9 +29,10 @@ class RewardBatch:
     total: list[float]
     """Weighted sum of the parts; a failed part counts 0."""
     parts: dict[str, list[float | None]]
-    """By reward; None where it failed, or does not apply."""
+    """Values by reward; None if it failed, or does not apply."""
     failures: dict[str, int]
-    """Samples lost by cause: `raised`, `timeout`, `crashed`, `not_finite`, and the name of a reward found elsewhere."""
+    """Samples lost by cause: `raised`, `timeout`, `crashed`, `not_finite`, and the name of a reward that is computed
+    elsewhere."""
     failed: dict[str, int] = field(default_factory=dict)
     """Samples lost by reward."""
     errors: dict[str, str] = field(default_factory=dict)
@@ -41,10 +42,10 @@ class RewardBatch:
 def with_part(
     scored: RewardBatch, name: str, weight: float, values: list[float | None], order: list[str], error: str = ""
 ) -> RewardBatch:
-    """A batch with one more reward, found elsewhere; parts are put into `order`.
+    """A batch with one more reward, computed elsewhere; sorts the parts by `order`.
 
     Args:
-        error: what is said of samples without a value; "": nothing, they may all be without one.
+        error: the message for samples without a value; "": none, samples may lack a value.
     """
     failed, parts = sum(value is None for value in values), {**scored.parts, name: values}
     said = bool(failed and error)
@@ -69,10 +70,10 @@ class RewardPool:
         sandbox: SandboxConfig | None = None,
         withheld: Collection[str] = (),
     ) -> None:
-        """`time_limit_s` is what one call may take; a batch that takes longer is halved, a sample that does is lost.
+        """`time_limit_s`: for one call; a batch that takes longer is halved, a single sample is lost.
 
         Args:
-            withheld: environment variables that rewards do not see, beside those whose names say that they are secret.
+            withheld: environment variables hidden from rewards, in addition to those whose names mark them as secret.
         """
         self._specs = specs
         self._processes = {
@@ -122,9 +123,9 @@ class RewardPool:
         columns: dict[str, list[Any]],
         lost: list[tuple[str, str, str]],
     ) -> list[float | None]:
-        """One reward on a batch; if the batch fails it is halved until the samples at fault stand alone.
+        """One reward on a batch; a failing batch is halved until the failing samples are found.
 
-        Each of those is added to `lost`: reward, cause and text.
+        Each of them is added to `lost`: reward, cause and text.
         """
         request = {"reward": spec.name, "prompts": prompts, "completions": completions, "columns": columns}
         reply = self._processes[spec.isolate].ask(request, len(completions))

@@ -1,4 +1,4 @@
-"""One reward process, seen from outside: started when asked, ended when it breaks."""
+"""The parent's side of one reward process: starts it when needed, and ends it when it breaks."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 MODULE = "lorapar_ray.grpo.rewards.worker"
 READY = "ready"
-"""The seal of the line by which a fresh process says that it is ready, or why it is not."""
+"""The seal of the line in which a new process reports that it is ready, or the reason why not."""
 START_LIMIT_S = 300.0
-"""A fresh process imports the rewards' modules before it says it is ready; that is not a reward's own time."""
+"""A new process imports the rewards' modules before it reports that it is ready; this time does not count for a
+reward."""
 END_LIMIT_S = 5.0
 _SECRET = re.compile(
     r"KEY|TOKEN(?!IZERS)|SECRET|PASSW|(?:^|_)PASS(?:PHRASE)?$|(?<=_)(?:PWD|PAT)$|CREDENTIAL|AUTH(?!OR)|BEARER|COOKIE",
@@ -40,7 +41,7 @@ class Reply:
     """Values of a call, or the cause and the text of its failure."""
 
     values: list[float | str | None] | None = None
-    """`NOT_FINITE` for what is no finite number; None for a sample that the reward does not apply to."""
+    """`NOT_FINITE` for a value that is not a finite number; None for a sample that the reward does not apply to."""
     cause: str = ""
     error: str = ""
 
@@ -75,7 +76,7 @@ class RewardProcess:
         self._asked = 0
 
     def ask(self, request: dict[str, Any], count: int) -> Reply:
-        """What a reward says of `count` completions, or why it says nothing.
+        """A reward's values of `count` completions, or its failure.
 
         Raises:
             UserError: there is no such reward, it cannot be imported here, or this machine has no sandbox.
@@ -98,7 +99,7 @@ class RewardProcess:
             return Reply(cause="crashed", error="its process ended")
         answer = json.loads(line)
         if answer["number"] != self._asked:
-            self.close()  # an answer to something else
+            self.close()  # an answer to another request
             return Reply(cause="crashed", error="its process answered out of order")
         values = answer.get("values")
         if values is None or len(values) != count:
@@ -106,7 +107,7 @@ class RewardProcess:
         return Reply(values)
 
     def close(self) -> None:
-        """End the process, and with it all that the rewards have started."""
+        """End the process and all processes that the rewards have started."""
         if self._process is not None:
             if self._layer is None:
                 self._process.terminate()  # the guardian ends the rest
@@ -144,11 +145,11 @@ class RewardProcess:
 
 
 def open_environment(withheld: Collection[str] = ()) -> dict[str, str]:
-    """This process's environment without what is secret: variables whose names say so, also within JSON, those that
+    """This process's environment without secrets: without variables with secret names (also within JSON), those that
     hold a known secret or a well-known service's key, and URLs with a password.
 
     Args:
-        withheld: further variables to leave out, such as those that `api_key_env` names.
+        withheld: more variables to leave out, such as those that `api_key_env` names.
     """
     return {name: value for name, value in os.environ.items() if name not in withheld and not _is_secret(name, value)}
 
@@ -159,10 +160,10 @@ def _is_secret(name: str, value: str) -> bool:
 
 
 def _read_sealed(process: subprocess.Popen[bytes], seal: str, limit: float) -> bytes:
-    """What follows the seal on its line; b"" when the output ended. What else was written is dropped.
+    """The text after the seal on its line; b"" when the output ended. Other output is dropped.
 
     Raises:
-        TimeoutError: there is none after `limit` seconds.
+        TimeoutError: no such line came within `limit` seconds.
     """
     assert process.stdout is not None
     deadline, mark, found = time.monotonic() + limit, b"\n" + seal.encode(), b""

@@ -1,4 +1,4 @@
-"""Groups read where rewards run: the record comes from the object store, and its completions become text there."""
+"""Reads groups in the reward workers: fetches the record from the object store and decodes its completions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Request:
     """A group to be rewarded: references and numbers only."""
 
     index: int
-    """The prompt's, among the run's."""
+    """The prompt's index in the run's rows."""
     record: Any
     """Reference to the group's record."""
     step: int
@@ -32,9 +32,9 @@ class Request:
 class Answers:
     """One prompt with the texts of its completions, as rewards take them.
 
-    Of an environment's trajectories the completion is what the policy said last. The whole is in two columns:
-    `trajectory`, a list of {role, content} whose roles are assistant and environment, and `env_mask`, which has 1 for
-    each of `completion_ids` that was sampled.
+    For an environment's trajectory the completion is the policy's last turn. Two columns have the whole: `trajectory`,
+    a list of {role, content} with the roles assistant and environment, and `env_mask`, which has 1 for each sampled one
+    of `completion_ids`.
     """
 
     prompts: list[str]
@@ -43,10 +43,10 @@ class Answers:
 
 
 class Reader:
-    """Turns requests into what rewards take; has the run's rows and its tokenizer."""
+    """Turns requests into the rewards' input, with the run's rows and tokenizer."""
 
     def __init__(self, plan: dict[str, Any], settings: GrpoConfig) -> None:
-        """`plan` as the coordinator has it: `rows`, `steps`, `model` and `trust_remote_code`."""
+        """`plan`: see `Coordinator`; uses `rows`, `steps`, `model` and `trust_remote_code`."""
         self._rows: Sequence[dict[str, Any]] = plan["rows"]
         self._steps: int = plan["steps"]
         self._stop = list(settings.stop)
@@ -79,6 +79,6 @@ class Reader:
 
 
 def runs_of(ids: Sequence[int], sampled: Sequence[bool]) -> Iterator[tuple[bool, list[int]]]:
-    """Consecutive tokens that the policy sampled, or that the environment put in, in turn."""
+    """The trajectory in parts of consecutive tokens, either sampled by the policy or added by the environment."""
     for own, run in groupby(zip(sampled, ids, strict=True), key=lambda pair: bool(pair[0])):
         yield own, [token for _, token in run]

@@ -2,13 +2,13 @@
 
     python -m lorapar_ray.grpo.rewards.worker SETTINGS  (JSON, as `RewardProcess` makes it)
 
-No module of this package may import this one: Python would warn, at each start, that it is there already.
+No module of this package may import this one: else Python warns at each start that it is imported already.
 
-The channel is moved aside before any reward is imported: standard input is empty, what rewards print goes to standard
-error, and an answer counts only behind the seal that came with its request, so that a program which writes to every
-open file cannot answer. A reward that reads this process's memory can: it is the user's own code, which model-written
-text must not become (`isolate: true`, `code_tests`). The address space is limited to what the process holds when it is
-ready plus `memory_mb`.
+The channel is moved to other file descriptors before any reward is imported: standard input is empty, rewards print to
+standard error, and an answer counts only after the seal of its request. So a program that writes to every open file
+cannot answer. A reward that reads this process's memory can, but it is the user's own code; model-written code must not
+run here (`isolate: true`, `code_tests`). The address space is limited to what the process holds when it is ready plus
+`memory_mb`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import sys
 from typing import Any
 
 ASIDE = 60
-"""File numbers from which on the channel lies."""
+"""The lowest file descriptor of the channel."""
 
 
 def serve(settings: dict[str, Any]) -> None:
-    """Say that it is ready, or why not, then answer requests until input ends.
+    """Report that it is ready, or why not, then answer requests until input ends.
 
     A request is {number, seal, reward, prompts, completions, columns}, its answer {number, values} or {number, error}.
     """
