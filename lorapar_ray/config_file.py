@@ -204,7 +204,7 @@ def _default(section: type[Section] | None, field: str) -> Any:
     """The default of a part of the config that the file leaves out, so that an override can change one value of it.
 
     For a section: the values that its default sets (`label.resources` has half a CPU); for a list or a dict: the whole
-        default.
+    default.
     """
     if section is None or field not in section.model_fields:
         return {}

@@ -205,7 +205,7 @@ def race(updates: Sequence[Callable[[], Any]], rounds: int, device: torch.device
     """Milliseconds of each optimiser's step in each round, taking turns, after two rounds to warm up.
 
     On a GPU a round is ten steps, from an idle device to an idle device: the time that a training loop waits, for
-        launches or kernels.
+    launches or kernels.
     """
     steps = 10 if device.type == "cuda" else 1
     times: list[list[float]] = [[] for _ in updates]

@@ -319,7 +319,7 @@ class EnginePool:
         """Serve a policy on every engine and verify it; returns the largest canary gap, in nats.
 
         Does not wait for engines that are being rebuilt, unless there is no other: they are verified before their first
-            request.
+        request.
 
         Raises:
             PolicyMismatch: an engine loaded another adapter, or its log-probabilities of the canary tokens are further

@@ -71,7 +71,7 @@ def called_names(tests: str, setup: str = "") -> tuple[str, ...]:
     """The names that the tests call and that are not defined in the tests, the setup or Python.
 
     The program has no influence: if it defines `set` or `sorted`, the tests still call Python's. If every name is
-        Python's, the first called one is used (MBPP has a task to write `sum`).
+    Python's, the first called one is used (MBPP has a task to write `sum`).
 
     Raises:
         UserError: the tests are not a Python program, or call no function.
