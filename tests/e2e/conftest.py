@@ -20,7 +20,7 @@ class FinishedRun(NamedTuple):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> FinishedRun:
-    """Made once, also when several processes share the tests; whoever changes it works on a copy."""
+    """Made once, also if several processes share the tests; a test that changes it uses a copy."""
     base = tmp_path_factory.getbasetemp()
     root = (base if worker_id == "master" else base.parent) / "tiny"
     root.mkdir(exist_ok=True)

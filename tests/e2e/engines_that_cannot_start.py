@@ -1,4 +1,4 @@
-"""What is said of models and settings with which vLLM cannot start, as JSON: the line by case.
+"""The error lines of models and settings with which vLLM cannot start, as JSON by case.
 
 python -m tests.e2e.engines_that_cannot_start MODEL
 """
@@ -34,7 +34,7 @@ def cut_weights(model: Path) -> None:
 
 
 def as_it_is(model: Path) -> None:
-    """The settings are what is wrong."""
+    """Only the settings are wrong."""
 
 
 ENGINE = EngineConfig.model_validate({"dtype": "float32", "max_model_len": 256, "enforce_eager": True})
@@ -51,7 +51,7 @@ CASES: dict[str, tuple[Callable[[Path], None], dict[str, Any]]] = {
 
 async def line(model: Path, settings: dict[str, Any]) -> str:
     engine = EngineConfig.model_validate({**ENGINE.model_dump(), **settings})
-    os.environ.pop("VLLM_WORKER_MULTIPROC_METHOD", None)  # vLLM sets it for good: later starts here would not fork
+    os.environ.pop("VLLM_WORKER_MULTIPROC_METHOD", None)  # vLLM sets it permanently: later starts here would not fork
     arguments = engine_arguments(str(model), engine, seed=0, trust_remote_code=False)
     try:
         started = start_async_llm(arguments, Phases("engine"), "evaluate.engine")

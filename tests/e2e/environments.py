@@ -10,7 +10,7 @@ _seen = 0
 
 
 async def three_turns(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
-    """Three short turns of a chat; the process's first episode goes wrong."""
+    """Three short turns of a chat; the process's first episode fails."""
     global _seen
     _seen += 1
     if _seen == 1:

@@ -1,6 +1,6 @@
-"""Fault injection: engines that say they serve a policy and do not.
+"""Fault injection: engines that claim to serve a policy and do not.
 
-The fault is the word in the file that `FAULT` names, read at each load, so that one engine can go through all of them.
+The file that `FAULT` names holds the fault. It is read at each load, so that one engine can have all faults in turn.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ def fault() -> str:
 
 
 class FaultyLoader(PolicyLoader):
-    """Answers with the digest of the file it was given whatever it did with it."""
+    """Always returns the digest of the given file."""
 
     def lorapar_load_policy(self, adapter: str | None) -> str:
         kind = fault()
@@ -45,7 +45,7 @@ class FaultyLoader(PolicyLoader):
 
 
 class FaultyEngine(EngineActor):
-    """Under the fault `cache` key-value entries outlive their policy."""
+    """With the fault `cache`, key-value entries outlive their policy."""
 
     def _salt(self) -> str:
         return "same" if fault() == "cache" else super()._salt()

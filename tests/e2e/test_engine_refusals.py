@@ -18,7 +18,7 @@ def test_engines_that_cannot_start(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    expected = {  # how the line begins, and what it says of the cause
+    expected = {  # the line's beginning, and the cause in it
         "architecture": ("model '", "architectures ['NobodysForCausalLM'] are not supported"),
         "head size": ("model '", "head_dim 16: vLLM on a CPU knows 32, 64"),
         "cut weights": ("model '", "SafetensorError"),

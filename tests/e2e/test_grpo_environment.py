@@ -32,6 +32,6 @@ def test_episodes_of_several_turns_are_trained_on_as_the_engine_sampled_them(
     for line in (first, second):
         assert line["turns"] == TURNS and line["completion_length"] <= 4 * TURNS < line["trajectory_length"]
         assert line["reward"] == line["reward/environment"] > 0
-        assert line["logprob_gap"] <= 1e-3  # of every turn, behind the environment's tokens, over what top-p kept
+        assert line["logprob_gap"] <= 1e-3  # of every turn, after the environment's tokens, over the kept sets
         assert 0.99 <= line["ratio_min"] <= line["ratio_max"] <= 1.01
     assert (run / "grpo" / "adapter" / "adapter_model.safetensors").is_file()

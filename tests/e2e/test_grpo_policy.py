@@ -1,4 +1,4 @@
-"""The proof of the served policy: every way in which an engine could serve another one is injected, and is caught."""
+"""The check of the served policy detects every injected way in which an engine could serve another policy."""
 
 import asyncio
 import os
@@ -48,7 +48,7 @@ class Source:
 
     @torch.no_grad()
     def next(self, *modules: str) -> tuple[Any, list[Canary]]:
-        """Another policy; with `modules` an adapter of those alone."""
+        """Another policy; with `modules` an adapter of only these."""
         self.version += 1
         generator = torch.Generator().manual_seed(self.version)
         sent = {key: it for key, it in self.parameters.items() if not modules or key.split(".")[-3] in modules}
@@ -86,7 +86,7 @@ def test_a_policy_that_is_not_the_learners_is_caught_and_a_hanging_engine_replac
         await ratios_of_a_cut_distribution(pool, source)
         for kind in ("stale", "half", "wrong", "scale", "digest", "cache"):
             fault.write_text(kind)
-            if kind == "cache":  # the entries that will be stale are made under the fault
+            if kind == "cache":  # these entries are created with the fault, and become stale
                 await pool.publish(*source.next())
             with pytest.raises(PolicyMismatch, match=r"serve policy|loaded another"):
                 await pool.publish(*source.next())
@@ -165,7 +165,7 @@ async def ratios_of_a_cut_distribution(pool: EnginePool, source: Source) -> None
 
 
 async def many_seeded_prompts(pool: EnginePool) -> None:
-    """More than fit in one step, each with a seed: the same tokens whatever is computed beside them."""
+    """More than fit in one step, each with a seed: other sequences in the batch do not change the tokens."""
     prompts = [[7 + (n * k) % 4000 for k in range(1, 101)] for n in range(1, 9)]
     together, alone = await sampled(pool, prompts), await sampled(pool, prompts[:1])
     assert alone == together[:1]
@@ -173,7 +173,7 @@ async def many_seeded_prompts(pool: EnginePool) -> None:
 
 
 async def kill_while_it_loads(pool: EnginePool, source: Source) -> None:
-    """An engine that dies during a call to its workers, which vLLM leaves without an answer."""
+    """An engine that dies during a call to its workers, which vLLM never answers."""
     [told] = await asyncio.gather(*(engine.start.remote() for engine in pool._engines))
     stop_the_engine_of(told["pid"])
     publishing = asyncio.create_task(pool.publish(*source.next()))
@@ -184,7 +184,7 @@ async def kill_while_it_loads(pool: EnginePool, source: Source) -> None:
 
 
 async def given_back_in_the_middle(pool: EnginePool, sampling: dict[str, Any]) -> None:
-    """What goes on where it was broken off is what the policy would have said."""
+    """An interrupted completion continues with the tokens that the policy would have sampled."""
     [engine] = pool._engines
     rollout = asyncio.create_task(pool.rollout("group", TOKENS, sampling))
     seen: dict[str, int] = {}
@@ -206,6 +206,6 @@ async def sampled(pool: EnginePool, prompts: list[list[int]]) -> list[list[list[
 
 
 def stop_the_engine_of(pid: int, how: int = signal.SIGSTOP) -> None:
-    """Freeze an actor's engine, so that it neither dies nor answers, or end it."""
+    """Stop an actor's engine, so that it neither dies nor answers, or kill it."""
     for child in psutil.Process(pid).children(recursive=True):
         os.kill(child.pid, how)

@@ -68,7 +68,7 @@ def cluster(environment: dict[str, str], folder: str) -> Iterator[tuple[str, lis
 
 @contextmanager
 def watched(exporters: list[str]) -> Iterator[set[str]]:
-    """Collects our metrics as Prometheus would while the block runs: `name figure` or `name work` of each."""
+    """Collects our metrics like Prometheus while the block runs: `name figure` or `name work` of each."""
     seen: set[str] = set()
 
     def scrape() -> None:

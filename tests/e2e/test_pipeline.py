@@ -1,4 +1,4 @@
-"""The whole pipeline on a tiny student with real engines, and what must be true of what it leaves."""
+"""The whole pipeline on a tiny student with real engines, and checks of its results."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_a_stage_changes_its_region_and_not_one_bit_outside(
 
 
 def test_both_stages_learn(finished: FinishedRun) -> None:
-    """A sign error in a loss, advantages in another order and a mask that lets nothing through make this fail."""
+    """A sign error in a loss, shuffled advantages, or a mask that trains nothing makes this fail."""
     losses = [line["loss"] for line in metrics(finished.run, "sft")]
     assert losses[0] > 11 and fmean(losses[-4:]) < 9
     rewards = [line["reward"] for line in metrics(finished.run, "grpo")]
@@ -130,7 +130,7 @@ def test_what_is_exported_says_the_same(finished: FinishedRun, tmp_path: Path) -
 
 
 def logprobs(model: torch.nn.Module) -> torch.Tensor:
-    """Of each token of TOKENS after the first."""
+    """Log-probability of each token of TOKENS after the first."""
     with torch.no_grad():
         rows = model(torch.tensor([TOKENS])).logits.log_softmax(-1)[0, :-1]
     return rows.gather(1, torch.tensor(TOKENS[1:])[:, None])[:, 0]

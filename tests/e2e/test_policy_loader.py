@@ -1,4 +1,4 @@
-"""How policies are written into vLLM's models; what engines serve afterwards is in test_grpo_policy.py."""
+"""How policies are written into vLLM's models; test_grpo_policy.py tests what engines serve afterwards."""
 
 import json
 import subprocess

@@ -23,7 +23,7 @@ ASKED: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0}
 
 
 Server = tuple[subprocess.Popen[str], str]
-"""The command at work, and where it listens."""
+"""The running command, and its address."""
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def client(server: Server) -> OpenAI:
 
 
 def ask(client: OpenAI, model: str, question: str) -> tuple[str, str, str | None]:
-    """(the model that answered, what it said, the System that `auto` chose)"""
+    """(the model that answered, its answer, the System that `auto` chose)"""
     message: list[Any] = [{"role": "user", "content": question}]
     raw = client.chat.completions.with_raw_response.create(model=model, messages=message, **ASKED)
     answer = raw.parse()

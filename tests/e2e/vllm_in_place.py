@@ -1,4 +1,4 @@
-"""vLLM's own Llama as a GPU holds it, its weights not repacked: what loading a policy in place does to it, as JSON.
+"""Loads a policy in place into vLLM's Llama in a GPU's layout (weights not repacked); prints the result as JSON.
 
 python vllm_in_place.py MODEL
 """

@@ -22,4 +22,4 @@ if __name__ == "__main__":
         logprobs.append([entry[token].logprob for entry, token in pairs])
     llm.llm_engine.engine_core.shutdown()  # its process would outlive this one and hold the output open
     print(json.dumps(logprobs), flush=True)
-    os._exit(0)  # the CPU engine's threads may abort an orderly exit; the answer is out
+    os._exit(0)  # the CPU engine's threads may abort a normal exit; the answer is already written

@@ -1,8 +1,8 @@
-"""Several machines on this one, by Linux namespaces: each has an address, a disk, process numbers, a host name, shared
-memory and a home of its own, and shares one folder with the others.
+"""Several machines on this one, by Linux namespaces: each has its own address, disk, process ids, host name, shared
+memory and home, and shares one folder with the others.
 
-A machine's disk is this machine's as far as it is only read (the installed software); what it writes, it alone sees.
-Its name resolves to 127.0.1.1 there, as Debian sets it up. Needs root, `ip` (iproute2), bridges, veth and overlayfs.
+A machine reads this machine's disk (the installed software); only it sees what it writes. Its name resolves to
+127.0.1.1, as on Debian. Needs root, `ip` (iproute2), bridges, veth and overlayfs.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pathlib import Path
 import psutil
 
 BRIDGE = "lp"
-"""Begins the names of network interfaces, which may have 15 characters."""
+"""Prefix of network interfaces' names, which may have 15 characters."""
 HOME = "/home/node"
 SHARED = "/shared"
 WRITTEN = "/srv"
-"""What a machine has written to its disk, `/tmp` aside."""
+"""Files that a machine has written to its disk, except `/tmp`."""
 
 # Runs as process 1 of a machine: the disk, then it waits for orphans, as an init does, until it is killed.
 INIT = """
@@ -69,14 +69,14 @@ _networks = itertools.count()
 
 
 class Machine:
-    """One of them, switched on."""
+    """One running machine."""
 
     def __init__(self, name: str, address: str, own: Path, init: subprocess.Popen[str], cable: str) -> None:
         self.name = name
         self.address = address
         self.own = own
         self.cable = cable
-        """The network interface of this machine at whose other end it is."""
+        """This machine's end of the link to it."""
         self._unshare = init
         [child] = psutil.Process(init.pid).children()
         self.init = child.pid
@@ -126,11 +126,11 @@ class Machine:
 
     @property
     def tmp(self) -> Path:
-        """Its `/tmp`, as this machine sees it."""
+        """Its `/tmp`, by this machine's path."""
         return self.own / "tmp"
 
     def processes(self) -> dict[int, str]:
-        """What runs there: command line by its number on this machine."""
+        """Its processes: command line by pid on this machine."""
         found = {}
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
@@ -139,20 +139,20 @@ class Machine:
         return found
 
     def traffic(self) -> tuple[int, int]:
-        """Bytes that it has sent and received since it was switched on."""
+        """Bytes sent and received since its start."""
         counters = Path("/sys/class/net") / self.cable / "statistics"
         return int((counters / "rx_bytes").read_text()), int((counters / "tx_bytes").read_text())
 
     def unplug(self) -> None:
-        """Cut it off from the network; its processes go on."""
+        """Cut it off from the network; its processes continue."""
         _ip("link", "set", self.cable, "down")
 
     def plug_in(self) -> None:
-        """Heal that."""
+        """Connect it again."""
         _ip("link", "set", self.cable, "up")
 
     def switch_off(self) -> None:
-        """End it with everything that runs there, as a power failure does."""
+        """End it with all of its processes, like a power failure."""
         with suppress(ProcessLookupError):
             os.kill(self.init, signal.SIGKILL)  # the kernel ends every process of its namespace
         for process in self._started:
@@ -162,10 +162,10 @@ class Machine:
 
 @contextmanager
 def machines(names: Sequence[str], folder: Path, shm: str = "2g") -> Iterator[dict[str, Machine]]:
-    """Switch machines on while the block runs, this one being a further one on their network.
+    """Run machines while the block runs; this machine is also on their network.
 
     Args:
-        folder: for their disks; `folder / "shared"` is what they all see as `SHARED`.
+        folder: for their disks; all see `folder / "shared"` as `SHARED`.
         shm: size of their shared memory.
     """
     _remove_abandoned()
@@ -198,7 +198,7 @@ def machines(names: Sequence[str], folder: Path, shm: str = "2g") -> Iterator[di
 
 
 def why_not() -> str:
-    """Why this machine cannot have such machines inside; empty if it can."""
+    """Why this machine cannot run such machines; empty if it can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "network namespaces need Linux and root"
     for tool in ("ip", "unshare", "nsenter", "pivot_root"):
@@ -260,7 +260,7 @@ def _end_with_the_parent() -> None:
 
 
 def _remove_abandoned() -> None:
-    """Bridges of tests that were killed; everything else of them has ended with them."""
+    """Remove bridges of killed tests; everything else has ended with these tests."""
     for link in Path("/sys/class/net").glob(f"{BRIDGE}[0-9]*.*"):
         owner = link.name.removeprefix(BRIDGE).partition(".")[0]
         if (link / "bridge").is_dir() and owner.isdecimal() and not psutil.pid_exists(int(owner)):

@@ -1,4 +1,4 @@
-"""The tiny run over machines: where its parts go, and how it is submitted from a machine that is none of them."""
+"""The tiny run on several machines: the places of its parts, and its submission from another machine."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tests.tiny_run import tiny_config, write_config
 
 STEPS = 8
 TRAINING = {"cpus": 1.5, "threads": 1, "nodes": {"group": "in(teachers,training)"}}
-"""A node has two CPUs, so two of these are on two nodes."""
+"""A node has two CPUs, so two of these need two nodes."""
 ENGINES = {"cpus": 1, "nodes": {"group": "engines"}}
 SMALL = 1e-3
-"""Learning rate with which the last bit of a sum, taken in another order after a loss, changes no sampled token."""
+"""Learning rate with which rounding (sums in another order after a loss) changes no sampled token."""
 REWARD = '''
 def letters(prompts, completions, **_):
     """Share of characters that are lower-case letters."""
@@ -26,16 +26,16 @@ def letters(prompts, completions, **_):
 
 
 class Sent(NamedTuple):
-    """What a client hands over."""
+    """The files and the run of a client."""
 
     cluster: Topology
     folder: Path
-    """Sent to the cluster, whose machines see nothing else of the client."""
+    """Sent to the cluster; its machines see nothing else of the client."""
     shared: Path
-    """What they see as `SHARED`; the client of a real cluster would not."""
+    """The folder that they see as `SHARED`; a real cluster's client does not see it."""
 
     def submit(self, run: str, *options: str) -> subprocess.Popen[str]:
-        """`lorapar submit`, begun in the folder; standard error goes with standard output."""
+        """Start `lorapar submit` in the folder; standard error goes to standard output."""
         return subprocess.Popen(
             self.command(run, *options),
             cwd=self.folder,
@@ -52,7 +52,7 @@ class Sent(NamedTuple):
 
 
 def placed_config() -> dict[str, Any]:
-    """The tiny config with a machine for each part, and a reward that only the folder holds."""
+    """The tiny config with a machine for each part, and a reward that is only in the folder."""
     config = tiny_config(Path(SHARED, "student"))
     for teacher in config["label"]["teachers"]:
         teacher["resources"] |= {"nodes": {"group": "teachers"}}

@@ -1,4 +1,4 @@
-"""Broken setups on machines whose disks, packages and tokens really differ: each ends in one line that names it."""
+"""Broken setups on machines whose disks, packages and tokens really differ: one line names each fault."""
 
 import secrets
 import shlex
@@ -28,7 +28,7 @@ METADATA = next(place_of("peft").parent.glob("peft-*.dist-info")) / "METADATA"
 
 
 def doctor(sent: Sent, run_dir: str = f"{SHARED}/runs/asked", *options: str) -> str:
-    """What `lorapar doctor --cluster` says on the head."""
+    """The output of `lorapar doctor --cluster` on the head."""
     (sent.shared / "run.yaml").write_text((sent.folder / "run.yaml").read_text())
     head = sent.cluster.on["head"]
     command = ["lorapar", "doctor", "--cluster", "-c", f"{SHARED}/run.yaml", "-d", run_dir, *options]
@@ -90,7 +90,7 @@ def test_a_package_of_another_version_and_one_that_is_missing(sent: Sent) -> Non
 
 
 def handed_to(sent: Sent, address: str, **environment: str) -> str:
-    """Status and words of a submission that is not followed."""
+    """Exit status and output of a submission that is not followed."""
     command = [*sent.command("runs/asked", "--no-check", "--no-follow")]
     command[command.index("--address") + 1] = address
     given = sent.cluster.client(HOME=str(sent.folder.parent), **environment)
@@ -106,8 +106,8 @@ def test_no_token_and_a_wrong_one(sent: Sent) -> None:
 
 
 def test_ports_that_are_taken_and_a_token_where_none_is_wanted(sent: Sent, tmp_path: Path) -> None:
-    """On a machine by itself: first something else answers at the dashboard's port, then a Ray that wants no token has
-    the usual ports."""
+    """On a separate machine: first another server has the dashboard's port, then a Ray without a token has the usual
+    ports."""
     with machines(["alone"], tmp_path) as on:
         alone = on["alone"]
         other = f"http://{alone.address}:8265"

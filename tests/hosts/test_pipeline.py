@@ -1,5 +1,5 @@
-"""The whole pipeline on three machines: teachers on one, engines on another, two learners on two. It is submitted from
-a fourth that sees neither their disks nor the folder that they share."""
+"""The whole pipeline on three machines: teachers on one, engines on another, two learners on two. A fourth machine,
+which sees neither their disks nor their shared folder, submits it."""
 
 import json
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ pytestmark = pytest.mark.hosts
 
 
 KEPT = ("safetensors", "parquet", "arrow", "sqlite", "jsonl")
-"""Kinds of file that a run consists of."""
+"""Kinds of files of a run."""
 
 
 def machines_of(what: str, titles: Mapping[str, set[str]]) -> set[str]:
-    """Where a kind of Ray process ran."""
+    """The machines on which a kind of Ray process ran."""
     return {name for name, seen in titles.items() if any(title.startswith(f"ray::{what}") for title in seen)}
 
 
@@ -38,7 +38,7 @@ def test_every_part_runs_where_it_should(far: FarRun) -> None:
 
 
 def test_nothing_of_the_run_is_left_on_a_machine_s_own_disk(far: FarRun, sent: Sent) -> None:
-    """Nor on the client's: what a run keeps lies in its directory."""
+    """Nor on the client's: all files of a run are in its directory."""
     assert far.status == 0, far.output[-3000:]
     kept = [word for suffix in KEPT for word in ("-o", "-name", f"*.{suffix}")][1:]
     for name, machine in sent.cluster.on.items():
