@@ -5,7 +5,7 @@ from __future__ import annotations
 from lorapar_ray.config import Config, Resources, TeacherConfig
 
 Groups = dict[str, tuple[int, Resources]]
-"""By the group's name, the number of its processes, the fewest of a range, and the resources of each."""
+"""For each group its number of processes, the fewest of a range, and the resources of each process."""
 HINTS = {"label": "label.teachers"}
 """For each stage the setting to lower, if it is not the number of the first group."""
 

@@ -109,7 +109,7 @@ class Coordinator:
         await self._sampler.grow()  # the learners have what they need
 
     async def make_room(self) -> None:
-        """Before learners begin again, which may need the room of the extra engines."""
+        """Called before learners restart, which may need the resources of the extra engines."""
         await self._sampler.make_room()
 
     async def calibrate(self, canaries: list[Canary], least: float) -> float:
@@ -135,8 +135,8 @@ class Coordinator:
 
         Returns:
             seconds and bytes of the sync, the largest canary gap (mean absolute log-probability difference in nats),
-            the engines' idle share since the last sync, prompts of the steps that begin now, engines that can be
-            asked, engines replaced so far, groups lost with their nodes so far, and finished steps in the queue.
+            the engines' idle share since the last sync, prompts of the steps that begin now, available engines, engines
+            replaced so far, groups lost with their nodes so far, and finished steps in the queue.
 
         Raises:
             PolicyMismatch: see `EnginePool.publish`.

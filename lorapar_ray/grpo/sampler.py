@@ -26,12 +26,12 @@ groups in flight have few running sequences left; queued groups go to the engine
 
 @dataclass(frozen=True)
 class Counts:
-    """What a sampler has counted since it started."""
+    """A sampler's counts since its start."""
 
     busy_seconds: float = 0.0
     """Seconds with a request in flight, summed over the engines."""
     working: int = 0
-    """Engines that can be asked now."""
+    """Engines that are available now."""
     replaced: int = 0
     """Engines replaced."""
     lost: int = 0
@@ -42,7 +42,7 @@ class Counts:
 
 
 class Sampler:
-    """Lives in one event loop: the coordinator's, or that of an actor (see `Shards`). Its processes end with it."""
+    """Used in one event loop: the coordinator's, or that of an actor (see `Shards`). Its processes end with it."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Sampler:
         return await self._rollouts.groups(indices, step, attempt)
 
     async def counts(self) -> Counts:
-        """What was counted so far."""
+        """The counts so far."""
         pool = self._engines
         return Counts(pool.busy_seconds(), pool.working, pool.replaced, self._rollouts.lost)
 

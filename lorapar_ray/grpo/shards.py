@@ -1,4 +1,4 @@
-"""Several samplers, each an actor with its part of the engines: what one process cannot handle for hundreds of engines.
+"""Several samplers, each an actor with its part of the engines, since one process cannot handle hundreds of engines.
 
 The coordinator sends each shard its part of a step's prompts in one call, and gets rewards, lengths and references
 back. So its own work no longer grows with the number of requests to engines and reward workers.
@@ -26,7 +26,8 @@ from lorapar_ray.waiting import awaited
 from lorapar_ray.workers import beside_the_driver
 
 ENGINES_EACH = 64
-"""`rollout_shards: auto`: one process handles about 500 groups a second, which so many engines do not need."""
+"""Engines per shard with `rollout_shards: auto`: one process handles about 500 groups per second, more than this many
+engines sample."""
 
 
 class Shards:
@@ -114,7 +115,7 @@ def parts_of(plan: dict[str, Any], count: int) -> list[dict[str, Any]]:
 
 
 async def _answers(calls: Sequence[Any]) -> list[Any]:
-    """What the shards return. If this is cancelled, so are the calls, and they have ended when it returns."""
+    """The shards' results. If this is cancelled, the calls are cancelled too, and have ended when it returns."""
     import ray
 
     tasks = [asyncio.ensure_future(awaited(call)) for call in calls]
@@ -126,6 +127,6 @@ async def _answers(calls: Sequence[Any]) -> list[Any]:
         await asyncio.gather(*(awaited(call) for call in calls), return_exceptions=True)
         raise
     except ray.exceptions.RayActorError as error:
-        if not isinstance(error, ray.exceptions.RayTaskError):  # not an engine's or a worker's, which a shard reports
+        if not isinstance(error, ray.exceptions.RayTaskError):  # the shard's own end, not a reported error
             os._exit(1)
         raise

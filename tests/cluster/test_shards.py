@@ -1,4 +1,4 @@
-"""Stage 2's sampling in several processes: what the coordinator gets back, and what it does when one of them dies."""
+"""Stage 2's sampling in several processes: their results, and the coordinator when one of them dies."""
 
 import asyncio
 import os
@@ -17,7 +17,7 @@ from tests.cluster.test_coordinator import Engine, plan
 pytestmark = pytest.mark.cluster
 PROMPTS = 7
 ENDLESS = 99
-"""A version that takes for ever to load."""
+"""A version that never finishes loading."""
 
 
 class Slow(Engine):
@@ -30,7 +30,7 @@ class Slow(Engine):
 
 
 class Dying(Engine):
-    """A fault: its process ends when it is asked about a prompt."""
+    """Fault injection: its process ends when it gets a prompt."""
 
     def _rollout(self, *_: Any) -> tuple[Any, Any]:
         os._exit(1)
@@ -55,7 +55,7 @@ def test_groups_come_back_in_their_order_and_what_is_cancelled_has_ended(cluster
         assert await parts.publish(policy(), []) == 0.0
         found = await parts.groups(range(PROMPTS), 0, 0)
         assert [group.index for group in found] == list(range(PROMPTS))
-        # completions are the numbers 0 and 1, and the answer is one of them
+        # completions are the numbers 0 and 1; one of them is the answer
         assert [group.rewards for group in found] == [[1.0, 0.0] if n % 2 == 0 else [0.0, 1.0] for n in range(PROMPTS)]
         records = ray.get([group.record for group in found])
         assert [record.token_ids.tolist() for record in records] == [[32, 33]] * PROMPTS

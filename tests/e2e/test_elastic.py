@@ -1,4 +1,4 @@
-"""Groups of workers on a cluster whose nodes come and go: processes of one machine that Ray takes for nodes."""
+"""Groups of workers on a cluster whose nodes come and go; the nodes are processes of one machine."""
 
 import shutil
 import threading
@@ -51,7 +51,7 @@ def end_processes(kind: str) -> None:
 
 
 class Stage:
-    """A stage at work in a thread, until it is stopped."""
+    """A stage that runs in a thread until it is stopped."""
 
     def __init__(self, name: str, work: Callable[[Config, RunDirectory], object], config: Config, run: RunDirectory):
         self.name, self.run = name, run
@@ -89,7 +89,7 @@ def test_stage_1_goes_on_with_the_workers_that_there_are(
     checkpoints = run.work / "sft" / "checkpoints"
 
     def checkpoint_of(workers: int, begun: int) -> bool:
-        """Whether the newest checkpoint is of so many workers, and of a step after `begun`."""
+        """Whether the newest checkpoint has this number of workers, and a step after `begun`."""
         newest = last_checkpoint(checkpoints, 1)
         return newest is not None and newest[1] > begun and len([*Path(newest[0]).glob("rng-*")]) == workers
 
@@ -126,7 +126,7 @@ def test_stage_2_goes_on_with_the_engines_that_there_are(
     stage = Stage("grpo", train_stage2, config.model_copy(update={"grpo": config.grpo.model_copy(update=more)}), run)
 
     def steps_by(engines: int, count: int) -> bool:
-        """Whether the last `count` steps were sampled by so many engines."""
+        """Whether this number of engines sampled the last `count` steps."""
         return [line["engines"] for line in stage.lines()[-count:]] == [engines] * count
 
     stage.wait_for(lambda: steps_by(1, 3))

@@ -1,4 +1,4 @@
-"""`kill -9` or Ctrl-C in the middle of a stage: the same command goes on and ends where an undisturbed run does."""
+"""`kill -9` or Ctrl-C during a stage: the same command resumes, and its results equal those of an undisturbed run."""
 
 import json
 import os
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.e2e
 
 
 def copy_before(finished: FinishedRun, stage: str, target: Path) -> Path:
-    """A copy of the finished run in which `stage` and everything after it has not happened."""
+    """A copy of the finished run without `stage` and all later stages."""
     shutil.copytree(finished.run, target)
     manifest = json.loads((target / "manifest.json").read_text())
     for name in STAGES[STAGES.index(stage) :]:
@@ -66,13 +66,14 @@ def weights(adapter: Path) -> dict[str, torch.Tensor]:
 
 
 def stored_votes(run: Path) -> dict[tuple[bytes, bytes], float]:
-    """Every answer in the run's vote store with its latency, by (question, teacher); one asked again gets another."""
+    """Every answer in the run's vote store with its latency, by (question, teacher); a repeated request gets another
+    latency."""
     if not (run / "work" / "votes.sqlite").is_file():
         return {}
     with closing(sqlite3.connect(run / "work" / "votes.sqlite", timeout=30)) as store:
         try:
             return {(q, t): s for q, t, s in store.execute("SELECT question, teacher, latency_s FROM answers")}
-        except sqlite3.OperationalError:  # the store is being made
+        except sqlite3.OperationalError:  # the store is being created
             return {}
 
 
@@ -117,7 +118,7 @@ def engines_of(root: int, replica: str) -> list[psutil.Process]:
 
 
 def title(process: psutil.Process) -> str:
-    """A process's command line, or what it calls itself; empty once it has ended."""
+    """A process's command line, or its title; empty once it has ended."""
     try:
         return " ".join(process.cmdline())
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
