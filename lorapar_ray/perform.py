@@ -58,7 +58,7 @@ def performing(
         inputs: everything that changes its result (see `standing.inputs_of`).
         spent: seconds that it has run before it was interrupted.
         aside: folder of the results that it replaces. They are restored if it ends before it has written anything, and
-        removed once it has finished.
+            removed once it has finished.
         sharing: runs whose stages the block does together; each took its share of the seconds.
 
     Raises:

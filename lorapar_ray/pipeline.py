@@ -111,7 +111,8 @@ def require_leave(config: Config, run: RunDirectory, stages: Sequence[str], redo
     """Check before anything starts that no finished result or checkpoint would be replaced without `redo`.
 
     Args:
-        stages: what is to run. redo: the stages that may be replaced, and with them those that use their results.
+        stages: what is to run.
+        redo: the stages that may be replaced, and with them those that use their results.
 
     Raises:
         UserError: names what has changed or is damaged, what that would replace, and how to allow it; or the stage that

@@ -57,7 +57,8 @@ def growing(count: int, version: int, begun: GroupRecord | None) -> list[Growing
     """The state from which a group's completions continue.
 
     Args:
-        version: of the policy served now, for completions without a token. begun: tokens already sampled elsewhere.
+        version: of the policy served now, for completions without a token.
+        begun: tokens already sampled elsewhere.
     """
     if begun is None:
         return [Growing(version) for _ in range(count)]

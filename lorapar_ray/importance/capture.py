@@ -49,8 +49,8 @@ def gradient_sums(peft_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> G
 
     Raises:
         UserError: an adapted layer does not get every token of the batch (for example an expert), so its gradient
-        cannot be split by example; or is used more than once; or is not a plain LoRA. ValueError: an example without a
-        labelled token.
+            cannot be split by example; or is used more than once; or is not a plain LoRA.
+        ValueError: an example without a labelled token.
     """
     with scoring(peft_model) as scorer:
         sums = scorer.new_sums()

@@ -48,8 +48,9 @@ class RemoteTeacher:
         """Log-probabilities of the choices among the endpoint's top alternatives.
 
         Raises:
-            ConnectionError: a status worth a retry. Refused: any other error status. ValueError: an answer without a
-                choice.
+            ConnectionError: a status worth a retry.
+            Refused: any other error status.
+            ValueError: an answer without a choice.
         """
         if self._config.endpoint == "chat":
             return await self._chat(prompt, choices)

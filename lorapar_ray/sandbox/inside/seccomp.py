@@ -65,7 +65,7 @@ def program(*, processes: bool, metadata: bool, execute: bool | None = None, pid
         processes: whether it may start processes; threads are always allowed.
         execute: whether it may execute another program; None: as `processes`.
         metadata: whether it may change modes, owners and times of files, read attributes, and lock files (if all files
-        are its own).
+            are its own).
         pid: the filtered process, which may then signal only itself; None: any process that it can see.
     """
     denied = _ERRNO | errno.EPERM
