@@ -7,6 +7,7 @@ from typing import Any
 
 from lorapar_ray.config import Config, ModelConfig
 from lorapar_ray.errors import UserError
+from lorapar_ray.heavy_imports import import_peft
 from lorapar_ray.models import loading, model_reference, resolve_model
 from lorapar_ray.precision import torch_dtype
 from lorapar_ray.runs import RunDirectory
@@ -35,6 +36,7 @@ def load_base(model: ModelConfig, path: str, on: Any = None) -> Any:
     Raises:
         UserError: the model cannot be loaded, or `model.quantization` without bitsandbytes.
     """
+    import_peft()  # an adapter is attached next
     from transformers import AutoModelForCausalLM
 
     path = resolve_model(path)

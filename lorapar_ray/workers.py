@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from lorapar_ray.capacity import losses_told, require
 from lorapar_ray.config import Resources
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import write_json
-from lorapar_ray.heavy_imports import without_collecting
+from lorapar_ray.heavy_imports import import_peft
 from lorapar_ray.redact import redact
 from lorapar_ray.storage.workspace import Handed, workspace
 from lorapar_ray.threads import in_a_thread
@@ -117,8 +116,7 @@ def _work(task: dict[str, Any]) -> None:
         refusal: Path = rebased(task["refusal"])
         if refusal.is_file():
             return
-        with without_collecting():
-            import_module("peft")  # torch and transformers with it: what each of these functions begins with
+        import_peft()  # torch and transformers with it: what each of these functions begins with
         try:
             task["function"](rebased(task["argument"]))
         except UserError as error:
@@ -134,6 +132,7 @@ def on_a_worker(
     resources: Resources | None = None,
     run: RunDirectory | None = None,
     writes: Sequence[Path] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> Any:
     """Run `function(*arguments)` as a Ray task and wait for what it returns.
 
@@ -142,6 +141,7 @@ def on_a_worker(
         resources: None: no core of its own, and no GPU.
         run: paths of it in the arguments are right where the task runs; None: there are none.
         writes: files and folders of the run that the function writes.
+        environment: more variables of the process, which runs no task with others.
 
     Raises:
         UserError: as the task raised it.
@@ -149,7 +149,8 @@ def on_a_worker(
     import ray
 
     asked = Resources(cpus=0) if resources is None else resources
-    task = ray.remote(_told).options(**ray_options(asked), runtime_env={"env_vars": worker_environment(asked)})
+    variables = {**worker_environment(asked), **(environment or {})}
+    task = ray.remote(_told).options(**ray_options(asked), runtime_env={"env_vars": variables})
     with nullcontext() if run is None else run.shared(*writes) as handed:
         result, problem = ray.get(task.remote(function, arguments, handed))
     if problem is not None:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from lorapar_ray.adapters.keys import adapter_parameters
-from lorapar_ray.adapters.merge import base_name
 from lorapar_ray.adapters.store import CONFIG, WEIGHTS, load_adapter, save_adapter
 from lorapar_ray.boundary import boundary, read_object, read_tensors
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import atomic_path
+from lorapar_ray.mergeable import base_name
 
 ANY_VALUE = frozenset(
     {

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lorapar_ray.adapters.keys import ADAPTER
+from lorapar_ray.mergeable import PREFIX
 
-PREFIX = "base_model.model."
 """What PEFT puts before a module's name."""
 
 

@@ -8,18 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PREFIX = "base_model.model."
+from lorapar_ray.mergeable import base_name
 
 
 def lora_scaling(settings: Mapping[str, Any]) -> float:
     """s = alpha / r, or alpha / √r for rank-stabilised LoRA; `settings` as in `adapter_config.json`."""
     rank, alpha = float(settings["r"]), float(settings["lora_alpha"])
     return alpha / rank**0.5 if settings.get("use_rslora") else alpha / rank
-
-
-def base_name(key: str) -> str:
-    """Checkpoint name of the base weight that an adapter key adapts."""
-    return key.removeprefix(PREFIX).replace(".lora_A.", ".").replace(".lora_B.", ".")
 
 
 @torch.no_grad()

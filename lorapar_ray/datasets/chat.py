@@ -14,6 +14,7 @@ from typing import Any
 
 from lorapar_ray.boundary import read_object
 from lorapar_ray.errors import UserError
+from lorapar_ray.heavy_imports import is_ray_worker, leave_out_torch
 from lorapar_ray.models import loading
 from lorapar_ray.text import one_line
 
@@ -171,6 +172,17 @@ def load_encoder(model_path: str, system_prompt: str | None, trust_remote_code: 
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Encoder(tokenizer, system_prompt, _model_ends(model_path))
+
+
+def load_encoder_alone(model_path: str, system_prompt: str | None, trust_remote_code: bool = False) -> Encoder:
+    """`load_encoder` for a Ray worker in which nothing else of transformers is used: without torch.
+
+    A tokenizer with code of its own may need anything, and a process that is no Ray worker has other work too: there it
+    is `load_encoder`.
+    """
+    if not trust_remote_code and is_ray_worker():
+        leave_out_torch()
+    return load_encoder(model_path, system_prompt, trust_remote_code)
 
 
 def _model_ends(model_path: str) -> tuple[int, ...]:

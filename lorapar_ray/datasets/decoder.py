@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lorapar_ray.config import ModelConfig, Resources
-from lorapar_ray.datasets.chat import load_encoder
+from lorapar_ray.datasets.chat import load_encoder_alone
 from lorapar_ray.errors import UserError
 from lorapar_ray.models import model_reference, resolve_model
 from lorapar_ray.workers import beside_the_driver, worker_environment
@@ -23,7 +23,7 @@ class Decoder:
     def start(self) -> list[int] | str:
         """Load the tokenizer; returns the tokens at which sampling stops, or the message of a user's error."""
         try:
-            self._encoder = load_encoder(resolve_model(self._model), None, self._trust)
+            self._encoder = load_encoder_alone(resolve_model(self._model), None, self._trust)
             ends: list[int] = self._encoder.end_ids
         except UserError as error:
             return str(error)

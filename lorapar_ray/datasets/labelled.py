@@ -8,7 +8,7 @@ from typing import Any
 
 from lorapar_ray.boundary import parquet_batches, read_object
 from lorapar_ray.config import Config
-from lorapar_ray.datasets.chat import load_encoder
+from lorapar_ray.datasets.chat import load_encoder_alone
 from lorapar_ray.datasets.rows import COLUMNS
 from lorapar_ray.datasets.tables import reject, reject_table
 from lorapar_ray.datasets.tokens import ROWS_PER_BATCH, Selection, TokenTable, key_of, write_tokens
@@ -108,6 +108,7 @@ def _tokens(config: Config, run: RunDirectory, name: str, files: list[Path], col
             key,
             run=run,
             writes=[target],
+            environment={"LORAPAR_TASK": "tokenise"},  # a process of its own: transformers has no torch in it
         )
         write_json(_written(target), {"sha256": prints.of_file(target)})
     return target
@@ -127,6 +128,6 @@ def _written(target: Path) -> Path:
 def _tokenise(
     model: dict[str, Any], path: str, files: list[str], columns: dict[str, type], target: str, key: str
 ) -> None:
-    encoder = load_encoder(resolve_model(path), model["system_prompt"], model["trust_remote_code"])
+    encoder = load_encoder_alone(resolve_model(path), model["system_prompt"], model["trust_remote_code"])
     batches = (rows for file in files for rows in parquet_batches(Path(file), columns, ROWS_PER_BATCH))
     write_tokens(batches, encoder, Path(target), key)

@@ -6,15 +6,14 @@ they are small compared with its free memory, else in pinned host memory, so tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lorapar_ray.adapters.merge import base_name
-from lorapar_ray.models import model_folder, resolve_model
+from lorapar_ray.models import model_folder
 
 RESIDENT_SHARE = 0.1
 """Share of a GPU's free memory for a resident copy of the adapted weights; larger copies are pinned."""
@@ -69,30 +68,6 @@ def kept_on(files: Mapping[str, Tensor], names: Iterable[str], device: torch.dev
     size = sum(files[name].nbytes for name in names)
     free, _ = torch.cuda.mem_get_info(device)
     return KeptWeights(files, device, resident=size <= RESIDENT_SHARE * free)
-
-
-def unmergeable(model: str, adapter_keys: Iterable[str]) -> list[str]:
-    """`missing_from` for a model on a machine that has it; empty if it must first be downloaded from the hub."""
-    folder = Path(resolve_model(model))
-    return missing_from(BaseWeights(folder), adapter_keys) if folder.is_dir() else []
-
-
-def not_in_the_files(missing: Sequence[str], model: str) -> str:
-    """One line about weights that cannot be merged."""
-    return (
-        f"grpo.sync: merged computes base + s·BA from the files of '{model}', which do not hold '{missing[0]}'"
-        f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''} under the adapter's name for it; "
-        "set grpo.sync: adapter"
-    )
-
-
-def missing_from(names: Iterable[str], adapter_keys: Iterable[str]) -> list[str]:
-    """Adapted weights that the checkpoint does not have under the adapter's name.
-
-    Wrapped models (a language model inside a multimodal one) and those that transformers converts while loading have
-    module names that differ from the names in their files; base + s·BA cannot be computed for them.
-    """
-    return sorted({base_name(key) for key in adapter_keys} - set(names))
 
 
 def _pinned(tensor: Tensor) -> Tensor:

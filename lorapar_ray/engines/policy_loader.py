@@ -22,9 +22,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lorapar_ray.adapters.merge import base_name, lora_scaling, merged_weights
+from lorapar_ray.adapters.merge import lora_scaling, merged_weights
 from lorapar_ray.cpu.engine import lighten
-from lorapar_ray.engines.base_weights import BaseWeights, kept_on, missing_from, not_in_the_files
+from lorapar_ray.engines.base_weights import BaseWeights, kept_on
+from lorapar_ray.mergeable import base_name, missing_from, not_in_the_files
 
 Weights = Iterator[tuple[str, Tensor]]
 

@@ -10,13 +10,13 @@ from typing import Any, Literal
 from lorapar_ray.adapters import read_adapter_state
 from lorapar_ray.adapters.given import require_lora
 from lorapar_ray.boundary import read_object
-from lorapar_ray.engines.base_weights import unmergeable
 from lorapar_ray.engines.policy import Policy, read_policy
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.answers import AnswerStore
 from lorapar_ray.evaluation.engines import Engines
 from lorapar_ray.evaluation.requests import Answer, Request
 from lorapar_ray.files import expanded
+from lorapar_ray.mergeable import unmergeable
 from lorapar_ray.models import model_reference, resolve_model
 from lorapar_ray.workers import on_a_worker
 
@@ -67,7 +67,7 @@ def serving(model: str, adapters: Iterable[Path | None], wanted: Serve = "auto")
         UserError: `merged` is requested but not possible.
     """
     states = [read_adapter_state(folder) for folder in adapters if folder is not None]
-    apart = [name for state in states for name in on_a_worker(unmergeable, model, list(state))]
+    apart = on_a_worker(unmergeable, model, sorted({key for state in states for key in state})) if states else []
     if wanted == "merged" and apart:
         raise UserError(
             f"evaluate.serve: merged needs '{apart[0]}' in the files of '{model}', which use another name; set adapter"

@@ -16,7 +16,6 @@ from lorapar_ray.boundary import last_line, read_object
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.labelled import require_room, token_table
 from lorapar_ray.datasets.tokens import Questions, Selection, TokenTable
-from lorapar_ray.engines.base_weights import not_in_the_files, unmergeable
 from lorapar_ray.errors import UserError
 from lorapar_ray.gpus import sync_of
 from lorapar_ray.grpo.coordinator import Coordinator
@@ -25,6 +24,7 @@ from lorapar_ray.grpo.placement import reserved
 from lorapar_ray.grpo.rewards.judge import judging
 from lorapar_ray.grpo.rewards.registry import require_rewards
 from lorapar_ray.grpo.worker import GrpoJob, learn_worker
+from lorapar_ray.mergeable import not_in_the_files, unmergeable
 from lorapar_ray.progress import progress
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.student import RESIDUAL_INITS, base_reference, starting_adapter

@@ -52,7 +52,7 @@ class Sampler:
         reward_worker: type[Any] = RewardActor,
     ) -> None:
         """Start the workers; the arguments are those of `Coordinator`."""
-        from lorapar_ray.datasets.chat import load_encoder
+        from lorapar_ray.datasets.chat import load_encoder_alone
 
         self._plan, self._place = plan, place
         self._settings = settings = GrpoConfig.model_validate(plan["settings"])
@@ -67,7 +67,7 @@ class Sampler:
         )
         self._rewards = RewardWorkers(plan, reward_worker)
         self._environments = EnvironmentWorkers(plan) if settings.environment is not None else None
-        encoder = load_encoder(resolve_model(plan["model"]), None, plan["trust_remote_code"])
+        encoder = load_encoder_alone(resolve_model(plan["model"]), None, plan["trust_remote_code"])
         self._rollouts = Rollouts(settings, plan, encoder.end_ids, self._engines, self._rewards, self._environments)
 
     async def start(self) -> list[dict[str, Any]]:

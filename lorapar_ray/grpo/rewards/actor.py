@@ -12,6 +12,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.config import JUDGE, REWARDED_ELSEWHERE, GrpoConfig
+from lorapar_ray.datasets.chat import load_encoder_alone
 from lorapar_ray.grpo.rewards.judge import Judge
 from lorapar_ray.grpo.rewards.pool import RewardBatch, RewardPool, RewardSpec, with_part
 from lorapar_ray.grpo.rewards.reading import Reader, Request
@@ -35,7 +36,7 @@ class RewardActor:
     def __init__(self, plan: dict[str, Any]) -> None:
         """`plan`: see `Coordinator`."""
         settings = GrpoConfig.model_validate(plan["settings"])
-        self._reader = Reader(plan, settings)
+        self._reader = Reader(plan, settings, load_encoder_alone)  # rewards have processes of their own
         self._pool = RewardPool(
             [
                 RewardSpec(each.name, each.weight, each.isolate)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -45,12 +45,12 @@ class Answers:
 class Reader:
     """Turns requests into the rewards' input, with the run's rows and tokenizer."""
 
-    def __init__(self, plan: dict[str, Any], settings: GrpoConfig) -> None:
+    def __init__(self, plan: dict[str, Any], settings: GrpoConfig, load: Callable[..., Encoder] = load_encoder) -> None:
         """`plan`: see `Coordinator`; uses `rows`, `steps`, `model` and `trust_remote_code`."""
         self._rows: Sequence[dict[str, Any]] = plan["rows"]
         self._steps: int = plan["steps"]
         self._stop = list(settings.stop)
-        self._encoder: Encoder = load_encoder(resolve_model(plan["model"]), None, plan["trust_remote_code"])
+        self._encoder: Encoder = load(resolve_model(plan["model"]), None, plan["trust_remote_code"])
 
     def read(self, request: Request) -> Answers | None:
         """None: the record is lost with the node that held it."""
