@@ -1,9 +1,9 @@
 """A pytest plugin for tests that kill processes, at moments and places drawn from a seed.
 
-A test with the mark `chaos(stage, *faults)` draws from the fixture `chance`. By default one drawn test of each stage
-runs; `--chaos all` runs every one, `--chaos-rounds N` runs each N times with different draws. The seed is printed;
-LORAPAR_CHAOS_SEED sets it. A test with the mark `fault(stage, *faults)` also injects a fault, and always runs. The
-times that the fixture `recovery` measures are printed at the end.
+A test with the mark `chaos(stage, *faults)` draws from the fixture `chance`. A test with the mark `fault(stage,
+*faults)` also injects a fault, and always runs. By default one drawn chaos test runs of each stage of which no fault
+test kills a process; `--chaos all` runs every one, `--chaos-rounds N` runs each N times with different draws. The seed
+is printed; LORAPAR_CHAOS_SEED sets it. The times that the fixture `recovery` measures are printed at the end.
 """
 
 import os
@@ -17,13 +17,14 @@ import pytest
 
 SEED = "LORAPAR_CHAOS_SEED"
 RECOVERED = "recovered"
+KILLS = {"worker", "coordinator", "Serve replica", "engine child", "reward process", "driver"}
 Recovery = Callable[[str, str], AbstractContextManager[None]]
 """See the fixture `recovery`."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--chaos", choices=("sample", "all"), default="sample", help="kill tests: one of each stage, or all"
+        "--chaos", choices=("sample", "all"), default="sample", help="kill tests: one of each stage (see above), or all"
     )
     parser.addoption("--chaos-rounds", type=int, default=1, help="how often each kill test runs")
 
@@ -85,12 +86,14 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--chaos") == "all":
         return
+    marks = [item.get_closest_marker("fault") for item in items]
+    killed = {mark.args[0] for mark in marks if mark is not None and not KILLS.isdisjoint(mark.args[1:])}
     by_stage: dict[str, list[str]] = {}
     for item in items:
         if (mark := item.get_closest_marker("chaos")) is not None:
             by_stage.setdefault(mark.args[0], []).append(item.nodeid)
     draw = Random(os.environ[SEED])
-    kept = {draw.choice(sorted(by_stage[stage])) for stage in sorted(by_stage)}
+    kept = {draw.choice(sorted(by_stage[stage])) for stage in sorted(by_stage.keys() - killed)}
     left = [item for item in items if item.get_closest_marker("chaos") and item.nodeid not in kept]
     items[:] = [item for item in items if item not in left]
     config.hook.pytest_deselected(items=left)

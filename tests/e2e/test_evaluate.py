@@ -1,13 +1,11 @@
 """`lorapar evaluate --model`: real engines that are killed, a driver that is killed, and lm-eval's own command line."""
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
+import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,13 @@ from transformers import AutoTokenizer
 from lorapar_ray.adapters import residual_base
 from lorapar_ray.evaluation.harness.catalogue import Catalogue, quiet, wanted
 from lorapar_ray.evaluation.harness.results import rows_of
+from tests.chaos import Recovery
+from tests.e2e.test_interruption import stop_when
 from tests.pissa import trained_pissa
-from tests.tiny_run import ROOT, save_tiny_student
+from tests.tiny_run import ROOT, command, lorapar, lorapar_here, save_tiny_student
 
 pytestmark = pytest.mark.e2e
-QUESTIONS = 160
+QUESTIONS = 96
 ENGINE = ("dtype=float32", "max_num_seqs=8", "enforce_eager=true", "max_model_len=128")
 SAMPLES = ("samples=4", "temperature=0.8", "pass_at=2", "max_gen_toks=12")
 WORDS = ("red", "blue", "green", "black", "white", "brown", "grey")
@@ -73,83 +73,122 @@ def questions(file: Path) -> Path:
     return file
 
 
-def started(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "lorapar_ray.cli", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+@dataclass
+class Asked:
+    """Two models, the tasks for them, and the command that says so."""
+
+    student: Path
+    tuned: Pissa
+    data: Path
+    arguments: tuple[str | Path, ...]
+
+    def command(self, out: Path) -> tuple[str | Path, ...]:
+        return (*self.arguments, "--out", out)
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    """A PiSSA adapter and its residual base, on multiple-choice questions and a program."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    student = save_tiny_student(folder / "student")
+    tuned, data, programs = pissa(student, folder), questions(folder / "arc.jsonl"), folder / "programs.jsonl"
+    programs.write_text(json.dumps(PROGRAM) + "\n")
+    settings = [f"evaluate.engine.{each}" for each in ENGINE] + [f"evaluate.{each}" for each in SAMPLES]
+    arguments = (
+        *("evaluate", "--model", tuned.residual, "--model", f"{tuned.residual}+{tuned.adapter}"),
+        *("--tasks", "arc_easy@0,humaneval", "--data", f"arc_easy={data}", "--data", f"humaneval={programs}"),
+        *(part for each in settings for part in ("--set", each)),
+    )
+    return Asked(student, tuned, data, arguments)
+
+
+@pytest.fixture(scope="module")
+def evaluated(cluster: None, asked: Asked, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its results; the engine is killed on the way."""
+    out, killed = tmp_path_factory.mktemp("evaluated") / "out", list[int]()
+
+    def kill() -> None:
+        pause, deadline = threading.Event(), time.monotonic() + 400
+        while not (shards(out) and (core := engine_of(psutil.Process()))):
+            assert time.monotonic() < deadline, "no answer came"
+            pause.wait(0.05)
+        core.kill()
+        killed.append(core.pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    done = lorapar_here(*asked.command(out))
+    killer.join()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert killed
+    return out
+
+
+def started(*arguments: str | Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def shards(out: Path) -> set[Path]:
     return set((out / "answers").rglob("*.parquet"))
 
 
-def until(process: subprocess.Popen[str], condition: Callable[[], Any], seconds: float = 400.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and process.poll() is None:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    raise AssertionError(process.communicate()[0])
-
-
-def engine_of(process: subprocess.Popen[str]) -> Any:
+def engine_of(driver: psutil.Process) -> psutil.Process | None:
     """The process of an engine's core below the driver's Ray."""
-    found = psutil.Process(process.pid).children(recursive=True)
+    found = driver.children(recursive=True)
     return next((each for each in found if "EngineCore" in " ".join(each.cmdline() or [each.name()])), None)
 
 
-@pytest.mark.fault("evaluate", "engine child", "driver")
-def test_nothing_answered_is_asked_again_whoever_is_killed(tmp_path: Path) -> None:
-    student = save_tiny_student(tmp_path / "student")
-    tuned = pissa(student, tmp_path)
-    data, out = questions(tmp_path / "arc.jsonl"), tmp_path / "out"
-    (tmp_path / "programs.jsonl").write_text(json.dumps(PROGRAM) + "\n")
-    settings = [f"evaluate.engine.{each}" for each in ENGINE] + [f"evaluate.{each}" for each in SAMPLES]
-    command = ["evaluate", "--model", tuned.residual, "--model", f"{tuned.residual}+{tuned.adapter}", "--out", out]
-    command += ["--tasks", "arc_easy@0,humaneval", "--data", f"arc_easy={data}"]
-    command += [
-        "--data",
-        f"humaneval={tmp_path / 'programs.jsonl'}",
-        *(x for each in settings for x in ("--set", each)),
-    ]
+def rows_by_model(out: Path, task: str) -> list[list[dict[str, Any]]]:
+    """Of the base and of the adapter."""
+    files = [next((out / "rows").glob(f"*{name}/{task}.parquet")) for name in ("residual", "adapter")]
+    return [pq.read_table(file).to_pylist() for file in files]
 
-    driver = started(*command)
-    until(driver, lambda: shards(out))
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    first = {file: file.stat().st_ino for file in shards(out)}
-    assert first
 
-    driver = started(*command)
-    until(driver, lambda: len(shards(out)) > len(first))
-    core = engine_of(driver)
-    if core is not None:
-        os.kill(core.pid, signal.SIGKILL)
-    said, _ = driver.communicate(timeout=500)
-    assert driver.returncode == 0, said
-    assert core is not None, said
-
-    names = ("residual", "adapter")
-    [base, ours], [_, samples] = (
-        [next((out / "rows").glob(f"*{name}/{task}.parquet")) for name in names] for task in ("arc_easy@0", "humaneval")
-    )
-    rows = {file: pq.read_table(file).to_pylist() for file in (base, ours, samples)}
-    assert len(rows[base]) == len(rows[ours]) == 2 * QUESTIONS  # acc and acc_norm
-    assert [row["right"] for row in rows[base]] != [row["right"] for row in rows[ours]]
-    assert_decided_as_by_hf(rows[ours], student, tuned.plain, data)
-    [row] = rows[samples]
-    assert row["value"] in (0.0, 0.5, 1.0) and len(set(row["completion"].split("\n"))) > 1, row
+def assert_asked_once(out: Path) -> None:
     answered = [pq.read_table(folder, columns=["key"])["key"].to_pylist() for folder in (out / "answers").iterdir()]
-    assert all(len(keys) == len(set(keys)) for keys in answered), "a question was asked again"
-    assert "Compared question by question" in (out / "index.html").read_text()
+    assert answered and all(len(keys) == len(set(keys)) for keys in answered), "a question was asked again"
 
-    again = started(*command)
-    said, _ = again.communicate(timeout=120)
-    assert again.returncode == 0 and "starting" not in said, said
 
+@pytest.mark.fault("evaluate", "engine child")
+def test_a_killed_engine_costs_no_answer_and_choices_are_decided_as_by_hf(evaluated: Path, asked: Asked) -> None:
+    (base, ours), (_, samples) = rows_by_model(evaluated, "arc_easy@0"), rows_by_model(evaluated, "humaneval")
+    assert len(base) == len(ours) == 2 * QUESTIONS  # acc and acc_norm
+    assert [row["right"] for row in base] != [row["right"] for row in ours]
+    assert_decided_as_by_hf(ours, asked.student, asked.tuned.plain, asked.data)
+    [row] = samples
+    assert row["value"] in (0.0, 0.5, 1.0) and len(set(row["completion"].split("\n"))) > 1, row
+    assert_asked_once(evaluated)
+    assert "Compared question by question" in (evaluated / "index.html").read_text()
+
+
+def test_the_same_command_again_starts_nothing(evaluated: Path, asked: Asked) -> None:
+    again = lorapar_here(*asked.command(evaluated))
+    assert again.returncode == 0 and "starting" not in again.stdout, again.stdout + again.stderr
+
+
+@pytest.mark.chaos("evaluate", "driver")
+def test_a_killed_driver_costs_no_answer(
+    chaos_round: int, recovery: Recovery, evaluated: Path, asked: Asked, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    stop_when(lambda: bool(shards(out)), signal.SIGKILL, *asked.command(out))
+    before = {file: file.stat().st_mtime_ns for file in shards(out)}
+    with recovery("evaluate", "driver"):
+        again = lorapar(*asked.command(out))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert before == {file: file.stat().st_mtime_ns for file in before}
+    assert_asked_once(out)
+    for ours, theirs in zip(rows_by_model(out, "arc_easy@0"), rows_by_model(evaluated, "arc_easy@0"), strict=True):
+        assert len(ours) == 2 * QUESTIONS
+        for row, other in zip(ours, theirs, strict=True):
+            assert scores_of(row) == pytest.approx(scores_of(other), abs=TOLERANCE)
+
+
+def test_lm_evals_own_command_line_finds_the_same(evaluated: Path, asked: Asked, tmp_path: Path) -> None:
     task = {
         "task": "mine",
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "dataset_kwargs": {"data_files": {"test": str(asked.data)}},
         "output_type": "multiple_choice",
         "test_split": "test",
         "doc_to_text": "Question: {{question}}\nAnswer:",
@@ -158,19 +197,24 @@ def test_nothing_answered_is_asked_again_whoever_is_killed(tmp_path: Path) -> No
         "metric_list": [{"metric": "acc"}],
     }
     (tmp_path / "mine.yaml").write_text(json.dumps(task))
-    arguments = (
-        f"pretrained={student},adapter={tuned.plain},serve=adapter,dtype=float32,enforce_eager=True,max_model_len=128"
-    )
+    model = f"pretrained={asked.student},adapter={asked.tuned.plain}"
     theirs = started(
-        *("lm-eval", "--model", "lorapar", "--model_args", arguments, "--tasks", "mine"),
+        *("lm-eval", "--model", "lorapar", "--tasks", "mine"),
+        *("--model_args", f"{model},serve=adapter,dtype=float32,enforce_eager=True,max_model_len=128"),
         *("--include_path", tmp_path, "--output_path", tmp_path / "lm-eval"),
     )
     said, _ = theirs.communicate(timeout=400)
     assert theirs.returncode == 0 and "Traceback" not in said, said
     [file] = (tmp_path / "lm-eval").rglob("results_*.json")
     found = json.loads(file.read_text())["results"]["mine"]["acc,none"]
-    rights = [row["value"] for row in rows[ours] if row["metric"] == "acc"]
+    _, ours = rows_by_model(evaluated, "arc_easy@0")
+    rights = [row["value"] for row in ours if row["metric"] == "acc"]
     assert found == pytest.approx(sum(rights) / QUESTIONS, abs=2 / QUESTIONS), re.sub(r"\s+", " ", said)[-400:]
+
+
+def scores_of(row: dict[str, Any]) -> list[float]:
+    """Log-probabilities of a question's choices."""
+    return [float(line.split()[0]) for line in row["completion"].split("\n")]
 
 
 def assert_decided_as_by_hf(rows: list[dict[str, Any]], student: Path, plain: Path, data: Path) -> None:
@@ -180,11 +224,8 @@ def assert_decided_as_by_hf(rows: list[dict[str, Any]], student: Path, plain: Pa
         found = evaluate(hf, Catalogue({"arc_easy": str(data)}).load(wanted("arc_easy@0")), bootstrap_iters=0)
     margins = []
     for row, other in zip(rows, rows_of(found), strict=True):
-        scores, wanted_scores = (
-            [float(line.split()[0]) for line in each["completion"].split("\n")] for each in (row, other)
-        )
-        assert scores == pytest.approx(wanted_scores, abs=TOLERANCE)
-        best, second, *_ = sorted(scores, reverse=True)
+        assert scores_of(row) == pytest.approx(scores_of(other), abs=TOLERANCE)
+        best, second, *_ = sorted(scores_of(row), reverse=True)
         if row["metric"] == "acc" and best - second > 2 * TOLERANCE:
             assert row["right"] == other["right"], row
             margins.append(best - second)
