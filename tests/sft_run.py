@@ -9,11 +9,13 @@ from safetensors.torch import load_file
 from lorapar_ray.adapters import read_adapter_state
 from lorapar_ray.adapters.job import initialise
 from lorapar_ray.config import Config
+from lorapar_ray.datasets.labelled import token_table
 from lorapar_ray.importance import GradSums, score
 from lorapar_ray.partition import assign_regions, keep_top, save_regions
 from lorapar_ray.pipeline import run_stage
 from lorapar_ray.runs import RunDirectory
 from tests.tiny_run import tiny_config
+from tests.together import tasks_here
 
 THETA = 0.5
 BASE = {"batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.1, "max_length": 128}
@@ -41,6 +43,8 @@ def ready_run(
     kept = [keep_top(each, THETA) for each in scores]
     regions = assign_regions(*kept, *scores, alpha=1.0, beta=1.0)
     save_regions(regions, run.partition / "regions.safetensors", theta=THETA, alpha=1.0, beta=1.0)
+    with tasks_here():
+        token_table(config, run)
     return config, run
 
 

@@ -1,7 +1,7 @@
-"""Runs several Ray Train jobs in one group of workers: a group's start takes longer than a small job."""
+"""Ray Train jobs in one group of workers, and tasks in this process: a process starts longer than a small job runs."""
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -13,12 +13,21 @@ class _Later(Exception):
     """Raised to stop a stage where it would start its own group."""
 
 
-def run_together(module: str, stages: Sequence[Callable[[], Any]]) -> None:
+@contextmanager
+def tasks_here() -> Iterator[None]:
+    """Tokenise rows and make adapters in this process while the block runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("lorapar_ray.datasets.labelled", "lorapar_ray.adapters.job"):
+            patch.setattr(f"{module}.on_a_worker", lambda function, *arguments, **_: function(*arguments))
+        yield
+
+
+def run_together(modules: Sequence[str], stages: Sequence[Callable[[], Any]]) -> None:
     """Run stages that each start a group of the same size: run all their jobs in one group, then the rest of each
     stage.
 
     Args:
-        module: the module in which the stages find `run_workers`.
+        modules: the modules in which the stages find `run_workers`.
         stages: each calls `run_workers` once, or not at all if its results exist.
     """
     jobs: list[tuple[Any, ...]] = []
@@ -30,12 +39,14 @@ def run_together(module: str, stages: Sequence[Callable[[], Any]]) -> None:
         raise _Later
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"{module}.run_workers", put_off)
+        for module in modules:
+            patch.setattr(f"{module}.run_workers", put_off)
         for stage in stages:
             with suppress(_Later):
                 stage()
         run_in_one_group(jobs, groups)
-        patch.setattr(f"{module}.run_workers", lambda *_, **__: None)
+        for module in modules:
+            patch.setattr(f"{module}.run_workers", lambda *_, **__: None)
         for stage in stages:
             stage()
 

@@ -2,7 +2,7 @@
 
 import shutil
 import threading
-from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 
 from lorapar_ray.adapters.job import make_adapter
 from lorapar_ray.config import Config
+from lorapar_ray.datasets.labelled import token_table
 from lorapar_ray.importance.halves import load_halves
 from lorapar_ray.importance.job import score_stage
 from lorapar_ray.pipeline import run_stage
 from lorapar_ray.runs import RunDirectory
 from tests.chaos import Recovery
 from tests.tiny_run import save_tiny_student, tiny_config
-from tests.together import run_together
+from tests.together import run_together, tasks_here
 
 pytestmark = pytest.mark.cluster
 Scores = dict[str, torch.Tensor]
@@ -39,7 +40,9 @@ def make_run(student: Path, folder: Path, **score: Any) -> tuple[Config, RunDire
     config, run = Config.model_validate(plain), RunDirectory(folder)
     run.open(config)
     run_stage(config, run, "label")
-    make_adapter(config, run, run.adapter)
+    with tasks_here():
+        make_adapter(config, run, run.adapter)
+        token_table(config, run)
     return config, run
 
 
@@ -77,47 +80,63 @@ def same(ours: list[Scores], theirs: list[Scores]) -> None:
             torch.testing.assert_close(mine[key], value, rtol=1e-4, atol=1e-9)
 
 
-CUT = {"workers": 2, "sharding": "fsdp2"}
-THREE = {"workers": 3, "resources": {"cpus": 0.5}}
+TWO = {"workers": 2, "resources": {"cpus": 0.5}}
+CUT = {**TWO, "sharding": "fsdp2"}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "two workers": TWO,
+    "a cut base": CUT,
+    "a cut base with checkpointing": {**CUT, "gradient_checkpointing": True},
+}
 
 
-def scored(runs: Sequence[tuple[Config, RunDirectory]]) -> list[RunDirectory]:
-    run_together("lorapar_ray.importance.job", [partial(score_stage, *each) for each in runs])
-    return [run for _, run in runs]
+@dataclass
+class Rest:
+    """What two workers made of the run that one had half done."""
+
+    run: RunDirectory
+    kept: dict[Path, int]
+    """The one's sums, and when each was written."""
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_cut_base_changes_nothing(checkpointing: bool, cut: dict[bool, RunDirectory], alone: list[Scores]) -> None:
-    same(scores_of(cut[checkpointing]), alone)
-    require_halves(cut[checkpointing])
+@dataclass
+class ByTwo:
+    """What two workers scored, in one group."""
+
+    layouts: dict[str, RunDirectory]
+    rest: Rest
 
 
 @pytest.fixture(scope="module")
-def cut(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, RunDirectory]:
-    """The base cut over two workers, without and with gradient checkpointing."""
-    root = tmp_path_factory.mktemp("cut")
-    how = (False, True)
-    runs = [make_run(student, root / str(each), **CUT, gradient_checkpointing=each) for each in how]
-    return dict(zip(how, scored(runs), strict=True))
+def by_two(finished: RunDirectory, student: Path, tmp_path_factory: pytest.TempPathFactory) -> ByTwo:
+    root = tmp_path_factory.mktemp("by_two")
+    runs = {name: make_run(student, root / name, **how) for name, how in LAYOUTS.items()}
+    config, run = make_run(student, root / "rest", **TWO)
+    shutil.copytree(finished.work / "score", run.work / "score")
+    kept, lost = sums_in(run)[::2], sums_in(run)[1::2]
+    for file in lost:
+        file.unlink()
+    rest = Rest(run, {file: file.stat().st_mtime_ns for file in kept})
+    stages = [partial(score_stage, *each) for each in (*runs.values(), (config, run))]
+    run_together(["lorapar_ray.importance.job"], stages)
+    return ByTwo({name: run for name, (_, run) in runs.items()}, rest)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_changes_nothing(layout: str, by_two: ByTwo, alone: list[Scores]) -> None:
+    same(scores_of(by_two.layouts[layout]), alone)
+    require_halves(by_two.layouts[layout])
 
 
 def require_halves(run: RunDirectory) -> None:
     assert [halves.examples for halves in load_halves(run.scores / "halves")] == [(6, 6), (12, 12), (13, 13)]
 
 
-def test_other_numbers_of_workers_change_nothing_from_the_beginning_or_on_the_way(
-    finished: RunDirectory, alone: list[Scores], student: Path, tmp_path: Path
-) -> None:
-    whole, (config, run) = make_run(student, tmp_path / "whole", **THREE), make_run(student, tmp_path / "run", **THREE)
-    shutil.copytree(finished.work / "score", run.work / "score")
-    kept, lost = sums_in(run)[::2], sums_in(run)[1::2]
-    written = {file: file.stat().st_mtime_ns for file in kept}
-    for file in lost:
-        file.unlink()
-    for each in scored([whole, (config, run)]):
-        same(scores_of(each), alone)
-        require_halves(each)
-    assert len(sums_in(run)) > len(kept) and written == {file: file.stat().st_mtime_ns for file in kept}
+def test_another_number_of_workers_goes_on_with_what_one_has_done(by_two: ByTwo, alone: list[Scores]) -> None:
+    rest = by_two.rest
+    same(scores_of(rest.run), alone)
+    require_halves(rest.run)
+    assert len(sums_in(rest.run)) > len(rest.kept)
+    assert rest.kept == {file: file.stat().st_mtime_ns for file in rest.kept}
 
 
 @pytest.mark.chaos("score", "worker")

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -42,6 +43,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "a cut base": {**TWO_WORKERS, "sharding": "fsdp2", "gradient_checkpointing": True, "micro_batch_size": 3},
     "packed rows": {**TWO_WORKERS, "packing": True, "micro_batch_size": 1},
 }
+ARMS: dict[str, dict[str, Any]] = {
+    "an arm": LAYOUTS["two workers"],
+    "another arm": {**LAYOUTS["two workers"], "learning_rate": 3e-3, "masked": False, "schedule": "linear"},
+}
 STEADY = {"schedule": "constant", "warmup_ratio": 0.0, "validation": 0.3, "validate_every": 1}
 
 
@@ -61,14 +66,24 @@ def by_one(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def by_two(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDirectory]:
-    """The two epochs of `alone`, in each layout."""
+    """The two epochs of `alone` in each layout, and together with an arm that has another rate and trains every element."""
     root = tmp_path_factory.mktemp("by_two")
-    return trained({name: ready_run(student, root / name, **MEASURED, **how) for name, how in LAYOUTS.items()})
+    arms = {name: ready_run(student, root / name, **MEASURED, **how) for name, how in ARMS.items()}
+    members = list(arms.values())
+    assert [why_alone(config) for config, _ in members] == [None, None]
+    assert len({shape_of(config) for config, _ in members}) == 1
+    alone = {name: ready_run(student, root / name, **MEASURED, **how) for name, how in LAYOUTS.items()}
+    return trained(alone, arms)
 
 
-def trained(runs: dict[str, tuple[Config, RunDirectory]]) -> dict[str, RunDirectory]:
-    run_together("lorapar_ray.sft.job", [partial(train_stage1, *each) for each in runs.values()])
-    return {name: run for name, (_, run) in runs.items()}
+def trained(
+    runs: dict[str, tuple[Config, RunDirectory]], arms: dict[str, tuple[Config, RunDirectory]] | None = None
+) -> dict[str, RunDirectory]:
+    """Each of `runs`, and the `arms` together, in one group."""
+    stages: list[Callable[[], Any]] = [partial(train_stage1, *each) for each in runs.values()]
+    together = [partial(train_together, list(arms.values()))] if arms else []
+    run_together(["lorapar_ray.sft.job", "lorapar_ray.sft.together"], [*stages, *together])
+    return {name: run for name, (_, run) in (runs | (arms or {})).items()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -91,18 +106,10 @@ def test_the_layout_changes_no_loss(
 
 
 def test_arms_at_once_leave_the_files_that_each_leaves_alone(
-    by_one: dict[str, RunDirectory], student: Path, tmp_path: Path
+    by_one: dict[str, RunDirectory], by_two: dict[str, RunDirectory]
 ) -> None:
-    """With two workers, together with an arm that has another rate and trains every element."""
-    alone = by_one["alone"]
-    options = {**MEASURED, **TWO_WORKERS, "micro_batch_size": 2}
-    own = {"learning_rate": 3e-3, "masked": False, "schedule": "linear"}
-    members = [ready_run(student, tmp_path / "a", **options), ready_run(student, tmp_path / "b", **options, **own)]
-    assert [why_alone(config) for config, _ in members] == [None, None]
-    assert len({shape_of(config) for config, _ in members}) == 1
-    notes = train_together(members)
-    run, other = (run for _, run in members)
-    assert notes[0]["steps"] == len(metrics(run.root, "sft")) == len(metrics(other.root, "sft"))
+    alone, run, other = by_one["alone"], by_two["an arm"], by_two["another arm"]
+    assert len(metrics(alone.root, "sft")) == len(metrics(run.root, "sft")) == len(metrics(other.root, "sft"))
     for mine, line in zip(metrics(run.root, "sft"), metrics(alone.root, "sft"), strict=True):
         assert mine["loss"] == pytest.approx(line["loss"], rel=LOSS_TOLERANCE)
         assert mine.keys() == line.keys()
