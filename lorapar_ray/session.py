@@ -95,7 +95,8 @@ def _local(logs: dict[str, Any]) -> Iterator[None]:
     import ray
 
     global _started_here
-    with local_files() as files, _loopback_only(), _short_ipc_paths(files), _environment(ONE_MACHINE):
+    alone = _without_helpers(keep_logs=logs["log_to_driver"])
+    with local_files() as files, _loopback_only(), _short_ipc_paths(files), _environment(ONE_MACHINE), alone:
         try:
             with _quiet(logs):
                 ray.init(
@@ -157,6 +158,30 @@ def _loopback_only() -> Iterator[None]:
             yield
         finally:
             ray_constants.ENABLE_RAY_CLUSTER = usual
+
+
+@contextmanager
+def _without_helpers(keep_logs: bool) -> Iterator[None]:
+    """Let the Ray that starts meanwhile have no autoscaler, no server for tools that ask about a cluster, and no
+    reader of its workers' logs.
+
+    One machine's Ray uses none of them. Each is a process: together three seconds of a core at every start, for some of
+    which Ray waits.
+
+    Args:
+        keep_logs: the workers' output is wanted here, so their logs are read.
+    """
+    from ray._private.node import Node
+
+    unused = ["start_monitor", "start_api_server"] + ([] if keep_logs else ["start_log_monitor"])
+    usual = {name: getattr(Node, name) for name in unused if hasattr(Node, name)}
+    for name in usual:
+        setattr(Node, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, method in usual.items():
+            setattr(Node, name, method)
 
 
 @contextmanager
