@@ -66,7 +66,7 @@ def by_one(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def by_two(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDirectory]:
-    """The two epochs of `alone` in each layout, and together with an arm that has another rate and trains every element."""
+    """The two epochs of `alone`: in each layout, and with an arm that has another rate and trains every element."""
     root = tmp_path_factory.mktemp("by_two")
     arms = {name: ready_run(student, root / name, **MEASURED, **how) for name, how in ARMS.items()}
     members = list(arms.values())
