@@ -1,15 +1,26 @@
-"""Ray Train's group of workers, without unused helper actors, on the network that Ray itself uses."""
+"""Ray Train's group of workers, without unused helper actors, on the network that Ray itself uses.
+
+It does what Ray's `TorchTrainer` does. That one imports torch wherever it is, two seconds of a core: also on the driver
+and in Ray's controller, for which every stage waits. Here only the workers import it.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _TorchBackend
+import ray
+from ray.exceptions import GetTimeoutError
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.util import TrainingFramework
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from lorapar_ray.network import meet_on_rays_interface
 
@@ -19,6 +30,10 @@ and Ray itself frees a group's resources when the driver ends, as it does if the
 COLLECTIVE_LIMIT_S = 7200
 """Time limit of one collective operation, for gloo and NCCL. Ranks wait in one while rank 0 publishes a policy, which
 may take half an hour for an engine to be rebuilt; a dead rank is found by Ray, not by this."""
+LEAVE_LIMIT_S = 30
+"""For workers to leave their process group when the work is done."""
+
+logger = logging.getLogger(__name__)
 
 
 class BeforeRestarts(ControllerCallback):
@@ -34,23 +49,76 @@ class BeforeRestarts(ControllerCallback):
         self._begun = True
 
 
-class _Backend(_TorchBackend):
+class ProcessGroup(Backend):
+    """A process group of torch over the workers, as Ray's own backend makes it; in the controller."""
+
+    share_cuda_visible_devices = True
+
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        worker_group.execute(meet_on_rays_interface)
-        super().on_start(worker_group, backend_config)
+        address, port = worker_group.execute_single(0, get_address_and_port)
+        gpus = worker_group.get_resources_per_worker().get("GPU", 0)
+        worker_group.execute(_join, address, port, "nccl" if gpus else "gloo", backend_config.timeout_s)
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        try:
+            ray.get(worker_group.execute_async(_leave, len(worker_group) > 1), timeout=LEAVE_LIMIT_S)
+        except GetTimeoutError:
+            logger.warning("workers have not left their process group within %s s", LEAVE_LIMIT_S)
 
 
-class _Torch(TorchConfig):
+def _join(address: str, port: int, backend: str, timeout_s: int) -> None:
+    """Connect this worker with the others, which do the same; the first one listens at `address`."""
+    import ray.train
+    from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
+
+    meet_on_rays_interface()
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    _set_torch_distributed_env_vars()
+    mine = ray.train.get_context()
+    _setup_torch_process_group(backend, mine.get_world_rank(), mine.get_world_size(), "env://", timeout_s)
+
+
+def _leave(destroy: bool) -> None:
+    from ray.train.torch.config import _shutdown_torch
+
+    _shutdown_torch(destroy)
+
+
+class OnItsGpu:
+    """Context of a worker's function: its GPU, if it has one, is torch's default."""
+
+    def __enter__(self) -> None:
+        from ray.train.torch.config import TorchConfigContextManager
+
+        TorchConfigContextManager().__enter__()
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+@dataclass
+class Torch(BackendConfig):
+    """What the controller has to know."""
+
+    timeout_s: int = COLLECTIVE_LIMIT_S
+
     @property
-    def backend_cls(self) -> type[_Backend]:
-        return _Backend
+    def backend_cls(self) -> type[ProcessGroup]:
+        return ProcessGroup
+
+    @property
+    def train_func_context(self) -> type[OnItsGpu]:
+        return OnItsGpu
+
+    @property
+    def framework(self) -> TrainingFramework:
+        return TrainingFramework.TORCH
 
 
-class TrainGroup(TorchTrainer):
-    """`TorchTrainer` without `UNUSED`, whose processes meet on Ray's network."""
+class TrainGroup(DataParallelTrainer):
+    """A group without `UNUSED`, whose processes meet on Ray's network."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, torch_config=_Torch(timeout_s=COLLECTIVE_LIMIT_S), **options)
+        super().__init__(*arguments, backend_config=Torch(), **options)
 
     def _create_default_callbacks(self) -> list[Any]:
         return [each for each in super()._create_default_callbacks() if not isinstance(each, UNUSED)]
