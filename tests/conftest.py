@@ -26,7 +26,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 FIRST = (
     *(f"tests/{name}.py" for name in ("e2e/test_pipeline", "cluster/test_sft", "cluster/test_scoring")),
-    *(f"tests/e2e/test_{name}.py" for name in ("grpo_policy", "job", "evaluate", "grpo_recovery", "interruption")),
+    *(f"tests/e2e/test_{name}.py" for name in ("job", "grpo_policy", "grpo_recovery", "evaluate", "faults")),
     *(f"tests/cluster/test_{name}.py" for name in ("labeling", "learners", "bad_input")),
     *("tests/e2e", "tests/cluster"),
     *(f"tests/unit/test_{name}.py" for name in ("sandbox_attacks", "fuzz_files", "fuzz_config", "rewards", "chat")),
