@@ -20,9 +20,9 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.fingerprints import Fingerprints, meaning
 from lorapar_ray.pipeline import STAGES
 from lorapar_ray.runs import RunDirectory
+from lorapar_ray.threads import meanwhile
 from tests.tiny_run import tiny_config, write_config
 from tests.unit.faked_stages import in_a_child, lorapar, use_fakes
-from tests.watching import meanwhile
 
 
 @pytest.fixture
