@@ -20,6 +20,7 @@ from lorapar_ray.storage.cache import on_this_machine
 from lorapar_ray.storage.claims import Claim
 from lorapar_ray.storage.mirror import Mirror, below
 from lorapar_ray.storage.objects import Objects, Stamp
+from lorapar_ray.storage.probe import Probe
 from lorapar_ray.storage.session import RemoteRun
 from lorapar_ray.storage.uris import Uri, place_of
 from lorapar_ray.storage.workspace import Handed, publish, refresh, workspace
@@ -399,6 +400,25 @@ def test_a_bucket_or_a_store_that_is_not_there_is_one_line(
     monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:1")
     refused = lorapar_here("status", "-d", s3)
     assert refused.stderr == "lorapar: AWS_ENDPOINT_URL=127.0.0.1:1: write http://HOST:PORT or https://HOST\n"
+
+
+@pytest.mark.parametrize("command", [("status",), ("export", "-o", "taken"), ("serve",)])
+def test_a_run_that_is_not_in_the_store_is_one_line(command: tuple[str, ...], s3: Uri) -> None:
+    refused = lorapar_here(*command, "-d", str(s3))
+    assert refused.returncode == 2
+    assert refused.stderr == f"lorapar: run directory '{s3}' holds no run (no manifest.json)\n"
+
+
+def test_the_machines_of_a_cluster_find_each_other_s_files_in_a_bucket(s3: Uri) -> None:
+    probe = Probe(str(s3))
+    probe.ask()
+    why, free_gib = probe.answer("a")
+    assert why == "" and free_gib > 0 and probe.answered("a") and not probe.answered("b")
+    assert Probe(str(s3)).answer("b")[0] == "reads another content"
+    probe.remove()
+    assert not [name for name in Objects(s3).listing() if name.startswith(probe.name)]
+    with pytest.raises(UserError, match="'s3://nowhere/x': there is no such bucket"):
+        Probe("s3://nowhere/x").ask()
 
 
 def test_a_run_on_a_disk_is_as_it_was(tmp_path: Path) -> None:
