@@ -26,6 +26,11 @@ from lorapar_ray.threads import in_a_thread
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 CONNECT_TIMEOUT_S = 30.0
 SUBMIT_TIMEOUT_S = 600.0
+AGENT_LIMIT_S = 120.0
+"""A cluster that has just started takes jobs only once a node's agent runs."""
+AGENT_RETRY_S = 2.0
+NO_AGENT = "No available agent"
+"""How the server says so."""
 NOT_SENT = [".git", ".venv", ".hypothesis", "runs", "site", "**/__pycache__"]
 """Files of the working directory that are not sent."""
 CHATTY = (
@@ -166,10 +171,14 @@ class Jobs:
                 )
             )
 
-        try:
-            return in_a_thread(submit, name="submitting the job", timeout_s=SUBMIT_TIMEOUT_S)
-        except (RuntimeError, ValueError, OSError, TimeoutError) as error:
-            raise UserError(f"{self.address} does not accept the job: {one_line(error, 300)}") from error
+        deadline = time.monotonic() + AGENT_LIMIT_S
+        while True:
+            try:
+                return in_a_thread(submit, name="submitting the job", timeout_s=SUBMIT_TIMEOUT_S)
+            except (RuntimeError, ValueError, OSError, TimeoutError) as error:
+                if NO_AGENT not in str(error) or time.monotonic() > deadline:
+                    raise UserError(f"{self.address} does not accept the job: {one_line(error, 300)}") from error
+            time.sleep(AGENT_RETRY_S)
 
     def _follow(self, job: str) -> tuple[str, str]:
         """Show a job's log as it grows; returns its final status and, in one line, why it failed."""

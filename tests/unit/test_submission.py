@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lorapar_ray import submission
 from lorapar_ray.capacity import Capacity
 from lorapar_ray.cluster_check import NodeReport, _gpus, _keys, _models_found, _nodes, _room, _storage, _versions
 from lorapar_ray.config import Config
@@ -87,6 +88,33 @@ def test_no_secret_is_put_where_the_dashboard_shows_it() -> None:
     with pytest.raises(UserError, match="the dashboard shows a job's command line") as refused:
         require_no_secret(["label.teachers.0.extra_body.key=sk-live-0123456789"])
     assert "sk-live" not in str(refused.value)
+
+
+class Starting:
+    """Fault injection: a job server whose first agent starts after some refused jobs."""
+
+    def __init__(self, refuses: int) -> None:
+        self.refuses = refuses
+
+    def list_jobs(self) -> list[Any]:
+        return []
+
+    def submit_job(self, *, submission_id: str, **_: Any) -> str:
+        self.refuses -= 1
+        if self.refuses >= 0:
+            raise RuntimeError(
+                "Request failed with status code 500: No available agent to submit job, please try again"
+            )
+        return submission_id
+
+
+def test_a_cluster_that_has_just_started_is_given_the_job_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submission, "AGENT_RETRY_S", 0.0)
+    monkeypatch.setattr(Jobs, "_connect", lambda _: Starting(2))
+    assert Jobs("http://127.0.0.1:8265").submit(HANDED) == HANDED.key
+    monkeypatch.setattr(submission, "AGENT_LIMIT_S", 0.0)
+    with pytest.raises(UserError, match="does not accept the job: .*No available agent"):
+        Jobs("http://127.0.0.1:8265").submit(HANDED)
 
 
 @pytest.mark.parametrize(("address", "said"), [("head:6379", "give the URL of the"), ("http://127.0.0.1:9", "no Ray")])
