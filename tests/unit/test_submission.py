@@ -102,9 +102,7 @@ class Starting:
     def submit_job(self, *, submission_id: str, **_: Any) -> str:
         self.refuses -= 1
         if self.refuses >= 0:
-            raise RuntimeError(
-                "Request failed with status code 500: No available agent to submit job, please try again"
-            )
+            raise RuntimeError("status code 500: No available agent to submit job, please try again")
         return submission_id
 
 
@@ -113,7 +111,7 @@ def test_a_cluster_that_has_just_started_is_given_the_job_again(monkeypatch: pyt
     monkeypatch.setattr(Jobs, "_connect", lambda _: Starting(2))
     assert Jobs("http://127.0.0.1:8265").submit(HANDED) == HANDED.key
     monkeypatch.setattr(submission, "AGENT_LIMIT_S", 0.0)
-    with pytest.raises(UserError, match="does not accept the job: .*No available agent"):
+    with pytest.raises(UserError, match=r"does not accept the job: .*No available agent"):
         Jobs("http://127.0.0.1:8265").submit(HANDED)
 
 
