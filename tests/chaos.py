@@ -1,9 +1,10 @@
 """A pytest plugin for tests that kill processes, at moments and places drawn from a seed.
 
 A test with the mark `chaos(stage, *faults)` draws from the fixture `chance`. A test with the mark `fault(stage,
-*faults)` also injects a fault, and always runs. By default one drawn chaos test runs of each stage of which no fault
-test kills a process; `--chaos all` runs every one, `--chaos-rounds N` runs each N times with different draws. The seed
-is printed; LORAPAR_CHAOS_SEED sets it. The times that the fixture `recovery` measures are printed at the end.
+*faults)` also injects a fault, and always runs. By default one drawn chaos test, of one stage only, runs of each stage
+of which no fault test kills a process; `--chaos all` runs every one, `--chaos-rounds N` runs each N times with
+different draws. The seed is printed; LORAPAR_CHAOS_SEED sets it. The times that the fixture `recovery` measures are
+printed at the end.
 """
 
 import os
@@ -90,8 +91,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     killed = {mark.args[0] for mark in marks if mark is not None and not KILLS.isdisjoint(mark.args[1:])}
     by_stage: dict[str, list[str]] = {}
     for item in items:
-        if (mark := item.get_closest_marker("chaos")) is not None:
-            by_stage.setdefault(mark.args[0], []).append(item.nodeid)
+        stages = [mark.args[0] for mark in item.iter_markers("chaos")]
+        if len(stages) == 1:
+            by_stage.setdefault(stages[0], []).append(item.nodeid)
     draw = Random(os.environ[SEED])
     kept = {draw.choice(sorted(by_stage[stage])) for stage in sorted(by_stage.keys() - killed)}
     left = [item for item in items if item.get_closest_marker("chaos") and item.nodeid not in kept]

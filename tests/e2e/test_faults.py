@@ -6,13 +6,12 @@ from pathlib import Path
 from random import Random
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from tests.chaos import Recovery
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.test_interruption import copy_before
-from tests.tiny_run import lorapar, metrics
+from tests.e2e.twin import ends_as_its_twin
+from tests.tiny_run import lorapar
 
 pytestmark = pytest.mark.e2e
 ROOM_KIB = {"score": 150, "sft": 60, "grpo": 60}
@@ -34,17 +33,6 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def resize(disk: Path, free_kib: int) -> None:
     used = sum(file.stat().st_blocks * 512 for file in disk.rglob("*")) // 1024
     subprocess.run(["mount", "-o", f"remount,size={used + free_kib}k", disk], check=True)
-
-
-def ends_as_its_twin(stage: str, run: Path, twin: Path) -> None:
-    """Whether a stage's results are those of an undisturbed run; of stage 2, which samples, that no step is missing."""
-    files = {"score": ("scores/system1", "scores/system2"), "sft": ("sft/adapter/adapter_model",), "grpo": ()}
-    for name in files[stage]:
-        ours, theirs = (load_file(root / f"{name}.safetensors") for root in (run, twin))
-        for key, value in theirs.items():
-            torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-7)
-    if stage != "score":
-        assert [line["step"] for line in metrics(run, stage)] == list(range(1, len(metrics(twin, stage)) + 1))
 
 
 def full_disk(stage: str, chance: Random, recovery: Recovery, finished: FinishedRun, disk: Path) -> None:

@@ -1,0 +1,80 @@
+"""A whole run that is disturbed in every stage, at drawn moments, without a process being killed: it does not fail, and
+ends as its undisturbed twin does."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from random import Random
+
+from lorapar_ray.pipeline import STAGES
+from tests.chaos import Recovery
+from tests.e2e.conftest import FinishedRun
+from tests.e2e.twin import ends_as_its_twin, entry, is_done
+from tests.tiny_run import GRPO_STEPS, ROOT, command, metrics
+
+LIMIT_S = 900
+
+
+def moments(run: Path, chance: Random) -> dict[str, Callable[[], bool]]:
+    """Of each stage, whether it has got as far as it shall be disturbed."""
+    units, steps, versions = run / "work" / "score", chance.randint(1, 4), chance.randint(1, GRPO_STEPS - 3)
+    return {
+        "label": lambda: (run / "work" / "votes.sqlite").is_file(),
+        "score": lambda: any(units.glob("sums-*/*/*.safetensors")),
+        "sft": lambda: len(metrics(run, "sft")) >= steps,
+        "grpo": lambda: len(metrics(run, "grpo")) >= versions,
+        "evaluate": lambda: bool(entry(run, "evaluate")),
+    }
+
+
+def ends_undisturbed(
+    finished: FinishedRun,
+    run: Path,
+    environment: Mapping[str, str],
+    disturb: Callable[[str], str],
+    chance: Random,
+    recovery: Recovery,
+) -> None:
+    """Begin a run, disturb it in each stage, and compare it with its twin.
+
+    Args:
+        environment: of the command and all its processes.
+        disturb: takes the stage that is at work; returns what was done to it.
+    """
+    log, pause, deadline = run.with_suffix(".log"), threading.Event(), time.monotonic() + LIMIT_S
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command("run", finished.config, "--run-dir", run),
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+
+    def wait_for(what: str, seen: Callable[[], bool]) -> None:
+        while not seen():
+            ended = process.poll() is not None and not seen()
+            assert not ended and time.monotonic() < deadline, f"{what}: {log.read_text()[-3000:]}"
+            pause.wait(0.1)
+
+    try:
+        for stage, at_work in moments(run, chance).items():
+            wait_for(f"{stage} begins", at_work)
+            assert not is_done(run, stage), "it was over before it was disturbed"
+            what = disturb(stage)
+            with recovery(stage, what):
+                wait_for(f"{stage} ends", partial(is_done, run, stage))
+        assert process.wait(LIMIT_S) == 0, log.read_text()[-3000:]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(60)
+    for stage in STAGES:
+        ends_as_its_twin(stage, run, finished.run)
+    assert not any(line.get("engines_replaced") for line in metrics(run, "grpo")), "nobody had died"

@@ -1,0 +1,53 @@
+"""What a run that was disturbed has in common with its undisturbed twin."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_file
+
+from lorapar_ray.datasets.rows import read_table
+from tests.tiny_run import metrics
+
+FILES = {
+    "score": ("scores/system1", "scores/system2"),
+    "partition": ("partition/regions",),
+    "sft": ("sft/adapter/adapter_model",),
+}
+
+
+def ends_as_its_twin(stage: str, run: Path, twin: Path) -> None:
+    """Whether a stage's results are those of an undisturbed run; of stage 2, which samples, that no step is missing,
+    none is done twice and each had the twin's prompts."""
+    for name in FILES.get(stage, ()):
+        ours, theirs = (load_file(root / f"{name}.safetensors") for root in (run, twin))
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-7)
+    if stage == "label":
+        ours, theirs = (read_table(root / "labels") for root in (run, twin))
+        assert [(row["id"], row["system"]) for row in ours] == [(row["id"], row["system"]) for row in theirs]
+        assert all(len(row["votes"]) == len(other["votes"]) for row, other in zip(ours, theirs, strict=True))
+    if stage == "evaluate":  # greedy, of the models that are the twin's
+        for name in ("base", "sft"):
+            ours, theirs = (pq.read_table(root / "eval" / f"{name}.parquet").to_pylist() for root in (run, twin))
+            assert ours == theirs
+    if stage in ("sft", "grpo"):
+        ours, theirs = metrics(run, stage), metrics(twin, stage)
+        assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+        if stage == "grpo":
+            assert [line["policy_version"] for line in ours] == [line["policy_version"] for line in theirs]
+            assert [line["prompts"] for line in ours] == [line["prompts"] for line in theirs]
+
+
+def is_done(run: Path, stage: str) -> bool:
+    """Whether a run's manifest says so; it may not be there yet."""
+    return entry(run, stage).get("status") == "done"
+
+
+def entry(run: Path, stage: str) -> dict[str, object]:
+    """Of a stage in a run's manifest; empty before it has begun."""
+    file = run / "manifest.json"
+    found: dict[str, object] = json.loads(file.read_text())["stages"].get(stage, {}) if file.is_file() else {}
+    return found
