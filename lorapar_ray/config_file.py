@@ -219,7 +219,7 @@ def _default(section: type[Section] | None, field: str) -> Any:
 def _first_problem(error: ValidationError) -> str:
     problems = error.errors()
     first = problems[0]
-    where = ".".join(str(part) for part in first["loc"]) or "top level"
+    where = ".".join(str(part) for part in first["loc"])
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         return f"unknown field '{where}'; check the spelling{more}"
@@ -228,7 +228,8 @@ def _first_problem(error: ValidationError) -> str:
     silent = silent or has_secret({str(part): first["input"] for part in first["loc"]})
     got = "" if silent else f", got {one_line(repr(first['input']), 200)}"
     message = first["msg"].removeprefix("Value error, ")
-    return one_line(f"field '{where}': {message}{got}", 300) + more
+    field = f"field '{where}': " if where else ""  # a rule of several fields names them itself
+    return one_line(f"{field}{message}{got}", 300) + more
 
 
 def _yaml_problem(error: Exception) -> str:
