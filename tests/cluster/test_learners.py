@@ -1,6 +1,7 @@
 """Several learners of stage 2, also with a sharded base, take the same step as one learner."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lorapar_ray.grpo.groups import Group
 from lorapar_ray.grpo.worker import GrpoJob, learn_worker
 from lorapar_ray.runs import RunDirectory
 from tests.tiny_run import metrics, save_tiny_student, tiny_config
-from tests.together import run_in_one_group
+from tests.together import run_in_one_group, tasks_here
 
 pytestmark = pytest.mark.cluster
 STEPS = 2
@@ -64,18 +65,26 @@ def run(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config
     plain = tiny_config(save_tiny_student(root / "student"))
     plain["adapter"] = {"rank": 4, "alpha": 8, "init": "gaussian", "init_std": 0.05}
     config, run = Config.model_validate(plain), RunDirectory(root / "run")
-    make_adapter(config, run, run.adapter)
+    with tasks_here():
+        make_adapter(config, run, run.adapter)
     return config, run
 
 
-def learn(run: tuple[Config, RunDirectory], folders: dict[Path, dict[str, Any]], learners: int) -> None:
-    """Take STEPS steps with `learners` learners for each of some settings, in one folder each."""
+@pytest.fixture(scope="module")
+def coordinator(cluster: None) -> Iterator[str]:
+    """The name of the fake, which is the same to all learners: it has no state."""
     import ray
 
+    fake = ray.remote(ScriptedCoordinator).options(name="scripted", num_cpus=0).remote()
+    yield "scripted"
+    ray.kill(fake)
+
+
+def learn(
+    run: tuple[Config, RunDirectory], coordinator: str, folders: dict[Path, dict[str, Any]], learners: int
+) -> None:
+    """Take STEPS steps with `learners` learners for each of some settings, in one folder each."""
     config, directory = run
-    fakes = [
-        ray.remote(ScriptedCoordinator).options(name=f"scripted-{each.name}", num_cpus=0).remote() for each in folders
-    ]
     jobs = [
         GrpoJob(
             model=config.model.model_dump(mode="json"),
@@ -89,7 +98,7 @@ def learn(run: tuple[Config, RunDirectory], folders: dict[Path, dict[str, Any]],
             metrics=str(folder / "metrics" / "grpo.jsonl"),
             samples=str(folder / "metrics" / "samples.jsonl"),
             steps=STEPS,
-            coordinator=f"scripted-{folder.name}",
+            coordinator=coordinator,
             run="test",
             seed=0,
         )
@@ -98,8 +107,6 @@ def learn(run: tuple[Config, RunDirectory], folders: dict[Path, dict[str, Any]],
     resources, place = Resources(cpus=1 / learners), RunDirectory(next(iter(folders)))
     group = {"name": "grpo", "workers": learners, "resources": resources, "run": place, "writes": []}
     run_in_one_group([(learn_worker, job.payload()) for job in jobs], [group])
-    for fake in fakes:
-        ray.kill(fake)
 
 
 def learnt(folder: Path) -> dict[str, torch.Tensor]:
@@ -108,10 +115,12 @@ def learnt(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-def test_learners_together_take_the_step_of_one(run: tuple[Config, RunDirectory], tmp_path: Path) -> None:
+def test_learners_together_take_the_step_of_one(
+    run: tuple[Config, RunDirectory], coordinator: str, tmp_path: Path
+) -> None:
     settings = {"kl_beta": 0.05, "mini_batch": 2}  # the second update has a single group: one learner gets nothing
-    learn(run, {tmp_path / "alone": settings}, 1)
-    learn(run, {tmp_path / "two": settings, tmp_path / "cut": {**settings, "sharding": "fsdp2"}}, 2)
+    learn(run, coordinator, {tmp_path / "alone": settings}, 1)
+    learn(run, coordinator, {tmp_path / "two": settings, tmp_path / "cut": {**settings, "sharding": "fsdp2"}}, 2)
     before, alone = load_file(run[1].adapter / "adapter_model.safetensors"), learnt(tmp_path / "alone")
     assert all(not torch.equal(alone[key], value) for key, value in before.items())
     for name in ("two", "cut"):
