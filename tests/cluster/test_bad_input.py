@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.tiny_run import lorapar, lorapar_here, save_tiny_student, tiny_config, write_config
+from tests.together import tasks_here
 
 pytestmark = pytest.mark.cluster
 
@@ -142,7 +143,10 @@ def test_a_model_without_the_target_modules(labelled: Path, config: dict[str, An
 
 
 def test_scores_that_are_all_zero(labelled: Path, config: dict[str, Any]) -> None:
-    refused("score", {**config, "adapter": {"warmup_steps": 0}}, labelled, "every importance score is zero", "warmup")
+    with tasks_here():
+        refused(
+            "score", {**config, "adapter": {"warmup_steps": 0}}, labelled, "every importance score is zero", "warmup"
+        )
 
 
 def test_a_cluster_that_is_too_small(labelled: Path, config: dict[str, Any]) -> None:
