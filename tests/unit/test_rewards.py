@@ -178,21 +178,19 @@ def test_chats_are_messages_and_our_own_signature_still_works() -> None:
     assert call(get_reward("numeric_answer"), request, own=True) == [1.0]
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("forgot_return", "it returns nothing; a reward returns a list with one number for each completion"),
-        ("one_number", "it returns a value of type float"),
-        ("too_many", "it returns 7 values for 1 completions"),
-        ("typo", "KeyError: 'grund_truth'"),
-    ],
-)
-def test_the_first_failure_is_told(name: str, text: str) -> None:
-    reward = f"tests.unit.trl_rewards:{name}"
-    with RewardPool([RewardSpec(reward)], time_limit_s=20, memory_limit_mb=512) as pool:
+def test_the_first_failure_of_each_reward_is_told() -> None:
+    told = {
+        "forgot_return": "it returns nothing; a reward returns a list with one number for each completion",
+        "one_number": "it returns a value of type float",
+        "too_many": "it returns 7 values for 1 completions",
+        "typo": "KeyError: 'grund_truth'",
+    }
+    specs = [RewardSpec(f"tests.unit.trl_rewards:{name}") for name in told]
+    with RewardPool(specs, time_limit_s=20, memory_limit_mb=512) as pool:
         scored = pool.score(["q", "q"], ["4", "6"], COLUMNS)
-    assert scored.failures == {"raised": 2} and scored.failed == {reward: 2}
-    assert text in scored.errors[reward]
+    assert scored.failures == {"raised": 8} and scored.failed == {spec.name: 2 for spec in specs}
+    for spec, text in zip(specs, told.values(), strict=True):
+        assert text in scored.errors[spec.name]
 
 
 @pytest.mark.slow
