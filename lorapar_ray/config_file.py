@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +108,19 @@ def parse_yaml(text: str) -> Any:
     Raises:
         ValueError: a key is given twice in one mapping, or anchors expand to too many values; and `NOT_YAML`.
     """
+    return _copied(_parsed(text), [0])
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> Any:
+    """The values, with shared objects. A grid of arms reads the same config for each of them."""
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
         _require_keys_once(node, loader)
-        return _copied(loader.construct_document(node), [0])
+        return loader.construct_document(node)
     finally:
         loader.dispose()
 
