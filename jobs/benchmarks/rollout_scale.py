@@ -24,6 +24,7 @@ this machine's object store are left out and named.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -37,17 +38,15 @@ import ray
 import torch
 from _rows import Row, print_table, write_rows
 from _simulated_cluster import Engines, Load, SleepingRewards
-from ray.util.state import list_actors
 
 from lorapar_ray.engines.policy import PolicySender
 from lorapar_ray.grpo.coordinator import Coordinator
 from lorapar_ray.grpo.fetching import fetch
 from lorapar_ray.grpo.publishing import Publisher
-from lorapar_ray.grpo.shards import ENGINES_EACH
+from lorapar_ray.grpo.shards import ENGINES_EACH, Shards
 from lorapar_ray.models import resolve_model
 from lorapar_ray.session import ray_session
 
-SHARDS = [("class_name", "=", "Sampler"), ("state", "=", "ALIVE")]
 MODEL = "package:smollm2-135m-instruct"
 GROUP_SIZE, SLOTS, GROUPS = 8, 16, 32
 TOKENS, PROMPT_TOKENS = 4096, 256
@@ -193,8 +192,7 @@ def run(
     publisher, sender = Publisher(coordinator), PolicySender("{}")
     parameters = {"m.lora_A.weight": torch.zeros(ELEMENTS)}
     ray.get(coordinator.start.remote())
-    process = psutil.Process(ray.get(coordinator.pid.remote()))
-    shards = [psutil.Process(actor.pid) for actor in list_actors(filters=SHARDS)]
+    process, *shards = map(psutil.Process, ray.get(coordinator.pids.remote()))
     publisher.publish(sender.policy(0, parameters), [])
     marks = []
     for step in range(steps):
@@ -249,12 +247,12 @@ def plan_of(engines: int, prompts: int, staleness: int, steps: int) -> dict[str,
 
 
 class _Coordinator(Coordinator):
-    """Reports its process id."""
+    """Reports its processes."""
 
-    async def pid(self) -> int:
-        import os
-
-        return os.getpid()
+    async def pids(self) -> list[int]:
+        """Its own process, then each shard's."""
+        shards = self._sampler._actors if isinstance(self._sampler, Shards) else []
+        return [os.getpid(), *[await shard.__ray_call__.remote(lambda _: os.getpid()) for shard in shards]]
 
 
 if __name__ == "__main__":
