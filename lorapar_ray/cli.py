@@ -18,12 +18,11 @@ from lorapar_ray.ablations.grids import GRIDS
 from lorapar_ray.config import Config
 from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
-from lorapar_ray.files import expanded
 from lorapar_ray.pipeline import ORDER, PIPELINE, stages_of
 from lorapar_ray.run_lock import WAIT
 from lorapar_ray.runs import RunDirectory, looked_at
 from lorapar_ray.stages import Stage
-from lorapar_ray.storage.uris import Uri, place_of
+from lorapar_ray.storage.uris import disk_path
 
 OF_THE_PLACE = (
     errno.ENOSPC,
@@ -216,8 +215,8 @@ def evaluate(
 
     fields = {"tasks": tasks.split(",") if tasks else None, "limit": limit, "engines": engines, "chat": chat or None}
     paths = dict(_name_and_path(each) for each in data) if data else None
+    out = disk_path(out, "--out").resolve()
     asked = evaluation_of(model, fields | {"data": paths}, set_ or [])
-    out = expanded(out, "--out").resolve()
     try:
         names = evaluate_models(asked, out, verbose)
     except KeyboardInterrupt:
@@ -375,7 +374,7 @@ def export(
 ) -> None:
     from lorapar_ray.exporting.job import export as write
 
-    target, chosen = expanded(_one("--out", out), "--out"), _one("--stage", stage) if stage else None
+    target, chosen = disk_path(_one("--out", out), "--out"), _one("--stage", stage) if stage else None
     with _finished(run_dir, []) as (config, run):
         done = write(config, run, target, chosen, merged=merged)
     print(f"{'merged model' if merged else 'adapter'} of {done} in '{target}'")
@@ -429,9 +428,7 @@ def ablate(
 ) -> None:
     from lorapar_ray.ablations.job import described, make_plan, run_plan
 
-    if isinstance(place_of(out or "", "--out"), Uri):
-        raise UserError(f"--out {out}: a grid shares files between its runs, on a disk; give a path")
-    folder = out or Path("runs") / f"{load_config(config, set_ or []).name}-{grid}"
+    folder = disk_path(out, "--out") if out else Path("runs") / f"{load_config(config, set_ or []).name}-{grid}"
     plan = make_plan(
         grid,
         config,

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from lorapar_ray.errors import UserError
+from lorapar_ray.files import expanded
 
 SCHEMES = ("s3", "gs")
 SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):/")
@@ -68,6 +69,18 @@ def place_of(given: str | Path, field: str = "--run-dir") -> Path | Uri:
     if not bucket or not key or not all(part and part not in (".", "..") for part in parts):
         raise UserError(f"{field} '{text}': write {scheme}://BUCKET/FOLDER")
     return Uri(scheme, bucket, "/".join(parts))
+
+
+def disk_path(given: str | Path, field: str) -> Path:
+    """Parse the place of a command's results, which an object store cannot hold; `~` is expanded.
+
+    Raises:
+        UserError: it is a URI of an object store, or as `place_of` and `expanded`.
+    """
+    place = place_of(given, field)
+    if isinstance(place, Uri):
+        raise UserError(f"{field} {place}: only a run directory can be in an object store; give a path on a disk")
+    return expanded(place, field)
 
 
 def is_uri(text: str) -> bool:

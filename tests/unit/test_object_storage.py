@@ -409,6 +409,15 @@ def test_a_run_that_is_not_in_the_store_is_one_line(command: tuple[str, ...], s3
     assert refused.stderr == f"lorapar: run directory '{s3}' holds no run (no manifest.json)\n"
 
 
+def test_what_is_taken_out_of_a_run_goes_to_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (["export", "-d", "run"], ["evaluate", "--model", "m"], ["ablate", "mask", "run.yaml"]):
+        refused = lorapar_here(*command, "-o", "s3://bucket/out")
+        assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
+        assert "--out s3://bucket/out: " in refused.stderr and "give a path" in refused.stderr
+    assert not [*tmp_path.iterdir()]
+
+
 def test_the_machines_of_a_cluster_find_each_other_s_files_in_a_bucket(s3: Uri) -> None:
     probe = Probe(str(s3))
     probe.ask()
