@@ -21,7 +21,7 @@ from lorapar_ray.adapters import residual_base
 from lorapar_ray.evaluation.harness.catalogue import Catalogue, quiet, wanted
 from lorapar_ray.evaluation.harness.results import rows_of
 from tests.chaos import Recovery
-from tests.e2e.test_interruption import stop_when
+from tests.e2e.test_interruption import stop_when, title
 from tests.pissa import trained_pissa
 from tests.tiny_run import ROOT, command, lorapar, lorapar_here, save_tiny_student
 
@@ -106,14 +106,16 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
 def evaluated(cluster: None, asked: Asked, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its results; the engine is killed on the way."""
     out, killed = tmp_path_factory.mktemp("evaluated") / "out", list[int]()
+    earlier = engine_cores()  # of a test before this one, which may still be ending
 
     def kill() -> None:
         pause, deadline = threading.Event(), time.monotonic() + 400
-        while not (shards(out) and (core := engine_of(psutil.Process()))):
+        while not (shards(out) and (cores := engine_cores() - earlier)):
             assert time.monotonic() < deadline, "no answer came"
             pause.wait(0.05)
-        core.kill()
-        killed.append(core.pid)
+        for core in cores:
+            core.kill()
+            killed.append(core.pid)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -132,10 +134,9 @@ def shards(out: Path) -> set[Path]:
     return set((out / "answers").rglob("*.parquet"))
 
 
-def engine_of(driver: psutil.Process) -> psutil.Process | None:
-    """The process of an engine's core below the driver's Ray."""
-    found = driver.children(recursive=True)
-    return next((each for each in found if "EngineCore" in " ".join(each.cmdline() or [each.name()])), None)
+def engine_cores() -> set[psutil.Process]:
+    """The processes of engines' cores below this process's Ray."""
+    return {each for each in psutil.Process().children(recursive=True) if "EngineCore" in title(each)}
 
 
 def rows_by_model(out: Path, task: str) -> list[list[dict[str, Any]]]:
