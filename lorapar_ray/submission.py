@@ -44,6 +44,8 @@ DUMP = "[state-dump]"
 """Beginning of the lines (twenty or more) in which Ray prints a lost node's statistics; the dashboard has them too."""
 OURS = "lorapar: "
 """Beginning of the line in which a command reports why it ends."""
+NOT_INSTALLED = "(ModuleNotFoundError: No module named 'lorapar_ray')"
+"""Ends the line of a Python that does not find us."""
 
 T = TypeVar("T")
 
@@ -219,6 +221,8 @@ class JobLog:
     def _line(self, line: str) -> None:
         if line.startswith(OURS):
             self.cause = line.removeprefix(OURS)
+        elif line.endswith(NOT_INSTALLED):
+            self.cause = "the `python` there has no lorapar_ray; install it, and start Ray in its environment"
         if not line.lstrip().startswith(DUMP):
             self._show(line)
 

@@ -75,6 +75,13 @@ def test_a_log_is_shown_in_whole_lines_however_it_comes_and_its_cause_is_found()
         assert shown == whole and log.cause == "done for"
 
 
+def test_a_head_whose_python_lacks_the_package_is_told() -> None:
+    log = JobLog(lambda _: None)
+    log.add("/usr/bin/python: Error while finding module specification for 'lorapar_ray.cli' ")
+    log.add("(ModuleNotFoundError: No module named 'lorapar_ray')\n")
+    assert log.cause.startswith("the `python` there has no lorapar_ray; install it")
+
+
 def test_a_run_directory_in_the_job_s_own_is_refused() -> None:
     require_whole_path("/shared/runs/x")
     require_whole_path("s3://bucket/runs/x")
