@@ -14,7 +14,7 @@ from tests.e2e.twin import ends_as_its_twin
 from tests.tiny_run import lorapar
 
 pytestmark = pytest.mark.e2e
-ROOM_KIB = {"score": 150, "sft": 60, "grpo": 60}
+ROOM_KIB = {"score": 150, "sft": 60, "grpo": 60, "evaluate": 16}
 """Free at a stage's beginning: for its first files and not for its last."""
 
 
@@ -61,6 +61,11 @@ def test_stage_1_on_a_full_disk(chance: Random, recovery: Recovery, finished: Fi
 @pytest.mark.chaos("grpo", "full disk")
 def test_stage_2_on_a_full_disk(chance: Random, recovery: Recovery, finished: FinishedRun, disk: Path) -> None:
     full_disk("grpo", chance, recovery, finished, disk)
+
+
+@pytest.mark.chaos("evaluate", "full disk")
+def test_evaluation_on_a_full_disk(chance: Random, recovery: Recovery, finished: FinishedRun, disk: Path) -> None:
+    full_disk("evaluate", chance, recovery, finished, disk)
 
 
 @pytest.mark.chaos("sft", "out of memory")
