@@ -62,6 +62,17 @@ def cluster() -> Iterator[None]:
     yield
 
 
+@pytest.fixture(autouse=True)
+def _precision_stays() -> Iterator[None]:
+    """Later tests of this process would compute with another precision."""
+    yield
+    left = torch.get_default_dtype(), torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision()
+    torch.set_default_dtype(torch.float32)
+    torch.set_autocast_enabled("cpu", False)
+    torch.set_float32_matmul_precision("highest")
+    assert left == (torch.float32, False, "highest")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """End that Ray before a file that does not use it, so that other tests run without it."""
