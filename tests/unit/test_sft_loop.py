@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from peft import PromptTuningConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
@@ -27,7 +27,7 @@ from lorapar_ray.sft.rows import bucket, collate, losses_in, rows_in
 from lorapar_ray.sft.step_log import StepLog
 from lorapar_ray.tracking import keep_lines_until
 from tests.tiny_run import metrics
-from tests.unit.tiny_models import CONFIGS, GROUPED, SHAPE, tiny
+from tests.unit.tiny_models import GROUPED, SHAPE, tiny
 
 SETTINGS = {"batch_size": 6, "micro_batch_size": 3, "epochs": 2, "learning_rate": 1e-2, "weight_decay": 0.1}
 CPU = torch.device("cpu")
@@ -286,7 +286,7 @@ WAITS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "lift_fresh", "
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_pass_never_waits_for_the_device(family: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.utils.import_utils.is_cuda_stream_capturing", lambda: packed)
-    base = AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation="sdpa", dtype=torch.bfloat16)
+    base = tiny(family, attention="sdpa", dtype=torch.bfloat16)
     model = attach_lora(base, rank=4, alpha=8, init="gaussian").train()
     layout = [examples(4)[:2], examples(4)[2:]] if packed else [[each] for each in examples(4)]
     rows = collate(layout, packed=packed, filler=0, buckets=True)

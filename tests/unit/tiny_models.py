@@ -46,7 +46,10 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 
-def tiny(family: str = "llama", seed: int = 0) -> torch.nn.Module:
-    """A new float32 model of a family, determined by the seed."""
+def tiny(
+    family: str = "llama", seed: int = 0, attention: str = "eager", dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
+    """A new model of a family, determined by the seed."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(deepcopy(CONFIGS[family]), attn_implementation="eager").eval()
+    config = deepcopy(CONFIGS[family])  # the model writes its dtype into it
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype).eval()
