@@ -25,6 +25,8 @@ RESTARTS = 2
 """How often a worker group is restarted after losing a worker before the stage gives up (it can still be resumed)."""
 ELASTIC_RESTARTS = 20
 """The same for a group with a range of workers: its nodes are expected to be lost now and then."""
+TASK_TRIES = 3
+"""How often a task is tried whose process or machine is lost."""
 RESIZE_S = 60.0
 """Seconds between two looks whether such a group has room for more workers."""
 
@@ -145,17 +147,33 @@ def on_a_worker(
 
     Raises:
         UserError: as the task raised it.
+        ray.exceptions.RayError: the task's process or machine was lost `TASK_TRIES` times.
     """
     import ray
 
     asked = Resources(cpus=0) if resources is None else resources
     variables = {**worker_environment(asked), **(environment or {})}
-    task = ray.remote(_told).options(**ray_options(asked), runtime_env={"env_vars": variables})
+    # Ray's own retries have no end where memory is missing
+    task = ray.remote(_told).options(**ray_options(asked), max_retries=0, runtime_env={"env_vars": variables})
     with nullcontext() if run is None else run.shared(*writes) as handed:
-        result, problem = ray.get(task.remote(function, arguments, handed))
+        result, problem = _tried(lambda: ray.get(task.remote(function, arguments, handed)))
     if problem is not None:
         raise UserError(problem)
     return result
+
+
+def _tried(call: Callable[[], Any]) -> Any:
+    """`call()`, again if its process or machine is lost."""
+    import ray
+
+    for _ in range(TASK_TRIES - 1):
+        try:
+            return call()
+        except ray.exceptions.RayTaskError:  # its own error
+            raise
+        except ray.exceptions.RayError:
+            continue
+    return call()
 
 
 def _told(function: Callable[..., Any], arguments: tuple[Any, ...], handed: Handed | None) -> tuple[Any, str | None]:
