@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,6 +21,7 @@ from lorapar_ray.storage.mirror import MANIFEST, Mirror, Wanted, all_but, below
 from lorapar_ray.storage.objects import Objects
 from lorapar_ray.storage.uris import Uri
 from lorapar_ray.storage.workspace import Handed
+from lorapar_ray.threads import meanwhile
 
 SYNC_EVERY_S = 10.0
 PARTIAL = ("work", "metrics")
@@ -49,6 +49,8 @@ class RemoteRun:
         self._mirror: Mirror | None = None
         self._claim: Claim | None = None
         self._shared: tuple[str, ...] = ()
+        self._told = False
+        """Whether the last try to sync failed, and was reported."""
 
     @contextmanager
     def at_work(self, wait_s: float = 0.0) -> Iterator[None]:
@@ -62,14 +64,10 @@ class RemoteRun:
         self._claim = Claim(Objects(self.uri, patience_s=BEAT_S))
         with self._alone_here(wait_s), self._claim.held(wait_s):
             self._take_over()
-            stop = threading.Event()
-            syncing = threading.Thread(target=self._sync_now_and_then, args=(stop,), daemon=True, name="sync")
-            syncing.start()
             try:
-                yield
+                with meanwhile(self._try_to_sync, every_s=SYNC_EVERY_S):
+                    yield
             finally:
-                stop.set()
-                syncing.join()
                 self.publish()
                 (self.root / COMPLETE).touch()
                 self._mirror = None
@@ -150,21 +148,19 @@ class RemoteRun:
         self.objects.write(LAST, mine)
         token.write_bytes(mine)
 
-    def _sync_now_and_then(self, stop: threading.Event) -> None:
-        said = False
-        while not stop.wait(SYNC_EVERY_S):
-            try:
-                mirror, shared = self._mirror, self._shared
-                if mirror is not None and self._claim is not None:
-                    self._claim.require()
-                    if shared:
-                        mirror.pull(below(shared))
-                    mirror.push(below(PARTIAL))
-                said = False
-            except UserError as error:
-                if not said:
-                    console.print(f"  {error}; the stage continues and tries again")
-                said = True
+    def _try_to_sync(self) -> None:
+        try:
+            mirror, shared = self._mirror, self._shared
+            if mirror is not None and self._claim is not None:
+                self._claim.require()
+                if shared:
+                    mirror.pull(below(shared))
+                mirror.push(below(PARTIAL))
+            self._told = False
+        except UserError as error:
+            if not self._told:
+                console.print(f"  {error}; the stage continues and tries again")
+            self._told = True
 
 
 @contextmanager

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lorapar_ray.storage.cache import Cache
 from lorapar_ray.storage.mirror import Mirror, all_but, below
 from lorapar_ray.storage.objects import Objects
 from lorapar_ray.storage.uris import Uri
+from lorapar_ray.threads import meanwhile
 
 PUSH_EVERY_S = 5.0
 UNREAD = (
@@ -87,16 +88,13 @@ def workspace(handed: Handed | None) -> Iterator[Callable[[Any], Any]]:
         yield lambda value: value
         return
     with private_directory(_folder()) as folder:
-        own, stop = Workspace(handed, folder / "run"), threading.Event()
-        pushing = threading.Thread(target=_push_now_and_then, args=(own, stop), daemon=True, name="publish")
-        pushing.start()
+        own = Workspace(handed, folder / "run")
         _here.append(own)
         try:
-            yield own.rebased
+            with meanwhile(partial(_try_to_publish, own), every_s=PUSH_EVERY_S):
+                yield own.rebased
         finally:
             _here.remove(own)
-            stop.set()
-            pushing.join()
             own.publish()
 
 
@@ -118,9 +116,8 @@ def _folder() -> Path:
     return folder
 
 
-def _push_now_and_then(own: Workspace, stop: threading.Event) -> None:
-    while not stop.wait(PUSH_EVERY_S):
-        try:
-            own.publish()
-        except UserError as error:  # only an error of the last push is raised
-            print(f"lorapar: {error}; trying again", flush=True)
+def _try_to_publish(own: Workspace) -> None:
+    try:
+        own.publish()
+    except UserError as error:  # only an error of the last push is raised
+        print(f"lorapar: {error}; trying again", flush=True)
