@@ -12,6 +12,8 @@ from functools import partial, wraps
 from importlib.machinery import ModuleSpec
 from typing import Any
 
+from lorapar_ray.replaced import replaced
+
 
 @contextmanager
 def without_collecting() -> Iterator[None]:
@@ -41,7 +43,7 @@ def import_peft() -> None:
     with without_collecting():
         import torch
 
-        with _replaced(torch, "compile", partial(_compiled_when_called, torch.compile)):
+        with replaced(torch, "compile", partial(_compiled_when_called, torch.compile)):
             import peft  # noqa: F401
 
 
@@ -80,17 +82,7 @@ def leave_out_torch() -> None:
         return None if name == "torch" else find(name, package)
 
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # of a missing torch
-    with _replaced(importlib.util, "find_spec", find_other):
+    with replaced(importlib.util, "find_spec", find_other):
         from transformers.utils import is_torch_available
 
         is_torch_available()  # which remembers its answer
-
-
-@contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    usual = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, usual)

@@ -6,11 +6,13 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from lorapar_ray.errors import UserError
 from lorapar_ray.ray_files import RayFiles, local_files
+from lorapar_ray.replaced import replaced
 from lorapar_ray.text import one_line
 from lorapar_ray.threads import in_a_thread
 
@@ -151,13 +153,9 @@ def _loopback_only() -> Iterator[None]:
     """
     from ray._private import ray_constants
 
-    usual = ray_constants.ENABLE_RAY_CLUSTER
-    with _environment({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0", "VLLM_HOST_IP": "127.0.0.1"}):
-        ray_constants.ENABLE_RAY_CLUSTER = False
-        try:
-            yield
-        finally:
-            ray_constants.ENABLE_RAY_CLUSTER = usual
+    here = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0", "VLLM_HOST_IP": "127.0.0.1"}
+    with _environment(here), replaced(ray_constants, "ENABLE_RAY_CLUSTER", False):
+        yield
 
 
 @contextmanager
@@ -174,14 +172,10 @@ def _without_helpers(keep_logs: bool) -> Iterator[None]:
     from ray._private.node import Node
 
     unused = ["start_monitor", "start_api_server"] + ([] if keep_logs else ["start_log_monitor"])
-    usual = {name: getattr(Node, name) for name in unused if hasattr(Node, name)}
-    for name in usual:
-        setattr(Node, name, lambda *_, **__: None)
-    try:
+    with ExitStack() as stack:
+        for name in filter(partial(hasattr, Node), unused):
+            stack.enter_context(replaced(Node, name, lambda *_, **__: None))
         yield
-    finally:
-        for name, method in usual.items():
-            setattr(Node, name, method)
 
 
 @contextmanager

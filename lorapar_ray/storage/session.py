@@ -64,6 +64,7 @@ class RemoteRun:
         self._claim = Claim(Objects(self.uri, patience_s=BEAT_S))
         with self._alone_here(wait_s), self._claim.held(wait_s):
             self._take_over()
+            self._told = False
             try:
                 with meanwhile(self._try_to_sync, every_s=SYNC_EVERY_S):
                     yield
