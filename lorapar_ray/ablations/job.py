@@ -82,9 +82,10 @@ def make_plan(
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError("--seeds: give different whole numbers, such as 1,2,3")
     arms = tuple(arm for arm in chosen.arms if not only or arm.name in only)
-    if load_config(file, overrides).label.strategy == "random":
+    label = load_config(file, overrides).label
+    if not label.voted:
         if without := [arm.name for arm in arms if arm.votes and arm.name in only]:
-            raise UserError(f"--only {without[0]}: needs teachers that vote, and label.strategy is random")
+            raise UserError(f"--only {without[0]}: needs teachers that vote, and label.strategy is {label.strategy}")
         arms = tuple(arm for arm in arms if not arm.votes)
     for key in {each.partition("=")[0] for each in overrides} - set(chosen.free):
         if key == "seed" or any(change.startswith(f"{key}=") for arm in arms for change in arm.changes):

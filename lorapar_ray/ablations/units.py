@@ -128,7 +128,7 @@ def main_runs(
 
 def _sharing_votes(config: Config, out: Path) -> Config:
     """The config with one file of votes for the whole grid, so that no teacher answers a question twice."""
-    if config.label.strategy == "random" or config.label.cache is not None:
+    if not config.label.voted or config.label.cache is not None:
         return config
     cache = str((out / "votes.sqlite").absolute())
     return config.model_copy(update={"label": config.label.model_copy(update={"cache": cache})})

@@ -130,9 +130,10 @@ class VotePrompt(Section):
 class LabelConfig(Section):
     """Stage `label`: which System each training question belongs to (paper, section 3.1)."""
 
-    strategy: Result[Literal["vote", "single", "single_roleplay", "random"]] = "vote"
+    strategy: Result[Literal["vote", "single", "single_roleplay", "random", "source"]] = "vote"
     """`vote`: the majority of teachers that play the student. `single`, `single_roleplay`: one teacher, as itself or as
-    the student. `random`: random labels, a baseline."""
+    the student. `random`: random labels, a baseline. `source`: the System that each entry of `data.train` gives its
+    rows."""
     teachers: Result[list[TeacherConfig]] = []
     student_name: Result[str | None] = None
     """Name of the student in the prompt; None: the last part of `model.path`."""
@@ -185,6 +186,11 @@ class LabelConfig(Section):
     resources: Operation[Resources] = Resources(cpus=0.5, gpus=0)
     """Resources of one asking worker."""
 
+    @property
+    def voted(self) -> bool:
+        """Whether teachers vote."""
+        return self.strategy not in ("random", "source")
+
     @model_validator(mode="after")
     def _teachers_fit_strategy(self) -> LabelConfig:
         names = [t.name for t in self.teachers]
@@ -194,9 +200,9 @@ class LabelConfig(Section):
             raise ValueError("teachers: strategy vote needs at least one teacher")
         if self.strategy.startswith("single") and len(self.teachers) != 1:
             raise ValueError(f"teachers: strategy {self.strategy} takes exactly one teacher")
-        if self.strategy == "random" and self.shuffled:
-            raise ValueError("shuffled: is a control for votes, and strategy random has no votes; remove it")
-        if self.strategy != "random" and self.quorum > len(self.teachers):
+        if self.shuffled and not self.voted:
+            raise ValueError(f"shuffled: is a control for votes, and strategy {self.strategy} has no votes; remove it")
+        if self.voted and self.quorum > len(self.teachers):
             raise ValueError(f"quorum: {self.quorum} is more than the {len(self.teachers)} teachers")
         systems = sorted(self.definitions)
         if systems != list(range(1, len(systems) + 1)) or not 2 <= len(systems) <= 9:

@@ -58,6 +58,32 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _sources_fit_labels(self) -> Config:
+        known, given = set(self.label.definitions), {each.system for each in self.data.train}
+        for part, sources in (("train", self.data.train), ("test", self.data.test)):
+            for index, each in enumerate(sources):
+                if each.system is not None and each.system not in known:
+                    raise ValueError(
+                        f"data.{part}[{index}].system: System {each.system} is not in label.definitions "
+                        f"(1 to {max(known)})"
+                    )
+        if self.label.strategy != "source":
+            if given != {None}:
+                raise ValueError(
+                    f"data.train: label.strategy {self.label.strategy} does not use the entries' system; set "
+                    "label.strategy to source, or remove it"
+                )
+        elif None in given:
+            index = [each.system for each in self.data.train].index(None)
+            raise ValueError(f"data.train[{index}].system: missing, and label.strategy source takes the label from it")
+        elif without := known - given:
+            raise ValueError(
+                f"data.train: no entry has system {min(without)}, which label.definitions defines; add one, or remove "
+                "the definition"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _parts_fit_together(self) -> Config:
         if len(set(self.order)) != len(self.order):
             raise ValueError("order: each stage at most once; for two SFT epochs set sft.epochs to 2")

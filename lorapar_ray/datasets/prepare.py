@@ -36,7 +36,7 @@ def prepare(config: Config, run: RunDirectory) -> dict[str, int]:
                     if isinstance(row, Lost):
                         rejects.add(reject(row, "prepare", row.reason))
                         continue
-                    row = _own_id(row, ids, f"data.{part}[{index}]", index)
+                    row = replace(_own_id(row, ids, f"data.{part}[{index}]", index), system=source.system)
                     if not row.answer.strip():
                         rejects.add(reject(row, "prepare", "no answer in the published data"))
                     elif prompts.add(row.prompt):
@@ -47,8 +47,10 @@ def prepare(config: Config, run: RunDirectory) -> dict[str, int]:
                         rejects.add(reject(row, "prepare", "prompt also in the test rows, or a duplicate"))
 
         with atomic_path(run.data) as draft:  # the folder appears at once: a source that fails to open leaves no files
-            counts = {"test": write_rows(draft / "test.parquet", fresh("test", config.data.test, ids[0]))}
-            counts["train"] = write_rows(draft / "train.parquet", fresh("train", config.data.train, ids[1]))
+            counts: dict[str, int] = {}
+            for part, sources, own in (("test", config.data.test, ids[0]), ("train", config.data.train, ids[1])):
+                given = any(source.system is not None for source in sources)
+                counts[part] = write_rows(draft / f"{part}.parquet", fresh(part, sources, own), systems=given)
             if counts["train"] == 0:
                 raise UserError(
                     "data.train: every row is a duplicate or also in data.test; nothing is left to train on"

@@ -37,6 +37,8 @@ class Row:
     """The prompt's messages {role, content}, if it is a chat; `prompt` is then its readable form."""
     columns: str = ""
     """The record's columns as JSON, as rewards get them."""
+    system: int | None = None
+    """The System that the config gives the row's source."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +57,27 @@ class MadeUpId(str):
     __slots__ = ()
 
 
-OPTIONAL = ("messages", "columns")
-"""Not in files of earlier versions."""
+OPTIONAL = ("messages", "columns", "system")
+"""Not in every file: the first two came later, and a System is stored only if the config gives one."""
 COLUMNS: dict[str, type] = {name: str for name in Row.__dataclass_fields__ if name not in OPTIONAL}
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _TYPES = {"messages": MESSAGES, "columns": pa.json_()}
-ROW_SCHEMA = pa.schema([(name, _TYPES.get(name, pa.string())) for name in Row.__dataclass_fields__])
+ROW_SCHEMA = pa.schema([(name, _TYPES.get(name, pa.string())) for name in Row.__dataclass_fields__ if name != "system"])
+SYSTEM = pa.field("system", pa.int64())
 
 
-def write_rows(target: Path, rows: Iterable[Row]) -> int:
-    """Stream rows into a Parquet file, written atomically; returns their number."""
+def write_rows(target: Path, rows: Iterable[Row], *, systems: bool = False) -> int:
+    """Stream rows into a Parquet file, written atomically; returns their number.
+
+    Args:
+        systems: also store each row's System.
+    """
+    schema = ROW_SCHEMA.append(SYSTEM) if systems else ROW_SCHEMA
     iterator = iter(rows)
     count = 0
-    with atomic_path(target) as draft, pq.ParquetWriter(draft, ROW_SCHEMA) as writer:
+    with atomic_path(target) as draft, pq.ParquetWriter(draft, schema) as writer:
         while chunk := list(islice(iterator, ROWS_PER_WRITE)):
-            writer.write_table(pa.Table.from_pylist([as_record(row) for row in chunk], schema=ROW_SCHEMA))
+            writer.write_table(pa.Table.from_pylist([as_record(row) for row in chunk], schema=schema))
             count += len(chunk)
     return count
 
@@ -104,6 +112,7 @@ def iterate_rows(file: Path) -> Iterator[Row]:
                 **{name: row[name] for name in COLUMNS},
                 messages=messages_in(row),
                 columns=row.get("columns") or "",
+                system=row.get("system"),
             )
 
 

@@ -28,7 +28,7 @@ from lorapar_ray.labeling.asker import Asker, read_result
 from lorapar_ray.labeling.calibration import ask_probes, measured_bias, probes, unanswered
 from lorapar_ray.labeling.journal import is_networked
 from lorapar_ray.labeling.keys import teacher_keys
-from lorapar_ray.labeling.output import LABELS, write_labels, write_random_labels
+from lorapar_ray.labeling.output import LABELS, write_labels, write_labels_of_sources, write_random_labels
 from lorapar_ray.labeling.panel import Panel, reasons
 from lorapar_ray.labeling.pending import write_pending
 from lorapar_ray.labeling.secrets import secrets, warn_of_plain_http
@@ -52,10 +52,13 @@ def label(config: Config, run: RunDirectory) -> dict[str, Any]:
     """Write `labels/part-00000.parquet`, `metrics/labels.json` and, if any, `rejects/label.parquet`.
 
     Raises:
-        UserError: fewer teachers than `label.quorum` answer; what was voted so far is kept.
+        UserError: fewer teachers than `label.quorum` answer; what was voted so far is kept. Or, with strategy `source`,
+            a System without questions.
     """
     if config.label.strategy == "random":
         summary = write_random_labels(config, run)
+    elif config.label.strategy == "source":
+        summary = write_labels_of_sources(config, run)
     else:
         voting = _Voting(config, run)
         try:

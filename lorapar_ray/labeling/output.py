@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
 
 from lorapar_ray.config import Config
-from lorapar_ray.datasets.rows import ROW_SCHEMA, ROWS_PER_WRITE, Row, as_record, iterate_rows
+from lorapar_ray.datasets.rows import ROW_SCHEMA, ROWS_PER_WRITE, SYSTEM, Row, as_record, iterate_rows
 from lorapar_ray.datasets.tables import TableWriter, reject, reject_table
 from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.pending import answered_rows
@@ -27,7 +27,7 @@ VOTE = pa.struct(
 LABEL_SCHEMA = pa.schema(
     [
         *ROW_SCHEMA,
-        ("system", pa.int64()),
+        SYSTEM,
         ("agreement", pa.float64()),
         ("confidence", pa.float64()),
         ("votes", pa.list_(VOTE)),
@@ -66,13 +66,39 @@ def write_labels(
 
 def write_random_labels(config: Config, run: RunDirectory) -> dict[str, Any]:
     """Strategy `random`: a seeded draw for every question."""
+    return _write_without_votes(config, run, lambda row: random_system(config, row))
+
+
+def write_labels_of_sources(config: Config, run: RunDirectory) -> dict[str, Any]:
+    """Strategy `source`: the System of each question's source.
+
+    Raises:
+        UserError: a System has no question left, since all were duplicates or test questions.
+    """
+    return _write_without_votes(config, run, _given_system, every_system=True)
+
+
+def _given_system(row: Row) -> int:
+    assert row.system is not None, "the config gives every source of data.train a System"
+    return row.system
+
+
+def _write_without_votes(
+    config: Config, run: RunDirectory, system_of: Callable[[Row], int], *, every_system: bool = False
+) -> dict[str, Any]:
     tally = Tally(config.label, {}, config.seed)
     with _tables(run) as (labels, _):
         for row in iterate_rows(run.data / "train.parquet"):
-            decision = Decision(random_system(config, row), 1.0, 1.0)
+            decision = Decision(system_of(row), 1.0, 1.0)
             labels.add(_labelled(row, decision, []))
             tally.add(row, decision.system, [], {})
-        return tally.summary(0, Session())
+        summary = tally.summary(0, Session())
+        if every_system and (empty := [system for system, count in summary["split"].items() if not count]):
+            raise UserError(
+                f"data.train: no row of System {empty[0]} is left, all are duplicates or also in data.test; see "
+                "rejects/prepare.parquet"
+            )
+        return summary
 
 
 def random_system(config: Config, row: Row) -> int:

@@ -27,14 +27,14 @@ def reads(config: Config) -> Iterator[str]:
         if place is not None:
             yield place
     for each in config.label.teachers:
-        if each.kind == "serve" and config.label.strategy != "random":
+        if each.kind == "serve" and config.label.voted:
             yield from model_files(each.model)
 
 
 def resources(config: Config) -> str:
     """Teachers, and the workers that ask them."""
     label = config.label
-    if label.strategy == "random":
+    if not label.voted:
         return ""
     workers = each_of(label.workers, "asking worker", without_auto(label.resources))
     in_flight = f"{label.workers * label.concurrency} questions in flight"
@@ -53,5 +53,5 @@ STAGE = Stage(
     scratch=("work/label",),
     reads=reads,
     resources=resources,
-    uses_ray=lambda config: config.label.strategy != "random",
+    uses_ray=lambda config: config.label.voted,
 )
