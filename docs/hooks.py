@@ -82,7 +82,8 @@ def _sections_in(annotation: Any) -> list[type[Section]]:
 
 
 def _section(section: type[Section]) -> str:
-    written = _written(section)
+    bases = [each for each in reversed(section.__mro__) if issubclass(each, Section)]
+    written = {name: field for each in bases for name, field in _written(each).items()}
     lines = [f"## {section.__name__}\n", f"{inspect.getdoc(section)}\n"]
     lines += ["| field | type | default | counts as | meaning |", "| --- | --- | --- | --- | --- |"]
     for name, info in section.model_fields.items():
