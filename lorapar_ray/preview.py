@@ -38,9 +38,16 @@ def describe(config: Config, run: RunDirectory) -> str:
     """One line about the cut on disk."""
     if not config.partitioned:
         return NOTHING
-    return _line(read_object(run.partition / "summary.json"))
+    if config.partition.regions == "stages":
+        return _line(read_object(run.partition / "summary.json"))
+    from lorapar_ray.partition.systems import SUMMARY
+
+    return _line(read_object(run.partition / SUMMARY))
 
 
 def _line(summary: dict[str, Any]) -> str:
+    if "systems" in summary:
+        shares = ", ".join(f"System {system} {found['share']:.2%}" for system, found in summary["systems"].items())
+        return f"  θ {summary['theta']:g}, {summary['regions']}: {shares}"
     shares = ", ".join(f"{name} {share:.2%}" for name, share in summary["total"]["shares"].items())
     return f"  θ {summary['theta']:g}: {shares}; Jaccard {summary['overlap']['jaccard']:.3f}"

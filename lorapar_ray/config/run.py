@@ -92,6 +92,11 @@ class Config(Section):
                 f"adapter.init: {self.adapter.init} subtracts from the base's weights, which a 4-bit base cannot "
                 "represent; remove model.quantization or set adapter.init to default or gaussian"
             )
+        if self.partition.regions != "stages" and self.order != ["sft"]:
+            raise ValueError(
+                f"partition.regions: {self.partition.regions} regions are trained by SFT alone; set order to [sft], or "
+                "regions to stages"
+            )
         known = {teacher.name for teacher in self.label.teachers}
         if self.grpo.judged and (not known or not set(self.grpo.judge.teachers) <= known):
             raise ValueError(
@@ -119,6 +124,11 @@ class Config(Section):
     def partitioned(self) -> bool:
         """Whether any stage trains only a region; if not, `score` and `partition` are not needed."""
         return any({"sft": self.sft.masked, "grpo": self.grpo.masked}[stage] for stage in self.order)
+
+    @property
+    def scored(self) -> list[int]:
+        """The Systems whose importance is scored: the paper's two, or all if each has a region of its own."""
+        return [1, 2] if self.partition.regions == "stages" else sorted(self.label.definitions)
 
     @property
     def warms_up(self) -> bool:

@@ -65,3 +65,17 @@ class PartitionConfig(Section):
     mask: Result[Literal["importance", "random", "swapped"]] = "importance"
     """`random`: random sets of the same sizes, the paper's baseline. `swapped`: each stage gets the other System's
     elements, a control."""
+    regions: Result[Literal["stages", "own", "disjoint"]] = "stages"
+    """`stages`: a region for each of the two training stages, by `alpha` and `beta`, as in the paper. `own` and
+    `disjoint`: a region for each System of `label.definitions`, for SFT alone (`order: [sft]`), which trains the
+    regions of `sft.systems`; all these Systems are scored. `own`: what θ keeps for the System. `disjoint`: an element
+    kept for several Systems goes to the one for which it is most important, by its share of the System's whole
+    importance."""
+
+    @model_validator(mode="after")
+    def _swapped_has_two_stages(self) -> PartitionConfig:
+        if self.mask == "swapped" and self.regions != "stages":
+            raise ValueError(
+                f"mask: swapped exchanges the regions of two stages; set regions to stages, not {self.regions}"
+            )
+        return self

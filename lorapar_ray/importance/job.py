@@ -30,7 +30,6 @@ from lorapar_ray.sft.worker import SftJob
 from lorapar_ray.student import base_reference
 from lorapar_ray.workers import run_workers
 
-SYSTEMS = (1, 2)
 ROUNDS = 3
 """How often units that are missing from the sums after a group has ended are dealt again."""
 
@@ -49,7 +48,7 @@ def score_stage(config: Config, run: RunDirectory, initial: Path | None = None) 
     table = TokenTable(tokens)
     every = list(samples.values())
     counts = require_room(run, table, every, stage="score", field="score.max_length")
-    plan = Plan(dict(zip(SYSTEMS, counts, strict=True)), config.score.unit_size)
+    plan = Plan(dict(zip(samples, counts, strict=True)), config.score.unit_size)
     fields = {str(system): asdict(chosen) for system, chosen in samples.items()}
     key = digest([key_of(tokens), {k: {**v, "path": ""} for k, v in fields.items()}, config.score.unit_size])
     folder = run.work / "score" / f"sums-{key[:12]}"
@@ -75,10 +74,11 @@ def score_stage(config: Config, run: RunDirectory, initial: Path | None = None) 
         )
     if job.warm_up is not None:
         shutil.rmtree(job.warm_up["checkpoints"], ignore_errors=True)
-    for system in SYSTEMS:
+    for system in samples:
         _write_scores(config, run, system, plan, folder)
-    save_halves(run.scores / "halves", halves_of_parts(folder, plan, _scoring(config, run)))
-    return {f"system{system}_examples": plan.examples[system] for system in SYSTEMS}
+    if len(samples) == 2:  # the control compares two Systems
+        save_halves(run.scores / "halves", halves_of_parts(folder, plan, _scoring(config, run)))
+    return {f"system{system}_examples": plan.examples[system] for system in samples}
 
 
 def samples_of(config: Config, tokens: Path) -> dict[int, Selection]:
@@ -88,17 +88,17 @@ def samples_of(config: Config, tokens: Path) -> dict[int, Selection]:
         system: Selection(
             str(tokens.resolve()), [system], "score", score.max_length, score.examples_per_system, True, config.seed
         )
-        for system in SYSTEMS
+        for system in config.scored
     }
 
 
 def _warm_up(config: Config, run: RunDirectory, initial: Path, samples: dict[int, Selection]) -> SftJob:
-    """The warm-up on the samples of both Systems."""
+    """The warm-up on the samples of all Systems."""
     from dataclasses import replace
 
     from lorapar_ray.sft.job import warm_up_job
 
-    return warm_up_job(config, run, initial, replace(samples[SYSTEMS[0]], systems=list(SYSTEMS)))
+    return warm_up_job(config, run, initial, replace(next(iter(samples.values())), systems=list(samples)))
 
 
 def _left(plan: Plan, folder: Path) -> int:
@@ -106,7 +106,7 @@ def _left(plan: Plan, folder: Path) -> int:
 
 
 def _run(config: Config, run: RunDirectory, job: ScoreJob, plan: Plan, folder: Path) -> None:
-    phase, every = Path(job.phase), sum(plan.units(system) for system in SYSTEMS)
+    phase, every = Path(job.phase), sum(plan.units(system) for system in plan.examples)
     phase.unlink(missing_ok=True)
 
     def poll() -> tuple[int, str]:
@@ -131,7 +131,7 @@ def _run(config: Config, run: RunDirectory, job: ScoreJob, plan: Plan, folder: P
 
 def halves_of_units(config: Config, run: RunDirectory) -> Iterator[Halves]:
     """Scores of the halves of each System's units of work, from runs of versions without running sums."""
-    units1, units2 = (finished_units(run, system) for system in SYSTEMS)
+    units1, units2 = (finished_units(run, system) for system in (1, 2))
     return half_scores(units1, units2, _scoring(config, run))
 
 

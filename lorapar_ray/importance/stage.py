@@ -37,8 +37,12 @@ def run(config: Config, run: RunDirectory) -> dict[str, Any]:
 
 
 def settings(config: Config) -> Settings:
-    """Its own settings, whether there is anything to score, and stage 1's settings that the warm-up uses."""
-    found = settings_of(config, "model", "adapter", "score") | {"partitioned": Setting(config.partitioned, False)}
+    """Its own settings, whether there is anything to score and for which Systems, and those of stage 1 that the warm-up
+    uses."""
+    found = settings_of(config, "model", "adapter", "score") | {
+        "partitioned": Setting(config.partitioned, False),
+        "systems": Setting(config.scored, config.scored == [1, 2]),
+    }
     if config.warms_up:
         sft = deciding(config.sft, "sft")
         found |= {f"sft.{name}": sft[f"sft.{name}"] for name in WARMUP}
@@ -54,7 +58,7 @@ def reads(config: Config) -> Iterator[str]:
 
 STAGE = Stage(
     name="score",
-    help="Make the adapter and score each of its elements for both Systems.",
+    help="Make the adapter and score each of its elements for every System.",
     needs=lambda _: ("label",),
     settings=settings,
     run=run,

@@ -16,6 +16,7 @@ from lorapar_ray.partition.passes import whole_adapter
 from lorapar_ray.partition.regions import assign_regions, save_regions
 from lorapar_ray.partition.select import keep_top, random_mask
 from lorapar_ray.partition.summary import summarise
+from lorapar_ray.partition.systems import FILE, SUMMARY, cut_systems, save_systems
 from lorapar_ray.runs import RunDirectory, write_json
 
 RESCORE = "run `lorapar score` again"
@@ -29,14 +30,17 @@ GROUPS: dict[str, Callable[[str], str]] = {
 def partition_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
     """Cut the adapter at θ, α, β; writes `partition/regions.safetensors` and `partition/summary.json`.
 
+    With a region for each System it writes `partition/systems.safetensors` and `partition/systems.json` instead.
+
     Returns:
-        the summary (see `partition.summary`), with the signal-or-noise control under `control` (see `control_curve`).
+        the summary (see `partition.summary`), with the signal-or-noise control under `control` (see `control_curve`);
+        or that of `partition.systems`.
 
     Raises:
         UserError: the scores are missing, zero everywhere or not finite.
     """
     with boundary("partition: the scores, the adapter and the sums of this run do not match", RESCORE):
-        return _cut(config, run)
+        return _cut(config, run) if config.partition.regions == "stages" else _cut_systems(config, run)
 
 
 def _cut(config: Config, run: RunDirectory) -> dict[str, Any]:
@@ -65,6 +69,22 @@ def _cut(config: Config, run: RunDirectory) -> dict[str, Any]:
         beta=settings.beta,
     )
     write_json(run.partition / "summary.json", summary)
+    return summary
+
+
+def _cut_systems(config: Config, run: RunDirectory) -> dict[str, Any]:
+    settings = config.partition
+    assert settings.regions != "stages"
+    masks, summary = cut_systems(
+        {system: _load(run.scores / f"system{system}.safetensors") for system in config.scored},
+        settings.theta,
+        regions=settings.regions,
+        random=settings.mask == "random",
+        group_of=GROUPS[settings.scope],
+        seed=config.seed,
+    )
+    save_systems(masks, run.partition / FILE)
+    write_json(run.partition / SUMMARY, summary)
     return summary
 
 

@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from pydantic import ValidationError
+from safetensors.torch import save_file
 
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.errors import UserError
-from lorapar_ray.pipeline import run_stage
+from lorapar_ray.partition.job import partition_stage
+from lorapar_ray.partition.select import keep_top
+from lorapar_ray.partition.systems import (
+    FILE,
+    count_of,
+    cut_systems,
+    disjoint,
+    mask_of_systems,
+    save_systems,
+    total_importance,
+)
+from lorapar_ray.pipeline import PIPELINE, run_stage
+from lorapar_ray.preview import describe
 from lorapar_ray.runs import RunDirectory
 from tests.tiny_run import tiny_config
+from tests.unit.partition_scores import Scores, flat, skewed
+
+torch.set_num_threads(1)
 
 TASKS = ("chain_sum", "letter_counting", "gcd")
 DEFINITIONS = dict(enumerate(TASKS, start=1))
@@ -82,8 +99,97 @@ def test_a_system_whose_rows_are_all_test_rows_is_an_error(tmp_path: Path) -> No
             {"label": {"strategy": "source", "definitions": DEFINITIONS, "shuffled": True}},
             "strategy source has no votes",
         ),
+        (
+            {"order": ["sft", "grpo"], "partition": {"regions": "own"}},
+            "partition.regions: own regions are trained by SFT",
+        ),
+        ({"partition": {"regions": "disjoint", "mask": "swapped"}}, "mask: swapped exchanges the regions"),
     ],
 )
 def test_systems_that_do_not_fit_are_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         Config.model_validate(three_systems(**changes))
+
+
+def kept_sets(theta: float = 0.9) -> tuple[dict[int, Scores], dict[int, Scores]]:
+    """Scores of three Systems of different scales, and what θ keeps of each."""
+    scores = {system: {k: v * 10.0**system for k, v in skewed(system).items()} for system in (1, 2, 3)}
+    return {system: keep_top(each, theta) for system, each in scores.items()}, scores
+
+
+def test_disjoint_regions_share_out_the_union_of_the_kept_sets() -> None:
+    kept, scores = kept_sets()
+    masks = disjoint(kept, scores)
+    regions, sets = (torch.stack([flat(each[system]) for system in (1, 2, 3)]) for each in (masks, kept))
+    assert torch.equal(regions.sum(0), sets.any(0).long())
+    assert not (regions & ~sets).any() and (regions.sum(1) > 0).all()
+
+
+def test_an_element_goes_where_it_has_the_largest_share_whatever_the_scale_of_a_systems_losses() -> None:
+    kept, scores = kept_sets()
+    masks = disjoint(kept, scores)
+    shares = torch.stack([flat(scores[k]).double() / total_importance(scores[k]) for k in (1, 2, 3)])
+    sets = torch.stack([flat(kept[k]) for k in (1, 2, 3)])
+    best = torch.where(sets, shares, -1.0).argmax(0)
+    for system in (1, 2, 3):
+        assert torch.equal(flat(masks[system]), sets.any(0) & (best == system - 1))
+    larger = {**scores, 2: {key: value * 64 for key, value in scores[2].items()}}
+    assert all(torch.equal(flat(disjoint(kept, larger)[k]), flat(masks[k])) for k in (1, 2, 3))
+
+
+def test_equal_shares_go_to_the_lower_number() -> None:
+    scores = {system: {"a": torch.tensor([2.0, 1.0, 1.0])} for system in (1, 2)}
+    kept = {1: {"a": torch.tensor([False, True, True])}, 2: {"a": torch.tensor([True, True, False])}}
+    masks = disjoint(kept, scores)
+    assert masks[1]["a"].tolist() == [False, True, True] and masks[2]["a"].tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("regions", ["own", "disjoint"])
+def test_random_regions_have_the_sizes_of_those_of_importance(regions: Literal["own", "disjoint"]) -> None:
+    _, scores = kept_sets()
+    chosen, summary = cut_systems(scores, 0.9, regions=regions)
+    drawn, other = cut_systems(scores, 0.9, regions=regions, random=True, seed=4)
+    again, _ = cut_systems(scores, 0.9, regions=regions, random=True, seed=5)
+    for system in (1, 2, 3):
+        assert count_of(drawn[system]) == count_of(chosen[system]) == summary["systems"][str(system)]["elements"]
+        assert not torch.equal(flat(drawn[system]), flat(chosen[system]))
+        assert not torch.equal(flat(drawn[system]), flat(again[system]))
+        assert other["systems"][str(system)]["importance"] < summary["systems"][str(system)]["importance"] <= 1
+    overlap = torch.stack([flat(drawn[system]) for system in (1, 2, 3)]).sum(0).max()
+    assert int(overlap) == (1 if regions == "disjoint" else 3)
+    assert summary["jaccard"].keys() == {"1-2", "1-3", "2-3"} and summary["jaccard"] == other["jaccard"]
+
+
+def test_regions_of_nine_systems_are_read_as_they_were_written(tmp_path: Path) -> None:
+    scores = {system: skewed(system) for system in range(1, 10)}
+    masks, _ = cut_systems(scores, 0.8, regions="own")
+    save_systems(masks, tmp_path / "systems.safetensors")
+    for system in masks:
+        assert torch.equal(flat(mask_of_systems(tmp_path / "systems.safetensors", [system])), flat(masks[system]))
+    assert torch.equal(flat(mask_of_systems(tmp_path / "systems.safetensors", [2, 9])), flat(masks[2]) | flat(masks[9]))
+    save_file({"a": torch.zeros(2, dtype=torch.uint8)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="does not hold regions"):
+        mask_of_systems(tmp_path / "other.safetensors", [1])
+
+
+def test_the_stage_cuts_every_system(tmp_path: Path) -> None:
+    config = Config.model_validate(three_systems(partition={"regions": "disjoint", "theta": 0.9}))
+    run = RunDirectory(tmp_path / "run")
+    run.scores.mkdir(parents=True)
+    for system in (1, 2, 3):
+        save_file(skewed(system), run.scores / f"system{system}.safetensors")
+    summary = partition_stage(config, run)
+    regions = torch.stack([flat(mask_of_systems(run.partition / FILE, [k])) for k in (1, 2, 3)])
+    assert [int(each) for each in regions.sum(1)] == [each["elements"] for each in summary["systems"].values()]
+    assert int(regions.sum(0).max()) == 1
+    assert describe(config, run).startswith("  θ 0.9, disjoint: System 1 ")
+    (run.scores / "system3.safetensors").unlink()
+    with pytest.raises(UserError, match="lorapar score"):
+        partition_stage(config, run)
+
+
+def test_scores_of_more_systems_are_other_results() -> None:
+    plain, cut = (Config.model_validate(three_systems(partition={"regions": each})) for each in ("stages", "own"))
+    assert (plain.scored, cut.scored) == ([1, 2], [1, 2, 3])
+    settings = [PIPELINE["score"].settings(each)["systems"] for each in (plain, cut)]
+    assert settings == [([1, 2], True), ([1, 2, 3], False)]
