@@ -4,6 +4,7 @@
       config.yaml  manifest.json      settings last used; per stage: status, what decided it, its files, seconds
       data/{train,test}.parquet       the questions as the readers gave them
       labels/  rejects/  adapter/  scores/  partition/  sft/adapter/  grpo/adapter/  eval/  metrics/  report/
+      sft/system2/adapter/            of a sequence of Systems, after System 2; after the last it is sft/adapter
       trash/<time>-<stage>/           results that are being replaced, until the stage has finished
       lock.json                       the one command that is at work here
 
@@ -98,6 +99,11 @@ class RunDirectory:
     def place(self) -> str:
         """The run's location, for messages."""
         return str(self.root if self.remote is None else self.remote.uri)
+
+    def trained(self, name: str) -> Path:
+        """The folder of one of `Config.trained`: of a stage, or of the adapter after a System of a sequence."""
+        stage, _, system = name.partition("-")
+        return self.root / stage / (f"system{system}" if system else "")
 
     def address(self, path: Path) -> str:
         """A path of the run as other machines see it."""

@@ -114,6 +114,6 @@ def starting_adapter(config: Config, run: RunDirectory, stage: str) -> Path:
     place = config.order.index(stage) if stage in config.order else 0  # type: ignore[arg-type]
     if place == 0:
         return run.adapter
-    folder = {"sft": run.sft, "grpo": run.grpo}[config.order[place - 1]]
+    folder = run.trained(config.order[place - 1])
     trained = folder / "trained"
     return trained if trained.is_dir() else folder / "adapter"

@@ -14,12 +14,15 @@ from lorapar_ray.config.sandbox import SandboxConfig
 TaskName = Annotated[str, Field(pattern=r"^[^@]+(@[0-9]+)?$", max_length=300)]
 """`NAME` or `NAME@SHOTS`."""
 
+Model = Literal["base", "sft", "grpo", "sft-1", "sft-2", "sft-3", "sft-4", "sft-5", "sft-6", "sft-7", "sft-8", "sft-9"]
+
 
 class EvaluateConfig(Section):
     """Stage `evaluate`: accuracy of each named model on the test rows, greedily, and on lm-eval's tasks."""
 
-    models: Result[Annotated[Distinct[Literal["base", "sft", "grpo"]], Field(min_length=1)] | None] = None
-    """Models to evaluate; None: the base and every stage of `order`."""
+    models: Result[Annotated[Distinct[Model], Field(min_length=1)] | None] = None
+    """Models to evaluate; None: the base and every stage of `order`. `sft-2`: the adapter after System 2 of a sequence
+    (`sft.sequence`); that after the last System is `sft`."""
     answer: Result[Literal["numeric", "exact", "option_letter"]] = "numeric"
     """How an answer is compared with the reference: by value, by text, or by the option letter."""
     max_new_tokens: Result[PositiveInt] = 256

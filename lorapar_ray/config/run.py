@@ -97,6 +97,19 @@ class Config(Section):
                 f"partition.regions: {self.partition.regions} regions are trained by SFT alone; set order to [sft], or "
                 "regions to stages"
             )
+        if self.sft.sequence:
+            if self.order != ["sft"] or self.adapter.method != "lora":
+                raise ValueError("sft.sequence: trains a LoRA by SFT alone; set order to [sft]")
+            if self.sft.masked and self.partition.regions == "stages":
+                raise ValueError(
+                    "sft.sequence: each System needs a region of its own; set partition.regions to own or disjoint, or "
+                    "sft.masked to false"
+                )
+        if unknown := [name for name in self.evaluated if "-" in name and name not in self.trained]:
+            raise ValueError(
+                f"evaluate.models: {unknown[0]} is no adapter of this run, whose training leaves "
+                f"{', '.join(self.trained)}"
+            )
         known = {teacher.name for teacher in self.label.teachers}
         if self.grpo.judged and (not known or not set(self.grpo.judge.teachers) <= known):
             raise ValueError(
@@ -142,9 +155,15 @@ class Config(Section):
         return [each for each in self.label.teachers if self.grpo.judged and (not chosen or each.name in chosen)]
 
     @property
+    def trained(self) -> list[str]:
+        """The adapters that training leaves, in order: of each stage, and within a sequence after each System."""
+        between = [f"sft-{system}" for part in self.sft.parts[:-1] for system in part]
+        return [name for stage in self.order for name in ([*between, stage] if stage == "sft" else [stage])]
+
+    @property
     def evaluated(self) -> list[str]:
         """The models to evaluate."""
-        return ["base", *self.order] if self.evaluate.models is None else list(self.evaluate.models)
+        return ["base", *self.trained] if self.evaluate.models is None else list(self.evaluate.models)
 
     def to_yaml(self, *, hide_secrets: bool = False) -> str:
         """The resolved config with all defaults.

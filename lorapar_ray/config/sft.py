@@ -28,6 +28,9 @@ class SftConfig(Section):
 
     systems: Result[Annotated[Distinct[System], Field(min_length=1)]] = [1]
     """Systems whose rows are trained on."""
+    sequence: Result[bool] = False
+    """Train `systems` one after the other, in this order: each on its own rows, from the adapter before, and in its own
+    region (`partition.regions: own` or `disjoint`), or with `masked: false` every element. False: all rows together."""
     masked: Result[bool] = True
     """Train only the stage's region; False: every element trains, which is plain LoRA (or PiSSA, OLoRA, ... by
     `adapter.init`)."""
@@ -94,6 +97,11 @@ class SftConfig(Section):
     report_to: Operation[Distinct[Tracker]] = ["tensorboard"]
     """Trackers that get the curves; TensorBoard's files are in `metrics/tensorboard`."""
 
+    @property
+    def parts(self) -> list[list[int]]:
+        """The Systems of each part of stage 1: those that train together."""
+        return [[system] for system in self.systems] if self.sequence else [list(self.systems)]
+
     def warmup(self, adapter: AdapterConfig) -> SftConfig:
         """The settings of the warm-up before scoring: a few steps at a constant rate."""
         settings = {
@@ -110,6 +118,12 @@ class SftConfig(Section):
     @model_validator(mode="after")
     def _workers_are_a_range(self) -> SftConfig:
         require_worker_range(self.workers, self.max_workers, self.sharding)
+        return self
+
+    @model_validator(mode="after")
+    def _sequence_has_several(self) -> SftConfig:
+        if self.sequence and len(self.systems) < 2:
+            raise ValueError("sequence: needs several Systems in sft.systems, in the order of their training")
         return self
 
     @model_validator(mode="after")

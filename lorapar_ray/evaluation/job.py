@@ -169,9 +169,11 @@ def _engines(config: Config, adapters: Sequence[Path | None]) -> Engines:
 def _adapter(run: RunDirectory, name: str) -> Path | None:
     if name == "base":
         return None
-    folder: Path = {"sft": run.sft, "grpo": run.grpo}[name] / "adapter"
+    folder = run.trained(name) / "adapter"
     if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"evaluate.models: '{name}' needs '{folder}'; run `lorapar {name}` first or leave it out")
+        raise UserError(
+            f"evaluate.models: '{name}' needs '{folder}'; run `lorapar {name.partition('-')[0]}` first or leave it out"
+        )
     return folder
 
 

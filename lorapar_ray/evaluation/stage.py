@@ -38,7 +38,10 @@ def check(config: Config) -> None:
 STAGE = Stage(
     name="evaluate",
     help="Accuracy of the base, stage 1 and stage 2 on the test rows and on tasks of lm-eval.",
-    needs=lambda config: ("label", *(name for name in config.evaluated if name != "base")),
+    needs=lambda config: (
+        "label",
+        *dict.fromkeys(name.partition("-")[0] for name in config.evaluated if name != "base"),
+    ),
     settings=settings,
     run=run,
     outputs=("eval",),

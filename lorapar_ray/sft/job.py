@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,40 +22,83 @@ from lorapar_ray.tracking import require_trackers
 from lorapar_ray.workers import run_workers
 
 
+@dataclass(frozen=True)
+class Part:
+    """One training of stage 1: all of it, or one System of a sequence."""
+
+    folder: Path
+    """Where its adapter goes."""
+    job: SftJob
+    title: str
+    examples: int
+    steps: int
+
+    @property
+    def finished(self) -> bool:
+        """Whether its adapter is written."""
+        return (self.folder / "adapter" / "adapter_config.json").is_file()
+
+
 def train_stage1(config: Config, run: RunDirectory) -> dict[str, Any]:
     """SFT of the stage 1 elements on the rows of `sft.systems`; writes `sft/adapter`.
+
+    In a sequence each System trains from the adapter before; all but the last write `sft/system<k>/adapter`.
 
     Raises:
         UserError: no labelled row belongs to those Systems, every prompt is longer than `sft.max_length`, or a tracker
             of `sft.report_to` is not installed.
     """
-    job, notes = stage1_job(config, run)
-    _run(job, config.sft, notes["examples"], "sft", run)
-    export_if_residual(config, run)
-    return notes
+    parts = stage1_parts(config, run)
+    for part in parts:
+        if part is parts[-1] or not part.finished:
+            train_part(part, config, run)
+    return notes_of(parts)
 
 
-def stage1_job(config: Config, run: RunDirectory) -> tuple[SftJob, dict[str, Any]]:
-    """Stage 1 of a run as a job for workers, and its notes for the manifest.
+def train_part(part: Part, config: Config, run: RunDirectory) -> None:
+    """Train one part of stage 1."""
+    _run(part.job, config.sft, part.steps, part.title, run)
+    export_if_residual(part, config, run)
+
+
+def notes_of(parts: Sequence[Part]) -> dict[str, Any]:
+    """What the manifest says about stage 1."""
+    return {"examples": sum(part.examples for part in parts), "steps": sum(part.steps for part in parts)}
+
+
+def stage1_parts(config: Config, run: RunDirectory) -> list[Part]:
+    """Stage 1 of a run as jobs for workers; each starts from the adapter that the one before writes.
 
     Raises:
         UserError: as `train_stage1`.
     """
-    require_trackers(config.sft.report_to, "sft.report_to")
+    settings = config.sft
+    require_trackers(settings.report_to, "sft.report_to")
     tokens = token_table(config, run)
-    chosen = Selection(str(tokens.resolve()), config.sft.systems, "sft.systems", config.sft.max_length)
-    regions = run.partition / "regions.safetensors" if config.sft.masked else None
-    out = run.sft / ("trained" if residual(config) else "adapter")
-    (count,) = require_room(run, TokenTable(tokens), [chosen], stage="sft", field="sft.max_length")
-    trained_on = count - validation_rows(count, config.sft.validation)
-    job = _job(config, run, config.sft, chosen, "sft", starting_adapter(config, run, "sft"), out, regions)
-    return job, {"examples": trained_on, "steps": steps_in(config.sft, trained_on)}
+    chosen = [Selection(str(tokens.resolve()), each, "sft.systems", settings.max_length) for each in settings.parts]
+    counts = require_room(run, TokenTable(tokens), chosen, stage="sft", field="sft.max_length")
+    by_stage = config.partition.regions == "stages"
+    regions = run.partition / ("regions.safetensors" if by_stage else "systems.safetensors")
+    parts: list[Part] = []
+    start = starting_adapter(config, run, "sft")
+    names = [name for name in config.trained if name.startswith("sft")]
+    for name, selection, count in zip(names, chosen, counts, strict=True):
+        folder = run.trained(name)
+        out = folder / ("trained" if residual(config) else "adapter")
+        place = str(folder.relative_to(run.root))
+        job = _job(config, run, settings, selection, place, start, out, regions if settings.masked else None)
+        job = job if by_stage else replace(job, systems=selection.systems)
+        title = f"sft, System {selection.systems[0]}" if settings.sequence else "sft"
+        examples = count - validation_rows(count, settings.validation)
+        parts.append(Part(folder, job, title, examples, steps_in(settings, examples)))
+        start = out
+    return parts
 
 
-def export_if_residual(config: Config, run: RunDirectory) -> None:
+def export_if_residual(part: Part, config: Config, run: RunDirectory) -> None:
     """Export the trained adapter of a residual base as a plain LoRA for the original base."""
     if residual(config):
-        export_plain(run.adapter, run.sft / "trained", run.sft / "adapter", config.model.path)
+        export_plain(run.adapter, part.folder / "trained", part.folder / "adapter", config.model.path)
 
 
 def residual(config: Config) -> bool:
@@ -87,7 +131,7 @@ def _job(
     regions: Path | None,
 ) -> SftJob:
     return SftJob(
-        name=f"{config.name}-{name}",
+        name=f"{config.name}-{name.replace('/', '-')}",
         model=config.model.model_dump(mode="json"),
         adapter=config.adapter.model_dump(mode="json"),
         settings=settings.model_dump(mode="json"),
@@ -102,13 +146,12 @@ def _job(
     )
 
 
-def _run(job: SftJob, settings: SftConfig, examples: int, name: str, run: RunDirectory) -> None:
-    total = steps_in(settings, examples)
-    with progress(name, total, lambda: steps_done(Path(job.metrics))):
+def _run(job: SftJob, settings: SftConfig, steps: int, title: str, run: RunDirectory) -> None:
+    with progress(title, steps, lambda: steps_done(Path(job.metrics))):
         run_workers(
             train_worker,
             job.payload(),
-            name=name,
+            name="sft",
             workers=settings.workers,
             max_workers=settings.max_workers,
             resources=settings.resources,

@@ -32,7 +32,7 @@ STAGE = Stage(
     run=run,
     outputs=("sft",),
     traces=(
-        *("rejects/sft.parquet", "metrics/sft.jsonl", "metrics/sft_validation.jsonl"),
+        *("rejects/sft.parquet", "metrics/sft.jsonl", "metrics/sft_validation.jsonl", "metrics/sft"),
         "metrics/tensorboard/{name}-sft",
     ),
     scratch=("work/sft",),

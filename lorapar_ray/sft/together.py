@@ -16,7 +16,7 @@ from lorapar_ray.files import digest
 from lorapar_ray.progress import progress
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.arms_worker import train_arms_worker
-from lorapar_ray.sft.job import export_if_residual, residual, stage1_job
+from lorapar_ray.sft.job import Part, export_if_residual, notes_of, residual, stage1_parts, train_part
 from lorapar_ray.sft.worker import SftJob
 from lorapar_ray.workers import run_workers
 
@@ -47,7 +47,7 @@ def shape_of(config: Config) -> str:
     if residual(config):  # the part that was removed from the base
         adapter |= {"init": config.adapter.init, "alpha": config.adapter.alpha}
         adapter |= {"seed": config.seed} if config.adapter.init == "pissa_fast" else {}
-    return digest(json.loads(json.dumps([model, adapter, sft], default=str)))
+    return digest(json.loads(json.dumps([model, adapter, sft, len(config.sft.parts)], default=str)))
 
 
 def train_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[dict[str, Any]]:
@@ -61,11 +61,28 @@ def train_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[dict[
     Raises:
         UserError: as `train_stage1`, of any of them, or their residual bases are not the same.
     """
-    made = [stage1_job(config, run) for config, run in members]
-    jobs, notes = [job for job, _ in made], [note for _, note in made]
-    require_one_base([(run, job.base) for (_, run), job in zip(members, jobs, strict=True)])
-    config, run = members[0]
-    with progress(f"sft × {len(jobs)}", sum(note["steps"] for note in notes), lambda: steps_of_all(jobs)):
+    made = [stage1_parts(config, run) for config, run in members]
+    require_one_base([(run, parts[0].job.base) for (_, run), parts in zip(members, made, strict=True)])
+    for number in range(len(made[0])):
+        last = number == len(made[0]) - 1
+        due = [
+            (parts[number], *member)
+            for parts, member in zip(made, members, strict=True)
+            if last or not parts[number].finished
+        ]
+        if len(due) == 1:
+            train_part(*due[0])
+        elif due:
+            _train_parts(due)
+    return [notes_of(parts) for parts in made]
+
+
+def _train_parts(due: Sequence[tuple[Part, Config, RunDirectory]]) -> None:
+    """The same part of several runs, in one group of workers."""
+    parts = [part for part, _, _ in due]
+    jobs = [part.job for part in parts]
+    _, config, run = due[0]
+    with progress(f"{parts[0].title} × {len(due)}", sum(part.steps for part in parts), lambda: steps_of_all(jobs)):
         run_workers(
             train_arms_worker,
             {"jobs": [job.payload() for job in jobs]},
@@ -76,10 +93,9 @@ def train_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[dict[
             run=run,
             writes=[],  # arms are on a shared disk
         )
-    for (config, run), job in zip(members, jobs, strict=True):
-        shutil.rmtree(job.checkpoints, ignore_errors=True)
-        export_if_residual(config, run)
-    return notes
+    for part, config, run in due:
+        shutil.rmtree(part.job.checkpoints, ignore_errors=True)
+        export_if_residual(part, config, run)
 
 
 def require_one_base(bases: Sequence[tuple[RunDirectory, str]]) -> None:

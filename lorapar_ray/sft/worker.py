@@ -38,10 +38,12 @@ class SftJob:
     examples: dict[str, Any]
     """The fields of a `datasets.tokens.Selection`: what to train on, the validation split included."""
     regions: str | None
-    """`regions.safetensors`, or None to train every element."""
+    """A file of regions, or None to train every element."""
     checkpoints: str
     metrics: str
     seed: int
+    systems: list[int] | None = None
+    """The Systems whose regions train, from `systems.safetensors`; None: stage 1's, from `regions.safetensors`."""
 
     def payload(self) -> dict[str, Any]:
         return asdict(self)
@@ -210,11 +212,14 @@ def _active(job: SftJob, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def masks_of(job: SftJob, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """By name, which elements train: those of stage 1's region, or all."""
+    """By name, which elements train: those of stage 1's region or of some Systems' regions, or all."""
     import torch
 
     from lorapar_ray.partition import load_regions, stage_mask
+    from lorapar_ray.partition.systems import mask_of_systems
 
+    if job.regions is not None and job.systems is not None:
+        return mask_of_systems(Path(job.regions), job.systems)
     if job.regions is not None:
         return stage_mask(load_regions(Path(job.regions))[0], stage=1)
     return {key: torch.ones(value.shape, dtype=torch.bool) for key, value in parameters.items()}

@@ -29,13 +29,21 @@ from lorapar_ray.partition.systems import (
 from lorapar_ray.pipeline import PIPELINE, run_stage
 from lorapar_ray.preview import describe
 from lorapar_ray.runs import RunDirectory
-from tests.tiny_run import tiny_config
+from lorapar_ray.sft.job import stage1_parts, train_stage1
+from lorapar_ray.sft.together import shape_of
+from tests.tiny_run import save_tiny_student, tiny_config
+from tests.together import tasks_here
 from tests.unit.partition_scores import Scores, flat, skewed
 
 torch.set_num_threads(1)
 
 TASKS = ("chain_sum", "letter_counting", "gcd")
 DEFINITIONS = dict(enumerate(TASKS, start=1))
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_student(tmp_path_factory.mktemp("student"))
 
 
 def sources(seed: int, rows: int) -> list[dict[str, Any]]:
@@ -193,3 +201,66 @@ def test_scores_of_more_systems_are_other_results() -> None:
     assert (plain.scored, cut.scored) == ([1, 2], [1, 2, 3])
     settings = [PIPELINE["score"].settings(each)["systems"] for each in (plain, cut)]
     assert settings == [([1, 2], True), ([1, 2, 3], False)]
+
+
+SEQUENCE = {"systems": [2, 3, 1], "sequence": True}
+DISJOINT = {"regions": "disjoint"}
+
+
+def test_a_sequence_trains_each_system_from_the_adapter_before(student: Path, tmp_path: Path) -> None:
+    plain = three_systems(model={"path": str(student)}, sft=SEQUENCE, partition=DISJOINT)
+    config, run = Config.model_validate(plain), RunDirectory(tmp_path / "run")
+    run.open(config)
+    run_stage(config, run, "label")
+    with tasks_here():
+        parts = stage1_parts(config, run)
+    jobs = [part.job for part in parts]
+    folders = [run.sft / "system2", run.sft / "system3", run.sft]
+    assert [part.folder for part in parts] == folders
+    assert [Path(job.adapter_out) for job in jobs] == [each / "adapter" for each in folders]
+    assert [Path(job.adapter_in) for job in jobs] == [run.adapter, *(each / "adapter" for each in folders[:-1])]
+    assert [job.systems for job in jobs] == [job.examples["systems"] for job in jobs] == [[2], [3], [1]]
+    assert {job.regions for job in jobs} == {str(run.partition / FILE)}
+    stage = PIPELINE["sft"]
+    owned = [run.root / each for each in (*stage.outputs, *stage.traces, *stage.scratch)]
+    written = [Path(place) for job in jobs for place in (job.adapter_out, job.metrics, job.checkpoints)]
+    assert len(set(written)) == 9 and all(any(place.is_relative_to(own) for own in owned) for place in written)
+    assert len({job.name for job in jobs}) == 3 and not any("/" in job.name for job in jobs)
+    assert config.evaluated == ["base", "sft-2", "sft-3", "sft"]
+    assert PIPELINE["evaluate"].needs(config) == ("label", "sft")
+    together = Config.model_validate({**plain, "sft": {**SEQUENCE, "sequence": False}})
+    assert together.sft.parts == [[2, 3, 1]] and together.evaluated == ["base", "sft"]
+    assert shape_of(together) != shape_of(config)
+
+
+def test_only_adapters_that_are_missing_are_trained(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = three_systems(model={"path": str(student)}, sft=SEQUENCE, partition=DISJOINT)
+    config, run = Config.model_validate(plain), RunDirectory(tmp_path / "run")
+    run.open(config)
+    run_stage(config, run, "label")
+    started: list[str] = []
+    monkeypatch.setattr("lorapar_ray.sft.job.run_workers", lambda _, payload, **__: started.append(payload["name"]))
+    done = run.sft / "system2" / "adapter"
+    done.mkdir(parents=True)
+    (done / "adapter_config.json").write_text("{}")
+    with tasks_here():
+        notes = train_stage1(config, run)
+    assert started == ["tiny-sft-system3", "tiny-sft"]
+    assert notes["examples"] == len(read_table(run.labels))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sft": {"sequence": True}}, "sequence: needs several Systems"),
+        ({"sft": SEQUENCE}, "each System needs a region of its own"),
+        ({"sft": {**SEQUENCE, "masked": False}, "order": ["sft", "grpo"]}, "trains a LoRA by SFT alone"),
+        ({"sft": SEQUENCE, "partition": DISJOINT, "evaluate": {"models": ["sft-1"]}}, "leaves sft-2, sft-3, sft"),
+        ({"evaluate": {"models": ["sft-2"]}}, "sft-2 is no adapter of this run"),
+    ],
+)
+def test_a_sequence_that_does_not_fit_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        Config.model_validate(three_systems(**changes))
