@@ -271,12 +271,15 @@ def run_all(
 
 
 def _show_plan(config: Config, run: RunDirectory, redo: Sequence[str]) -> None:
+    from lorapar_ray.grpo.stage import require_shared_sequences
     from lorapar_ray.pipeline import require_stages
     from lorapar_ray.plan import plan
     from lorapar_ray.progress import console
     from lorapar_ray.text import shown
 
     require_stages(config, stages_of(config), redo)
+    if "grpo" in stages_of(config):
+        require_shared_sequences(config)
     print(shown(config.to_yaml(hide_secrets=True)))
     console.print(f"run directory: {run.place}")
     for line in plan(config, run, redo):

@@ -121,7 +121,7 @@ def _stage2(config: Config, gpus: int) -> Config:
         settings = _with(
             settings,
             rollout_actors=settings.rollout_actors if engine.gpus != "auto" else min(settings.rollout_actors, gpus),
-            learners=settings.learners if learner.gpus != "auto" else min(settings.learners, gpus),
+            learners=settings.learners if learner.gpus != "auto" else _learners(settings, gpus),
         )
     settings = _with(
         settings,
@@ -132,6 +132,12 @@ def _stage2(config: Config, gpus: int) -> Config:
     placed = {each.name: each for each in config.label.teachers} | {each.name: each for each in graded}
     label = _with(config.label, teachers=list(placed.values()))
     return _with(config, grpo=settings, label=label)
+
+
+def _learners(settings: GrpoConfig, gpus: int) -> int:
+    """Learners on `gpus` GPUs, in whole groups; a group that is larger is left to the check of the cluster."""
+    group = settings.sequence_parallel
+    return max(group, min(settings.learners, gpus) // group * group)
 
 
 def _number(resources: Resources, auto: int) -> float:

@@ -15,6 +15,7 @@ from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from lorapar_ray.boundary import boundary
 from lorapar_ray.errors import UserError
@@ -102,6 +103,21 @@ def loading(path: str) -> AbstractContextManager[None]:
         f"model '{path}': cannot be loaded from the hub",
         "check the name, the network (or HF_HUB_OFFLINE) and, for a gated model, HF_TOKEN; or give a directory",
     )
+
+
+def architecture(path: str, trust_remote_code: bool) -> Any:
+    """The model's transformers config.
+
+    Args:
+        path: as `resolve_model` gives it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    with loading(path):
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def _smollm2(_: Path) -> Path:

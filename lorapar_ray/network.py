@@ -1,4 +1,4 @@
-"""Chooses the network interface for processes of several machines: the interface of the machine's address in Ray."""
+"""How processes of several machines meet: on the interface of the machine's address in Ray, within a time limit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+COLLECTIVE_LIMIT_S = 7200
+"""Time limit of one collective operation, for gloo and NCCL. Ranks wait in one while rank 0 publishes a policy, which
+may take half an hour for an engine to be rebuilt; a dead rank is found by Ray, not by this."""
 
 
 def interface_of(address: str, interfaces: Mapping[str, Sequence[str]]) -> str | None:

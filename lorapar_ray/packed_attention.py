@@ -12,7 +12,8 @@ The minimum is L · P + L² / 2 pairs. The better of the two is within 4/3 of it
 could save only this, and they need a compilation.
 
 The layout travels with the model's arguments (`packed_layout`), so layers that gradient checkpointing computes again
-have it too.
+have it too. If several ranks share the row (`sequence_parallel`), the model computes a slice of its columns, and only
+attention, for some of the heads, the whole row.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
+from lorapar_ray.sequence_parallel import SequenceGroup
 
 NAME = "lorapar_packed"
 MASKED_COST = 2.0
@@ -84,9 +87,13 @@ class Layout:
     """Position of each column's output among the queries; None: the row itself."""
     shared: bool
     """Some column is a key of several spans."""
+    sequence: SequenceGroup | None = None
+    """The ranks that share the row; None: this one has the whole row."""
 
 
-def make_layout(spans: Sequence[Span], width: int, device: torch.device) -> Layout:
+def make_layout(
+    spans: Sequence[Span], width: int, device: torch.device, sequence: SequenceGroup | None = None
+) -> Layout:
     """Spans into batches; each of the row's `width` columns must be an answer of exactly one span."""
     source = torch.full((width,), -1)
     batches: list[SpanBatch] = []
@@ -117,6 +124,7 @@ def make_layout(spans: Sequence[Span], width: int, device: torch.device) -> Layo
         keys_M=None if torch.equal(flat_keys, as_it_is) else move(flat_keys, device),
         source_W=None if plain else move(source, device),
         shared=sum(len(span.keys) for span in spans) > width,
+        sequence=sequence,
     )
 
 
@@ -182,6 +190,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """As transformers calls an attention function: [1, heads, W, D] in, [1, W, heads, D] out.
 
+    If ranks share the row, W is this rank's part of it.
+
     Raises:
         UnsupportedAttention: no layout came through the model, or the model asks for more than attention.
     """
@@ -189,6 +199,9 @@ def packed_attention(
     if packed_layout is None or asked or (sliding_window is None and _slides(module)):
         raise UnsupportedAttention(f"no layout or no window came through the model, or it asks for {asked}")
     q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+    sequence = packed_layout.sequence
+    if sequence is not None:
+        q, k, v = sequence.to_heads(q, k, v)
     batches = packed_layout.batches
     queries = _Queries.apply(q, packed_layout).split([batch.spans * batch.queries for batch in batches])
     sizes = [batch.spans * batch.keys for batch in batches]
@@ -197,7 +210,8 @@ def packed_attention(
         _attend(*parts, sliding_window, scaling, dropout) for parts in zip(queries, keys, values, batches, strict=True)
     ]
     flat = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return _Answers.apply(flat, packed_layout)[None], None
+    answers = _Answers.apply(flat, packed_layout)
+    return (answers if sequence is None else sequence.to_tokens(answers))[None], None
 
 
 def _slides(module: Any) -> bool:

@@ -21,7 +21,7 @@ from lorapar_ray.adapters import adapter_parameters, load_adapter
 from lorapar_ray.boundary import open_tensors
 from lorapar_ray.config import ModelConfig
 from lorapar_ray.errors import UserError
-from lorapar_ray.models import loading, model_folder, resolve_model
+from lorapar_ray.models import architecture, loading, model_folder, resolve_model
 from lorapar_ray.precision import torch_dtype
 from lorapar_ray.student import attention_of, device, load_base
 
@@ -101,10 +101,10 @@ def _outline(model: ModelConfig, path: str) -> Any:
     """The model with each parameter a single zero, expanded to its shape: it takes no memory until it is sharded. (On
     torch's `meta` device PEFT would leave the adapter without values too.)"""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = architecture(path, model.trust_remote_code)
     with loading(path), init_empty_weights(include_buffers=False):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
         base = AutoModelForCausalLM.from_config(
             config,
             dtype=torch_dtype(model.dtype, device()),

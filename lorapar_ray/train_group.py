@@ -22,14 +22,11 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.util import TrainingFramework
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from lorapar_ray.network import meet_on_rays_interface
+from lorapar_ray.network import COLLECTIVE_LIMIT_S, meet_on_rays_interface
 
 UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
 """Each is an actor, which takes two seconds of a core at every start. Workers read their own files, not Ray's datasets;
 and Ray itself frees a group's resources when the driver ends, as it does if the controller dies."""
-COLLECTIVE_LIMIT_S = 7200
-"""Time limit of one collective operation, for gloo and NCCL. Ranks wait in one while rank 0 publishes a policy, which
-may take half an hour for an engine to be rebuilt; a dead rank is found by Ray, not by this."""
 LEAVE_LIMIT_S = 30
 """For workers to leave their process group when the work is done."""
 

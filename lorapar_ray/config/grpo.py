@@ -185,7 +185,7 @@ class GrpoConfig(Section):
     """The gradient of the trained elements is clipped to this norm."""
     micro_batch_tokens: Operation[PositiveInt | None] = None
     """Tokens, prompts included, in one forward and backward pass; None: measured to fit the device's memory. A larger
-    group is split; a larger sample gets its own pass."""
+    group is split; a larger sample gets its own pass. With `sequence_parallel` the learners of a pass share them."""
     micro_batch_size: Operation[PositiveInt | None] = None
     """Also at most this many completions in one pass; None: no limit."""
     gradient_checkpointing: Operation[bool | None] = None
@@ -218,6 +218,11 @@ class GrpoConfig(Section):
     replaced. The time of its groups does not count."""
     learners: Operation[PositiveInt] = 1
     """Training workers that share each step's samples."""
+    sequence_parallel: Operation[PositiveInt] = 1
+    """Learners that share each sequence, for contexts longer than one device's memory: each holds the activations of
+    1 / `sequence_parallel` of the tokens. It must divide `learners` and the model's attention heads. Consecutive
+    learners share a sequence, so keep it within the GPUs of a node: they exchange data in every layer. See
+    `lorapar_ray/sequence_parallel.py`."""
     sharding: Operation[Literal["none", "fsdp2", "hsdp"]] = "none"
     """Cut the frozen base, if it does not fit one device: `fsdp2` over all learners, `hsdp` over those of each node."""
     report_to: Operation[Distinct[Tracker]] = []
@@ -316,6 +321,15 @@ class GrpoConfig(Section):
             raise ValueError(
                 f"rollout_resources.gpus: {engine:g} and learners' {learner:g} do not share a GPU evenly; to put one "
                 "engine and one learner on each GPU give engines more than 0.5 and learners the rest"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sequences_are_shared_evenly(self) -> GrpoConfig:
+        if self.learners % self.sequence_parallel:
+            raise ValueError(
+                f"sequence_parallel: {self.learners} learners cannot be divided into groups of "
+                f"{self.sequence_parallel}; set grpo.learners to a multiple of it"
             )
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import ceil
 
 from lorapar_ray.config import Config, EngineConfig, Resources
 from lorapar_ray.engines.settings import GRAPHS, OUTSIDE_TORCH
@@ -69,9 +70,10 @@ def _sft(config: Config, size: StudentSize) -> list[Need]:
 
 
 def _grpo(config: Config, size: StudentSize) -> list[Need]:
-    """A learner's pass fills the free memory and holds at least one sample, with checkpointed layers if needed."""
+    """A learner's pass fills the free memory. It holds at least one sample, or its part of one that learners share;
+    layers are checkpointed if needed."""
     settings = config.grpo
-    longest = settings.max_prompt_length + settings.max_completion_length
+    longest = ceil((settings.max_prompt_length + settings.max_completion_length) / settings.sequence_parallel)
     parts = {
         **_weights(size, _shards(settings.sharding, settings.learners)),
         "adapter and moments": 20.0 * size.elements,  # and stage 1's values, for the KL divergence

@@ -14,7 +14,8 @@ from lorapar_ray.gpus import place
 ADVICE = {
     "worker": "lower the tokens of a pass (score.batch_tokens, sft.micro_batch_size), set gradient_checkpointing, or "
     "model.quantization: nf4",
-    "learner": "remove grpo.gradient_checkpointing, set model.quantization: nf4, or give learners more of the GPU",
+    "learner": "remove grpo.gradient_checkpointing, set model.quantization: nf4, let several learners share a sequence "
+    "(grpo.sequence_parallel), or give learners more of the GPU",
     "engine": "lower max_model_len or max_num_seqs, or give the engine more of the GPU (tensor_parallel for several)",
 }
 

@@ -52,14 +52,13 @@ def student_size(model: ModelConfig, adapter: AdapterConfig) -> StudentSize:
     Raises:
         UserError: the model's configuration cannot be read here.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from lorapar_ray.adapters import adapter_parameters, attach_lora
-    from lorapar_ray.models import loading, resolve_model
+    from lorapar_ray.models import architecture, loading, resolve_model
 
     path = resolve_model(model.path)
-    with loading(path):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    config = architecture(path, model.trust_remote_code)
     dtype = torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype)
     with torch.device("meta"), loading(path):
         base = AutoModelForCausalLM.from_config(

@@ -199,6 +199,9 @@ class Coordinator:
     async def batch(self, step: int, rank: int, world: int) -> Share:
         """This rank's share of a step's samples, once the step is sampled; see `deal`.
 
+        Args:
+            rank: the learner's number among the `world` learners, or groups of learners, that get shares of their own.
+
         Raises:
             Exception: the step cannot begin, since its policy could not be published.
         """

@@ -3,48 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorapar_ray.config import GrpoConfig
+from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.head import TokenScorer
 from lorapar_ray.grpo.memory import PROBE_TOKENS, checkpoint_layers, pass_limits
 from lorapar_ray.grpo.packing import PackedRows, group_by_prompt, micro_batches, pack, packed_logprobs, pad
 from lorapar_ray.grpo.samples import Sample
 from lorapar_ray.packed_attention import use_packed_attention
+from lorapar_ray.sequence_parallel import FIELD, SequenceGroup, require_shareable
 
 
 class Forward:
     """Computes log-probabilities of samples with one learner's model."""
 
     def __init__(
-        self, model: Any, settings: GrpoConfig, *, pad_id: int, filler: Sample, sharded: bool, device: torch.device
+        self,
+        model: Any,
+        settings: GrpoConfig,
+        *,
+        pad_id: int,
+        filler: Sample,
+        sharded: bool,
+        device: torch.device,
+        sequence: SequenceGroup | None = None,
     ) -> None:
         """Take the model, and detect its features.
 
         Args:
             filler: a short sample for dummy passes.
             sharded: the base is cut over the learners, so each pass needs them all.
+            sequence: the learners that share each row with this one, and so make every pass together with it.
+
+        Raises:
+            UserError: the model's rows cannot be shared.
         """
         self._settings, self._pad_id, self._filler = settings, pad_id, filler
-        self._sharded, self.device = sharded, device
+        self._sharded, self.device, self._sequence = sharded, device, sequence
         base = model.get_base_model()
         self.packed = use_packed_attention(base)
         """Whether prompts are computed once, in rows without padding."""
         self._scorer = TokenScorer(model)
+        if sequence is not None:
+            self._require_shareable(model.config, sequence)
         share = settings.learner_resources.gpu_count if device.type == "cuda" else 1 / settings.learners
+        ranks = 1 if sequence is None else sequence.size
         tokens, checkpointed = pass_limits(
             model,
-            self.rows([[Sample([5] * PROBE_TOKENS, [5], [0.0], 0.0, finished=True, version=0)]]).inputs,
-            settings.max_prompt_length + settings.max_completion_length,
+            self.rows([[Sample([5] * PROBE_TOKENS * ranks, [5], [0.0], 0.0, finished=True, version=0)]]).inputs,
+            ceil((settings.max_prompt_length + settings.max_completion_length) / ranks),
             share=min(1.0, share or 1.0),
             checkpointing=settings.gradient_checkpointing,
         )
+        if sequence is not None:  # its ranks make the same passes, as long as the fullest device allows
+            tokens = ranks * sequence.least(tokens, device)
+            checkpointed = not sequence.least(not checkpointed, device)
         if checkpointed:
             checkpoint_layers(base)
         self._tokens = settings.micro_batch_tokens or tokens
+
+    @property
+    def together(self) -> bool:
+        """Whether a pass needs other ranks."""
+        return self._sharded or self._sequence is not None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank counts its samples: of ranks that share them, one does."""
+        return self._sequence is None or self._sequence.leads
+
+    def _require_shareable(self, config: Any, sequence: SequenceGroup) -> None:
+        if not self.packed:
+            raise UserError(
+                f"{FIELD}: learners cannot share the rows of this model, whose tokens interact outside attention, or "
+                "whose attention is of an unknown kind; set 1"
+            )
+        require_shareable(config, sequence.size)
 
     def micro_batches(self, samples: Sequence[Sample]) -> list[list[list[Sample]]]:
         """Samples as passes, each a list of groups that share a prompt."""
@@ -54,7 +93,7 @@ class Forward:
     def rows(self, groups: Sequence[Sequence[Sample]]) -> PackedRows:
         """One pass's tensors."""
         if self.packed:
-            return pack(groups, self.device)
+            return pack(groups, self.device, self._sequence)
         return pad([sample for group in groups for sample in group], self._pad_id, self.device)
 
     def logprobs(self, rows: PackedRows, temperature: float | None = None) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,10 @@ from lorapar_ray.grpo.samples import MiniBatch, Sample
 from lorapar_ray.grpo.update import Updates, assign
 from lorapar_ray.grpo.worker import GrpoJob
 from lorapar_ray.models import resolve_model
+from lorapar_ray.network import COLLECTIVE_LIMIT_S
 from lorapar_ray.optim.schedule import learning_rate_factor
 from lorapar_ray.precision import rounding, use_tensor_cores
+from lorapar_ray.sequence_parallel import sequence_group
 from lorapar_ray.tensortree import OTHERS
 
 
@@ -38,7 +40,6 @@ class Learner:
         self.settings = settings = GrpoConfig.model_validate(job.settings)
         model = ModelConfig.model_validate(job.model)
         torch.manual_seed(job.seed)
-        self.sharded = settings.sharding != "none"
         self.model = load_student(model, job.base, Path(job.adapter_in), settings.sharding)
         self.model.eval()  # no dropout: the learner's policy is the one that was sampled from
         self.parameters = adapter_parameters(self.model)
@@ -63,8 +64,9 @@ class Learner:
             settings,
             pad_id=self._encoder.tokenizer.pad_token_id,
             filler=_canary_sample(*job.canaries[0]),
-            sharded=self.sharded,
+            sharded=settings.sharding != "none",
             device=on,
+            sequence=sequence_group(settings.sequence_parallel, COLLECTIVE_LIMIT_S),
         )
         self.updates = Updates(self.forward, self.parameters, self.optimizer, settings)
 

@@ -83,7 +83,7 @@ def learn(learner: Learner, coordinator: Any, journal: Journal | None, rank: int
     import torch.distributed as dist
 
     steps, settings = learner.job.steps, learner.settings
-    computes_canaries = journal is not None or learner.sharded  # a sharded base needs all learners
+    computes_canaries = journal is not None or learner.forward.together
     step, stream = learner.restore(rank, world)
     canaries = learner.canaries() if computes_canaries else []
     measured = settings.canary_tolerance == "auto"
@@ -101,7 +101,7 @@ def learn(learner: Learner, coordinator: Any, journal: Journal | None, rank: int
         dist.barrier()  # no rank asks for a batch before rank 0 has told the coordinator where to begin
     while step < steps:
         start = time.monotonic()
-        share, mini_batches = fetch(coordinator, step, rank, world)
+        share, mini_batches = fetch(coordinator, step, rank, world, settings.sequence_parallel)
         waited = time.monotonic() - start
         clock = Clock()
         with clock.phase("learn"):

@@ -5,6 +5,9 @@ prompt and itself only (see `packed_attention`) and its positions counted from t
 |p| + Σ|c| tokens instead of G·|p| + Σ|c|, and no padding: with long prompts and short answers this saves most of the
 learner's work, and the log-probabilities are the same. A completion's last token predicts nothing and is not computed.
 
+Ranks that share rows (`sequence_parallel`) each get their slice of the inputs, and the positions of the outputs in it.
+What belongs to samples (tokens, masks, log-probabilities) is whole on every rank.
+
 Tokens that an environment added to a completion are read like a prompt. They are in no tensor of completion tokens, so
 no loss, ratio or metric counts them.
 """
@@ -22,6 +25,16 @@ from torch import Tensor
 from lorapar_ray.grpo.head import TokenScorer
 from lorapar_ray.grpo.samples import Sample
 from lorapar_ray.packed_attention import make_layout, packed_inputs, spans_of_group
+from lorapar_ray.sequence_parallel import SequenceGroup
+
+
+@dataclass(frozen=True)
+class OwnTokens:
+    """The sampled tokens that one of several ranks predicts."""
+
+    at_n: Tensor
+    """Which of the N they are."""
+    sequence: SequenceGroup
 
 
 @dataclass(frozen=True)
@@ -32,21 +45,27 @@ class PackedRows:
     """The model's: `input_ids` [R, W], and positions or a mask that define which tokens attend to which."""
     row_N: Tensor
     column_N: Tensor
-    """Position of the output that predicts each sampled token, sequence by sequence."""
+    """Position of the output that predicts each sampled token, sequence by sequence; with `own`, of those alone."""
     tokens_N: Tensor
     mask_BT: Tensor
     sampling_logprobs_BT: Tensor
     advantages_B: Tensor
     kept_NK: Tensor | None = None
     """The kept tokens that each was sampled from, padded with −1; None: the whole vocabulary."""
+    own: OwnTokens | None = None
+    """None: this rank's outputs predict all N tokens."""
 
     def spread(self, values_N: Tensor) -> Tensor:
         """Values of the sampled tokens as [B, T], 0 in padding."""
         return torch.zeros_like(self.mask_BT).masked_scatter(self.mask_BT.bool(), values_N)
 
 
-def pack(groups: Sequence[Sequence[Sample]], device: torch.device) -> PackedRows:
-    """One row for all; the samples of a group have the same prompt. For models with packed attention."""
+def pack(groups: Sequence[Sequence[Sample]], device: torch.device, sequence: SequenceGroup | None = None) -> PackedRows:
+    """One row for all; the samples of a group have the same prompt. For models with packed attention.
+
+    Args:
+        sequence: the ranks that share the row; all call this with the same samples. None: this one has it alone.
+    """
     ids: list[Any] = []
     positions: list[Any] = []
     columns: list[Any] = []
@@ -67,10 +86,20 @@ def pack(groups: Sequence[Sequence[Sample]], device: torch.device) -> PackedRows
             own.append(range(width, width + length))
             width += length
         spans += spans_of_group(prompt, own)
-    layout = make_layout(spans, width, device)
-    inputs = packed_inputs(_ids(ids, device)[None], layout, _ids(positions, device)[None])
-    column_N = _ids(columns, device)
-    return _rows([sample for group in groups for sample in group], inputs, torch.zeros_like(column_N), column_N)
+    if sequence is not None and (filler := sequence.padding(width)):  # a sequence of its own, which nobody reads
+        ids.append(np.zeros(filler))
+        positions.append(np.arange(filler))
+        spans += spans_of_group(range(width, width + filler), [])
+        width += filler
+    here = slice(0, width) if sequence is None else sequence.own(width)
+    layout = make_layout(spans, width, device, sequence)
+    inputs = packed_inputs(_ids(ids, device)[None, here], layout, _ids(positions, device)[None, here])
+    column_N = np.concatenate(columns)
+    at_n = np.flatnonzero((here.start <= column_N) & (column_N < here.stop))
+    column_n = _ids([column_N[at_n] - here.start], device)
+    mine = None if sequence is None else OwnTokens(_ids([at_n], device), sequence)
+    samples = [sample for group in groups for sample in group]
+    return _rows(samples, inputs, torch.zeros_like(column_n), column_n, mine)
 
 
 def pad(samples: Sequence[Sample], pad_id: int, device: torch.device) -> PackedRows:
@@ -92,7 +121,9 @@ def pad(samples: Sequence[Sample], pad_id: int, device: torch.device) -> PackedR
     return _rows(samples, inputs, _ids(rows, device), _ids(columns, device))
 
 
-def _rows(samples: Sequence[Sample], inputs: dict[str, Any], row_N: Tensor, column_N: Tensor) -> PackedRows:
+def _rows(
+    samples: Sequence[Sample], inputs: dict[str, Any], row_N: Tensor, column_N: Tensor, own: OwnTokens | None = None
+) -> PackedRows:
     device = column_N.device
     counts = np.array([sample.count for sample in samples])
     real_BT = np.arange(counts.max()) < counts[:, None]
@@ -107,6 +138,7 @@ def _rows(samples: Sequence[Sample], inputs: dict[str, Any], row_N: Tensor, colu
         sampling_logprobs_BT=torch.from_numpy(sampling_BT).to(device),
         advantages_B=torch.tensor([float(sample.advantage) for sample in samples], device=device),
         kept_NK=_kept(samples, device),
+        own=own,
     )
 
 
@@ -129,8 +161,14 @@ def _sampled(sample: Sample, values: Any) -> Any:
 
 def packed_logprobs(scorer: TokenScorer, rows: PackedRows, *, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropy (no gradient) of the sampled tokens, float32, [B, T]; 0 in padding."""
-    at = (rows.row_N, rows.column_N)
-    logprobs_N, entropy_N = scorer(rows.inputs, at, rows.tokens_N, temperature, rows.kept_NK)
+    at, tokens_N, kept_NK, own = (rows.row_N, rows.column_N), rows.tokens_N, rows.kept_NK, rows.own
+    if own is None:
+        logprobs_N, entropy_N = scorer(rows.inputs, at, tokens_N, temperature, kept_NK)
+    else:
+        kept_nK = None if kept_NK is None else kept_NK[own.at_n]
+        scores = scorer(rows.inputs, at, tokens_N[own.at_n], temperature, kept_nK)
+        logprobs_N, entropy_N = own.sequence.together(torch.stack(scores), own.at_n, len(tokens_N))
+        entropy_N = entropy_N.detach()
     return rows.spread(logprobs_N), rows.spread(entropy_N)
 
 

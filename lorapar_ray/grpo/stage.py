@@ -56,7 +56,7 @@ def resources(config: Config) -> str:
 
 
 def check(config: Config) -> None:
-    """Check that rewards, the environment and trackers can be imported."""
+    """Check that rewards, the environment and trackers can be imported, and what the student must allow."""
     from lorapar_ray.grpo.environments.registry import require_environment
     from lorapar_ray.grpo.rewards.registry import require_rewards
     from lorapar_ray.tracking import require_trackers
@@ -64,6 +64,21 @@ def check(config: Config) -> None:
     require_rewards(config.grpo)
     require_environment(config.grpo)
     require_trackers(config.grpo.report_to, "grpo.report_to")
+    require_shared_sequences(config)
+
+
+def require_shared_sequences(config: Config) -> None:
+    """Check that learners can share the student's sequences, if they are to.
+
+    Raises:
+        UserError: they cannot, or the student's config cannot be read.
+    """
+    ranks, model = config.grpo.sequence_parallel, config.model
+    if ranks > 1:
+        from lorapar_ray.models import architecture, resolve_model
+        from lorapar_ray.sequence_parallel import require_shareable
+
+        require_shareable(architecture(resolve_model(model.path), model.trust_remote_code), ranks)
 
 
 STAGE = Stage(

@@ -63,7 +63,7 @@ class Updates:
         for parameter in self._parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        parts = [(as_numbers(each), count) for each, count in figures]
+        parts = [(as_numbers(each), count) for each, count in figures] if self._forward.leads else []
         if world > 1:
             sum_over_ranks([value.grad for value in self._parameters.values() if value.grad is not None])
             parts = from_all_ranks(parts, world)

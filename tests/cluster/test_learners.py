@@ -1,4 +1,4 @@
-"""Several learners of stage 2, also with a sharded base, take the same step as one learner."""
+"""Several learners of stage 2, also with a sharded base or shared sequences, take the same step as one learner."""
 
 import random
 from collections.abc import Iterator
@@ -120,10 +120,17 @@ def test_learners_together_take_the_step_of_one(
 ) -> None:
     settings = {"kl_beta": 0.05, "mini_batch": 2}  # the second update has a single group: one learner gets nothing
     learn(run, coordinator, {tmp_path / "alone": settings}, 1)
-    learn(run, coordinator, {tmp_path / "two": settings, tmp_path / "cut": {**settings, "sharding": "fsdp2"}}, 2)
+    shared = {**settings, "learners": 2, "sequence_parallel": 2}
+    ways = {
+        "two": settings,
+        "cut": {**settings, "sharding": "fsdp2"},
+        "sequences": shared,
+        "both": {**shared, "sharding": "fsdp2", "gradient_checkpointing": True},
+    }
+    learn(run, coordinator, {tmp_path / name: each for name, each in ways.items()}, 2)
     before, alone = load_file(run[1].adapter / "adapter_model.safetensors"), learnt(tmp_path / "alone")
     assert all(not torch.equal(alone[key], value) for key, value in before.items())
-    for name in ("two", "cut"):
+    for name in ways:
         together = learnt(tmp_path / name)
         for key, value in alone.items():
             torch.testing.assert_close(together[key], value, rtol=1e-3, atol=1e-6)

@@ -104,6 +104,7 @@ TEACHER = {"name": "t", "model": "m/m"}
         ({"sft": {"workers": 3, "max_workers": 2}}, "max_workers"),
         ({"score": {"workers": 3, "max_workers": 2}}, "max_workers"),
         ({"grpo": {"rollout_actors": 3, "max_rollout_actors": 2}}, "max_rollout_actors"),
+        ({"grpo": {"learners": 3, "sequence_parallel": 2}}, "3 learners cannot be divided into groups of 2"),
         ({"sft": {"max_workers": 2, "sharding": "hsdp"}}, "max_workers"),
     ],
 )

@@ -29,6 +29,11 @@ SHARED = [
 ]
 
 
+def with_learners(count: int) -> list[str]:
+    """`SHARED` with so many learners."""
+    return [each.replace("grpo.learners=1", f"grpo.learners={count}") for each in SHARED]
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The configuration of LLaMA2-7B, whose sizes are the class's defaults, without weights."""
@@ -102,12 +107,24 @@ def test_the_advised_settings_take_less(
     assert part(after) < part(before) - GIB / 10
 
 
+def test_learners_that_share_a_sequence_each_need_its_part_of_the_activations(
+    llama: str, one_gpu: Config, size: StudentSize
+) -> None:
+    shared = load_config(LLAMA, [f"model.path={llama}", *with_learners(4), "grpo.sequence_parallel=4"])
+    [whole, part] = [needs_of(place(each, "grpo", 8), "grpo", size)[1] for each in (one_gpu, shared)]
+    assert (whole.count, part.count) == (1, 4)
+    assert part.parts["activations"] == pytest.approx(whole.parts["activations"] / 4)
+    assert part.parts["base"] == whole.parts["base"]
+
+
 def test_a_plan_shows_it_where_there_are_gpus_and_ends_with_what_cannot_fit(llama: str, tmp_path: Path) -> None:
-    def told(*settings: str) -> Any:
+    def told(*settings: str, learners: int = 1) -> Any:
         tree = yaml.safe_load(LLAMA.read_text())
         tree["data"] = {name: [{"reader": "file", "path": str(rows)}] for name in ("train", "test")}
         (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
-        options = [word for each in (f"model.path={llama}", *SHARED, *settings) for word in ("--set", each)]
+        options = [
+            word for each in (f"model.path={llama}", *with_learners(learners), *settings) for word in ("--set", each)
+        ]
         command = ["run", str(tmp_path / "c.yaml"), "--dry-run", "--run-dir", str(tmp_path / "run"), *options]
         return CliRunner().invoke(app, command)
 
@@ -117,6 +134,8 @@ def test_a_plan_shows_it_where_there_are_gpus_and_ends_with_what_cannot_fit(llam
     fits = told("cluster.max_gpus=8", "cluster.gpu_memory_gib=80")
     assert fits.exit_code == 0, fits.output
     assert "1 × learner: at least 14.6 GiB" in " ".join(fits.output.split())
+    uneven = told("cluster.max_gpus=0", "grpo.sequence_parallel=3", learners=3)
+    assert "3 learners cannot divide the model's 32 attention heads; set one of 1, 2, 4," in str(uneven.exception)
     refused = told("cluster.max_gpus=1", "cluster.gpu_memory_gib=30")
     assert refused.exit_code != 0
     assert "score: a worker takes at least" in str(refused.exception)

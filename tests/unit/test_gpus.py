@@ -75,6 +75,8 @@ def test_a_number_fixes_the_workers_too() -> None:
         (1, {"rollout_resources": {"gpus": 0}, "sync": "adapter"}, (1, 0), (1, 1), "adapter"),
         (1, {"learner_resources": {"gpus": 0}}, (1, 1), (1, 0), "adapter"),
         (1, {"sync": "merged"}, (1, 0.6), (1, 0.4), "merged"),
+        (3, {"learners": 4, "sequence_parallel": 2}, (1, 0.6), (2, 0.4), "adapter"),
+        (1, {"learners": 2, "sequence_parallel": 2}, (1, 0.6), (2, 0.4), "adapter"),  # the cluster's check refuses it
     ],
 )
 def test_engines_and_learners_have_separate_gpus_or_share_each(
