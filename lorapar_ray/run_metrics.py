@@ -25,7 +25,7 @@ def report_progress(run: str, work: str, total: int) -> Callable[[int], None]:
     done_gauge, total_gauge = (
         Gauge(name, text, tag_keys=("run", "work")) for name, text in zip(PROGRESS_METRICS, words, strict=True)
     )
-    tags = {"run": run, "work": work}
+    tags = _tags(run=run, work=work)
     total_gauge.set(total, tags)
     return lambda done: done_gauge.set(done, tags)
 
@@ -38,6 +38,11 @@ def report_figures(run: str, stage: str) -> Callable[[Mapping[str, float]], None
 
     def write(figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
-            gauge.set(value, {"run": run, "figure": name})
+            gauge.set(value, _tags(run=run, figure=name))
 
     return write
+
+
+def _tags(**values: str) -> dict[str, str]:
+    """Values of tags, which Ray wants in ASCII."""
+    return {key: each.replace("×", "x").encode("ascii", "backslashreplace").decode() for key, each in values.items()}

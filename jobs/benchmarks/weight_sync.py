@@ -180,10 +180,10 @@ def learning_seconds(model: str, adapter: Path, samples: list[Sample], resources
         seed=0,
     )
     torch.set_num_threads(resources.compute_threads)
-    learner, seconds = Learner(job), 0.0
+    learner, seconds = Learner([job]), 0.0
     for step in range(2):
         start = time.perf_counter()
-        learner.step([whole_batch(samples)], step, world=1)
+        learner.step({0: [whole_batch(samples)]}, {0: step}, world=1)
         learner.canaries()
         seconds = time.perf_counter() - start
     return seconds

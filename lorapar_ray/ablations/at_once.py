@@ -8,11 +8,13 @@ from math import ceil
 
 from lorapar_ray.ablations.sharing import SHARED
 from lorapar_ray.ablations.units import Unit
+from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.job import engines_of, evaluate_together
+from lorapar_ray.grpo import together as stage2
 from lorapar_ray.pipeline import PIPELINE, is_done, run_together
 from lorapar_ray.progress import console
-from lorapar_ray.sft.together import shape_of, train_together, why_alone
+from lorapar_ray.sft import together as stage1
 from lorapar_ray.standing import inputs_of
 from lorapar_ray.text import one_line
 
@@ -39,44 +41,57 @@ def batches(units: Sequence[Unit]) -> list[list[Unit]]:
 
 
 def alone_because(units: Sequence[Unit]) -> Iterator[tuple[str, str]]:
-    """(arm, reason) for arms whose stage 1 cannot share a base with any other run, each arm once."""
+    """(stage of an arm, reason) where it cannot share a base with any other run, each arm once."""
     count = Counter(map(_shape, units))
     whys: dict[str, str] = {}
     for unit in units:
         if "sft" in unit.stages and unit.config.sft.arms_at_once > 1:
-            why = why_alone(unit.config)
+            why = stage1.why_alone(unit.config)
             if why is None and count[_shape(unit)] == 1:
                 why = "no other run has its rank, targets and batches"
             if why is not None:
-                whys.setdefault(unit.arm, why)
+                whys.setdefault(f"stage 1 of {unit.arm}", why)
+        if "grpo" in unit.stages and (why := _stage2_alone(unit.config)):
+            whys.setdefault(f"stage 2 of {unit.arm}", why)
     yield from whys.items()
 
 
 def _shape(unit: Unit) -> str | None:
-    alone = unit.config.sft.arms_at_once == 1 or "sft" not in unit.stages or why_alone(unit.config) is not None
-    return None if alone else shape_of(unit.config)
+    alone = unit.config.sft.arms_at_once == 1 or "sft" not in unit.stages or stage1.why_alone(unit.config) is not None
+    return None if alone else stage1.shape_of(unit.config)
 
 
 def run_at_once(units: Sequence[Unit], stage: str) -> None:
-    """Run stage `sft` or `evaluate` of several runs together, as far as possible.
+    """Run one of `AT_ONCE`'s stages of several runs together, as far as possible.
 
     If several runs have equal inputs of stage 1, only one trains, and the others may copy it.
 
     If a group fails, each of its runs continues alone from the group's checkpoints, and only the run that caused the
     failure fails.
     """
-    groups: dict[str, dict[str, Unit]] = {}
-    for unit in units:
-        if stage in unit.stages and not is_done(unit.config, unit.run, stage):
-            group = groups.setdefault(_alike(unit, stage), {})
-            group.setdefault(_equal(unit, stage), unit)
-    for group in groups.values():
+    due = {_equal(unit, stage): unit for unit in reversed(units) if not is_done(unit.config, unit.run, stage)}
+    for group in groups_of(list(due.values())[::-1], stage):
         if len(group) > 1:
-            _run_group(list(group.values()), stage)
+            _run_group(group, stage)
 
 
-def _alike(unit: Unit, stage: str) -> str:
-    return shape_of(unit.config) if stage == "sft" else engines_of(unit.config)
+def groups_of(units: Sequence[Unit], stage: str) -> list[list[Unit]]:
+    """The units of a batch whose `stage` can run together, in as few groups as the config allows."""
+    alike: dict[str, list[Unit]] = {}
+    for unit in units:
+        if stage in unit.stages and (stage != "grpo" or _stage2_alone(unit.config) is None):
+            alike.setdefault(_ALIKE[stage](unit.config), []).append(unit)
+    groups = []
+    for same in alike.values():
+        most = same[0].config.grpo.arms_at_once if stage == "grpo" else len(same)  # `batches` knows stage 1's limit
+        size = ceil(len(same) / ceil(len(same) / most))
+        groups += [same[start : start + size] for start in range(0, len(same), size)]
+    return groups
+
+
+def _stage2_alone(config: Config) -> str | None:
+    """Why a run's stage 2 does not train with others; None: it can."""
+    return "grpo.arms_at_once: 1" if config.grpo.arms_at_once == 1 else stage2.why_alone(config)
 
 
 def _equal(unit: Unit, stage: str) -> str:
@@ -89,7 +104,14 @@ def _run_group(units: Sequence[Unit], stage: str) -> None:
     console.print(f"{stage} of {len(units)} runs at once: " + "; ".join(unit.title for unit in units))
     members = [(unit.config, unit.run) for unit in units]
     try:
-        run_together(stage, members, train_together if stage == "sft" else evaluate_together)
+        run_together(stage, members, _WORK[stage])
     except Exception as error:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         console.print(f"  not together, but one after the other: {kind}{one_line(error, 300)}")
+
+
+_ALIKE = {"sft": stage1.shape_of, "grpo": stage2.shape_of, "evaluate": engines_of}
+"""Runs with an equal value can run the stage together."""
+_WORK = {"sft": stage1.train_together, "grpo": stage2.train_together, "evaluate": evaluate_together}
+AT_ONCE = tuple(_WORK)
+"""Stages that run for several runs together."""

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lorapar_ray.ablations import tables
-from lorapar_ray.ablations.at_once import alone_because, batches, run_at_once
+from lorapar_ray.ablations.at_once import AT_ONCE, alone_because, batches, groups_of, run_at_once
 from lorapar_ray.ablations.grids import GRIDS, Arm, Grid
 from lorapar_ray.ablations.results import Outcome, decide, read_outcome, summarise, validation_loss
 from lorapar_ray.ablations.retention import Point, compare, joined, markdown, read_point
@@ -27,8 +27,6 @@ from lorapar_ray.session import ray_session
 from lorapar_ray.text import one_line
 
 PAGE = "index.html"
-AT_ONCE = ("sft", "evaluate")
-"""Stages that run for several runs together."""
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
@@ -116,8 +114,11 @@ def described(plan: Plan) -> Iterator[str]:
         most = max(map(len, groups))
         together = f"stage 1 of {trained} runs trains together, up to {most} adapters on one frozen base"
         yield f"  {together} (sft.arms_at_once)"
+    at_once = max((len(group) for batch in batches(units) for group in groups_of(batch, "grpo")), default=0)
+    if at_once > 1:
+        yield f"  stage 2 trains up to {at_once} of these together, on one base and shared engines (grpo.arms_at_once)"
     for name, why in dict([*alone_because(sweeps), *alone_because(units)]).items():
-        yield f"  stage 1 of {name} trains alone: {why}"
+        yield f"  {name} trains alone: {why}"
     seconds = _seconds(plan)
     known = 0.0
     for stage, wanted, computed in counted([*sweeps, *units]):
@@ -239,11 +240,16 @@ def _run_all(units: Sequence[Unit], out: Path, failed: list[str], verbose: bool)
 
 def _run_batch(units: Sequence[Unit], out: Path, failed: list[str]) -> None:
     """Run the units' stages, those of `AT_ONCE` together; later stages leave out a unit that failed."""
-    going, firsts = list(units), AT_ONCE if len(units) > 1 else ()
-    for number in range(1 + len(firsts)):
+    parts = {unit.title: unit.parts(AT_ONCE if len(units) > 1 else ()) for unit in units}
+    going = list(units)
+    for number in range(max(map(len, parts.values()))):
+        due = [unit for unit in going if number < len(parts[unit.title])]
         if number:
-            run_at_once(going, firsts[number - 1])
-        going = [unit for unit in going if _run_part(unit, unit.parts(firsts)[number], out, failed)]
+            firsts = {unit.title: parts[unit.title][number][0] for unit in due}
+            for stage in dict.fromkeys(firsts.values()):
+                run_at_once([unit for unit in due if firsts[unit.title] == stage], stage)
+        lost = [unit for unit in due if not _run_part(unit, parts[unit.title][number], out, failed)]
+        going = [unit for unit in going if unit not in lost]
 
 
 def _run_part(unit: Unit, stages: Sequence[str], out: Path, failed: list[str]) -> bool:

@@ -10,8 +10,8 @@ from lorapar_ray.pipeline import PIPELINE, is_done
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.standing import inputs_of
 
-SHARED = ("label", "score", "sft")
-"""The slow stages. Partition takes seconds, and evaluation differs between runs."""
+SHARED = ("label", "score", "partition", "sft")
+"""Stage 2 and evaluation differ between runs."""
 
 
 def borrow(config: Config, run: RunDirectory, stage: str, siblings: list[Path]) -> bool:

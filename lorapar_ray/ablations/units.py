@@ -46,12 +46,12 @@ class Unit:
         return names if self.rate is None else names[: names.index("sft") + 1]
 
     def parts(self, firsts: Sequence[str]) -> list[list[str]]:
-        """The stages to run in parts: each stage of `firsts` (in order) begins a new part."""
-        found: list[list[str]] = [[] for _ in range(1 + len(firsts))]
-        part = 0
+        """The stages to run in parts: each stage of `firsts` begins a new part."""
+        found: list[list[str]] = [[]]
         for name in self.stages:
-            part = firsts.index(name) + 1 if name in firsts else part
-            found[part].append(name)
+            if name in firsts:
+                found.append([])
+            found[-1].append(name)
         return found
 
 

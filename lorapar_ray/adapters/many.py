@@ -8,14 +8,19 @@ adapter's matrices, and a row with NaN does not affect the rows of other adapter
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorapar_ray.adapters.keys import ADAPTER
+from lorapar_ray.adapters.store import read_adapter_state
+from lorapar_ray.boundary import read_object
 from lorapar_ray.mergeable import PREFIX
 
 """What PEFT puts before a module's name."""
@@ -28,6 +33,8 @@ class Batch:
     arms: int = 1
     """Number of adapters with rows in the batch (the first ones)."""
     tokens: int = 0
+    base: bool = False
+    """Compute the base without adapters."""
 
 
 class ManyLora(nn.Module):
@@ -51,6 +58,8 @@ class ManyLora(nn.Module):
         Raises:
             ValueError: the layer gets only some of the tokens, so their arms are unknown (a mixture of experts).
         """
+        if self.batch.base:
+            return self.base_layer(x)
         arms = self.batch.arms
         if x.shape[:-1].numel() != self.batch.tokens:
             raise ValueError("a layer with an adapter sees only some of the tokens; such a model's arms train alone")
@@ -130,6 +139,26 @@ class ManyAdapters(nn.Module):
                 for arm, gradient in enumerate(stack.grad):
                     self._of_arm[arm][f"{name}.lora_{matrix}.weight"].grad = gradient
 
+    @property
+    def config(self) -> Any:
+        """The base's."""
+        return self.base.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's."""
+        found: torch.dtype = self.base.dtype
+        return found
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """As a PeftModel does: within this context passes compute the base."""
+        self._batch.base = True
+        try:
+            yield
+        finally:
+            self._batch.base = False
+
     def get_base_model(self) -> Any:
         """As a PeftModel does."""
         return self.base
@@ -148,3 +177,20 @@ class ManyAdapters(nn.Module):
             found[f"{name}.lora_A.weight"] = nn.Parameter(layer.lora_A.data[arm])
             found[f"{name}.lora_B.weight"] = nn.Parameter(layer.lora_B.data[arm])
         return dict(sorted(found.items()))
+
+
+def load_many(base: Any, folders: Sequence[Path], *, dropout: float, device: torch.device) -> ManyAdapters:
+    """Put adapters of equal shapes from these folders on `base`.
+
+    Raises:
+        UserError: an adapter is missing or damaged.
+    """
+    states = [read_adapter_state(folder) for folder in folders]
+    scalings = [_scaling_of(read_object(folder / "adapter_config.json")) for folder in folders]
+    return ManyAdapters(base, states, scalings, dropout=dropout, device=device)
+
+
+def _scaling_of(config: Mapping[str, Any]) -> float:
+    """LoRA's scaling by an `adapter_config.json`."""
+    rank = float(config["r"])
+    return float(config["lora_alpha"]) / (sqrt(rank) if config.get("use_rslora") else rank)

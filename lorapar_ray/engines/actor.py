@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +30,27 @@ PROOF = -1
 """Priority of requests that verify a policy: before waiting sequences (0), since the learner waits for them."""
 
 
+class Served:
+    """The policy that an engine serves, or one of several if runs share the engine."""
+
+    def __init__(self) -> None:
+        self.version = -1
+        self.digest = "base"
+        self.lora: Any = None
+        self.receiver: PolicyReceiver | None = None
+        self.loading = asyncio.Lock()
+        self.open = asyncio.Event()
+        """Not set while a policy is loaded: requests wait."""
+        self.open.set()
+
+    def adapter(self, policy: Policy) -> bytes:
+        """The whole adapter file of `policy`."""
+        from lorapar_ray.engines.policy import PolicyReceiver
+
+        self.receiver = self.receiver or PolicyReceiver()
+        return self.receiver.adapter(policy)
+
+
 class EngineActor:
     """Async Ray actor around `vllm.AsyncLLM` (start it with `start_engine`)."""
 
@@ -38,19 +59,15 @@ class EngineActor:
         self._sync = sync
         self._where = where
         self._engine: Any = None
-        self._version = -1
-        self._digest = "base"
-        self._loading = asyncio.Lock()
+        self._starting = asyncio.Lock()
         self._files = AdapterFiles()
-        self._lora: Any = None
+        self._served: defaultdict[int, Served] = defaultdict(Served)
+        """By arm; an engine of one run serves arm 0 only."""
         self._loads = 0
         self._using: Counter[int] = Counter()
         self._requests = 0
-        self._groups: dict[str, tuple[Sequence[int], list[Growing]]] = {}
-        """Prompt and completions of the groups in flight."""
-        self._receiver: PolicyReceiver | None = None
-        self._open = asyncio.Event()
-        self._open.set()
+        self._groups: dict[tuple[int, str], tuple[Sequence[int], list[Growing]]] = {}
+        """Prompt and completions of the groups in flight, by arm and key."""
         self._watch: asyncio.Task[None] | None = None
         self._leaving = False
         self._phases = Phases("engine")
@@ -61,15 +78,16 @@ class EngineActor:
         Raises:
             UserError: this machine lacks the model, or vLLM cannot serve it with these settings.
         """
-        if self._engine is None:
-            loader = {"worker_extension_cls": "lorapar_ray.engines.policy_loader.PolicyLoader"}
-            model = resolve_model(self._arguments["model"])
-            self._engine = start_async_llm({**loader, **self._arguments, "model": model}, self._phases, self._where)
-            self._watch = asyncio.create_task(self._leave_with_the_engine())
-            await self._rpc("lorapar_prepare")
+        async with self._starting:  # runs that share it ask at the same time
+            if self._engine is None:
+                loader = {"worker_extension_cls": "lorapar_ray.engines.policy_loader.PolicyLoader"}
+                model = resolve_model(self._arguments["model"])
+                self._engine = start_async_llm({**loader, **self._arguments, "model": model}, self._phases, self._where)
+                self._watch = asyncio.create_task(self._leave_with_the_engine())
+                await self._rpc("lorapar_prepare")
         return {"pid": os.getpid(), "seconds": self._phases.seconds}
 
-    async def load_policy(self, policy: Policy | None, whole: Policy | None = None) -> str:
+    async def load_policy(self, policy: Policy | None, whole: Policy | None = None, arm: int = 0) -> str:
         """Serve `policy` (None: the base) from the next engine step on; returns the digest of what was loaded.
 
         Requests in flight continue with it (`merged`) or with their old policy (`adapter`); drain them first to prevent
@@ -78,67 +96,62 @@ class EngineActor:
 
         Args:
             whole: the whole policy to which the changes in `policy` apply, for an engine that has not received it.
+            arm: which policy is replaced, if several runs share this engine (`adapter`).
         """
-        async with self._loading:  # policies of a dead learner and of its successor are loaded one after the other
-            self._open.clear()
+        served = self._served[arm]
+        async with served.loading:  # policies of a dead learner and of its successor are loaded one after the other
+            served.open.clear()
             try:
-                if whole is not None and self._receiver is None:
-                    self._adapter(whole)
-                return await self._load(policy)
+                if whole is not None and served.receiver is None:
+                    served.adapter(whole)
+                return await self._load(policy, served)
             finally:
-                self._open.set()
+                served.open.set()
 
-    async def _load(self, policy: Policy | None) -> str:
+    async def _load(self, policy: Policy | None, served: Served) -> str:
         if policy is None:
-            self._lora = None
+            served.lora = None
             digest = await self._load_merged(None) if self._sync == "merged" else "base"
-            self._version = -1
+            served.version = -1
         else:
-            folder = self._files.write(self._adapter(policy), policy.config)
+            folder = self._files.write(served.adapter(policy), policy.config)
             try:
                 if self._sync == "merged":
                     digest = await self._load_merged(str(folder))
                 else:
-                    digest = await self._load_lora(folder, policy.version)
+                    digest = await self._load_lora(folder, policy.version, served)
             finally:
                 if self._sync == "merged":
                     shutil.rmtree(folder, ignore_errors=True)
-            self._version = policy.version
-        self._digest = digest
+            served.version = policy.version
+        served.digest = digest
         await self._forget()
         return digest
-
-    def _adapter(self, policy: Policy) -> bytes:
-        """The whole adapter file of `policy`."""
-        from lorapar_ray.engines.policy import PolicyReceiver
-
-        self._receiver = self._receiver or PolicyReceiver()
-        return self._receiver.adapter(policy)
 
     async def _load_merged(self, folder: str | None) -> str:
         """The digest that every rank of the engine read."""
         return agreed(await self._rpc("lorapar_load_policy", folder))
 
-    def _salt(self) -> str:
+    def _salt(self, arm: int = 0) -> str:
         """The salt that separates the prefix cache entries of policies."""
-        return f"policy {self._digest}"
+        return f"policy {self._served[arm].digest}"
 
     async def _forget(self) -> None:
         """Free the entries that no later prompt can match; does nothing while requests are in flight."""
         with self._alive():
             await self._engine.reset_prefix_cache()
 
-    async def _load_lora(self, folder: Path, version: int) -> str:
+    async def _load_lora(self, folder: Path, version: int, served: Served) -> str:
         import hashlib
 
         from vllm.lora.request import LoRARequest
 
-        previous = self._lora
+        previous = served.lora
         self._loads += 1  # vLLM never reads a number or name twice, even if the folder has changed
         lora = LoRARequest(f"policy-{version}-{self._loads}", self._loads, str(folder))
         with self._alive():
             await self._engine.add_lora(lora)
-            self._lora = lora
+            served.lora = lora
         if previous is not None and not self._using[previous.lora_int_id]:
             await self._drop(previous)
         return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
@@ -159,34 +172,36 @@ class EngineActor:
         sampling: dict[str, Any],
         key: str = "",
         begun: GroupRecord | Mapping[str, GroupRecord] | None = None,
+        arm: int = 0,
     ) -> tuple[GroupRecord, GroupHead]:
         """Sample `sampling["n"]` completions of one prompt; call with `num_returns=2`.
 
         The caller owns both objects, so a record outlives this actor while its node lives.
 
         Args:
-            key: names the group among those in flight.
+            key: names the group among those of its arm in flight.
             begun: tokens that another engine has already sampled, of this group or of several by key; this engine
                 continues them.
         """
-        await self._open.wait()
+        served = self._served[arm]
+        await served.open.wait()
         earlier = begun.get(key) if isinstance(begun, Mapping) else begun
-        group = growing(sampling["n"], self._version, earlier)
-        self._groups[key] = (prompt_ids, group)
+        group = growing(sampling["n"], served.version, earlier)
+        self._groups[arm, key] = (prompt_ids, group)
         try:
             await asyncio.gather(
                 *(
-                    self._grow(prompt_ids, each, request_of(each, sampling, index))
+                    self._grow(prompt_ids, each, request_of(each, sampling, index), arm)
                     for index, each in enumerate(group)
                     if not each.ended
                 )
             )
         finally:
-            del self._groups[key]
+            del self._groups[arm, key]
         record = as_record(prompt_ids, group)
         return record, record.head
 
-    async def _grow(self, prompt_ids: Sequence[int], each: Growing, request: dict[str, Any]) -> None:
+    async def _grow(self, prompt_ids: Sequence[int], each: Growing, request: dict[str, Any], arm: int) -> None:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -194,35 +209,36 @@ class EngineActor:
         params.output_kind = RequestOutputKind.DELTA
         self._requests += 1
         each.request = str(self._requests)
-        async for output in self._stream([*prompt_ids, *each.token_ids], params, each.request):
+        async for output in self._stream([*prompt_ids, *each.token_ids], params, each.request, arm=arm):
             each.take(output.outputs[0])
 
-    async def progress(self) -> tuple[dict[str, GroupRecord], dict[str, int]]:
-        """The groups in flight with their tokens so far, and each one's number of tokens, by key; call with
+    async def progress(self, arm: int = 0) -> tuple[dict[str, GroupRecord], dict[str, int]]:
+        """The arm's groups in flight with their tokens so far, and each one's number of tokens, by key; call with
         `num_returns=2`.
 
         An answer is also the heartbeat: it comes from the engine's workers, between two of their steps.
         """
         await self._rpc("lorapar_alive")
-        records = {key: as_record(*group) for key, group in self._groups.items()}
+        records = {key: as_record(*group) for (whose, key), group in self._groups.items() if whose == arm}
         return records, {key: len(record.token_ids) for key, record in records.items()}
 
-    async def give_back(self, key: str) -> None:
+    async def give_back(self, key: str, arm: int = 0) -> None:
         """Stop a group: its `rollout` then returns the tokens sampled so far."""
-        if key in self._groups:
+        if (arm, key) in self._groups:
             with self._alive():
-                await self._engine.abort([each.request for each in self._groups[key][1] if not each.ended])
+                await self._engine.abort([each.request for each in self._groups[arm, key][1] if not each.ended])
 
     async def _complete(
-        self, prompt_ids: list[int], sampling: dict[str, Any], index: int, priority: int = 0
+        self, prompt_ids: list[int], sampling: dict[str, Any], index: int, priority: int = 0, arm: int = 0
     ) -> list[Completion]:
         from vllm import SamplingParams
 
-        await self._open.wait()
-        version = self._version
+        served = self._served[arm]
+        await served.open.wait()
+        version = served.version
         seed = sampling.get("seed")
         own = {**sampling, "seed": None if seed is None else seed + index, "logprobs": 0, "flat_logprobs": True}
-        output = await self._run(prompt_ids, SamplingParams(**own), priority)
+        output = await self._run(prompt_ids, SamplingParams(**own), priority, arm)
         return [
             Completion(
                 token_ids=list(choice.token_ids),
@@ -233,25 +249,26 @@ class EngineActor:
             for choice in output.outputs
         ]
 
-    async def score(self, token_ids: list[int], start: int) -> list[float]:
+    async def score(self, token_ids: list[int], start: int, arm: int = 0) -> list[float]:
         """Log-probabilities of `token_ids[start:]` under the served policy."""
         from vllm import SamplingParams
 
-        await self._open.wait()
+        await self._served[arm].open.wait()
         sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0)
-        output = await self._run(token_ids, sampling, priority=PROOF)
+        output = await self._run(token_ids, sampling, PROOF, arm)
         pairs = list(zip(output.prompt_logprobs, token_ids, strict=True))[start:]
         return [entry[token].logprob for entry, token in pairs]
 
-    async def cache_gap(self, token_ids: list[int]) -> float:
+    async def cache_gap(self, token_ids: list[int], arm: int = 0) -> float:
         """Mean absolute difference, in nats, between decoding after `token_ids` and computing the same tokens without
         the cache.
 
         Decoding reads the prefix cache, like rollouts; prompt log-probabilities never do. So stale entries of another
         policy are detected here.
         """
-        [done] = await self._complete(token_ids, {"max_tokens": 4, "temperature": 1.0, "seed": 0}, 0, priority=PROOF)
-        afresh = await self.score([*token_ids, *done.token_ids], len(token_ids))
+        decoding = {"max_tokens": 4, "temperature": 1.0, "seed": 0}
+        [done] = await self._complete(token_ids, decoding, 0, priority=PROOF, arm=arm)
+        afresh = await self.score([*token_ids, *done.token_ids], len(token_ids), arm)
         return sum(abs(a - b) for a, b in zip(done.logprobs, afresh, strict=True)) / len(afresh)
 
     async def leave(self) -> None:
@@ -263,21 +280,24 @@ class EngineActor:
             child.kill()
         self._files.close()
 
-    async def _run(self, prompt_ids: list[int], params: Any, priority: int = 0) -> Any:
+    async def _run(self, prompt_ids: list[int], params: Any, priority: int = 0, arm: int = 0) -> Any:
         from vllm.sampling_params import RequestOutputKind
 
         params.output_kind = RequestOutputKind.FINAL_ONLY  # one output with all n completions, none in between
         self._requests += 1
         last = None
-        async for output in self._stream(prompt_ids, params, str(self._requests), priority):
+        async for output in self._stream(prompt_ids, params, str(self._requests), priority, arm):
             last = output
         return last
 
-    async def _stream(self, prompt_ids: list[int], params: Any, request: str, priority: int = 0) -> AsyncIterator[Any]:
+    async def _stream(
+        self, prompt_ids: list[int], params: Any, request: str, priority: int = 0, arm: int = 0
+    ) -> AsyncIterator[Any]:
         """The engine's outputs of a request, with the policy that is served at its start."""
-        lora = self._lora
+        served = self._served[arm]
+        lora = served.lora
         held = -1 if lora is None else lora.lora_int_id
-        prompt = {"prompt_token_ids": prompt_ids, "cache_salt": self._salt()}
+        prompt = {"prompt_token_ids": prompt_ids, "cache_salt": self._salt(arm)}
         self._using[held] += 1
         try:
             with self._alive():
@@ -287,7 +307,7 @@ class EngineActor:
                     yield output
         finally:
             self._using[held] -= 1
-        if lora is not None and lora is not self._lora and not self._using[held]:
+        if lora is not None and lora is not served.lora and not self._using[held]:
             await self._drop(lora)
 
     async def _rpc(self, method: str, *args: Any) -> list[Any]:
@@ -339,6 +359,7 @@ def start_engine(
     trust_remote_code: bool = False,
     sync: str = "merged",
     max_lora_rank: int | None = None,
+    arms: int = 1,
     place: Any = None,
     actor: type[EngineActor] = EngineActor,
     environment: Mapping[str, str] | None = None,
@@ -349,6 +370,7 @@ def start_engine(
     Args:
         model_path: as the config has it, or as `models.model_reference` gives it; the actor's machine resolves it.
         where: the config's field that holds `engine`, for error messages.
+        arms: number of policies that it serves at once (`adapter`).
         place: a placement group with a bundle for this engine; None: anywhere.
         actor, environment: another kind of engine, and additional environment variables.
         restarts: how often Ray restarts the actor if its process dies, and retries calls in flight; the new actor has
@@ -363,7 +385,7 @@ def start_engine(
         model_path, engine, seed=seed, trust_remote_code=trust_remote_code
     )
     if sync == "adapter":
-        arguments |= lora_arguments(max_lora_rank or 8, adapters=2)
+        arguments |= lora_arguments(max_lora_rank or 8, adapters=2 * arms)  # each arm's current and previous one
     asked = ray_options(resources)
     if place is not None:  # whose bundles say which nodes
         asked = {**asked, "label_selector": None, "scheduling_strategy": PlacementGroupSchedulingStrategy(place)}

@@ -35,7 +35,7 @@ class EvaluationEngine(EngineActor):
         """
         async with self._turn:
             await self.start()
-            if self._digest != digest:
+            if self._served[0].digest != digest:
                 loaded = await self.load_policy(await policy[0] if policy else None)
                 if loaded != digest:
                     raise RuntimeError(f"the engine loaded another adapter: {loaded[:9]} instead of {digest[:9]}")

@@ -41,7 +41,7 @@ class Coordinator:
     def __init__(
         self,
         plan: dict[str, Any],
-        engine: Callable[[], Any] | None = None,
+        engine: Callable[[int], Any] | None = None,
         place: Any = None,
         reward_worker: type[Any] = RewardActor,
     ) -> None:
@@ -50,8 +50,9 @@ class Coordinator:
         Args:
             plan: `settings` (GrpoConfig), `rows` (a sequence of questions, see `TokenTable.question`), `steps`,
                 `seed`, `model` (see `models.model_reference`), `trust_remote_code`, `lora_rank`, `judge` (see
-                `judging`; None without one) and perhaps `withheld` (environment variables that rewards do not see).
-            engine: a factory of engines; default: from the plan.
+                `judging`; None without one) and perhaps `withheld` (environment variables that rewards do not see) and
+                `arms` (runs that share the engines).
+            engine: creates the engine of a place, from 0; default: from the plan.
             place: the engines' placement group.
             reward_worker: the function of a reward worker.
         """

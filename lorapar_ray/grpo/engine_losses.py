@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from typing import Any
 
+from lorapar_ray.grpo.arm_handle import ArmHandle
 from lorapar_ray.waiting import awaited
 
 LEAVE_LIMIT_S = 10.0
@@ -18,7 +19,7 @@ async def leave(engine: Any) -> None:
 
     with contextlib.suppress(Exception):
         await asyncio.wait_for(awaited(engine.leave.remote()), LEAVE_LIMIT_S)
-    ray.kill(engine)
+    ray.kill(engine.actor if isinstance(engine, ArmHandle) else engine)
 
 
 def is_lost(error: Exception) -> bool:

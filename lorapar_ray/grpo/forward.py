@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from math import ceil
 from typing import Any
 
@@ -13,7 +14,17 @@ from lorapar_ray.config import GrpoConfig
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.head import TokenScorer
 from lorapar_ray.grpo.memory import PROBE_TOKENS, checkpoint_layers, pass_limits
-from lorapar_ray.grpo.packing import PackedRows, group_by_prompt, micro_batches, pack, packed_logprobs, pad
+from lorapar_ray.grpo.packing import (
+    ArmsRows,
+    PackedRows,
+    group_by_prompt,
+    micro_batches,
+    pack,
+    pack_arms,
+    packed_logprobs,
+    pad,
+    slices_of,
+)
 from lorapar_ray.grpo.samples import Sample
 from lorapar_ray.packed_attention import use_packed_attention
 from lorapar_ray.sequence_parallel import FIELD, SequenceGroup, require_shareable
@@ -32,6 +43,7 @@ class Forward:
         sharded: bool,
         device: torch.device,
         sequence: SequenceGroup | None = None,
+        arms: int = 1,
     ) -> None:
         """Take the model, and detect its features.
 
@@ -39,15 +51,20 @@ class Forward:
             filler: a short sample for dummy passes.
             sharded: the base is cut over the learners, so each pass needs them all.
             sequence: the learners that share each row with this one, and so make every pass together with it.
+            arms: number of adapters; more than one: `model` is a `ManyAdapters`.
 
         Raises:
-            UserError: the model's rows cannot be shared.
+            UserError: the model's rows cannot be shared; or it has several adapters, and its attention cannot be
+                packed.
         """
-        self._settings, self._pad_id, self._filler = settings, pad_id, filler
+        self._settings, self._pad_id, self._filler, self._arms = settings, pad_id, filler, arms
         self._sharded, self.device, self._sequence = sharded, device, sequence
         base = model.get_base_model()
-        self.packed = use_packed_attention(base)
+        with model.disable_adapter() if arms > 1 else nullcontext():  # adapters of arms count the model's own inputs
+            self.packed = use_packed_attention(base)
         """Whether prompts are computed once, in rows without padding."""
+        if arms > 1 and not self.packed:
+            raise UserError("grpo: this model's attention cannot be packed, so its arms train alone")
         self._scorer = TokenScorer(model)
         if sequence is not None:
             self._require_shareable(model.config, sequence)
@@ -65,7 +82,8 @@ class Forward:
             checkpointed = not sequence.least(not checkpointed, device)
         if checkpointed:
             checkpoint_layers(base)
-        self._tokens = settings.micro_batch_tokens or tokens
+        self._tokens = max(1, (settings.micro_batch_tokens or tokens) // arms)
+        """Most tokens of an arm in one pass."""
 
     @property
     def together(self) -> bool:
@@ -96,6 +114,21 @@ class Forward:
             return pack(groups, self.device, self._sequence)
         return pad([sample for group in groups for sample in group], self._pad_id, self.device)
 
+    def rows_of(self, micro: Mapping[int, Sequence[Sequence[Sample]]]) -> ArmsRows:
+        """One pass's tensors for groups of some arms, in order of their numbers."""
+        if self._arms == 1:
+            whole = self.rows(micro[0])
+        else:
+            parts = [micro.get(number, []) for number in range(max(micro) + 1)]
+            whole = pack_arms(parts, self.device)
+            whole.inputs["arms"] = len(parts)
+        samples = {number: [sample for group in groups for sample in group] for number, groups in micro.items()}
+        return ArmsRows(
+            whole,
+            slices_of({number: len(own) for number, own in samples.items()}),
+            slices_of({number: sum(sample.count for sample in own) for number, own in samples.items()}),
+        )
+
     def logprobs(self, rows: PackedRows, temperature: float | None = None) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropy (no gradient), float32, [B, T]; at the sampling temperature unless given."""
         asked = self._settings.temperature if temperature is None else temperature
@@ -112,13 +145,17 @@ class Forward:
 
         return most_of_any_rank(passes, self.device)
 
-    def dummy_passes(self, passes: int, backward: bool = True) -> None:
-        """Dummy forward and backward passes, while other ranks have more to do; they change nothing."""
+    def dummy_passes(self, passes: int, backward: bool = True, reference: bool = False) -> None:
+        """Dummy forward and backward passes, while other ranks have more to do; they change nothing.
+
+        Args:
+            reference: each with a forward pass of the reference.
+        """
         if passes == 0:
             return
         rows = self.rows([[self._filler]])
         for _ in range(passes):
-            if backward and self._settings.kl_beta > 0:
+            if reference:
                 with torch.no_grad():
                     self.logprobs(rows)
             with torch.set_grad_enabled(backward):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -27,7 +29,8 @@ from lorapar_ray.grpo.worker import GrpoJob, learn_worker
 from lorapar_ray.mergeable import not_in_the_files, unmergeable
 from lorapar_ray.progress import progress
 from lorapar_ray.runs import RunDirectory
-from lorapar_ray.student import RESIDUAL_INITS, base_reference, starting_adapter
+from lorapar_ray.sft.job import residual
+from lorapar_ray.student import base_reference, starting_adapter
 from lorapar_ray.tracking import require_trackers
 from lorapar_ray.workers import RESTARTS, beside_the_driver, on_a_worker, run_workers
 
@@ -38,6 +41,35 @@ STOP_LIMIT_S = 30
 ROOM_LIMIT_S = 60
 
 
+@dataclass(frozen=True)
+class Stage2:
+    """Stage 2 of one run, ready to start."""
+
+    config: Config
+    run: RunDirectory
+    job: GrpoJob
+    plan: dict[str, Any]
+    """The coordinator's; see `Coordinator`."""
+    prompts: int
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {"prompts": self.prompts, "steps": self.job.steps}
+
+    @property
+    def writes(self) -> list[Path]:
+        """What the learners write."""
+        return [Path(self.job.checkpoints), Path(self.job.adapter_out), self.run.metrics]
+
+    def finish(self) -> None:
+        """Export the trained adapter of a residual base as a plain LoRA, and remove what only the stage needed."""
+        if residual(self.config):
+            out = self.run.grpo / "adapter"
+            export_plain(self.run.adapter, Path(self.job.adapter_out), out, self.config.model.path)
+        shutil.rmtree(self.job.checkpoints, ignore_errors=True)
+
+
 def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
     """GRPO of the stage 2 elements on the rows of `grpo.systems`; writes `grpo/adapter`.
 
@@ -45,8 +77,21 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
         UserError: a reward or tracker is unknown, no labelled row belongs to those Systems, every prompt is too long,
             or the cluster is too small.
     """
-    import ray
+    stage = stage2(config, run)
+    _require_servable(sync_of(config.grpo), stage.job.base, Path(stage.job.adapter_in))
+    with progress("grpo", stage.job.steps, lambda: poll(Path(stage.job.metrics))), judging(config) as judge:
+        plan = {**stage.plan, "judge": judge}
+        run_learners(config, run, Coordinator, plan, learn_worker, stage.job.payload(), stage.writes)
+    stage.finish()
+    return stage.notes
 
+
+def stage2(config: Config, run: RunDirectory) -> Stage2:
+    """Check stage 2 of a run, and prepare it.
+
+    Raises:
+        UserError: as `train_stage2`.
+    """
     settings = config.grpo
     require_trackers(settings.report_to, "grpo.report_to")
     require_rewards(settings)
@@ -54,11 +99,7 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
     base = base_reference(config.model, run)
     rows = _questions(config, run)
     start_from = starting_adapter(config, run, "grpo")
-    _require_servable(sync_of(settings), base, start_from)
-    residual = config.adapter.init in RESIDUAL_INITS
-    out = run.grpo / ("trained" if residual else "adapter")
-    steps = settings.steps or ceil(len(rows) / settings.prompts_per_step)
-    name = f"lorapar-coordinator-{os.getpid()}"
+    out = run.grpo / ("trained" if residual(config) else "adapter")
     job = GrpoJob(
         model=config.model.model_dump(mode="json"),
         settings=settings.model_dump(mode="json"),
@@ -70,35 +111,60 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
         checkpoints=str((run.work / "grpo").resolve()),
         metrics=str((run.metrics / "grpo.jsonl").resolve()),
         samples=str((run.metrics / "samples.jsonl").resolve()),
-        steps=steps,
-        coordinator=name,
+        steps=settings.steps or ceil(len(rows) / settings.prompts_per_step),
+        coordinator=f"lorapar-coordinator-{os.getpid()}",
         run=config.name,
         seed=config.seed,
     )
     plan = {
         "settings": job.settings,
         "rows": rows,
-        "steps": steps,
+        "steps": job.steps,
         "seed": config.seed,
         "model": base,
         "trust_remote_code": config.model.trust_remote_code,
         "withheld": [teacher.api_key_env for teacher in config.label.teachers if teacher.api_key_env],
         "lora_rank": read_object(start_from / "adapter_config.json")["r"],
+        "judge": None,
     }
+    return Stage2(config, run, job, plan, len(rows))
+
+
+def run_learners(
+    config: Config,
+    run: RunDirectory,
+    coordinator: type[Any],
+    plan: Any,
+    worker: Callable[[dict[str, Any]], None],
+    payload: dict[str, Any],
+    writes: list[Path],
+) -> None:
+    """Run learners and their coordinator to the end of the stage.
+
+    Args:
+        config: of the run, or of the first of several, whose resources it uses.
+        coordinator: the class of the actor, which takes `plan`.
+        worker: a learner's function, which takes `payload`.
+
+    Raises:
+        UserError: the cluster is too small, or an engine or a learner reports one.
+    """
+    import ray
+
+    settings, name = config.grpo, f"lorapar-coordinator-{os.getpid()}"
     options = {"name": name, "max_concurrency": 1000, "max_restarts": RESTARTS}
-    actor = ray.remote(Coordinator).options(**beside_the_driver(), **options)
-    with progress("grpo", steps, lambda: _poll(Path(job.metrics))), reserved(config) as place, judging(config) as judge:
-        coordinator = actor.remote({**plan, "judge": judge}, place=place)
+    with reserved(config) as place:
+        actor = ray.remote(coordinator).options(**beside_the_driver(), **options).remote(plan, place=place)
         try:
-            engines = coordinator.start.remote()  # in parallel with the learners, whose first policy waits
+            engines = actor.start.remote()  # in parallel with the learners, whose first policy waits
             run_workers(
-                learn_worker,
-                job.payload(),
+                worker,
+                payload,
                 name="grpo",
                 workers=settings.learners,
                 resources=settings.learner_resources,
                 run=run,
-                writes=[Path(job.checkpoints), out, run.metrics],
+                writes=writes,
                 before_restart=partial(_make_room, name) if settings.extra_rollout_actors else None,
             )
         except Exception:
@@ -106,11 +172,7 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
                 ray.get(engines)  # an engine's start error says more than the waiting learners' error
             raise
         finally:
-            _stop(coordinator)
-    if residual:
-        export_plain(run.adapter, out, run.grpo / "adapter", config.model.path)
-    shutil.rmtree(job.checkpoints, ignore_errors=True)
-    return {"prompts": len(rows), "steps": steps}
+            _stop(actor)
 
 
 def _require_servable(sync: str, base: str, adapter: Path) -> None:
@@ -152,7 +214,8 @@ def _questions(config: Config, run: RunDirectory) -> Questions:
     return Questions(chosen)
 
 
-def _poll(metrics: Path) -> tuple[int, str]:
+def poll(metrics: Path) -> tuple[int, str]:
+    """Steps so far and a remark, for a progress bar."""
     last = last_line(metrics)
     if not last:
         return 0, "starting engines and learners"

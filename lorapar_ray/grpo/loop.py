@@ -26,6 +26,8 @@ from lorapar_ray.grpo.prompt_stream import PromptStream
 from lorapar_ray.grpo.publishing import Publisher
 
 if TYPE_CHECKING:
+    from lorapar_ray.grpo.arm import Arm
+    from lorapar_ray.grpo.canaries import Canary
     from lorapar_ray.grpo.journal import Journal
     from lorapar_ray.grpo.learner import Learner
     from lorapar_ray.grpo.sampler import Sampler
@@ -70,51 +72,91 @@ async def collect(
     return make_batch(groups, dropped, drawn, step, clock.seconds, rows)
 
 
-def learn(learner: Learner, coordinator: Any, journal: Journal | None, rank: int, world: int) -> None:
-    """Train from the newest checkpoint to the last step, in step with the other learners.
+def learn(learner: Learner, coordinators: Sequence[Any], journals: Sequence[Journal], rank: int, world: int) -> None:
+    """Train every arm from its newest checkpoint to its last step, in step with the other learners.
 
     A policy is published while the next batch is fetched and computed, and verified before the next optimiser step; by
     then every policy that sampled its tokens is verified. So with `max_staleness` above 0 no process waits for it.
 
+    Runs that train together are arms of one learner: each step is then a step of every unfinished arm.
+
     Args:
-        coordinator: handle of the actor that runs `collect`.
-        journal: of the learner that leads (rank 0): it publishes the policy, writes metrics and checkpoints.
+        coordinators: by arm, a handle of what runs its `collect`.
+        journals: by arm, of the learner that leads (rank 0): it publishes policies, writes metrics and checkpoints;
+            empty on other ranks.
     """
     import torch.distributed as dist
 
-    steps, settings = learner.job.steps, learner.settings
-    computes_canaries = journal is not None or learner.forward.together
-    step, stream = learner.restore(rank, world)
+    arms = learner.arms
+    restored = [arm.restore(rank, world) for arm in arms]
+    steps = [step for step, _ in restored]
+    leads = [Lead(*each) for each in zip(arms, coordinators, journals, strict=True)] if journals else []
+    computes_canaries = bool(leads) or learner.forward.together
     canaries = learner.canaries() if computes_canaries else []
-    measured = settings.canary_tolerance == "auto"
+    measured = any(arm.settings.canary_tolerance == "auto" for arm in arms)
     base_canaries = learner.base_canaries() if measured and computes_canaries else []
-    publisher = None
-    if journal is not None:
-        resumed = coordinator.resume.options(max_task_retries=-1).remote(step, stream)  # it may also be restarting
-        answer_from(coordinator, resumed)
-        journal.begin(step)
-        if measured:
-            answer_from(coordinator, coordinator.calibrate.remote(base_canaries, learner.rounding))
-        publisher = Publisher(coordinator)
-        publisher.publish(learner.policy(step), canaries)
+    for number, lead in enumerate(leads):
+        lead.begin(*restored[number])
+    for number, lead in enumerate(leads if measured else ()):
+        lead.calibrate(base_canaries[number], learner.rounding)  # before any policy is served
+    for number, lead in enumerate(leads):
+        lead.publish(steps[number], canaries[number])
     if world > 1:
-        dist.barrier()  # no rank asks for a batch before rank 0 has told the coordinator where to begin
-    while step < steps:
+        dist.barrier()  # no rank asks for a batch before rank 0 has told the coordinators where to begin
+    while running := [number for number, arm in enumerate(arms) if steps[number] < arm.steps]:
         start = time.monotonic()
-        share, mini_batches = fetch(coordinator, step, rank, world, settings.sequence_parallel)
+        fetched = {
+            number: fetch(coordinators[number], steps[number], rank, world, arms[number].settings.sequence_parallel)
+            for number in running
+        }
         waited = time.monotonic() - start
         clock = Clock()
         with clock.phase("learn"):
-            metrics = learner.step(mini_batches, step, world, before_update=publisher.wait if publisher else None)
+            metrics = learner.step(
+                {number: mini_batches for number, (_, mini_batches) in fetched.items()},
+                {number: steps[number] for number in running},
+                world,
+                before_update=(lambda number: leads[number].publisher.wait()) if leads else None,
+            )
             canaries = learner.canaries() if computes_canaries else []
-        step += 1
-        if publisher is not None and journal is not None:
-            metrics |= publisher.figures
-            learning = clock.seconds["learn"] - metrics["seconds/wait_for_proof"]
-            publisher.publish(learner.policy(step), canaries)
-            journal.write(step, share, metrics, learning, waited, time.monotonic() - start)
-            if step % settings.checkpoint_every == 0 and step < steps:
-                learner.save(step, answer_from(coordinator, coordinator.checkpoint.remote(step - 1)))
-    if publisher is not None:
-        publisher.wait()
-        learner.finish()
+        for number in running:
+            steps[number] += 1
+        verified = {number: leads[number].publisher.figures for number in running if leads}
+        learning = clock.seconds["learn"] - sum(each["seconds/wait_for_proof"] for each in verified.values())
+        for number, figures in verified.items():
+            lead, step = leads[number], steps[number]
+            lead.publish(step, canaries[number])
+            seconds = learning, waited, time.monotonic() - start
+            lead.journal.write(step, fetched[number][0], {**metrics[number], **figures}, *seconds)
+            lead.checkpoint_if_due(step)
+    for number, lead in enumerate(leads):
+        lead.publisher.wait()
+        learner.finish(number)
+
+
+class Lead:
+    """What rank 0 does for one arm."""
+
+    def __init__(self, arm: Arm, coordinator: Any, journal: Journal) -> None:
+        self.arm, self.coordinator, self.journal = arm, coordinator, journal
+        self.publisher = Publisher(coordinator)
+
+    def begin(self, step: int, stream: dict[str, Any] | None) -> None:
+        """Tell the coordinator and the journal where training resumes."""
+        resumed = self.coordinator.resume.options(max_task_retries=-1).remote(step, stream)  # it may also be restarting
+        answer_from(self.coordinator, resumed)
+        self.journal.begin(step)
+
+    def calibrate(self, canaries: Sequence[Canary], rounding: float) -> None:
+        """Measure the canary tolerance, if the config asks for it."""
+        if self.arm.settings.canary_tolerance == "auto":
+            answer_from(self.coordinator, self.coordinator.calibrate.remote(list(canaries), rounding))
+
+    def publish(self, step: int, canaries: Sequence[Canary]) -> None:
+        """Begin to publish the current policy."""
+        self.publisher.publish(self.arm.policy(step), canaries)
+
+    def checkpoint_if_due(self, step: int) -> None:
+        """Write a checkpoint if one follows this step; a finished arm needs none."""
+        if step % self.arm.settings.checkpoint_every == 0 and step < self.arm.steps:
+            self.arm.save(step, answer_from(self.coordinator, self.coordinator.checkpoint.remote(step - 1)))

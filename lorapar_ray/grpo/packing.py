@@ -14,8 +14,9 @@ no loss, ratio or metric counts them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,44 @@ class PackedRows:
         """Values of the sampled tokens as [B, T], 0 in padding."""
         return torch.zeros_like(self.mask_BT).masked_scatter(self.mask_BT.bool(), values_N)
 
+    def part(self, sequences: slice, tokens: slice) -> PackedRows:
+        """Consecutive sequences, with their tokens, of the same rows."""
+        return replace(
+            self,
+            row_N=self.row_N[tokens],
+            column_N=self.column_N[tokens],
+            tokens_N=self.tokens_N[tokens],
+            mask_BT=self.mask_BT[sequences],
+            sampling_logprobs_BT=self.sampling_logprobs_BT[sequences],
+            advantages_B=self.advantages_B[sequences],
+            kept_NK=None if self.kept_NK is None else self.kept_NK[tokens],
+        )
+
+
+@dataclass(frozen=True)
+class ArmsRows:
+    """The rows of one pass over samples of one or several arms."""
+
+    whole: PackedRows
+    sequences: Mapping[int, slice]
+    """Each arm's sequences."""
+    tokens: Mapping[int, slice]
+    """Each arm's sampled tokens."""
+
+    def part(self, arm: int) -> PackedRows:
+        """One arm's rows."""
+        return self.whole if len(self.sequences) == 1 else self.whole.part(self.sequences[arm], self.tokens[arm])
+
+    def of(self, arm: int, values_BT: Tensor) -> Tensor:
+        """One arm's sequences of some values."""
+        return values_BT[self.sequences[arm]]
+
+
+def slices_of(counts: Mapping[int, int]) -> dict[int, slice]:
+    """Consecutive slices of these lengths."""
+    ends = list(accumulate(counts.values()))
+    return {key: slice(end - count, end) for (key, count), end in zip(counts.items(), ends, strict=True)}
+
 
 def pack(groups: Sequence[Sequence[Sample]], device: torch.device, sequence: SequenceGroup | None = None) -> PackedRows:
     """One row for all; the samples of a group have the same prompt. For models with packed attention.
@@ -66,31 +105,42 @@ def pack(groups: Sequence[Sequence[Sample]], device: torch.device, sequence: Seq
     Args:
         sequence: the ranks that share the row; all call this with the same samples. None: this one has it alone.
     """
+    return pack_arms([groups], device, sequence)
+
+
+def pack_arms(
+    arms: Sequence[Sequence[Sequence[Sample]]], device: torch.device, sequence: SequenceGroup | None = None
+) -> PackedRows:
+    """As `pack`, for the groups of several arms: each arm's part of the row is padded to the longest one's length."""
     ids: list[Any] = []
     positions: list[Any] = []
     columns: list[Any] = []
     spans = []
-    width = 0
-    for group in groups:
-        start = len(group[0].prompt_ids)
-        ids.append(group[0].prompt_ids)
-        positions.append(np.arange(start))
-        prompt, own = range(width, width + start), []
-        width += start
-        for sample in group:
-            length = max(0, len(sample.token_ids) - 1)
-            ids.append(sample.token_ids[:length])
-            positions.append(np.arange(start, start + length))
-            predicting = np.append(prompt[-1], np.arange(width, width + length))[: len(sample.token_ids)]
-            columns.append(_sampled(sample, predicting))
-            own.append(range(width, width + length))
-            width += length
-        spans += spans_of_group(prompt, own)
-    if sequence is not None and (filler := sequence.padding(width)):  # a sequence of its own, which nobody reads
-        ids.append(np.zeros(filler))
-        positions.append(np.arange(filler))
-        spans += spans_of_group(range(width, width + filler), [])
-        width += filler
+    width, longest = 0, max(map(_width, arms))
+    if sequence is not None:
+        longest += sequence.padding(longest)
+    for number, groups in enumerate(arms, 1):
+        for group in groups:
+            start = len(group[0].prompt_ids)
+            ids.append(group[0].prompt_ids)
+            positions.append(np.arange(start))
+            prompt, own = range(width, width + start), []
+            width += start
+            for sample in group:
+                length = max(0, len(sample.token_ids) - 1)
+                ids.append(sample.token_ids[:length])
+                positions.append(np.arange(start, start + length))
+                predicting = np.append(prompt[-1], np.arange(width, width + length))[: len(sample.token_ids)]
+                columns.append(_sampled(sample, predicting))
+                own.append(range(width, width + length))
+                width += length
+            spans += spans_of_group(prompt, own)
+        padding = range(width, number * longest)
+        if padding:  # a sequence of its own, which nobody reads
+            ids.append(np.zeros(len(padding)))
+            positions.append(np.arange(len(padding)))
+            spans += spans_of_group(padding, [])
+            width += len(padding)
     here = slice(0, width) if sequence is None else sequence.own(width)
     layout = make_layout(spans, width, device, sequence)
     inputs = packed_inputs(_ids(ids, device)[None, here], layout, _ids(positions, device)[None, here])
@@ -98,8 +148,15 @@ def pack(groups: Sequence[Sequence[Sample]], device: torch.device, sequence: Seq
     at_n = np.flatnonzero((here.start <= column_N) & (column_N < here.stop))
     column_n = _ids([column_N[at_n] - here.start], device)
     mine = None if sequence is None else OwnTokens(_ids([at_n], device), sequence)
-    samples = [sample for group in groups for sample in group]
+    samples = [sample for groups in arms for group in groups for sample in group]
     return _rows(samples, inputs, torch.zeros_like(column_n), column_n, mine)
+
+
+def _width(groups: Sequence[Sequence[Sample]]) -> int:
+    """Tokens that `pack` computes for these groups."""
+    return sum(
+        len(group[0].prompt_ids) + sum(max(0, len(sample.token_ids) - 1) for sample in group) for group in groups
+    )
 
 
 def pad(samples: Sequence[Sample], pad_id: int, device: torch.device) -> PackedRows:

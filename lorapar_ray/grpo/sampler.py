@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -47,21 +48,20 @@ class Sampler:
     def __init__(
         self,
         plan: dict[str, Any],
-        engine: Callable[[], Any] | None = None,
+        engine: Callable[[int], Any] | None = None,
         place: Any = None,
         reward_worker: type[Any] = RewardActor,
     ) -> None:
         """Start the workers; the arguments are those of `Coordinator`."""
         from lorapar_ray.datasets.chat import load_encoder_alone
 
-        self._plan, self._place = plan, place
-        self._settings = settings = GrpoConfig.model_validate(plan["settings"])
+        settings = GrpoConfig.model_validate(plan["settings"])
         asked = settings.canary_tolerance
         self._engines = EnginePool(
-            lambda slot: self._new_engine(slot) if engine is None else engine(),
+            engine or partial(new_engine, plan, place),
             settings.rollout_actors,
             extra=settings.extra_rollout_actors,
-            at_once=groups_at_once(settings),
+            at_once=groups_at_once(settings, plan.get("arms", 1)),
             tolerance=MOST_TOLERANCE if asked == "auto" else asked,
             time_limit_s=settings.rollout_time_limit_s,
         )
@@ -114,23 +114,27 @@ class Sampler:
             self._environments.stop()
         await self._engines.stop()
 
-    def _new_engine(self, slot: int) -> Any:
-        settings, engine = self._settings, self._settings.rollout_engine
-        if settings.top_k:  # the largest number of log-probabilities per request
-            engine = engine.model_copy(update={"extra": {"max_logprobs": settings.top_k, **engine.extra}})
-        return start_engine(
-            self._plan["model"],
-            engine,
-            settings.rollout_resources,
-            seed=self._plan["seed"],
-            where="grpo.rollout_engine",
-            trust_remote_code=self._plan["trust_remote_code"],
-            sync=sync_of(settings),
-            max_lora_rank=self._plan["lora_rank"],
-            place=self._place if slot < settings.rollout_actors else None,  # only those have a bundle there
-        )
+
+def new_engine(plan: dict[str, Any], place: Any, slot: int) -> Any:
+    """Create a run's rollout engine for place `slot`; returns its handle."""
+    settings = GrpoConfig.model_validate(plan["settings"])
+    engine = settings.rollout_engine
+    if settings.top_k:  # the largest number of log-probabilities per request
+        engine = engine.model_copy(update={"extra": {"max_logprobs": settings.top_k, **engine.extra}})
+    return start_engine(
+        plan["model"],
+        engine,
+        settings.rollout_resources,
+        seed=plan["seed"],
+        where="grpo.rollout_engine",
+        trust_remote_code=plan["trust_remote_code"],
+        sync=sync_of(settings),
+        max_lora_rank=plan["lora_rank"],
+        arms=plan.get("arms", 1),
+        place=place if slot < settings.rollout_actors else None,  # only those have a bundle there
+    )
 
 
-def groups_at_once(settings: GrpoConfig) -> int:
-    """In-flight cap: groups per engine."""
-    return ceil(FILLINGS * settings.rollout_engine.max_num_seqs / settings.group_size)
+def groups_at_once(settings: GrpoConfig, arms: int = 1) -> int:
+    """In-flight cap: one run's groups per engine, of which `arms` runs have an equal part."""
+    return ceil(FILLINGS * settings.rollout_engine.max_num_seqs / settings.group_size / arms)

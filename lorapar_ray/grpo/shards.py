@@ -37,7 +37,7 @@ class Shards:
         self,
         plan: dict[str, Any],
         count: int,
-        engine: Callable[[], Any] | None = None,
+        engine: Callable[[int], Any] | None = None,
         place: Any = None,
         reward_worker: type[Any] = RewardActor,
     ) -> None:

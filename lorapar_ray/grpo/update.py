@@ -1,5 +1,7 @@
 """The updates on one batch: loss against the old policy, gradients over all learners, one optimiser step each.
 
+If a learner trains several policies, a forward and backward pass holds samples of all of them.
+
 The adapter is small, so one all-reduce sums the gradients over learners, without wrapping the model; every rank then
 takes the same step and has the same policy.
 """
@@ -7,164 +9,132 @@ takes the same step and has the same policy.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import isfinite, nan
-from typing import TYPE_CHECKING
+from contextlib import ExitStack
+from itertools import zip_longest
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from lorapar_ray.collectives import sum_over_ranks
-from lorapar_ray.config import GrpoConfig
-from lorapar_ray.errors import UserError
+from lorapar_ray.grpo.arm import Arm, OldLogprobs, remember
 from lorapar_ray.grpo.figures import as_numbers, from_all_ranks, step_metrics
 from lorapar_ray.grpo.forward import Forward
-from lorapar_ray.grpo.loss import part_weight, policy_loss, sampler_figures
-from lorapar_ray.grpo.packing import PackedRows
 from lorapar_ray.grpo.samples import MiniBatch, Sample
 
-if TYPE_CHECKING:
-    from lorapar_ray.optim import MaskedAdamW
-
-OldLogprobs = dict[int, Tensor]
-"""By `id` of the sample, the log-probabilities of its completion under the policy before the batch's first update."""
+Micro: TypeAlias = dict[int, list[list[Sample]]]
+"""One pass: groups of samples by arm, in order; an arm may have none."""
 
 
 class Updates:
     """Computes the updates of one learner."""
 
-    def __init__(
-        self, forward: Forward, parameters: Mapping[str, Tensor], optimizer: MaskedAdamW, settings: GrpoConfig
-    ) -> None:
-        self._forward, self._parameters, self._optimizer, self._settings = forward, parameters, optimizer, settings
-        self._reference = {key: parameter.detach().clone() for key, parameter in parameters.items()}
-        self._skipped = 0
-        """Updates skipped in a row."""
+    def __init__(self, forward: Forward, arms: Sequence[Arm], trained: Sequence[Tensor]) -> None:
+        """Take the policies, and the parameters that get gradients: the arms', or stacks of which they are views."""
+        self._forward, self._arms, self._trained = forward, arms, trained
 
     def take(
-        self, mini_batch: MiniBatch, old: OldLogprobs, world: int, before: Callable[[], None] | None = None
-    ) -> dict[str, float]:
-        """One optimiser update; skipped, and counted, if its loss or gradient is not finite.
+        self,
+        mini_batches: Mapping[int, MiniBatch],
+        old: OldLogprobs,
+        world: int,
+        before: Callable[[int], None] | None = None,
+    ) -> dict[int, dict[str, float]]:
+        """One optimiser update of each of some arms; returns their metrics.
 
         Args:
-            before: called when the gradient is ready, before any parameter changes.
+            before: called with an arm when its gradient is ready, before its parameters change.
 
         Raises:
-            UserError: it is the `nonfinite_limit`th in a row.
+            UserError: see `Arm.update`.
         """
-        self._optimizer.zero_grad(set_to_none=False)
-        figures: list[tuple[dict[str, Tensor], int]] = []
-        micros = self._forward.micro_batches(mini_batch.samples)
+        kept = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+        if kept:
+            torch._foreach_zero_(kept)
+        figures: dict[int, list[tuple[dict[str, Tensor], int]]] = {number: [] for number in mini_batches}
+        micros = self._micros({number: each.samples for number, each in mini_batches.items()})
         passes = self._forward.passes_of_all(len(micros))
         for micro in micros:
-            loss, found = self._loss(micro, mini_batch, old)
-            loss.backward()
-            figures.append(({"loss": loss.detach(), **found}, sum(map(len, micro))))
-        self._forward.dummy_passes(passes - len(micros))
-        for parameter in self._parameters.values():
+            losses = self._losses(micro, mini_batches, old)
+            torch.stack([loss for loss, _ in losses.values()]).sum().backward()
+            for number, (loss, found) in losses.items():
+                figures[number].append(({"loss": loss.detach(), **found}, sum(map(len, micro[number]))))
+        self._forward.dummy_passes(passes - len(micros), reference=self._needs_reference(mini_batches))
+        for parameter in self._trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        parts = [(as_numbers(each), count) for each, count in figures] if self._forward.leads else []
+        parts: dict[int, list[tuple[dict[str, float], int]]] = {
+            number: [(as_numbers(each), count) for each, count in found] if self._forward.leads else []
+            for number, found in figures.items()
+        }
         if world > 1:
-            sum_over_ranks([value.grad for value in self._parameters.values() if value.grad is not None])
-            parts = from_all_ranks(parts, world)
-        if before is not None:
-            before()
-        return self._step(step_metrics(parts))
-
-    def _step(self, metrics: dict[str, float]) -> dict[str, float]:
-        norm = nan
-        if isfinite(metrics["loss"]):
-            norm = float(self._optimizer.clip_and_step(self._settings.max_grad_norm, only_finite=True))
-        if isfinite(norm):
-            self._skipped = 0
-            return {**metrics, "grad_norm": norm, "updates_skipped": 0.0}
-        self._skipped += 1
-        if self._skipped >= self._settings.nonfinite_limit:
-            raise UserError(
-                f"grpo: the loss or its gradient was not finite in {self._skipped} updates in a row (loss "
-                f"{metrics['loss']:g}, gradient norm {norm:g}); lower grpo.learning_rate, or look at "
-                "the last lines of metrics/grpo.jsonl"
-            )
-        return {"updates_skipped": 1.0}
+            sum_over_ranks([parameter.grad for parameter in self._trained if parameter.grad is not None])
+            gathered = from_all_ranks([parts], world)
+            parts = {number: [part for each in gathered for part in each[number]] for number in parts}
+        metrics = {}
+        for number, own in parts.items():
+            if before is not None:
+                before(number)
+            metrics[number] = self._arms[number].update(step_metrics(own))
+        return metrics
 
     @torch.no_grad()
-    def old_logprobs(self, updates: Sequence[MiniBatch]) -> OldLogprobs:
-        """Log-probabilities under the policy before the first update.
+    def old_logprobs(self, updates: Mapping[int, Sequence[MiniBatch]]) -> OldLogprobs:
+        """Log-probabilities under the policies before the first update.
 
         Those of the first update's samples are computed in the update itself.
         """
         old: OldLogprobs = {}
-        if len(updates) == 1 or self._settings.old_policy == "sampler":
+        later: dict[int, list[Sample]] = {}
+        for number, own in updates.items():
+            if len(own) > 1 and self._arms[number].settings.old_policy != "sampler":
+                first = {id(sample) for sample in own[0].samples}
+                found = {id(sample): sample for update in own[1:] for sample in update.samples}
+                later[number] = [sample for key, sample in found.items() if key not in first]
+        if not later:
             return old
-        first = {id(sample) for sample in updates[0].samples}
-        later = {id(sample): sample for update in updates[1:] for sample in update.samples if id(sample) not in first}
-        micros = self._forward.micro_batches(list(later.values()))
+        micros = self._micros(later)
         passes = self._forward.passes_of_all(len(micros))
         for micro in micros:
-            _remember(old, micro, self._forward.logprobs(self._forward.rows(micro))[0])
+            rows = self._forward.rows_of(micro)
+            logprobs_BT, _ = self._forward.logprobs(rows.whole)
+            for number, groups in micro.items():
+                remember(old, groups, rows.of(number, logprobs_BT))
         self._forward.dummy_passes(passes - len(micros), backward=False)
         return old
 
-    def _loss(
-        self, groups: list[list[Sample]], mini_batch: MiniBatch, old: OldLogprobs
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """These samples' part of an update's loss, and its figures; records their old log-probabilities."""
-        settings = self._settings
-        samples = [sample for group in groups for sample in group]
-        rows = self._forward.rows(groups)
-        reference_BT = self._reference_logprobs(rows) if settings.kl_beta > 0 else None
-        logprobs_BT, entropy_BT = self._forward.logprobs(rows)
-        sampler = settings.old_policy == "sampler"
-        if not sampler and id(samples[0]) not in old:
-            _remember(old, groups, logprobs_BT.detach())
-        output = policy_loss(
-            logprobs_BT,
-            rows.sampling_logprobs_BT if sampler else _recall(old, samples, rows),
-            rows.advantages_B,
-            rows.mask_BT,
-            loss_type=settings.loss,
-            clip_low=settings.clip_low,
-            clip_high=settings.clip_high,
-            max_completion_length=settings.max_completion_length,
-            num_tokens_global=mini_batch.tokens,
-            ref_logprobs_BT=reference_BT,
-            kl_beta=settings.kl_beta,
-            sampling_logprobs_BT=None if sampler else rows.sampling_logprobs_BT,
-            tis_cap=settings.importance_cap,
-            sequence_mask_bounds=settings.sequence_ratio_bounds,
-            entropy_BT=entropy_BT,
-        )
-        figures = output.figures
-        if sampler:
-            gap_BT = (logprobs_BT.detach() - rows.sampling_logprobs_BT) * rows.mask_BT
-            figures = {**figures, **sampler_figures(gap_BT, rows.mask_BT)}
-        weight = part_weight(
-            settings.loss, len(samples) / mini_batch.count, len(rows.tokens_N) / max(1, mini_batch.tokens)
-        )
-        return output.loss * weight, figures
+    def _micros(self, samples: Mapping[int, Sequence[Sample]]) -> list[Micro]:
+        """Samples as passes, of all arms together."""
+        micros = {number: self._forward.micro_batches(own) for number, own in samples.items()}
+        return [
+            {number: groups for number, groups in zip(micros, together, strict=True) if groups is not None}
+            for together in zip_longest(*micros.values())
+        ]
 
-    @torch.no_grad()
-    def _reference_logprobs(self, rows: PackedRows) -> Tensor:
-        """Log-probabilities under the stage 1 adapter, by swapping its values in and out of the same model."""
-        current = {key: parameter.detach().clone() for key, parameter in self._parameters.items()}
-        try:
-            assign(self._parameters, self._reference)
-            return self._forward.logprobs(rows)[0]
-        finally:
-            assign(self._parameters, current)
+    def _losses(
+        self, micro: Micro, mini_batches: Mapping[int, MiniBatch], old: OldLogprobs
+    ) -> dict[int, tuple[Tensor, dict[str, Tensor]]]:
+        """Each arm's part of its update's loss, and its figures; records their old log-probabilities."""
+        rows = self._forward.rows_of(micro)
+        reference_BT = None
+        if self._needs_reference(mini_batches):
+            with torch.no_grad(), ExitStack() as swapped:
+                for number in micro:
+                    swapped.enter_context(self._arms[number].reference())
+                reference_BT, _ = self._forward.logprobs(rows.whole)
+        logprobs_BT, entropy_BT = self._forward.logprobs(rows.whole)
+        return {
+            number: self._arms[number].loss(
+                groups,
+                mini_batches[number],
+                old,
+                rows.part(number),
+                rows.of(number, logprobs_BT),
+                rows.of(number, entropy_BT),
+                None if reference_BT is None else rows.of(number, reference_BT),
+            )
+            for number, groups in micro.items()
+        }
 
-
-def assign(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Put values into parameters, in place."""
-    for key, parameter in parameters.items():
-        parameter.data.copy_(values[key])
-
-
-def _remember(old: OldLogprobs, groups: Sequence[Sequence[Sample]], logprobs_BT: Tensor) -> None:
-    samples = [sample for group in groups for sample in group]
-    for sample, found in zip(samples, logprobs_BT, strict=True):
-        old[id(sample)] = found[: sample.count]
-
-
-def _recall(old: OldLogprobs, samples: Sequence[Sample], rows: PackedRows) -> Tensor:
-    return rows.spread(torch.cat([old[id(sample)] for sample in samples]))
+    def _needs_reference(self, mini_batches: Mapping[int, MiniBatch]) -> bool:
+        return any(self._arms[number].settings.kl_beta > 0 for number in mini_batches)

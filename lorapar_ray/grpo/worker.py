@@ -37,16 +37,35 @@ class GrpoJob:
 def learn_worker(payload: dict[str, Any]) -> None:
     """Run the loop on this rank (a Ray Train function)."""
     import ray
+
+    job = GrpoJob(**payload)
+    _learn([job], [ray.get_actor(job.coordinator)])
+
+
+def learn_arms_worker(payload: dict[str, Any]) -> None:
+    """The same for the jobs of `payload["jobs"]`, which share a base and a coordinator."""
+    import ray
+
+    from lorapar_ray.grpo.arm_handle import ArmHandle
+
+    jobs = [GrpoJob(**each) for each in payload["jobs"]]
+    actor = ray.get_actor(jobs[0].coordinator)
+    _learn(jobs, [ArmHandle(actor, number) for number in range(len(jobs))])
+
+
+def _learn(jobs: list[GrpoJob], coordinators: list[Any]) -> None:
     import ray.train
 
     from lorapar_ray.grpo.journal import Journal
     from lorapar_ray.grpo.learner import Learner
     from lorapar_ray.grpo.loop import learn
 
-    job = GrpoJob(**payload)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    learner, journal = Learner(job), None
+    learner, journals = Learner(jobs), []
     if rank == 0:
-        journal = Journal(Path(job.metrics), Path(job.samples), learner.settings.report_to, job.run, learner.text)
-    learn(learner, ray.get_actor(job.coordinator), journal, rank, world)
+        journals = [
+            Journal(Path(job.metrics), Path(job.samples), arm.settings.report_to, job.run, learner.text)
+            for job, arm in zip(jobs, learner.arms, strict=True)
+        ]
+    learn(learner, coordinators, journals, rank, world)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,8 @@ def train_arms_worker(payload: dict[str, Any]) -> None:
     """
     import torch
 
-    from lorapar_ray.adapters.many import ManyAdapters
-    from lorapar_ray.adapters.store import read_adapter_state, write_adapter_state
+    from lorapar_ray.adapters.many import load_many
+    from lorapar_ray.adapters.store import write_adapter_state
     from lorapar_ray.sft.arm import Arm
     from lorapar_ray.sft.arms_loop import ArmsLoop
     from lorapar_ray.student import load_base, load_tokenizer
@@ -29,14 +27,12 @@ def train_arms_worker(payload: dict[str, Any]) -> None:
     jobs = [SftJob(**each) for each in payload["jobs"]]
     every = [SftConfig.model_validate(job.settings) for job in jobs]
     first, worker = jobs[0], this_worker()
-    configs = [read_object(Path(job.adapter_in) / "adapter_config.json") for job in jobs]
-    states = [read_adapter_state(Path(job.adapter_in)) for job in jobs]
+    folders = [Path(job.adapter_in) for job in jobs]
     model_config = ModelConfig.model_validate(first.model)
     torch.manual_seed(first.seed)
-    model = ManyAdapters(
+    model = load_many(
         load_base(model_config, first.base),
-        states,
-        [scaling_of(config) for config in configs],
+        folders,
         dropout=AdapterConfig.model_validate(first.adapter).dropout,
         device=worker.device,
     )
@@ -70,10 +66,5 @@ def train_arms_worker(payload: dict[str, Any]) -> None:
     ).run([work.resume_from for work in works])
     if worker.rank == 0:
         for number, job in enumerate(jobs):
-            write_adapter_state(Path(job.adapter_out), configs[number], model.state_of(number))
-
-
-def scaling_of(config: Mapping[str, Any]) -> float:
-    """LoRA's scaling by an `adapter_config.json`."""
-    rank = float(config["r"])
-    return float(config["lora_alpha"]) / (sqrt(rank) if config.get("use_rslora") else rank)
+            config = read_object(folders[number] / "adapter_config.json")
+            write_adapter_state(Path(job.adapter_out), config, model.state_of(number))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from lorapar_ray.boundary import last_line
 from lorapar_ray.config import Config
+from lorapar_ray.config.base import Section
 from lorapar_ray.config.marks import deciding
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import digest
@@ -30,24 +31,40 @@ OWN = {
 
 def why_alone(config: Config) -> str | None:
     """The setting that prevents a run's stage 1 from sharing a base with other runs; None: it can share."""
-    if config.adapter.method != "lora":
-        return f"adapter.method: {config.adapter.method}"
-    if config.adapter.init == "adapter":  # it has its own rank and targets
-        return f"adapter.init: {config.adapter.init}"
+    if why := adapter_alone(config):
+        return why
     if config.sft.sharding != "none":
         return f"sft.sharding: {config.sft.sharding}"
     return None
 
 
+def adapter_alone(config: Config) -> str | None:
+    """The setting of the adapter that prevents a run from sharing a base with other runs; None: it can share."""
+    if config.adapter.method != "lora":
+        return f"adapter.method: {config.adapter.method}"
+    if config.adapter.init == "adapter":  # it has its own rank and targets
+        return f"adapter.init: {config.adapter.init}"
+    return None
+
+
 def shape_of(config: Config) -> str:
     """A digest that is equal for runs whose stage 1 can train together: base, rank, targets, rows of a batch."""
-    sft = {key: value for key, value in config.sft.model_dump(mode="json").items() if key not in OWN}
+    return stage_shape(config, config.sft, OWN, len(config.sft.parts))
+
+
+def stage_shape(config: Config, section: Section, own: Collection[str], *equal: Any) -> str:
+    """A digest of base, rank, targets, and a training stage's settings without those that are each run's `own`.
+
+    Args:
+        equal: further values that must be equal.
+    """
+    stage = {key: value for key, value in section.model_dump(mode="json").items() if key not in own}
     adapter = {key: getattr(config.adapter, key) for key in SHARED_ADAPTER}
     model = {key: value.value for key, value in deciding(config.model).items()} | {"attention": config.model.attention}
     if residual(config):  # the part that was removed from the base
         adapter |= {"init": config.adapter.init, "alpha": config.adapter.alpha}
         adapter |= {"seed": config.seed} if config.adapter.init == "pissa_fast" else {}
-    return digest(json.loads(json.dumps([model, adapter, sft, len(config.sft.parts)], default=str)))
+    return digest(json.loads(json.dumps([model, adapter, stage, equal], default=str)))
 
 
 def train_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[dict[str, Any]]:

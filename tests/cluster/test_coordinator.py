@@ -34,7 +34,7 @@ class Method:
 class Engine:
     """Loads a policy when allowed; samples two different numbers under its current policy."""
 
-    def __init__(self) -> None:
+    def __init__(self, slot: int = 0) -> None:
         self.start, self.load_policy, self.rollout = map(Method, (self._start, self._load, self._rollout))
         self.may_load = asyncio.Event()
         self.may_load.set()
@@ -137,7 +137,7 @@ def test_publishing_of_dead_learners_ends_before_the_next_ones(cluster: None) ->
 
     async def go() -> None:
         engine = Engine()
-        coordinator = Coordinator(plan(), engine=lambda: engine)
+        coordinator = Coordinator(plan(), engine=lambda _: engine)
         await coordinator.start()
         asked = asyncio.create_task(coordinator.batch(0, 0, 1))  # before the policy that it waits for
         await asyncio.sleep(0)

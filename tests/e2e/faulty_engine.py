@@ -47,8 +47,8 @@ class FaultyLoader(PolicyLoader):
 class FaultyEngine(EngineActor):
     """With the fault `cache`, key-value entries outlive their policy."""
 
-    def _salt(self) -> str:
-        return "same" if fault() == "cache" else super()._salt()
+    def _salt(self, arm: int = 0) -> str:
+        return "same" if fault() == "cache" else super()._salt(arm)
 
     async def _forget(self) -> None:
         if fault() != "cache":

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lorapar_ray.ablations.at_once import batches, run_at_once
+from lorapar_ray.ablations.at_once import AT_ONCE, batches, groups_of, run_at_once
 from lorapar_ray.ablations.grids import GRIDS, Claim
 from lorapar_ray.ablations.job import _run_part, described, make_plan, report
 from lorapar_ray.ablations.results import Outcome, decide, mean_interval
@@ -133,6 +133,32 @@ def test_runs_of_one_shape_train_at_once(tmp_path: Path) -> None:
     shown = "\n".join(described(plan))
     assert "stage 1 of 4 runs trains together, up to 2 adapters on one frozen base" in shown
     assert "stage 1 of ia3 trains alone: adapter.method: ia3" in shown and "of lora trains" not in shown
+
+
+def test_stage_2_of_runs_of_one_shape_trains_at_once(tmp_path: Path) -> None:
+    def grid(name: str, *overrides: str) -> tuple[list[list[str]], str]:
+        plan = make_plan(name, SHIPPED / "arithmetic-grpo.yaml", overrides, tmp_path, seeds=[1], only=[])
+        made = [group for batch in batches(plan.units({})) for group in groups_of(batch, "grpo")]
+        return [[unit.arm for unit in group] for group in made], "\n".join(described(plan))
+
+    found, shown = grid("order")
+    assert found == [["sft-grpo", "grpo-sft"]]
+    assert "stage 2 trains up to 2 of these together" in shown and "alone" not in shown
+    found, _ = grid("activation", "sft.arms_at_once=9")
+    assert [len(group) for group in found] == [3, 3, 3]
+    found, _ = grid("activation", "sft.arms_at_once=9", "grpo.arms_at_once=9")
+    assert [len(group) for group in found] == [9]
+    for change in ("grpo.arms_at_once=1", "grpo.sync=merged", "grpo.sharding=fsdp2"):
+        found, shown = grid("order", change)
+        assert found == [] and f"stage 2 of sft-grpo trains alone: {change.replace('=', ': ')}" in shown
+
+
+def test_parts_follow_the_runs_own_order(tmp_path: Path) -> None:
+    plan = make_plan("order", SHIPPED / "arithmetic-grpo.yaml", [], tmp_path, seeds=[1])
+    first, second = (unit.parts(AT_ONCE) for unit in plan.units({}))
+    assert first == [["label", "score", "partition"], ["sft"], ["grpo"], ["evaluate"]]
+    assert second == [["label", "score", "partition"], ["grpo"], ["sft"], ["evaluate"]]
+    assert plan.units({})[0].parts(()) == [["label", "score", "partition", "sft", "grpo", "evaluate"]]
 
 
 def test_runs_of_a_failed_group_continue_alone(

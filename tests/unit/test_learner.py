@@ -50,7 +50,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> GrpoJob:
 
 def learner(job: GrpoJob, **settings: Any) -> Learner:
     settings = {"learning_rate": 1e-2, "max_grad_norm": 10.0, **settings}
-    return Learner(replace(job, settings={**job.settings, **settings}))
+    return Learner([replace(job, settings={**job.settings, **settings})])
+
+
+def step(learner: Learner, share: list[MiniBatch]) -> dict[str, float]:
+    """The first step of the only arm, on a share of its batch."""
+    return learner.step({0: share}, {0: 0}, 1)[0]
 
 
 def batch(step: int) -> list[Sample]:
@@ -77,7 +82,7 @@ def honest(learner: Learner, samples: list[Sample], gap: float = 0.0) -> list[Sa
 
 
 def adapter(learner: Learner) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in learner.parameters.values()])
+    return torch.cat([parameter.detach().flatten() for parameter in learner.arms[0].parameters.values()])
 
 
 @pytest.mark.parametrize("loss", ["grpo", "gspo", "cispo"])
@@ -85,10 +90,10 @@ def test_the_first_of_two_updates_is_on_policy_and_the_second_is_clipped(job: Gr
     ours = learner(job, loss=loss, updates_per_batch=2, clip_low=0.02, clip_high=1.02 if loss == "cispo" else 0.02)
     share = cut(honest(ours, batch(0)))
     old: dict[int, torch.Tensor] = {}
-    first = ours.updates.take(share[0], old, 1)
+    first = ours.updates.take({0: share[0]}, old, 1)[0]
     assert first["clip_high_share"] == first["clip_low_share"] == 0.0
     assert first["ratio_max"] == pytest.approx(1.0, abs=1e-4)
-    second = ours.updates.take(share[0], old, 1)
+    second = ours.updates.take({0: share[0]}, old, 1)[0]
     assert second["clip_high_share"] > 0.0
     assert second["ratio_max"] == pytest.approx(1.0, abs=1e-4)  # the old policy's, in addition to the sampler's
 
@@ -98,22 +103,22 @@ def test_the_old_policy_of_later_mini_batches_is_the_one_before_the_first_update
     share = cut(honest(ours, batch(0)), prompts=1)
     assert [(part.count, part.tokens) for part in share] == [(4, 20), (4, 24), (4, 28)]
     expected = {id(sample): sample.logprobs for part in share for sample in part.samples}
-    old = ours.updates.old_logprobs(share)
+    old = ours.updates.old_logprobs({0: share})
     first = {id(sample) for sample in share[0].samples}
     assert old.keys() == expected.keys() - first
     for key, found in old.items():
         assert found.tolist() == pytest.approx(expected[key], abs=1e-5)
     before = adapter(ours)
-    metrics = ours.step(share, 0, 1)
+    metrics = step(ours, share)
     assert metrics["updates"] == 3 and metrics["updates_skipped"] == 0
-    assert learner(job).step(cut(batch(0)), 0, 1)["updates"] == 1  # not cut at all
+    assert step(learner(job), cut(batch(0)))["updates"] == 1  # not cut at all
     assert metrics["logprob_gap"] == pytest.approx(0.0, abs=1e-5)
     assert not torch.equal(adapter(ours), before)
 
 
 def test_the_ratio_to_the_sampler_is_clipped_where_the_sampler_lags(job: GrpoJob) -> None:
     ours = learner(job, old_policy="sampler", importance_cap=None)
-    metrics = ours.step(cut(honest(ours, batch(0), gap=0.5)), 0, 1)
+    metrics = step(ours, cut(honest(ours, batch(0), gap=0.5)))
     assert metrics["ratio_mean"] == pytest.approx(math.exp(0.5), rel=1e-3)  # beyond 1.28 throughout
     positive = [it for it in batch(0) if it.advantage > 0]
     tokens = sum(len(it.token_ids) for it in positive)
@@ -124,7 +129,7 @@ def test_how_samples_are_cut_into_passes_does_not_change_the_update(job: GrpoJob
     results = []
     for passes in ({}, {"micro_batch_tokens": 24}, {"micro_batch_size": 1}, {"gradient_checkpointing": True}):
         ours = learner(job, loss="bnpo", kl_beta=0.1, **passes)
-        metrics = ours.step(cut(batch(0)), 0, 1)
+        metrics = step(ours, cut(batch(0)))
         results.append((adapter(ours), metrics["loss"], metrics["kl"], metrics["ratio_max"]))
     for found in results[1:]:
         torch.testing.assert_close(found[0], results[0][0], rtol=1e-3, atol=1e-5)
@@ -136,14 +141,14 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted_and_three_in_a_row_
     before, good = adapter(ours), cut(batch(0))
     bad = cut([spoilt(it) for it in batch(0)])
     for _ in range(2):
-        assert ours.step(bad, 0, 1)["updates_skipped"] == 1
+        assert step(ours, bad)["updates_skipped"] == 1
     assert torch.equal(adapter(ours), before)
-    assert ours.step(good, 0, 1)["updates_skipped"] == 0
+    assert step(ours, good)["updates_skipped"] == 0
     assert not torch.equal(adapter(ours), before)
-    ours.step(bad, 0, 1)
-    ours.step(bad, 0, 1)
+    step(ours, bad)
+    step(ours, bad)
     with pytest.raises(UserError, match=r"not finite in 3 updates in a row.*lower grpo.learning_rate"):
-        ours.step(bad, 0, 1)
+        step(ours, bad)
 
 
 def spoilt(sample: Sample) -> Sample:
@@ -152,8 +157,8 @@ def spoilt(sample: Sample) -> Sample:
 
 def test_canaries_are_the_plain_models_with_and_without_the_adapter(job: GrpoJob) -> None:
     ours = learner(job)
-    found, bare = ours.canaries(), ours.base_canaries()
-    plain = load_base(Config.model_validate(tiny_config(Path(job.base))).model, job.base, on=CPU).eval()
+    [found], [bare] = ours.canaries(), ours.base_canaries()
+    plain = student(job).eval()
     for canary in bare:
         ids = torch.tensor([canary.token_ids])
         expected = (
@@ -161,4 +166,46 @@ def test_canaries_are_the_plain_models_with_and_without_the_adapter(job: GrpoJob
         )
         assert canary.logprobs == pytest.approx(expected[:, 0].tolist(), abs=1e-4)
     assert [each.logprobs for each in found] != [each.logprobs for each in bare]
-    assert [each.logprobs for each in ours.canaries()] == [each.logprobs for each in found]
+    assert [each.logprobs for each in ours.canaries()[0]] == [each.logprobs for each in found]
+
+
+def test_arms_on_one_base_take_the_steps_that_each_takes_alone(job: GrpoJob, tmp_path: Path) -> None:
+    """With other adapters, rates, losses, batches and numbers of updates; one of them has nothing to learn from."""
+    settings = [
+        {"kl_beta": 0.1, "updates_per_batch": 2},
+        {"loss": "gspo"},
+        {},
+        {"learning_rate": 1e-3, "mini_batch": 1},
+    ]
+    shares = [cut(batch(0)), cut(batch(1)[:4], prompts=1), [], cut(batch(2), prompts=1)]
+    jobs = []
+    for number, own in enumerate(settings):
+        folder = tmp_path / str(number)
+        model = attach_lora(student(job), rank=4, alpha=8, init="gaussian", init_std=0.05 + 0.01 * number)
+        save_adapter(model, folder)
+        common = {"learning_rate": 1e-2, "max_grad_norm": 10.0, **own}
+        canaries = [[[5 + number, 6, 7, 8], 2]]
+        jobs.append(replace(job, adapter_in=str(folder), settings={**job.settings, **common}, canaries=canaries))
+    together = Learner(jobs)
+    steps = dict.fromkeys(range(4), 0)
+    waits: list[int] = []
+    metrics = [together.step(dict(enumerate(shares)), steps, 1, waits.append) for _ in range(2)]
+    assert sorted(waits) == sorted([*steps, *steps])
+    for number, share in enumerate(shares):
+        alone = Learner([jobs[number]])
+        for found in metrics:
+            expected = alone.step({0: share}, {0: 0}, 1)[0]
+            assert found[number] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+            assert found[number]["loss"] == pytest.approx(expected["loss"], rel=1e-5, abs=1e-8)
+        for key, value in alone.arms[0].parameters.items():
+            torch.testing.assert_close(together.arms[number].parameters[key].data, value.data, rtol=1e-3, atol=1e-6)
+        for ours, theirs in (
+            (together.canaries()[number], alone.canaries()[0]),
+            (together.base_canaries()[number], alone.base_canaries()[0]),
+        ):
+            assert [each.logprobs for each in ours] == [pytest.approx(each.logprobs, abs=1e-5) for each in theirs]
+
+
+def student(job: GrpoJob) -> Any:
+    """The base."""
+    return load_base(Config.model_validate(tiny_config(Path(job.base))).model, job.base, on=CPU)

@@ -142,22 +142,24 @@ def wanted(completion: Completion) -> float:
 
 def test_grpo_learns(job: GrpoJob) -> None:
     """Tokens of the lower half: from one in two (chance) to more than three in four."""
-    learner, draw = Learner(job), torch.Generator().manual_seed(0)
+    learner, draw = Learner([job]), torch.Generator().manual_seed(0)
+    [arm] = learner.arms
     policy = load_adapter(tiny(), Path(job.adapter_in)).eval()  # the learner's own model reads packed rows only
     rewards = []
     for step in range(job.steps):
         groups = []
         for prompt in ([5, 6, 7], [60, 61], [9, 80, 33, 4]):
-            completions = sampled(policy, prompt, learner.settings, draw)
+            completions = sampled(policy, prompt, arm.settings, draw)
             found = [wanted(each) for each in completions]
             record = record_of(prompt, completions)
             groups.append(Group(len(groups), record, record.head, rewards=found, parts={"wanted": list(found)}))
         rows = [{"prompt": "", "answer": ""}] * len(groups)
         batch = make_batch(groups, [], prompts=[0, 1, 2], step=step, seconds={}, rows=rows)
         rewards.append(batch.metrics["reward"])
-        [share] = shares_of(batch, 1, learner.settings)
-        learner.step(mini_batches(share, {group.index: group.record for group in groups}), step, 1)
+        [share] = shares_of(batch, 1, arm.settings)
+        mine = mini_batches(share, {group.index: group.record for group in groups})
+        learner.step({0: mine}, {0: step}, 1)
         for key, parameter in adapter_parameters(policy).items():
-            parameter.data.copy_(learner.parameters[key].detach())
+            parameter.data.copy_(arm.parameters[key].detach())
     assert fmean(rewards[:3]) < 0.62
     assert fmean(rewards[-3:]) > 0.75

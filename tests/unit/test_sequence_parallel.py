@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Mistral
 from lorapar_ray.adapters import adapter_parameters, attach_lora
 from lorapar_ray.config import GrpoConfig
 from lorapar_ray.errors import UserError
+from lorapar_ray.grpo.arm import Arm
 from lorapar_ray.grpo.forward import Forward
 from lorapar_ray.grpo.memory import kept_bytes_per_token
 from lorapar_ray.grpo.packing import pack
 from lorapar_ray.grpo.samples import MiniBatch, Sample
 from lorapar_ray.grpo.update import Updates
 from lorapar_ray.heavy_imports import import_peft
-from lorapar_ray.optim import MaskedAdamW, masked_param_groups
 from lorapar_ray.sequence_parallel import SequenceGroup, require_shareable, sequence_group
 
 import_peft()  # once for all ranks, like what is imported above
@@ -77,9 +77,7 @@ def learner(family: str, ranks: int, settings: dict[str, Any]) -> tuple[Any, For
     group = sequence_group(ranks, 60)
     forward = Forward(model, config, pad_id=0, filler=filler, sharded=False, device=CPU, sequence=group)
     parameters = adapter_parameters(model)
-    masks = {key: torch.ones_like(value, dtype=torch.bool) for key, value in parameters.items()}
-    optimizer = MaskedAdamW(masked_param_groups(parameters, masks, lr=1e-3, weight_decay=0.0))
-    updates = Updates(forward, parameters, optimizer, config)
+    updates = Updates(forward, [Arm(parameters, config, steps=1)], list(parameters.values()))
     for value in parameters.values():  # away from the reference of the KL divergence
         value.data += 0.05
     return model, forward, updates
@@ -93,12 +91,12 @@ def update(family: str, ranks: int, kind: str, settings: dict[str, Any], mine: s
     model, _, updates = learner(family, ranks, settings)
     gradients: dict[str, torch.Tensor] = {}
 
-    def note() -> None:
+    def note(_: int) -> None:
         gradients.update({key: value.grad.clone() for key, value in adapter_parameters(model).items()})
 
     batch = MiniBatch(own, sum(sample.count for sample in every), len(every))
-    metrics = updates.take(batch, {}, world, note)
-    return {"metrics": metrics, "gradients": gradients}
+    metrics = updates.take({0: batch}, {}, world, note)
+    return {"metrics": metrics[0], "gradients": gradients}
 
 
 def kept_bytes(ranks: int) -> float:

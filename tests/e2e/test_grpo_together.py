@@ -1,0 +1,53 @@
+"""Stage 2 of two runs at once, on one base and one engine: each ends as it does alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorapar_ray.config import Config
+from lorapar_ray.grpo.job import train_stage2
+from lorapar_ray.grpo.together import shape_of, train_together, why_alone
+from lorapar_ray.partition import load_regions, stage_mask
+from lorapar_ray.runs import RunDirectory
+from tests.sft_run import ready_run, weights
+from tests.tiny_run import metrics, save_tiny_student
+from tests.together import tasks_here
+
+pytestmark = pytest.mark.e2e
+STEPS = 4
+
+
+def ready(student: Path, folder: Path, **grpo: Any) -> tuple[Config, RunDirectory]:
+    """A run whose next stage is stage 2, from an adapter that no stage has trained."""
+    config, run = ready_run(student, folder)
+    settings = {**config.grpo.model_dump(mode="json"), "steps": STEPS, "sync": "adapter", **grpo}
+    return Config.model_validate({**config.model_dump(mode="json"), "order": ["grpo"], "grpo": settings}), run
+
+
+def test_each_arm_ends_as_it_does_alone(cluster: None, tmp_path: Path) -> None:
+    student = save_tiny_student(tmp_path / "student")
+    other = {"learning_rate": 5e-3, "masked": False, "loss": "grpo", "steps": STEPS + 2, "prompts_per_step": 3}
+    one, two = (ready(student, tmp_path / name, **own) for name, own in (("one", {}), ("two", other)))
+    assert why_alone(one[0]) is why_alone(two[0]) is None and shape_of(one[0]) == shape_of(two[0])
+    alone = ready(student, tmp_path / "alone")
+    with tasks_here():
+        notes = train_together([one, two])
+        train_stage2(*alone)
+    assert [each["steps"] for each in notes] == [STEPS, STEPS + 2]
+    found, expected = metrics(one[1].root, "grpo"), metrics(alone[1].root, "grpo")
+    assert len(found) == len(expected) == STEPS and len(metrics(two[1].root, "grpo")) == STEPS + 2
+    for ours, theirs in zip(found, expected, strict=True):
+        for name, tolerance in (("reward", 1e-6), ("completion_length", 1e-6), ("loss", 1e-4), ("grad_norm", 1e-3)):
+            assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=1e-6), (ours["step"], name)
+        assert ours["canary_gap"] < 0.01 and ours["staleness"] == 0
+    before, after, reference = (
+        weights(each) for each in (one[1].adapter, one[1].grpo / "adapter", alone[1].grpo / "adapter")
+    )
+    mask = stage_mask(load_regions(one[1].partition / "regions.safetensors")[0], stage=2)
+    for key, active in mask.items():
+        assert torch.equal(before[key].view(torch.int32)[~active], after[key].view(torch.int32)[~active]), key
+        torch.testing.assert_close(after[key], reference[key], rtol=1e-2, atol=1e-3)
+    changed = weights(two[1].grpo / "adapter")
+    assert all(not torch.equal(before[key], value) for key, value in changed.items())
