@@ -40,7 +40,8 @@ KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 PROBE = (7, 4)
 """Lengths of the two sequences that test a model."""
 CLOSE = {torch.float32: 1e-4}
-"""Relative difference of logits due to rounding, by dtype; 0.05 for 16-bit ones."""
+CLOSE_16_BIT = 0.05
+"""Relative difference of logits due to rounding, by dtype and for 16-bit ones."""
 
 
 class UnsupportedAttention(RuntimeError):
@@ -347,7 +348,7 @@ def packs(model: Any) -> bool:
         return False
     apart = torch.cat([apart[index, :length] for index, length in enumerate(PROBE)])
     distance = (together[0] - apart).norm() / apart.norm()
-    return bool(distance <= CLOSE.get(next(model.parameters()).dtype, 0.05))
+    return bool(distance <= CLOSE.get(next(model.parameters()).dtype, CLOSE_16_BIT))
 
 
 @contextmanager

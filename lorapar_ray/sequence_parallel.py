@@ -65,8 +65,8 @@ class SequenceGroup:
         repeats = self.size // gcd(key.shape[1], self.size)
         if repeats > 1:
             key, value = (each.repeat_interleave(repeats, 1) for each in (key, value))
-        parts = [each.unflatten(1, (self.size, -1)) for each in (query, key, value)]  # [n, P, heads / P, D]
-        sent = torch.cat([part.flatten(2) for part in parts], -1).transpose(0, 1)
+        parts = [each.unflatten(1, (self.size, -1)).transpose(0, 1) for each in (query, key, value)]
+        sent = torch.cat([part.flatten(2) for part in parts], -1)  # [P, n, Σ heads / P · D]
         received = self._exchange(sent).flatten(0, 1)
         pieces = received.split([part[0, 0].numel() for part in parts], -1)
         q, k, v = (piece.unflatten(-1, part.shape[2:]) for piece, part in zip(pieces, parts, strict=True))

@@ -26,7 +26,7 @@ from lorapar_ray.grpo.packing import (
     slices_of,
 )
 from lorapar_ray.grpo.samples import Sample
-from lorapar_ray.packed_attention import use_packed_attention
+from lorapar_ray.packed_attention import CLOSE, CLOSE_16_BIT, use_packed_attention
 from lorapar_ray.sequence_parallel import FIELD, SequenceGroup, require_shareable
 
 
@@ -67,7 +67,7 @@ class Forward:
             raise UserError("grpo: this model's attention cannot be packed, so its arms train alone")
         self._scorer = TokenScorer(model)
         if sequence is not None:
-            self._require_shareable(model.config, sequence)
+            self._require_shareable(model, sequence)
         share = settings.learner_resources.gpu_count if device.type == "cuda" else 1 / settings.learners
         ranks = 1 if sequence is None else sequence.size
         tokens, checkpointed = pass_limits(
@@ -95,13 +95,21 @@ class Forward:
         """Whether this rank counts its samples: of ranks that share them, one does."""
         return self._sequence is None or self._sequence.leads
 
-    def _require_shareable(self, config: Any, sequence: SequenceGroup) -> None:
-        if not self.packed:
-            raise UserError(
-                f"{FIELD}: learners cannot share the rows of this model, whose tokens interact outside attention, or "
-                "whose attention is of an unknown kind; set 1"
+    @torch.no_grad()
+    def _require_shareable(self, model: Any, sequence: SequenceGroup) -> None:
+        """Check that this model's rows can be shared, and, on one sample, that sharing changes nothing."""
+        if self.packed:
+            require_shareable(model.config, sequence.size)
+            alone, shared = (
+                packed_logprobs(self._scorer, pack([[self._filler]], self.device, ranks), temperature=1.0)[0]
+                for ranks in (None, sequence)
             )
-        require_shareable(config, sequence.size)
+            if (shared - alone).norm() <= CLOSE.get(model.dtype, CLOSE_16_BIT) * alone.norm():
+                return
+        raise UserError(
+            f"{FIELD}: learners cannot share sequences of this model: its tokens interact outside attention, or its "
+            "attention is of an unknown kind; set 1"
+        )
 
     def micro_batches(self, samples: Sequence[Sample]) -> list[list[list[Sample]]]:
         """Samples as passes, each a list of groups that share a prompt."""

@@ -3,17 +3,20 @@
 import multiprocessing
 import random
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
-from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MambaConfig, MistralConfig
 
 from lorapar_ray.adapters import adapter_parameters, attach_lora
 from lorapar_ray.config import GrpoConfig
+from lorapar_ray.engines.record import KeptSets
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.arm import Arm
 from lorapar_ray.grpo.forward import Forward
@@ -22,6 +25,7 @@ from lorapar_ray.grpo.packing import pack
 from lorapar_ray.grpo.samples import MiniBatch, Sample
 from lorapar_ray.grpo.update import Updates
 from lorapar_ray.heavy_imports import import_peft
+from lorapar_ray.replaced import replaced
 from lorapar_ray.sequence_parallel import SequenceGroup, require_shareable, sequence_group
 
 import_peft()  # once for all ranks, like what is imported above
@@ -39,6 +43,7 @@ LENGTHS = {
     "plain": [(5, (7,)), (2, (3,)), (6, (4,)), (1, (1,))],
 }
 """A prompt's tokens, and those of its completions."""
+FILLER = Sample([5, 6, 7], [8, 9, 10, 11], [0.0] * 4, 0.0, finished=True, version=0)
 CASES: dict[str, tuple[int, str, str, dict[str, Any]]] = {
     "two groups": (2, "llama", "shared", {}),
     "a group without samples": (2, "llama", "alone", {"loss": "bnpo"}),
@@ -46,8 +51,10 @@ CASES: dict[str, tuple[int, str, str, dict[str, Any]]] = {
     "prompt apart": (4, "llama", "behind", {"loss": "grpo"}),
     "plain": (4, "llama", "plain", {}),
     "window": (2, "window", "plain", {}),
+    "tools and kept sets": (4, "llama", "tools", {}),
     "small passes": (4, "llama", "shared", {"micro_batch_size": 2, "gradient_checkpointing": True}),
 }
+LENGTHS["tools"] = LENGTHS["shared"]
 LENGTHS["alone"] = LENGTHS["shared"][:1]
 
 
@@ -58,7 +65,8 @@ def samples(kind: str) -> list[list[Sample]]:
     def completion(prompt: list[int], length: int) -> Sample:
         own = [draw.randrange(3, 96) for _ in range(length)]
         logprobs = [draw.uniform(-5, -4) for _ in own]
-        return Sample(prompt, own, logprobs, draw.uniform(-1, 1), finished=True, version=0)
+        sample = Sample(prompt, own, logprobs, draw.uniform(-1, 1), finished=True, version=0)
+        return tool_use(sample) if kind == "tools" else sample
 
     found = []
     for length, completions in LENGTHS[kind]:
@@ -67,15 +75,21 @@ def samples(kind: str) -> list[list[Sample]]:
     return found
 
 
+def tool_use(sample: Sample) -> Sample:
+    """Every second token comes from an environment; the others were sampled from three kept ones."""
+    sampled = np.arange(len(sample.token_ids)) % 2 == 0
+    kept = np.array([[token, 1, 2] for token in np.array(sample.token_ids)[sampled]], np.int32)
+    return replace(sample, sampled=sampled, kept=KeptSets(kept.flatten(), 3 * sampled.astype(np.int32)))
+
+
 def learner(family: str, ranks: int, settings: dict[str, Any]) -> tuple[Any, Forward, Updates]:
     """(model, passes, updates) of one learner, whose model has been trained a little."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[family]), dtype=torch.float32)
     model = attach_lora(base, rank=2, alpha=4, targets="qkvgud", init="gaussian", init_std=0.3, seed=0).eval()
     config = GrpoConfig(learners=WORLD, sequence_parallel=ranks, max_grad_norm=1e3, **settings)
-    filler = Sample([5], [6], [0.0], 0.0, finished=True, version=0)
     group = sequence_group(ranks, 60)
-    forward = Forward(model, config, pad_id=0, filler=filler, sharded=False, device=CPU, sequence=group)
+    forward = Forward(model, config, pad_id=0, filler=FILLER, sharded=False, device=CPU, sequence=group)
     parameters = adapter_parameters(model)
     updates = Updates(forward, [Arm(parameters, config, steps=1)], list(parameters.values()))
     for value in parameters.values():  # away from the reference of the KL divergence
@@ -107,6 +121,12 @@ def kept_bytes(ranks: int) -> float:
     return kept_bytes_per_token(model, rows.inputs) * rows.inputs["input_ids"].numel()
 
 
+def slice_of_the_next_rank(group: SequenceGroup, width: int) -> slice:
+    """A fault: the row's parts in another order."""
+    count, at = width // group.size, (group.rank + 1) % group.size
+    return slice(at * count, (at + 1) * count)
+
+
 def worker(rank: int, root: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=WORLD)
@@ -115,6 +135,11 @@ def worker(rank: int, root: Path) -> None:
         mine = slice(None) if ranks == WORLD else (slice(0, 1), slice(1, None))[rank // ranks]
         found[name] = update(family, ranks, kind, settings, mine, WORLD)
     found["bytes"] = {ranks: kept_bytes(ranks) for ranks in (1, 2, 4)}
+    with replaced(SequenceGroup, "own", slice_of_the_next_rank):
+        try:
+            learner("llama", WORLD, {})
+        except UserError as error:
+            found["refusal"] = str(error)
     torch.save(found, root / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -175,6 +200,20 @@ def test_a_model_whose_sequences_cannot_be_shared_is_refused(config: Any, ranks:
     require_shareable(config, 1)
     with pytest.raises(UserError, match=message):
         require_shareable(config, ranks)
+
+
+def test_a_model_that_does_not_pack_is_refused() -> None:
+    capped = Gemma2Config(**SHAPE, **HEADS, head_dim=8)  # soft caps in attention
+    model = attach_lora(AutoModelForCausalLM.from_config(capped), rank=2, alpha=4, targets="qkvgud").eval()
+    alone: Any = {"pad_id": 0, "filler": FILLER, "sharded": False, "device": CPU}
+    with pytest.raises(UserError, match=r"sequence_parallel: learners cannot share sequences of this model.*; set 1"):
+        Forward(model, GrpoConfig(), **alone, sequence=SequenceGroup(0, 2, None))
+
+
+@pytest.mark.slow
+def test_learners_check_that_sharing_changes_nothing(found: list[dict[str, Any]]) -> None:
+    for each in found:
+        assert "learners cannot share sequences of this model" in each["refusal"]
 
 
 @pytest.mark.slow
