@@ -75,10 +75,10 @@ class Bench:
         self.processor_s = 0.0
         """Processor seconds of the last run's steps."""
 
-    def settings(self, arm: int, steps: int, micro: int = MICRO) -> SftConfig:
+    def settings(self, arm: int, steps: int) -> SftConfig:
         rate = RATE * (1 + arm)
         return SftConfig(
-            batch_size=self.rows, micro_batch_size=micro, max_steps=steps, learning_rate=rate, max_length=160
+            batch_size=self.rows, micro_batch_size=MICRO, max_steps=steps, learning_rate=rate, max_length=160
         )
 
     def empty(self, dtype: torch.dtype) -> Any:
@@ -120,8 +120,8 @@ class Bench:
         rate = RATE * (1 + arm)
         return MaskedAdamW(masked_param_groups(parameters, masks, lr=rate, weight_decay=0.01), lr=rate)
 
-    def parts(self, arm: int, folder: Path, steps: int, micro: int = MICRO) -> dict[str, Any]:
-        settings = self.settings(arm, steps, micro)
+    def parts(self, arm: int, folder: Path, steps: int) -> dict[str, Any]:
+        settings = self.settings(arm, steps)
         return {
             "settings": settings,
             "plan": plan_batches([len(each["input_ids"]) for each in self.examples], settings, 1, seed=arm),
@@ -152,9 +152,7 @@ class Bench:
             self.run(lambda: loop.run(None))
             return lines_of(Path(folder) / f"{arm}.jsonl")
 
-    def together(
-        self, arms: int, dtype: torch.dtype, steps: int, micro: int = MICRO
-    ) -> tuple[list[list[dict[str, Any]]], int]:
+    def together(self, arms: int, dtype: torch.dtype, steps: int) -> tuple[list[list[dict[str, Any]]], int]:
         """(the log's lines of each arm, bytes of one arm's optimiser)."""
         model = self.many(arms, dtype)
         passes = self.passes(model, model.stacks(), arms)
@@ -163,7 +161,7 @@ class Bench:
             made = [
                 Arm(
                     model.named_parameters_of(arm), self.optimizer(arm, model.parameters_of(arm)), validates=False,
-                    **self.parts(arm, Path(folder), steps, micro),
+                    **self.parts(arm, Path(folder), steps),
                 )
                 for arm in range(arms)
             ]  # fmt: skip
@@ -199,9 +197,7 @@ def speed(bench: Bench, dtype: torch.dtype, steps: int) -> list[Row]:
     rows = [Row(name, 3600 / ours * arms, 3600 / alone, "1/h", ratio, goal, met)]
     name = f"{bench.shape}, {arms} arms: processor time of an arm's step"
     rows.append(Row(name, spent_together, spent, "s", spent / spent_together, "–", None))
-    narrow = steady(bench.together(arms, dtype, steps, max(1, MICRO // arms))[0][0])
-    name = f"{bench.shape}, {arms} arms, as many rows in a pass as one arm alone: arm-steps per hour"
-    return [*rows, Row(name, 3600 / narrow * arms, 3600 / alone, "1/h", arms * alone / narrow, "–", None)]
+    return rows
 
 
 def equality(bench: Bench, steps: int) -> Row:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -88,8 +89,14 @@ class ArmsLoop:
 
     def _batches(self, micros: Mapping[int, Sequence[Micro]], buckets: bool) -> Iterator[Rows]:
         """The arms' micro-batches, paired by index; an arm without one, before the last that has one, gets rows without
-        a loss."""
+        a loss.
+
+        On a CPU a pass of all arms has about as many rows as one of a single arm: wider ones are slower there (see
+        `jobs/benchmarks/arms.py`), and each row needs memory.
+        """
         arms = max(micros) + 1
+        if self.worker.device.type == "cpu":
+            micros = {number: [part for each in own for part in _cut(each, arms)] for number, own in micros.items()}
         for together in zip_longest(*(micros.get(number, ()) for number in range(arms)), fillvalue=[]):
             most = max(len(rows) for rows in together)
             rows = [row for own in together for row in [*own, *[[]] * (most - len(own))]]
@@ -101,3 +108,9 @@ class ArmsLoop:
         total = losses.clone()
         sum_over_ranks([*(stack.grad for stack in self.model.stacks() if stack.grad is not None), total])
         return total
+
+
+def _cut(rows: Micro, parts: int) -> Iterator[Micro]:
+    """Rows in at most `parts` pieces of like size."""
+    size = ceil(len(rows) / parts)
+    return (rows[start : start + size] for start in range(0, len(rows), max(1, size)))
