@@ -10,6 +10,7 @@ from matplotlib import pyplot as plt
 
 from lorapar_ray.ablations.grids import Grid
 from lorapar_ray.ablations.results import Summary, Verdict
+from lorapar_ray.ablations.sequence import Matrix
 from lorapar_ray.reporting.charts import INK, QUIET, STYLE, SYSTEM2
 
 Line = tuple[list[int], list[float]]
@@ -95,6 +96,29 @@ def frontier(lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
             ylabel="lost of the first stage's skill, points",
         )
         figure.legend(loc="outside lower left", ncol=2)
+        return _svg(figure)
+
+
+def matrices(by_arm: Mapping[str, Matrix], systems: Sequence[int]) -> str:
+    """Each arm's skills after every System of a sequence, written in the cells; an SVG."""
+    names, columns = [str(system) for system in systems], min(2, len(by_arm))
+    rows, most = -(-len(by_arm) // columns), max(value for each in by_arm.values() for row in each for value in row)
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(WIDTH, 0.5 + 2.3 * rows), layout="constrained", squeeze=False
+        )
+        for axis in axes.flat[len(by_arm) :]:
+            axis.set_visible(False)
+        for axis, (arm, skills) in zip(axes.flat, by_arm.items(), strict=False):
+            axis.imshow([list(row) for row in skills], cmap="Blues", vmin=0, vmax=most or 1, aspect="auto")
+            for k, row in enumerate(skills):
+                for j, value in enumerate(row):
+                    colour = "white" if value > 0.6 * most else INK
+                    axis.text(j, k, f"{100 * value:.1f}", ha="center", va="center", color=colour)
+            axis.set(title=arm, xlabel="tested on System", ylabel="after System")
+            axis.set_xticks(range(len(names)), names)
+            axis.set_yticks(range(len(names)), names)
+        figure.suptitle("% right after training each System, mean over seeds", fontsize=10)
         return _svg(figure)
 
 

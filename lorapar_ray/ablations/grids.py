@@ -56,6 +56,8 @@ class Grid:
     lines: tuple[Claim, ...] = ()
     """Claims of a retention grid: in one line the second stage loses less of the first stage's skill than in
     another."""
+    sequence: tuple[Claim, ...] = ()
+    """Claims of a grid of Systems in sequence: one arm forgets less than another."""
 
     def arm(self, name: str) -> Arm:
         """The arm with this name."""
@@ -282,5 +284,38 @@ _RETENTION = (
     _retention("retention", "[sft, grpo]", "how much stage 2 loses of stage 1's skill, at equal gain in its own"),
     _retention("retention-reversed", "[grpo, sft]", "how much stage 1 loses of stage 2's skill, if it comes second"),
 )
-_ALL = (_strategies(), _activation(), _theta(), _methods(), _order(), _peft(), _stage1(), _mask(), *_RETENTION)
+
+
+def _systems() -> Grid:
+    regions = {
+        "disjoint": ("partition.regions=disjoint",),
+        "random": ("partition.regions=disjoint", "partition.mask=random"),
+        "shared": ("partition.regions=own",),
+        "unmasked": ("partition.regions=own", "partition.theta=1"),  # the same warm-up as the others, which
+    }  # sft.masked=false would leave out
+    arms = (
+        Arm(name, ("order=[sft]", "sft.masked=true", "sft.sequence=true", *changes))
+        for name, changes in regions.items()
+    )
+    return Grid(
+        "systems",
+        "any number of Systems trained one after the other, and what the earlier ones lose",
+        tuple(arms),
+        (
+            Claim("disjoint regions end higher than training every element", "disjoint", "unmasked"),
+            Claim("disjoint regions end higher than random ones of their sizes", "disjoint", "random"),
+        ),
+        free=("partition.theta",),
+        sequence=(
+            Claim("disjoint regions forget less than training every element", "disjoint", "unmasked"),
+            Claim("disjoint regions forget less than random ones of their sizes", "disjoint", "random"),
+            Claim("disjoint regions forget less than regions that overlap", "disjoint", "shared"),
+        ),
+    )
+
+
+_ALL = (
+    *(_strategies(), _activation(), _theta(), _methods(), _order(), _peft(), _stage1(), _mask(), *_RETENTION),
+    _systems(),
+)
 GRIDS: dict[str, Grid] = {grid.name: grid for grid in _ALL}

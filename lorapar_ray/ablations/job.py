@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from lorapar_ray.ablations import tables
+from lorapar_ray.ablations import sequence, tables
 from lorapar_ray.ablations.at_once import AT_ONCE, alone_because, batches, groups_of, run_at_once
 from lorapar_ray.ablations.grids import GRIDS, Arm, Grid
 from lorapar_ray.ablations.results import Outcome, decide, read_outcome, summarise, validation_loss
 from lorapar_ray.ablations.retention import Point, compare, joined, markdown, read_point
+from lorapar_ray.ablations.sequence import Course, read_course, require_skills
 from lorapar_ray.ablations.sharing import SHARED, borrow
 from lorapar_ray.ablations.units import Unit, counted, main_runs, sweep
 from lorapar_ray.boundary import read_object
@@ -52,7 +53,15 @@ class Plan:
 
     def units(self, rates: dict[str, float]) -> list[Unit]:
         """The runs that are compared."""
-        return main_runs(self.arms, self.file, self.overrides, self.out, self.seeds, rates, bool(self.grid.lines))
+        return main_runs(
+            self.arms,
+            self.file,
+            self.overrides,
+            self.out,
+            self.seeds,
+            rates,
+            bool(self.grid.lines or self.grid.sequence),
+        )
 
 
 def make_plan(
@@ -68,7 +77,7 @@ def make_plan(
     """Check everything before anything starts.
 
     Raises:
-        UserError: no such grid or arm, or an arm that the config does not allow.
+        UserError: no such grid or arm, an arm that the config does not allow, or a skill that cannot be measured.
     """
     if grid not in GRIDS:
         raise UserError(f"ablate: unknown grid '{grid}'; known are {', '.join(GRIDS)}")
@@ -89,7 +98,10 @@ def make_plan(
         if key == "seed" or any(change.startswith(f"{key}=") for arm in arms for change in arm.changes):
             raise UserError(f"--set {key}: the grid '{grid}' sets it itself; leave it out, or choose arms with --only")
     plan = Plan(chosen, arms, file, tuple(overrides), out, tuple(seeds), tuple(rates))
-    for unit in [*plan.sweeps, *plan.units({})]:
+    units = plan.units({})
+    if chosen.sequence:
+        require_skills(units[0].config)
+    for unit in [*plan.sweeps, *units]:
         try:
             check(unit.config, unit.stages)
         except UserError as error:
@@ -130,6 +142,11 @@ def described(plan: Plan) -> Iterator[str]:
         yield f"  about {known / 3600:.1f} hours in all, what is finished included"
     names = {arm.name for arm in plan.arms}
     for claim in (each for each in plan.grid.claims if {each.better, each.worse} <= names):
+        yield f"  decides whether {claim.text} ({claim.better} against {claim.worse})"
+    if plan.grid.sequence:
+        systems = ", ".join(map(str, units[0].config.sft.systems))
+        yield f"  each run trains System {systems} one after the other and answers the test rows after each"
+    for claim in (each for each in plan.grid.sequence if {each.better, each.worse} <= names):
         yield f"  decides whether {claim.text} ({claim.better} against {claim.worse})"
     for claim in plan.grid.lines:
         yield f"  decides whether {claim.text}, at equal gain ({claim.better} against {claim.worse})"
@@ -177,8 +194,9 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
     summaries = {arm: summarise(arm, outcomes) for arm, outcomes in found.items()}
     first = summarise("base", base) if base else None
     known = [each for each in verdicts if each is not None]
-    lines = _lines(plan, units)
+    lines, courses = _lines(plan, units), _courses(plan, units)
     kept = [each for claim in plan.grid.lines if (each := compare(claim, joined(lines))) is not None]
+    forgotten = [lost for claim in plan.grid.sequence if (lost := sequence.compare(claim, courses)) is not None]
     folders = {arm.name: [unit.folder for unit in units if unit.arm == arm.name] for arm in plan.arms}
     write_page(
         plan.out / PAGE,
@@ -190,15 +208,36 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
         folders,
         planned=len(units),
         failed=failed,
-        kept=kept,
+        kept=[*kept, *forgotten],
         lines=lines,
+        matrices={arm: sequence.mean_skills(each) for arm, each in courses.items()},
+        systems=units[0].config.sft.systems,
     )
-    text = tables.write(plan.out, plan.grid, first, summaries, known)
-    if not lines:
-        return text
-    with atomic_path(plan.out / "retention.md") as draft:
-        draft.write_text(markdown(lines, kept))
-    return f"{text}\n{markdown(lines, kept)}"
+    texts = [tables.write(plan.out, plan.grid, first, summaries, known)]
+    if lines:
+        texts.append(_written(plan.out / "retention.md", markdown(lines, kept)))
+    if courses:
+        untrained = next((skills for unit in units if (skills := sequence.read_skills(unit.folder, "base"))), None)
+        regions = {arm: sequence.read_regions(folders[arm][0]) for arm in courses}
+        texts.append(_written(plan.out / "systems.md", sequence.markdown(courses, regions, untrained, forgotten)))
+        _written(plan.out / "systems.csv", sequence.comma_separated(courses))
+    return "\n".join(texts)
+
+
+def _written(file: Path, text: str) -> str:
+    with atomic_path(file) as draft:
+        draft.write_text(text)
+    return text
+
+
+def _courses(plan: Plan, units: Sequence[Unit]) -> dict[str, list[Course]]:
+    """Skills of a sequence grid's finished runs, by arm."""
+    found: dict[str, list[Course]] = {}
+    for unit in units if plan.grid.sequence else ():
+        course = read_course(unit.folder, unit.config)
+        if course is not None:
+            found.setdefault(unit.arm, []).append(course)
+    return found
 
 
 def _lines(plan: Plan, units: Sequence[Unit]) -> dict[str, dict[str, list[Point]]]:

@@ -13,6 +13,7 @@ from lorapar_ray.ablations import charts, tables
 from lorapar_ray.ablations.grids import Arm, Grid
 from lorapar_ray.ablations.results import Summary, Verdict
 from lorapar_ray.ablations.retention import Kept, Point, mean_of
+from lorapar_ray.ablations.sequence import Forgetting, Matrix
 from lorapar_ray.boundary import read_lines
 from lorapar_ray.files import atomic_path
 from lorapar_ray.text import shown
@@ -31,16 +32,20 @@ def write_page(
     *,
     planned: int,
     failed: Sequence[str] = (),
-    kept: Sequence[Kept] = (),
+    kept: Sequence[Kept | Forgetting] = (),
     lines: Mapping[str, Mapping[str, Sequence[Point]]] | None = None,
+    matrices: Mapping[str, Matrix] | None = None,
+    systems: Sequence[int] = (),
 ) -> None:
     """Write the page; unfinished runs are left out.
 
     Args:
         folders: run directories by arm.
         planned: number of runs to evaluate.
-        kept: verdicts of a retention grid.
+        kept: verdicts of a retention grid, or of Systems in sequence.
         lines: points of a retention grid, by line and arm.
+        matrices: of Systems in sequence, the skills by arm, means over seeds.
+        systems: these Systems, in the order of training.
     """
     plots = []
     if found:
@@ -49,6 +54,8 @@ def write_page(
         plots.append(charts.effects(verdicts))
     if lines:
         plots.append(charts.frontier({line: [mean_of(each) for each in arms.values()] for line, arms in lines.items()}))
+    if matrices:
+        plots.append(charts.matrices(matrices, systems))
     if curves := loss_lines(folders):
         plots.append(charts.losses(curves))
     folder = files("lorapar_ray.reporting")

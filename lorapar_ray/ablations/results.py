@@ -13,6 +13,12 @@ from lorapar_ray.boundary import read_lines, read_object
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.evaluation.statistics import paired, wilson_interval
 
+Found = Literal["held", "not held", "undecided"]
+ENDINGS: dict[Found, str] = {
+    "held": "so the claim held here.",
+    "not held": "so the claim did not hold here.",
+    "undecided": "so it is undecided at this size.",
+}
 Right = dict[str, bool]
 """Whether each question was answered correctly."""
 MARGIN = 0.01
@@ -52,7 +58,7 @@ class Verdict:
     """The verdict on one claim."""
 
     claim: Claim
-    found: Literal["held", "not held", "undecided"]
+    found: Found
     difference: float
     interval: tuple[float, float]
     """95 %: over seeds if there are three or more (Student's t), else over questions (Newcombe)."""
@@ -122,7 +128,25 @@ def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
     return mean, (mean - reach, mean + reach)
 
 
-def _found(interval: tuple[float, float], reaches: bool) -> Literal["held", "not held", "undecided"]:
+def over_seeds(differences: Sequence[float]) -> tuple[float, tuple[float, float] | None, Found]:
+    """Mean of a difference that a claim says is above 0, its interval over seeds, and the verdict.
+
+    With fewer than three seeds there is no interval, and the claim is undecided.
+    """
+    if len(differences) < 3:
+        return sum(differences) / len(differences), None, "undecided"
+    mean, (low, high) = mean_interval(differences)
+    return mean, (low, high), "held" if low > 0 else "not held" if high < 0 else "undecided"
+
+
+def shown_interval(interval: tuple[float, float] | None) -> str:
+    """An interval of a difference, in points."""
+    if interval is None:
+        return "too few for an interval"
+    return f"95 % interval {100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
+
+
+def _found(interval: tuple[float, float], reaches: bool) -> Found:
     """Whether an arm is better, or with `reaches` less than `MARGIN` worse, by the difference's interval."""
     low, high = interval
     if low > (-MARGIN if reaches else 0):
@@ -133,7 +157,7 @@ def _found(interval: tuple[float, float], reaches: bool) -> Literal["held", "not
 
 def _sentence(
     claim: Claim,
-    found: str,
+    found: Found,
     reached: tuple[float, float],
     difference: float,
     interval: tuple[float, float],
@@ -143,10 +167,9 @@ def _sentence(
     low, high = (100 * bound for bound in interval)
     better, worse = (f"{each:.1%}" for each in reached)
     over = f"{seeds} seeds" if seeds > 1 else "one seed"
-    so = {"held": "so the claim held here.", "not held": "so the claim did not hold here."}
     said = claim.text[0].upper() + claim.text[1:]
-    ending = so.get(found, "so it is undecided at this size.")
     return (
         f"{said}: {claim.better} reached {better} and {claim.worse} {worse} over {over}, a difference of "
-        f"{100 * difference:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}; exact McNemar p = {p:.2g}), {ending}"
+        f"{100 * difference:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}; exact McNemar p = {p:.2g}), "
+        f"{ENDINGS[found]}"
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorapar_ray.ablations.grids import Claim
-from lorapar_ray.ablations.results import mean_interval
+from lorapar_ray.ablations.results import ENDINGS, Found, over_seeds, shown_interval
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.rows import read_table
 
@@ -40,7 +40,7 @@ class Kept:
     """The verdict on a claim."""
 
     claim: Claim
-    found: Literal["held", "not held", "undecided"]
+    found: Found
     difference: float
     """Difference of the costs at equal gain; above 0: the better line keeps more."""
     interval: tuple[float, float] | None
@@ -58,12 +58,16 @@ def systems_of_tasks(labels: Path) -> dict[str, int]:
     return {task: min(found, key=lambda system: (-found[system], system)) for task, found in votes.items()}
 
 
-def skills_in(file: Path, systems: Mapping[str, int]) -> Skills:
-    """Skills from a table of answers; a System without a question is left out."""
+def skills_in(file: Path, systems: Mapping[str, int], by: Literal["task", "id"] = "task") -> Skills:
+    """Skills from a table of answers; a System without a question is left out.
+
+    Args:
+        systems: the System of each task, or of each question.
+    """
     right: dict[int, list[bool]] = {}
-    for row in read_table(file, {"task": str, "right": bool}):
-        if row["task"] in systems:
-            right.setdefault(systems[row["task"]], []).append(row["right"])
+    for row in read_table(file, {by: str, "right": bool}):
+        if row[by] in systems:
+            right.setdefault(systems[row[by]], []).append(row["right"])
     return {system: sum(each) / len(each) for system, each in right.items()}
 
 
@@ -113,28 +117,19 @@ def compare(claim: Claim, lines: Mapping[str, Sequence[Point]]) -> Kept | None:
             gains.append(gain)
     if not differences:
         return None
-    difference, interval = sum(differences) / len(differences), None
-    if len(differences) >= 3:
-        difference, interval = mean_interval(differences)
-    found: Literal["held", "not held", "undecided"] = "undecided"
-    if interval is not None and (interval[0] > 0 or interval[1] < 0):
-        found = "held" if interval[0] > 0 else "not held"
+    difference, interval, found = over_seeds(differences)
     return Kept(claim, found, difference, interval, tuple(gains), _sentence(claim, found, difference, interval, gains))
 
 
 def _sentence(
-    claim: Claim, found: str, difference: float, interval: tuple[float, float] | None, gains: Sequence[float]
+    claim: Claim, found: Found, difference: float, interval: tuple[float, float] | None, gains: Sequence[float]
 ) -> str:
-    reach = (
-        f"95 % interval {100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}" if interval else "too few for an interval"
-    )
     said = claim.text[0].upper() + claim.text[1:]
-    endings = {"held": "so the claim held here.", "not held": "so the claim did not hold here."}
     mean = 100 * sum(gains) / len(gains)
     return (
         f"{said}: at a gain of {mean:.1f} points in the second stage's skill, {claim.better} kept "
         f"{100 * difference:+.1f} points more of the first stage's than {claim.worse} "
-        f"({len(gains)} seeds that gained on both; {reach}), " + endings.get(found, "so it is undecided at this size.")
+        f"({len(gains)} seeds that gained on both; {shown_interval(interval)}), {ENDINGS[found]}"
     )
 
 

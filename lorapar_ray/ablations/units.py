@@ -112,14 +112,14 @@ def main_runs(
 
     Args:
         rates: the learning rate that each arm's sweep chose, relative to the config's.
-        every_stage: evaluate the adapter of each training stage, not only of the last.
+        every_stage: evaluate every adapter that training leaves, not only the last.
     """
     units: list[Unit] = []
     for arm in arms:
         changes = changes_of(arm, file, overrides, rates.get(arm.name, 1.0))
         for seed in seeds:
             plain = _sharing_votes(load_config(file, merged(changes, [f"seed={seed}", "evaluate.models=null"])), out)
-            trained = list(plain.order) if every_stage else [plain.order[-1]]
+            trained = plain.trained if every_stage else [plain.order[-1]]
             asked = trained if units else ["base", *trained]
             config = plain.model_copy(update={"evaluate": plain.evaluate.model_copy(update={"models": asked})})
             units.append(Unit(arm.name, seed, config, out / f"{arm.name}-{seed}"))

@@ -6,12 +6,17 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
+from lorapar_ray.ablations.grids import Claim
+from lorapar_ray.ablations.job import described, make_plan, report
+from lorapar_ray.ablations.sequence import Course, compare, mean_skills, read_course
+from lorapar_ray.ablations.units import Unit
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.errors import UserError
@@ -31,12 +36,13 @@ from lorapar_ray.preview import describe
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.job import stage1_parts, train_stage1
 from lorapar_ray.sft.together import shape_of
-from tests.tiny_run import save_tiny_student, tiny_config
+from tests.tiny_run import ROOT, save_tiny_student, tiny_config
 from tests.together import tasks_here
 from tests.unit.partition_scores import Scores, flat, skewed
 
 torch.set_num_threads(1)
 
+SHIPPED = ROOT / "jobs" / "configs" / "systems.yaml"
 TASKS = ("chain_sum", "letter_counting", "gcd")
 DEFINITIONS = dict(enumerate(TASKS, start=1))
 
@@ -264,3 +270,84 @@ def test_only_adapters_that_are_missing_are_trained(
 def test_a_sequence_that_does_not_fit_is_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         Config.model_validate(three_systems(**changes))
+
+
+def course(seed: int, *rows: tuple[float, ...]) -> Course:
+    return Course(seed, tuple(range(1, len(rows) + 1)), rows)
+
+
+def test_backward_transfer_is_the_mean_change_of_the_earlier_skills() -> None:
+    found = course(1, (0.6, 0.1, 0.2), (0.5, 0.4, 0.2), (0.3, 0.5, 0.7))
+    assert found.backward_transfer == pytest.approx(((0.3 - 0.6) + (0.5 - 0.4)) / 2)
+    assert found.reached == pytest.approx((0.6 + 0.4 + 0.7) / 3)
+    assert found.kept == pytest.approx((0.3 + 0.5 + 0.7) / 3)
+    other = course(2, (0.2, 0.1, 0.0), (0.5, 0.4, 0.2), (0.1, 0.5, 0.3))
+    assert mean_skills([found, other])[0] == pytest.approx((0.4, 0.1, 0.1))
+
+
+def test_arms_are_compared_seed_by_seed() -> None:
+    claim = Claim("the first forgets less", "first", "second")
+    first = [course(seed, (0.6, 0.1), (0.55, 0.5)) for seed in (1, 2, 3, 4)]
+    second = [course(seed, (0.7, 0.1), (0.4 + 0.01 * seed, 0.6)) for seed in (1, 2, 3)]
+    found = compare(claim, {"first": first, "second": second})
+    assert found is not None and found.found == "held" and found.difference == pytest.approx(0.23)
+    assert "over 3 seeds, first lost 5.0 and second 28.0 points" in found.sentence
+    assert found.sentence.endswith("a System reached 55.0% and 65.0%.")
+    reverse = compare(Claim("x", "second", "first"), {"first": first, "second": second})
+    assert reverse is not None and reverse.found == "not held"
+    one = compare(claim, {"first": first[:1], "second": second})
+    assert one is not None and one.found == "undecided" and one.interval is None and "over one seed" in one.sentence
+    assert compare(claim, {"first": first}) is None
+
+
+def evaluated(unit: Unit, answers: dict[str, tuple[int, ...]]) -> None:
+    """An evaluated run: for each model the right answers of 100 test rows of each System."""
+    run = unit.run
+    ids = [(f"{system}-{n}", system, n) for system in (1, 2, 3) for n in range(100)]
+    for folder in (run.data, run.eval, run.partition):
+        folder.mkdir(parents=True, exist_ok=True)
+    table = {"id": [row for row, _, _ in ids], "system": [system for _, system, _ in ids]}
+    pq.write_table(pa.table(table), run.data / "test.parquet")
+    for name, right in answers.items():
+        found = {"id": table["id"], "right": [n < right[system - 1] for _, system, n in ids]}
+        pq.write_table(pa.table(found), run.eval / f"{name}.parquet")
+        (run.eval / f"{name}.json").write_text("{}")
+    regions = {str(system): {"share": 0.1 * system} for system in (1, 2, 3)}
+    (run.partition / "systems.json").write_text(json.dumps({"systems": regions}))
+
+
+def test_the_report_shows_the_skills_after_every_system(tmp_path: Path) -> None:
+    plan = make_plan("systems", SHIPPED, [], tmp_path, seeds=[1, 2, 3], only=["disjoint", "unmasked"])
+    units = plan.units({})
+    assert [unit.config.partition.theta for unit in units[::3]] == [0.9, 1.0]
+    assert "each run trains System 1, 2, 3 one after the other" in "\n".join(described(plan))
+    for unit in units:
+        lost = 2 if unit.arm == "disjoint" else 20 + unit.seed
+        skills = {"sft-1": (60, 5, 6), "sft-2": (60 - lost, 50, 6), "sft": (60 - 2 * lost, 50 - lost, 70)}
+        evaluated(unit, skills | ({"base": (10, 11, 12)} if unit is units[0] else {}))
+    text = report(plan)
+    assert "| disjoint | -3.0 points | -3.0 to -3.0 | 60.0% | 58.0% | 10.0%, 20.0%, 30.0% | 3 |" in text
+    assert "| nothing | 10.0% | 11.0% | 12.0% |" in text and "| System 2 | 58.0% | 50.0% | 6.0% |" in text
+    assert "- **held**: Disjoint regions forget less than training every element: over 3 seeds" in text
+    assert "- **held**: Disjoint regions end higher than training every element" in text
+    assert (tmp_path / "systems.md").read_text() in text
+    cells = (tmp_path / "systems.csv").read_text().splitlines()
+    assert len(cells) == 1 + 6 * 9 and "disjoint,1,2,1,0.58" in cells
+    page = (tmp_path / "index.html").read_text()
+    assert "right after training each System" in page and "✓ held" in page and "6 of 6 runs are evaluated" in page
+    (units[0].run.eval / "sft-2.json").unlink()
+    assert read_course(units[0].folder, units[0].config) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.test.1.system=1"], "data.test: no entry has system 2"),
+        (["sft.systems=[2]", "sft.sequence=false"], "--set sft.sequence: the grid 'systems' sets it itself"),
+        (["sft.systems=[2]"], "sequence: needs several Systems"),
+        (["partition.regions=own"], "--set partition.regions: the grid"),
+    ],
+)
+def test_a_grid_of_systems_says_what_does_not_fit(overrides: list[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        make_plan("systems", SHIPPED, overrides, tmp_path, seeds=[1])
