@@ -130,4 +130,4 @@ def _tokenise(
 ) -> None:
     encoder = load_encoder_alone(resolve_model(path), model["system_prompt"], model["trust_remote_code"])
     batches = (rows for file in files for rows in parquet_batches(Path(file), columns, ROWS_PER_BATCH))
-    write_tokens(batches, encoder, Path(target), key)
+    write_tokens(batches, encoder, Path(target), key, labelled="system" in columns)

@@ -47,12 +47,15 @@ def prompt_of(row: Mapping[str, Any]) -> Prompt:
     return messages_in(row) or text
 
 
-def write_tokens(batches: Iterable[list[dict[str, Any]]], encoder: Encoder, target: Path, key: str) -> int:
+def write_tokens(
+    batches: Iterable[list[dict[str, Any]]], encoder: Encoder, target: Path, key: str, *, labelled: bool = True
+) -> int:
     """Tokenise rows into `target`, written atomically; returns their number.
 
     Args:
         batches: labelled rows or test rows, as read from Parquet in chunks.
         key: identifies the tokens' source; `key_of` reads it back.
+        labelled: False: of test rows, which have no label, also if their source has a System.
     """
     schema = SCHEMA.with_metadata({"key": key})
     count = 0
@@ -61,7 +64,7 @@ def write_tokens(batches: Iterable[list[dict[str, Any]]], encoder: Encoder, targ
             encoded = encoder.examples([prompt_of(row) for row in rows], [row["response"] for row in rows])
             columns = {
                 "id": [row["id"] for row in rows],
-                "system": [row.get("system", UNLABELLED) for row in rows],
+                "system": [row["system"] if labelled else UNLABELLED for row in rows],
                 "start": [start for _, start in encoded],
                 "input_ids": [ids for ids, _ in encoded],
                 **{name: [row.get(name) or None for row in rows] for name in TEXTS},

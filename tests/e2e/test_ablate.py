@@ -22,6 +22,7 @@ def sources(rows: int, seed: int) -> list[dict[str, object]]:
     ]
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_system_moves_no_element_of_another_ones_region(cluster: None, tmp_path: Path) -> None:
     plain = tiny_config(save_tiny_student(tmp_path / "student"))
     plain |= {

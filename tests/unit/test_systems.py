@@ -18,7 +18,9 @@ from lorapar_ray.ablations.job import described, make_plan, report
 from lorapar_ray.ablations.sequence import Course, compare, mean_skills, read_course
 from lorapar_ray.ablations.units import Unit
 from lorapar_ray.config import Config
+from lorapar_ray.datasets.labelled import evaluation_table
 from lorapar_ray.datasets.rows import read_table
+from lorapar_ray.datasets.tokens import UNLABELLED, TokenTable
 from lorapar_ray.errors import UserError
 from lorapar_ray.partition.job import partition_stage
 from lorapar_ray.partition.select import keep_top
@@ -219,7 +221,8 @@ def test_a_sequence_trains_each_system_from_the_adapter_before(student: Path, tm
     run.open(config)
     run_stage(config, run, "label")
     with tasks_here():
-        parts = stage1_parts(config, run)
+        parts, tested = stage1_parts(config, run), TokenTable(evaluation_table(config, run))
+    assert tested.systems.tolist() == [UNLABELLED] * len(read_table(run.data / "test.parquet"))
     jobs = [part.job for part in parts]
     folders = [run.sft / "system2", run.sft / "system3", run.sft]
     assert [part.folder for part in parts] == folders
