@@ -97,10 +97,9 @@ def read_course(folder: Path, config: Config) -> Course | None:
 
 
 def read_regions(folder: Path) -> dict[str, Any]:
-    """By System, the region that it trains (see `partition.systems`); empty if the run has not cut any."""
+    """The summary of the regions (see `partition.systems`); empty if the run has not cut any."""
     file = folder / "partition" / "systems.json"
-    found: dict[str, Any] = read_object(file)["systems"] if file.is_file() else {}
-    return found
+    return read_object(file) if file.is_file() else {}
 
 
 def mean_skills(courses: Sequence[Course]) -> Matrix:
@@ -156,6 +155,7 @@ def markdown(
             text.append(_line(["nothing", *(f"{base[system]:.1%}" if system in base else "–" for system in systems)]))
         for system, row in zip(systems, mean_skills(courses), strict=True):
             text.append(_line([f"System {system}", *(f"{each:.1%}" for each in row)]))
+    text += _overlap(regions)
     if verdicts:
         text += ["", *(f"- **{each.found}**: {each.sentence}" for each in verdicts)]
     return "\n".join(text) + "\n"
@@ -169,9 +169,27 @@ def _summary(courses: Sequence[Course], regions: Mapping[str, Any]) -> list[str]
         "–" if interval is None else f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}",
         f"{sum(each.reached for each in courses) / n:.1%}",
         f"{sum(each.kept for each in courses) / n:.1%}",
-        ", ".join(f"{found['share']:.1%}" for found in regions.values()) or "–",
+        ", ".join(f"{found['share']:.1%}" for found in regions.get("systems", {}).values()) or "–",
         str(n),
     ]
+
+
+def _overlap(regions: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How far the kept sets of each two Systems overlap, of the first arm that cuts."""
+    arm, found = next(((arm, each) for arm, each in regions.items() if each.get("theta", 1) < 1), ("", {}))
+    if not found:
+        return []
+    head = ("Systems", "overlap", "half of one against half of the other", "two halves of one", "of the other")
+    text = [
+        "",
+        f"Overlap (Jaccard index) of what θ = {found['theta']:g} keeps, of the first run of {arm}; halves are of",
+    ]
+    text += ["a System's scored examples, drawn at random:", "", _line(head), _line(["---"] * len(head))]
+    for pair, overlap in found["jaccard"].items():
+        halves = found.get("control", {}).get(pair, {}).get("jaccard", {})
+        own = [f"{halves[name]:.3f}" if halves else "–" for name in ("across", "system1", "system2")]
+        text.append(_line([pair.replace("-", " and "), f"{overlap:.3f}", *own]))
+    return text
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 
     scores/halves/00.safetensors …     float32, keys `1a.<adapter key>`, `1b.…`, `2a.…`, `2b.…`; metadata: examples
 
+With more than two Systems there is one file, of all their examples.
 They are part of the result of `score`, so that the control of another θ also works after `work/` is deleted.
 """
 
@@ -24,7 +25,6 @@ from lorapar_ray.importance.parts import Plan, sums_of
 from lorapar_ray.importance.sums import GradSums
 
 Scoring = Callable[[GradSums, int], Mapping[str, Tensor]]
-NAMES = ("1a", "1b", "2a", "2b")
 REPAIR = "run `lorapar score` with --redo score"
 
 
@@ -32,10 +32,17 @@ REPAIR = "run `lorapar score` with --redo score"
 class Halves:
     """Scores of two random halves of each System's examples."""
 
-    examples: tuple[int, int]
-    """Numbers of examples of System 1 and of System 2, both halves together."""
+    examples: tuple[int, ...]
+    """Number of examples of each System, both halves together."""
     scores: tuple[Mapping[str, Tensor], ...]
-    """Four, in the order of `NAMES`."""
+    """Two of each System, one System after the other."""
+
+    @classmethod
+    def of(cls, sums: Sequence[GradSums | None], score: Scoring) -> Halves:
+        """From the sums of each half."""
+        found = [half for half in sums if half is not None]
+        examples = (one.n + other.n for one, other in zip(found[::2], found[1::2], strict=True))
+        return cls(tuple(examples), tuple(score(half, number) for number, half in enumerate(found)))
 
 
 def half_scores(units1: Sequence[Path], units2: Sequence[Path], score: Scoring) -> Iterator[Halves]:
@@ -58,11 +65,7 @@ def half_scores(units1: Sequence[Path], units2: Sequence[Path], score: Scoring) 
             for index, file in enumerate(files[taken:count], start=taken):
                 halves[2 * system + index % 2] = _added(halves[2 * system + index % 2], GradSums.load(file))
         taken = count
-        sums = [half for half in halves if half is not None]
-        yield Halves(
-            (sums[0].n + sums[1].n, sums[2].n + sums[3].n),
-            tuple(score(half, number) for number, half in enumerate(sums)),
-        )
+        yield Halves.of(halves, score)
 
 
 def halves_of_parts(folder: Path, plan: Plan, score: Scoring) -> Iterator[Halves]:
@@ -83,11 +86,7 @@ def halves_of_parts(folder: Path, plan: Plan, score: Scoring) -> Iterator[Halves
             )
             if more is not None:
                 halves[number] = _added(halves[number], more)
-        sums = [half for half in halves if half is not None]
-        yield Halves(
-            (sums[0].n + sums[1].n, sums[2].n + sums[3].n),
-            tuple(score(half, number) for number, half in enumerate(sums)),
-        )
+        yield Halves.of(halves, score)
 
 
 def save_halves(folder: Path, points: Iterable[Halves]) -> None:
@@ -97,7 +96,7 @@ def save_halves(folder: Path, points: Iterable[Halves]) -> None:
         for number, point in enumerate(points):
             tensors = {
                 f"{name}.{key}": value.float().contiguous()
-                for name, scores in zip(NAMES, point.scores, strict=True)
+                for name, scores in zip(_names(len(point.examples)), point.scores, strict=True)
                 for key, value in scores.items()
             }
             save_file(tensors, draft / f"{number:02d}.safetensors", metadata={"examples": json.dumps(point.examples)})
@@ -108,12 +107,16 @@ def load_halves(folder: Path) -> Iterator[Halves]:
     for file in sorted(folder.glob("*.safetensors")):
         tensors, metadata = read_tensors_and_metadata(file, REPAIR)
         with damaged(file, REPAIR):
-            first, second = json.loads(metadata["examples"])
+            examples = tuple(int(count) for count in json.loads(metadata["examples"]))
         scores = (
             {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-            for name in NAMES
+            for name in _names(len(examples))
         )
-        yield Halves((int(first), int(second)), tuple(scores))
+        yield Halves(examples, tuple(scores))
+
+
+def _names(systems: int) -> list[str]:
+    return [f"{system}{half}" for system in range(1, systems + 1) for half in "ab"]
 
 
 def _added(total: GradSums | None, more: GradSums) -> GradSums:

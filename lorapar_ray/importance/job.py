@@ -9,6 +9,7 @@ row is dropped to give workers equal numbers of rows: workers share nothing, or 
 from __future__ import annotations
 
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -76,8 +77,8 @@ def score_stage(config: Config, run: RunDirectory, initial: Path | None = None) 
         shutil.rmtree(job.warm_up["checkpoints"], ignore_errors=True)
     for system in samples:
         _write_scores(config, run, system, plan, folder)
-    if len(samples) == 2:  # the control compares two Systems
-        save_halves(run.scores / "halves", halves_of_parts(folder, plan, _scoring(config, run)))
+    halves = halves_of_parts(folder, plan, _scoring(config, run))
+    save_halves(run.scores / "halves", halves if len(samples) == 2 else deque(halves, maxlen=1))
     return {f"system{system}_examples": plan.examples[system] for system in samples}
 
 

@@ -7,7 +7,7 @@ Systems' halves agree with each other as well as halves of one System do, the pa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -71,6 +71,16 @@ def control_curve(points: Iterable[Halves], *, theta: float, seed: int = 0) -> l
     return [
         {"examples": list(point.examples), **half_control(*point.scores, theta=theta, seed=seed)} for point in points
     ]
+
+
+def control_of_systems(point: Halves, *, theta: float, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """The results of `half_control` for each two of any number of Systems, such as "1-3"; there "system1" and "system2"
+    are the first and the second of the two."""
+    own = [point.scores[2 * system : 2 * system + 2] for system in range(len(point.examples))]
+    return {
+        f"{one + 1}-{two + 1}": half_control(*own[one], *own[two], theta=theta, seed=seed)
+        for one, two in combinations(range(len(own)), 2)
+    }
 
 
 def jaccard(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:

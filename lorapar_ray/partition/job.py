@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from lorapar_ray.boundary import boundary, read_tensors
 from lorapar_ray.config import Config
 from lorapar_ray.importance.halves import load_halves
 from lorapar_ray.importance.job import halves_of_units
-from lorapar_ray.partition.control import control_curve
+from lorapar_ray.partition.control import control_curve, control_of_systems
 from lorapar_ray.partition.passes import whole_adapter
 from lorapar_ray.partition.regions import assign_regions, save_regions
 from lorapar_ray.partition.select import keep_top, random_mask
@@ -34,7 +35,7 @@ def partition_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
 
     Returns:
         the summary (see `partition.summary`), with the signal-or-noise control under `control` (see `control_curve`);
-        or that of `partition.systems`.
+        or that of `partition.systems`, with the control under `control` (see `control_of_systems`).
 
     Raises:
         UserError: the scores are missing, zero everywhere or not finite.
@@ -83,6 +84,8 @@ def _cut_systems(config: Config, run: RunDirectory) -> dict[str, Any]:
         group_of=GROUPS[settings.scope],
         seed=config.seed,
     )
+    for point in deque(load_halves(run.scores / "halves"), maxlen=1):  # of all examples
+        summary["control"] = control_of_systems(point, theta=settings.theta, seed=config.seed)
     save_systems(masks, run.partition / FILE)
     write_json(run.partition / SUMMARY, summary)
     return summary

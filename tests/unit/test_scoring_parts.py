@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from lorapar_ray.importance import GradSums
+from lorapar_ray.importance.halves import halves_of_parts, load_halves, save_halves
 from lorapar_ray.importance.parts import Part, PartWriter, Plan, done_units, finished, sums_of
 from lorapar_ray.importance.worker import _share, windows
 
@@ -68,6 +69,23 @@ def test_sums_of_overlapping_files_count_a_unit_once(tmp_path: Path) -> None:
     done = sorted(done_units(tmp_path, part))
     total = sums_of(tmp_path, [part])
     assert total is not None and total.n == sums(done).n and torch.equal(total.first["k"], sums(done).first["k"])
+
+
+def test_halves_of_three_systems_hold_every_example_once(tmp_path: Path) -> None:
+    plan = Plan({1: 23, 2: 9, 3: 5}, unit_size=2)
+    for part, units in plan.parts():
+        writer = PartWriter(tmp_path / "sums", part)
+        writer.units = units
+        examples = [each for unit in units for each in plan.of_unit(part.system, unit)]
+        value = torch.tensor([sum(2.0**-each for each in examples)])
+        writer.save(GradSums(len(examples), {"k": value}, {"k": value.square()}))
+    points = list(halves_of_parts(tmp_path / "sums", plan, lambda sums, number: sums.first))
+    assert [point.examples for point in points] == [(4, 4, 4), (8, 8, 5), (16, 9, 5), (23, 9, 5)]
+    save_halves(tmp_path / "halves", points[-1:])
+    (found,) = load_halves(tmp_path / "halves")
+    assert found.examples == (23, 9, 5) and len(found.scores) == 6
+    for system, (first, second) in enumerate(zip(found.scores[::2], found.scores[1::2], strict=True), start=1):
+        assert float(first["k"] + second["k"]) == sum(2.0**-each for each in range(plan.examples[system]))
 
 
 def test_a_damaged_file_is_done_anew(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from lorapar_ray.datasets.labelled import evaluation_table
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.datasets.tokens import UNLABELLED, TokenTable
 from lorapar_ray.errors import UserError
+from lorapar_ray.importance.halves import Halves, save_halves
+from lorapar_ray.partition.control import half_control
 from lorapar_ray.partition.job import partition_stage
 from lorapar_ray.partition.select import keep_top
 from lorapar_ray.partition.systems import (
@@ -194,7 +196,13 @@ def test_the_stage_cuts_every_system(tmp_path: Path) -> None:
     run.scores.mkdir(parents=True)
     for system in (1, 2, 3):
         save_file(skewed(system), run.scores / f"system{system}.safetensors")
+    halves = tuple(skewed(seed) for seed in (1, 1, 1, 2, 2, 2))
+    save_halves(run.scores / "halves", [Halves((8, 8, 8), halves)])
     summary = partition_stage(config, run)
+    control = summary["control"]
+    assert control["1-2"]["jaccard"]["system1"] == control["2-3"]["jaccard"]["system2"] == 1
+    assert control["1-3"] == half_control(*halves[:2], *halves[4:], theta=0.9, seed=3)
+    assert control["1-3"]["warning"] is None and "differ no more" in control["1-2"]["warning"]
     regions = torch.stack([flat(mask_of_systems(run.partition / FILE, [k])) for k in (1, 2, 3)])
     assert [int(each) for each in regions.sum(1)] == [each["elements"] for each in summary["systems"].values()]
     assert int(regions.sum(0).max()) == 1
@@ -316,7 +324,9 @@ def evaluated(unit: Unit, answers: dict[str, tuple[int, ...]]) -> None:
         pq.write_table(pa.table(found), run.eval / f"{name}.parquet")
         (run.eval / f"{name}.json").write_text("{}")
     regions = {str(system): {"share": 0.1 * system} for system in (1, 2, 3)}
-    (run.partition / "systems.json").write_text(json.dumps({"systems": regions}))
+    jaccard = {"across": 0.4, "system1": 0.6, "system2": 0.7}
+    cut = {"theta": unit.config.partition.theta, "systems": regions, "jaccard": {"1-2": 0.51}}
+    (run.partition / "systems.json").write_text(json.dumps(cut | {"control": {"1-2": {"jaccard": jaccard}}}))
 
 
 def test_the_report_shows_the_skills_after_every_system(tmp_path: Path) -> None:
@@ -333,6 +343,7 @@ def test_the_report_shows_the_skills_after_every_system(tmp_path: Path) -> None:
     assert "| nothing | 10.0% | 11.0% | 12.0% |" in text and "| System 2 | 58.0% | 50.0% | 6.0% |" in text
     assert "- **held**: Disjoint regions forget less than training every element: over 3 seeds" in text
     assert "- **held**: Disjoint regions end higher than training every element" in text
+    assert "| 1 and 2 | 0.510 | 0.400 | 0.600 | 0.700 |" in text and "of the first run of disjoint" in text
     assert (tmp_path / "systems.md").read_text() in text
     cells = (tmp_path / "systems.csv").read_text().splitlines()
     assert len(cells) == 1 + 6 * 9 and "disjoint,1,2,1,0.58" in cells
