@@ -30,9 +30,10 @@ test-chaos: SEED =
 test-chaos: setup
 	$(PYTEST) -m chaos --chaos all --chaos-rounds $(ROUNDS)
 
-# The pipeline on several machines made of Linux namespaces, some of which are killed: as root, some minutes.
+# The pipeline on several machines made of Linux namespaces, some of which are killed: as root, some minutes. And a
+# whole grid of several Systems.
 test-cluster: setup
-	$(BIN)/python -m pytest -m hosts tests/hosts
+	$(BIN)/python -m pytest -m "hosts or long" tests/hosts tests/e2e/test_ablate.py
 
 # Lines of the package that the tests run, in Ray's and vLLM's processes too; TESTS=tests for all of them.
 TESTS ?= tests/unit

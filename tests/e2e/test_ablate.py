@@ -11,7 +11,7 @@ from lorapar_ray.runs import RunDirectory
 from tests.sft_run import weights
 from tests.tiny_run import lorapar_here, save_tiny_student, tiny_config, write_config
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 TASKS = {1: "chain_sum", 2: "letter_counting", 3: "gcd"}
 
 
@@ -42,6 +42,7 @@ def test_a_system_moves_no_element_of_another_ones_region(cluster: None, tmp_pat
     disjoint, unmasked = (RunDirectory(out / f"{arm}-1") for arm in ("disjoint", "unmasked"))
     regions = disjoint.partition / "systems.safetensors"
     masks = {system: mask_of_systems(regions, [system]) for system in TASKS}
+    assert json.loads((disjoint.partition / "systems.json").read_text())["control"].keys() == {"1-2", "1-3", "2-3"}
     for key in masks[1]:
         assert int(sum(mask[key].int() for mask in masks.values()).max()) <= 1  # type: ignore[union-attr]
     names = ["sft-1", "sft-2", "sft"]

@@ -38,8 +38,10 @@ from lorapar_ray.partition.systems import (
 from lorapar_ray.pipeline import PIPELINE, run_stage
 from lorapar_ray.preview import describe
 from lorapar_ray.runs import RunDirectory
+from lorapar_ray.sft.arm import Worker
 from lorapar_ray.sft.job import stage1_parts, train_stage1
 from lorapar_ray.sft.together import shape_of
+from tests.sft_run import ready_sequence, weights
 from tests.tiny_run import ROOT, save_tiny_student, tiny_config
 from tests.together import tasks_here
 from tests.unit.partition_scores import Scores, flat, skewed
@@ -365,3 +367,21 @@ def test_the_report_shows_the_skills_after_every_system(tmp_path: Path) -> None:
 def test_a_grid_of_systems_says_what_does_not_fit(overrides: list[str], said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         make_plan("systems", SHIPPED, overrides, tmp_path, seeds=[1])
+
+
+def test_a_system_of_a_sequence_moves_only_its_own_region(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained in this process instead of a group of workers."""
+    config, run = ready_sequence(student, tmp_path / "run")
+    monkeypatch.setattr("lorapar_ray.sft.job.run_workers", lambda work, payload, **_: work(payload))
+    monkeypatch.setattr("lorapar_ray.sft.worker.this_worker", lambda: Worker(0, 1, torch.device("cpu")))
+    assert train_stage1(config, run)["steps"] == 6
+    masks = {system: mask_of_systems(run.partition / FILE, [system]) for system in (1, 2, 3)}
+    before = weights(run.adapter)
+    for system, name in zip(config.sft.systems, config.trained, strict=True):
+        after = weights(run.trained(name) / "adapter")
+        moved = {key: before[key].view(torch.int32) != after[key].view(torch.int32) for key in before}
+        assert not (flat(moved) & ~flat(masks[system])).any()
+        assert flat(moved)[flat(masks[system])].float().mean() > 0.9
+        before = after
