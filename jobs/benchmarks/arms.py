@@ -1,11 +1,11 @@
-"""Stage 1 of several arms on one frozen base, compared with the same arms one after the other.
+"""Several arms on one frozen base, compared with the same arms one after the other, in both stages.
 
-    python jobs/benchmarks/arms.py [--quick] [--device DEVICE] [--shape 135m|1b|1.5b] [--arms K] --json FILE
+    python jobs/benchmarks/arms.py [--quick] [--device DEVICE] [--shape 135m|1b|1.5b] [--arms K] [--stage N] --json FILE
 
-K arms (each with its own mask of 40 %, seed and learning rate) of rank 8 on QKVGUD, 16 rows a step (8 with `--quick`)
-of 20 to 60 tokens, of which the last 3 to 8 have a loss; the base has random weights. Both sides run stage 1's loop,
-passes and optimiser like `lorapar`: `TrainingLoop` for each arm, `ArmsLoop` for all. Starting workers and loading the
-model, which the arms share too, do not count.
+Stage 1: K arms (each with its own mask of 40 %, seed and learning rate) of rank 8 on QKVGUD, 16 rows a step (8 with
+`--quick`) of 20 to 60 tokens, of which the last 3 to 8 have a loss; the base has random weights. Both sides run stage
+1's loop, passes and optimiser like `lorapar`: `TrainingLoop` for each arm, `ArmsLoop` for all. Starting workers and
+loading the model, which the arms share too, do not count.
 
 - arms per hour: K × the median step alone / the median step together, in the device's dtype;
 - processor time of an arm's step: on a CPU this hardly depends on other work on the machine;
@@ -14,16 +14,22 @@ model, which the arms share too, do not count.
   number does not depend on the device, their cost does: on a CPU each computes for long, so fewer and larger products
   gain little; on a GPU launches take most of a small model's step;
 - memory: the peak memory that one more arm adds, and its parts: adapter with gradients, and optimiser.
+
+Stage 2: SmolLM2-135M with K adapters of rank 8 and K learning rates, as `lorapar ablate` runs it: one learner, and one
+vLLM engine that serves all policies as LoRA adapters; alone, on a CPU, an engine merges its run's policy. A step's work
+is that of `grpo.py`. Arms per hour count everything from the start of the processes to the written adapter. Two of the
+arms run alone; their mean stands for all. tests/e2e/test_grpo_together.py compares the results.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -261,27 +267,38 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", choices=("135m", "1b", "1.5b"), default="135m")
     parser.add_argument("--arms", type=int, default=4)
+    parser.add_argument("--stage", type=int, choices=(1, 2), help="only this one")
     parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False  # losses are compared
     dtype = torch_dtype("auto", device)
+    rows: list[Row] = []
+    if arguments.stage != 2:
+        for found in stage1_rows(arguments, device, dtype):
+            rows += found
+            write_rows(arguments.json, rows)
+            print_table(rows)
+    if arguments.stage != 1:
+        os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+        from _arms_stage2 import stage2_rows
+
+        rows += stage2_rows(arguments.arms, device.type, 3 if arguments.quick else 8, GOAL, alone=2)
+        write_rows(arguments.json, rows)
+        print_table(rows)
+
+
+def stage1_rows(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Iterator[list[Row]]:
+    """Stage 1, part by part."""
     bench = Bench(arguments.shape, device, arguments.arms, 8 if arguments.quick else 16)
     steps = (6 if arguments.quick else 12) if device.type == "cpu" else 40
     one, several = launches(bench, 1, dtype), launches(bench, bench.arms, dtype)
     name = f"{bench.shape}, {bench.arms} arms: launches of a pass for each arm"
-    rows = [Row(name, several / bench.arms, float(one), "", one * bench.arms / several, "–", None)]
-    print_table(rows)
-    parts: list[Callable[[], list[Row]]] = [
-        lambda: speed(bench, dtype, steps),
-        lambda: memory(bench, dtype),
-        lambda: [equality(bench, 2 if arguments.quick else 6)],
-    ]
-    for part in parts:
-        rows += part()
-        write_rows(arguments.json, rows)
-        print_table(rows)
+    yield [Row(name, several / bench.arms, float(one), "", one * bench.arms / several, "–", None)]
+    yield speed(bench, dtype, steps)
+    yield memory(bench, dtype)
+    yield [equality(bench, 2 if arguments.quick else 6)]
 
 
 if __name__ == "__main__":
