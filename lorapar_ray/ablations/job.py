@@ -15,7 +15,7 @@ from lorapar_ray.ablations.grids import GRIDS, Arm, Grid
 from lorapar_ray.ablations.results import Outcome, decide, read_outcome, summarise, validation_loss
 from lorapar_ray.ablations.retention import Point, compare, joined, markdown, read_point
 from lorapar_ray.ablations.sequence import Course, read_course, require_skills
-from lorapar_ray.ablations.sharing import SHARED, borrow
+from lorapar_ray.ablations.sharing import SHARED, borrow, borrow_sums
 from lorapar_ray.ablations.units import Unit, counted, main_runs, sweep
 from lorapar_ray.boundary import read_object
 from lorapar_ray.config_file import load_config
@@ -323,8 +323,10 @@ def _run(unit: Unit, out: Path, stages: Sequence[str]) -> None:
     for name in stages:
         if name in SHARED and borrow(unit.config, run, name, siblings):
             console.print(f"  {name} is a copy")
-        else:
-            run_stage(unit.config, run, name)
+            continue
+        if name == "score" and borrow_sums(unit.config, run, siblings):
+            console.print("  score uses the sums of a run with another criterion")
+        run_stage(unit.config, run, name)
 
 
 def _seconds(plan: Plan) -> dict[str, float]:

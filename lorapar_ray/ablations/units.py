@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from lorapar_ray.files import digest
 from lorapar_ray.pipeline import PIPELINE, stages_of
 from lorapar_ray.runs import RunDirectory
 
+CRITERION = "score.criterion"
+"""The setting of `score` that does not change the sums of gradients from which scores are computed."""
 VALIDATION = 0.1
 """Share of the training rows held out for a sweep's validation loss."""
 
@@ -134,21 +136,28 @@ def _sharing_votes(config: Config, out: Path) -> Config:
     return config.model_copy(update={"label": config.label.model_copy(update={"cache": cache})})
 
 
-def shared_keys(unit: Unit) -> dict[str, str]:
-    """For each stage a key of all that decides its result: runs with equal keys share the stage."""
+def shared_keys(unit: Unit, without: Collection[str] = ()) -> dict[str, str]:
+    """For each stage a key of all that decides its result: runs with equal keys share the stage.
+
+    Args:
+        without: settings to leave out.
+    """
     keys: dict[str, str] = {}
     for name in unit.stages:
         stage = PIPELINE[name]
-        settings = {path: setting.value for path, setting in stage.settings(unit.config).items()}
+        settings = {path: each.value for path, each in stage.settings(unit.config).items() if path not in without}
         needs = {need: keys[need] for need in stage.needs(unit.config) if need in keys}
         keys[name] = digest(json.loads(json.dumps([name, settings, needs], default=str)))
     return keys
 
 
 def counted(units: Sequence[Unit]) -> Iterator[tuple[str, int, int]]:
-    """(stage, number of units that need it, number that compute it) over all units."""
-    keys = [shared_keys(unit) for unit in units]
+    """(stage, number of units that need it, number that compute it) over all units.
+
+    Scores by another criterion count as copies: they come from the same sums.
+    """
+    keys, sums = [shared_keys(unit) for unit in units], [shared_keys(unit, {CRITERION}) for unit in units]
     for name in PIPELINE:
-        wanted = [each[name] for each in keys if name in each]
+        wanted = [each[name] for each in (sums if name == "score" else keys) if name in each]
         if wanted:
             yield name, len(wanted), len(set(wanted))

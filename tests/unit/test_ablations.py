@@ -17,16 +17,17 @@ from lorapar_ray.ablations.at_once import AT_ONCE, batches, groups_of, run_at_on
 from lorapar_ray.ablations.grids import GRIDS, Claim
 from lorapar_ray.ablations.job import _run_part, described, make_plan, report
 from lorapar_ray.ablations.results import Outcome, decide, mean_interval
-from lorapar_ray.ablations.sharing import borrow
+from lorapar_ray.ablations.sharing import borrow, borrow_sums
 from lorapar_ray.ablations.units import Unit, counted, shared_keys
 from lorapar_ray.datasets.prepare import prepare
 from lorapar_ray.datasets.rows import iterate_rows
 from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.keys import teacher_keys
 from lorapar_ray.labeling.store import VoteStore, question_key
-from lorapar_ray.pipeline import PIPELINE, is_done, run_stage, run_together
+from lorapar_ray.pipeline import PIPELINE, is_done, run_stage, run_together, standings
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.together import require_one_base
+from lorapar_ray.standing import inputs_of
 from tests.tiny_run import ROOT, tiny_config, write_config
 from tests.unit.votes import answer
 
@@ -79,6 +80,29 @@ def test_a_stage_of_equal_inputs_is_copied(tmp_path: Path) -> None:
         assert is_done(unit.config, unit.run, "label") is same
     copied = {path.name: path.read_bytes() for path in second.run.labels.iterdir()}
     assert copied == {path.name: path.read_bytes() for path in first.run.labels.iterdir()}
+
+
+def test_another_criterion_uses_the_same_sums(tmp_path: Path) -> None:
+    file = write_config(tmp_path / "tiny.yaml", tiny_config(Path("student")) | {"label": {"strategy": "random"}})
+    plan = make_plan("mask", file, [], tmp_path / "out", seeds=[1], only=["importance", "magnitude", "full-lora"])
+    first, other, plain = plan.units({})
+    for unit in (first, other, plain):
+        unit.run.open(unit.config)
+        run_stage(unit.config, unit.run, "label")
+    inputs = inputs_of(PIPELINE["score"], first.config, first.run.manifest()["stages"], first.run.fingerprints)
+    for place in ("adapter/adapter_model.safetensors", "scores/system1.safetensors", "work/score/sums-a/1.safetensors"):
+        (first.folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (first.folder / place).write_text("a")
+    siblings = [first.folder, other.folder]
+    assert not borrow_sums(other.config, other.run, siblings)  # it has not finished
+    first.run.record("score", status="done", inputs=inputs)
+    changed = other.config.model_copy(update={"score": other.config.score.model_copy(update={"max_length": 99})})
+    assert not borrow_sums(changed, other.run, siblings)
+    assert borrow_sums(other.config, other.run, siblings)
+    assert other.run.entry("score")["status"] == "started"
+    assert standings(other.config, other.run)["score"].state == "unfinished"
+    assert (other.folder / "work/score/sums-a/1.safetensors").is_file() and (other.folder / "adapter").is_dir()
+    assert not (other.folder / "scores").exists()
 
 
 def test_a_stage_of_several_runs_is_recorded_in_each_as_if_it_had_run_alone(tmp_path: Path) -> None:
