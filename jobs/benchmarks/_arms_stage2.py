@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from _rows import Row
-from grpo import SIZES, prepare
+from _stage2_run import SIZES, prepare
 
 from lorapar_ray.adapters.job import make_adapter
 from lorapar_ray.config import Config

@@ -20,13 +20,14 @@ import os
 import shutil
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from _rows import Row, print_table, write_rows
+from _stage2_run import GROUP, RATE, SIZES, Size, prepare
 
 from lorapar_ray.adapters.job import make_adapter
 from lorapar_ray.config import Config
@@ -35,49 +36,8 @@ from lorapar_ray.engines.actor import start_engine
 from lorapar_ray.engines.settings import engine_arguments, engine_environment, platform_arguments
 from lorapar_ray.grpo.job import train_stage2
 from lorapar_ray.models import resolve_model
-from lorapar_ray.pipeline import run_stage
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.session import ray_session
-
-GROUP = 8
-RATE = 1e-5
-
-
-@dataclass(frozen=True)
-class Size:
-    """A step's work, and the settings of engine and learner."""
-
-    prompts: int
-    tokens: int
-    engine: dict[str, Any]
-    rollout: dict[str, Any]
-    learner: dict[str, Any]
-    trl_batch: int
-    """Completions in one pass of TRL."""
-
-    @property
-    def samples(self) -> int:
-        return self.prompts * GROUP
-
-
-SIZES = {
-    "cpu": Size(
-        prompts=8,
-        tokens=48,
-        engine={"max_model_len": 512, "max_num_seqs": 64, "enforce_eager": True},
-        rollout={"cpus": 1, "threads": 2, "gpus": 0},
-        learner={"cpus": 1, "threads": 2, "gpus": 0},
-        trl_batch=16,
-    ),
-    "cuda": Size(
-        prompts=32,
-        tokens=256,
-        engine={"max_model_len": 1024, "max_num_seqs": 256},
-        rollout={"cpus": 4, "gpus": 0.5},
-        learner={"cpus": 4, "gpus": 0.45},
-        trl_batch=64,
-    ),
-}
 
 
 def main() -> None:
@@ -118,44 +78,6 @@ def main() -> None:
         found(
             Row("rollout engine vs vLLM alone", speed, peer, "tokens/s", speed / peer, "≥ 0.95", speed >= 0.95 * peer)
         )
-
-
-def prepare(model: str, steps: int, folder: Path, size: Size) -> tuple[Config, RunDirectory]:
-    """A run that has reached stage 2, with a new adapter and no partition."""
-    questions = folder.with_name("questions.jsonl")
-    questions.write_text("".join(json.dumps(question(number)) + "\n" for number in range(256)))
-    config = Config.model_validate(
-        {
-            "name": "benchmark",
-            "model": {"path": model},  # the template's system prompt, as in TRL
-            "data": {"train": [{"reader": "file", "path": str(questions)}]},
-            "adapter": {"rank": 8, "alpha": 16, "init": "gaussian"},
-            "grpo": {
-                "systems": [1, 2],
-                "masked": False,
-                "steps": steps,
-                "prompts_per_step": size.prompts,
-                "group_size": GROUP,
-                "max_completion_length": size.tokens,
-                "learning_rate": RATE,
-                "refill_limit": 0,
-                "rewards": [{"name": "reference_overlap"}],
-                "rollout_engine": size.engine,
-                "rollout_resources": size.rollout,
-                "learner_resources": size.learner,
-            },
-        }
-    )
-    run = RunDirectory(folder)
-    run.open(config)
-    run_stage(config, run, "label")
-    return config, run
-
-
-def question(number: int) -> dict[str, str]:
-    """A sum, and the sentence with which the reward compares."""
-    a, b = 10 + 7 * number % 89, 10 + 11 * number % 83
-    return {"prompt": f"What is {a} plus {b}?", "answer": str(a + b), "response": f"The sum of {a} and {b} is {a + b}."}
 
 
 def stage2(config: Config, run: RunDirectory, size: Size) -> tuple[float, float]:
