@@ -12,16 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 from lorapar_ray.ablations.grids import Claim
 from lorapar_ray.ablations.results import ENDINGS, Found, mean_interval, over_seeds, shown_interval
 from lorapar_ray.ablations.retention import Skills, skills_in
-from lorapar_ray.boundary import read_object
+from lorapar_ray.boundary import damaged, read_object
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.errors import UserError
 
+RECUT = "remove this run's directory and run the same command again"
 Matrix = tuple[tuple[float, ...], ...]
 """K × K accuracies R[k][j], in the order of training."""
 
@@ -51,6 +51,18 @@ class Course:
     def kept(self) -> float:
         """Mean skill at the end."""
         return sum(self.skills[-1]) / len(self.skills)
+
+
+@dataclass(frozen=True)
+class Regions:
+    """What each System of a run trains."""
+
+    theta: float
+    shares: tuple[float, ...]
+    """Of all elements, each System's."""
+    overlap: dict[str, tuple[float, ...]]
+    """Of each two Systems, such as "1-2", the Jaccard index of what θ keeps. If there is a control, three more: of
+    halves of the two, of two halves of the first, and of two of the second."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +108,22 @@ def read_course(folder: Path, config: Config) -> Course | None:
     return Course(config.seed, systems, tuple(tuple(each[j] for j in systems) for each in found if each is not None))
 
 
-def read_regions(folder: Path) -> dict[str, Any]:
-    """The summary of the regions (see `partition.systems`); empty if the run has not cut any."""
+def read_regions(folder: Path) -> Regions | None:
+    """The regions of a run; None if it has not cut any.
+
+    Raises:
+        UserError: their summary is damaged.
+    """
     file = folder / "partition" / "systems.json"
-    return read_object(file) if file.is_file() else {}
+    if not file.is_file():
+        return None
+    found = read_object(file, RECUT)
+    with damaged(file, RECUT):
+        overlap: dict[str, tuple[float, ...]] = {pair: (float(value),) for pair, value in found["jaccard"].items()}
+        for pair, control in found.get("control", {}).items():
+            overlap[pair] += tuple(float(control["jaccard"][name]) for name in ("across", "system1", "system2"))
+        shares = tuple(float(each["share"]) for each in found["systems"].values())
+        return Regions(float(found["theta"]), shares, overlap)
 
 
 def mean_skills(courses: Sequence[Course]) -> Matrix:
@@ -135,7 +159,7 @@ def _sentence(
 
 def markdown(
     arms: Mapping[str, Sequence[Course]],
-    regions: Mapping[str, Mapping[str, Any]],
+    regions: Mapping[str, Regions | None],
     base: Skills | None,
     verdicts: Sequence[Forgetting],
 ) -> str:
@@ -146,7 +170,7 @@ def markdown(
     """
     head = ("arm", "backward transfer", "95 % interval", "reached", "at the end", "each System trains", "seeds")
     text = [_line(head), _line(["---"] * len(head))]
-    text += [_line([arm, *_summary(courses, regions.get(arm, {}))]) for arm, courses in arms.items()]
+    text += [_line([arm, *_summary(courses, regions.get(arm))]) for arm, courses in arms.items()]
     for arm, courses in arms.items():
         systems = courses[0].systems
         text += ["", f"Accuracy of {arm}, means over seeds:", ""]
@@ -161,7 +185,7 @@ def markdown(
     return "\n".join(text) + "\n"
 
 
-def _summary(courses: Sequence[Course], regions: Mapping[str, Any]) -> list[str]:
+def _summary(courses: Sequence[Course], regions: Regions | None) -> list[str]:
     transfers, n = [each.backward_transfer for each in courses], len(courses)
     interval = mean_interval(transfers)[1] if n >= 3 else None
     return [
@@ -169,26 +193,22 @@ def _summary(courses: Sequence[Course], regions: Mapping[str, Any]) -> list[str]
         "–" if interval is None else f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}",
         f"{sum(each.reached for each in courses) / n:.1%}",
         f"{sum(each.kept for each in courses) / n:.1%}",
-        ", ".join(f"{found['share']:.1%}" for found in regions.get("systems", {}).values()) or "–",
+        "–" if regions is None else ", ".join(f"{share:.1%}" for share in regions.shares),
         str(n),
     ]
 
 
-def _overlap(regions: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """How far the kept sets of each two Systems overlap, of the first arm that cuts."""
-    arm, found = next(((arm, each) for arm, each in regions.items() if each.get("theta", 1) < 1), ("", {}))
-    if not found:
+def _overlap(regions: Mapping[str, Regions | None]) -> list[str]:
+    """How far what θ keeps for each two Systems overlaps, in the first arm that leaves something out."""
+    arm, found = next(((arm, each) for arm, each in regions.items() if each and each.theta < 1), ("", None))
+    if found is None:
         return []
-    head = ("Systems", "overlap", "half of one against half of the other", "two halves of one", "of the other")
-    text = [
-        "",
-        f"Overlap (Jaccard index) of what θ = {found['theta']:g} keeps, of the first run of {arm}; halves are of",
-    ]
-    text += ["a System's scored examples, drawn at random:", "", _line(head), _line(["---"] * len(head))]
-    for pair, overlap in found["jaccard"].items():
-        halves = found.get("control", {}).get(pair, {}).get("jaccard", {})
-        own = [f"{halves[name]:.3f}" if halves else "–" for name in ("across", "system1", "system2")]
-        text.append(_line([pair.replace("-", " and "), f"{overlap:.3f}", *own]))
+    head = ("Systems", "overlap", "half of one and half of the other", "two halves of the first", "of the second")
+    text = ["", f"Overlap (Jaccard index) of what θ = {found.theta:g} keeps, in the first run of {arm}. The halves are"]
+    text += ["random halves of a System's scored examples.", "", _line(head), _line(["---"] * len(head))]
+    for pair, values in found.overlap.items():
+        cells = [f"{value:.3f}" for value in values] + ["–"] * (4 - len(values))
+        text.append(_line([pair.replace("-", " and "), *cells]))
     return text
 
 

@@ -158,11 +158,13 @@ def accuracies(axis: Any, run: RunData) -> None:
     first = next(iter(run.accuracy.values()))
     groups = ["all", *first["by_task"]]
     colours = {"base": INK, "sft": SYSTEM1, "grpo": SYSTEM2}
+    colours |= {f"sft-{system}": SYSTEM_COLOURS[system % len(SYSTEM_COLOURS)] for system in range(1, 10)}
+    apart, middle = min(0.22, 0.66 / len(run.accuracy)), max(1, (len(run.accuracy) - 1) / 2)
     for offset, (name, result) in enumerate(run.accuracy.items()):
         for place, group in enumerate(groups):
             entry = result if group == "all" else result["by_task"][group]
             low, high = entry["interval"]
-            y = place + 0.22 * (offset - 1)
+            y = place + apart * (offset - middle)
             axis.plot([100 * low, 100 * high], [y, y], color=colours[name], linewidth=2, alpha=0.6)
             axis.plot(100 * entry["accuracy"], y, "o", color=colours[name], label=MODELS[name] if not place else None)
     axis.set_yticks(range(len(groups)), [one_line(group, TICK_LENGTH) for group in groups])

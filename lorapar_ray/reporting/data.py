@@ -12,7 +12,12 @@ from lorapar_ray.partition import load_regions, scatter_sample
 from lorapar_ray.runs import RunDirectory
 
 SCATTER_POINTS = 3000
-MODELS = {"base": "base", "sft": "stage 1 (SFT)", "grpo": "stage 2 (GRPO)"}
+MODELS = {
+    "base": "base",
+    **{f"sft-{system}": f"stage 1, after System {system}" for system in range(1, 10)},
+    "sft": "stage 1 (SFT)",
+    "grpo": "stage 2 (GRPO)",
+}
 
 
 @dataclass(frozen=True)
@@ -22,12 +27,14 @@ class RunData:
     stages: dict[str, dict[str, Any]]
     labels: dict[str, Any] | None
     partition: dict[str, Any] | None
+    systems: dict[str, Any] | None
+    """The regions, if each System has one of its own (see `partition.systems`)."""
     scatter: dict[str, list[Any]] | None
     sft: list[dict[str, Any]]
     grpo: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     accuracy: dict[str, dict[str, Any]]
-    """By model name, in the order base, sft, grpo."""
+    """By model name, in the order of `MODELS`."""
     right: dict[str, dict[str, bool]]
     """By model name, whether each question, by its id, was answered correctly."""
 
@@ -39,6 +46,7 @@ def read_run(run: RunDirectory) -> RunData:
         stages=run.manifest().get("stages", {}),
         labels=_json(run.label_summary) or _json(run.labels / "summary.json"),  # where it was before
         partition=_json(run.partition / "summary.json"),
+        systems=_json(run.partition / "systems.json"),
         scatter=_scatter(run),
         sft=read_lines(run.metrics / "sft.jsonl"),
         grpo=read_lines(run.metrics / "grpo.jsonl"),

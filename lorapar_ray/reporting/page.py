@@ -70,8 +70,11 @@ def render(config: Config, data: RunData, figures: dict[str, str]) -> str:
             figures=figures,
             labels=data.labels,
             partition=data.partition,
+            systems=data.systems,
             samples=_spread(data.samples),
-            accuracy=[_result(name, result) for name, result in data.accuracy.items()],
+            accuracy=[
+                _result(name, result) for name, result in (in_order(config, data.accuracy) | data.accuracy).items()
+            ],
             verdicts=verdicts(in_order(config, data.accuracy), data.right),
             versions=versions,
         )
@@ -84,8 +87,8 @@ def _shown(value: Any) -> Any:
 
 
 def in_order(config: Config, accuracy: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The base, then the stages in order."""
-    return {name: accuracy[name] for name in ("base", *config.order) if name in accuracy}
+    """The base, then what training leaves, in order."""
+    return {name: accuracy[name] for name in ("base", *config.trained) if name in accuracy}
 
 
 def verdicts(accuracy: dict[str, dict[str, Any]], right: dict[str, dict[str, bool]]) -> list[str]:

@@ -11,8 +11,10 @@ from lorapar_ray.importance import TokenizedExample, collate
 from lorapar_ray.labeling.store import Answer
 from lorapar_ray.labeling.summary import Session, Tally
 from lorapar_ray.labeling.votes import Vote
+from lorapar_ray.partition.systems import cut_systems
 from lorapar_ray.reporting.page import verdicts, write_report
 from lorapar_ray.runs import RunDirectory, write_json
+from tests.unit.partition_scores import skewed
 from tests.unit.tiny_models import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +86,25 @@ def test_the_vote_of_three_systems_is_in_the_report_with_its_cost_and_latency(tm
     assert "1: +1.00 2: +0.00 3: -1.00" in page and "0.25 / 0.25 / 0.25" in page
     assert "teacher second was given up: 16 failures in a row" in page
     assert page.count("System 3") >= 1
+
+
+def test_a_sequence_of_systems_has_its_regions_and_every_adapter_in_the_report(tmp_path: Path) -> None:
+    config = load_config(ROOT / "jobs" / "configs" / "systems.yaml", ["sft.systems=[2,3,1]"])
+    run, scores = RunDirectory(tmp_path), {system: skewed(system) for system in (1, 2, 3)}
+    write_json(run.partition / "systems.json", cut_systems(scores, 0.9, regions="disjoint")[1])
+    for name, right in (("base", 10), ("sft-2", 20), ("sft-3", 30), ("sft", 40)):
+        write_json(run.eval / f"{name}.json", result(right, 100, right / 200, right / 50))
+    page = write_report(config, run).read_text()
+    assert "each System has a region of its own (disjoint), of 2,880 elements" in page and "1 and 3 0." in page
+    tiles = re.findall(r'<div class="tile"><span class="soft">([^<]*)</span><b>([^<]*)</b>', page)
+    assert tiles == [
+        ("base", "10.0%"),
+        ("stage 1, after System 2", "20.0%"),
+        ("stage 1, after System 3", "30.0%"),
+        ("stage 1 (SFT)", "40.0%"),
+    ]
+    assert "stage 1, after System 2 → stage 1, after System 3: +10.0 points" in page
+    assert 'id="plot-accuracies"' in page and "lorapar partition" not in page
 
 
 def test_verdicts_claim_no_more_than_the_answers_show() -> None:

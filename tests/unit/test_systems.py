@@ -345,12 +345,16 @@ def test_the_report_shows_the_skills_after_every_system(tmp_path: Path) -> None:
     assert "| nothing | 10.0% | 11.0% | 12.0% |" in text and "| System 2 | 58.0% | 50.0% | 6.0% |" in text
     assert "- **held**: Disjoint regions forget less than training every element: over 3 seeds" in text
     assert "- **held**: Disjoint regions end higher than training every element" in text
-    assert "| 1 and 2 | 0.510 | 0.400 | 0.600 | 0.700 |" in text and "of the first run of disjoint" in text
+    assert "| 1 and 2 | 0.510 | 0.400 | 0.600 | 0.700 |" in text and "keeps, in the first run of disjoint" in text
     assert (tmp_path / "systems.md").read_text() in text
     cells = (tmp_path / "systems.csv").read_text().splitlines()
     assert len(cells) == 1 + 6 * 9 and "disjoint,1,2,1,0.58" in cells
     page = (tmp_path / "index.html").read_text()
     assert "right after training each System" in page and "✓ held" in page and "6 of 6 runs are evaluated" in page
+    regions = units[0].run.partition / "systems.json"
+    regions.write_text(json.dumps({"theta": 0.9, "jaccard": {}, "systems": {"1": {}}}))
+    with pytest.raises(UserError, match=r"systems\.json' is damaged"):
+        report(plan)
     (units[0].run.eval / "sft-2.json").unlink()
     assert read_course(units[0].folder, units[0].config) is None
 
