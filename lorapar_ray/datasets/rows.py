@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorapar_ray.boundary import REDO, boundary, damaged, parquet_batches
+from lorapar_ray.errors import UserError
 from lorapar_ray.files import atomic_path
 
 ROWS_PER_WRITE = 4096
@@ -112,8 +113,15 @@ def iterate_rows(file: Path) -> Iterator[Row]:
                 **{name: row[name] for name in COLUMNS},
                 messages=messages_in(row),
                 columns=row.get("columns") or "",
-                system=row.get("system"),
+                system=_system_in(row, file),
             )
+
+
+def _system_in(row: Mapping[str, Any], file: Path) -> int | None:
+    system = row.get("system")
+    if system is not None and type(system) is not int:
+        raise UserError(f"'{file}': the column 'system' is damaged; {REDO}")
+    return system
 
 
 def messages_in(row: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -82,7 +82,7 @@ def parquet(rows: list[dict[str, Any]], schema: pa.Schema | None = None) -> byte
 def read_file(path: Path) -> list[Row]:
     found = list(read_source(FileSource(reader="file", path=str(path)), "data.train[0]"))
     rows = [row for row in found if isinstance(row, Row)]  # others are listed as lost
-    texts = [{**vars(row), "messages": ""} for row in rows]
+    texts = [{**vars(row), "messages": "", "system": ""} for row in rows]
     assert found and all(isinstance(value, str) for row in texts for value in row.values())
     assert all(isinstance(each["content"], str) for row in rows for each in row.messages)
     assert all(row.prompt.strip() and row.answer.strip() for row in rows)
