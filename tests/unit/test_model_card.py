@@ -30,6 +30,7 @@ def run() -> RunData:
         stages={},
         labels={"split": {"1": 30, "2": 12}},
         partition={"theta": 0.9, "total": {"shares": {"shared": 0.25}}},
+        systems=None,
         scatter=None,
         sft=[],
         grpo=[],
