@@ -157,6 +157,9 @@ class LabelConfig(Section):
     `swapped_definitions` asks K times, so that each definition has each number once, and averages. `batch` divides out
     the median over a sample of the questions, so that every teacher splits them about evenly; for small teachers with a
     strong bias."""
+    calibration_rows: Result[PositiveInt] = 48
+    """Size of the sample for `batch`. If the questions are of a few distinct kinds, the median of a small sample may
+    fall among one kind: then more rows give labels that depend less on the seed."""
     weights: Result[Literal["equal", "confidence"]] = "equal"
     """`confidence`: a vote counts as much as its calibrated probability."""
     shuffled: Result[bool] = False

@@ -16,8 +16,6 @@ from lorapar_ray.labeling.store import Answer, VoteStore, question_key
 from lorapar_ray.labeling.votes import average_log_probs, balanced
 from lorapar_ray.labeling.voting import Keys
 
-BATCH_CALIBRATION_ROWS = 48
-
 Probe = tuple[str, str]
 """A question and its answer."""
 ARE_YOU_THERE: Probe = (CONTENT_FREE[0], "N/A")
@@ -33,7 +31,7 @@ def probes(label: LabelConfig, rows: Path, seed: int) -> list[Probe]:
     if label.calibration != "batch":
         return []
     count = count_rows(rows)
-    drawn = random.Random(f"{seed}/bias").sample(range(count), min(count, BATCH_CALIBRATION_ROWS))
+    drawn = random.Random(f"{seed}/bias").sample(range(count), min(count, label.calibration_rows))
     wanted = set(drawn)
     found = {i: (row.prompt, row.answer) for i, row in enumerate(iterate_rows(rows)) if i in wanted}
     return [found[index] for index in drawn]
