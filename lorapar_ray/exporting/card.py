@@ -57,11 +57,16 @@ def _data(config: Config, run: RunData) -> Iterator[str]:
 
 
 def _regions(run: RunData) -> Iterator[str]:
-    if run.partition is None:
+    if run.systems is not None:
+        theta = run.systems["theta"]
+        shares = {f"System {system} trains": each["share"] for system, each in run.systems["systems"].items()}
+    elif run.partition is not None:
+        theta, shares = run.partition["theta"], run.partition["total"]["shares"]
+    else:
         return
-    shares = (f"{name} {share:.1%}" for name, share in run.partition["total"]["shares"].items())
     yield "## Regions\n"
-    yield f"Of the adapter's elements, at θ = {run.partition['theta']:g}: {', '.join(shares)}.\n"
+    said = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    yield f"Of the adapter's elements, at θ = {theta:g}: {said}.\n"
 
 
 def _results(config: Config, run: RunData) -> Iterator[str]:

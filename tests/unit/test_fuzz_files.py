@@ -35,6 +35,7 @@ from lorapar_ray.labeling.output import LABEL_SCHEMA
 from lorapar_ray.labeling.store import Answer, VoteStore
 from lorapar_ray.partition.job import partition_stage
 from lorapar_ray.partition.regions import load_regions
+from lorapar_ray.partition.systems import mask_of_systems
 from lorapar_ray.pipeline import require_leave, standings
 from lorapar_ray.plan import plan
 from lorapar_ray.reporting.data import read_run
@@ -259,7 +260,7 @@ def test_whole_safetensors_that_hold_something_else(
     folder: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None
 ) -> None:
     file = put(folder / "other.safetensors", save({key: value.clone() for key, value in tensors.items()}, metadata))
-    for read in (load_regions, GradSums.load, load_tree):
+    for read in (load_regions, partial(mask_of_systems, systems=[1, 2]), GradSums.load, load_tree):
         one_line_or_accepted(lambda read=read: read(file))  # type: ignore[misc]
 
 

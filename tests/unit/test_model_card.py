@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import yaml
 
 from lorapar_ray.config import Config
@@ -60,6 +62,9 @@ def test_the_card() -> None:
     ):
         assert part in text, part
     assert "hunter22" not in text
+    cut = {"theta": 0.8, "systems": {"1": {"share": 0.2}, "2": {"share": 0.15}}}
+    of_systems = model_card(config, replace(run(), partition=None, systems=cut), "sft", merged=False)
+    assert "at θ = 0.8: System 1 trains 20.0%, System 2 trains 15.0%." in of_systems
     assert (
         yaml.safe_load(model_card(config, run(), "grpo", merged=True).split("---")[1])["library_name"] == "transformers"
     )
