@@ -95,8 +95,9 @@ def read_skills(folder: Path, name: str) -> Skills | None:
     """One model's accuracy on each System's test rows; None if it has not been evaluated."""
     if not (folder / "eval" / f"{name}.json").is_file():
         return None
-    rows = read_table(folder / "data" / "test.parquet", {"id": str, "system": int})
-    return skills_in(folder / "eval" / f"{name}.parquet", {row["id"]: row["system"] for row in rows}, by="id")
+    rows = read_table(folder / "data" / "test.parquet", {"id": str})
+    systems = {row["id"]: row["system"] for row in rows if row.get("system") is not None}
+    return skills_in(folder / "eval" / f"{name}.parquet", systems, by="id")
 
 
 def read_course(folder: Path, config: Config) -> Course | None:

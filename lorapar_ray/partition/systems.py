@@ -88,8 +88,8 @@ def disjoint(kept: Mapping[int, Tensors], scores: Mapping[int, Tensors]) -> dict
     """Kept sets (bool masks by System) without what goes to another System; see above."""
     totals = {system: total_importance(scores[system]) for system in kept}
     masks: dict[int, Masks] = {system: {} for system in sorted(kept)}
-    for key in sorted(next(iter(kept.values()))):
-        owner = torch.zeros(next(iter(kept.values()))[key].shape, dtype=torch.int8)
+    for key, mask in sorted(kept[min(kept)].items()):
+        owner = torch.zeros(mask.shape, dtype=torch.int8)
         largest = torch.full(owner.shape, -1.0, dtype=torch.float64)
         for system in masks:
             share = scores[system][key].double() / totals[system]

@@ -314,15 +314,15 @@ def test_arms_are_compared_seed_by_seed() -> None:
 
 
 def evaluated(unit: Unit, answers: dict[str, tuple[int, ...]]) -> None:
-    """An evaluated run: for each model the right answers of 100 test rows of each System."""
+    """An evaluated run: for each model the right answers of 100 test rows of each System; and a row of none."""
     run = unit.run
     ids = [(f"{system}-{n}", system, n) for system in (1, 2, 3) for n in range(100)]
     for folder in (run.data, run.eval, run.partition):
         folder.mkdir(parents=True, exist_ok=True)
-    table = {"id": [row for row, _, _ in ids], "system": [system for _, system, _ in ids]}
+    table = {"id": ["other", *(row for row, _, _ in ids)], "system": [None, *(system for _, system, _ in ids)]}
     pq.write_table(pa.table(table), run.data / "test.parquet")
     for name, right in answers.items():
-        found = {"id": table["id"], "right": [n < right[system - 1] for _, system, n in ids]}
+        found = {"id": table["id"], "right": [True, *(n < right[system - 1] for _, system, n in ids)]}
         pq.write_table(pa.table(found), run.eval / f"{name}.parquet")
         (run.eval / f"{name}.json").write_text("{}")
     regions = {str(system): {"share": 0.1 * system} for system in (1, 2, 3)}
