@@ -40,7 +40,7 @@ from lorapar_ray.preview import describe
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.arm import Worker
 from lorapar_ray.sft.job import stage1_parts, train_stage1
-from lorapar_ray.sft.together import shape_of
+from lorapar_ray.sft.together import shape_of, train_together
 from tests.sft_run import ready_sequence, weights
 from tests.tiny_run import ROOT, save_tiny_student, tiny_config
 from tests.together import tasks_here
@@ -373,19 +373,24 @@ def test_a_grid_of_systems_says_what_does_not_fit(overrides: list[str], said: st
         make_plan("systems", SHIPPED, overrides, tmp_path, seeds=[1])
 
 
+@pytest.mark.parametrize("arms", [1, 2])
 def test_a_system_of_a_sequence_moves_only_its_own_region(
-    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arms: int, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Trained in this process instead of a group of workers."""
-    config, run = ready_sequence(student, tmp_path / "run")
-    monkeypatch.setattr("lorapar_ray.sft.job.run_workers", lambda work, payload, **_: work(payload))
-    monkeypatch.setattr("lorapar_ray.sft.worker.this_worker", lambda: Worker(0, 1, torch.device("cpu")))
-    assert train_stage1(config, run)["steps"] == 6
-    masks = {system: mask_of_systems(run.partition / FILE, [system]) for system in (1, 2, 3)}
-    before = weights(run.adapter)
-    for system, name in zip(config.sft.systems, config.trained, strict=True):
-        after = weights(run.trained(name) / "adapter")
-        moved = {key: before[key].view(torch.int32) != after[key].view(torch.int32) for key in before}
-        assert not (flat(moved) & ~flat(masks[system])).any()
-        assert flat(moved)[flat(masks[system])].float().mean() > 0.9
-        before = after
+    for module in ("job", "together"):
+        monkeypatch.setattr(f"lorapar_ray.sft.{module}.run_workers", lambda work, payload, **_: work(payload))
+    for module in ("worker", "arms_worker"):
+        monkeypatch.setattr(f"lorapar_ray.sft.{module}.this_worker", lambda: Worker(0, 1, torch.device("cpu")))
+    members = [ready_sequence(student, tmp_path / str(number)) for number in range(arms)]
+    notes = [train_stage1(*members[0])] if arms == 1 else train_together(members)
+    assert [each["steps"] for each in notes] == [6] * arms
+    for config, run in members:
+        masks = {system: mask_of_systems(run.partition / FILE, [system]) for system in (1, 2, 3)}
+        before = weights(run.adapter)
+        for system, name in zip(config.sft.systems, config.trained, strict=True):
+            after = weights(run.trained(name) / "adapter")
+            moved = {key: before[key].view(torch.int32) != after[key].view(torch.int32) for key in before}
+            assert not (flat(moved) & ~flat(masks[system])).any()
+            assert flat(moved)[flat(masks[system])].float().mean() > 0.9
+            before = after
