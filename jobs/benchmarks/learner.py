@@ -12,45 +12,21 @@ and memory do not depend on them.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from _memory import Memory, device_memory, private_memory
+from _learner import SHAPES, measured, model_of, samples_of
 from _rows import Row, print_table, write_rows
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lorapar_ray.adapters import attach_lora
 from lorapar_ray.grpo.head import TokenScorer
 from lorapar_ray.grpo.memory import PROBE_TOKENS, checkpoint_layers, pass_limits
 from lorapar_ray.grpo.packing import micro_batches, pack, packed_logprobs
 from lorapar_ray.grpo.samples import Sample
 from lorapar_ray.packed_attention import use_packed_attention
-from lorapar_ray.precision import torch_dtype, use_tensor_cores
+from lorapar_ray.precision import torch_dtype
 
-SHAPES = {
-    "smollm2-135m": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
-    "llama2-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-    },
-}
 PROMPTS = 64, 1024
 LENGTHS = 256, 2048, 8192
 GROUP = 8
@@ -77,15 +53,6 @@ def main() -> None:
         write_rows(arguments.json, rows)
     print(f"{arguments.shape}, {dtype}, {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}")
     print_table(rows)
-
-
-def model_of(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
-    torch.manual_seed(0)
-    use_tensor_cores(device, dtype)
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=16384)
-    with torch.device(device):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return attach_lora(base, rank=8, alpha=16, init="gaussian").eval()
 
 
 def compare(model: Any, prompt: int, length: int, group: int, device: torch.device, repeats: int) -> list[Row]:
@@ -135,43 +102,11 @@ def probe_inputs(probe: Any) -> dict[str, Any]:
     return {"input_ids": probe.inputs["input_ids"]}
 
 
-def samples_of(prompt: int, length: int, count: int) -> list[Sample]:
-    draw = torch.Generator().manual_seed(0)
-
-    def ids(size: int) -> list[int]:
-        found: list[int] = torch.randint(10, 30000, (size,), generator=draw).tolist()
-        return found
-
-    shared = ids(prompt)
-    return [Sample(shared, ids(length), [-1.0] * length, 1.0, finished=True, version=0) for _ in range(count)]
-
-
 def plain_pass(model: Any, sample: Sample, device: torch.device) -> None:
     ids = torch.tensor([[*sample.prompt_ids, *sample.token_ids]], device=device)
     keep = len(sample.token_ids) + 1
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0, :-1].float()
     logits.log_softmax(-1).gather(-1, ids[0, -keep + 1 :, None]).mean().backward()
-
-
-def measured(work: Callable[[], None], model: Any, device: torch.device, repeats: int) -> tuple[float, float]:
-    """(median seconds, peak GiB in addition to the memory before)."""
-    work()  # warm-up
-    seconds: list[float] = []
-    memory: Memory
-    with device_memory() if device.type == "cuda" else private_memory() as memory:
-        for _ in range(repeats):
-            model.zero_grad()
-            synchronise(device)
-            start = time.perf_counter()
-            work()
-            synchronise(device)
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds), memory.added / 2**30
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -82,11 +82,9 @@ def test_every_kind_of_process_may_die(
     assert killed == list(victims)
     assert not [orphan for orphan in orphans if _runs(orphan)], "engines outlive their actors"
     before = metrics(run, "grpo")
-    # what a run is computed with may change on the way: twice the engines, two learners for each sequence, other
-    # micro-batches
+    # what a run is computed with may change on the way: twice the learners and engines, other micro-batches
     more = (
         "learners=2",
-        "sequence_parallel=2",
         "rollout_actors=2",
         "micro_batch_size=1",
         "learner_resources.cpus=0.3",
