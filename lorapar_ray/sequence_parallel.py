@@ -99,7 +99,7 @@ class SequenceGroup:
         """The smallest `number` among the ranks."""
         import torch.distributed as dist
 
-        smallest = torch.tensor(number, device=device)
+        smallest = torch.tensor(int(number), device=device)
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=self.ranks)
         return int(smallest)
 
