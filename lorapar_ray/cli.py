@@ -18,6 +18,7 @@ from lorapar_ray.ablations.grids import GRIDS
 from lorapar_ray.config import Config
 from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
+from lorapar_ray.interrupts import status_of
 from lorapar_ray.pipeline import ORDER, PIPELINE, stages_of
 from lorapar_ray.run_lock import WAIT
 from lorapar_ray.runs import RunDirectory, looked_at
@@ -110,10 +111,9 @@ def _execute(
             with ray_session(verbose) if needs_ray else nullcontext():
                 for name in stages:
                     run_stage(config, run, name, "yes" if name in redo else "if_changed" if name in replaced else "no")
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             again = "the same command, without --redo," if redo else "the same command"
-            print(f"lorapar: interrupted; {again} continues where it stopped", file=sys.stderr)
-            raise typer.Exit(130) from None
+            raise typer.Exit(status_of(interrupt, again)) from None
     if not due:
         console.print(f"everything is done in '{run.place}'; nothing to do")
     if "report" in stages:
@@ -219,9 +219,8 @@ def evaluate(
     asked = evaluation_of(model, fields | {"data": paths}, set_ or [])
     try:
         names = evaluate_models(asked, out, verbose)
-    except KeyboardInterrupt:
-        print("lorapar: interrupted; the same command continues where it stopped", file=sys.stderr)
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as interrupt:
+        raise typer.Exit(status_of(interrupt)) from None
     console.print(f"report: {write_page(out, names)}")
 
 
@@ -443,7 +442,12 @@ def ablate(
     )
     if dry_run:
         print("\n".join(described(plan)))
-    elif failed := run_plan(plan, verbose=verbose):
+        return
+    try:
+        failed = run_plan(plan, verbose=verbose)
+    except KeyboardInterrupt as interrupt:
+        raise typer.Exit(status_of(interrupt)) from None
+    if failed:
         raise UserError(f"{len(failed)} of the runs failed, the others are in '{folder}/table.md'; first: {failed[0]}")
 
 

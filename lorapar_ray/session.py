@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from lorapar_ray.errors import UserError
+from lorapar_ray.interrupts import terminable
 from lorapar_ray.ray_files import RayFiles, local_files
 from lorapar_ray.replaced import replaced
 from lorapar_ray.text import one_line
@@ -36,7 +37,7 @@ _started_here = False
 
 @contextmanager
 def ray_session(verbose: bool = False) -> Iterator[None]:
-    """Be connected to Ray while the block runs.
+    """Be connected to Ray while the block runs; SIGTERM raises `Terminated` in it.
 
     Inside a submitted job, or with RAY_ADDRESS set, that is the running cluster. Otherwise a Ray is started on this
     machine, reachable from this machine only, and stopped afterwards, its files removed.
@@ -59,7 +60,7 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
         os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     logs = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     address = os.environ.get("RAY_ADDRESS", "").strip()
-    with _cluster(address, logs) if address and address != "local" else _local(logs):
+    with _cluster(address, logs) if address and address != "local" else _local(logs), terminable():
         yield
 
 

@@ -1,4 +1,5 @@
-"""A local Ray starts with a long TMPDIR, is reachable from this machine only, and leaves no files behind."""
+"""A local Ray starts with a long TMPDIR, is reachable from this machine only, and leaves no files behind, also if the
+command gets SIGTERM."""
 
 import json
 import os
@@ -8,11 +9,13 @@ import sys
 from pathlib import Path
 
 CODE = """
-import json, os, stat, psutil, ray
+import json, os, signal, stat, time, psutil, ray
+from contextlib import suppress
 from pathlib import Path
+from lorapar_ray.interrupts import Terminated
 from lorapar_ray.session import ray_session
 
-with ray_session():
+with suppress(Terminated), ray_session():
     @ray.remote
     def where():
         return os.environ["VLLM_RPC_BASE_PATH"]
@@ -22,6 +25,8 @@ with ray_session():
     listening = {c.laddr.ip for p in [me, *me.children(recursive=True)] for c in p.net_connections("inet")
                  if c.status == psutil.CONN_LISTEN}
     seen = {"listening": sorted(listening), "mode": stat.S_IMODE(rpc.stat().st_mode), "folder": str(rpc)}
+    os.kill(os.getpid(), signal.SIGTERM)
+    ray.get(ray.remote(time.sleep).remote(600))
 assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
 print(json.dumps(seen))
 """
@@ -37,6 +42,7 @@ def test_a_local_ray_is_private_wherever_tmpdir_is(tmp_path: Path) -> None:
         [sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, timeout=200, check=True
     )
     seen = json.loads(done.stdout.splitlines()[-1])
+    assert "SIGTERM" not in done.stderr
     assert set(seen["listening"]) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     assert seen["mode"] == stat.S_IRWXU
     assert not Path(seen["folder"]).exists() and list(long.iterdir()) == []

@@ -22,13 +22,14 @@ from lorapar_ray.ablations.units import Unit, counted, shared_keys
 from lorapar_ray.datasets.prepare import prepare
 from lorapar_ray.datasets.rows import iterate_rows
 from lorapar_ray.errors import UserError
+from lorapar_ray.interrupts import Terminated
 from lorapar_ray.labeling.keys import teacher_keys
 from lorapar_ray.labeling.store import VoteStore, question_key
 from lorapar_ray.pipeline import PIPELINE, is_done, run_stage, run_together, standings
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.together import require_one_base
 from lorapar_ray.standing import inputs_of
-from tests.tiny_run import ROOT, tiny_config, write_config
+from tests.tiny_run import ROOT, lorapar_here, tiny_config, write_config
 from tests.unit.votes import answer
 
 SHIPPED = ROOT / "jobs" / "configs"
@@ -332,3 +333,13 @@ def test_the_tables_hold_what_is_finished(tmp_path: Path) -> None:
     assert "✓ held" in page and "importance − random" in page and not re.search(r'(src|href)="(?!#)', page)
     report(plan, ["random, seed 1: <b>"])
     assert "random, seed 1: &lt;b&gt;" in (tmp_path / "index.html").read_text()
+
+
+def test_an_interrupted_grid_says_how_it_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise Terminated
+
+    monkeypatch.setattr("lorapar_ray.ablations.job.run_plan", interrupted)
+    done = lorapar_here("ablate", "mask", SHIPPED / "arithmetic.yaml", "--out", tmp_path)
+    assert done.returncode == 143
+    assert done.stderr == "lorapar: interrupted; the same command continues where it stopped\n"
