@@ -263,7 +263,7 @@ def memory(bench: Bench, dtype: torch.dtype) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rows and steps")
+    parser.add_argument("--quick", action="store_true", help="fewer rows and steps, and stage 2 only if it is named")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", choices=("135m", "1b", "1.5b"), default="135m")
     parser.add_argument("--arms", type=int, default=4)
@@ -280,11 +280,13 @@ def main() -> None:
             rows += found
             write_rows(arguments.json, rows)
             print_table(rows)
-    if arguments.stage != 1:
+    if arguments.stage == 2 or (arguments.stage is None and not arguments.quick):
         os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
         from _arms_stage2 import stage2_rows
 
-        rows += stage2_rows(arguments.arms, device.type, 3 if arguments.quick else 8, GOAL, alone=2)
+        rows += stage2_rows(
+            arguments.arms, device.type, 3 if arguments.quick else 8, GOAL, alone=1 if arguments.quick else 2
+        )
         write_rows(arguments.json, rows)
         print_table(rows)
 
