@@ -51,7 +51,7 @@ def alone_because(units: Sequence[Unit]) -> Iterator[tuple[str, str]]:
                 why = "no other run has its rank, targets and batches"
             if why is not None:
                 whys.setdefault(f"stage 1 of {unit.arm}", why)
-        if "grpo" in unit.stages and (why := _stage2_alone(unit.config)):
+        if "grpo" in unit.stages and unit.config.grpo.arms_at_once > 1 and (why := _stage2_alone(unit.config)):
             whys.setdefault(f"stage 2 of {unit.arm}", why)
     yield from whys.items()
 

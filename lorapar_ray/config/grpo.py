@@ -216,11 +216,11 @@ class GrpoConfig(Section):
     rollout_time_limit_s: Operation[PositiveFloat] = 900.0
     """Time limit for an engine's heartbeat, and for loading and checking a policy. An engine that exceeds it is
     replaced. The time of its groups does not count."""
-    arms_at_once: Operation[PositiveInt] = 4
+    arms_at_once: Operation[PositiveInt] = 1
     """In a grid (`lorapar ablate`): the number of runs with equal base, rank, targets and engines whose stage 2 trains
     together, each with its own prompts, rewards and steps: on one frozen base, with engines that serve each run's
     policy as a LoRA adapter (`sync: adapter`). Each ends as it does alone, except for rounding. 1: one run after the
-    other."""
+    other, which is faster on a CPU (see `jobs/benchmarks/arms.py`)."""
     learners: Operation[PositiveInt] = 1
     """Training workers that share each step's samples."""
     sequence_parallel: Operation[PositiveInt] = 1
