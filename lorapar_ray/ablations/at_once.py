@@ -8,7 +8,6 @@ from math import ceil
 
 from lorapar_ray.ablations.sharing import SHARED
 from lorapar_ray.ablations.units import Unit
-from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.job import engines_of, evaluate_together
 from lorapar_ray.grpo import together as stage2
@@ -51,7 +50,7 @@ def alone_because(units: Sequence[Unit]) -> Iterator[tuple[str, str]]:
                 why = "no other run has its rank, targets and batches"
             if why is not None:
                 whys.setdefault(f"stage 1 of {unit.arm}", why)
-        if "grpo" in unit.stages and unit.config.grpo.arms_at_once > 1 and (why := _stage2_alone(unit.config)):
+        if "grpo" in unit.stages and unit.config.grpo.arms_at_once > 1 and (why := stage2.why_alone(unit.config)):
             whys.setdefault(f"stage 2 of {unit.arm}", why)
     yield from whys.items()
 
@@ -79,7 +78,7 @@ def groups_of(units: Sequence[Unit], stage: str) -> list[list[Unit]]:
     """The units of a batch whose `stage` can run together, in as few groups as the config allows."""
     alike: dict[str, list[Unit]] = {}
     for unit in units:
-        if stage in unit.stages and (stage != "grpo" or _stage2_alone(unit.config) is None):
+        if stage in unit.stages and (stage != "grpo" or stage2.why_alone(unit.config) is None):
             alike.setdefault(_ALIKE[stage](unit.config), []).append(unit)
     groups = []
     for same in alike.values():
@@ -87,11 +86,6 @@ def groups_of(units: Sequence[Unit], stage: str) -> list[list[Unit]]:
         size = ceil(len(same) / ceil(len(same) / most))
         groups += [same[start : start + size] for start in range(0, len(same), size)]
     return groups
-
-
-def _stage2_alone(config: Config) -> str | None:
-    """Why a run's stage 2 does not train with others; None: it can."""
-    return "grpo.arms_at_once: 1" if config.grpo.arms_at_once == 1 else stage2.why_alone(config)
 
 
 def _equal(unit: Unit, stage: str) -> str:

@@ -23,8 +23,6 @@ from lorapar_ray.adapters.store import read_adapter_state
 from lorapar_ray.boundary import read_object
 from lorapar_ray.mergeable import PREFIX
 
-"""What PEFT puts before a module's name."""
-
 
 @dataclass
 class Batch:
