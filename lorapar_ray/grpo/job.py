@@ -81,7 +81,7 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
     _require_servable(sync_of(config.grpo), stage.job.base, Path(stage.job.adapter_in))
     with progress("grpo", stage.job.steps, lambda: poll(Path(stage.job.metrics))), judging(config) as judge:
         plan = {**stage.plan, "judge": judge}
-        run_learners(config, run, Coordinator, plan, learn_worker, stage.job.payload(), stage.writes)
+        run_learners(stage, Coordinator, plan, learn_worker, stage.job.payload(), stage.writes)
     stage.finish()
     return stage.notes
 
@@ -131,8 +131,7 @@ def stage2(config: Config, run: RunDirectory) -> Stage2:
 
 
 def run_learners(
-    config: Config,
-    run: RunDirectory,
+    first: Stage2,
     coordinator: type[Any],
     plan: Any,
     worker: Callable[[dict[str, Any]], None],
@@ -142,7 +141,7 @@ def run_learners(
     """Run learners and their coordinator to the end of the stage.
 
     Args:
-        config: of the run, or of the first of several, whose resources it uses.
+        first: the run, or the first of several, whose resources they use.
         coordinator: the class of the actor, which takes `plan`.
         worker: a learner's function, which takes `payload`.
 
@@ -151,9 +150,9 @@ def run_learners(
     """
     import ray
 
-    settings, name = config.grpo, f"lorapar-coordinator-{os.getpid()}"
+    settings, name = first.config.grpo, first.job.coordinator
     options = {"name": name, "max_concurrency": 1000, "max_restarts": RESTARTS}
-    with reserved(config) as place:
+    with reserved(first.config) as place:
         actor = ray.remote(coordinator).options(**beside_the_driver(), **options).remote(plan, place=place)
         try:
             engines = actor.start.remote()  # in parallel with the learners, whose first policy waits
@@ -163,7 +162,7 @@ def run_learners(
                 name="grpo",
                 workers=settings.learners,
                 resources=settings.learner_resources,
-                run=run,
+                run=first.run,
                 writes=writes,
                 before_restart=partial(_make_room, name) if settings.extra_rollout_actors else None,
             )

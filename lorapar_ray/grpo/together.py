@@ -71,11 +71,10 @@ def train_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[dict[
 
     stages = [stage2(_by_adapter(config), run) for config, run in members]
     require_one_base([(stage.run, stage.job.base) for stage in stages])
-    first, jobs = stages[0], [stage.job for stage in stages]
+    jobs = [stage.job for stage in stages]
     with progress(f"grpo × {len(jobs)}", sum(job.steps for job in jobs), lambda: _poll(jobs)):
         run_learners(
-            first.config,
-            first.run,
+            stages[0],
             Coordinators,
             [stage.plan for stage in stages],
             learn_arms_worker,
