@@ -16,8 +16,9 @@ STEPS = 8
 TRAINING = {"cpus": 1.5, "threads": 1, "nodes": {"group": "in(teachers,training)"}}
 """A node has two CPUs, so two of these need two nodes."""
 ENGINES = {"cpus": 1, "nodes": {"group": "engines"}}
-SMALL = 1e-3
-"""Learning rate with which rounding (sums in another order after a loss) changes no sampled token."""
+ONE_BY_ONE = {"max_num_seqs": 1, "extra": {"enable_prefix_caching": False}}
+"""Stage 2's engine computes each sequence alone. Else the last bits of its probabilities depend on which sequences
+share a batch, and that on timing; now and then they decide which token is sampled."""
 REWARD = '''
 def letters(prompts, completions, **_):
     """Share of characters that are lower-case letters."""
@@ -57,9 +58,10 @@ def placed_config() -> dict[str, Any]:
     for teacher in config["label"]["teachers"]:
         teacher["resources"] |= {"nodes": {"group": "teachers"}}
     config["score"] |= {"workers": 2, "resources": TRAINING, "unit_size": 1}
-    config["sft"] |= {"workers": 2, "resources": TRAINING, "epochs": 2, "learning_rate": SMALL}
+    config["sft"] |= {"workers": 2, "resources": TRAINING, "epochs": 2}
     config["grpo"] |= {"learners": 2, "learner_resources": TRAINING, "rollout_resources": ENGINES, "steps": STEPS}
-    config["grpo"] |= {"rewards": [{"name": "my_rewards:letters"}], "learning_rate": SMALL}
+    config["grpo"] |= {"rewards": [{"name": "my_rewards:letters"}]}
+    config["grpo"]["rollout_engine"] = {**config["grpo"]["rollout_engine"], **ONE_BY_ONE}
     config["evaluate"] |= {"resources": ENGINES}
     return config
 
