@@ -5,9 +5,9 @@ It has only three routes: vLLM's server has many more, some of which change the 
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
-from asyncio import gather
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,12 +26,22 @@ from lorapar_ray.labeling.prompts import with_template
 from lorapar_ray.models import resolve_model
 from lorapar_ray.serving.neutral import write_neutral
 from lorapar_ray.serving.openai_side import BASE, openai_state
-from lorapar_ray.serving.requests import AUTO, BadRequest, parsed, question_in, require_key, with_system_prompt
+from lorapar_ray.serving.requests import (
+    AUTO,
+    BadRequest,
+    error_body,
+    parsed,
+    question_in,
+    require_key,
+    with_system_prompt,
+)
 from lorapar_ray.serving.routing import Threshold, fit_threshold, routing_prompt, stages_by_system
 from lorapar_ray.storage.cache import on_this_machine
 from lorapar_ray.text import one_line
 
 SYSTEM_HEADER = "x-lorapar-system"
+WATCH_S = 1.0
+"""Seconds between two looks whether the engine lives."""
 CERTAIN = 1e3
 """Log-odds, in nats, if one of the choices has probability zero."""
 
@@ -81,21 +91,31 @@ class Replica:
         self._state: Any = None
         self._threshold: Threshold | None = None
         self._asked = 0
+        self._watch: asyncio.Task[None] | None = None
 
     async def ready(self) -> dict[str, Any]:
         """Finish the start: the OpenAI handlers and the threshold of `auto`. Returns the models and the agreement of
         `auto`."""
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._leave_with_the_engine())
         if self._state is None:
             self._state = await openai_state(self._engine, self._path, self._adapters)
             short = {system: [each for each in own if self._fits(each)] for system, own in self._labelled.items()}
             if short and all(short.values()):
-                odds = {system: await gather(*map(self._odds, own)) for system, own in short.items()}
+                odds = {system: await asyncio.gather(*map(self._odds, own)) for system, own in short.items()}
                 self._threshold = fit_threshold(odds[1], odds[2])
         found = self._threshold
         return {"pid": os.getpid()} | ({} if found is None else {"agreement": found.agreement})
 
+    async def _leave_with_the_engine(self) -> None:
+        """Exit once the engine is dead: Serve replaces a dead replica at once, and an unhealthy one after several
+        checks."""
+        while not self._engine.errored:
+            await asyncio.sleep(WATCH_S)
+        os._exit(1)
+
     async def check_health(self) -> None:
-        """Called by Serve, which replaces a replica whose engine has died."""
+        """Called by Serve."""
         await self.ready()
         await self._engine.check_health()
 
@@ -136,7 +156,7 @@ class Replica:
 
     async def _answer(self, request: Request, kind: Any, create: Any) -> Response:
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-        from vllm.exceptions import VLLMError
+        from vllm.exceptions import VLLMError, VLLMServerError
 
         headers: dict[str, str] = {}
         try:
@@ -148,8 +168,10 @@ class Replica:
             answer = await create(kind.model_validate(asked), request)
         except BadRequest as error:
             return JSONResponse(error.body, error.status)
+        except VLLMServerError as error:  # such as a dead engine: another try may succeed
+            return JSONResponse(error_body(503, one_line(error, 300)), 503)
         except (ValueError, TypeError, OverflowError, NotImplementedError, VLLMError) as error:
-            return JSONResponse(BadRequest(400, one_line(error, 300)).body, 400)
+            return JSONResponse(error_body(400, one_line(error, 300)), 400)
         if isinstance(answer, ErrorResponse):
             return JSONResponse(answer.model_dump(), answer.error.code)
         if hasattr(answer, "model_dump"):

@@ -26,8 +26,13 @@ class BadRequest(ValueError):
     @property
     def body(self) -> dict[str, Any]:
         """The error in the OpenAI protocol's form."""
-        kind = "authentication_error" if self.status == 401 else "invalid_request_error"
-        return {"error": {"message": str(self), "type": kind, "param": None, "code": self.status}}
+        return error_body(self.status, str(self))
+
+
+def error_body(status: int, why: str) -> dict[str, Any]:
+    """An error in the OpenAI protocol's form; its clients repeat a request after a status of 500 and more."""
+    kind = "server_error" if status >= 500 else "authentication_error" if status == 401 else "invalid_request_error"
+    return {"error": {"message": why, "type": kind, "param": None, "code": status}}
 
 
 def digest_of(key: str) -> str:

@@ -4,9 +4,10 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -15,7 +16,7 @@ from openai import AuthenticationError, BadRequestError, NotFoundError, OpenAI
 
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.test_job import free_port
-from tests.tiny_run import ROOT
+from tests.tiny_run import ROOT, command
 
 pytestmark = pytest.mark.e2e
 SECRET = "not-for-everyone"
@@ -26,21 +27,32 @@ Server = tuple[subprocess.Popen[str], str]
 """The running command, and its address."""
 
 
-@pytest.fixture(scope="module")
-def server(finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    command = [sys.executable, "-m", "lorapar_ray.cli", "serve", "--run-dir", str(finished.run)]
-    command += ["--port", str(free_port())]
+@contextmanager
+def serving(run: Path, port: int, log: Path) -> Iterator[Server]:
+    """The command on this port, once it serves; it ends with the block. Its standard error goes to `log`."""
     environment = {**os.environ, "LORAPAR_API_KEY": SECRET}
     environment.pop("RAY_ADDRESS", None)
-    log = tmp_path_factory.mktemp("serve") / "stderr"
-    with log.open("w") as errors:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
-        assert process.stdout is not None
+    started = command("serve", "--run-dir", run, "--port", str(port))
+    with log.open("a") as errors:
+        process = subprocess.Popen(started, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+    assert process.stdout is not None
+    try:
         said = process.stdout.readline()
         assert said.startswith("serving base, sft, grpo, auto at http://127.0.0.1:"), said + log.read_text()
+        yield process, said.split()[-1]
+    finally:
+        process.kill()
+        process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def server(finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("serve") / "stderr"
+    with serving(finished.run, free_port(), log) as (process, address):
+        assert process.stdout is not None
         told = process.stdout.readline()
         assert re.fullmatch(r"auto: the student's own vote agrees with the labels on \d+% \(chance 50 %\)\n", told)
-        yield process, said.split()[-1]
+        yield process, address
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
         assert SECRET not in log.read_text() + process.stdout.read()
