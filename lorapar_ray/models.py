@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, redirect_stderr
 from importlib import import_module
-from importlib.metadata import packages_distributions, version
+from importlib.metadata import version
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -151,7 +151,7 @@ def package_version(path: str) -> str | None:
         UserError: there is no such package.
     """
     module = _packaged(path.removeprefix(PACKAGE_PREFIX))[0]
-    return None if find_spec(module) is None else version(packages_distributions()[module][0])
+    return None if find_spec(module) is None else version(module)
 
 
 def _no_package(name: str) -> UserError:
