@@ -86,6 +86,7 @@ def run_stages(
     config: Config, run: RunDirectory, stages: tuple[str, ...], verbose: bool, redo: Sequence[str] = ()
 ) -> None:
     """Run those of `stages` that are due, and tell where the results are."""
+    from lorapar_ray.engines.kept import keeping_engines
     from lorapar_ray.pipeline import check, dependents, pending, require_leave, run_stage
     from lorapar_ray.progress import console
     from lorapar_ray.session import ray_session
@@ -97,7 +98,7 @@ def run_stages(
         replaced = dependents(config, redo)
         needs_ray = any(PIPELINE[name].uses_ray(config) for name in due)
         try:
-            with ray_session(verbose) if needs_ray else nullcontext():
+            with ray_session(verbose) if needs_ray else nullcontext(), keeping_engines(due):
                 for name in stages:
                     run_stage(config, run, name, "yes" if name in redo else "if_changed" if name in replaced else "no")
         except KeyboardInterrupt as interrupt:

@@ -143,6 +143,20 @@ def engine_environment(engine: EngineConfig, resources: Resources) -> dict[str, 
     }
 
 
+def same_engine(engine: EngineConfig, resources: Resources, other: EngineConfig, its: Resources) -> bool:
+    """Whether two stages ask for the same engine of one model: equal arguments, environment and kind of node.
+
+    The cores that an actor asks Ray for do not matter, the threads that it computes with do.
+    """
+
+    def asked(engine: EngineConfig, resources: Resources) -> Any:
+        arguments = engine_arguments("", engine, seed=0, trust_remote_code=False)
+        places = resources.nodes, resources.gpu_count, memory_share(resources)
+        return arguments, engine_environment(engine, resources), places
+
+    return bool(asked(engine, resources) == asked(other, its))
+
+
 def cpu_environment(engine: EngineConfig) -> dict[str, str]:
     """Environment that makes an engine on a CPU start faster.
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import cycle
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ import pyarrow as pa
 
 from lorapar_ray.config import EngineConfig, Resources
 from lorapar_ray.engines.actor import start_engine
+from lorapar_ray.engines.kept import end
 from lorapar_ray.engines.policy import Policy
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.engine import EvaluationEngine
@@ -34,8 +36,12 @@ RESTARTS = 3
 OBJECT_STORE_BYTES = 256 * 2**20
 LEAVE_LIMIT_S = 5.0
 """Time for engines to end by themselves."""
-FAILURE = "failure"
-"""Key of a row that holds an error instead of answers."""
+FAILURE, LOST = "failure", "lost"
+"""Beginnings of the key of a row that holds an error instead of answers; `LOST`: an engine's death."""
+
+
+class EngineLost(UserError):
+    """An engine died, and Ray restarts it no more."""
 
 
 class Engines:
@@ -53,30 +59,32 @@ class Engines:
         trust_remote_code: bool = False,
         sync: str = "merged",
         max_lora_rank: int | None = None,
+        running: Sequence[Any] = (),
     ) -> None:
         """Create the actors; their engines start with `start`, or with the first request.
 
         Args:
             model: what vLLM loads: a directory or a hub name.
             sync: `merged` or `adapter` (see `start_engine`).
+            running: actors of such engines, which Ray does not restart; a lost one is replaced here.
         """
         self._at_once = -(-2 * settings.max_num_seqs // REQUESTS_PER_BLOCK)
         """Blocks per engine: those in computation, and the next ones."""
-        self._actors = [
-            start_engine(
-                model,
-                settings,
-                resources,
-                seed=seed,
-                where=where,
-                trust_remote_code=trust_remote_code,
-                sync=sync,
-                max_lora_rank=max_lora_rank,
-                actor=EvaluationEngine,
-                restarts=RESTARTS,
-            )
-            for _ in range(count)
-        ]
+        self._new = partial(
+            start_engine,
+            model,
+            settings,
+            resources,
+            seed=seed,
+            where=where,
+            trust_remote_code=trust_remote_code,
+            sync=sync,
+            max_lora_rank=max_lora_rank,
+            actor=EvaluationEngine,
+            restarts=RESTARTS,
+        )
+        self._running = list(running[:count])
+        self._actors = [*self._running, *(self._new() for _ in range(count - len(self._running)))]
 
     def __enter__(self) -> Engines:
         return self
@@ -92,7 +100,19 @@ class Engines:
         """
         import ray
 
-        ray.get([actor.start.remote() for actor in self._actors])
+        try:
+            ray.get([actor.start.remote() for actor in self._actors])
+        except ray.exceptions.RayActorError:
+            if not self._running:
+                raise
+            self._replace_running()
+            ray.get([actor.start.remote() for actor in self._actors])
+
+    def _replace_running(self) -> None:
+        """Put new actors in the place of those that were running, one of which is lost."""
+        lost, self._running = self._running, []
+        end(lost)
+        self._actors = [*self._actors[len(lost) :], *(self._new() for _ in lost)]
 
     def answers(self, requests: Sequence[Request], policy: Policy | None = None) -> Iterator[list[Answer]]:
         """The answers, in groups, in the order in which they finish.
@@ -103,6 +123,20 @@ class Engines:
         Raises:
             UserError: an engine died more than `RESTARTS` times, or could not answer.
         """
+        left = {request.key: request for request in requests}
+        try:
+            for found in self._answers(requests, policy):
+                for answer in found:
+                    left.pop(answer.key, None)
+                yield found
+        except EngineLost:
+            if not self._running:
+                raise
+            self._replace_running()
+            yield from self._answers(list(left.values()), policy)
+
+    def _answers(self, requests: Sequence[Request], policy: Policy | None) -> Iterator[list[Answer]]:
+        """As `answers`, without replacing an engine."""
         import ray
 
         served = ("base", []) if policy is None else (policy.digest, [ray.put(policy)])
@@ -200,11 +234,14 @@ def _answers(table: pa.Table) -> list[Answer]:
     """The answers of an `answer_table`.
 
     Raises:
-        UserError: it holds an error instead.
+        EngineLost, UserError: it holds an error instead.
     """
     found = answers_of(table)
-    if failed := [answer for answer in found if answer.key.startswith(FAILURE)]:
-        raise UserError(failed[0].key.removeprefix(FAILURE))
+    for answer in found:
+        if answer.key.startswith(LOST):
+            raise EngineLost(answer.key.removeprefix(LOST))
+        if answer.key.startswith(FAILURE):
+            raise UserError(answer.key.removeprefix(FAILURE))
     return found
 
 
@@ -213,10 +250,9 @@ def _failure(error: Exception) -> pa.Table:
     import ray
 
     if isinstance(error, ray.exceptions.RayActorError):
-        why = f"evaluate: an engine died {RESTARTS + 1} times; answers so far are kept. {reason(error)}"
+        key = f"{LOST}evaluate: an engine died {RESTARTS + 1} times; answers so far are kept. {reason(error)}"
     else:
         cause = getattr(error, "cause", None) or error
         why = str(cause) if isinstance(cause, UserError) else f"evaluate: an engine cannot answer ({reason(error)})"
-    return pa.Table.from_pylist(
-        [{"key": FAILURE + why, "tokens": [], "logprobs": [], "greedy": []}], schema=ANSWER_SCHEMA
-    )
+        key = FAILURE + why
+    return pa.Table.from_pylist([{"key": key, "tokens": [], "logprobs": [], "greedy": []}], schema=ANSWER_SCHEMA)

@@ -18,6 +18,7 @@ from lorapar_ray.datasets.decoder import Decoding, decoding
 from lorapar_ray.datasets.labelled import evaluation_table, require_room
 from lorapar_ray.datasets.rows import count_rows
 from lorapar_ray.datasets.tokens import UNLABELLED, Questions, Selection, TokenTable
+from lorapar_ray.engines.kept import kept_engines
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.accuracy import accuracy
 from lorapar_ray.evaluation.answers import AnswerStore
@@ -155,6 +156,10 @@ def _questions(config: Config, run: RunDirectory) -> list[dict[str, Any]]:
 
 def _engines(config: Config, adapters: Sequence[Path | None]) -> Engines:
     settings, base = config.evaluate, model_reference(config.model.path)
+    how = serving(base, adapters, settings.serve)
+    running = kept_engines().take() if how["sync"] == "merged" else []  # as stage 2's are
+    if running:
+        console.print("  stage 2's engines answer")
     return Engines(
         base,
         settings.engine,
@@ -162,7 +167,8 @@ def _engines(config: Config, adapters: Sequence[Path | None]) -> Engines:
         settings.engines,
         seed=config.seed,
         trust_remote_code=config.model.trust_remote_code,
-        **serving(base, adapters, settings.serve),
+        running=running,
+        **how,
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -18,6 +19,7 @@ from lorapar_ray.boundary import last_line, read_object
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.labelled import require_room, token_table
 from lorapar_ray.datasets.tokens import Questions, Selection, TokenTable
+from lorapar_ray.engines.kept import HandedEngines, kept_engines
 from lorapar_ray.errors import UserError
 from lorapar_ray.gpus import sync_of
 from lorapar_ray.grpo.coordinator import Coordinator
@@ -25,6 +27,8 @@ from lorapar_ray.grpo.environments.registry import require_environment
 from lorapar_ray.grpo.placement import reserved
 from lorapar_ray.grpo.rewards.judge import judging
 from lorapar_ray.grpo.rewards.registry import require_rewards
+from lorapar_ray.grpo.sampler import new_engine
+from lorapar_ray.grpo.staying import staying_engines
 from lorapar_ray.grpo.worker import GrpoJob, learn_worker
 from lorapar_ray.mergeable import not_in_the_files, unmergeable
 from lorapar_ray.progress import progress
@@ -81,7 +85,9 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
     _require_servable(sync_of(config.grpo), stage.job.base, Path(stage.job.adapter_in))
     with progress("grpo", stage.job.steps, lambda: poll(Path(stage.job.metrics))), judging(config) as judge:
         plan = {**stage.plan, "judge": judge}
-        run_learners(stage, Coordinator, plan, learn_worker, stage.job.payload(), stage.writes)
+        staying = staying_engines(config, plan)
+        run_learners(stage, Coordinator, plan, learn_worker, stage.job.payload(), stage.writes, staying)
+    kept_engines().keep(staying)
     stage.finish()
     return stage.notes
 
@@ -137,6 +143,7 @@ def run_learners(
     worker: Callable[[dict[str, Any]], None],
     payload: dict[str, Any],
     writes: list[Path],
+    staying: Sequence[Any] = (),
 ) -> None:
     """Run learners and their coordinator to the end of the stage.
 
@@ -144,6 +151,7 @@ def run_learners(
         first: the run, or the first of several, whose resources they use.
         coordinator: the class of the actor, which takes `plan`.
         worker: a learner's function, which takes `payload`.
+        staying: rollout engines of this process, which are left running.
 
     Raises:
         UserError: the cluster is too small, or an engine or a learner reports one.
@@ -152,8 +160,9 @@ def run_learners(
 
     settings, name = first.config.grpo, first.job.coordinator
     options = {"name": name, "max_concurrency": 1000, "max_restarts": RESTARTS}
-    with reserved(first.config) as place:
-        actor = ray.remote(coordinator).options(**beside_the_driver(), **options).remote(plan, place=place)
+    with nullcontext() if staying else reserved(first.config) as place:
+        handed = HandedEngines(dict(enumerate(staying)), partial(new_engine, plan, None)) if staying else None
+        actor = ray.remote(coordinator).options(**beside_the_driver(), **options).remote(plan, handed, place)
         try:
             engines = actor.start.remote()  # in parallel with the learners, whose first policy waits
             run_workers(
@@ -171,7 +180,10 @@ def run_learners(
                 ray.get(engines)  # an engine's start error says more than the waiting learners' error
             raise
         finally:
-            _stop(actor)
+            if staying:
+                ray.kill(actor)  # with all that it owns
+            else:
+                _stop(actor)
 
 
 def _require_servable(sync: str, base: str, adapter: Path) -> None:

@@ -9,7 +9,7 @@ from math import ceil
 from typing import Any
 
 from lorapar_ray.config import GrpoConfig
-from lorapar_ray.engines.actor import start_engine
+from lorapar_ray.engines.actor import EngineActor, start_engine
 from lorapar_ray.engines.policy import PolicyNote
 from lorapar_ray.gpus import sync_of
 from lorapar_ray.grpo.canaries import MOST_TOLERANCE, Canary
@@ -115,8 +115,8 @@ class Sampler:
         await self._engines.stop()
 
 
-def new_engine(plan: dict[str, Any], place: Any, slot: int) -> Any:
-    """Create a run's rollout engine for place `slot`; returns its handle."""
+def new_engine(plan: dict[str, Any], place: Any, slot: int, actor: type[EngineActor] = EngineActor) -> Any:
+    """Create a run's rollout engine for place `slot`, an `actor`; returns its handle."""
     settings = GrpoConfig.model_validate(plan["settings"])
     engine = settings.rollout_engine
     if settings.top_k:  # the largest number of log-probabilities per request
@@ -132,6 +132,7 @@ def new_engine(plan: dict[str, Any], place: Any, slot: int) -> Any:
         max_lora_rank=plan["lora_rank"],
         arms=plan.get("arms", 1),
         place=place if slot < settings.rollout_actors else None,  # only those have a bundle there
+        actor=actor,
     )
 
 

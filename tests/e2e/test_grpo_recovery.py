@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -21,10 +22,10 @@ from tests.tiny_run import ROOT, command, lorapar, metrics
 
 pytestmark = pytest.mark.e2e
 STEPS, DRIVER_AFTER = 10, 8
-ENGINES = ["ray::EngineActor", "VLLM::EngineCore"]
+ENGINES = ["ray::(EngineActor|EvaluationEngine)", "VLLM::EngineCore"]
 REWARDS = ["lorapar_ray.grpo.rewards.worker", "ray::RewardActor"]
 LEARNERS = ["ray::RayTrainWorker", "ray::Coordinator"]
-"""Parts of the command lines of what is killed."""
+"""Patterns in the command lines of what is killed."""
 
 
 def draw(chance: Random, thorough: bool) -> dict[str, int]:
@@ -40,10 +41,10 @@ def draw(chance: Random, thorough: bool) -> dict[str, int]:
 
 
 def find(root: psutil.Process, what: str) -> psutil.Process | None:
-    """A live descendant by its command line."""
+    """A live descendant by a pattern in its command line."""
     for process in root.children(recursive=True):
         try:
-            if what in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+            if re.search(what, " ".join(process.cmdline())) and process.status() != psutil.STATUS_ZOMBIE:
                 return process
         except psutil.NoSuchProcess:
             continue
@@ -57,9 +58,10 @@ def test_every_kind_of_process_may_die(
     victims = draw(chance, thorough)
     run = copy_before(finished, "grpo", tmp_path / "run")
     changes = (f"steps={STEPS}", "max_staleness=1", "refill_limit=0", "checkpoint_every=1")
-    arguments = ["grpo", "-c", finished.config, "-d", run, *(f"--set=grpo.{change}" for change in changes)]
+    arguments = ["-c", finished.config, "-d", run, *(f"--set=grpo.{change}" for change in changes)]
     log = (tmp_path / "log").open("w")
-    process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    # `run`, whose driver makes the first engines, since the evaluation would use them too
+    process = subprocess.Popen(command("run", *arguments), cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
     root, pause, deadline = psutil.Process(process.pid), threading.Event(), time.monotonic() + 800
     killed: list[str] = []
     orphans: list[psutil.Process] = []
@@ -91,7 +93,7 @@ def test_every_kind_of_process_may_die(
         "rollout_resources.cpus=0.3",
     )
     with recovery("grpo", "driver"):
-        again = lorapar(*arguments, *(f"--set=grpo.{change}" for change in more))
+        again = lorapar("grpo", *arguments, *(f"--set=grpo.{change}" for change in more))
     assert again.returncode == 0, again.stderr
     lines = metrics(run, "grpo")
     assert [line["policy_version"] for line in lines] == list(range(1, STEPS + 1))

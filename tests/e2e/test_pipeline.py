@@ -36,6 +36,7 @@ def test_every_stage_finishes(finished: FinishedRun) -> None:
     assert finished.status == 0, finished.output
     stages = json.loads((finished.run / "manifest.json").read_text())["stages"]
     assert {name: stages[name]["status"] for name in STAGES} == dict.fromkeys(STAGES, "done")
+    assert "stage 2's engines answer" in finished.output
     page = (finished.run / "report" / "index.html").read_text()
     assert "Not run yet" not in page
     assert 'src="http' not in page and 'href="http' not in page

@@ -1,0 +1,68 @@
+"""The evaluation's engines, some of which ran before it; the engines only pretend to answer, for fault injection."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from lorapar_ray.config import EngineConfig, Resources
+from lorapar_ray.evaluation import engines as evaluation_engines
+from lorapar_ray.evaluation.engines import Engines
+from lorapar_ray.evaluation.requests import Answer, Request, answer_table
+
+pytestmark = pytest.mark.cluster
+REQUESTS = [Request("generate", [1, number]) for number in range(60)]
+
+
+class FakeEngine:
+    """Answers with its process id; ends with its process when it is asked for the `dies_at`-th time."""
+
+    def __init__(self, dies_at: int | None = None) -> None:
+        self._left = dies_at
+
+    def start(self) -> None:
+        if self._left == 0:
+            os._exit(1)
+
+    def answer(self, requests: pa.Table, digest: str, policy: Sequence[Any]) -> pa.Table:
+        if self._left is not None:
+            self._left -= 1
+            if self._left <= 0:
+                os._exit(1)
+        return answer_table([Answer(key, tokens=[os.getpid()]) for key in requests["key"].to_pylist()])
+
+    def leave(self) -> None: ...
+
+
+@pytest.fixture
+def made(cluster: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The actors that were started since."""
+    import ray
+
+    started: list[Any] = []
+
+    def start(*_: object, **__: object) -> Any:
+        started.append(ray.remote(FakeEngine).options(num_cpus=0).remote())
+        return started[-1]
+
+    monkeypatch.setattr(evaluation_engines, "start_engine", start)
+    return started
+
+
+@pytest.mark.parametrize(("dies_at", "others"), [(None, 0), (0, 1), (2, 1)])
+def test_a_running_engine_that_is_lost_is_replaced_and_costs_no_answer(
+    dies_at: int | None, others: int, made: list[Any]
+) -> None:
+    import ray
+
+    running = ray.remote(FakeEngine).options(num_cpus=0).remote(dies_at)
+    settings = EngineConfig(max_num_seqs=32)
+    with Engines("m", settings, Resources(cpus=0), running=[running]) as engines:
+        engines.start()
+        answers = [answer for found in engines.answers(REQUESTS) for answer in found]
+    assert sorted(answer.key for answer in answers) == sorted(request.key for request in REQUESTS)
+    assert len(made) == others
+    processes = {answer.tokens[0] for answer in answers}
+    assert len(processes) == (2 if dies_at == 2 else 1)
