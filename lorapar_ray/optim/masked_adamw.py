@@ -210,15 +210,6 @@ class MaskedAdamW(torch.optim.Optimizer):
             self._triton.step(self.param_groups, gradients, clip=True)
         return norm
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch; gradients that are not set to None are zeroed together."""
-        if set_to_none:
-            super().zero_grad()
-            return
-        kept = [p.grad.detach_() for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if kept:
-            torch._foreach_zero_(kept)
-
     def _for_one_launch(self) -> list[Tensor] | None:
         """The gradients, with `_triton` ready for the step; None if this step uses another path."""
         if not self._triton_was_tried:

@@ -303,18 +303,6 @@ def test_an_overflow_under_loss_scaling_skips_the_step_whole() -> None:
     assert scaler.get_scale() == 2.0
 
 
-def test_gradients_are_dropped_or_zeroed_in_place() -> None:
-    first, second = parameter(1), parameter(2)
-    optimizer = MaskedAdamW([first, second])
-    first.grad = kept = gradient(0)
-    optimizer.zero_grad(set_to_none=False)
-    assert first.grad is kept
-    assert not kept.any()
-    assert second.grad is None
-    optimizer.zero_grad()
-    assert first.grad is None
-
-
 def test_an_empty_mask_leaves_its_parameter_unchanged() -> None:
     ours = parameter(1)
     start = ours.detach().clone()
