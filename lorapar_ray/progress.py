@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lorapar_ray.boundary import last_line
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import write_json
 from lorapar_ray.text import shown
@@ -119,6 +120,20 @@ def _lines(what: str, total: int, poll: Callable[[], tuple[int, str]], stop: thr
             shown = done
         if finished:
             return
+
+
+def training_progress(
+    metrics: Sequence[str], starting: str, remark: Callable[[Sequence[dict[str, Any]]], str]
+) -> tuple[int, str]:
+    """Steps so far, and a remark, of runs that train together; for `progress`.
+
+    Args:
+        metrics: each run's file of metrics, one line per step.
+        starting: the remark before the first step.
+        remark: makes one of the runs' last lines.
+    """
+    last = [line for file in metrics if (line := last_line(Path(file)))]
+    return (sum(line["step"] for line in last), remark(last)) if last else (0, starting)
 
 
 class Pace:

@@ -15,7 +15,7 @@ from typing import Any
 
 from lorapar_ray.adapters import read_adapter_state
 from lorapar_ray.adapters.export import export_plain
-from lorapar_ray.boundary import last_line, read_object
+from lorapar_ray.boundary import read_object
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.labelled import require_room, token_table
 from lorapar_ray.datasets.tokens import Questions, Selection, TokenTable
@@ -31,7 +31,7 @@ from lorapar_ray.grpo.sampler import new_engine
 from lorapar_ray.grpo.staying import staying_engines
 from lorapar_ray.grpo.worker import GrpoJob, learn_worker
 from lorapar_ray.mergeable import not_in_the_files, unmergeable
-from lorapar_ray.progress import progress
+from lorapar_ray.progress import progress, training_progress
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.job import residual
 from lorapar_ray.student import base_reference, starting_adapter
@@ -83,7 +83,7 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
     """
     stage = stage2(config, run)
     _require_servable(sync_of(config.grpo), stage.job.base, Path(stage.job.adapter_in))
-    with progress("grpo", stage.job.steps, lambda: poll(Path(stage.job.metrics))), judging(config) as judge:
+    with progress("grpo", stage.job.steps, lambda: steps_done(stage.job.metrics)), judging(config) as judge:
         plan = {**stage.plan, "judge": judge}
         staying = staying_engines(config, plan)
         run_learners(stage, Coordinator, plan, learn_worker, stage.job.payload(), stage.writes, staying)
@@ -225,9 +225,11 @@ def _questions(config: Config, run: RunDirectory) -> Questions:
     return Questions(chosen)
 
 
-def poll(metrics: Path) -> tuple[int, str]:
-    """Steps so far and a remark, for a progress bar."""
-    last = last_line(metrics)
-    if not last:
-        return 0, "starting engines and learners"
-    return last["step"], f"reward {last['reward']:.3f} length {last['completion_length']:.0f}"
+def steps_done(*metrics: str) -> tuple[int, str]:
+    """See `training_progress`."""
+    return training_progress(metrics, "starting engines and learners", _remark)
+
+
+def _remark(last: Sequence[dict[str, Any]]) -> str:
+    rewards = ", ".join(f"{line['reward']:.3f}" for line in last)
+    return f"reward {rewards} length " + ", ".join(f"{line['completion_length']:.0f}" for line in last)

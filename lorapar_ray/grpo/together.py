@@ -7,12 +7,10 @@ Each run keeps its prompts, rewards, versions, digests, canaries and staleness b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from lorapar_ray.boundary import last_line
 from lorapar_ray.config import Config
-from lorapar_ray.grpo.worker import GrpoJob, learn_arms_worker
+from lorapar_ray.grpo.worker import learn_arms_worker
 from lorapar_ray.progress import progress
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.together import adapter_alone, require_one_base, stage_shape
@@ -67,12 +65,13 @@ def train_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[dict[
             packed.
     """
     from lorapar_ray.grpo.coordinators import Coordinators
-    from lorapar_ray.grpo.job import run_learners, stage2
+    from lorapar_ray.grpo.job import run_learners, stage2, steps_done
 
     stages = [stage2(_by_adapter(config), run) for config, run in members]
     require_one_base([(stage.run, stage.job.base) for stage in stages])
     jobs = [stage.job for stage in stages]
-    with progress(f"grpo × {len(jobs)}", sum(job.steps for job in jobs), lambda: _poll(jobs)):
+    steps, metrics = sum(job.steps for job in jobs), [job.metrics for job in jobs]
+    with progress(f"grpo × {len(jobs)}", steps, lambda: steps_done(*metrics)):
         run_learners(
             stages[0],
             Coordinators,
@@ -89,11 +88,3 @@ def train_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[dict[
 def _by_adapter(config: Config) -> Config:
     """The config with `grpo.sync: adapter`, by which one engine can serve several policies."""
     return config.model_copy(update={"grpo": config.grpo.model_copy(update={"sync": "adapter"})})
-
-
-def _poll(jobs: Sequence[GrpoJob]) -> tuple[int, str]:
-    """Steps so far, of all runs together, and a remark."""
-    last = [line for job in jobs if (line := last_line(Path(job.metrics)))]
-    if not last:
-        return 0, "starting engines and learners"
-    return sum(line["step"] for line in last), "reward " + ", ".join(f"{line['reward']:.3f}" for line in last)

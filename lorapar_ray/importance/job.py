@@ -113,7 +113,7 @@ def _run(config: Config, run: RunDirectory, job: ScoreJob, plan: Plan, folder: P
     def poll() -> tuple[int, str]:
         saying = phase.read_text() if phase.is_file() else "starting workers"
         if saying == "warm-up" and job.warm_up is not None:
-            done, remark = steps_done(Path(job.warm_up["metrics"]))
+            done, remark = steps_done(job.warm_up["metrics"])
             return 0, f"warm-up step {done} · {remark}" if done else "warm-up"
         return every - _left(plan, folder), saying
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lorapar_ray.adapters.export import export_plain
-from lorapar_ray.boundary import last_line
 from lorapar_ray.config import Config, SftConfig
 from lorapar_ray.datasets.labelled import require_room, token_table
 from lorapar_ray.datasets.tokens import Selection, TokenTable
-from lorapar_ray.progress import progress
+from lorapar_ray.progress import progress, training_progress
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.batches import steps_in, validation_rows
 from lorapar_ray.sft.worker import SftJob, train_worker
@@ -147,7 +146,7 @@ def _job(
 
 
 def _run(job: SftJob, settings: SftConfig, steps: int, title: str, run: RunDirectory) -> None:
-    with progress(title, steps, lambda: steps_done(Path(job.metrics))):
+    with progress(title, steps, lambda: steps_done(job.metrics)):
         run_workers(
             train_worker,
             job.payload(),
@@ -161,9 +160,11 @@ def _run(job: SftJob, settings: SftConfig, steps: int, title: str, run: RunDirec
     shutil.rmtree(job.checkpoints, ignore_errors=True)
 
 
-def steps_done(metrics: Path) -> tuple[int, str]:
-    """Steps so far and a remark, for a progress bar."""
-    last = last_line(metrics)
-    if not last:
-        return 0, "starting workers"
-    return last["step"], f"loss {last['loss']:.3f} · {last['tokens_per_s']:.0f} tokens/s"
+def steps_done(*metrics: str) -> tuple[int, str]:
+    """See `training_progress`."""
+    return training_progress(metrics, "starting workers", _remark)
+
+
+def _remark(last: Sequence[dict[str, Any]]) -> str:
+    losses = ", ".join(f"{line['loss']:.3f}" for line in last)
+    return f"loss {losses} · {sum(line['tokens_per_s'] for line in last):.0f} tokens/s"

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
-from lorapar_ray.boundary import last_line
 from lorapar_ray.config import Config
 from lorapar_ray.config.base import Section
 from lorapar_ray.config.marks import deciding
@@ -17,8 +15,7 @@ from lorapar_ray.files import digest
 from lorapar_ray.progress import progress
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.arms_worker import train_arms_worker
-from lorapar_ray.sft.job import Part, export_if_residual, notes_of, residual, stage1_parts, train_part
-from lorapar_ray.sft.worker import SftJob
+from lorapar_ray.sft.job import Part, export_if_residual, notes_of, residual, stage1_parts, steps_done, train_part
 from lorapar_ray.workers import run_workers
 
 SHARED_ADAPTER = ("rank", "dropout", "targets")
@@ -99,7 +96,8 @@ def _train_parts(due: Sequence[tuple[Part, Config, RunDirectory]]) -> None:
     parts = [part for part, _, _ in due]
     jobs = [part.job for part in parts]
     _, config, run = due[0]
-    with progress(f"{parts[0].title} × {len(due)}", sum(part.steps for part in parts), lambda: steps_of_all(jobs)):
+    steps, metrics = sum(part.steps for part in parts), [job.metrics for job in jobs]
+    with progress(f"{parts[0].title} × {len(due)}", steps, lambda: steps_done(*metrics)):
         run_workers(
             train_arms_worker,
             {"jobs": [job.payload() for job in jobs]},
@@ -125,13 +123,3 @@ def require_one_base(bases: Sequence[tuple[RunDirectory, str]]) -> None:
         return
     if len({run.fingerprints.of_input(base) for run, base in bases}) > 1:
         raise UserError("the residual bases of these runs differ: each trains against its own")
-
-
-def steps_of_all(jobs: Sequence[SftJob]) -> tuple[int, str]:
-    """Steps so far, of all arms together, and a remark."""
-    last = [line for job in jobs if (line := last_line(Path(job.metrics)))]
-    if not last:
-        return 0, "starting workers"
-    losses = ", ".join(f"{line['loss']:.3f}" for line in last)
-    speed = sum(line["tokens_per_s"] for line in last)
-    return sum(line["step"] for line in last), f"loss {losses} · {speed:.0f} tokens/s"

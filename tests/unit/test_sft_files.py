@@ -10,6 +10,8 @@ import torch
 
 from lorapar_ray.boundary import last_line, read_lines
 from lorapar_ray.errors import UserError
+from lorapar_ray.grpo import job as grpo
+from lorapar_ray.sft import job as sft
 from lorapar_ray.sft.checkpoint import OPTIMIZER, PARAMETERS, STATE, WORKERS, last_checkpoint, rng_state, set_rng_state
 from lorapar_ray.tensortree import load_tree, save_tree
 from lorapar_ray.tracking import append_line, keep_lines_until, require_trackers
@@ -75,6 +77,19 @@ def test_a_completion_may_hold_any_character(tmp_path: Path, text: str) -> None:
     keep_lines_until(file, 2)
     assert read_lines(file) == [{"step": step, "completion": text} for step in (1, 2)]
     assert last_line(file) == {"step": 2, "completion": text}
+
+
+def test_progress_counts_the_steps_of_all_runs_that_train_together(tmp_path: Path) -> None:
+    files = [str(tmp_path / f"{name}.jsonl") for name in "abc"]
+    assert sft.steps_done(*files) == (0, "starting workers")
+    assert grpo.steps_done(*files) == (0, "starting engines and learners")
+    line = {"loss": 0.5, "tokens_per_s": 20.0, "reward": 1.0, "completion_length": 6.6}
+    append_line(Path(files[0]), {"step": 2, **line})
+    assert sft.steps_done(*files) == (2, "loss 0.500 · 20 tokens/s")
+    assert grpo.steps_done(*files) == (2, "reward 1.000 length 7")
+    append_line(Path(files[2]), {"step": 3, **line})
+    assert sft.steps_done(*files) == (5, "loss 0.500, 0.500 · 40 tokens/s")
+    assert grpo.steps_done(*files) == (5, "reward 1.000, 1.000 length 7, 7")
 
 
 def test_a_missing_tracker_is_named_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
