@@ -31,7 +31,9 @@ def ablate(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the arms and what they share; run nothing.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    from lorapar_ray.ablations.job import described, make_plan, run_plan
+    from lorapar_ray.ablations.description import described
+    from lorapar_ray.ablations.job import run_plan
+    from lorapar_ray.ablations.plan import make_plan
 
     folder = disk_path(out, "--out") if out else Path("runs") / f"{load_config(config, set_ or []).name}-{grid}"
     plan = make_plan(

@@ -14,8 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from lorapar_ray.ablations.at_once import AT_ONCE, batches, groups_of, run_at_once
+from lorapar_ray.ablations.description import described
 from lorapar_ray.ablations.grids import GRIDS, Claim
-from lorapar_ray.ablations.job import _run_part, described, make_plan, report
+from lorapar_ray.ablations.job import _run_part
+from lorapar_ray.ablations.plan import make_plan
+from lorapar_ray.ablations.report import report
 from lorapar_ray.ablations.results import Outcome, decide, mean_interval
 from lorapar_ray.ablations.sharing import borrow, borrow_sums
 from lorapar_ray.ablations.units import Unit, counted, shared_keys

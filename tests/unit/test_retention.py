@@ -8,8 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lorapar_ray.ablations.description import described
 from lorapar_ray.ablations.grids import GRIDS, Claim
-from lorapar_ray.ablations.job import described, make_plan, report
+from lorapar_ray.ablations.plan import make_plan
+from lorapar_ray.ablations.report import report
 from lorapar_ray.ablations.retention import Point, compare, cost_at, read_point, systems_of_tasks
 from lorapar_ray.ablations.units import Unit
 from tests.tiny_run import ROOT

@@ -13,8 +13,10 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
+from lorapar_ray.ablations.description import described
 from lorapar_ray.ablations.grids import Claim
-from lorapar_ray.ablations.job import described, make_plan, report
+from lorapar_ray.ablations.plan import make_plan
+from lorapar_ray.ablations.report import report
 from lorapar_ray.ablations.sequence import Course, compare, mean_skills, read_course
 from lorapar_ray.ablations.units import Unit
 from lorapar_ray.config import Config

@@ -1,0 +1,95 @@
+"""A grid on one config: its arms, its seeds, and the runs that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from lorapar_ray.ablations.grids import GRIDS, Arm, Grid
+from lorapar_ray.ablations.sequence import require_skills
+from lorapar_ray.ablations.units import Unit, main_runs, sweep
+from lorapar_ray.config_file import load_config
+from lorapar_ray.errors import UserError
+from lorapar_ray.pipeline import check
+
+RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A grid on one config."""
+
+    grid: Grid
+    arms: tuple[Arm, ...]
+    file: Path
+    overrides: tuple[str, ...]
+    out: Path
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...] = RATES
+    """Learning rates of a tuned grid's sweep, relative to the config's."""
+
+    @cached_property
+    def sweeps(self) -> list[Unit]:
+        """The sweep's runs, from which each arm's learning rate is chosen."""
+        if not self.grid.tuned or len(self.rates) < 2:
+            return []
+        return sweep(self.arms, self.file, self.overrides, self.out, self.seeds[0], self.rates)
+
+    def units(self, rates: dict[str, float]) -> list[Unit]:
+        """The runs that are compared."""
+        return main_runs(
+            self.arms,
+            self.file,
+            self.overrides,
+            self.out,
+            self.seeds,
+            rates,
+            bool(self.grid.lines or self.grid.sequence),
+        )
+
+
+def make_plan(
+    grid: str,
+    file: Path,
+    overrides: Sequence[str],
+    out: Path,
+    *,
+    seeds: Sequence[int],
+    only: Sequence[str] = (),
+    rates: Sequence[float] = RATES,
+) -> Plan:
+    """Check everything before anything starts.
+
+    Raises:
+        UserError: no such grid or arm, an arm that the config does not allow, or a skill that cannot be measured.
+    """
+    if grid not in GRIDS:
+        raise UserError(f"ablate: unknown grid '{grid}'; known are {', '.join(GRIDS)}")
+    chosen = GRIDS[grid]
+    names = [arm.name for arm in chosen.arms]
+    for name in only:
+        if name not in names:
+            raise UserError(f"--only {name}: no such arm of '{grid}'; known are {', '.join(names)}")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UserError("--seeds: give different whole numbers, such as 1,2,3")
+    arms = tuple(arm for arm in chosen.arms if not only or arm.name in only)
+    label = load_config(file, overrides).label
+    if not label.voted:
+        if without := [arm.name for arm in arms if arm.votes and arm.name in only]:
+            raise UserError(f"--only {without[0]}: needs teachers that vote, and label.strategy is {label.strategy}")
+        arms = tuple(arm for arm in arms if not arm.votes)
+    for key in {each.partition("=")[0] for each in overrides} - set(chosen.free):
+        if key == "seed" or any(change.startswith(f"{key}=") for arm in arms for change in arm.changes):
+            raise UserError(f"--set {key}: the grid '{grid}' sets it itself; leave it out, or choose arms with --only")
+    plan = Plan(chosen, arms, file, tuple(overrides), out, tuple(seeds), tuple(rates))
+    units = plan.units({})
+    if chosen.sequence:
+        require_skills(units[0].config)
+    for unit in [*plan.sweeps, *units]:
+        try:
+            check(unit.config, unit.stages)
+        except UserError as error:
+            raise UserError(f"arm {unit.arm}: {error}") from error
+    return plan

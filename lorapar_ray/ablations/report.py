@@ -1,0 +1,111 @@
+"""The tables and the page of a grid's finished runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorapar_ray.ablations import sequence, tables
+from lorapar_ray.ablations.plan import Plan
+from lorapar_ray.ablations.results import Outcome, decide, read_outcome, summarise, validation_loss
+from lorapar_ray.ablations.retention import Point, compare, joined, markdown, read_point
+from lorapar_ray.ablations.sequence import Course, read_course
+from lorapar_ray.ablations.units import Unit
+from lorapar_ray.files import atomic_path
+
+PAGE = "index.html"
+
+
+def report(plan: Plan, failed: Sequence[str] = ()) -> str:
+    """Write the tables and the page of finished runs; returns the table as Markdown."""
+    from lorapar_ray.ablations.page import write_page
+
+    units = plan.units(chosen_rates(plan.sweeps))
+    found, base = _outcomes(units), _base(units)
+    verdicts = [decide(claim, found.get(claim.better, []), found.get(claim.worse, [])) for claim in plan.grid.claims]
+    summaries = {arm: summarise(arm, outcomes) for arm, outcomes in found.items()}
+    first = summarise("base", [base]) if base else None
+    known = [each for each in verdicts if each is not None]
+    lines, courses = _lines(plan, units), _courses(plan, units)
+    kept = [each for claim in plan.grid.lines if (each := compare(claim, joined(lines))) is not None]
+    forgotten = [lost for claim in plan.grid.sequence if (lost := sequence.compare(claim, courses)) is not None]
+    folders = {arm.name: [unit.folder for unit in units if unit.arm == arm.name] for arm in plan.arms}
+    write_page(
+        plan.out / PAGE,
+        plan.grid,
+        plan.arms,
+        first,
+        summaries,
+        known,
+        folders,
+        planned=len(units),
+        failed=failed,
+        kept=[*kept, *forgotten],
+        lines=lines,
+        matrices={arm: sequence.mean_skills(each) for arm, each in courses.items()},
+        systems=units[0].config.sft.systems,
+    )
+    texts = [tables.write(plan.out, plan.grid, first, summaries, known)]
+    if lines:
+        texts.append(_written(plan.out / "retention.md", markdown(lines, kept)))
+    if courses:
+        untrained = next((skills for unit in units if (skills := sequence.read_skills(unit.folder, "base"))), None)
+        regions = {arm: sequence.read_regions(folders[arm][0]) for arm in courses}
+        texts.append(_written(plan.out / "systems.md", sequence.markdown(courses, regions, untrained, forgotten)))
+        _written(plan.out / "systems.csv", sequence.comma_separated(courses))
+    return "\n".join(texts)
+
+
+def _outcomes(units: Sequence[Unit]) -> dict[str, list[Outcome]]:
+    """Outcomes of the finished runs, by arm."""
+    found: dict[str, list[Outcome]] = {}
+    for unit in units:
+        outcome = read_outcome(unit.folder, unit.seed, unit.config.order[-1], unit.config.sft.learning_rate)
+        if outcome is not None:
+            found.setdefault(unit.arm, []).append(outcome)
+    return found
+
+
+def _base(units: Sequence[Unit]) -> Outcome | None:
+    """The base's outcome, which is the same for all runs; None until one has evaluated it."""
+    starts = (read_outcome(unit.folder, unit.seed, "base", 0.0) for unit in units)
+    return next((Outcome(0, start.right, 0.0, None) for start in starts if start is not None), None)
+
+
+def _courses(plan: Plan, units: Sequence[Unit]) -> dict[str, list[Course]]:
+    """Skills of a sequence grid's finished runs, by arm."""
+    found: dict[str, list[Course]] = {}
+    for unit in units if plan.grid.sequence else ():
+        course = read_course(unit.folder, unit.config)
+        if course is not None:
+            found.setdefault(unit.arm, []).append(course)
+    return found
+
+
+def _lines(plan: Plan, units: Sequence[Unit]) -> dict[str, dict[str, list[Point]]]:
+    """Points of a retention grid's finished runs, by line and arm."""
+    found: dict[str, dict[str, list[Point]]] = {}
+    for unit in units if plan.grid.lines else ():
+        point = read_point(unit.folder, unit.config)
+        if point is not None:
+            found.setdefault(plan.grid.arm(unit.arm).line, {}).setdefault(unit.arm, []).append(point)
+    return found
+
+
+def chosen_rates(sweeps: Sequence[Unit]) -> dict[str, float]:
+    """The learning rate with the lowest validation loss, by arm; arms with an unfinished sweep are left out."""
+    losses: dict[str, dict[float, float]] = {}
+    complete: dict[str, bool] = {}
+    for unit in sweeps:
+        assert unit.rate is not None
+        loss = validation_loss(unit.folder) if (unit.folder / "manifest.json").is_file() else None
+        complete[unit.arm] = complete.get(unit.arm, True) and loss is not None
+        if loss is not None:
+            losses.setdefault(unit.arm, {})[unit.rate] = loss
+    return {arm: min(known, key=lambda rate: known[rate]) for arm, known in losses.items() if complete[arm]}
+
+
+def _written(file: Path, text: str) -> str:
+    with atomic_path(file) as draft:
+        draft.write_text(text)
+    return text
