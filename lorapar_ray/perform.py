@@ -135,9 +135,16 @@ def of_the_machine(run: RunDirectory, stage: str) -> Iterator[None]:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """An error and its causes."""
-    workers = getattr(error, "worker_failures", {})  # of a Ray Train group
-    return [each for each in (error, getattr(error, "cause", None), error.__cause__, *workers.values()) if each]
+    """An error and its causes, and theirs."""
+    found: list[BaseException] = []
+    left: list[Any] = [error]
+    while left:
+        each = left.pop(0)
+        if isinstance(each, BaseException) and each not in found:
+            found.append(each)
+            workers, controller = getattr(each, "worker_failures", {}), getattr(each, "controller_failure", None)
+            left += [getattr(each, "cause", None), each.__cause__, controller, *workers.values()]  # Ray Train's groups
+    return found
 
 
 def _killed(causes: Iterable[BaseException]) -> BaseException | None:

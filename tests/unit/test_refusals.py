@@ -45,7 +45,9 @@ def test_a_process_that_was_killed_for_memory_is_one_line(tmp_path: Path) -> Non
     killed = ray.exceptions.OutOfMemoryError("1 worker(s) were killed\nMemory on the node was 23 GB / 23 GB")
     group = RuntimeError("worker group failed")
     group.worker_failures = {0: killed}  # type: ignore[attr-defined]
-    for error in (killed, group):
+    controller = RuntimeError("controller failed")  # with the error that ended the group
+    controller.controller_failure = group  # type: ignore[attr-defined]
+    for error in (killed, group, controller):
         with (
             pytest.raises(UserError, match=r"^sft: the machine ran out of memory \(1 worker.*command resumes$"),
             of_the_machine(RunDirectory(tmp_path), "sft"),
