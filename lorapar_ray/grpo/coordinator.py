@@ -140,7 +140,7 @@ class Coordinator:
             replaced so far, groups lost with their nodes so far, and finished steps in the queue.
 
         Raises:
-            PolicyMismatch: see `EnginePool.publish`.
+            PolicyMismatch: see `ServedPolicy.publish`.
         """
         task = self._publishing = asyncio.create_task(self._publish(policy, canaries))
         try:

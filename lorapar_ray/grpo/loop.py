@@ -7,7 +7,7 @@
 `collect` runs once for each optimiser step, in the coordinator, which decides when a step may begin (`coordinator.py`).
 `learn` runs on each learner from the first step to the last. They call `sampler.py` (engines and reward workers),
 `batches.py` and `dealing.py` (advantages and shares), `learner.py` and `update.py` (loss, optimiser), and
-`engine_pool.py` (publishing).
+`served_policy.py` (publishing).
 """
 
 from __future__ import annotations

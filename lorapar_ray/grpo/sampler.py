@@ -57,7 +57,7 @@ class Sampler:
 
         settings = GrpoConfig.model_validate(plan["settings"])
         asked = settings.canary_tolerance
-        self._engines = EnginePool(
+        self._pool = EnginePool(
             engine or partial(new_engine, plan, place),
             settings.rollout_actors,
             extra=settings.extra_rollout_actors,
@@ -68,35 +68,35 @@ class Sampler:
         self._rewards = RewardWorkers(plan, reward_worker)
         self._environments = EnvironmentWorkers(plan) if settings.environment is not None else None
         encoder = load_encoder_alone(resolve_model(plan["model"]), None, plan["trust_remote_code"])
-        self._rollouts = Rollouts(settings, plan, encoder.end_ids, self._engines, self._rewards, self._environments)
+        self._rollouts = Rollouts(settings, plan, encoder.end_ids, self._pool, self._rewards, self._environments)
 
     async def start(self) -> list[dict[str, Any]]:
         """Start every engine; returns what each reports."""
-        return await self._engines.start()
+        return await self._pool.start()
 
     async def begin_to_start(self) -> None:
         """Start every engine, unless that has begun."""
-        self._engines.begin_to_start()
+        self._pool.begin_to_start()
 
     async def grow(self) -> None:
-        """See `EnginePool.grow`."""
-        self._engines.grow()
+        """See `EngineSupervisor.grow`."""
+        self._pool.supervisor.grow()
 
     async def make_room(self) -> None:
-        """See `EnginePool.make_room`."""
-        await self._engines.make_room()
+        """See `EngineSupervisor.make_room`."""
+        await self._pool.supervisor.make_room()
 
     async def base_gap(self, canaries: Sequence[Canary]) -> float:
-        """See `EnginePool.base_gap`."""
-        return await self._engines.base_gap(canaries)
+        """See `ServedPolicy.base_gap`."""
+        return await self._pool.policy.base_gap(canaries)
 
     async def tolerate(self, tolerance: float) -> None:
         """Set the largest canary gap, in nats."""
-        self._engines.tolerance = tolerance
+        self._pool.policy.tolerance = tolerance
 
     async def publish(self, policy: PolicyNote, canaries: Sequence[Canary]) -> float:
-        """See `EnginePool.publish`."""
-        return await self._engines.publish(policy, canaries)
+        """See `ServedPolicy.publish`."""
+        return await self._pool.policy.publish(policy, canaries)
 
     async def groups(self, indices: Sequence[int], step: int, attempt: int) -> list[Group]:
         """See `Rollouts.groups`."""
@@ -104,15 +104,16 @@ class Sampler:
 
     async def counts(self) -> Counts:
         """The counts so far."""
-        pool = self._engines
-        return Counts(pool.busy_seconds(), pool.working, pool.replaced, self._rollouts.lost)
+        supervisor = self._pool.supervisor
+        working, replaced = len(supervisor.working()), supervisor.replaced
+        return Counts(self._pool.busy_seconds(), working, replaced, self._rollouts.lost)
 
     async def stop(self) -> None:
         """End reward workers, environments and engines."""
         self._rewards.stop()
         if self._environments is not None:
             self._environments.stop()
-        await self._engines.stop()
+        await self._pool.stop()
 
 
 def new_engine(plan: dict[str, Any], place: Any, slot: int, actor: type[EngineActor] = EngineActor) -> Any:

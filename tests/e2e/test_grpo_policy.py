@@ -23,6 +23,7 @@ from lorapar_ray.grpo.packing import packed_logprobs, pad
 from lorapar_ray.grpo.policy_proof import PolicyMismatch
 from lorapar_ray.grpo.samples import Sample
 from lorapar_ray.logprobs import token_logprobs
+from lorapar_ray.waiting import awaited
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.faulty_engine import FAULT, FaultyEngine
 from tests.e2e.test_interruption import copy_before
@@ -81,27 +82,29 @@ def test_a_policy_that_is_not_the_learners_is_caught_and_a_hanging_engine_replac
             lambda _: engine_of(finished.student, fault), 1, at_once=8, tolerance=TOLERANCE, time_limit_s=120
         )
         [told] = await pool.start()
-        assert await pool.publish(*source.next("q_proj", "v_proj")) < TOLERANCE  # vLLM keeps q, k and v in one tensor
-        assert await pool.publish(*source.next()) < TOLERANCE
+        assert (
+            await pool.policy.publish(*source.next("q_proj", "v_proj")) < TOLERANCE
+        )  # vLLM keeps q, k and v in one tensor
+        assert await pool.policy.publish(*source.next()) < TOLERANCE
         await ratios_of_a_cut_distribution(pool, source)
         for kind in ("stale", "half", "wrong", "scale", "digest", "cache"):
             fault.write_text(kind)
             if kind == "cache":  # these entries are created with the fault, and become stale
-                await pool.publish(*source.next())
+                await pool.policy.publish(*source.next())
             with pytest.raises(PolicyMismatch, match=r"serve policy|loaded another"):
-                await pool.publish(*source.next())
+                await pool.policy.publish(*source.next())
             fault.write_text("none")
-            assert await pool.publish(*source.next()) < TOLERANCE, kind
+            assert await pool.policy.publish(*source.next()) < TOLERANCE, kind
         stop_the_engine_of(told["pid"])
-        pool._time_limit_s = 5.0
-        [completions] = await pool.run(lambda engine: engine.generate.remote([TOKENS], SAMPLING))
-        assert pool.replaced == 1
-        assert [done.version for done in completions] == [source.version] * 2
-        pool._time_limit_s = 3600.0
+        pool.supervisor.time_limit_s = 5.0
+        _, head = await pool.rollout("hangs", TOKENS, SAMPLING)
+        assert pool.supervisor.replaced == 1
+        assert head.versions == (source.version,) * 2
+        pool.supervisor.time_limit_s = 3600.0
         await many_seeded_prompts(pool)
         await kill_while_it_loads(pool, source)
-        assert pool.replaced == 2
-        assert await pool.publish(*source.next()) < TOLERANCE
+        assert pool.supervisor.replaced == 2
+        assert await pool.policy.publish(*source.next()) < TOLERANCE
         await pool.stop()
 
     asyncio.run(go())
@@ -118,18 +121,19 @@ def test_an_adapter_is_swapped_under_requests_that_go_on_with_their_own(cluster:
     async def go() -> None:
         pool = EnginePool(lambda _: engine(), 1, at_once=8, tolerance=TOLERANCE, time_limit_s=300)
         await pool.start()
-        assert await pool.publish(*source.next()) < TOLERANCE
+        assert await pool.policy.publish(*source.next()) < TOLERANCE
         sampling = {**SAMPLING, "n": 16, "max_tokens": 170, "ignore_eos": True}
-        sampled = asyncio.create_task(pool.run(lambda engine: engine.generate.remote([TOKENS], sampling)))
+        [handle] = pool.supervisor.engines
+        sampled = asyncio.create_task(awaited(handle.generate.remote([TOKENS], sampling)))
         await asyncio.sleep(0.2)
         for _ in range(3):
-            await pool.publish(source.next()[0], [])
+            await pool.policy.publish(source.next()[0], [])
         assert not sampled.done()
         [completions] = await sampled
         assert [(len(done.token_ids), done.version) for done in completions] == [(170, 0)] * 16
-        assert await pool.publish(*source.next()) < TOLERANCE
+        assert await pool.policy.publish(*source.next()) < TOLERANCE
         await given_back_in_the_middle(pool, {**sampling, "n": 4})
-        assert pool.replaced == 0
+        assert pool.supervisor.replaced == 0
         await pool.stop()
 
     asyncio.run(go())
@@ -174,9 +178,9 @@ async def many_seeded_prompts(pool: EnginePool) -> None:
 
 async def kill_while_it_loads(pool: EnginePool, source: Source) -> None:
     """An engine that dies during a call to its workers, which vLLM never answers."""
-    [told] = await asyncio.gather(*(engine.start.remote() for engine in pool._engines))
+    [told] = await asyncio.gather(*(engine.start.remote() for engine in pool.supervisor.engines))
     stop_the_engine_of(told["pid"])
-    publishing = asyncio.create_task(pool.publish(*source.next()))
+    publishing = asyncio.create_task(pool.policy.publish(*source.next()))
     await asyncio.sleep(1.0)
     assert not publishing.done()
     stop_the_engine_of(told["pid"], signal.SIGKILL)
@@ -185,7 +189,7 @@ async def kill_while_it_loads(pool: EnginePool, source: Source) -> None:
 
 async def given_back_in_the_middle(pool: EnginePool, sampling: dict[str, Any]) -> None:
     """An interrupted completion continues with the tokens that the policy would have sampled."""
-    [engine] = pool._engines
+    [engine] = pool.supervisor.engines
     rollout = asyncio.create_task(pool.rollout("group", TOKENS, sampling))
     seen: dict[str, int] = {}
     while not seen.get("group"):
@@ -201,7 +205,8 @@ async def given_back_in_the_middle(pool: EnginePool, sampling: dict[str, Any]) -
 
 
 async def sampled(pool: EnginePool, prompts: list[list[int]]) -> list[list[list[int]]]:
-    groups = await pool.run(lambda engine: engine.generate.remote(prompts, SAMPLING))
+    [engine] = pool.supervisor.engines
+    groups = await engine.generate.remote(prompts, SAMPLING)
     return [[done.token_ids for done in group] for group in groups]
 
 

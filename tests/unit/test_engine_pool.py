@@ -12,9 +12,10 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, OwnerDiedError
 from lorapar_ray.engines.policy import Policy, PolicyReceiver, PolicySender, note_of
 from lorapar_ray.engines.record import GroupHead
 from lorapar_ray.errors import UserError
-from lorapar_ray.grpo import engine_pool
+from lorapar_ray.grpo import engine_pool, engine_supervisor
 from lorapar_ray.grpo.canaries import Canary, canary_tolerance
-from lorapar_ray.grpo.engine_pool import LOSSES, EnginePool
+from lorapar_ray.grpo.engine_pool import EnginePool
+from lorapar_ray.grpo.engine_supervisor import LOSSES
 from lorapar_ray.grpo.policy_proof import PolicyLost
 from lorapar_ray.grpo.routing import DURATIONS
 
@@ -30,15 +31,16 @@ class Remote:
 
 
 class Engine:
-    """Dies at `start` or at `generate`, is unreachable there, fails to start, starts or loads late, or `lives`."""
+    """Dies at `start` or at `rollout`, is unreachable there, fails to start, starts or loads late, or `lives`."""
 
     may_go_on = asyncio.Event()
 
     def __init__(self, name: int, fate: str) -> None:
         self.name, self.fate = name, fate
-        self.start, self.generate = Remote(self._start), Remote(self._generate)
+        self.start, self.rollout = Remote(self._start), Remote(self._rollout)
         self.load_policy, self.score, self.cache_gap = map(Remote, (self._load_policy, self._score, self._cache_gap))
         self.receiver, self.version = PolicyReceiver(), -1
+        self.holds = self.held_most = 0
 
     async def _start(self) -> dict[str, int]:
         if self.fate == "start":
@@ -66,13 +68,19 @@ class Engine:
     async def _cache_gap(self, token_ids: list[int]) -> float:
         return 0.0
 
-    async def _generate(self) -> int:
-        await asyncio.sleep(0)
-        if self.fate == "generate":
+    def _rollout(self, prompt_ids: list[int], sampling: dict[str, Any], key: str, begun: Any) -> tuple[int, Any]:
+        return self.name, self._head(sampling.get("until"))
+
+    async def _head(self, until: asyncio.Event | None) -> GroupHead:
+        self.holds += 1
+        self.held_most = max(self.held_most, self.holds)
+        await (until.wait() if until else asyncio.sleep(0))
+        self.holds -= 1
+        if self.fate == "rollout":
             raise ActorDiedError()
         if self.fate == "out of reach":
             raise ActorUnavailableError("", None)
-        return self.name
+        return GroupHead(1, (1,), (True,), (0,))
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +91,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     async def leave(engine: Engine) -> None:
         names.append(engine.name)
 
-    monkeypatch.setattr(engine_pool, "leave", leave)
+    monkeypatch.setattr(engine_supervisor, "leave", leave)
     return names
 
 
@@ -95,37 +103,38 @@ def pool_of(fates: Iterable[str], size: int, at_once: int = 4) -> EnginePool:
 def ask(pool: EnginePool, times: int) -> list[int]:
     async def go() -> list[int]:
         await pool.start()
-        return await asyncio.gather(*(pool.run(lambda engine: engine.generate.remote()) for _ in range(times)))
+        return await asyncio.gather(*(answered_by(pool, str(number)) for number in range(times)))
 
     return asyncio.run(go())
 
 
+async def answered_by(pool: EnginePool, key: str, until: asyncio.Event | None = None) -> int:
+    """The engine that answers a request; with `until` it does so when that is set."""
+    name: int = (await pool.rollout(key, [1], {"until": until}))[0]
+    return name
+
+
 def test_a_new_engine_that_dies_before_it_serves_is_replaced_too() -> None:
-    pool = pool_of(["generate", "start", "start", "lives"], 1)
+    pool = pool_of(["rollout", "start", "start", "lives"], 1)
     assert ask(pool, 3) == [3, 3, 3]
-    assert pool.replaced == 3
+    assert pool.supervisor.replaced == 3
 
 
 def test_engines_lost_together_are_replaced_in_their_own_places() -> None:
-    pool = pool_of(["generate"] * 8 + ["lives"] * 8, 8)
+    pool = pool_of(["rollout"] * 8 + ["lives"] * 8, 8)
     assert set(ask(pool, 16)) <= set(range(8, 16))
-    assert pool.replaced == 8
+    assert pool.supervisor.replaced == 8
 
 
 def test_requests_over_an_engines_limit_go_to_the_first_engine_with_room() -> None:
     pool = pool_of(["lives", "lives"], 2, at_once=1)
 
-    async def answer(engine: Engine, wait: asyncio.Event, slow: bool) -> int:
-        if slow:
-            await wait.wait()
-        return engine.name
-
     async def go() -> list[int]:
         await pool.start()
         wait = asyncio.Event()
-        slow = asyncio.create_task(pool.run(lambda engine: answer(engine, wait, True)))
+        slow = asyncio.create_task(answered_by(pool, "slow", wait))
         await asyncio.sleep(0)
-        fast = [await pool.run(lambda engine: answer(engine, wait, False)) for _ in range(3)]
+        fast = [await answered_by(pool, "fast") for _ in range(3)]
         wait.set()
         return [await slow, *fast]
 
@@ -134,66 +143,54 @@ def test_requests_over_an_engines_limit_go_to_the_first_engine_with_room() -> No
 
 def test_an_engine_never_holds_more_than_its_limit() -> None:
     pool = pool_of(["lives", "lives"], 2, at_once=3)
-    holding, most = [0, 0], [0, 0]
-
-    async def answer(engine: Engine) -> None:
-        holding[engine.name] += 1
-        most[engine.name] = max(most[engine.name], holding[engine.name])
-        await asyncio.sleep(0.001)
-        holding[engine.name] -= 1
-
-    async def go() -> None:
-        await pool.start()
-        await asyncio.gather(*(pool.run(answer) for _ in range(20)))
-
-    asyncio.run(go())
-    assert most == [3, 3]
+    assert set(ask(pool, 20)) == {0, 1}
+    assert [engine.held_most for engine in pool.supervisor.engines] == [3, 3]
 
 
-@pytest.mark.parametrize("when", ["start", "generate"])
+@pytest.mark.parametrize("when", ["start", "rollout"])
 def test_an_engine_that_is_lost_again_and_again_ends_the_run(when: str) -> None:
-    pool = pool_of(["generate"] + [when] * LOSSES + ["lives"], 1)
+    pool = pool_of(["rollout"] + [when] * LOSSES + ["lives"], 1)
     with pytest.raises(RuntimeError, match=f"rollout engine 0 was lost {LOSSES} times"):
         ask(pool, 1)
 
 
 def test_the_others_continue_while_one_is_rebuilt() -> None:
-    pool = pool_of(["generate", "lives", "late"], 2)
+    pool = pool_of(["rollout", "lives", "late"], 2)
     Engine.may_go_on = asyncio.Event()  # never set
     assert ask(pool, 6) == [1] * 6
-    assert pool.replaced == 1
+    assert pool.supervisor.replaced == 1
 
 
 @pytest.mark.parametrize("fate", ["out of reach", "no memory"])
 def test_an_engine_that_may_be_alive_is_ended_before_it_is_replaced(fate: str, ended: list[int]) -> None:
-    fates = ["out of reach", "lives"] if fate == "out of reach" else ["generate", "no memory", "lives"]
+    fates = ["out of reach", "lives"] if fate == "out of reach" else ["rollout", "no memory", "lives"]
     assert ask(pool_of(fates, 1), 2) == [len(fates) - 1] * 2
     assert ended == [len(fates) - 2]
 
 
 @pytest.mark.parametrize("fate", ["late", "late load"])
 def test_a_policy_is_published_without_the_engine_that_is_being_rebuilt(fate: str) -> None:
-    pool = pool_of(["generate", "lives", fate], 2)
+    pool = pool_of(["rollout", "lives", fate], 2)
     parameters = {"m.lora_A.weight": torch.zeros(4)}
     sender = PolicySender("{}", {key: value == 0 for key, value in parameters.items()})
 
     async def publish(version: int) -> None:
         policy = sender.policy(version, parameters)
         assert policy.kind == ("changes" if version else "whole")
-        await pool.publish(note_of(policy, policy), [Canary([1, 2], 1, [-float(version)])])
+        await pool.policy.publish(note_of(policy, policy), [Canary([1, 2], 1, [-float(version)])])
 
     async def go() -> None:
         Engine.may_go_on = asyncio.Event()
         await pool.start()
         await publish(0)
-        assert await pool.run(lambda engine: engine.generate.remote()) == 1
+        assert await answered_by(pool, "a") == 1
         await publish(1)
-        assert [engine.version for engine in pool._engines] == [0, 1]
+        assert [engine.version for engine in pool.supervisor.engines] == [0, 1]
         Engine.may_go_on.set()
-        await asyncio.gather(*pool._rebuilding.values())
-        assert [(engine.name, engine.version) for engine in pool._engines] == [(2, 1), (1, 1)]
+        await asyncio.gather(*pool.supervisor._rebuilding.values())
+        assert [(engine.name, engine.version) for engine in pool.supervisor.engines] == [(2, 1), (1, 1)]
         await publish(2)
-        assert [engine.version for engine in pool._engines] == [2, 2]
+        assert [engine.version for engine in pool.supervisor.engines] == [2, 2]
 
     asyncio.run(go())
 
@@ -207,14 +204,14 @@ def test_a_policy_published_while_engines_start_waits_for_them(fate: str) -> Non
         Engine.may_go_on = asyncio.Event()
         starting = asyncio.create_task(pool.start())
         await asyncio.sleep(0)
-        publishing = asyncio.create_task(pool.publish(note_of(policy, policy), [Canary([1, 2], 1, [0.0])]))
+        publishing = asyncio.create_task(pool.policy.publish(note_of(policy, policy), [Canary([1, 2], 1, [0.0])]))
         if fate == "no memory":  # the engines' error reaches both the starting and the waiting calls
             for waiting in (starting, publishing):
                 with pytest.raises(RuntimeError, match="no free memory"):
                     await waiting
             return
         await asyncio.sleep(0.01)
-        assert not publishing.done() and pool._engines[0].version == -1
+        assert not publishing.done() and pool.supervisor.engines[0].version == -1
         Engine.may_go_on.set()
         assert await publishing == 0.0
         assert await starting == [{"pid": 0}]
@@ -223,26 +220,26 @@ def test_a_policy_published_while_engines_start_waits_for_them(fate: str) -> Non
 
 
 def test_a_policy_lost_with_its_learner_loses_no_engine_and_the_next_one_is_served() -> None:
-    pool = pool_of(["lives", "generate", "lives"], 2)
+    pool = pool_of(["lives", "rollout", "lives"], 2)
     sender = PolicySender("{}")
 
     async def publish(version: int, there: bool) -> None:
         policy = sender.policy(version, {"m.lora_A.weight": torch.zeros(4)})
-        await pool.publish(note_of(policy, policy if there else None), [Canary([1, 2], 1, [-float(version)])])
+        await pool.policy.publish(note_of(policy, policy if there else None), [Canary([1, 2], 1, [-float(version)])])
 
     async def go() -> None:
         await pool.start()
         await publish(0, there=True)
         with pytest.raises(PolicyLost, match="policy 1 was lost with the learner"):
             await publish(1, there=False)
-        assert pool.replaced == 0
-        assert await asyncio.gather(*(pool.run(lambda engine: engine.generate.remote()) for _ in range(2))) == [0, 0]
-        rebuilt = pool._rebuilding[1]
+        assert pool.supervisor.replaced == 0
+        assert await asyncio.gather(answered_by(pool, "a"), answered_by(pool, "b")) == [0, 0]
+        rebuilt = pool.supervisor._rebuilding[1]
         await asyncio.sleep(0.01)
         assert not rebuilt.done()  # the new engine waits for a policy that exists
         await publish(2, there=True)
         await rebuilt
-        assert [engine.version for engine in pool._engines] == [2, 2] and pool.replaced == 1
+        assert [engine.version for engine in pool.supervisor.engines] == [2, 2] and pool.supervisor.replaced == 1
 
     asyncio.run(go())
 
@@ -338,7 +335,7 @@ def test_another_engine_continues_the_last_seen_tokens_of_a_dead_one(how: str) -
         asked = asyncio.create_task(pool.rollout("a", [1, 1], {}))
         await until(lambda: "a" in made[0].groups)
         made[0].grow("a", 5, 6)
-        await until(lambda: pool._seen.get(0, (0, 0, {}))[2] == {"a": 2})
+        await until(lambda: (seen := pool._rollouts["a"].seen) is not None and seen[1] == 2)
         if how == "dies":
             made[0].die()
         else:
@@ -347,7 +344,7 @@ def test_another_engine_continues_the_last_seen_tokens_of_a_dead_one(how: str) -
         assert made[1].groups["a"][0] == [5, 6]
         made[1].grow("a", 7, 8)
         record, head = await asked
-        assert record == [5, 6, 7, 8] and head.lengths == (4,) and pool.replaced == 1
+        assert record == [5, 6, 7, 8] and head.lengths == (4,) and pool.supervisor.replaced == 1
         await pool.stop()
 
     asyncio.run(go())
@@ -360,7 +357,7 @@ def test_a_group_that_waits_long_does_not_count_as_a_hang_while_its_engine_answe
         asked = asyncio.create_task(pool.rollout("a", [1, 1], {}))
         await asyncio.sleep(0.2)  # ten times the limit
         made[0].grow("a", 5, 6, 7, 8)
-        assert (await asked)[0] == [5, 6, 7, 8] and pool.replaced == 0
+        assert (await asked)[0] == [5, 6, 7, 8] and pool.supervisor.replaced == 0
         await pool.stop()
 
     asyncio.run(go())
@@ -380,7 +377,7 @@ def test_a_straggler_is_given_back_once_and_an_idle_engine_continues_it() -> Non
         assert made[1].groups["a"][0] == [5] and not made[0].groups
         await asyncio.sleep(0.1)
         made[1].grow("a", 6, 7, 8)
-        assert (await asked)[0] == [5, 6, 7, 8] and pool.replaced == 0
+        assert (await asked)[0] == [5, 6, 7, 8] and pool.supervisor.replaced == 0
         await pool.stop()
 
     asyncio.run(go())
@@ -393,28 +390,28 @@ def test_extra_engines_join_leave_and_join_again(ended: list[int]) -> None:
     async def go() -> None:
         pool, made = await started(1, extra=2)
         assert len(made) == 1
-        pool.grow()
-        await until(lambda: pool._working() == [0, 1, 2])
+        pool.supervisor.grow()
+        await until(lambda: pool.supervisor.working() == [0, 1, 2])
         asked = [asyncio.create_task(pool.rollout(key, [1, 1], {})) for key in "abc"]
         await until(lambda: all(len(engine.groups) == 1 for engine in made))
         key = next(iter(made[1].groups))
         made[1].grow(key, 5, 6)
-        await until(lambda: pool._seen.get(1, (0, 0, {}))[2] == {key: 2})
+        await until(lambda: (seen := pool._rollouts[key].seen) is not None and seen[1] == 2)
         made[2].die()
-        await until(lambda: len(made) == 4 and pool._working() == [0, 1, 2] and pool.replaced == 1)
-        await pool.make_room()
-        assert pool._working() == [0] and set(ended) == {1, 3}
+        await until(lambda: len(made) == 4 and pool.supervisor.working() == [0, 1, 2] and pool.supervisor.replaced == 1)
+        await pool.supervisor.make_room()
+        assert pool.supervisor.working() == [0] and set(ended) == {1, 3}
         await until(lambda: len(made[0].groups) == 3)
-        assert made[0].groups[key][0] == [5, 6] and pool.replaced == 1
+        assert made[0].groups[key][0] == [5, 6] and pool.supervisor.replaced == 1
         Sampling.room.clear()
-        pool.grow()
+        pool.supervisor.grow()
         await until(lambda: len(made) == 6)
         for each in "abc":
             made[0].grow(each, *[7] * (4 - len(made[0].groups[each][0])))
         assert [head.lengths for _, head in await asyncio.gather(*asked)] == [(4,)] * 3
-        assert pool._working() == [0]
+        assert pool.supervisor.working() == [0]
         Sampling.room.set()
-        await until(lambda: pool._working() == [0, 1, 2])
+        await until(lambda: pool.supervisor.working() == [0, 1, 2])
         await pool.stop()
         assert set(ended) == {0, 1, 3, 4, 5}
 
@@ -424,9 +421,9 @@ def test_extra_engines_join_leave_and_join_again(ended: list[int]) -> None:
 def test_a_group_whose_tokens_are_lost_starts_again() -> None:
     async def go() -> None:
         pool, made = await started(1)
-        pool._seen[0] = made[0], "lost", {"a": 2}
         asked = asyncio.create_task(pool.rollout("a", [1, 1], {}))
         await until(lambda: "a" in made[0].groups)
+        pool._rollouts["a"].seen = "lost", 2
         made[0].die()
         await until(lambda: len(made) == 2 and "a" in made[1].groups)
         made[1].grow("a", 1, 2, 3, 4)
@@ -441,7 +438,7 @@ def test_a_measured_tolerance_uses_the_base_without_an_adapter_and_is_bounded() 
 
     async def go() -> float:
         await pool.start()
-        return await pool.base_gap([Canary([1, 2], 1, [1.0 - 0.03])])  # an engine without a policy returns 1.0
+        return await pool.policy.base_gap([Canary([1, 2], 1, [1.0 - 0.03])])  # an engine without a policy returns 1.0
 
     gap = asyncio.run(go())
     assert gap == pytest.approx(0.03)

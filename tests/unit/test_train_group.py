@@ -1,7 +1,7 @@
 """Settings of Ray Train's worker group."""
 
 from lorapar_ray.grpo.engine_losses import LEAVE_LIMIT_S
-from lorapar_ray.grpo.engine_pool import REBUILD_LIMIT_S
+from lorapar_ray.grpo.engine_supervisor import REBUILD_LIMIT_S
 from lorapar_ray.train_group import BeforeRestarts, TrainGroup
 
 

@@ -1,0 +1,207 @@
+"""Starts a run's rollout engines and replaces lost ones.
+
+An engine that dies, or no longer answers the heartbeat, is rebuilt. The new engine gets no request until it is verified
+to serve the current policy.
+
+Extra engines join in the same way, whenever the cluster has room for one. They leave when the learners restart, which
+may need that room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from lorapar_ray.grpo.engine_losses import is_dead, leave
+from lorapar_ray.grpo.policy_proof import PolicyMismatch
+
+LOSSES = 5
+"""Engines lost in one place between two policies before the run stops: more mean a broken setup."""
+REBUILD_LIMIT_S = 1800.0
+"""How long the run waits while it has no engine; a cluster may have to add a node first."""
+
+
+class EngineSupervisor:
+    """Engines by place, from 0; used in one event loop."""
+
+    def __init__(
+        self,
+        start: Callable[[int], Any],
+        size: int,
+        extra: int,
+        time_limit_s: float,
+        prepare: Callable[[int, Any], Awaitable[None]],
+        rebuilt: Callable[[BaseException | None], None],
+    ) -> None:
+        """Store how to start the engines.
+
+        Args:
+            start, size, extra, time_limit_s: see `EnginePool`.
+            prepare: called with a place and its new engine, before that engine is used.
+            rebuilt: called when a place has a new engine, or with the error if it cannot get one.
+        """
+        self._start = start
+        self._fewest, self._size = size, size + extra
+        self._empty = set(range(self._fewest, self._size))
+        """Places for which no engine is wanted now."""
+        self.time_limit_s = time_limit_s
+        self._prepare, self._rebuilt = prepare, rebuilt
+        self.engines: list[Any] = []
+        self.gone = defaultdict[int, asyncio.Future[None]](lambda: asyncio.get_running_loop().create_future())
+        """By place; done when the engine that is there now no longer answers, to end all waits for it."""
+        self._rebuilding: dict[int, asyncio.Task[None]] = {}
+        self._losses = [0] * self._size
+        self.replaced = 0
+        """Engines replaced so far."""
+        self._started: asyncio.Future[Any] | None = None
+
+    def start(self) -> None:
+        """Begin to start the engines, but not the extra ones."""
+        first = [self._start(slot) for slot in range(self._fewest)]
+        self.engines = [*first, *[None] * (self._size - self._fewest)]
+        self._started = asyncio.gather(*(engine.start.remote() for engine in first))
+
+    async def started(self) -> list[dict[str, Any]]:
+        """Wait for the engines of `start`; returns what each reports, nothing if there are none yet."""
+        return [] if self._started is None else list(await asyncio.shield(self._started))
+
+    def grow(self) -> None:
+        """Begin to start the extra engines. Each waits for room in the cluster; nothing waits for them."""
+        for slot in sorted(self._empty):
+            self._rebuild(slot, self._fill(slot))
+        self._empty.clear()
+
+    async def make_room(self) -> None:
+        """End the extra engines until `grow` is called; the other engines take over their groups."""
+        extra = set(range(self._fewest, self._size)) - self._empty
+        self._empty |= extra
+        starting = [self._rebuilding.pop(slot) for slot in extra if slot in self._rebuilding]
+        for task in starting:
+            task.cancel()
+        leaving = [engine for slot in extra if (engine := self.engines[slot]) is not None]
+        for slot in extra:
+            self._let_go(slot)
+            self.engines[slot] = None
+        await asyncio.gather(*starting, *map(leave, leaving), return_exceptions=True)
+
+    def working(self) -> list[int]:
+        """The places whose engine can be asked."""
+        return [slot for slot in range(self._size) if slot not in self._rebuilding and slot not in self._empty]
+
+    async def alive(self) -> list[int]:
+        """`working`; waits while there is none.
+
+        Raises:
+            RuntimeError: a place lost too many engines, or no engine could be rebuilt in time.
+        """
+        deadline = time.monotonic() + REBUILD_LIMIT_S
+        while True:
+            for slot, task in list(self._rebuilding.items()):
+                if task.done():
+                    del self._rebuilding[slot]
+                    task.result()
+            if working := self.working():
+                return working
+            left = deadline - time.monotonic()
+            done, _ = await asyncio.wait(
+                self._rebuilding.values(), timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                raise RuntimeError(
+                    f"every rollout engine was lost and none could start again within {REBUILD_LIMIT_S:g} s; "
+                    "see `ray status` for the room they need"
+                )
+
+    async def unless_gone(self, slot: int, answer: Awaitable[Any]) -> Any:
+        """The answer of an engine.
+
+        Raises:
+            TimeoutError: the engine no longer answers the heartbeat.
+        """
+        gone, task = self.gone[slot], asyncio.ensure_future(answer)
+        try:
+            await asyncio.wait({gone, task}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise TimeoutError(f"rollout engine {slot} does not answer")
+            return task.result()
+        finally:
+            task.cancel()
+
+    def forget_losses(self, slot: int) -> None:
+        """Count the losses in `slot` from 0: its engine serves a new policy."""
+        self._losses[slot] = 0
+
+    def replace(self, slot: int, lost: Any, error: Exception) -> None:
+        """Begin to replace the engine of `slot`, unless that has begun; all waits for its answers end."""
+        if self.engines[slot] is lost and slot not in self._rebuilding:
+            self._rebuild(slot, self._fill(slot, lost, error))
+            self._let_go(slot)
+
+    def _let_go(self, slot: int) -> None:
+        """End every wait for an answer of the engine in `slot`."""
+        if slot in self.gone:
+            self.gone.pop(slot).set_result(None)
+
+    def _rebuild(self, slot: int, work: Coroutine[Any, Any, None]) -> None:
+        def end(task: asyncio.Task[None]) -> None:
+            if task.cancelled():
+                return
+            if task.exception() is None and self._rebuilding.get(slot) is task:
+                del self._rebuilding[slot]  # an error stays, for `alive`
+            self._rebuilt(task.exception())
+
+        self._rebuilding[slot] = task = asyncio.create_task(work)
+        task.add_done_callback(end)
+
+    async def _fill(self, slot: int, lost: Any = None, error: Exception | None = None) -> None:
+        """Put a new engine that serves the current policy into `slot`; repeat if the new one dies before.
+
+        Args:
+            lost, error: the engine to replace, and how it was lost; None if the place is empty.
+        """
+        while True:
+            if error is not None:
+                await self._end_lost(slot, lost, error)
+            lost = self._start(slot)
+            try:
+                return await self._put(slot, lost)
+            except PolicyMismatch:
+                raise
+            except Exception as another:
+                error = another
+
+    async def _end_lost(self, slot: int, lost: Any, error: Exception) -> None:
+        """Free a lost engine's resources, and count the loss.
+
+        Raises:
+            RuntimeError: too many were lost in this place.
+        """
+        if not is_dead(error):
+            await leave(lost)  # else it keeps its resources
+        self._losses[slot] += 1
+        if self._losses[slot] > LOSSES:
+            raise RuntimeError(
+                f"rollout engine {slot} was lost {LOSSES} times; see the Ray logs of EngineActor, or raise "
+                f"grpo.rollout_time_limit_s ({self.time_limit_s:g}) if requests take longer than that"
+            ) from error
+        self.replaced += 1
+
+    async def _put(self, slot: int, engine: Any) -> None:
+        """Start an engine, bring it to the current policy, and put it into `slot`."""
+        try:
+            await engine.start.remote()
+            await self._prepare(slot, engine)
+        except asyncio.CancelledError:
+            await leave(engine)
+            raise
+        self.engines[slot] = engine
+
+    async def stop(self) -> None:
+        """End every engine."""
+        for task in self._rebuilding.values():
+            task.cancel()
+        await asyncio.gather(*self._rebuilding.values(), return_exceptions=True)
+        await asyncio.gather(*(leave(engine) for engine in self.engines if engine is not None))

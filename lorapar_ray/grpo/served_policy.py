@@ -1,0 +1,93 @@
+"""The policy that a run's engines serve: published to all of them, and loaded into new ones.
+
+Only a policy's note passes through here. The engines fetch the policy from the object store, once for each node. Its
+owner is the learner that made it; if that learner dies, the policy is lost, not the engine: the next learner publishes
+another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from lorapar_ray.engines.policy import PolicyNote
+from lorapar_ray.grpo.canaries import Canary
+from lorapar_ray.grpo.engine_losses import is_lost
+from lorapar_ray.grpo.engine_supervisor import EngineSupervisor
+from lorapar_ray.grpo.policy_proof import PolicyLost, gaps_of, prove
+
+
+class ServedPolicy:
+    """Used in one event loop."""
+
+    def __init__(self, supervisor: EngineSupervisor, tolerance: float) -> None:
+        """`tolerance`: the largest canary gap, in nats."""
+        self._supervisor, self.tolerance = supervisor, tolerance
+        self._gaps: dict[int, float] = {}
+        """Canary gaps by place, in nats."""
+        self._current: PolicyNote | None = None
+        self._whole: PolicyNote | None = None
+        """The whole policy to which the current policy's changes apply."""
+        self._newer = asyncio.Event()
+        self._canaries: Sequence[Canary] = ()
+        self._published = 0
+
+    async def base_gap(self, canaries: Sequence[Canary]) -> float:
+        """The largest canary gap before any policy is served, in nats: it is due to numerics alone.
+
+        Args:
+            canaries: with the learner's log-probabilities under the base without an adapter.
+        """
+        await self._supervisor.started()
+        slots = await self._supervisor.alive()
+        found = await asyncio.gather(*(gaps_of(self._supervisor.engines[slot], canaries) for slot in slots))
+        return max(max(gaps.values()) for gaps in found)
+
+    async def publish(self, policy: PolicyNote, canaries: Sequence[Canary]) -> float:
+        """Serve a policy on every engine and verify it; returns the largest canary gap, in nats.
+
+        Does not wait for engines that are being rebuilt, unless there is no other: they are verified before their first
+        request.
+
+        Raises:
+            PolicyMismatch: an engine loaded another adapter, or its log-probabilities of the canary tokens are further
+                from the learner's than the tolerance.
+            PolicyLost: the learner that made it has died.
+        """
+        await self._supervisor.started()
+        self._current, self._canaries = policy, canaries
+        if policy.kind == "whole":
+            self._whole = policy
+        self._published += 1
+        self._newer.set()
+        self._newer = asyncio.Event()
+        await asyncio.gather(*(self._serve(slot, policy, canaries) for slot in await self._supervisor.alive()))
+        return max(self._gaps[slot] for slot in await self._supervisor.alive())
+
+    async def _serve(self, slot: int, policy: PolicyNote, canaries: Sequence[Canary]) -> None:
+        engine = self._supervisor.engines[slot]
+        proof = prove(slot, engine, policy, canaries, self.tolerance)
+        try:
+            self._gaps[slot] = await asyncio.wait_for(proof, self._supervisor.time_limit_s)
+        except Exception as error:
+            if not is_lost(error):
+                raise
+            self._supervisor.replace(slot, engine, error)
+        else:
+            self._supervisor.forget_losses(slot)
+
+    async def catch_up(self, slot: int, engine: Any) -> None:
+        """Load the current policy into a new engine, and the next one if it is published meanwhile."""
+        proved = 0
+        while proved != self._published:
+            policy, whole, newer = self._current, self._whole, self._newer
+            assert policy is not None and whole is not None
+            published = self._published
+            try:
+                earlier = [] if policy is whole else [whole.reference]
+                self._gaps[slot] = await prove(slot, engine, policy, self._canaries, self.tolerance, *earlier)
+            except PolicyLost:
+                await newer.wait()  # the restarted learners publish again
+            else:
+                proved = published
