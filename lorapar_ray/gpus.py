@@ -75,7 +75,7 @@ def _workers(workers: int, resources: Resources, gpus: int) -> tuple[int, Resour
 
 def _teachers(teachers: Sequence[TeacherConfig], gpus: float) -> list[TeacherConfig]:
     """Hosted teachers on `gpus` GPUs; other teachers request none."""
-    hosted = [teacher for teacher in teachers if teacher.kind == "serve"]
+    hosted = [teacher for teacher in teachers if teacher.has_engine]
     free = gpus - sum(_most(each) * each.resources.gpu_count for each in hosted)
     asking = [each for each in hosted if each.resources.gpus == "auto"]
     wide = [each for each in asking if each.engine.tensor_parallel > 1]
@@ -84,7 +84,7 @@ def _teachers(teachers: Sequence[TeacherConfig], gpus: float) -> list[TeacherCon
 
     def placed(teacher: TeacherConfig) -> TeacherConfig:
         ranks = teacher.engine.tensor_parallel
-        wanted = 0.0 if gpus <= 0 or teacher.kind != "serve" else ranks if ranks > 1 else share
+        wanted = 0.0 if gpus <= 0 or not teacher.has_engine else ranks if ranks > 1 else share
         return _with(teacher, resources=_given(teacher.resources, wanted))
 
     return [placed(teacher) for teacher in teachers]

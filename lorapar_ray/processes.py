@@ -37,4 +37,4 @@ def processes_of(config: Config, stage: str) -> Groups:
 
 
 def _hosted(teachers: list[TeacherConfig], prefix: str = "") -> Groups:
-    return {f"{prefix}{each.name}": (each.replicas, each.resources) for each in teachers if each.kind == "serve"}
+    return {f"{prefix}{each.name}": (each.replicas, each.resources) for each in teachers if each.has_engine}

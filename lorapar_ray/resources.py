@@ -32,6 +32,8 @@ def teacher(config: TeacherConfig) -> str:
         return f"{config.name} (remote, {config.endpoint} at {redacted(config.base_url)}{limit})"
     if config.kind == "python":
         return f"{config.name} ({config.model}, in the asking worker)"
+    if config.engine_of is not None:
+        return f"{config.name} (the engine of {config.engine_of})"
     ranks, most = config.engine.tensor_parallel, config.max_replicas or config.replicas
     text = each_of(config.replicas, config.name, config.resources)
     if most != config.replicas:

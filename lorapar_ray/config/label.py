@@ -45,6 +45,9 @@ class TeacherConfig(Section):
     votes belong to one revision."""
     engine: Result[EngineConfig] = EngineConfig()
     """Engine settings, for kind: serve."""
+    engine_of: Operation[Word | None] = None
+    """Answer with the engine of this hosted teacher, which must have the same model and engine settings: two teachers
+    that differ in their prompt then need one engine. This one's resources and replicas are not used."""
     resources: Operation[Resources] = Resources()
     """Resources of one replica. `gpus` below 1 shares a GPU; with `engine.tensor_parallel` N set it to N."""
     replicas: Operation[PositiveInt] = 1
@@ -77,6 +80,11 @@ class TeacherConfig(Section):
     """Price of one hosted replica, for `sequential` and the report."""
 
     @property
+    def has_engine(self) -> bool:
+        """Whether an engine of its own is hosted for it."""
+        return self.kind == "serve" and self.engine_of is None
+
+    @property
     def ongoing_requests(self) -> int:
         """Requests that one replica holds at once, waiting or computing."""
         return self.max_ongoing_requests or -(-3 * self.engine.max_num_seqs // 2)
@@ -87,6 +95,8 @@ class TeacherConfig(Section):
             raise ValueError("base_url: required for kind: remote, and not allowed for other kinds")
         if self.base_url is not None and not _is_address(self.base_url):
             raise ValueError("base_url: write it as https://host/v1")
+        if self.engine_of is not None and self.kind != "serve":
+            raise ValueError(f"engine_of: kind {self.kind} has no engine; remove it")
         require_range("replicas", self.replicas, self.max_replicas)
         require_gpu_for_each_rank("resources", self.resources, "engine", self.engine)
         return self
@@ -199,6 +209,8 @@ class LabelConfig(Section):
         names = [t.name for t in self.teachers]
         if len(set(names)) != len(names):
             raise ValueError("teachers: two teachers share a name")
+        for teacher in self.teachers:
+            _require_engine(teacher, self.teachers)
         if self.strategy == "vote" and not self.teachers:
             raise ValueError("teachers: strategy vote needs at least one teacher")
         if self.strategy.startswith("single") and len(self.teachers) != 1:
@@ -214,3 +226,17 @@ class LabelConfig(Section):
             if example.system not in self.definitions:
                 raise ValueError(f"examples: System {example.system} has no definition")
         return self
+
+
+def _require_engine(teacher: TeacherConfig, teachers: list[TeacherConfig]) -> None:
+    """Check that the teacher whose engine `teacher` uses has the same one."""
+    if teacher.engine_of is None:
+        return
+    where = f"teachers: '{teacher.name}': engine_of"
+    owner = next((each for each in teachers if each.name == teacher.engine_of and each.has_engine), None)
+    if owner is None:
+        known = ", ".join(each.name for each in teachers if each.has_engine) or "none"
+        raise ValueError(f"{where}: no teacher '{teacher.engine_of}' with an engine of its own; known: {known}")
+    for name in ("model", "revision", "engine"):
+        if getattr(teacher, name) != getattr(owner, name):
+            raise ValueError(f"{where}: '{owner.name}' has another {name}; make them equal, or remove engine_of")

@@ -150,9 +150,10 @@ class Config(Section):
 
     @property
     def judges(self) -> list[TeacherConfig]:
-        """The teachers that grade completions in stage 2."""
+        """The teachers that grade completions in stage 2, each with an engine of its own."""
         chosen = self.grpo.judge.teachers
-        return [each for each in self.label.teachers if self.grpo.judged and (not chosen or each.name in chosen)]
+        judges = [each for each in self.label.teachers if self.grpo.judged and (not chosen or each.name in chosen)]
+        return [each.model_copy(update={"engine_of": None}) for each in judges]
 
     @property
     def trained(self) -> list[str]:

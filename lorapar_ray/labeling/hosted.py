@@ -43,14 +43,20 @@ class HostedTeacher:
         self._choice_ids: dict[str, list[int]] = {}
         self._asked = 0
 
-    async def ask(self, prompt: str, choices: list[str]) -> tuple[list[float], int]:
-        """(log-probabilities of the choices as the next token, tokens read and written)."""
+    async def ask(
+        self, prompt: str, choices: list[str], use_chat_template: bool | None, thinking_tokens: int
+    ) -> tuple[list[float], int]:
+        """(log-probabilities of the choices as the next token, tokens read and written).
+
+        Args:
+            use_chat_template, thinking_tokens: of the teacher that asks, which may be another than the engine's.
+        """
         from vllm import SamplingParams
 
-        text = with_template(prompt, self._tokenizer, self._config.use_chat_template, self._choice)
+        text = with_template(prompt, self._tokenizer, use_chat_template, self._choice)
         thought = 0
-        if self._config.thinking_tokens:
-            text, thought = await self._think(text)
+        if thinking_tokens:
+            text, thought = await self._think(text, thinking_tokens)
         prompt_ids, choice_ids = self._tokens(text, choices)
         params = SamplingParams(max_tokens=1, temperature=1.0, allowed_token_ids=choice_ids, logprobs=len(choice_ids))
         output = await self._run({"prompt_token_ids": prompt_ids}, params)
@@ -72,14 +78,14 @@ class HostedTeacher:
         prompt_ids, self._choice_ids[key] = choice_tokens(self._tokenizer, text, choices)
         return prompt_ids, self._choice_ids[key]
 
-    async def _think(self, text: str) -> tuple[str, int]:
+    async def _think(self, text: str, most: int) -> tuple[str, int]:
         """Let a reasoning model write first; the choice is asked after its text. (text, tokens)"""
         from vllm import SamplingParams
 
         opened = text.removesuffix(self._choice)
         prompt_ids = self._tokenizer(opened, add_special_tokens=self._needs_bos(opened))["input_ids"]
         room = self._config.engine.max_model_len - len(prompt_ids) - ROOM_FOR_CHOICE
-        tokens = max(1, min(self._config.thinking_tokens, room))
+        tokens = max(1, min(most, room))
         output = await self._run(
             {"prompt_token_ids": prompt_ids}, SamplingParams(max_tokens=tokens, temperature=0.6, seed=0)
         )

@@ -11,15 +11,15 @@ from lorapar_ray.text import markup
 
 
 def applications(config: Config) -> dict[str, str]:
-    """Name of each hosted teacher's Serve application."""
-    return {t.name: f"lorapar-{config.name}-{t.name}" for t in config.label.teachers if t.kind == "serve"}
+    """Serve application of each teacher that has an engine."""
+    return {t.name: f"lorapar-{config.name}-{t.name}" for t in config.label.teachers if t.has_engine}
 
 
 def start_teachers(config: Config) -> tuple[dict[str, str], dict[str, str]]:
-    """Deploy every hosted teacher, all at once, and wait until each runs or has failed.
+    """Deploy every hosted teacher's engine, all at once, and wait until each runs or has failed.
 
     Returns:
-        application of each that runs, and why the others do not.
+        application of each teacher that runs, and why the others do not.
 
     Raises:
         UserError: a model does not exist, or the cluster is too small for all of them and the asking workers.
@@ -29,16 +29,17 @@ def start_teachers(config: Config) -> tuple[dict[str, str], dict[str, str]]:
         return {}, {}
     from lorapar_ray.labeling.hosted import target
 
-    hosted = [teacher for teacher in config.label.teachers if teacher.kind == "serve"]
+    hosted = [teacher for teacher in config.label.teachers if teacher.has_engine]
     start_serve(host="127.0.0.1", location="NoServer")
     targets = [target(teacher, apps[teacher.name], config.label.prompt.choice, config.seed) for teacher in hosted]
     running, failed = {}, {}
-    for name, why in deployed(targets, apps):
-        if why:
-            failed[name] = f"it could not start: {why}"
-            console.print(f"  [yellow]teacher {name} abstains[/]: {markup(failed[name])}", markup=True)
-        else:
-            running[name] = apps[name]
+    for owner, why in deployed(targets, apps):
+        for name in (each.name for each in config.label.teachers if owner in (each.name, each.engine_of)):
+            if why:
+                failed[name] = f"it could not start: {why}"
+                console.print(f"  [yellow]teacher {name} abstains[/]: {markup(failed[name])}", markup=True)
+            else:
+                running[name] = apps[owner]
     return running, failed
 
 

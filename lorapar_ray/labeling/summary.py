@@ -169,7 +169,7 @@ class Tally:
         own = self._teachers[teacher.name]
         cast = own.split.total()
         latency = {f"p{p}": own.latency.percentile(p) for p in PERCENTILES} if cast else {}
-        hours = (session.starting_s + session.asking_s) / 3600 * (teacher.replicas if teacher.kind == "serve" else 0)
+        hours = (session.starting_s + session.asking_s) / 3600 * (teacher.replicas if teacher.has_engine else 0)
         return {
             "model": teacher.model,
             "split": _counts(own.split, self._systems),

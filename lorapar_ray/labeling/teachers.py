@@ -90,7 +90,8 @@ class ServedTeacher:
     def __init__(self, teacher: TeacherConfig, app: str, timeout_s: float) -> None:
         from ray import serve
 
-        self._handle = serve.get_deployment_handle(teacher.name, app)
+        self._handle = serve.get_deployment_handle(teacher.engine_of or teacher.name, app)
+        self._how = teacher.use_chat_template, teacher.thinking_tokens
         self._timeout_s = timeout_s
 
     async def ask(self, prompt: str, choices: list[str]) -> Asked:
@@ -98,7 +99,7 @@ class ServedTeacher:
 
         start = time.monotonic()
         try:
-            answer = self._handle.ask.remote(prompt, choices)
+            answer = self._handle.ask.remote(prompt, choices, *self._how)
             log_probs, tokens = await asyncio.wait_for(answer, self._timeout_s)
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error

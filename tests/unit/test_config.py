@@ -100,6 +100,18 @@ TEACHER = {"name": "t", "model": "m/m"}
         ({"model": {"path": "a\0b"}}, "model.path"),
         ({"model": {"path": "a\ud800"}}, "model.path"),
         ({"label": {"teachers": [{**TEACHER, "requests_per_second": float("inf")}]}}, "requests_per_second"),
+        (
+            {"label": {"teachers": [TEACHER, {**TEACHER, "name": "b", "engine_of": "c"}]}},
+            "no teacher 'c' with an engine",
+        ),
+        (
+            {"label": {"teachers": [{**TEACHER, "engine_of": TEACHER["name"]}]}},
+            "with an engine of its own; known: none",
+        ),
+        (
+            {"label": {"teachers": [TEACHER, {**TEACHER, "name": "b", "engine_of": TEACHER["name"], "model": "n"}]}},
+            "has another model; make them equal",
+        ),
         ({"label": {"strategy": "vote", "teachers": [{**TEACHER, "replicas": 3, "max_replicas": 2}]}}, "max_replicas"),
         ({"sft": {"workers": 3, "max_workers": 2}}, "max_workers"),
         ({"score": {"workers": 3, "max_workers": 2}}, "max_workers"),

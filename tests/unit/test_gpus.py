@@ -9,9 +9,16 @@ from lorapar_ray.cli import app
 from lorapar_ray.config import Config
 from lorapar_ray.gpus import place, sync_of
 from lorapar_ray.grpo.placement import empty_places
+from lorapar_ray.labeling.serving import applications
+from lorapar_ray.processes import processes_of
 from lorapar_ray.workers import hidden_gpus
 
 TEACHERS = [{"name": name, "model": "m"} for name in ("a", "b", "c")]
+
+
+def shared(**changed: Any) -> dict[str, Any]:
+    """Labelling with a teacher that answers with another one's engine."""
+    return {"teachers": [TEACHERS[0], {**TEACHERS[1], "engine_of": "a", **changed}, TEACHERS[2]]}
 
 
 def config(**sections: Any) -> Config:
@@ -26,6 +33,15 @@ def test_teachers_share_what_there_is(gpus: int, share: float) -> None:
     label = place(config(), "label", gpus).label
     assert [teacher.resources.gpus for teacher in label.teachers] == [share] * 3
     assert label.resources.gpus == 0
+
+
+def test_a_teacher_with_the_engine_of_another_takes_nothing() -> None:
+    placed = place(config(label=shared(replicas=5)), "label", 2)
+    assert [teacher.resources.gpus for teacher in placed.label.teachers] == [1, 0, 1]
+    assert set(processes_of(placed, "label")) == {"a", "c", "workers"}
+    assert applications(placed) == {"a": "lorapar-x-a", "c": "lorapar-x-c"}
+    judges = config(label=shared(), grpo={"rewards": [{"name": "judge"}], "judge": {"teachers": ["b"]}}).judges
+    assert [(judge.name, judge.has_engine) for judge in judges] == [("b", True)]
 
 
 def test_a_teacher_over_several_gpus_takes_them_first() -> None:
