@@ -1,4 +1,4 @@
-"""The pipeline on a run directory in an object store: killed in stage 2, and gone on with from an empty disk."""
+"""The pipeline on a run directory in an object store: killed in every stage, each time another machine goes on."""
 
 import json
 import os
@@ -14,16 +14,20 @@ from safetensors.torch import load_file
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.files import cache_root
 from lorapar_ray.runs import looked_at
-from lorapar_ray.storage.mirror import Mirror
 from lorapar_ray.storage.objects import Objects
 from lorapar_ray.storage.uris import Uri
 from tests.chaos import Recovery
 from tests.e2e.conftest import FinishedRun
-from tests.e2e.test_interruption import copy_before, stop_when
+from tests.e2e.test_interruption import stop_when
 from tests.object_store import object_store
 from tests.tiny_run import GRPO_STEPS, lorapar, lorapar_here, metrics
 
 pytestmark = pytest.mark.e2e
+KILLED = ("label", "score", "sft", "grpo", "evaluate")
+FOLDERS = {"label": "votes"}
+"""Of a stage's unfinished work, if it is not called after the stage."""
+SLOWLY = ("--set", "label.rows_per_block=2", "--set", "label.concurrency=2")
+"""So that votes are in the store before all have been given."""
 
 
 @pytest.fixture
@@ -42,28 +46,40 @@ def machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAPAR_CACHE", str(folder))
 
 
+def stored(objects: Objects, stage: str, steps: int) -> bool:
+    """Whether a part of a stage's work is in the store; of stage 2, so many steps."""
+    if stage == "grpo":
+        return bool(objects.listing("work/grpo")) and newest_step(objects) >= steps
+    return any(objects.listing(f"work/{FOLDERS.get(stage, stage)}"))
+
+
+def newest_step(objects: Objects) -> int:
+    """Of stage 2's checkpoints."""
+    return max(int(Path(name).stem.removeprefix("step-")) for name in objects.listing("work/grpo"))
+
+
+@pytest.mark.chaos("label", "driver, other machine")
+@pytest.mark.chaos("score", "driver, other machine")
+@pytest.mark.chaos("sft", "driver, other machine")
 @pytest.mark.chaos("grpo", "driver, other machine")
 def test_a_run_killed_on_one_machine_ends_on_another_as_one_on_a_disk(
     chance: Random,
-    thorough: bool,
     recovery: Recovery,
     finished: FinishedRun,
     s3: Uri,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`--chaos all` begins with nothing and goes to the end; else it is stage 2 alone."""
-    if not thorough:
-        Mirror(copy_before(finished, "grpo", tmp_path / "tuned"), Objects(s3)).push()
-    arguments = (*(("run", finished.config) if thorough else ("grpo", "-c", finished.config)), "-d", str(s3))
-    machine(tmp_path / "first", monkeypatch)
-    objects, wanted = Objects(s3), f"work/grpo/step-{chance.randint(1, GRPO_STEPS - 4):07d}.safetensors"
-    stop_when(lambda: any(name >= wanted for name in objects.listing("work/grpo")), signal.SIGKILL, *arguments)
-    [mirror] = (tmp_path / "first" / "runs").iterdir()
-    before = metrics(mirror, "grpo")
-    kept = max(int(name[-len("0000000.safetensors") :].split(".")[0]) for name in objects.listing("work/grpo"))
-    machine(tmp_path / "second", monkeypatch)
-    with recovery("grpo", "driver, other machine"):
+    arguments, objects = ("run", finished.config, "-d", str(s3), *SLOWLY), Objects(s3)
+    steps = chance.randint(1, GRPO_STEPS - 4)
+    for stage in KILLED:
+        machine(tmp_path / stage, monkeypatch)
+        stop_when(lambda stage=stage: stored(objects, stage, steps), signal.SIGKILL, *arguments)
+        if stage == "grpo":
+            [mirror] = (tmp_path / stage / "runs").iterdir()
+            before, kept = metrics(mirror, "grpo"), newest_step(objects)
+    machine(tmp_path / "last", monkeypatch)
+    with recovery("evaluate", "driver, other machine"):
         again = lorapar(*arguments, timeout=500)
     assert again.returncode == 0, again.stderr
     secret = os.environ["AWS_SECRET_ACCESS_KEY"].encode()
@@ -86,7 +102,7 @@ def test_a_run_killed_on_one_machine_ends_on_another_as_one_on_a_disk(
         assert labels[0] == labels[1]
         stages = json.loads((run.root / "manifest.json").read_text())["stages"]
         assert {each["status"] for each in stages.values()} == {"done"}
-        assert (run.report / "index.html").is_file() == thorough
+        assert (run.report / "index.html").is_file()
     taken = lorapar_here("export", "-d", s3, "--stage", "sft", "-o", tmp_path / "taken")
     assert taken.returncode == 0, taken.stderr
     assert (tmp_path / "taken" / "adapter_model.safetensors").is_file()
