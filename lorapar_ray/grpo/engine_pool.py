@@ -154,7 +154,7 @@ class EnginePool:
             engine = self.supervisor.engines[slot]
             await self._look(slot, engine)
             if slot in self.supervisor.working():
-                self._hand_on_stragglers(slot, engine)
+                self._give_back_straggler(slot, engine)
 
     async def _look(self, slot: int, engine: Any) -> None:
         """Request an engine's heartbeat and its groups' progress; rebuild it if it does not answer."""
@@ -171,7 +171,8 @@ class EnginePool:
                 if rollout.engine is engine and key in tokens:
                     rollout.seen = records, tokens[key]
 
-    def _hand_on_stragglers(self, slot: int, engine: Any) -> None:
+    def _give_back_straggler(self, slot: int, engine: Any) -> None:
+        """Interrupt a slow group, so that an idle engine continues it."""
         usual, load = self._router.typical, self._router.load
         others = (each for each in self.supervisor.working() if each != slot)
         if usual is None or len(self._queue) or all(load[each] for each in others):
