@@ -132,25 +132,42 @@ def serving(config: Config, run: RunDirectory, address: Address, replicas: int =
     import ray
     from ray import serve
 
-    from lorapar_ray.serving.replica import Replica
-    from lorapar_ray.workers import ray_options
-
     key, adapters = server_key(address), finished_adapters(config, run)
     if is_own_ray():
         require_free(address)
     resolve_model(config.model.path)
     config = place(config, "evaluate", int(capacity().largest("GPU")))
+    require("serve", {"replicas": (replicas, config.evaluate.resources)}, "--replicas")
+    server = _server(config, run, adapters, replicas, key)
+    try:
+        start_serve(host=address.host, port=address.port, location="HeadOnly")
+        [(_, why)] = deployed([serve.RunTarget(server, name=APP, route_prefix="/")], {APP: APP})
+        if why:
+            raise UserError(f"serve: could not start ({why})")
+        told = serve.get_app_handle(APP).ready.remote().result(timeout_s=READY_S)
+        yield {"models": [BASE, *adapters, *([AUTO] if "agreement" in told else [])], **told}
+    except (RuntimeError, ray.exceptions.RayError, TimeoutError) as error:
+        raise UserError(f"serve: could not start ({one_line(error, 300)})") from error
+    finally:
+        end([APP])
+
+
+def _server(config: Config, run: RunDirectory, adapters: Mapping[str, Path], replicas: int, key: str | None) -> Any:
+    """The Serve application: `replicas` of an engine with all adapters."""
+    from ray import serve
+
+    from lorapar_ray.serving.replica import Replica
+    from lorapar_ray.workers import ray_options
+
     settings = config.evaluate
-    require("serve", {"replicas": (replicas, settings.resources)}, "--replicas")
+    fields = config.model_dump(mode="json")
+    fields["model"]["path"] = model_reference(config.model.path)
     ranks = [
         len(value)
         for folder in adapters.values()
         for name, value in read_adapter_state(folder).items()
         if "lora_A" in name
     ]
-    questions = labelled_questions(config, run, adapters)
-    fields = config.model_dump(mode="json")
-    fields["model"]["path"] = model_reference(config.model.path)
     deployment = serve.deployment(Replica).options(
         name="server",
         num_replicas=replicas,
@@ -162,22 +179,11 @@ def serving(config: Config, run: RunDirectory, address: Address, replicas: int =
             "runtime_env": {"env_vars": engine_environment(settings.engine, settings.resources)},
         },
     )
-    bound = deployment.bind(
+    return deployment.bind(
         fields,
         {name: run.address(folder) for name, folder in adapters.items()},
         max(ranks, default=8),
         student_name(config),
-        questions,
+        labelled_questions(config, run, adapters),
         None if key is None else digest_of(key),
     )
-    try:
-        start_serve(host=address.host, port=address.port, location="HeadOnly")
-        [(_, why)] = deployed([serve.RunTarget(bound, name=APP, route_prefix="/")], {APP: APP})
-        if why:
-            raise UserError(f"serve: could not start ({why})")
-        told = serve.get_app_handle(APP).ready.remote().result(timeout_s=READY_S)
-        yield {"models": [BASE, *adapters, *([AUTO] if "agreement" in told else [])], **told}
-    except (RuntimeError, ray.exceptions.RayError, TimeoutError) as error:
-        raise UserError(f"serve: could not start ({one_line(error, 300)})") from error
-    finally:
-        end([APP])
