@@ -19,7 +19,7 @@ from lorapar_ray.boundary import read_object
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.labelled import require_room, token_table
 from lorapar_ray.datasets.tokens import Questions, Selection, TokenTable
-from lorapar_ray.engines.kept import HandedEngines, kept_engines
+from lorapar_ray.engines.kept import HandedEngines
 from lorapar_ray.errors import UserError
 from lorapar_ray.gpus import sync_of
 from lorapar_ray.grpo.coordinator import Coordinator
@@ -87,7 +87,6 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
         plan = {**stage.plan, "judge": judge}
         staying = staying_engines(config, plan)
         run_learners(stage, Coordinator, plan, learn_worker, stage.job.payload(), stage.writes, staying)
-    kept_engines().keep(staying)
     stage.finish()
     return stage.notes
 

@@ -16,9 +16,10 @@ from lorapar_ray.processes import processes_of
 
 
 def staying_engines(config: Config, plan: dict[str, Any]) -> list[Any]:
-    """Stage 2's engines, created here, if the evaluation right after it asks for the same ones; else none.
+    """Stage 2's engines, created and kept here, if the evaluation right after it asks for the same ones; else none.
 
-    Only on one machine: they belong to no placement group, which would end with the stage.
+    They are kept from the start, so that they also end if the stage fails. Only on one machine: they belong to no
+    placement group, which would end with the stage.
 
     Args:
         plan: the coordinator's.
@@ -40,4 +41,6 @@ def staying_engines(config: Config, plan: dict[str, Any]) -> list[Any]:
     if not same or not kept_engines().leads_to("grpo", "evaluate") or len(ray.nodes()) > 1:
         return []
     require("grpo", processes_of(config, "grpo"))
-    return [new_engine(plan, None, slot, EvaluationEngine) for slot in range(grpo.rollout_actors)]
+    engines = [new_engine(plan, None, slot, EvaluationEngine) for slot in range(grpo.rollout_actors)]
+    kept_engines().keep(engines)
+    return engines
