@@ -40,8 +40,8 @@ from lorapar_ray.sandbox import Job, Limits, Sandbox, survey
 from lorapar_ray.sandbox.tasks import tests_job
 
 if TYPE_CHECKING:
+    from lorapar_ray.engines.requests import Request
     from lorapar_ray.evaluation.engines import Engines
-    from lorapar_ray.evaluation.requests import Request
 
 GOAL_SAME = 0.99
 GOAL_SPEED = 0.95
@@ -172,7 +172,7 @@ def scaling(arguments: argparse.Namespace) -> list[Row]:
 def _work(count: int) -> dict[str, list[Request]]:
     """The same prompts, to continue and to score a continuation of."""
     from lorapar_ray.datasets.chat import load_encoder
-    from lorapar_ray.evaluation.requests import Request
+    from lorapar_ray.engines.requests import Request
     from lorapar_ray.models import resolve_model
 
     encode = load_encoder(resolve_model(_agreement.MODEL), None).tokenizer.encode

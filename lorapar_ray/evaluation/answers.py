@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorapar_ray.boundary import damaged
-from lorapar_ray.evaluation.requests import ANSWER_SCHEMA, Answer, Request, answer_table, answers_of
+from lorapar_ray.engines.requests import ANSWER_SCHEMA, Answer, Request, answer_table, answers_of
 from lorapar_ray.files import atomic_path
 
 MERGED_FROM = 64

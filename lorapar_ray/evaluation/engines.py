@@ -23,11 +23,11 @@ import pyarrow as pa
 
 from lorapar_ray.config import EngineConfig, Resources
 from lorapar_ray.engines.actor import start_engine
+from lorapar_ray.engines.answering import AnsweringEngine
 from lorapar_ray.engines.kept import end
 from lorapar_ray.engines.policy import Policy
+from lorapar_ray.engines.requests import ANSWER_SCHEMA, Answer, Request, answers_of, request_table
 from lorapar_ray.errors import UserError
-from lorapar_ray.evaluation.engine import EvaluationEngine
-from lorapar_ray.evaluation.requests import ANSWER_SCHEMA, Answer, Request, answers_of, request_table
 from lorapar_ray.text import reason
 
 REQUESTS_PER_BLOCK = 16
@@ -80,7 +80,7 @@ class Engines:
             trust_remote_code=trust_remote_code,
             sync=sync,
             max_lora_rank=max_lora_rank,
-            actor=EvaluationEngine,
+            actor=AnsweringEngine,
             restarts=RESTARTS,
         )
         self._running = list(running[:count])

@@ -19,13 +19,13 @@ from lorapar_ray.datasets.labelled import evaluation_table, require_room
 from lorapar_ray.datasets.rows import count_rows
 from lorapar_ray.datasets.tokens import UNLABELLED, Questions, Selection, TokenTable
 from lorapar_ray.engines.kept import kept_engines
+from lorapar_ray.engines.requests import Request
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.accuracy import accuracy
 from lorapar_ray.evaluation.answers import AnswerStore
 from lorapar_ray.evaluation.engines import Engines
 from lorapar_ray.evaluation.generator import same_length, start_generator
 from lorapar_ray.evaluation.judging import judge, judging_process
-from lorapar_ray.evaluation.requests import Request
 from lorapar_ray.evaluation.serving import Served, require_template, serving
 from lorapar_ray.evaluation.tasks import catalogue_of, evaluate_tasks, unfinished
 from lorapar_ray.grpo.rewards import RewardPool

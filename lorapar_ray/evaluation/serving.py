@@ -11,10 +11,10 @@ from lorapar_ray.adapters import read_adapter_state
 from lorapar_ray.adapters.given import require_lora
 from lorapar_ray.boundary import read_object
 from lorapar_ray.engines.policy import Policy, read_policy
+from lorapar_ray.engines.requests import Answer, Request
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.answers import AnswerStore
 from lorapar_ray.evaluation.engines import Engines
-from lorapar_ray.evaluation.requests import Answer, Request
 from lorapar_ray.files import expanded
 from lorapar_ray.mergeable import unmergeable
 from lorapar_ray.models import model_reference, resolve_model

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.config import EvaluateConfig
 from lorapar_ray.datasets.chat import Encoder
+from lorapar_ray.engines.requests import Answer, Request
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.answers import AnswerStore
 from lorapar_ray.evaluation.engines import Engines
 from lorapar_ray.evaluation.harness import require_lm_eval
-from lorapar_ray.evaluation.requests import Answer, Request
 from lorapar_ray.evaluation.serving import Served
 from lorapar_ray.files import write_json
 from lorapar_ray.progress import console, progress

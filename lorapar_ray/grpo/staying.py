@@ -6,9 +6,9 @@ from typing import Any
 
 from lorapar_ray.capacity import capacity, require
 from lorapar_ray.config import Config
+from lorapar_ray.engines.answering import AnsweringEngine
 from lorapar_ray.engines.kept import kept_engines
 from lorapar_ray.engines.settings import same_engine
-from lorapar_ray.evaluation.engine import EvaluationEngine
 from lorapar_ray.gpus import place, sync_of
 from lorapar_ray.grpo.sampler import new_engine
 from lorapar_ray.models import model_reference
@@ -41,6 +41,6 @@ def staying_engines(config: Config, plan: dict[str, Any]) -> list[Any]:
     if not same or not kept_engines().leads_to("grpo", "evaluate") or len(ray.nodes()) > 1:
         return []
     require("grpo", processes_of(config, "grpo"))
-    engines = [new_engine(plan, None, slot, EvaluationEngine) for slot in range(grpo.rollout_actors)]
+    engines = [new_engine(plan, None, slot, AnsweringEngine) for slot in range(grpo.rollout_actors)]
     kept_engines().keep(engines)
     return engines

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 
 from lorapar_ray.config import EngineConfig, Resources
+from lorapar_ray.engines.requests import Answer, Request, answer_table
 from lorapar_ray.evaluation import engines as evaluation_engines
 from lorapar_ray.evaluation.engines import Engines
-from lorapar_ray.evaluation.requests import Answer, Request, answer_table
 
 pytestmark = pytest.mark.cluster
 REQUESTS = [Request("generate", [1, number]) for number in range(60)]

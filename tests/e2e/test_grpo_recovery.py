@@ -22,7 +22,7 @@ from tests.tiny_run import ROOT, command, lorapar, metrics
 
 pytestmark = pytest.mark.e2e
 STEPS, DRIVER_AFTER = 10, 8
-ENGINES = ["ray::(EngineActor|EvaluationEngine)", "VLLM::EngineCore"]
+ENGINES = ["ray::(EngineActor|AnsweringEngine)", "VLLM::EngineCore"]
 REWARDS = ["lorapar_ray.grpo.rewards.worker", "ray::RewardActor"]
 LEARNERS = ["ray::RayTrainWorker", "ray::Coordinator"]
 """Patterns in the command lines of what is killed."""

@@ -19,6 +19,7 @@ from lorapar_ray.adapters import attach_lora, residual_base, save_adapter
 from lorapar_ray.cli import app
 from lorapar_ray.config import EvaluateConfig
 from lorapar_ray.datasets.chat import load_encoder
+from lorapar_ray.engines.requests import Answer, Request
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.answers import MERGED_FROM, AnswerStore
 from lorapar_ray.evaluation.harness import judges
@@ -28,7 +29,6 @@ from lorapar_ray.evaluation.harness.local_data import local_dataset
 from lorapar_ray.evaluation.harness.model import HarnessModel, plan_scores
 from lorapar_ray.evaluation.harness.results import leaves, summary
 from lorapar_ray.evaluation.harness.run import evaluate_task
-from lorapar_ray.evaluation.requests import Answer, Request
 from lorapar_ray.evaluation.serving import NamedModel, named_model, serving
 from lorapar_ray.evaluation.standalone import _require_same, by_base, evaluate_models, evaluation_of
 from lorapar_ray.evaluation.tasks import catalogue_of, file_name, result_file, rows_file

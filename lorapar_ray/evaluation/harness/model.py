@@ -22,8 +22,8 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lorapar_ray.datasets.chat import Encoder
+from lorapar_ray.engines.requests import Answer, Request
 from lorapar_ray.errors import UserError
-from lorapar_ray.evaluation.requests import Answer, Request
 from lorapar_ray.evaluation.serving import require_template
 
 Ask = Callable[[Sequence[Request]], Sequence[Answer]]

@@ -1,4 +1,4 @@
-"""Requests of an evaluation to a model, as tokens, and its answers: the same for every kind of task.
+"""Requests to a model, as tokens, and its answers: the same for every kind of evaluation task.
 
 Three kinds. `generate` continues a prompt; `score` gives the log-probability of each token from `start` on; `choose`
 gives the log-probabilities of several possible next tokens. `choose` is `score` for answers of one token (" A", " B"):

@@ -1,4 +1,4 @@
-"""The engine of an evaluation: an `EngineActor` that answers requests, and continues after its process dies."""
+"""An `EngineActor` that answers requests, and continues after its process dies."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from lorapar_ray.cpu.engine import SCORED_FROM
 from lorapar_ray.engines.actor import EngineActor
-from lorapar_ray.evaluation.requests import Answer, answer_table
+from lorapar_ray.engines.requests import Answer, answer_table
 
 
-class EvaluationEngine(EngineActor):
+class AnsweringEngine(EngineActor):
     """If its process dies, Ray restarts it and repeats the calls in flight.
 
     So each call names its policy: a restarted engine has none yet.
