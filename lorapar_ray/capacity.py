@@ -28,19 +28,29 @@ _growth: ContextVar[ClusterConfig | None] = ContextVar("growth", default=None)
 
 @dataclass(frozen=True)
 class Node:
-    """An existing node."""
+    """An existing node, with all that it has, or with what is free on it."""
 
     labels: dict[str, str]
     amounts: dict[str, float]
-    """By Ray's name of the resource, whether in use or not."""
+    """By Ray's name of the resource."""
 
     def holds(self, resources: Resources) -> float:
-        """How many such processes fit on the node when it is free; a fraction of a GPU is on one GPU."""
+        """How many such processes fit into these amounts; a fraction of a GPU is on one GPU."""
         cpus, gpus, each = self.amounts.get("CPU", 0.0), self.amounts.get("GPU", 0.0), resources.gpu_count
         by_cpu = math.floor(cpus / resources.cpus + 1e-9) if resources.cpus else math.inf
         if not each:
             return by_cpu
-        return min(by_cpu, gpus // each if each >= 1 else math.floor(gpus) * math.floor(1 / each + 1e-9))
+        whole = math.floor(gpus / each + 1e-9) if each >= 1 else math.floor(gpus + 1e-9) * math.floor(1 / each + 1e-9)
+        return min(by_cpu, whole)
+
+    def accepts(self, resources: Resources) -> bool:
+        """Whether the node has the labels that such a process asks for."""
+        return all(_selects(value, self.labels.get(key)) for key, value in resources.nodes.items())
+
+    def without(self, resources: Resources) -> Node:
+        """The node after such a process took its part."""
+        taken = {"CPU": resources.cpus, "GPU": resources.gpu_count}
+        return replace(self, amounts={kind: amount - taken.get(kind, 0.0) for kind, amount in self.amounts.items()})
 
 
 @dataclass(frozen=True)
@@ -165,7 +175,7 @@ def require_fit(stage: str, has: Capacity, groups: dict[str, tuple[int, Resource
                 f"{stage}: {name} asks for nodes with the label {missing}, which no node of this cluster has; correct "
                 "the `nodes` of its resources, or start nodes with `ray start --labels`"
             )
-        room = sum(node.holds(resources) for node in has.nodes if not _missing(resources.nodes, (node,)))
+        room = sum(node.holds(resources) for node in has.nodes if node.accepts(resources))
         if count > room:
             labels = ", ".join(f"{key}={value}" for key, value in resources.nodes.items())
             gpus = f" and {resources.gpu_count:g} GPU" if resources.gpu_count else ""

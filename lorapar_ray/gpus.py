@@ -7,7 +7,8 @@ The rule, a stage at a time, since stages run one after the other:
   engine. There are at most as many workers as GPUs: two on one GPU only take turns, and NCCL refuses them.
 - Hosted teachers: a GPU for each replica (for each rank); with too few GPUs they share them evenly.
 - Stage 2: engines, learners and judges get their own GPUs if there are enough. Else an engine and a learner share
-  each GPU, at most one of each on it, and judges take a part of every GPU.
+  each GPU, at most one of each on it, and judges take a part of every GPU. Then the number of learners is fixed: a
+  learner with a part of a GPU must not come to one that has a learner.
 - Asking and reward workers: none; they compute nothing on one unless a user's own code does, who then gives a number.
 
 A number in the config is kept, and its GPUs are subtracted first.
@@ -122,6 +123,7 @@ def _stage2(config: Config, gpus: int) -> Config:
             settings,
             rollout_actors=settings.rollout_actors if engine.gpus != "auto" else min(settings.rollout_actors, gpus),
             learners=settings.learners if learner.gpus != "auto" else _learners(settings, gpus),
+            max_learners=None if 0 < _given(learner, shares[1]).gpu_count < 1 else settings.max_learners,
         )
     settings = _with(
         settings,

@@ -25,10 +25,12 @@ def processes_of(config: Config, stage: str) -> Groups:
         return {"workers": (config.sft.workers, config.sft.resources)}
     if stage == "grpo":
         grpo = config.grpo
+        environments = {"environment_workers": (grpo.environment_workers, grpo.environment_resources)}
         return {
             "rollout_actors": (grpo.rollout_actors, grpo.rollout_resources),
             "learners": (grpo.learners, grpo.learner_resources),
             "reward_workers": (grpo.reward_workers, grpo.reward_resources),
+            **(environments if grpo.environment is not None else {}),
             **_hosted(config.judges, "judge."),
         }
     if stage == "evaluate":

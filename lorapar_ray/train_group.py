@@ -19,6 +19,7 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
 from ray.train.v2._internal.util import TrainingFramework
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -114,8 +115,14 @@ class Torch(BackendConfig):
 class TrainGroup(DataParallelTrainer):
     """A group without `UNUSED`, whose processes meet on Ray's network."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, *arguments: Any, policy: ScalingPolicy | None = None, **options: Any) -> None:
+        """`policy` decides on the number of workers; None: Ray's for a fixed number."""
         super().__init__(*arguments, backend_config=Torch(), **options)
+        self._policy = policy
 
     def _create_default_callbacks(self) -> list[Any]:
         return [each for each in super()._create_default_callbacks() if not isinstance(each, UNUSED)]
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        own = {} if self._policy is None else {"scaling_policy": self._policy}
+        return super()._initialize_and_run_controller(**parts | own)

@@ -15,6 +15,7 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.files import write_json
 from lorapar_ray.heavy_imports import import_peft
 from lorapar_ray.redact import redact
+from lorapar_ray.room import Others
 from lorapar_ray.storage.workspace import Handed, workspace
 from lorapar_ray.threads import in_a_thread
 
@@ -41,6 +42,8 @@ def run_workers(
     run: RunDirectory,
     writes: Sequence[Path],
     max_workers: int | None = None,
+    multiple: int = 1,
+    others: Others | None = None,
     before_restart: Callable[[], None] | None = None,
 ) -> None:
     """Run `function(argument)` on every worker of a Ray Train group and wait.
@@ -52,6 +55,8 @@ def run_workers(
         writes: files and folders of the run that the function writes.
         max_workers: None: always `workers`. Else as many as there is room for, from `workers` to this number; whenever
             nodes come or go, the function is called again, by another number of workers.
+        multiple: divides every such number.
+        others: the rest of the stage, which gets its room before the workers above the fewest.
         before_restart: called, in another process of this machine, before workers start again after a loss.
 
     Raises:
@@ -66,7 +71,8 @@ def run_workers(
         # is the usual KeyboardInterrupt; the group ends with the Ray session.
         with run.shared(*writes, refusal) as handed:
             task = {"function": function, "argument": argument, "refusal": refusal, "run": handed}
-            trainer = _group(task, name, workers, max_workers, resources, run, before_restart)
+            number = workers if max_workers is None else (workers, max_workers)
+            trainer = _group(task, name, number, multiple, resources, run, others, before_restart)
             with losses_told(name, group):
                 in_a_thread(trainer.fit, name="ray-train")
     finally:
@@ -79,33 +85,37 @@ def run_workers(
 def _group(
     task: dict[str, Any],
     name: str,
-    workers: int,
-    max_workers: int | None,
+    workers: int | tuple[int, int],
+    multiple: int,
     resources: Resources,
     run: RunDirectory,
+    others: Others | None,
     before_restart: Callable[[], None] | None,
 ) -> Any:
     """The workers of a task; Ray Train keeps its own books beside the run's files."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
+    from lorapar_ray.scaling import RoomPolicy
     from lorapar_ray.train_group import BeforeRestarts, TrainGroup
 
-    remote = run.remote
+    remote, elastic = run.remote, isinstance(workers, tuple)
+    scaling = ScalingConfig(
+        num_workers=workers,
+        elastic_resize_monitor_interval_s=RESIZE_S,
+        use_gpu=resources.gpu_count > 0,
+        resources_per_worker=bundle(resources),
+        label_selector=resources.nodes or None,
+    )
     return TrainGroup(
         _work,
         train_loop_config=task,
-        scaling_config=ScalingConfig(
-            num_workers=workers if max_workers is None else (workers, max_workers),
-            elastic_resize_monitor_interval_s=RESIZE_S,
-            use_gpu=resources.gpu_count > 0,
-            resources_per_worker=bundle(resources),
-            label_selector=resources.nodes or None,
-        ),
+        scaling_config=scaling,
+        policy=RoomPolicy(scaling, resources, multiple, others) if elastic else None,
         run_config=RunConfig(
             name=f"{name}-{os.getpid()}",
             storage_path=str(run.work / "ray") if remote is None else (remote.uri / "work/ray").path,
             storage_filesystem=None if remote is None else remote.objects.file_system,
-            failure_config=FailureConfig(max_failures=RESTARTS if max_workers is None else ELASTIC_RESTARTS),
+            failure_config=FailureConfig(max_failures=ELASTIC_RESTARTS if elastic else RESTARTS),
             worker_runtime_env={"env_vars": worker_environment(resources)},
             callbacks=[] if before_restart is None else [BeforeRestarts(before_restart)],
         ),

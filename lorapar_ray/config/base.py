@@ -59,15 +59,15 @@ def require_range(name: str, fewest: int, most: int | None) -> None:
         raise ValueError(f"max_{name}: {most} is below {name} ({fewest})")
 
 
-def require_worker_range(workers: int, max_workers: int | None, sharding: str) -> None:
-    """Check the number of workers of a training group, or its range.
+def require_group_range(name: str, fewest: int, most: int | None, sharding: str) -> None:
+    """Check `<name>`, the number of workers of a training group, and `max_<name>`.
 
     Raises:
         ValueError: the range is empty, or the base is cut by node, which needs as many workers on each node.
     """
-    require_range("workers", workers, max_workers)
-    if max_workers is not None and sharding == "hsdp":
-        raise ValueError("max_workers: hsdp needs as many workers on each node; set sharding: fsdp2, or no max_workers")
+    require_range(name, fewest, most)
+    if most is not None and sharding == "hsdp":
+        raise ValueError(f"max_{name}: hsdp needs as many {name} on each node; set sharding: fsdp2, or no max_{name}")
 
 
 def names_in(text: str, field: str) -> set[str]:

@@ -19,6 +19,7 @@ from lorapar_ray.config.base import (
     System,
     Tracker,
     names_in,
+    require_group_range,
     require_last_words,
     require_range,
 )
@@ -222,11 +223,15 @@ class GrpoConfig(Section):
     policy as a LoRA adapter (`sync: adapter`). Each ends as it does alone, except for rounding. 1: one run after the
     other, which is faster on a CPU (see `jobs/benchmarks/arms.py`)."""
     learners: Operation[PositiveInt] = 1
-    """Training workers that share each step's samples."""
+    """Training workers that share each step's samples; with `max_learners` the fewest."""
+    max_learners: Operation[PositiveInt | None] = None
+    """Use as many learners as the cluster has room for beside the engines, up to this number. When nodes come or go,
+    more or fewer learners resume from the last checkpoint; the engines stay. The learners of a range share no GPU with
+    engines: if `gpus: auto` finds too few GPUs for that, there are always `learners`. None: always `learners`."""
     sequence_parallel: Operation[PositiveInt] = 1
     """Learners that share each sequence, for contexts longer than one device's memory: each holds the activations of
-    1 / `sequence_parallel` of the tokens. It must divide `learners` and the model's attention heads. Consecutive
-    learners share a sequence, so keep it within the GPUs of a node: they exchange data in every layer. See
+    1 / `sequence_parallel` of the tokens. It must divide `learners`, `max_learners` and the model's attention heads.
+    Consecutive learners share a sequence, so keep it within the GPUs of a node: they exchange data in every layer. See
     `lorapar_ray/sequence_parallel.py`."""
     sharding: Operation[Literal["none", "fsdp2", "hsdp"]] = "none"
     """Cut the frozen base, if it does not fit one device: `fsdp2` over all learners, `hsdp` over those of each node."""
@@ -318,7 +323,7 @@ class GrpoConfig(Section):
         engine, learner = self.rollout_resources.gpu_count, self.learner_resources.gpu_count
         left = 1 - engine
         shared = (
-            max(self.rollout_actors + self.extra_rollout_actors, self.learners) > 1
+            max(self.rollout_actors + self.extra_rollout_actors, self.most_learners) > 1
             and 0 < engine < 1
             and 0 < learner < 1
         )
@@ -331,12 +336,28 @@ class GrpoConfig(Section):
 
     @model_validator(mode="after")
     def _sequences_are_shared_evenly(self) -> GrpoConfig:
-        if self.learners % self.sequence_parallel:
+        for field, number in (("learners", self.learners), ("max_learners", self.most_learners)):
+            if number % self.sequence_parallel:
+                raise ValueError(
+                    f"sequence_parallel: {number} learners cannot be divided into groups of "
+                    f"{self.sequence_parallel}; set grpo.{field} to a multiple of it"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _learners_are_a_range(self) -> GrpoConfig:
+        require_group_range("learners", self.learners, self.max_learners, self.sharding)
+        if self.max_learners is not None and 0 < self.learner_resources.gpu_count < 1:
             raise ValueError(
-                f"sequence_parallel: {self.learners} learners cannot be divided into groups of "
-                f"{self.sequence_parallel}; set grpo.learners to a multiple of it"
+                f"max_learners: learners of a range share no GPU; set learner_resources.gpus to 1, not "
+                f"{self.learner_resources.gpu_count:g}, or no max_learners"
             )
         return self
+
+    @property
+    def most_learners(self) -> int:
+        """Learners if there is room for all."""
+        return self.learners if self.max_learners is None else self.max_learners
 
     @model_validator(mode="after")
     def _engines_are_a_range(self) -> GrpoConfig:

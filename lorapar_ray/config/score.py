@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lorapar_ray.config.base import Fraction, PositiveInt, Section, require_worker_range
+from lorapar_ray.config.base import Fraction, PositiveInt, Section, require_group_range
 from lorapar_ray.config.engine import Resources
 from lorapar_ray.config.marks import Operation, Result
 
@@ -45,7 +45,7 @@ class ScoreConfig(Section):
 
     @model_validator(mode="after")
     def _workers_are_a_range(self) -> ScoreConfig:
-        require_worker_range(self.workers, self.max_workers, self.sharding)
+        require_group_range("workers", self.workers, self.max_workers, self.sharding)
         return self
 
 

@@ -16,7 +16,7 @@ from lorapar_ray.config.base import (
     Section,
     System,
     Tracker,
-    require_worker_range,
+    require_group_range,
 )
 from lorapar_ray.config.engine import Resources
 from lorapar_ray.config.marks import Operation, Result
@@ -117,7 +117,7 @@ class SftConfig(Section):
 
     @model_validator(mode="after")
     def _workers_are_a_range(self) -> SftConfig:
-        require_worker_range(self.workers, self.max_workers, self.sharding)
+        require_group_range("workers", self.workers, self.max_workers, self.sharding)
         return self
 
     @model_validator(mode="after")

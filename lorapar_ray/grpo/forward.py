@@ -68,7 +68,7 @@ class Forward:
         self._scorer = TokenScorer(model)
         if sequence is not None:
             self._require_shareable(model, sequence)
-        share = settings.learner_resources.gpu_count if device.type == "cuda" else 1 / settings.learners
+        share = settings.learner_resources.gpu_count if device.type == "cuda" else 1 / settings.most_learners
         ranks = 1 if sequence is None else sequence.size
         tokens, checkpointed = pass_limits(
             model,

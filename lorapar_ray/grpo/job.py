@@ -24,7 +24,7 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.gpus import sync_of
 from lorapar_ray.grpo.coordinator import Coordinator
 from lorapar_ray.grpo.environments.registry import require_environment
-from lorapar_ray.grpo.placement import reserved
+from lorapar_ray.grpo.placement import reserved, without_a_bundle
 from lorapar_ray.grpo.rewards.judge import judging
 from lorapar_ray.grpo.rewards.registry import require_rewards
 from lorapar_ray.grpo.sampler import new_engine
@@ -32,6 +32,7 @@ from lorapar_ray.grpo.staying import staying_engines
 from lorapar_ray.grpo.worker import GrpoJob, learn_worker
 from lorapar_ray.mergeable import not_in_the_files, unmergeable
 from lorapar_ray.progress import progress, training_progress
+from lorapar_ray.room import Others
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.job import residual
 from lorapar_ray.student import base_reference, starting_adapter
@@ -169,7 +170,10 @@ def run_learners(
                 payload,
                 name="grpo",
                 workers=settings.learners,
+                max_workers=settings.max_learners,
+                multiple=settings.sequence_parallel,
                 resources=settings.learner_resources,
+                others=Others(place, settings.rollout_resources, without_a_bundle(first.config)),
                 run=first.run,
                 writes=writes,
                 before_restart=partial(_make_room, name) if settings.extra_rollout_actors else None,

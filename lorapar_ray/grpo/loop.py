@@ -127,7 +127,8 @@ def learn(learner: Learner, coordinators: Sequence[Any], journals: Sequence[Jour
             lead, step = leads[number], steps[number]
             lead.publish(step, canaries[number])
             seconds = learning, waited, time.monotonic() - start
-            lead.journal.write(step, fetched[number][0], {**metrics[number], **figures}, *seconds)
+            figures = {**metrics[number], **figures, "learners": float(world)}
+            lead.journal.write(step, fetched[number][0], figures, *seconds)
             lead.checkpoint_if_due(step)
     for number, lead in enumerate(leads):
         lead.publisher.wait()

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lorapar_ray.capacity import require
-from lorapar_ray.config import Config, GrpoConfig
+from lorapar_ray.config import Config, GrpoConfig, Resources
 from lorapar_ray.errors import UserError
 from lorapar_ray.processes import processes_of
 from lorapar_ray.workers import bundle
@@ -64,3 +64,10 @@ def empty_places(settings: GrpoConfig, free: int) -> int:
     """Engine-sized bundles to reserve on those of `free` GPUs without an engine, if engines and learners share GPUs."""
     shared = 0 < settings.rollout_resources.gpu_count < 1 and 0 < settings.learner_resources.gpu_count < 1
     return max(0, free - settings.rollout_actors) if shared and settings.learners > 1 else 0
+
+
+def without_a_bundle(config: Config) -> tuple[tuple[int, Resources], ...]:
+    """Reward workers, environment workers and judges, which ask Ray alone when they start (again): the number of each
+    kind, and the resources of one."""
+    groups = processes_of(config, "grpo")
+    return tuple(group for name, group in groups.items() if name not in ("rollout_actors", "learners"))

@@ -48,7 +48,7 @@ def resources(config: Config) -> str:
     return asked(
         "grpo",
         each_of(grpo.rollout_actors, "rollout engine", grpo.rollout_resources, grpo.max_rollout_actors),
-        each_of(grpo.learners, "learner", grpo.learner_resources),
+        each_of(grpo.learners, "learner", grpo.learner_resources, grpo.max_learners),
         each_of(grpo.reward_workers, "reward worker", without_auto(grpo.reward_resources)),
         *environments,
         *map(teacher, config.judges),

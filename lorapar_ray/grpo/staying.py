@@ -35,6 +35,7 @@ def staying_engines(config: Config, plan: dict[str, Any]) -> list[Any]:
         and then.serve != "adapter"
         and plan["model"] == model_reference(config.model.path)  # else a residual base
         and not grpo.top_k
+        and grpo.max_learners is None  # which must see what the engines hold, from the beginning
         and grpo.rollout_actors == then.engines
         and same_engine(grpo.rollout_engine, grpo.rollout_resources, then.engine, then.resources)
     )

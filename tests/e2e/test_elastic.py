@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,12 +15,15 @@ import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group, remove_placement_group
 
-from lorapar_ray.config import Config
+from lorapar_ray.config import Config, Resources
 from lorapar_ray.grpo.job import train_stage2
+from lorapar_ray.room import Others
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.checkpoint import last_checkpoint
 from lorapar_ray.sft.job import train_stage1
+from lorapar_ray.workers import run_workers
 from tests.chaos import Recovery
 from tests.sft_run import ready_run
 from tests.tiny_run import metrics, save_tiny_student
@@ -27,13 +31,16 @@ from tests.tiny_run import metrics, save_tiny_student
 pytestmark = pytest.mark.e2e
 
 
+HEAD = {"group": "head"}
+
+
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """The driver's node, with two cores; tests add others."""
+    """The driver's node, with two cores and the label of `HEAD`; tests add others."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_TRAIN_V2_ENABLED", "1")
     monkeypatch.setattr("lorapar_ray.workers.RESIZE_S", 1.0)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, "labels": HEAD})
     ray.init(address=cluster.address, log_to_driver=False)
     try:
         yield cluster
@@ -42,12 +49,19 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-def end_processes(kind: str) -> None:
-    """End Ray's processes of a kind by `kill -9`."""
+def processes(kind: str) -> Iterator[psutil.Process]:
+    """Ray's processes of a kind."""
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             if kind in " ".join(process.cmdline()):
-                process.kill()
+                yield process
+
+
+def end_processes(kind: str) -> None:
+    """End Ray's processes of a kind by `kill -9`."""
+    for process in processes(kind):
+        with suppress(psutil.Error):
+            process.kill()
 
 
 class Stage:
@@ -142,9 +156,94 @@ def test_stage_2_goes_on_with_the_engines_that_there_are(
     stage.wait_for(lambda: steps_by(2, 3))
     stage.stop()
     lines = stage.lines()
-    assert [line["policy_version"] for line in lines] == list(range(1, len(lines) + 1))
+    require_each_step_and_prompt_once(lines)
     assert lines[-1]["engines_replaced"] >= 1
+
+
+@pytest.mark.chaos("grpo", "node")
+def test_stage_2_goes_on_with_the_learners_that_there_are(
+    chance: Random, nodes: Cluster, recovery: Recovery, tmp_path: Path
+) -> None:
+    """Two learners, one after a node is lost, two again; the engine, which holds a core of the head, stays the same."""
+    student = save_tiny_student(tmp_path / "student")
+    config, run = ready_run(student, tmp_path / "run")
+    shutil.copytree(run.adapter, run.sft / "adapter")
+    more = {"steps": 100_000, "max_learners": 4, "max_staleness": 1, "refill_limit": 0, "learning_rate": 1e-4}
+    more |= {"rollout_resources": Resources(cpus=1, nodes=HEAD)}
+    second = nodes.add_node(num_cpus=1)
+    stage = Stage("grpo", train_stage2, config.model_copy(update={"grpo": config.grpo.model_copy(update=more)}), run)
+
+    def steps_by(learners: int, count: int) -> bool:
+        """Whether this number of learners made the last `count` steps."""
+        return [line["learners"] for line in stage.lines()[-count:]] == [learners] * count
+
+    stage.wait_for(lambda: steps_by(2, 3))
+    engines = {process.pid for process in processes("EngineActor")}
+    before = len(stage.lines()) + chance.randint(1, 10)
+    stage.wait_for(lambda: len(stage.lines()) >= before)
+    nodes.remove_node(second, allow_graceful=False)
+    with recovery("grpo", "node"):
+        stage.wait_for(lambda: steps_by(1, 3))
+    nodes.add_node(num_cpus=1)
+    stage.wait_for(lambda: steps_by(2, 3))
+    assert {process.pid for process in processes("EngineActor")} == engines
+    stage.stop()
+    lines = stage.lines()
+    require_each_step_and_prompt_once(lines)
+    assert {line["engines"] for line in lines} == {1}
+
+
+def require_each_step_and_prompt_once(lines: list[dict[str, Any]]) -> None:
+    """Of stage 2: each step is there once, and each prompt once in each epoch."""
+    assert [line["policy_version"] for line in lines] == list(range(1, len(lines) + 1))
     drawn = [prompt for line in lines for prompt in line["prompts"]]
     epoch = len(set(drawn))
     epochs = [drawn[start : start + epoch] for start in range(0, len(drawn) - epoch + 1, epoch)]
     assert [len(set(each)) for each in epochs] == [epoch] * len(epochs)
+
+
+def count_workers(argument: dict[str, Any]) -> None:
+    """A worker's function: notes the number of workers, until the file `over` exists."""
+    folder, workers = Path(argument["folder"]), ray.train.get_context().get_world_size()
+    (folder / f"{time.time_ns()}-{workers}").touch()
+    while not (folder / "over").exists():
+        time.sleep(0.1)
+
+
+def test_workers_make_way_for_a_bundle_that_lost_its_node(nodes: Cluster, tmp_path: Path) -> None:
+    """The node of an engine, say, is lost; the second worker leaves its core to the engine, and comes back later."""
+    head = placement_group([{"CPU": 2}], bundle_label_selector=[HEAD])
+    assert head.wait(30)
+    second = nodes.add_node(num_cpus=1)
+    bundle = placement_group([{"CPU": 1}])
+    assert bundle.wait(30)  # on the second node
+    remove_placement_group(head)
+    run, folder = RunDirectory(tmp_path / "run"), tmp_path / "counts"
+    folder.mkdir()
+
+    def work() -> None:
+        others = Others(bundle, Resources(cpus=1))
+        range_of = {"workers": 1, "max_workers": 2, "resources": Resources(cpus=1), "others": others}
+        run_workers(count_workers, {"folder": str(folder)}, name="x", run=run, writes=[], **range_of)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+
+    def wait_for(counts: list[int]) -> None:
+        """Until so many workers ran, one group after the other, whatever groups were lost at their start."""
+        deadline = time.monotonic() + 240
+        while [
+            count for count, _ in groupby(int(each.name.split("-")[1]) for each in sorted(folder.iterdir()))
+        ] != counts:
+            assert thread.is_alive() and time.monotonic() < deadline
+            time.sleep(0.1)
+
+    wait_for([2])
+    nodes.remove_node(second, allow_graceful=False)
+    wait_for([2, 1])
+    assert bundle.wait(30)
+    nodes.add_node(num_cpus=1)
+    wait_for([2, 1, 2])
+    (folder / "over").touch()
+    thread.join(60)
+    assert not thread.is_alive()

@@ -118,6 +118,10 @@ TEACHER = {"name": "t", "model": "m/m"}
         ({"grpo": {"rollout_actors": 3, "max_rollout_actors": 2}}, "max_rollout_actors"),
         ({"grpo": {"learners": 3, "sequence_parallel": 2}}, "3 learners cannot be divided into groups of 2"),
         ({"sft": {"max_workers": 2, "sharding": "hsdp"}}, "max_workers"),
+        ({"grpo": {"learners": 3, "max_learners": 2}}, "max_learners: 2 is below learners (3)"),
+        ({"grpo": {"max_learners": 2, "sharding": "hsdp"}}, "max_learners: hsdp needs as many learners on each node"),
+        ({"grpo": {"learners": 2, "max_learners": 5, "sequence_parallel": 2}}, "set grpo.max_learners to a multiple"),
+        ({"grpo": {"max_learners": 2, "learner_resources": {"gpus": 0.4}}}, "max_learners: learners of a range share"),
     ],
 )
 def test_impossible_configs_are_refused(changes: dict[str, Any], culprit: str) -> None:

@@ -10,6 +10,7 @@ from lorapar_ray.config import Config
 from lorapar_ray.gpus import place, sync_of
 from lorapar_ray.grpo.placement import empty_places
 from lorapar_ray.labeling.serving import applications
+from lorapar_ray.pipeline import PIPELINE
 from lorapar_ray.processes import processes_of
 from lorapar_ray.workers import hidden_gpus
 
@@ -106,6 +107,25 @@ def test_engines_and_learners_have_separate_gpus_or_share_each(
     assert (grpo.rollout_actors, grpo.rollout_resources.gpus) == engines
     assert (grpo.learners, grpo.learner_resources.gpus) == learners
     assert sync_of(grpo) == sync
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "most"),
+    [
+        (0, {}, 4),
+        (2, {}, 4),  # one for the engine and one for the fewest learners; more may join
+        (1, {}, None),  # the learner has a part of the engine's
+        (1, {"learner_resources": {"gpus": 0}}, 4),
+        (1, {"learner_resources": {"gpus": 1}}, 4),  # the cluster's check refuses it
+    ],
+)
+def test_learners_that_share_gpus_are_no_range(gpus: int, asked: dict[str, Any], most: int | None) -> None:
+    assert place(config(grpo={"max_learners": 4, **asked}), "grpo", gpus).grpo.max_learners == most
+
+
+def test_dry_run_shows_a_range() -> None:
+    said = PIPELINE["grpo"].resources(config(grpo={"learners": 2, "max_learners": 8}))
+    assert "2 to 8 × learner (1 CPU + GPU auto)" in said
 
 
 @pytest.mark.parametrize(

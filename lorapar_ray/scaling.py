@@ -1,0 +1,143 @@
+"""How many workers a Ray Train group with a range has: as many as there is room for beside everything else.
+
+Ray's own policy counts what nodes have, not what is free on them. So it asks for workers that never get a place where
+other processes hold a part of the cluster: stage 2's engines, or another job. A group that starts with too many waits
+for a minute, and then the next try is the same.
+
+Here a group's room is what is free now and what the group holds itself. Processes of the same stage come first: those
+that hold bundles of a placement group, which Ray moves to other nodes after a loss, and those that ask Ray alone. A
+running group is made smaller only for a bundle that waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray._private.state import available_resources_per_node
+from ray.train.v2._internal.execution.controller.state import ReschedulingState
+from ray.train.v2._internal.execution.scaling_policy import (
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+    ScalingPolicy,
+)
+from ray.util.placement_group import placement_group_table
+
+from lorapar_ray.capacity import Node
+from lorapar_ray.config import Resources
+from lorapar_ray.room import Others, Waiting, workers_with_room
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Look:
+    """The cluster as it is now."""
+
+    nodes: tuple[Node, ...]
+    """With what is free on each, and what the workers hold there."""
+    waiting: int = 0
+    """Bundles of `Others.group` without a place."""
+
+
+class RoomPolicy(ScalingPolicy):
+    """In the controller: decides on the number of workers when a group starts, and at intervals while it runs."""
+
+    def __init__(self, scaling_config: Any, worker: Resources, multiple: int = 1, others: Others | None = None) -> None:
+        """Store the range.
+
+        Args:
+            scaling_config: Ray Train's, with the range and the interval.
+            worker: what a worker asks for.
+            multiple: divides the number of workers.
+            others: the rest of the stage.
+        """
+        super().__init__(scaling_config)
+        self._worker, self._multiple, self._others = worker, multiple, others or Others()
+        self._group: Any = None
+        """The placement group of the workers that ran last."""
+        self._looked_at = float("-inf")
+        self._asked: tuple[int, tuple[Node, ...]] | None = None
+        """The number that was last asked for, and the nodes at that time."""
+        self._too_many: tuple[int, tuple[Node, ...]] | None = None
+        """A number that got no place on these nodes: others were faster, or the free parts of GPUs do not add up."""
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        """The number to start with; the fewest also where they have no room, for which Ray then waits."""
+        self._maybe_send_resource_request()
+        look = self.look()
+        return self._ask(self._number(look, self._others.spare), look)
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> ScalingDecision:
+        """More workers if there is room, or fewer if a bundle waits for it; then all start again."""
+        self._maybe_send_resource_request()
+        self._group = worker_group_state.placement_group_handle.placement_group
+        now, present = time.monotonic(), worker_group_state.num_workers
+        looked_at = max(worker_group_state.start_time, self._looked_at)
+        if now - looked_at < self.scaling_config.elastic_resize_monitor_interval_s:
+            return NoopDecision()
+        self._looked_at, look = now, self.look()
+        more, fewer = self._number(look, self._others.spare), self._number(look)
+        if more > present:
+            return self._ask(more, look)
+        if look.waiting and fewer < present:
+            return self._ask(fewer, look)
+        return NoopDecision()
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Notes that a group got no place."""
+        if isinstance(current_state, ReschedulingState):
+            self._too_many = self._asked
+
+    def look(self) -> Look:
+        """Asks Ray."""
+        labels = {node["NodeID"]: node["Labels"] for node in ray.nodes() if node["Alive"]}
+        free = {node: Counter(found) for node, found in available_resources_per_node().items() if node in labels}
+        for node, bundle in _bundles(self._group):
+            if node in free:
+                free[node].update(bundle)
+        nodes = tuple(
+            Node(dict(labels[node]), {kind: round(free[node][kind], 4) for kind in ("CPU", "GPU")})
+            for node in sorted(free)
+        )
+        return Look(nodes, sum(node not in labels for node, _ in _bundles(self._others.group)))
+
+    def _number(self, look: Look, spare: Sequence[Waiting] = ()) -> int:
+        fewest = self.scaling_config.min_workers
+        number = workers_with_room(
+            look.nodes,
+            self._worker,
+            fewest=fewest,
+            most=self.scaling_config.max_workers,
+            multiple=self._multiple,
+            first=[(look.waiting, self._others.each), *spare],
+        )
+        if self._too_many is not None and self._too_many[1] == look.nodes:
+            number = min(number, self._too_many[0] - self._multiple)
+        return max(fewest, number)
+
+    def _ask(self, number: int, look: Look) -> ResizeDecision:
+        self._asked = number, look.nodes
+        logger.info("a group of %s workers, as there is room for", number)
+        each = self.scaling_config._resources_per_worker_not_none
+        return ResizeDecision(num_workers=number, resources_per_worker=each)
+
+    def _get_num_workers_for_resource_request(self) -> int:
+        most: int = self.scaling_config.max_workers
+        return most
+
+
+def _bundles(group: Any) -> list[tuple[str, dict[str, float]]]:
+    """The node of each bundle, which may have been lost, and what it holds there; none of a group that was removed."""
+    table = {} if group is None else placement_group_table(group)
+    if table.get("state", "REMOVED") == "REMOVED":
+        return []
+    return [(table["bundles_to_node_id"][number], bundle) for number, bundle in table["bundles"].items()]

@@ -1,0 +1,92 @@
+"""What a group with a range asks for as a simulated cluster changes: the policy is real, what it sees is not."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.train import ScalingConfig
+from ray.train.v2._internal.execution.controller.state import ReschedulingState, RunningState
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision
+
+from lorapar_ray.capacity import Node
+from lorapar_ray.config import Resources
+from lorapar_ray.room import Others
+from lorapar_ray.scaling import Look, RoomPolicy
+
+
+class Simulated(RoomPolicy):
+    """Sees a cluster that the test describes: by node the CPUs that are free or held by the workers."""
+
+    cpus: tuple[float, ...] = ()
+    waiting = 0
+
+    def look(self) -> Look:
+        return Look(tuple(Node({}, {"CPU": cpus, "GPU": 0.0}) for cpus in self.cpus), self.waiting)
+
+    def _maybe_send_resource_request(self) -> None: ...
+
+
+@pytest.fixture
+def policy(monkeypatch: pytest.MonkeyPatch) -> Simulated:
+    """One to four workers of a CPU each; a bundle of the others asks for two, and a spare one for half of one."""
+    monkeypatch.setenv("RAY_TRAIN_V2_ENABLED", "1")
+    worker = Resources(cpus=1)
+    others = Others(None, Resources(cpus=2), ((1, Resources(cpus=0.5)),))
+    scaling = ScalingConfig(num_workers=(1, 4), resources_per_worker={"CPU": 1}, elastic_resize_monitor_interval_s=0)
+    return Simulated(scaling, worker, others=others)
+
+
+def started(policy: Simulated, *cpus: float, waiting: int = 0) -> int:
+    policy.cpus, policy.waiting = cpus, waiting
+    decision: Any = policy.make_decision_for_non_running_worker_group()
+    assert decision.resources_per_worker == {"CPU": 1}
+    return int(decision.num_workers)
+
+
+def resized(policy: Simulated, present: int, *cpus: float, waiting: int = 0) -> int | None:
+    policy.cpus, policy.waiting = cpus, waiting
+    group = SimpleNamespace(placement_group=object())
+    running = SimpleNamespace(placement_group_handle=group, num_workers=present, start_time=float("-inf"))
+    decision: Any = policy.make_decision_for_running_worker_group(running, None)
+    return None if isinstance(decision, NoopDecision) else decision.num_workers
+
+
+def no_place(policy: Simulated) -> None:
+    """Tell the policy that the group it asked for got no place."""
+    error: Any = None
+    policy.after_controller_state_update(RunningState(), ReschedulingState(training_failed_error=error))
+
+
+def test_a_group_starts_with_what_has_room_beside_the_others(policy: Simulated) -> None:
+    assert started(policy, 2, 1.5) == 3
+    assert started(policy, 2, 1) == 2  # a spare process could not start again
+    assert started(policy, 3, 2, waiting=1) == 2
+    assert started(policy) == 1  # for which Ray waits
+
+
+def test_a_running_group_grows_and_makes_way_only_for_a_bundle(policy: Simulated) -> None:
+    assert resized(policy, 2, 2.5) is None
+    assert resized(policy, 2, 2.5, 1) == 3
+    assert resized(policy, 2, 2, 1) is None  # left for the spare one
+    assert resized(policy, 3, 3) is None  # which is no reason to start again
+    assert resized(policy, 3, 3, waiting=1) == 1
+    assert resized(policy, 3, 3, 2, waiting=1) is None  # Ray places it on the second node
+    assert resized(policy, 2, 2, waiting=1) is None  # the last worker leaves it too little
+
+
+def test_a_group_is_resized_at_intervals(policy: Simulated) -> None:
+    policy.scaling_config.elastic_resize_monitor_interval_s = 1000.0
+    assert resized(policy, 1, 4.5) == 4  # the group has run for long
+    assert resized(policy, 1, 4.5) is None
+
+
+def test_a_number_that_got_no_place_is_not_asked_for_again_on_the_same_nodes(policy: Simulated) -> None:
+    assert started(policy, 4.5) == 4
+    no_place(policy)
+    assert started(policy, 4.5) == 3
+    assert resized(policy, 3, 4.5) is None
+    assert resized(policy, 3, 4.5, 0.5) == 4  # something has changed
+    no_place(policy)
+    assert started(policy, 1.5) == 1
+    no_place(policy)
+    assert started(policy, 1.5) == 1  # the fewest are waited for
