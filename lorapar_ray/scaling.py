@@ -20,12 +20,16 @@ from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node
+from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.controller.state import ReschedulingState
 from ray.train.v2._internal.execution.scaling_policy import (
     NoopDecision,
     ResizeDecision,
     ScalingDecision,
     ScalingPolicy,
+)
+from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+    TrainAutoscalingCoordinatorClient,
 )
 from ray.util.placement_group import placement_group_table
 
@@ -62,6 +66,8 @@ class RoomPolicy(ScalingPolicy):
         self._worker, self._multiple, self._others = worker, multiple, others or Others()
         self._group: Any = None
         """The placement group of the workers that ran last."""
+        self._for_bundles: Any = None
+        """Tells an autoscaler of the bundles."""
         self._looked_at = float("-inf")
         self._asked: tuple[int, tuple[Node, ...]] | None = None
         """The number that was last asked for, and the nodes at that time."""
@@ -133,6 +139,26 @@ class RoomPolicy(ScalingPolicy):
     def _get_num_workers_for_resource_request(self) -> int:
         most: int = self.scaling_config.max_workers
         return most
+
+    def _maybe_send_resource_request(self) -> None:
+        """Ask an autoscaler for nodes for the most workers. It counts nodes, whatever is used on them, so that it must
+        hear of the others' bundles too."""
+        super()._maybe_send_resource_request()
+        if self._others.group is not None:
+            if self._for_bundles is None:
+                self._for_bundles = TrainAutoscalingCoordinatorClient(f"{self._requester_id}-others")
+            bundles = self._others.group.bundle_specs
+            each = ScalingConfig(
+                resources_per_worker=bundles[0],
+                use_gpu="GPU" in bundles[0],
+                label_selector=self._others.each.nodes or None,
+            )
+            self._for_bundles.maybe_send_resource_request(each, len(bundles))
+
+    def _cancel_resource_request(self) -> None:
+        super()._cancel_resource_request()
+        if self._for_bundles is not None:
+            self._for_bundles.cancel_resource_request()
 
 
 def _bundles(group: Any) -> list[tuple[str, dict[str, float]]]:

@@ -1,5 +1,6 @@
 """Groups of workers on a cluster whose nodes come and go; the nodes are processes of one machine."""
 
+import json
 import shutil
 import threading
 import time
@@ -14,7 +15,9 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
 from ray.cluster_utils import Cluster
+from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from lorapar_ray.config import Config, Resources
@@ -239,6 +242,8 @@ def test_workers_make_way_for_a_bundle_that_lost_its_node(nodes: Cluster, tmp_pa
             time.sleep(0.1)
 
     wait_for([2])
+    while sum(each["CPU"] for each in json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL) or "[]")) != 3:
+        time.sleep(0.1)  # what an autoscaler is told: the most workers, and the bundle
     nodes.remove_node(second, allow_graceful=False)
     wait_for([2, 1])
     assert bundle.wait(30)
