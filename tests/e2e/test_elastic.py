@@ -232,23 +232,28 @@ def test_workers_make_way_for_a_bundle_that_lost_its_node(nodes: Cluster, tmp_pa
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
 
-    def wait_for(counts: list[int]) -> None:
-        """Until so many workers ran, one group after the other, whatever groups were lost at their start."""
+    def wait_for(condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 240
-        while [
-            count for count, _ in groupby(int(each.name.split("-")[1]) for each in sorted(folder.iterdir()))
-        ] != counts:
+        while not condition():
             assert thread.is_alive() and time.monotonic() < deadline
             time.sleep(0.1)
 
-    wait_for([2])
-    while sum(each["CPU"] for each in json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL) or "[]")) != 3:
-        time.sleep(0.1)  # what an autoscaler is told: the most workers, and the bundle
+    def counts() -> list[int]:
+        """How many workers ran, one group after the other."""
+        return [count for count, _ in groupby(int(each.name.split("-")[1]) for each in sorted(folder.iterdir()))]
+
+    def told() -> float:
+        """The cores that an autoscaler is asked for."""
+        request = _internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)
+        return sum(each["CPU"] for each in json.loads(request or "[]"))
+
+    wait_for(lambda: counts() == [2])
+    wait_for(lambda: told() == 3)  # for the most workers and the bundle
     nodes.remove_node(second, allow_graceful=False)
-    wait_for([2, 1])
+    wait_for(lambda: counts() == [2, 1])
     assert bundle.wait(30)
     nodes.add_node(num_cpus=1)
-    wait_for([2, 1, 2])
+    wait_for(lambda: counts() == [2, 1, 2])
     (folder / "over").touch()
     thread.join(60)
     assert not thread.is_alive()
