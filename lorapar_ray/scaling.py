@@ -12,9 +12,11 @@ running group is made smaller only for a bundle that waits.
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +38,11 @@ from ray.util.placement_group import placement_group_table
 from lorapar_ray.capacity import Node
 from lorapar_ray.config import Resources
 from lorapar_ray.room import Others, Waiting, workers_with_room
+
+ANSWER_LIMIT_S = 3.0
+"""For a node to accept a connection."""
+AT_ONCE = 32
+"""Nodes that are asked at the same time."""
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +112,7 @@ class RoomPolicy(ScalingPolicy):
 
     def look(self) -> Look:
         """Asks Ray."""
-        labels = {node["NodeID"]: node["Labels"] for node in ray.nodes() if node["Alive"]}
+        labels = {node["NodeID"]: node["Labels"] for node in answering([each for each in ray.nodes() if each["Alive"]])}
         free = {node: Counter(found) for node, found in available_resources_per_node().items() if node in labels}
         for node, bundle in _bundles(self._group):
             if node in free:
@@ -159,6 +166,21 @@ class RoomPolicy(ScalingPolicy):
         super()._cancel_resource_request()
         if self._for_bundles is not None:
             self._for_bundles.cancel_resource_request()
+
+
+def answering(nodes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those of `ray.nodes()` whose raylet accepts a connection: for some 15 s after a loss Ray counts a node as alive,
+    and a group that is then to have a worker there waits for a minute."""
+
+    def answers(node: Mapping[str, Any]) -> bool:
+        try:
+            with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_LIMIT_S):
+                return True
+        except OSError:
+            return False
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return [node for node, there in zip(nodes, pool.map(answers, nodes), strict=True) if there]
 
 
 def _bundles(group: Any) -> list[tuple[str, dict[str, float]]]:

@@ -1,5 +1,6 @@
 """What a group with a range asks for as a simulated cluster changes: the policy is real, what it sees is not."""
 
+import socket
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision
 from lorapar_ray.capacity import Node
 from lorapar_ray.config import Resources
 from lorapar_ray.room import Others
-from lorapar_ray.scaling import Look, RoomPolicy
+from lorapar_ray.scaling import Look, RoomPolicy, answering
 
 
 class Simulated(RoomPolicy):
@@ -90,3 +91,11 @@ def test_a_number_that_got_no_place_is_not_asked_for_again_on_the_same_nodes(pol
     assert started(policy, 1.5) == 1
     no_place(policy)
     assert started(policy, 1.5) == 1  # the fewest are waited for
+
+
+def test_a_node_that_is_lost_without_rays_knowledge_is_not_counted() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as raylet, socket.socket() as gone:
+        gone.bind(("127.0.0.1", 0))
+        ports = raylet.getsockname()[1], gone.getsockname()[1]
+        nodes = [{"NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port} for port in ports]
+        assert answering(nodes) == nodes[:1]
