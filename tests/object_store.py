@@ -1,20 +1,32 @@
-"""An S3 server on this machine, and the environment for its clients."""
+"""An object store on this machine, S3's or Google's, and the environment for its clients."""
 
+import socket
+import subprocess
+import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 BUCKET = "bucket"
+SCHEMES = ("s3", "gs")
 KEYS = {
     "AWS_ACCESS_KEY_ID": "AKIATESTTESTTEST",
     "AWS_SECRET_ACCESS_KEY": "a-secret-of-this-test",
     "AWS_REGION": "us-east-1",
 }
+START_LIMIT_S = 60
 
 
 @contextmanager
-def object_store() -> Iterator[dict[str, str]]:
+def object_store(scheme: str = "s3") -> Iterator[dict[str, str]]:
     """A bucket while the block runs; yields its clients' environment."""
+    with _s3() if scheme == "s3" else _gs() as environment:
+        yield environment
+
+
+@contextmanager
+def _s3() -> Iterator[dict[str, str]]:
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -26,3 +38,27 @@ def object_store() -> Iterator[dict[str, str]]:
         yield {"AWS_ENDPOINT_URL": url, **KEYS}
     finally:
         server.stop()
+
+
+@contextmanager
+def _gs() -> Iterator[dict[str, str]]:
+    """In a process of its own: a call of pyarrow's that keeps the GIL could not be answered by a thread of this one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = ("--host=127.0.0.1", f"--port={port}", f"--default-bucket={BUCKET}", "--in-memory", "--quiet")
+    server = subprocess.Popen([sys.executable, "-m", "gcp_storage_emulator", "start", *where])
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_LIMIT_S
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(url).close()
+                break
+            except OSError:
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+        yield {"STORAGE_EMULATOR_HOST": url}
+    finally:
+        server.kill()
+        server.wait()

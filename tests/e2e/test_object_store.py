@@ -1,7 +1,6 @@
 """The pipeline on a run directory in an object store: killed in every stage, each time another machine goes on."""
 
 import json
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from lorapar_ray.storage.uris import Uri
 from tests.chaos import Recovery
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.test_interruption import stop_when
-from tests.object_store import object_store
+from tests.object_store import BUCKET, KEYS, SCHEMES, object_store
 from tests.tiny_run import GRPO_STEPS, lorapar, lorapar_here, metrics
 
 pytestmark = pytest.mark.e2e
@@ -30,12 +29,12 @@ SLOWLY = ("--set", "label.rows_per_block=2", "--set", "label.concurrency=2")
 """So that votes are in the store before all have been given."""
 
 
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Uri]:
-    with object_store() as environment:
+@pytest.fixture(params=SCHEMES)
+def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Uri]:
+    with object_store(request.param) as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        yield Uri("s3", "bucket", "runs/tiny")
+        yield Uri(request.param, BUCKET, "runs/tiny")
 
 
 def machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,11 +65,11 @@ def test_a_run_killed_on_one_machine_ends_on_another_as_one_on_a_disk(
     chance: Random,
     recovery: Recovery,
     finished: FinishedRun,
-    s3: Uri,
+    store: Uri,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    arguments, objects = ("run", finished.config, "-d", str(s3), *SLOWLY), Objects(s3)
+    arguments, objects = ("run", finished.config, "-d", str(store), *SLOWLY), Objects(store)
     steps = chance.randint(1, GRPO_STEPS - 4)
     for stage in KILLED:
         machine(tmp_path / stage, monkeypatch)
@@ -82,9 +81,9 @@ def test_a_run_killed_on_one_machine_ends_on_another_as_one_on_a_disk(
     with recovery("evaluate", "driver, other machine"):
         again = lorapar(*arguments, timeout=500)
     assert again.returncode == 0, again.stderr
-    secret = os.environ["AWS_SECRET_ACCESS_KEY"].encode()
+    secret = KEYS["AWS_SECRET_ACCESS_KEY"].encode()
     assert secret not in (again.stdout + again.stderr).encode()
-    with looked_at(str(s3)) as run:
+    with looked_at(str(store)) as run:
         assert not [each for each in run.root.rglob("*") if each.is_file() and secret in each.read_bytes()]
         for place in ("scores/system1", "scores/system2", "partition/regions", "sft/adapter/adapter_model"):
             ours, theirs = (load_file(root / f"{place}.safetensors") for root in (run.root, finished.run))
@@ -103,9 +102,9 @@ def test_a_run_killed_on_one_machine_ends_on_another_as_one_on_a_disk(
         stages = json.loads((run.root / "manifest.json").read_text())["stages"]
         assert {each["status"] for each in stages.values()} == {"done"}
         assert (run.report / "index.html").is_file()
-    taken = lorapar_here("export", "-d", s3, "--stage", "sft", "-o", tmp_path / "taken")
+    taken = lorapar_here("export", "-d", store, "--stage", "sft", "-o", tmp_path / "taken")
     assert taken.returncode == 0, taken.stderr
     assert (tmp_path / "taken" / "adapter_model.safetensors").is_file()
-    shown = lorapar_here("status", "-d", s3).stdout
-    assert f"{s3} · no command is running" in shown and "✓ grpo" in shown
+    shown = lorapar_here("status", "-d", store).stdout
+    assert f"{store} · no command is running" in shown and "✓ grpo" in shown
     assert not [name for name in objects.listing() if name.startswith(("work/grpo", "work/ray", "lock/"))]

@@ -1,5 +1,5 @@
-"""A run directory in an object store: what is copied, in which order, and by which command. The store is a folder, or a
-real S3 server if its answers matter; `tests/e2e/test_object_store.py` runs the whole pipeline."""
+"""A run directory in an object store: what is copied, in which order, and by which command. The store is a real server,
+S3's or Google's by its protocol; `tests/e2e/test_object_store.py` runs the whole pipeline."""
 
 import http.server
 import json
@@ -24,30 +24,32 @@ from lorapar_ray.storage.probe import Probe
 from lorapar_ray.storage.session import RemoteRun
 from lorapar_ray.storage.uris import Uri, place_of
 from lorapar_ray.storage.workspace import Handed, publish, refresh, workspace
-from tests.object_store import object_store
+from tests.object_store import BUCKET, SCHEMES, object_store
 from tests.tiny_run import lorapar_here, tiny_config, write_config
 
-pytestmark = pytest.mark.slow  # all share a server whose import takes seconds
+pytestmark = pytest.mark.slow  # all share two servers, whose imports take seconds
 RUN = Uri("s3", "bucket", "runs/x")
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    with object_store() as environment:
-        yield environment
+@pytest.fixture(scope="module", params=SCHEMES)
+def server(request: pytest.FixtureRequest) -> Iterator[tuple[str, dict[str, str]]]:
+    """A store's scheme, and the environment of its clients."""
+    with object_store(request.param) as environment:
+        yield request.param, environment
 
 
 @pytest.fixture
-def s3(server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Uri:
+def store(server: tuple[str, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Uri:
     """An empty folder of a real bucket, and a machine with an empty cache."""
-    for name, value in {**server, "LORAPAR_CACHE": str(tmp_path / "cache")}.items():
+    scheme, environment = server
+    for name, value in {**environment, "LORAPAR_CACHE": str(tmp_path / "cache")}.items():
         monkeypatch.setenv(name, value)
-    return Uri("s3", "bucket", f"runs/{tmp_path.name}")
+    return Uri(scheme, BUCKET, f"runs/{tmp_path.name}")
 
 
 @pytest.fixture
-def objects(s3: Uri) -> Objects:
-    return Objects(s3)
+def objects(store: Uri) -> Objects:
+    return Objects(store)
 
 
 @pytest.mark.parametrize(
@@ -137,8 +139,16 @@ def test_a_push_that_is_cut_off_leaves_no_stage_and_no_adapter(uploads: int, obj
     assert len(names) == uploads
 
 
-def test_two_writes_within_a_second_are_told_apart(s3: Uri, tmp_path: Path) -> None:
-    here, there = (Mirror(tmp_path / name, Objects(s3)) for name in ("here", "there"))
+def test_a_folder_is_deleted_with_all_below_it_whether_it_is_there_or_not(objects: Objects) -> None:
+    for name in ("a/x", "a/b/y", "ab/z"):
+        objects.write(name, b"1")
+    for folder in ("a", "none"):
+        objects.delete_folder(folder)
+    assert set(objects.listing()) == {"ab/z"}
+
+
+def test_two_writes_within_a_second_are_told_apart(store: Uri, tmp_path: Path) -> None:
+    here, there = (Mirror(tmp_path / name, Objects(store)) for name in ("here", "there"))
     for number in range(5):
         write(here.root, sums=str(number))
         here.push()
@@ -188,9 +198,9 @@ class Aged(Objects):
     ],
 )
 def test_a_dead_holder_is_known_by_its_process_here_and_by_the_store_s_clock_elsewhere(
-    holder: dict[str, Any], age: float, alive: bool, s3: Uri
+    holder: dict[str, Any], age: float, alive: bool, store: Uri
 ) -> None:
-    objects = Aged(s3)
+    objects = Aged(store)
     objects.write(Aged.name, json.dumps(run_lock.identity() | {"holds": True} | holder).encode())
     objects.age = age
     if alive:
@@ -240,12 +250,12 @@ def test_a_holder_that_slept_or_was_taken_over_writes_nothing_more(
             time.sleep(0.01)
 
 
-def test_a_worker_sees_the_run_and_publishes_what_it_may_write(s3: Uri, tmp_path: Path) -> None:
-    driver = Mirror(tmp_path / "driver", Objects(s3))
+def test_a_worker_sees_the_run_and_publishes_what_it_may_write(store: Uri, tmp_path: Path) -> None:
+    driver = Mirror(tmp_path / "driver", Objects(store))
     write(driver.root, adapter__x="in", trash__old="old", manifest_json="1")
     driver.push()
-    handed = Handed(s3, str(driver.root), ("work/sft", "metrics"))
-    given = {"in": f"{driver.root}/adapter", "base": f"{s3}/adapter", "out": [f"{driver.root}/work/sft"], "n": 3}
+    handed = Handed(store, str(driver.root), ("work/sft", "metrics"))
+    given = {"in": f"{driver.root}/adapter", "base": f"{store}/adapter", "out": [f"{driver.root}/work/sft"], "n": 3}
     with pytest.raises(ValueError, match="killed"), workspace(handed) as rebased:
         found = rebased(given)
         assert found["in"] == found["base"] != given["in"] and found["n"] == 3
@@ -260,23 +270,23 @@ def test_a_worker_sees_the_run_and_publishes_what_it_may_write(s3: Uri, tmp_path
         raise ValueError("killed")
     driver.pull(below(handed.writes), look_closely=True)
     assert contents(driver.root / "work") == {"sft/checkpoint/weights": "w"}
-    assert "scores" not in Objects(s3).listing()
+    assert "scores" not in Objects(store).listing()
     assert not list((tmp_path / "cache" / "workspaces").glob("*/run"))
 
 
-def test_files_and_folders_of_a_store_are_read_once_on_a_machine(s3: Uri, tmp_path: Path) -> None:
-    objects = Objects(s3)
+def test_files_and_folders_of_a_store_are_read_once_on_a_machine(store: Uri, tmp_path: Path) -> None:
+    objects = Objects(store)
     objects.write("model/config.json", b"{}")
     objects.write("model/sub/weights.safetensors", b"12")
-    folder = on_this_machine(str(s3 / "model"))
+    folder = on_this_machine(str(store / "model"))
     assert contents(folder) == {"config.json": "{}", "sub/weights.safetensors": "12"}
-    assert on_this_machine(str(s3 / "model")) == folder
+    assert on_this_machine(str(store / "model")) == folder
     objects.write("model/config.json", b"[]")
-    assert (on_this_machine(str(s3 / "model")) / "config.json").read_text() == "[]"
-    assert on_this_machine(str(s3 / "model/config.json")).read_text() == "[]"
+    assert (on_this_machine(str(store / "model")) / "config.json").read_text() == "[]"
+    assert on_this_machine(str(store / "model/config.json")).read_text() == "[]"
     assert on_this_machine("/some/where") == Path("/some/where")
     with pytest.raises(UserError, match="there is no such object"):
-        on_this_machine(str(s3 / "model/none"))
+        on_this_machine(str(store / "model/none"))
 
 
 @pytest.fixture
@@ -286,20 +296,20 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_a_stage_s_results_are_in_the_store_and_another_machine_goes_on(
-    s3: Uri, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Uri, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     local = lorapar_here("label", "-c", config, "-d", tmp_path / "local")
-    first = lorapar_here("label", "-c", config, "-d", s3)
+    first = lorapar_here("label", "-c", config, "-d", store)
     assert (local.returncode, first.returncode) == (0, 0), first.stderr
-    assert set(Objects(s3).listing()) - {".session"} == {
+    assert set(Objects(store).listing()) - {".session"} == {
         name for name in contents_of_a_run(tmp_path / "local") if name not in ("work/digests.json", "lock.json")
     }
     monkeypatch.setenv("LORAPAR_CACHE", str(tmp_path / "another machine"))
-    again = lorapar_here("label", "-c", config, "-d", s3)
-    assert again.returncode == 0 and f"everything is done in '{s3}'; nothing to do" in again.stdout
-    shown = lorapar_here("status", "-d", s3, "--once")
-    assert shown.stdout.startswith(f"tiny · {s3} · no command is running") and "✓ label" in shown.stdout
-    with looked_at(str(s3)) as run:
+    again = lorapar_here("label", "-c", config, "-d", store)
+    assert again.returncode == 0 and f"everything is done in '{store}'; nothing to do" in again.stdout
+    shown = lorapar_here("status", "-d", store, "--once")
+    assert shown.stdout.startswith(f"tiny · {store} · no command is running") and "✓ label" in shown.stdout
+    with looked_at(str(store)) as run:
         assert (
             contents_of_a_run(run.root)["labels/part-00000.parquet"]
             == (tmp_path / "local" / "labels" / "part-00000.parquet").read_bytes()
@@ -312,8 +322,8 @@ def contents_of_a_run(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
-def test_a_mirror_is_used_again_only_if_nobody_worked_in_between(s3: Uri, tmp_path: Path) -> None:
-    first, second = (RemoteRun(s3, tmp_path / name) for name in ("first", "second"))
+def test_a_mirror_is_used_again_only_if_nobody_worked_in_between(store: Uri, tmp_path: Path) -> None:
+    first, second = (RemoteRun(store, tmp_path / name) for name in ("first", "second"))
     with first.at_work():
         write(first.root, manifest_json="1", scores="1")
     (first.root / "scores").unlink()  # removed by another program
@@ -341,14 +351,14 @@ def ANY(root: Path) -> str:
     return (root / "lock.json").read_text()
 
 
-def test_a_second_command_on_the_same_run_names_the_first(s3: Uri, config: Path, tmp_path: Path) -> None:
-    with RemoteRun(s3, tmp_path / "another machine's").at_work():
-        refused = lorapar_here("label", "-c", config, "-d", s3)
-    assert refused.returncode == 2 and f"'{s3}' is in use by process {os.getpid()}" in refused.stderr
-    objects = Objects(s3)
+def test_a_second_command_on_the_same_run_names_the_first(store: Uri, config: Path, tmp_path: Path) -> None:
+    with RemoteRun(store, tmp_path / "another machine's").at_work():
+        refused = lorapar_here("label", "-c", config, "-d", store)
+    assert refused.returncode == 2 and f"'{store}' is in use by process {os.getpid()}" in refused.stderr
+    objects = Objects(store)
     objects.write("somebody/elses", b"data")
-    foreign = lorapar_here("label", "-c", config, "-d", s3)
-    assert f"run directory '{s3}' is not empty and holds no manifest.json; choose another" in foreign.stderr
+    foreign = lorapar_here("label", "-c", config, "-d", store)
+    assert f"run directory '{store}' is not empty and holds no manifest.json; choose another" in foreign.stderr
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
@@ -370,6 +380,7 @@ class Refusing(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.parametrize("server", ["s3"], indirect=True)
 @pytest.mark.parametrize(
     ("code", "said"),
     [
@@ -379,35 +390,37 @@ class Refusing(http.server.BaseHTTPRequestHandler):
     ],
 )
 def test_a_store_that_refuses_is_one_line(
-    code: str, said: str, s3: Uri, config: Path, monkeypatch: pytest.MonkeyPatch
+    code: str, said: str, store: Uri, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handler = type("Handler", (Refusing,), {"code": code})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as refusing:
         monkeypatch.setattr(refusing, "handle_error", lambda *_: None)  # of a client that has left
         threading.Thread(target=refusing.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{refusing.server_port}")
-        refused = lorapar_here("label", "-c", config, "-d", s3)
+        refused = lorapar_here("label", "-c", config, "-d", store)
         refusing.shutdown()
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and said in refused.stderr
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in refused.stderr
 
 
 def test_a_bucket_or_a_store_that_is_not_there_is_one_line(
-    s3: Uri, config: Path, monkeypatch: pytest.MonkeyPatch
+    store: Uri, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place, said in (("s3://nowhere/runs/x", "there is no such bucket"), ("hdfs://n/x", "no such storage here")):
+    nowhere = f"{store.scheme}://nowhere/runs/x"
+    for place, said in ((nowhere, "there is no such bucket"), ("hdfs://n/x", "no such storage here")):
         refused = lorapar_here("label", "-c", config, "-d", place)
         assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and said in refused.stderr
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:1")
-    refused = lorapar_here("status", "-d", s3)
-    assert refused.stderr == "lorapar: AWS_ENDPOINT_URL=127.0.0.1:1: write http://HOST:PORT or https://HOST\n"
+    endpoint = {"s3": "AWS_ENDPOINT_URL", "gs": "STORAGE_EMULATOR_HOST"}[store.scheme]
+    monkeypatch.setenv(endpoint, "127.0.0.1:1")
+    refused = lorapar_here("status", "-d", store)
+    assert refused.stderr == f"lorapar: {endpoint}=127.0.0.1:1: write http://HOST:PORT or https://HOST\n"
 
 
 @pytest.mark.parametrize("command", [("status",), ("export", "-o", "taken"), ("serve",)])
-def test_a_run_that_is_not_in_the_store_is_one_line(command: tuple[str, ...], s3: Uri) -> None:
-    refused = lorapar_here(*command, "-d", str(s3))
+def test_a_run_that_is_not_in_the_store_is_one_line(command: tuple[str, ...], store: Uri) -> None:
+    refused = lorapar_here(*command, "-d", str(store))
     assert refused.returncode == 2
-    assert refused.stderr == f"lorapar: run directory '{s3}' holds no run (no manifest.json)\n"
+    assert refused.stderr == f"lorapar: run directory '{store}' holds no run (no manifest.json)\n"
 
 
 def test_what_is_taken_out_of_a_run_goes_to_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,16 +432,16 @@ def test_what_is_taken_out_of_a_run_goes_to_a_disk(tmp_path: Path, monkeypatch: 
     assert not [*tmp_path.iterdir()]
 
 
-def test_the_machines_of_a_cluster_find_each_other_s_files_in_a_bucket(s3: Uri) -> None:
-    probe = Probe(str(s3))
+def test_the_machines_of_a_cluster_find_each_other_s_files_in_a_bucket(store: Uri) -> None:
+    probe = Probe(str(store))
     probe.ask()
     why, free_gib = probe.answer("a")
     assert why == "" and free_gib > 0 and probe.answered("a") and not probe.answered("b")
-    assert Probe(str(s3)).answer("b")[0] == "reads different content"
+    assert Probe(str(store)).answer("b")[0] == "reads different content"
     probe.remove()
-    assert not [name for name in Objects(s3).listing() if name.startswith(probe.name)]
-    with pytest.raises(UserError, match="'s3://nowhere/x': there is no such bucket"):
-        Probe("s3://nowhere/x").ask()
+    assert not [name for name in Objects(store).listing() if name.startswith(probe.name)]
+    with pytest.raises(UserError, match=f"'{store.scheme}://nowhere/x': there is no such bucket"):
+        Probe(f"{store.scheme}://nowhere/x").ask()
 
 
 def test_a_run_on_a_disk_is_as_it_was(tmp_path: Path) -> None:
