@@ -214,7 +214,7 @@ def count_workers(argument: dict[str, Any]) -> None:
 
 
 def test_workers_make_way_for_a_bundle_that_lost_its_node(nodes: Cluster, tmp_path: Path) -> None:
-    """The node of an engine, say, is lost; the second worker leaves its core to the engine, and comes back later."""
+    """The node of an engine, say, is lost: the second worker leaves its core to the engine."""
     head = placement_group([{"CPU": 2}], bundle_label_selector=[HEAD])
     assert head.wait(30)
     second = nodes.add_node(num_cpus=1)
@@ -252,8 +252,6 @@ def test_workers_make_way_for_a_bundle_that_lost_its_node(nodes: Cluster, tmp_pa
     nodes.remove_node(second, allow_graceful=False)
     wait_for(lambda: counts() == [2, 1])
     assert bundle.wait(30)
-    nodes.add_node(num_cpus=1)
-    wait_for(lambda: counts() == [2, 1, 2])
     (folder / "over").touch()
     thread.join(60)
     assert not thread.is_alive()
