@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,12 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.files import is_of_a_full_disk
 from lorapar_ray.fingerprints import meaning
 from lorapar_ray.gpus import place
+from lorapar_ray.memory_shortage import ended_without_memory, out_of_memory
 from lorapar_ray.progress import console, noted_in
 from lorapar_ray.run_metrics import report_progress
 from lorapar_ray.runs import PROGRESS, RunDirectory
 from lorapar_ray.stages import Stage
 from lorapar_ray.standing import written
-from lorapar_ray.text import one_line
 from lorapar_ray.versions import versions_of_a_result
 
 
@@ -73,8 +73,12 @@ def performing(
     notes: dict[str, Any] = {}
     finished = False
     try:
-        noted = noted_in(run.work / PROGRESS, partial(report_progress, config.name))
-        with of_the_machine(run, name), growing(config.cluster), noted:
+        with (
+            of_the_machine(run, name),
+            growing(config.cluster),
+            ended_without_memory(name) as advanced,
+            noted_in(run.work / PROGRESS, partial(_reports, config.name, advanced)),
+        ):
             yield notes
         finished = True
     finally:
@@ -100,6 +104,20 @@ def performing(
         run.remote.remove("work/ray")
 
 
+def _reports(run: str, advanced: Callable[[], None], work: str, total: int) -> Callable[[int], None]:
+    """A function that takes the count so far of a part of the stage; `advanced` is called whenever it has grown."""
+    told, last = report_progress(run, work, total), 0
+
+    def tell(done: int) -> None:
+        nonlocal last
+        told(done)
+        if done > last:
+            advanced()
+        last = done
+
+    return tell
+
+
 def placed(config: Config, name: str) -> Config:
     """The config with the stage's `gpus: auto` as numbers for the cluster that this process is connected to."""
     ray = sys.modules.get("ray")
@@ -115,7 +133,6 @@ def of_the_machine(run: RunDirectory, stage: str) -> Iterator[None]:
     Raises:
         UserError: in place of those.
     """
-    kept = "finished work is kept, and the same command resumes"
     try:
         yield
     except UserError:
@@ -128,10 +145,7 @@ def of_the_machine(run: RunDirectory, stage: str) -> Iterator[None]:
             ) from error
         if (killed := _killed(causes)) is None:
             raise
-        raise UserError(
-            f"{stage}: the machine ran out of memory ({one_line(killed, 200)}); stop other programs, or lower the "
-            f"stage's number of processes or what each asks for (batches, kv_cache_gib); {kept}"
-        ) from error
+        raise out_of_memory(stage, killed) from error
 
 
 def _causes(error: BaseException) -> list[BaseException]:

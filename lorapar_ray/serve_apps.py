@@ -5,12 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
+from lorapar_ray.errors import UserError
 from lorapar_ray.session import is_own_ray
 from lorapar_ray.text import one_line
+from lorapar_ray.threads import in_a_thread
 
 POLL_S = 0.1
+END_LIMIT_S = 90.0
+"""Serve itself gives requests in flight 20 s, and kills what does not end."""
 
 
 def start_serve(**http: Any) -> None:
@@ -54,10 +59,23 @@ def end(apps: Iterable[str]) -> None:
     """Free the applications' resources, and wait until they are free.
 
     Serve itself ends with a local Ray of this process; on a cluster it is ended unless it runs other applications.
+
+    Raises:
+        UserError: Serve does not answer, as while its controller is killed again and again for lack of memory.
     """
+    own = set(apps)
+    try:
+        in_a_thread(partial(_end, own), name="ending applications", timeout_s=END_LIMIT_S)
+    except TimeoutError as error:
+        raise UserError(
+            f"Ray Serve does not end {', '.join(sorted(own))} within {END_LIMIT_S:g} s; on a cluster `serve shutdown` "
+            "ends them"
+        ) from error
+
+
+def _end(own: set[str]) -> None:
     from ray import serve
 
-    own = set(apps)
     alone = not is_own_ray() and set(serve.status().applications) <= own
     if alone:
         _retry_no_last_calls()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -59,9 +57,14 @@ def meanwhile(look: Callable[[], object], every_s: float) -> Iterator[None]:
 def stop_this_command() -> None:
     """End this command from one of its threads: like Ctrl-C, or by SIGTERM if Ctrl-C is ignored.
 
-    A shell script starts its background commands with SIGINT ignored, and `_thread.interrupt_main` then does nothing.
+    A shell script starts its background commands with SIGINT ignored. The signal goes to the main thread itself: it
+    may be waiting for a lock, which only a signal of its own interrupts.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        os.kill(os.getpid(), signal.SIGTERM)
-    else:
-        _thread.interrupt_main()
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    signal.pthread_kill(_main_thread(), signal.SIGTERM if ignored else signal.SIGINT)
+
+
+def _main_thread() -> int:
+    main = threading.main_thread().ident
+    assert main is not None  # it has started
+    return main

@@ -27,6 +27,7 @@ from lorapar_ray.evaluation.serving import NamedModel, named_model, require_temp
 from lorapar_ray.evaluation.tasks import catalogue_of, evaluate_tasks, unfinished
 from lorapar_ray.files import write_json
 from lorapar_ray.gpus import engine_resources
+from lorapar_ray.memory_shortage import ended_without_memory
 from lorapar_ray.models import resolve_model
 from lorapar_ray.progress import progress
 from lorapar_ray.session import ray_session
@@ -113,7 +114,7 @@ def _evaluate_on(base: str, adapters: Mapping[str, Path | None], catalogue: Any,
         trust_remote_code=asked.options.trust_remote_code,
         **serving(base, adapters.values(), settings.serve),
     ) as engines:
-        with progress("engines", settings.engines, lambda: (0, "starting")):
+        with progress("engines", settings.engines, lambda: (0, "starting")), ended_without_memory("evaluate"):
             engines.start()
         evaluate_tasks(settings, catalogue, engines, adapters, encoder, root=out, answers=out / "answers")
 

@@ -21,6 +21,7 @@ from lorapar_ray.engines.settings import engine_environment
 from lorapar_ray.errors import UserError
 from lorapar_ray.gpus import place
 from lorapar_ray.labeling.job import student_name
+from lorapar_ray.memory_shortage import ended_without_memory
 from lorapar_ray.models import model_reference, resolve_model
 from lorapar_ray.pipeline import is_done
 from lorapar_ray.runs import RunDirectory
@@ -140,11 +141,12 @@ def serving(config: Config, run: RunDirectory, address: Address, replicas: int =
     require("serve", {"replicas": (replicas, config.evaluate.resources)}, "--replicas")
     server = _server(config, run, adapters, replicas, key)
     try:
-        start_serve(host=address.host, port=address.port, location="HeadOnly")
-        [(_, why)] = deployed([serve.RunTarget(server, name=APP, route_prefix="/")], {APP: APP})
-        if why:
-            raise UserError(f"serve: could not start ({why})")
-        told = serve.get_app_handle(APP).ready.remote().result(timeout_s=READY_S)
+        with ended_without_memory("serve"):
+            start_serve(host=address.host, port=address.port, location="HeadOnly")
+            [(_, why)] = deployed([serve.RunTarget(server, name=APP, route_prefix="/")], {APP: APP})
+            if why:
+                raise UserError(f"serve: could not start ({why})")
+            told = serve.get_app_handle(APP).ready.remote().result(timeout_s=READY_S)
         yield {"models": [BASE, *adapters, *([AUTO] if "agreement" in told else [])], **told}
     except (RuntimeError, ray.exceptions.RayError, TimeoutError) as error:
         raise UserError(f"serve: could not start ({one_line(error, 300)})") from error

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 HOURS = "LORAPAR_TEST_HOURS"
+LONGEST_H = 30
+"""Of a jump."""
 PATCH = f'''
 """Fault injection: `time.time` and what is made of it are as many hours off as a file says."""
 import os

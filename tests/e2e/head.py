@@ -7,16 +7,19 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 
+from lorapar_ray.ray_files import private_directory
 from tests.e2e.test_job import RAY, free_port
 from tests.hosts.machines import wait_until
 
 START_LIMIT_S = 120
+DOWN_S = (2, 20)
+"""Bounds of the time without a head; Ray's own processes give it up after a minute."""
 
 
 class Head:
@@ -59,10 +62,19 @@ class Head:
 
     def stop(self) -> None:
         """End everything of it."""
-        for process in self._processes():
-            process.kill()
+        own = self._processes()
+        below = [each for process in own for each in process.children(recursive=True)]
+        for process in (*own, *below):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         for again in self._again:
             again.wait(60)
+
+    @property
+    def raylet(self) -> psutil.Process:
+        """Which starts all that works here."""
+        [found] = [each for each in self._processes() if Path(each.exe()).name == "raylet"]
+        return found
 
     def _processes(self) -> list[psutil.Process]:
         """Those of this node, which name its folder."""
@@ -71,6 +83,17 @@ class Head:
             if any(str(self._folder) in word for word in process.info["cmdline"] or ()):
                 found.append(process)
         return found
+
+
+@contextmanager
+def head_with_store(folder: Path) -> Iterator[Head]:
+    """The head of a cluster of this machine alone, with its state in Redis; `folder` is for Redis."""
+    with private_directory(Path("/tmp")) as short, redis(folder) as store:
+        head = Head(short / "r", store)
+        try:
+            yield head
+        finally:
+            head.stop()
 
 
 @contextmanager

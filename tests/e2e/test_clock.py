@@ -6,12 +6,11 @@ from random import Random
 import pytest
 
 from tests.chaos import Recovery
-from tests.e2e.clock import WallClock
+from tests.e2e.clock import LONGEST_H, WallClock
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.disturbed import ends_undisturbed
 
 pytestmark = pytest.mark.e2e
-LONGEST_H = 30
 
 
 @pytest.mark.chaos("label", "clock jump")

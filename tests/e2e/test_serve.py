@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,13 +28,22 @@ Server = tuple[subprocess.Popen[str], str]
 
 
 @contextmanager
-def serving(run: Path, port: int, log: Path) -> Iterator[Server]:
-    """The command on this port, once it serves; it ends with the block. Its standard error goes to `log`."""
-    environment = {**os.environ, "LORAPAR_API_KEY": SECRET}
-    environment.pop("RAY_ADDRESS", None)
-    started = command("serve", "--run-dir", run, "--port", str(port))
+def serving(
+    run: Path, port: int, log: Path, environment: Mapping[str, str] | None = None, around: Sequence[str] = ()
+) -> Iterator[Server]:
+    """The command on this port, once it serves; it ends with the block. Its standard error goes to `log`.
+
+    Args:
+        environment: further variables of it.
+        around: begins its command line.
+    """
+    own = {**os.environ, "LORAPAR_API_KEY": SECRET}
+    own.pop("RAY_ADDRESS", None)
+    started = [*around, *command("serve", "--run-dir", run, "--port", str(port))]
     with log.open("a") as errors:
-        process = subprocess.Popen(started, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = subprocess.Popen(
+            started, cwd=ROOT, env=own | dict(environment or {}), stdout=subprocess.PIPE, stderr=errors, text=True
+        )
     assert process.stdout is not None
     try:
         said = process.stdout.readline()

@@ -447,8 +447,21 @@ def test_a_stage_of_the_first_format_under_other_settings_is_kept(cli: Cli) -> N
     assert everything(cli.run.grpo) == before
 
 
-def test_a_command_that_ignores_ctrl_c_can_still_be_ended_from_a_thread() -> None:
-    """Scripts start their background commands this way."""
-    ignoring = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)"
-    command = f"{ignoring}; from lorapar_ray.threads import stop_this_command as stop; stop(); time.sleep(60)"
-    assert subprocess.run([sys.executable, "-c", command], timeout=50, check=False).returncode == -signal.SIGTERM
+@pytest.mark.parametrize("ignored", [True, False])
+@pytest.mark.parametrize("waiting", ["time.sleep(60)", "lock.acquire()", "Future().result()"])
+def test_a_command_can_be_ended_from_a_thread_whatever_it_waits_for(waiting: str, ignored: bool) -> None:
+    """Also one that ignores Ctrl-C, as scripts start their background commands."""
+    action = "SIG_IGN" if ignored else "default_int_handler"
+    code = f"""
+import signal, time
+from concurrent.futures import Future
+from threading import Lock, Timer
+from lorapar_ray.threads import stop_this_command
+signal.signal(signal.SIGINT, signal.{action})
+Timer(0.5, stop_this_command).start()
+lock = Lock()
+lock.acquire()
+{waiting}
+"""
+    ended = subprocess.run([sys.executable, "-c", code], timeout=50, check=False, stderr=subprocess.DEVNULL)
+    assert ended.returncode == -(signal.SIGTERM if ignored else signal.SIGINT)

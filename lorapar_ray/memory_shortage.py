@@ -1,0 +1,115 @@
+"""Ends work that waits without end since a machine has no memory.
+
+Ray starts again what it has killed for lack of memory, in several layers and without a limit: Serve's controller, Ray
+Data's actors, Ray Train's groups. While memory is missing it kills them again, and whoever asked for them waits. Ray
+reports each such kill, so the driver counts them while its work does not advance.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from lorapar_ray.errors import UserError
+from lorapar_ray.text import one_line
+from lorapar_ray.threads import meanwhile, stop_this_command
+
+LOOK_S = 10.0
+LOOKS = 6
+"""So many looks must find new kills, and no progress since the first of them. A shortage of a moment is one or two."""
+REASON_LENGTH = 200
+
+
+class Shortage:
+    """Counts the looks that found new kills."""
+
+    def __init__(self, before: Mapping[Any, str]) -> None:
+        """`before`: kills that happened before the work began, with Ray's words, by any key."""
+        self._known = set(before)
+        self._bad_looks = self._kills = 0
+
+    def advanced(self) -> None:
+        """The work has made progress."""
+        self._bad_looks = self._kills = 0
+
+    def look(self, killed: Mapping[Any, str]) -> str:
+        """Why the work has to end; empty: it may go on.
+
+        Args:
+            killed: all kills so far.
+        """
+        new = [key for key in killed if key not in self._known]
+        self._known.update(new)
+        self._bad_looks += bool(new)
+        self._kills += len(new)
+        if self._bad_looks < LOOKS or not new:
+            return ""
+        return f"Ray killed {self._kills} processes while nothing advanced, the last one: {killed[new[-1]]}"
+
+
+@contextmanager
+def ended_without_memory(work: str) -> Iterator[Callable[[], None]]:
+    """Interrupt the block, on the main thread, if it does not advance while Ray kills its processes again and again.
+
+    Yields a function to call, from any thread, after each progress.
+
+    Raises:
+        UserError: in place of what the interrupt raised.
+    """
+    shortage, why = Shortage(killed_for_memory()), ""
+
+    def look() -> None:
+        nonlocal why
+        if not why and (found := shortage.look(killed_for_memory())):
+            why = found
+            stop_this_command()
+
+    main = threading.current_thread() is threading.main_thread()
+    try:
+        if main:
+            with meanwhile(look, every_s=LOOK_S):
+                yield shortage.advanced
+        else:  # only the main thread can be interrupted
+            yield shortage.advanced
+    except BaseException as error:
+        if not why:
+            raise
+        raise out_of_memory(work, why) from error
+
+
+def killed_for_memory() -> dict[bytes, str]:
+    """Ray's words about each process of this driver that it killed for lack of memory, in the order of their ends; by
+    the process's id. Empty without Ray, or while its head does not answer."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return {}
+    from ray._private.state import state
+    from ray.core.generated import common_pb2, gcs_pb2
+
+    try:
+        rows = state._connect_and_get_accessor().get_worker_table()
+        job = bytes.fromhex(ray.get_runtime_context().get_job_id())
+    except Exception:  # the connection may be ending
+        return {}
+    found = [row for row in map(gcs_pb2.WorkerTableData.FromString, rows) if row.job_id in (job, b"")]
+    killed = [row for row in found if not row.is_alive and row.exit_type == common_pb2.NODE_OUT_OF_MEMORY]
+    return {
+        row.worker_address.worker_id: row.exit_detail for row in sorted(killed, key=lambda row: int(row.end_time_ms))
+    }
+
+
+def out_of_memory(work: str, why: object) -> UserError:
+    """The error for a user.
+
+    Args:
+        work: a stage or a command.
+        why: Ray's words.
+    """
+    return UserError(
+        f"{work}: the machine ran out of memory ({one_line(why, REASON_LENGTH)}); stop other programs, or lower the "
+        "stage's number of processes or what each asks for (batches, kv_cache_gib); finished work is kept, and the "
+        "same command resumes"
+    )
