@@ -7,6 +7,8 @@ LOCK := requirements/cpu.txt
 # Number of test files that run in parallel: much of their time is the start of processes, on one core each.
 JOBS ?= 2
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Hundreds of processes import the package. Each would compile it where an environment forbids to write bytecode.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: quickstart test test-fast test-chaos test-cluster coverage lint docs setup lock clean
 

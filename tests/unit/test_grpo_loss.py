@@ -6,7 +6,6 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from trl.trainer.grpo_trainer import GRPOTrainer
 
 from lorapar_ray import logprobs
 from lorapar_ray.grpo.advantages import group_advantages, overlong_penalty
@@ -36,6 +35,8 @@ def tensors() -> dict[str, torch.Tensor]:
 
 def trl_loss(data: dict[str, torch.Tensor], loss_type: str, level: str, beta: float, cap: float | None) -> torch.Tensor:
     """TRL's code on our tensors; parts of the trainer that the loss does not read are fakes."""
+    from trl.trainer.grpo_trainer import GRPOTrainer  # it imports vLLM
+
     trainer: Any = MagicMock()
     trainer._get_per_token_logps_and_entropies.return_value = (data["logprobs"], torch.zeros(B, T), None)
     trainer.loss_type, trainer.importance_sampling_level, trainer.beta = loss_type, level, beta
