@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from lorapar_ray.cli import app
 from lorapar_ray.config import Config
 from lorapar_ray.gpus import place, sync_of
-from lorapar_ray.grpo.placement import empty_places
+from lorapar_ray.grpo.placement import empty_places, without_a_bundle
 from lorapar_ray.labeling.serving import applications
 from lorapar_ray.pipeline import PIPELINE
 from lorapar_ray.processes import processes_of
@@ -121,6 +121,15 @@ def test_engines_and_learners_have_separate_gpus_or_share_each(
 )
 def test_learners_that_share_gpus_are_no_range(gpus: int, asked: dict[str, Any], most: int | None) -> None:
     assert place(config(grpo={"max_learners": 4, **asked}), "grpo", gpus).grpo.max_learners == most
+
+
+def test_processes_without_a_bundle_count_in_the_room_of_stage_2() -> None:
+    rewards, environments = {"cpus": 0.5, "gpus": 0}, {"cpus": 2, "gpus": 0}
+    grpo = {"reward_workers": 3, "reward_resources": rewards, "environment_resources": environments}
+    judged = {"rewards": [{"name": "judge"}], "judge": {"teachers": ["a"]}}
+    plain, whole = (config(grpo={**grpo, **more}) for more in ({}, {**judged, "environment": "a:b"}))
+    assert [(count, each.cpus) for count, each in without_a_bundle(plain)] == [(3, 0.5)]
+    assert [(count, each.cpus) for count, each in without_a_bundle(whole)] == [(3, 0.5), (1, 2), (1, 1)]
 
 
 def test_dry_run_shows_a_range() -> None:
