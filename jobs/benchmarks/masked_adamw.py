@@ -28,7 +28,7 @@ from _rows import Row, print_table, write_rows
 from torch import nn
 
 from lorapar_ray.adapters import adapter_parameters, attach_lora
-from lorapar_ray.optim import MaskedAdamW, masked_param_groups
+from lorapar_ray.optim import MaskedAdamW, masked_adamw, masked_param_groups
 from lorapar_ray.precision import torch_dtype
 
 LAYERS, HIDDEN, INTERMEDIATE = 32, 4096, 11008
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     arguments = parser.parse_args()
+    masked_adamw.WORTH_COMPILING = 0  # steps as they are after the first hundreds
     device, rounds = torch.device(arguments.device), 5 if arguments.quick else 15
     rows: list[Row] = []
     parts: list[tuple[str, Callable[[], list[Row]]]] = []
