@@ -213,6 +213,7 @@ def count_workers(argument: dict[str, Any]) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.long
 def test_workers_make_way_for_a_bundle_that_lost_its_node(nodes: Cluster, tmp_path: Path) -> None:
     """The node of an engine, say, is lost: the second worker leaves its core to the engine."""
     head = placement_group([{"CPU": 2}], bundle_label_selector=[HEAD])
