@@ -33,7 +33,7 @@ class Head:
             store: environment variables that say where the GCS keeps its state.
         """
         port, agent = free_port(), free_port()
-        self._folder = folder
+        self._folder, self._port = folder, port
         self.environment = {
             "RAY_ADDRESS": f"127.0.0.1:{port}",
             "RAY_AUTH_MODE": "token",
@@ -77,10 +77,13 @@ class Head:
         return found
 
     def _processes(self) -> list[psutil.Process]:
-        """Those of this node, which name its folder."""
-        found = []
+        """Those of this node, which name its folder or the address of its GCS."""
+        found, port = [], f":{self._port}"
         for process in psutil.process_iter(["cmdline"]):
-            if any(str(self._folder) in word for word in process.info["cmdline"] or ()):
+            words = process.info["cmdline"] or ()
+            if any(
+                str(self._folder) in word or (word.startswith("--address=") and word.endswith(port)) for word in words
+            ):
                 found.append(process)
         return found
 
