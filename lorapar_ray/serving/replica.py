@@ -6,11 +6,13 @@ It has only three routes: vLLM's server has many more, some of which change the 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import math
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -24,6 +26,7 @@ from lorapar_ray.engines.settings import engine_arguments, lora_arguments, memor
 from lorapar_ray.labeling.hosted import choice_tokens
 from lorapar_ray.labeling.prompts import with_template
 from lorapar_ray.models import resolve_model
+from lorapar_ray.private_directory import private_directory
 from lorapar_ray.serving.neutral import write_neutral
 from lorapar_ray.serving.openai_side import BASE, openai_state
 from lorapar_ray.serving.requests import (
@@ -74,8 +77,9 @@ class Replica:
         adapters = {name: str(on_this_machine(place)) for name, place in adapters.items()}
         self._adapters = adapters
         if adapters:
-            self._own_files = TemporaryDirectory(prefix="lorapar-neutral-")  # deleted with this object
-            neutral = Path(self._own_files.name) / BASE
+            own_files = ExitStack()
+            atexit.register(own_files.close)  # the next private directory removes those of a killed replica
+            neutral = own_files.enter_context(private_directory(Path(gettempdir()))) / BASE
             write_neutral(neutral, Path(next(iter(adapters.values()))))
             self._adapters = {BASE: str(neutral), **adapters}
         self._key, self._student, settings = key_digest, student, self._config.evaluate
