@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -175,7 +175,7 @@ def require_fit(stage: str, has: Capacity, groups: dict[str, tuple[int, Resource
                 f"{stage}: {name} asks for nodes with the label {missing}, which no node of this cluster has; correct "
                 "the `nodes` of its resources, or start nodes with `ray start --labels`"
             )
-        room = sum(node.holds(resources) for node in has.nodes if node.accepts(resources))
+        room = room_for(resources, has.nodes)
         if count > room:
             labels = ", ".join(f"{key}={value}" for key, value in resources.nodes.items())
             gpus = f" and {resources.gpu_count:g} GPU" if resources.gpu_count else ""
@@ -184,6 +184,11 @@ def require_fit(stage: str, has: Capacity, groups: dict[str, tuple[int, Resource
                 f"{f' with {labels}' if labels else ''}, but the nodes have room for {room:g}; lower {hint} or the "
                 "resources, or add nodes (cluster.max_cpus if it grows on demand)"
             )
+
+
+def room_for(resources: Resources, nodes: Iterable[Node]) -> float:
+    """How many such processes fit on these nodes; `inf` if they ask for nothing."""
+    return sum(node.holds(resources) for node in nodes if node.accepts(resources))
 
 
 def _missing(asked: dict[str, str], nodes: tuple[Node, ...]) -> str:

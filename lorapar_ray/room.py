@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorapar_ray.capacity import Node
+from lorapar_ray.capacity import Node, room_for
 from lorapar_ray.config import Resources
 
 Waiting = tuple[int, Resources]
@@ -48,21 +48,17 @@ def workers_with_room(
     for count, process in first:
         for _ in range(count):
             rest = _with_one_more(nodes, process, worker)
-            if rest is None or _room(rest, worker) < fewest:
+            if rest is None or room_for(worker, rest) < fewest:
                 break
             nodes = rest
-    room = int(min(most, _room(nodes, worker)))
+    room = int(min(most, room_for(worker, nodes)))
     return max(fewest, room - room % multiple)
 
 
 def _with_one_more(nodes: Sequence[Node], process: Resources, worker: Resources) -> list[Node] | None:
     """What is left once a process took its part, where that costs the fewest workers; None: no node holds it."""
-    left = {at: node.without(process) for at, node in enumerate(nodes) if _room([node], process) >= 1}
+    left = {at: node.without(process) for at, node in enumerate(nodes) if room_for(process, [node]) >= 1}
     if not left:
         return None
-    best = min(left, key=lambda at: _room([nodes[at]], worker) - _room([left[at]], worker))
+    best = min(left, key=lambda at: room_for(worker, [nodes[at]]) - room_for(worker, [left[at]]))
     return [*nodes[:best], left[best], *nodes[best + 1 :]]
-
-
-def _room(nodes: Sequence[Node], each: Resources) -> float:
-    return sum(node.holds(each) for node in nodes if node.accepts(each))
