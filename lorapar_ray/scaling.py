@@ -43,6 +43,8 @@ ANSWER_LIMIT_S = 3.0
 """For a node to accept a connection."""
 AT_ONCE = 32
 """Nodes that are asked at the same time."""
+MOST_DOUBLED = 10
+"""Limit of the doublings of a pause, so that it stays below a day."""
 
 logger = logging.getLogger(__name__)
 
@@ -78,13 +80,15 @@ class RoomPolicy(ScalingPolicy):
         self._looked_at = float("-inf")
         self._asked: tuple[int, tuple[Node, ...]] | None = None
         """The number that was last asked for, and the nodes at that time."""
-        self._too_many: tuple[int, tuple[Node, ...]] | None = None
-        """A number that got no place on these nodes: others were faster, or the free parts of GPUs do not add up."""
+        self._too_many: tuple[int, tuple[Node, ...], float] | None = None
+        """A number that got no place on these nodes: others were faster, or the free parts of GPUs do not add up. And
+        until when it is not asked for on other nodes either."""
+        self._refusals = 0
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """The number to start with; the fewest also where they have no room, for which Ray then waits."""
         self._maybe_send_resource_request()
-        look = self.look()
+        look = self._look() or Look(())
         return self._ask(self._number(look, self._others.spare), look)
 
     def make_decision_for_running_worker_group(
@@ -97,7 +101,9 @@ class RoomPolicy(ScalingPolicy):
         looked_at = max(worker_group_state.start_time, self._looked_at)
         if now - looked_at < self.scaling_config.elastic_resize_monitor_interval_s:
             return NoopDecision()
-        self._looked_at, look = now, self.look()
+        self._looked_at, look = now, self._look()
+        if look is None:
+            return NoopDecision()
         more, fewer = self._number(look, self._others.spare), self._number(look)
         if more > present:
             return self._ask(more, look)
@@ -106,12 +112,32 @@ class RoomPolicy(ScalingPolicy):
         return NoopDecision()
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Notes that a group got no place."""
-        if isinstance(current_state, ReschedulingState):
-            self._too_many = self._asked
+        """Notes that a group got no place.
+
+        A try without a place costs a minute and the steps since the last checkpoint. On a cluster of several jobs the
+        nodes always differ from those of the last try. So the next try waits, each time twice as long.
+        """
+        if isinstance(current_state, ReschedulingState) and self._asked is not None:
+            number, nodes = self._asked
+            if number > self.scaling_config.min_workers:
+                self._refusals += 1
+                pause_s = self.scaling_config.elastic_resize_monitor_interval_s * 2 ** min(self._refusals, MOST_DOUBLED)
+                self._too_many = number, nodes, time.monotonic() + pause_s
+
+    def _look(self) -> Look | None:
+        """None while Ray's head does not answer. Ray Train never tries again after an error of a policy."""
+        try:
+            return self.look()
+        except Exception:
+            logger.warning("the cluster's nodes are not known now; the number of workers stays", exc_info=True)
+            return None
 
     def look(self) -> Look:
-        """Asks Ray."""
+        """The nodes as Ray and their own sockets report them.
+
+        Raises:
+            Exception: of Ray's, if its head does not answer.
+        """
         labels = {node["NodeID"]: node["Labels"] for node in answering([each for each in ray.nodes() if each["Alive"]])}
         free = {node: Counter(found) for node, found in available_resources_per_node().items() if node in labels}
         for node, bundle in _bundles(self._group):
@@ -133,8 +159,10 @@ class RoomPolicy(ScalingPolicy):
             multiple=self._multiple,
             first=[(look.waiting, self._others.each), *spare],
         )
-        if self._too_many is not None and self._too_many[1] == look.nodes:
-            number = min(number, self._too_many[0] - self._multiple)
+        if self._too_many is not None:
+            too_many, nodes, until = self._too_many
+            if nodes == look.nodes or time.monotonic() < until:
+                number = min(number, too_many - self._multiple)
         return max(fewest, number)
 
     def _ask(self, number: int, look: Look) -> ResizeDecision:
@@ -169,8 +197,10 @@ class RoomPolicy(ScalingPolicy):
 
 
 def answering(nodes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Those of `ray.nodes()` whose raylet accepts a connection: for some 15 s after a loss Ray counts a node as alive,
-    and a group that is then to have a worker there waits for a minute."""
+    """Those of `ray.nodes()` whose raylet accepts a connection.
+
+    For some 15 s after a loss Ray counts a node as alive. A group with a worker there would wait for a minute.
+    """
 
     def answers(node: Mapping[str, Any]) -> bool:
         try:

@@ -1,13 +1,15 @@
 """What a group with a range asks for as a simulated cluster changes: the policy is real, what it sees is not."""
 
 import socket
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RaySystemError
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.controller.state import ReschedulingState, RunningState
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
+from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState
 
 from lorapar_ray.capacity import Node
 from lorapar_ray.config import Resources
@@ -20,8 +22,11 @@ class Simulated(RoomPolicy):
 
     cpus: tuple[float, ...] = ()
     waiting = 0
+    head = True
 
     def look(self) -> Look:
+        if not self.head:
+            raise RaySystemError("the head does not answer")
         return Look(tuple(Node({}, {"CPU": cpus, "GPU": 0.0}) for cpus in self.cpus), self.waiting)
 
     def _maybe_send_resource_request(self) -> None: ...
@@ -46,8 +51,9 @@ def started(policy: Simulated, *cpus: float, waiting: int = 0) -> int:
 
 def resized(policy: Simulated, present: int, *cpus: float, waiting: int = 0) -> int | None:
     policy.cpus, policy.waiting = cpus, waiting
-    group = SimpleNamespace(placement_group=object())
-    running = SimpleNamespace(placement_group_handle=group, num_workers=present, start_time=float("-inf"))
+    nothing: Any = None
+    group = DefaultPlacementGroupHandle(nothing)
+    running = WorkerGroupState(float("-inf"), group, [nothing] * present, sync_actor=nothing)
     decision: Any = policy.make_decision_for_running_worker_group(running, None)
     return None if isinstance(decision, NoopDecision) else decision.num_workers
 
@@ -91,6 +97,33 @@ def test_a_number_that_got_no_place_is_not_asked_for_again_on_the_same_nodes(pol
     assert started(policy, 1.5) == 1
     no_place(policy)
     assert started(policy, 1.5) == 1  # the fewest are waited for
+
+
+def test_on_nodes_that_change_all_the_time_a_number_without_a_place_is_asked_for_again_later(policy: Simulated) -> None:
+    policy.scaling_config.elastic_resize_monitor_interval_s = 1000.0
+    assert started(policy, 4.5) == 4
+    no_place(policy)
+    assert started(policy, 4.5, 0.1) == 3
+    no_place(policy)
+    assert started(policy, 4.5, 0.2) == 2
+    policy.scaling_config.elastic_resize_monitor_interval_s = 0.0
+    no_place(policy)
+    assert started(policy, 4.5, 0.3) == 4  # the pause is over
+
+
+def test_fewest_workers_that_got_no_place_grow_as_soon_as_there_is_room(policy: Simulated) -> None:
+    policy.scaling_config.elastic_resize_monitor_interval_s = 1000.0
+    assert started(policy) == 1
+    no_place(policy)
+    assert started(policy, 4.5) == 4
+
+
+def test_a_head_that_does_not_answer_does_not_end_the_group(policy: Simulated) -> None:
+    policy.head = False
+    assert started(policy, 4.5) == 1
+    assert resized(policy, 2, 4.5) is None
+    policy.head = True
+    assert resized(policy, 2, 4.5) == 4
 
 
 def test_a_node_that_is_lost_without_rays_knowledge_is_not_counted() -> None:
