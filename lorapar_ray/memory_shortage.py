@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from lorapar_ray.errors import UserError
+from lorapar_ray.session import is_own_ray
 from lorapar_ray.text import one_line
 from lorapar_ray.threads import meanwhile, stop_this_command
 
@@ -30,10 +31,18 @@ class Shortage:
         """`before`: kills that happened before the work began, with Ray's words, by any key."""
         self._known = set(before)
         self._bad_looks = self._kills = 0
+        self._advances = False
 
     def advanced(self) -> None:
         """The work has made progress."""
         self._bad_looks = self._kills = 0
+        self._advances = True
+
+    def worth_a_look(self) -> bool:
+        """Whether there was no progress since the last call. Ray's table has up to 100,000 rows, which work that
+        advances need not read."""
+        quiet, self._advances = not self._advances, False
+        return quiet
 
     def look(self, killed: Mapping[Any, str]) -> str:
         """Why the work has to end; empty: it may go on.
@@ -63,7 +72,7 @@ def ended_without_memory(work: str) -> Iterator[Callable[[], None]]:
 
     def look() -> None:
         nonlocal why
-        if not why and (found := shortage.look(killed_for_memory())):
+        if not why and shortage.worth_a_look() and (found := shortage.look(killed_for_memory())):
             why = found
             stop_this_command()
 
@@ -81,24 +90,34 @@ def ended_without_memory(work: str) -> Iterator[Callable[[], None]]:
 
 
 def killed_for_memory() -> dict[bytes, str]:
-    """Ray's words about each process of this driver that it killed for lack of memory, in the order of their ends; by
-    the process's id. Empty without Ray, or while its head does not answer."""
+    """Ray's words about each process of this driver that it killed for lack of memory (see `kills_in`). Empty without
+    Ray, or while its head does not answer."""
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return {}
     from ray._private.state import state
-    from ray.core.generated import common_pb2, gcs_pb2
 
     try:
         rows = state._connect_and_get_accessor().get_worker_table()
-        job = bytes.fromhex(ray.get_runtime_context().get_job_id())
+        job = None if is_own_ray() else bytes.fromhex(ray.get_runtime_context().get_job_id())
     except Exception:  # the connection may be ending
         return {}
-    found = [row for row in map(gcs_pb2.WorkerTableData.FromString, rows) if row.job_id in (job, b"")]
-    killed = [row for row in found if not row.is_alive and row.exit_type == common_pb2.NODE_OUT_OF_MEMORY]
-    return {
-        row.worker_address.worker_id: row.exit_detail for row in sorted(killed, key=lambda row: int(row.end_time_ms))
-    }
+    return kills_in(rows, job)
+
+
+def kills_in(rows: Iterable[bytes], job: bytes | None) -> dict[bytes, str]:
+    """Ray's words about each process that it killed for lack of memory, by the process's id, in the order of the ends.
+
+    Args:
+        rows: of Ray's table of workers (`WorkerTableData` of its `gcs.proto`).
+        job: count processes of this job alone: others on a shared cluster say nothing about this one. Processes that
+            belong to no job yet are none of it. None: all.
+    """
+    from ray.core.generated import common_pb2, gcs_pb2
+
+    found = [row for row in map(gcs_pb2.WorkerTableData.FromString, rows) if job is None or row.job_id == job]
+    dead = [row for row in found if not row.is_alive and row.exit_type == common_pb2.NODE_OUT_OF_MEMORY]
+    return {row.worker_address.worker_id: row.exit_detail for row in sorted(dead, key=lambda row: int(row.end_time_ms))}
 
 
 def out_of_memory(work: str, why: object) -> UserError:

@@ -3,10 +3,12 @@
 import threading
 
 import pytest
+from ray._raylet import GlobalStateAccessor
+from ray.core.generated import common_pb2, gcs_pb2
 
 from lorapar_ray import memory_shortage
 from lorapar_ray.errors import UserError
-from lorapar_ray.memory_shortage import LOOKS, Shortage, ended_without_memory
+from lorapar_ray.memory_shortage import LOOKS, Shortage, ended_without_memory, kills_in
 
 
 def kills(count: int) -> dict[int, str]:
@@ -34,6 +36,31 @@ def test_progress_counts_from_the_beginning_again() -> None:
         assert not shortage.look(kills(number))
         if number % (LOOKS - 1) == 0:
             shortage.advanced()
+
+
+def test_work_that_advances_needs_no_look() -> None:
+    shortage = Shortage({})
+    assert shortage.worth_a_look()
+    shortage.advanced()
+    assert [shortage.worth_a_look() for _ in range(3)] == [False, True, True]
+
+
+def test_kills_for_memory_are_found_in_rays_table_of_workers() -> None:
+    """A shared cluster has other jobs, and idle processes of no job, which say nothing about this one."""
+    assert callable(GlobalStateAccessor.get_worker_table)  # of Ray's private API
+
+    def row(
+        name: bytes, job: bytes = b"1", kill: str = "NODE_OUT_OF_MEMORY", alive: bool = False, end: int = 0
+    ) -> bytes:
+        said = {"exit_type": common_pb2.WorkerExitType.Value(kill), "exit_detail": f"{name.decode()} was killed"}
+        found = gcs_pb2.WorkerTableData(is_alive=alive, job_id=job, end_time_ms=end, **said)
+        found.worker_address.worker_id = name
+        return bytes(found.SerializeToString())
+
+    rows = [row(b"late", end=2), row(b"early", end=1), row(b"other's", b"2"), row(b"idle", b"")]
+    rows += [row(b"alive", alive=True), row(b"crashed", kill="SYSTEM_ERROR")]
+    assert list(kills_in(rows, b"1").items()) == [(b"early", "early was killed"), (b"late", "late was killed")]
+    assert set(kills_in(rows, None)) == {b"early", b"late", b"other's", b"idle"}
 
 
 def test_a_waiting_command_is_interrupted_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
