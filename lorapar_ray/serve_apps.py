@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 from lorapar_ray.errors import UserError
+from lorapar_ray.progress import console
 from lorapar_ray.session import is_own_ray
 from lorapar_ray.text import one_line
 from lorapar_ray.threads import in_a_thread
@@ -61,16 +63,20 @@ def end(apps: Iterable[str]) -> None:
     Serve itself ends with a local Ray of this process; on a cluster it is ended unless it runs other applications.
 
     Raises:
-        UserError: Serve does not answer, as while its controller is killed again and again for lack of memory.
+        UserError: Serve does not answer, as while its controller is killed again and again for lack of memory. If
+            another error is being handled, that one says more, and this one is only printed.
     """
-    own = set(apps)
+    own, first = set(apps), sys.exc_info()[1]
     try:
         in_a_thread(partial(_end, own), name="ending applications", timeout_s=END_LIMIT_S)
     except TimeoutError as error:
-        raise UserError(
+        said = (
             f"Ray Serve does not end {', '.join(sorted(own))} within {END_LIMIT_S:g} s; on a cluster `serve shutdown` "
             "ends them"
-        ) from error
+        )
+        if first is None:
+            raise UserError(said) from error
+        console.print(f"  {said}")
 
 
 def _end(own: set[str]) -> None:
