@@ -181,13 +181,19 @@ class Objects:
         return self._ask(call)
 
     def _written(self, name: str) -> str:
-        """When an object of Google's store was written, to the millisecond (it takes one write a second), and its size.
+        """When an object of Google's store was written, to the millisecond, and its size.
 
-        Asking for its ETag, pyarrow keeps the GIL until that store answers: all threads of this process would wait.
+        That store takes about one write of an object per second. The ETag is not asked for: until that store answers,
+        pyarrow would keep the GIL, and all threads of this process would wait.
+
+        Raises:
+            FileNotFoundError: the object does not exist.
         """
         found = self.file_system.get_file_info(self._path(name))
         if not found.is_file:
             raise FileNotFoundError(name)
+        if found.mtime_ns is None:
+            raise OSError("the store returns no time of writing")
         return f"{found.mtime_ns}-{found.size}"
 
     def delete(self, names: Iterable[str]) -> None:
