@@ -46,7 +46,7 @@ def workers_with_room(
     if not worker.cpus and not worker.gpu_count:
         return most
     for count, process in first:
-        for _ in range(count):
+        for _ in range(count if process.cpus or process.gpu_count else 0):
             rest = _with_one_more(nodes, process, worker)
             if rest is None or room_for(worker, rest) < fewest:
                 break

@@ -57,7 +57,8 @@ def run_workers(
             nodes come or go, the function is called again, by another number of workers.
         multiple: divides every such number.
         others: the rest of the stage, which gets its room before the workers above the fewest.
-        before_restart: called, in another process of this machine, before workers start again after a loss.
+        before_restart: called, in another process of this machine, before workers start again, after a loss or as
+            another number.
 
     Raises:
         UserError: as the worker raised it, or the cluster cannot hold the group.

@@ -225,9 +225,10 @@ class GrpoConfig(Section):
     learners: Operation[PositiveInt] = 1
     """Training workers that share each step's samples; with `max_learners` the fewest."""
     max_learners: Operation[PositiveInt | None] = None
-    """Use as many learners as the cluster has room for beside the engines, up to this number. When nodes come or go,
-    more or fewer learners resume from the last checkpoint; the engines stay. The learners of a range share no GPU with
-    engines: if `gpus: auto` finds too few GPUs for that, there are always `learners`. None: always `learners`."""
+    """Use as many learners as the cluster has room for beside the engines, up to this number. Room in which each reward
+    worker, environment worker and judge could start again stays free. When nodes come or go, more or fewer learners
+    resume from the last checkpoint; the engines of the minimum stay. The learners of a range share no GPU with engines:
+    if `gpus: auto` finds too few GPUs for that, there are always `learners`. None: always `learners`."""
     sequence_parallel: Operation[PositiveInt] = 1
     """Learners that share each sequence, for contexts longer than one device's memory: each holds the activations of
     1 / `sequence_parallel` of the tokens. It must divide `learners`, `max_learners` and the model's attention heads.

@@ -62,11 +62,11 @@ class Head:
 
     def stop(self) -> None:
         """End everything of it."""
-        own = self._processes()
-        below = [each for process in own for each in process.children(recursive=True)]
-        for process in (*own, *below):
+        for process in self._processes():
             with suppress(psutil.NoSuchProcess):
-                process.kill()
+                for each in (*process.children(recursive=True), process):
+                    with suppress(psutil.NoSuchProcess):
+                        each.kill()
         for again in self._again:
             again.wait(60)
 
