@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from lorapar_ray.errors import UserError
@@ -59,16 +60,25 @@ class Shortage:
         return f"Ray killed {self._kills} processes while nothing advanced, the last one: {killed[new[-1]]}"
 
 
+_watched: ContextVar[Shortage | None] = ContextVar("watched", default=None)
+
+
 @contextmanager
 def ended_without_memory(work: str) -> Iterator[Callable[[], None]]:
     """Interrupt the block, on the main thread, if it does not advance while Ray kills its processes again and again.
 
-    Yields a function to call, from any thread, after each progress.
+    Yields a function to call, from any thread, after each progress. A block inside another one, as of several runs that
+    do a stage together, yields that of the other.
 
     Raises:
         UserError: in place of what the interrupt raised.
     """
+    outer = _watched.get()
+    if outer is not None:
+        yield outer.advanced
+        return
     shortage, why = Shortage(killed_for_memory()), ""
+    token = _watched.set(shortage)
 
     def look() -> None:
         nonlocal why
@@ -87,6 +97,8 @@ def ended_without_memory(work: str) -> Iterator[Callable[[], None]]:
         if not why:
             raise
         raise out_of_memory(work, why) from error
+    finally:
+        _watched.reset(token)
 
 
 def killed_for_memory() -> dict[bytes, str]:

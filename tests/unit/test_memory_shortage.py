@@ -73,6 +73,15 @@ def test_a_waiting_command_is_interrupted_with_one_line(monkeypatch: pytest.Monk
         threading.Event().wait(60)
 
 
+def test_runs_that_do_a_stage_together_share_a_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the last one of them is told of progress."""
+    monkeypatch.setattr(memory_shortage, "killed_for_memory", dict)
+    with ended_without_memory("sft") as first, ended_without_memory("sft") as second:
+        assert first == second
+    with ended_without_memory("sft") as another:
+        assert another != first
+
+
 def test_an_error_of_the_work_itself_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_shortage, "killed_for_memory", lambda: kills(1))
     with pytest.raises(ZeroDivisionError), ended_without_memory("label"):
