@@ -2,14 +2,16 @@
 
 The linear layers get a row without padding. Only for attention, queries, keys and values are gathered into batches of
 sequences of similar length, for torch's fused kernels: no mask over the whole row, no computation between sequences.
-Scoring packs whole examples. Stage 2's learner packs groups, with one prompt for all of its completions. A completion
-of length L after a shared prompt of length P is laid out in the cheaper of two ways:
+Scoring packs whole examples. Stage 2's learner packs groups, with one prompt for all of its completions. The G
+completions of length L after a shared prompt of length P are laid out in the cheapest of three ways:
 
-- `whole`: prompt and completion as one causal sequence, (P + L)² / 2 pairs, no mask;
-- `behind`: only the completion's queries against both, L · (P + L) pairs, with a mask that the kernel does not skip.
+- `whole`: prompt and completion as one causal sequence each, G · (P + L)² / 2 pairs, no mask;
+- `behind`: only a completion's queries against both, G · L · (P + L) pairs, with a mask that the kernel does not skip;
+- `together`: the queries of all completions against one copy of the prompt and all completions, G · L · (P + G · L)
+  pairs with a mask, but G times fewer keys to gather, and to sum gradients of: for short completions.
 
-The minimum is L · P + L² / 2 pairs. The better of the two is within 4/3 of it (at L = P). Block masks (FlexAttention)
-could save only this, and they need a compilation.
+The minimum is G · (L · P + L² / 2) pairs. The better of the first two is within 4/3 of it (at L = P). Block masks
+(FlexAttention) could save only this, and they need a compilation.
 
 The layout travels with the model's arguments (`packed_layout`), so layers that gradient checkpointing computes again
 have it too. If several ranks share the row (`sequence_parallel`), the model computes a slice of its columns, and only
@@ -32,6 +34,9 @@ from lorapar_ray.sequence_parallel import SequenceGroup
 NAME = "lorapar_packed"
 MASKED_COST = 2.0
 """Cost of a pair in a kernel with a mask, relative to the causal kernel."""
+KEY_COST = 100.0
+"""Cost of gathering a key and its value, and of summing their gradients, in pairs. Fitted on a CPU with two cores; for
+a GPU's bandwidth and arithmetic the ratio is similar by calculation."""
 BATCH_COST = {"cpu": 2_000, "cuda": 200_000}
 """Cost of an additional batch of sequences, in pairs: gathers and launches."""
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
@@ -58,6 +63,22 @@ class Span:
     """Number of queries, from the end."""
     answers: int
     """Number of those, from the end, whose output is used: a prompt's output comes from only one of its completions."""
+    completions: Sequence[int] = ()
+    """Lengths of the completions that the queries are, if they are several. Each sees the prompt and itself."""
+
+    @property
+    def positions(self) -> Tensor:
+        """Of the keys in their sequences: completions begin where the prompt ends."""
+        start = len(self.keys) - self.queries
+        own = [torch.arange(start, start + length) for length in self.completions or (self.queries,)]
+        return torch.cat([torch.arange(start), *own])
+
+    @property
+    def owners(self) -> Tensor:
+        """The completion, from 1, that alone sees a key; 0: all see it."""
+        lengths = torch.tensor(self.completions, dtype=torch.int64)
+        numbers = torch.arange(1, len(lengths) + 1).repeat_interleave(lengths)
+        return nn.functional.pad(numbers, (len(self.keys) - len(numbers), 0))
 
 
 @dataclass
@@ -67,10 +88,14 @@ class SpanBatch:
     spans: int
     queries: int
     keys: int
-    start_n: Tensor
-    """Position of the first query among the keys."""
     causal: bool
     """Queries are the keys."""
+    start_n: Tensor
+    """Index of the first query among the keys; causal: one for all spans, as below."""
+    position_nK: Tensor
+    """See `Span.positions`."""
+    owner_nK: Tensor
+    """See `Span.owners`; −1 in padding."""
     masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
     """By window and dtype, made once for all layers."""
 
@@ -112,8 +137,7 @@ def make_layout(
                 last = offset + span.queries
                 source[columns[len(columns) - span.answers :]] = torch.arange(last - span.answers, last)
                 offset += Q
-            starts = torch.tensor([len(span.keys) - span.queries for span in part])
-            batches.append(SpanBatch(len(part), Q, K, move(starts, device), causal))
+            batches.append(_batch(part, Q, K, causal, device))
     if int(source.min()) < 0:
         raise ValueError("a column of the packed row belongs to no sequence")
     as_it_is = torch.arange(width)
@@ -127,6 +151,18 @@ def make_layout(
         shared=sum(len(span.keys) for span in spans) > width,
         sequence=sequence,
     )
+
+
+def _batch(part: Sequence[Span], queries: int, keys: int, causal: bool, device: torch.device) -> SpanBatch:
+    if causal:  # padding comes after all queries
+        starts, positions = torch.zeros(1, dtype=torch.int64), torch.arange(keys)[None]
+        owners = torch.zeros_like(positions)
+    else:
+        starts = torch.tensor([len(span.keys) - span.queries for span in part])
+        positions = nn.utils.rnn.pad_sequence([span.positions for span in part], True)
+        owners = nn.utils.rnn.pad_sequence([span.owners for span in part], True, padding_value=-1)
+    starts, positions, owners = (move(each, device) for each in (starts, positions, owners))
+    return SpanBatch(len(part), queries, keys, causal, starts, positions, owners)
 
 
 def move(value: Tensor, device: torch.device) -> Tensor:
@@ -156,15 +192,23 @@ def spans_of_group(prompt: range, completions: Sequence[range]) -> list[Span]:
     start = len(prompt)
     if not own:
         return [Span(list(prompt), start, start)]
-    whole = sum((start + len(columns)) ** 2 / 2 for columns in own)
-    behind = start**2 / 2 + MASKED_COST * sum(len(columns) * (start + len(columns)) for columns in own)
+    lengths = [len(columns) for columns in own]
+    tokens = sum(lengths)
+    repeated = len(own) * start + tokens
+    whole = sum((start + length) ** 2 for length in lengths) / 2 + KEY_COST * repeated
+    alone = start**2 / 2 + KEY_COST * start
+    behind = alone + MASKED_COST * sum(length * (start + length) for length in lengths) + KEY_COST * repeated
+    together = alone + MASKED_COST * tokens * (start + tokens) + KEY_COST * (start + tokens)
+    if len(own) > 1 and together < min(whole, behind):
+        every = [column for columns in own for column in columns]
+        return [Span(list(prompt), start, start), Span([*prompt, *every], tokens, tokens, lengths)]
     keys = [[*prompt, *columns] for columns in own]
     if whole <= behind:
-        reads = [len(keys[0]), *(len(columns) for columns in own[1:])]
+        reads = [len(keys[0]), *lengths[1:]]
         return [Span(each, len(each), read) for each, read in zip(keys, reads, strict=True)]
     return [
         Span(list(prompt), start, start),
-        *(Span(each, len(columns), len(columns)) for each, columns in zip(keys, own, strict=True)),
+        *(Span(each, length, length) for each, length in zip(keys, lengths, strict=True)),
     ]
 
 
@@ -290,15 +334,17 @@ def _attend(
 
 
 def _mask(batch: SpanBatch, window: int | None, dtype: torch.dtype) -> Tensor:
-    """[n or 1, 1, Q, K], additive: a query sees itself and the `window` - 1 keys before it, or all (None)."""
+    """[n or 1, 1, Q, K], additive: a query sees itself and, of its sequence, the `window` - 1 keys before it, or all
+    (None)."""
     if (window, dtype) not in batch.masks:
         device = batch.start_n.device
-        start_n = batch.start_n[:1] if batch.causal else batch.start_n
-        asks = start_n[:, None, None] + torch.arange(batch.queries, device=device)[:, None]
-        sees = torch.arange(batch.keys, device=device)
-        hidden = sees > asks
+        index_nQ = batch.start_n[:, None] + torch.arange(batch.queries, device=device)
+        index_nQ.clamp_(max=batch.keys - 1)  # of padding, whose output nobody reads
+        at_nQ1, own_nQ1 = (each.gather(1, index_nQ)[:, :, None] for each in (batch.position_nK, batch.owner_nK))
+        key_n1K, owner_n1K = batch.position_nK[:, None], batch.owner_nK[:, None]
+        hidden = (key_n1K > at_nQ1) | ((owner_n1K != 0) & (owner_n1K != own_nQ1))
         if window is not None:
-            hidden |= sees <= asks - window
+            hidden |= key_n1K <= at_nQ1 - window
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
         batch.masks[window, dtype] = mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
     return batch.masks[window, dtype]

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, Cohere2Config, Gemma2Config, MistralConfig, MistralForCausalLM
 from transformers.models.mamba import MambaConfig
 
+from lorapar_ray import packed_attention
 from lorapar_ray.engines.record import KeptSets
 from lorapar_ray.grpo import head
 from lorapar_ray.grpo.head import TokenScorer, head_logprobs
@@ -74,8 +75,11 @@ def test_packed_samples_have_the_plain_models_logprobs_and_gradients(
     gradient = first_layer_gradient(model)
     plain = result(model, pad(samples(), 0, CPU), 0.9)
     assert use_packed_attention(model)
-    packed = result(model, pack(group_by_prompt(samples()), CPU), 0.9)
-    for ours in (plain, packed):
+    packed = []
+    for key_cost in (0.0, 1e6):  # each completion on its own, and those of a prompt together
+        monkeypatch.setattr(packed_attention, "KEY_COST", key_cost)
+        packed.append(result(model, pack(group_by_prompt(samples()), CPU), 0.9))
+    for ours in (plain, *packed):
         for values, index in zip(ours[:2], (0, 1), strict=True):
             expected = torch.nn.utils.rnn.pad_sequence([each[index] for each in found], batch_first=True)
             torch.testing.assert_close(values, expected, atol=2e-5, rtol=1e-4)
@@ -121,20 +125,31 @@ def test_log_probabilities_are_normalised_over_the_kept_set(way: str, monkeypatc
         torch.testing.assert_close(ours, gradient, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("lengths", [(1, 1), (3, 1, 2), (40, 2), (90, 90)])
-def test_both_layouts_of_a_completion_are_used_and_read_each_column_once(lengths: tuple[int, ...]) -> None:
-    """A long prompt with short completions uses `behind`; a short prompt uses `whole`."""
-    for prompt in (1, 64):
-        starts = [prompt + sum(lengths[:index]) for index in range(len(lengths))]
-        own = [range(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-        spans = spans_of_group(range(prompt), own)
-        width = prompt + sum(lengths)
-        layout = make_layout(spans, width, CPU)
-        outputs = sum(batch.spans * batch.queries for batch in layout.batches)
-        sources = range(width) if layout.source_W is None else layout.source_W.tolist()
-        assert len(set(sources)) == width <= outputs
-        cheap = 2 * sum(length * (prompt + length) for length in lengths) + prompt**2 / 2
-        assert (len(spans) > len(lengths)) == (cheap < sum((prompt + length) ** 2 / 2 for length in lengths))
+@pytest.mark.parametrize(
+    ("prompt", "lengths", "way"),
+    [
+        (1, (1, 1), "whole"),
+        (64, (1, 1), "together"),
+        (64, (3, 1, 2), "together"),
+        (64, (90, 90), "whole"),
+        (300, (7,), "whole"),
+        (2000, (100,) * 16, "behind"),
+    ],
+)
+def test_the_layout_of_completions_depends_on_lengths_and_reads_each_column_once(
+    prompt: int, lengths: tuple[int, ...], way: str
+) -> None:
+    starts = [prompt + sum(lengths[:index]) for index in range(len(lengths))]
+    own = [range(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+    spans = spans_of_group(range(prompt), own)
+    apart = len(spans) - sum(span.answers == span.queries == len(span.keys) == prompt for span in spans)
+    assert {"whole": len(lengths), "behind": len(lengths), "together": 1}[way] == apart
+    assert (len(spans) > apart) == (way != "whole")
+    width = prompt + sum(lengths)
+    layout = make_layout(spans, width, CPU)
+    outputs = sum(batch.spans * batch.queries for batch in layout.batches)
+    sources = range(width) if layout.source_W is None else layout.source_W.tolist()
+    assert len(set(sources)) == width <= outputs
 
 
 def test_a_row_holds_a_prompt_once_and_no_token_that_predicts_nothing() -> None:
