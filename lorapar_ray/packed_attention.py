@@ -85,19 +85,28 @@ class Span:
 class SpanBatch:
     """Spans of like length, padded on the right: n spans, Q queries, K keys."""
 
-    spans: int
+    parts: Sequence[Span]
     queries: int
     keys: int
     causal: bool
     """Queries are the keys."""
-    start_n: Tensor
-    """Index of the first query among the keys; causal: one for all spans, as below."""
-    position_nK: Tensor
-    """See `Span.positions`."""
-    owner_nK: Tensor
-    """See `Span.owners`; −1 in padding."""
     masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
-    """By window and dtype, made once for all layers."""
+    """By window and dtype, made once for all layers that need one."""
+
+    @property
+    def spans(self) -> int:
+        """Number of them."""
+        return len(self.parts)
+
+    def places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The index of the first query among the keys [n], `Span.positions` [n, K], and `Span.owners` [n, K], with −1
+        in padding; causal: n = 1, for all spans."""
+        if self.causal:  # padding comes after all queries
+            positions = torch.arange(self.keys)[None]
+            return torch.zeros(1, dtype=torch.int64), positions, torch.zeros_like(positions)
+        starts = torch.tensor([len(span.keys) - span.queries for span in self.parts])
+        positions = nn.utils.rnn.pad_sequence([span.positions for span in self.parts], True)
+        return starts, positions, nn.utils.rnn.pad_sequence([span.owners for span in self.parts], True, -1)
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,7 @@ def make_layout(
                 last = offset + span.queries
                 source[columns[len(columns) - span.answers :]] = torch.arange(last - span.answers, last)
                 offset += Q
-            batches.append(_batch(part, Q, K, causal, device))
+            batches.append(SpanBatch(part, Q, K, causal))
     if int(source.min()) < 0:
         raise ValueError("a column of the packed row belongs to no sequence")
     as_it_is = torch.arange(width)
@@ -151,18 +160,6 @@ def make_layout(
         shared=sum(len(span.keys) for span in spans) > width,
         sequence=sequence,
     )
-
-
-def _batch(part: Sequence[Span], queries: int, keys: int, causal: bool, device: torch.device) -> SpanBatch:
-    if causal:  # padding comes after all queries
-        starts, positions = torch.zeros(1, dtype=torch.int64), torch.arange(keys)[None]
-        owners = torch.zeros_like(positions)
-    else:
-        starts = torch.tensor([len(span.keys) - span.queries for span in part])
-        positions = nn.utils.rnn.pad_sequence([span.positions for span in part], True)
-        owners = nn.utils.rnn.pad_sequence([span.owners for span in part], True, padding_value=-1)
-    starts, positions, owners = (move(each, device) for each in (starts, positions, owners))
-    return SpanBatch(len(part), queries, keys, causal, starts, positions, owners)
 
 
 def move(value: Tensor, device: torch.device) -> Tensor:
@@ -323,7 +320,7 @@ def _attend(
     """Outputs [n · Q, heads, D] of one batch; q is [n · Q, heads, D], k and v are [n · K, heads, D]."""
     queries, keys, values = (each.view(batch.spans, -1, *each.shape[1:]).transpose(1, 2) for each in (q, k, v))
     unmasked = batch.causal and (window is None or batch.keys <= window)
-    mask = None if unmasked else _mask(batch, window, q.dtype)
+    mask = None if unmasked else _mask(batch, window, q.dtype, q.device)
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and not (unmasked and q.dtype.itemsize == 2):  # of a GPU's fused kernels only flash takes groups
         keys, values = (each.repeat_interleave(groups, 1) for each in (keys, values))
@@ -333,15 +330,15 @@ def _attend(
     return found.transpose(1, 2).flatten(0, 1)
 
 
-def _mask(batch: SpanBatch, window: int | None, dtype: torch.dtype) -> Tensor:
+def _mask(batch: SpanBatch, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[n or 1, 1, Q, K], additive: a query sees itself and, of its sequence, the `window` - 1 keys before it, or all
     (None)."""
     if (window, dtype) not in batch.masks:
-        device = batch.start_n.device
-        index_nQ = batch.start_n[:, None] + torch.arange(batch.queries, device=device)
+        start_n, position_nK, owner_nK = (move(each, device) for each in batch.places())
+        index_nQ = start_n[:, None] + torch.arange(batch.queries, device=device)
         index_nQ.clamp_(max=batch.keys - 1)  # of padding, whose output nobody reads
-        at_nQ1, own_nQ1 = (each.gather(1, index_nQ)[:, :, None] for each in (batch.position_nK, batch.owner_nK))
-        key_n1K, owner_n1K = batch.position_nK[:, None], batch.owner_nK[:, None]
+        at_nQ1, own_nQ1 = (each.gather(1, index_nQ)[:, :, None] for each in (position_nK, owner_nK))
+        key_n1K, owner_n1K = position_nK[:, None], owner_nK[:, None]
         hidden = (key_n1K > at_nQ1) | ((owner_n1K != 0) & (owner_n1K != own_nQ1))
         if window is not None:
             hidden |= key_n1K <= at_nQ1 - window
