@@ -67,6 +67,14 @@ def end_processes(kind: str) -> None:
             process.kill()
 
 
+def wait_for(condition: Callable[[], bool], thread: threading.Thread) -> None:
+    """Until it holds; the thread has to live until then."""
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert thread.is_alive() and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 class Stage:
     """A stage that runs in a thread until it is stopped."""
 
@@ -80,10 +88,7 @@ class Stage:
         return metrics(self.run.root, self.name)
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 240
-        while not condition():
-            assert self._thread.is_alive() and time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(condition, self._thread)
 
     def stop(self) -> None:
         end_processes("TrainController")
@@ -92,6 +97,15 @@ class Stage:
     def _until_stopped(self) -> None:
         with suppress(ray.exceptions.RayError):
             self._work()
+
+
+def stage_2(folder: Path, **settings: Any) -> Stage:
+    """Stage 2 of a tiny run, which has more steps than it will make."""
+    config, run = ready_run(save_tiny_student(folder / "student"), folder / "run")
+    shutil.copytree(run.adapter, run.sft / "adapter")
+    endless = {"steps": 100_000, "max_staleness": 1, "refill_limit": 0, "learning_rate": 1e-4}
+    grpo = config.grpo.model_copy(update=endless | settings)
+    return Stage("grpo", train_stage2, config.model_copy(update={"grpo": grpo}), run)
 
 
 @pytest.mark.chaos("sft", "node")
@@ -136,11 +150,7 @@ def test_stage_2_goes_on_with_the_engines_that_there_are(
     chance: Random, nodes: Cluster, recovery: Recovery, tmp_path: Path
 ) -> None:
     """One engine, two once a node joins, one after its loss, two again: no step and no prompt is missing."""
-    student = save_tiny_student(tmp_path / "student")
-    config, run = ready_run(student, tmp_path / "run")
-    shutil.copytree(run.adapter, run.sft / "adapter")
-    more = {"steps": 100_000, "max_rollout_actors": 2, "max_staleness": 1, "refill_limit": 0, "learning_rate": 1e-4}
-    stage = Stage("grpo", train_stage2, config.model_copy(update={"grpo": config.grpo.model_copy(update=more)}), run)
+    stage = stage_2(tmp_path, max_rollout_actors=2)
 
     def steps_by(engines: int, count: int) -> bool:
         """Whether this number of engines sampled the last `count` steps."""
@@ -168,13 +178,8 @@ def test_stage_2_goes_on_with_the_learners_that_there_are(
     chance: Random, nodes: Cluster, recovery: Recovery, tmp_path: Path
 ) -> None:
     """Two learners, one after a node is lost, two again; the engine, which holds a core of the head, stays the same."""
-    student = save_tiny_student(tmp_path / "student")
-    config, run = ready_run(student, tmp_path / "run")
-    shutil.copytree(run.adapter, run.sft / "adapter")
-    more = {"steps": 100_000, "max_learners": 4, "max_staleness": 1, "refill_limit": 0, "learning_rate": 1e-4}
-    more |= {"rollout_resources": Resources(cpus=1, nodes=HEAD)}
     second = nodes.add_node(num_cpus=1)
-    stage = Stage("grpo", train_stage2, config.model_copy(update={"grpo": config.grpo.model_copy(update=more)}), run)
+    stage = stage_2(tmp_path, max_learners=4, rollout_resources=Resources(cpus=1, nodes=HEAD))
 
     def steps_by(learners: int, count: int) -> bool:
         """Whether this number of learners made the last `count` steps."""
@@ -233,12 +238,6 @@ def test_workers_make_way_for_a_bundle_that_lost_its_node(nodes: Cluster, tmp_pa
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
 
-    def wait_for(condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 240
-        while not condition():
-            assert thread.is_alive() and time.monotonic() < deadline
-            time.sleep(0.1)
-
     def counts() -> list[int]:
         """How many workers ran, one group after the other."""
         return [count for count, _ in groupby(int(each.name.split("-")[1]) for each in sorted(folder.iterdir()))]
@@ -248,10 +247,10 @@ def test_workers_make_way_for_a_bundle_that_lost_its_node(nodes: Cluster, tmp_pa
         request = _internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)
         return sum(each["CPU"] for each in json.loads(request or "[]"))
 
-    wait_for(lambda: counts() == [2])
-    wait_for(lambda: told() == 3)  # for the most workers and the bundle
+    wait_for(lambda: counts() == [2], thread)
+    wait_for(lambda: told() == 3, thread)  # for the most workers and the bundle
     nodes.remove_node(second, allow_graceful=False)
-    wait_for(lambda: counts() == [2, 1])
+    wait_for(lambda: counts() == [2, 1], thread)
     assert bundle.wait(30)
     (folder / "over").touch()
     thread.join(60)
