@@ -4,13 +4,10 @@ answers."""
 import json
 from typing import Any
 
-import pytest
-
 from lorapar_ray.grpo.environments.from_verifiers import from_verifiers, load, rows, tool_calls
 from lorapar_ray.grpo.environments.trajectory import Limits
 from tests.unit.test_environments import Engine, encoder, plain, played
 
-pytest.importorskip("verifiers")
 LONG = Limits(prompt=512, completion=512, vocabulary=49152)
 
 
