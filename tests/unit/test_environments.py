@@ -31,7 +31,7 @@ from lorapar_ray.grpo.environments.trajectory import Limits, as_record
 from lorapar_ray.grpo.failures import Failures
 from lorapar_ray.grpo.groups import Group
 from lorapar_ray.grpo.head import TokenScorer
-from lorapar_ray.grpo.packing import pack, packed_logprobs, pad
+from lorapar_ray.grpo.packing import micro_batches, pack, packed_logprobs, pad
 from lorapar_ray.grpo.rewards import RewardBatch, reading
 from lorapar_ray.grpo.rewards.reading import Reader, Request
 from lorapar_ray.grpo.rollouts import Rollouts
@@ -180,11 +180,40 @@ def test_only_a_trajectory_without_room_is_truncated() -> None:
     ]
 
 
-async def another_vocabulary(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
-    trajectory = engine.begin(row["prompt_ids"])
-    await engine.generate(trajectory)
-    trajectory.add([200_000])
-    return trajectory
+def adds(tokens: Any) -> Callable[..., Awaitable[Trajectory]]:
+    """An environment that adds these between two turns."""
+
+    async def rollout(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
+        trajectory = engine.begin(row["prompt_ids"])
+        await engine.generate(trajectory)
+        trajectory.add(tokens)
+        await engine.generate(trajectory)
+        return trajectory
+
+    return rollout
+
+
+def begins(prompt: list[int]) -> Callable[..., Awaitable[Trajectory]]:
+    """An environment with a prompt of its own."""
+
+    async def rollout(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
+        trajectory = engine.begin(prompt)
+        await engine.generate(trajectory)
+        return trajectory
+
+    return rollout
+
+
+def rewards(reward: Any) -> Callable[..., Awaitable[Trajectory]]:
+    """An environment that sets this reward."""
+
+    async def rollout(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
+        trajectory = engine.begin(row["prompt_ids"])
+        await engine.generate(trajectory)
+        trajectory.reward = reward
+        return trajectory
+
+    return rollout
 
 
 async def never_full(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
@@ -193,19 +222,8 @@ async def never_full(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
         await engine.generate(trajectory)
 
 
-async def long_prompt(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
-    return engine.begin([5] * 17)
-
-
 async def silent(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
     return engine.begin(row["prompt_ids"])
-
-
-async def two_rewards(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
-    trajectory = engine.begin(row["prompt_ids"])
-    await engine.generate(trajectory)
-    trajectory.reward = [1.0, 0.0]  # type: ignore[assignment]
-    return trajectory
 
 
 async def no_trajectory(engine: TurnEngine, row: dict[str, Any]) -> Any:
@@ -226,11 +244,21 @@ async def leaves(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
 @pytest.mark.parametrize(
     ("rollout", "told"),
     [
-        (another_vocabulary, "'200000' is not one of the model's 49152 tokens"),
+        (adds([5, 200_000]), "'200000' is not one of the model's 49152 tokens"),
+        (adds([-1]), "'-1' is not one of the model's 49152 tokens"),
+        (adds("text"), "'t' is not one of the model's 49152 tokens"),
+        (adds(np.array([1.5], np.float32)), "'1.5' is not one of the model's 49152 tokens"),
+        (begins([5, 49152]), "'49152' is not one of the model's 49152 tokens"),
         (never_full, "all 64 tokens of grpo.max_completion_length"),
-        (long_prompt, "a prompt of 17 tokens; 1 to 16 are allowed (grpo.max_prompt_length)"),
+        (adds([5] * 1000), "all 64 tokens of grpo.max_completion_length"),
+        (begins([5] * 17), "a prompt of 17 tokens; 1 to 16 are allowed (grpo.max_prompt_length)"),
+        (begins([]), "a prompt of 0 tokens; 1 to 16 are allowed (grpo.max_prompt_length)"),
         (silent, "the policy sampled nothing"),
-        (two_rewards, "its reward is [1.0, 0.0]"),
+        (rewards([1.0, 0.0]), "its reward is [1.0, 0.0]; give one finite number, or None"),
+        (rewards([]), "its reward is []; give one finite number, or None"),
+        (rewards(torch.ones(1)), "its reward is tensor([1.]); give one finite number, or None"),
+        (rewards(float("nan")), "its reward is nan; give one finite number, or None"),
+        (rewards("good"), "its reward is good; give one finite number, or None"),
         (no_trajectory, "it returns str, not the trajectory"),
         (hangs, "longer than grpo.environment_time_limit_s (0.05)"),
         (leaves, "SystemExit: 3"),
@@ -246,6 +274,38 @@ def test_a_failed_episode_loses_only_its_sample(rollout: Any, told: str) -> None
     record = played(either, Engine("one word"), samples=3, time_limit_s=0.05 if rollout is hangs else 5.0)
     [lost] = record.head.lost
     assert told in lost and len(record.head.lengths) == len(record.completions()) == 2
+
+
+def test_tokens_and_rewards_may_be_of_any_librarys_types() -> None:
+    for tokens in (np.array([40, 41]), torch.tensor([40, 41]), (40, 41)):
+        [(ids, _)] = played(adds(tokens), Engine("one word")).completions()
+        said = plain("one word")
+        assert ids.tolist() == [*said, 40, 41, *said]
+    for reward in (np.float32(0.5), torch.tensor(0.5), 0.5):
+        assert played(rewards(reward), Engine("one word")).head.rewards == (0.5,)
+
+
+def test_tokens_after_the_last_turn_are_dropped_however_many_they_are() -> None:
+    async def floods(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
+        trajectory = engine.begin(row["prompt_ids"])
+        await engine.generate(trajectory)
+        trajectory.add([5] * 1000)
+        return trajectory
+
+    [(ids, _)] = played(floods, Engine("one word")).completions()
+    assert ids.tolist() == plain("one word")
+
+
+def test_a_budget_smaller_than_a_sample_gives_each_sample_a_pass() -> None:
+    record = played(calculator, Engine("<calc>12 * 7</calc>", "so 84.<|im_end|>"), samples=3)
+    group = Group(0, record, record.head)
+    group.take(RewardBatch([1.0, 2.0, 3.0], {"r": [1.0, 2.0, 3.0]}, {}), GrpoConfig())
+    batch = make_batch([group], [], [0], 1, {}, [{"prompt": "", "answer": ""}])
+    [share] = shares_of(batch, 1, GrpoConfig(group_size=3))
+    [update] = mini_batches(share, {0: record})
+    passes = list(micro_batches([update.samples], tokens=1))
+    assert [[len(piece) for piece in each] for each in passes] == [[1]] * 3
+    assert [piece[0] for [piece] in passes] == list(update.samples)
 
 
 def test_advantages_use_the_remaining_samples() -> None:

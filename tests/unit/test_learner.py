@@ -127,7 +127,8 @@ def test_the_ratio_to_the_sampler_is_clipped_where_the_sampler_lags(job: GrpoJob
 
 def test_how_samples_are_cut_into_passes_does_not_change_the_update(job: GrpoJob) -> None:
     results = []
-    for passes in ({}, {"micro_batch_tokens": 24}, {"micro_batch_size": 1}, {"gradient_checkpointing": True}):
+    cuts = ({"micro_batch_tokens": 24}, {"micro_batch_tokens": 1}, {"micro_batch_size": 1})
+    for passes in ({}, *cuts, {"gradient_checkpointing": True}):
         ours = learner(job, loss="bnpo", kl_beta=0.1, **passes)
         metrics = step(ours, cut(batch(0)))
         results.append((adapter(ours), metrics["loss"], metrics["kl"], metrics["ratio_max"]))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from math import isfinite
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -119,9 +121,8 @@ class Trajectory:
         """
         if not any(self._sampled):
             raise ValueError("the policy sampled nothing; call engine.generate")
-        reward: Any = self.reward
-        if reward is not None and not (np.ndim(reward) == 0 and isfinite(float(reward))):
-            raise ValueError(f"its reward is {str(reward)[:60]}; give one finite number, or None")
+        if self.reward is not None and not _is_number(self.reward):
+            raise ValueError(f"its reward is {str(self.reward)[:60]}; give one finite number, or None")
 
     def kept(self, prompt: int) -> Kept:
         """The kept sets of the tokens of `arrays`."""
@@ -183,8 +184,21 @@ def as_record(trajectories: Sequence[Trajectory], lost: Sequence[str]) -> GroupR
 
 
 def _checked(token_ids: Sequence[int], limits: Limits) -> list[int]:
-    found: list[Any] = list(token_ids)
-    for each in found:
-        if isinstance(each, bool | str | float) or not 0 <= int(each) < limits.vocabulary:
-            raise ValueError(f"{str(each)[:40]!r} is not one of the model's {limits.vocabulary} tokens")
-    return [int(each) for each in found]
+    return [_token(each, limits.vocabulary) for each in token_ids]
+
+
+def _token(given: Any, vocabulary: int) -> int:
+    """A token of any library's integer type; nothing is rounded to one."""
+    with suppress(TypeError):
+        token = -1 if isinstance(given, bool) else index(given)
+        if 0 <= token < vocabulary:
+            return token
+    raise ValueError(f"{str(given)[:40]!r} is not one of the model's {vocabulary} tokens")
+
+
+def _is_number(reward: Any) -> bool:
+    """Whether it is one finite number, not a list of one."""
+    try:
+        return np.ndim(reward) == 0 and isfinite(float(reward))
+    except (TypeError, ValueError):
+        return False
