@@ -189,7 +189,7 @@ def run(
     simulated = Engines(engines, load)
     actor = ray.remote(_Coordinator).options(num_cpus=0, max_concurrency=1000)
     coordinator = actor.remote(plan, simulated, None, SleepingRewards)
-    publisher, sender = Publisher(coordinator), PolicySender("{}")
+    publisher, sender = Publisher(coordinator, "object_store"), PolicySender("{}")
     parameters = {"m.lora_A.weight": torch.zeros(ELEMENTS)}
     ray.get(coordinator.start.remote())
     process, *shards = map(psutil.Process, ray.get(coordinator.pids.remote()))

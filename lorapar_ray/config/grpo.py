@@ -238,6 +238,11 @@ class GrpoConfig(Section):
     """Cut the frozen base, if it does not fit one device: `fsdp2` over all learners, `hsdp` over those of each node."""
     report_to: Operation[Distinct[Tracker]] = []
     """Trackers that get the curves, in addition to `metrics/grpo.jsonl`."""
+    policy_transport: Operation[Literal["object_store", "direct"]] = "object_store"
+    """How a policy gets from the learner to the engines. `object_store`: once to each node. `direct`: each engine reads
+    it from the learner's memory, over RDMA where the network has it (Ray Direct Transport, an alpha feature; every node
+    needs the package `nixl`). Then a thread of the first learner and of each engine polls on a core of its own, and
+    NIXL's ports, like gloo's and NCCL's, ask for no token. The digest is checked in both cases."""
     rollout_placement: Operation[Literal["pack", "spread"]] = "pack"
     """Put engines on few nodes or on many; `lorapar_ray/grpo/placement.py` also describes sharing GPUs with
     learners."""

@@ -23,6 +23,7 @@ from lorapar_ray.workers import ray_options
 
 if TYPE_CHECKING:  # imports torch, which the fork server would wait for
     from lorapar_ray.engines.policy import Policy, PolicyReceiver
+    from lorapar_ray.engines.policy_transport import DirectPolicy
 
 WATCH_S = 1.0
 """Seconds between two checks that the engine lives."""
@@ -87,7 +88,9 @@ class EngineActor:
                 await self._rpc("lorapar_prepare")
         return {"pid": os.getpid(), "seconds": self._phases.seconds}
 
-    async def load_policy(self, policy: Policy | None, whole: Policy | None = None, arm: int = 0) -> str:
+    async def load_policy(
+        self, policy: Policy | DirectPolicy | None, whole: Policy | DirectPolicy | None = None, arm: int = 0
+    ) -> str:
         """Serve `policy` (None: the base) from the next engine step on; returns the digest of what was loaded.
 
         Requests in flight continue with it (`merged`) or with their old policy (`adapter`); drain them first to prevent
@@ -98,13 +101,17 @@ class EngineActor:
             whole: the whole policy to which the changes in `policy` apply, for an engine that has not received it.
             arm: which policy is replaced, if several runs share this engine (`adapter`).
         """
+        from lorapar_ray.engines.policy_transport import received
+
         served = self._served[arm]
         async with served.loading:  # policies of a dead learner and of its successor are loaded one after the other
+            new = None if policy is None else await received(policy)
+            earlier = await received(whole) if whole is not None and served.receiver is None else None
             served.open.clear()
             try:
-                if whole is not None and served.receiver is None:
-                    served.adapter(whole)
-                return await self._load(policy, served)
+                if earlier is not None:
+                    served.adapter(earlier)
+                return await self._load(new, served)
             finally:
                 served.open.set()
 

@@ -38,19 +38,19 @@ class Policy:
 
 @dataclass(frozen=True)
 class PolicyNote:
-    """A policy's version, digest and reference; the policy itself is in Ray's object store."""
+    """A policy's version, digest and reference; see `policy_transport` for where the policy itself is."""
 
     version: int
     kind: Literal["whole", "changes"]
     digest: str
     size: int
-    """Bytes that are sent to each node."""
+    """Bytes that are sent to each node, or to each engine."""
     reference: Any
-    """To the `Policy`; nested in this note, so that a call that takes the note does not fetch it."""
+    """To the `Policy`, nested in this note, so that a call with the note does not fetch it; or a `DirectPolicy`."""
 
 
 def note_of(policy: Policy, reference: Any) -> PolicyNote:
-    """The note of a policy that was put into the object store."""
+    """The note of a policy that can be fetched with `reference`."""
     return PolicyNote(policy.version, policy.kind, policy.digest, len(policy.tensors), reference)
 
 

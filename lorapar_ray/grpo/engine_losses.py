@@ -34,7 +34,7 @@ def fetch_failed(error: Exception) -> bool:
     """Whether an engine could not fetch an object."""
     import ray
 
-    return isinstance(error, ray.exceptions.ObjectLostError)
+    return isinstance(error, ray.exceptions.ObjectLostError | ray.exceptions.RayDirectTransportError)
 
 
 def is_dead(error: Exception) -> bool:

@@ -140,7 +140,7 @@ class Lead:
 
     def __init__(self, arm: Arm, coordinator: Any, journal: Journal) -> None:
         self.arm, self.coordinator, self.journal = arm, coordinator, journal
-        self.publisher = Publisher(coordinator)
+        self.publisher = Publisher(coordinator, arm.settings.policy_transport)
 
     def begin(self, step: int, stream: dict[str, Any] | None) -> None:
         """Tell the coordinator and the journal where training resumes."""

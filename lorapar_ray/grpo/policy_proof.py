@@ -40,7 +40,9 @@ async def prove(
         loaded = await engine.load_policy.remote(policy.reference, *whole)
     except Exception as error:
         if fetch_failed(error):
-            raise PolicyLost(f"policy {policy.version} was lost with the learner that made it") from error
+            raise PolicyLost(
+                f"policy {policy.version} cannot be fetched: the learner that made it has died, or the transfer failed"
+            ) from error
         raise
     if loaded != policy.digest:
         raise PolicyMismatch(

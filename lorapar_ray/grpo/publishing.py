@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorapar_ray.engines.policy import Policy, note_of
+from lorapar_ray.engines.policy_transport import Transport, sent
 from lorapar_ray.grpo.asking import answer_from
 from lorapar_ray.grpo.canaries import Canary
 
@@ -14,18 +15,16 @@ from lorapar_ray.grpo.canaries import Canary
 class Publisher:
     """Publishes one policy at a time; before the policy changes, the last one must be verified."""
 
-    def __init__(self, coordinator: Any) -> None:
-        self._coordinator = coordinator
+    def __init__(self, coordinator: Any, transport: Transport) -> None:
+        self._coordinator, self._transport = coordinator, transport
         self._answer: Any = None
         self.figures: dict[str, float] = {}
         """The coordinator's figures for the last verified policy, and the time that this process waited for it."""
 
     def publish(self, policy: Policy, canaries: Sequence[Canary]) -> None:
-        """Put a policy into the object store and start publishing it; the coordinator gets only its reference and
-        digest."""
-        import ray
-
-        self._answer = self._coordinator.publish.remote(note_of(policy, ray.put(policy)), list(canaries))
+        """Start publishing a policy; the coordinator gets only its reference and digest."""
+        note = note_of(policy, sent(policy, self._transport))
+        self._answer = self._coordinator.publish.remote(note, list(canaries))
 
     def wait(self) -> None:
         """Wait until every engine's policy is verified.

@@ -1,8 +1,8 @@
 """The policy that a run's engines serve: published to all of them, and loaded into new ones.
 
-Only a policy's note passes through here. The engines fetch the policy from the object store, once for each node. Its
-owner is the learner that made it; if that learner dies, the policy is lost, not the engine: the next learner publishes
-another.
+Only a policy's note passes through here. The engines fetch the policy themselves (see `engines/policy_transport.py`).
+Its owner is the learner that made it; if that learner dies, the policy is lost, not the engine: the next learner
+publishes another.
 """
 
 from __future__ import annotations

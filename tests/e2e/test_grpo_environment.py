@@ -1,4 +1,7 @@
-"""Stage 2 with an environment of several turns: real engine, real learner, real environment worker."""
+"""Stage 2 with an environment of several turns: real engine, real learner, real environment worker.
+
+The engine reads the policies from the learner's memory.
+"""
 
 from pathlib import Path
 
@@ -23,6 +26,7 @@ def test_episodes_of_several_turns_are_trained_on_as_the_engine_sampled_them(
         "top_k": "20",
         "top_p": "0.9",
         "steps": "2",
+        "policy_transport": "direct",
     }
     settings = [part for name, value in changed.items() for part in ("--set", f"grpo.{name}={value}")]
     done = lorapar_here("grpo", "-c", finished.config, "-d", run, *settings)

@@ -10,8 +10,8 @@ from tests.tiny_run import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = {
-    "cpu": ("cpu", "quickstart", "quantized", "sandbox", "eval", "dev"),
-    "gpu": ("gpu", "quickstart", "quantized", "sandbox", "eval", "dev"),
+    "cpu": ("cpu", "quickstart", "quantized", "sandbox", "eval", "verifiers", "direct", "dev"),
+    "gpu": ("gpu", "quickstart", "quantized", "sandbox", "eval", "verifiers", "direct", "dev"),
 }
 SHARED = ("ray", "torch", "transformers", "peft", "trl", "datasets", "reasoning-gym")
 """Packages whose versions affect results or formats: equal in both locks."""
