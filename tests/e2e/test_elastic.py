@@ -15,6 +15,10 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from ray._private.authentication.authentication_token_setup import (
+    enable_token_auth_by_default,
+    ensure_token_if_auth_enabled,
+)
 from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
 from ray.cluster_utils import Cluster
 from ray.experimental.internal_kv import _internal_kv_get
@@ -40,7 +44,8 @@ HEAD = {"group": "head"}
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """The driver's node, with two cores and the label of `HEAD`; tests add others."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    enable_token_auth_by_default()  # as a Ray that another test of this process has had: it holds for the whole process
+    ensure_token_if_auth_enabled()
     monkeypatch.setenv("RAY_TRAIN_V2_ENABLED", "1")
     monkeypatch.setattr("lorapar_ray.workers.RESIZE_S", 1.0)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, "labels": HEAD})
