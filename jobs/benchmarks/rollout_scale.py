@@ -1,6 +1,6 @@
 """Stage 2's throughput on a simulated cluster compared with the ideal, and the coordinator's cost.
 
-    python jobs/benchmarks/rollout_scale.py [--quick] [--engines N …] [--only balance] --json FILE
+    python jobs/benchmarks/rollout_scale.py [--quick] [--engines N …] [--staleness N …] [--only PART …] --json FILE
 
 Engines, rewards and learner sleep (see `_simulated_cluster`); the coordinator, its queue, policy publishing, the
 records in the object store and Ray are real, all on this machine. Each engine decodes 16 sequences at once and gets 32
@@ -9,10 +9,11 @@ learner fetch. Lengths are log-normal up to four medians. The learner takes two 
 
 Ideal: a step takes the longer of its training and its generation work, spread evenly over all slots. This ideal is the
 peer of each row. Busy share: processor seconds of the coordinator's process, over all threads, divided by wall-clock
-seconds; with more than 64 engines also that of the busiest shard (`grpo.rollout_shards`). A sequence takes about half a
-second for each 64 engines; on a real engine 4,096 tokens take a minute or more. So a second here has the messages of
-many real seconds, and the share in a real run is smaller by that factor. Memory: resident bytes of the coordinator's
-process after a tenth of 10,000 steps and at the end, and bytes of the object store at the end.
+seconds; with more than 64 engines also that of the busiest shard (`grpo.rollout_shards`). A sequence takes 4.7 s on
+average, so an engine decodes 14,000 tokens/s, as an H100 did with a model of 135M; larger models are slower, and the
+messages fewer by that factor. `--quick` takes half a second for the median instead of 4: eight times the messages.
+Memory: resident bytes of the coordinator's process after a tenth of 10,000 steps and at the end, and bytes of the
+object store at the end.
 
 Balance: `balance: auto` has 20 steps, beginning with the grid's smallest size; then steps of the size that it chose are
 compared with every size of the grid. The fixed time of a step is here the tail of its longest completion.
@@ -27,7 +28,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -52,12 +53,13 @@ GROUP_SIZE, SLOTS, GROUPS = 8, 16, 32
 TOKENS, PROMPT_TOKENS = 4096, 256
 GROUP_BYTES = GROUP_SIZE * TOKENS * 8
 ENGINES = 1, 8, 64, 256
-MEDIAN_S = 0.5
-"""Median time of a sequence with up to 64 engines; proportionally longer with more, since this machine carries all
-messages."""
+STALENESS = 1, 4
+MEDIAN_S, QUICK_MEDIAN_S = 4.0, 0.5
+"""Median time of a sequence."""
 TRAINING_SHARE = 2 / 3
 WARM_UP = 2
 GOAL, BUSY_GOAL = 0.95, 0.2
+PARTS = "scale", "balance", "memory"
 ELEMENTS = 10_000
 BALANCED_STEPS = 20
 SIZES = 8, 16, 32, 64, 128
@@ -70,34 +72,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer steps; up to 64 engines, if none are named")
     parser.add_argument("--engines", type=int, nargs="+", help="engines to simulate")
-    parser.add_argument("--only", choices=["balance"], help="these rows and no others")
+    parser.add_argument("--staleness", type=int, nargs="+", default=STALENESS, help="`max_staleness` to simulate")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these rows and no others")
     parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     arguments = parser.parse_args()
     rows = []
     with ray_session():
-        sizes = arguments.engines or ENGINES[: -1 if arguments.quick else None]
-        for row in balanced() if arguments.only else measured(sizes, arguments.quick):
+        for row in measured(arguments):
             print(f"{row.name}: {row.ratio:.3f}", file=sys.stderr, flush=True)
             rows.append(row)
             write_rows(arguments.json, rows)
     print_table(rows)
 
 
-def measured(sizes: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Yields each row when it is measured: the whole takes half an hour."""
-    room = ray.cluster_resources()["object_store_memory"]
-    for engines, staleness in product(sizes, (1, 4)):
+def measured(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Yields each row when it is measured: the whole takes an hour."""
+    quick, room = arguments.quick, ray.cluster_resources()["object_store_memory"]
+    sizes = (arguments.engines or ENGINES[: -1 if quick else None]) if "scale" in arguments.only else ()
+    for engines, staleness in product(sizes, arguments.staleness):
         if (staleness + 2) * engines * GROUPS * GROUP_BYTES > room:
             print(f"{engines} engines at staleness {staleness} do not fit {room / 2**30:.1f} GiB", file=sys.stderr)
         else:
-            yield from scale(engines, staleness, steps=4 if quick or engines > 64 else 8)
-    yield from balanced()
-    yield from memory(1_000 if quick else 10_000)
+            yield from scale(engines, staleness, 4, QUICK_MEDIAN_S if quick else MEDIAN_S)
+    if "balance" in arguments.only:
+        yield from balanced()
+    if "memory" in arguments.only:
+        yield from memory(1_000 if quick else 10_000)
 
 
-def scale(engines: int, staleness: int, steps: int) -> Iterator[Row]:
+def scale(engines: int, staleness: int, steps: int, median_s: float) -> Iterator[Row]:
     """Steady-state steps per second compared with the ideal, and the coordinator's cost."""
-    load = Load(slots=SLOTS, median_s=MEDIAN_S * max(1.0, engines / 64), mean_tokens=TOKENS)
+    load = Load(slots=SLOTS, median_s=median_s, mean_tokens=TOKENS)
     generation = GROUPS * GROUP_SIZE * load.median_s * load.mean / SLOTS
     training = TRAINING_SHARE * generation
     ideal = 1 / max(generation, training)
@@ -120,7 +125,7 @@ def scale(engines: int, staleness: int, steps: int) -> Iterator[Row]:
 
 def balanced() -> Iterator[Row]:
     """Samples per second with the step size that `balance: auto` chose, compared with the best of `SIZES`."""
-    load, staleness = Load(slots=SLOTS, median_s=MEDIAN_S, mean_tokens=TOKENS), 1
+    load, staleness = Load(slots=SLOTS, median_s=QUICK_MEDIAN_S, mean_tokens=TOKENS), 1
     each = TRAINING_SHARE * GROUP_SIZE * load.median_s * load.mean / SLOTS / BALANCED_ENGINES
 
     def rate(prompts: int) -> float:
