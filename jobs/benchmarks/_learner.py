@@ -36,10 +36,11 @@ SHAPES = {
 }
 
 
-def model_of(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
+def model_of(shape: str, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> Any:
     torch.manual_seed(0)
     use_tensor_cores(device, dtype)
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=16384)
+    config.num_hidden_layers = layers or config.num_hidden_layers
     with torch.device(device):
         base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     return attach_lora(base, rank=8, alpha=16, init="gaussian").eval()
@@ -56,8 +57,14 @@ def samples_of(prompt: int, length: int, count: int) -> list[Sample]:
     return [Sample(shared, ids(length), [-1.0] * length, 1.0, finished=True, version=0) for _ in range(count)]
 
 
-def measured(work: Callable[[], None], model: Any, device: torch.device, repeats: int) -> tuple[float, float]:
-    """(median seconds, peak GiB in addition to the memory before)."""
+def measured(
+    work: Callable[[], None],
+    model: Any,
+    device: torch.device,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[float, float]:
+    """(median seconds of the clock, peak GiB in addition to the memory before)."""
     work()  # warm-up
     seconds: list[float] = []
     memory: Memory
@@ -65,10 +72,10 @@ def measured(work: Callable[[], None], model: Any, device: torch.device, repeats
         for _ in range(repeats):
             model.zero_grad()
             synchronise(device)
-            start = time.perf_counter()
+            start = clock()
             work()
             synchronise(device)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
     return statistics.median(seconds), memory.added / 2**30
 
 

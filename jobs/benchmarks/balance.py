@@ -66,7 +66,7 @@ def rate(config: Config, run: RunDirectory, prompts: int) -> float:
 
 
 def prompts_of(line: dict[str, Any]) -> int:
-    """Prompts of a step."""
+    """Number of prompts of a step."""
     return len(line["prompts"])
 
 

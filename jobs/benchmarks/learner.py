@@ -1,8 +1,10 @@
 """The learner's forward and backward pass, compared with a plain one over the same tokens: time and peak memory.
 
-    python jobs/benchmarks/learner.py [--quick] [--device cuda] [--shape smollm2-135m|llama2-7b] --json FILE
+    python jobs/benchmarks/learner.py [--quick] [--device cuda] [--shape smollm2-135m|llama2-7b] [--layers N]
+        [--group N] --json FILE
 
-One group of 8 completions of 256, 2,048 or 8,192 tokens, after a prompt of 64 or 1,024 tokens. The peer is a plain
+One group of 8 completions of 256, 2,048 or 8,192 tokens, after a prompt of 64 or 1,024 tokens. On a CPU time is that of
+one thread's processor, so that other work on the machine changes it little. The peer is a plain
 trainer at its best: each sample separately with its prompt, no padding, torch's causal kernel, the model's head, and
 `log_softmax` over the vocabulary for one sample; the same frozen base, LoRA and dtype. It computes all logits of a
 sample at once, so it has no figure if they do not fit. Both checkpoint where the learner does. Random weights: speed
@@ -12,6 +14,7 @@ and memory do not depend on them.
 from __future__ import annotations
 
 import argparse
+import time
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -38,15 +41,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="256 and 2,048 tokens, once each; on a CPU 2 × 256")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--layers", type=int, help="decoder layers instead of the shape's")
+    parser.add_argument("--group", type=int, default=GROUP, help="completions")
     parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     dtype = torch_dtype("auto", device)
-    model = model_of(arguments.shape, device, dtype)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    model = model_of(arguments.shape, device, dtype, arguments.layers)
     lengths: tuple[int, ...] = LENGTHS
-    group = GROUP
+    group = arguments.group
     if arguments.quick:
-        lengths, group = (LENGTHS[:2], GROUP) if device.type == "cuda" else (LENGTHS[:1], 2)
+        lengths, group = (LENGTHS[:2], group) if device.type == "cuda" else (LENGTHS[:1], 2)
     rows: list[Row] = []
     for length, prompt in product(lengths, PROMPTS):
         rows += compare(model, prompt, length, group, device, repeats=1 if arguments.quick else 3)
@@ -58,6 +65,7 @@ def main() -> None:
 def compare(model: Any, prompt: int, length: int, group: int, device: torch.device, repeats: int) -> list[Row]:
     """Rows of time and of memory for one group."""
     samples = samples_of(prompt, length, group)
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     base = model.get_base_model()
     probe = pack([samples_of(PROBE_TOKENS, 1, 1)], device)
     tokens, checkpointed = pass_limits(model, probe_inputs(probe), prompt + length, share=1.0, checkpointing=None)
@@ -77,11 +85,11 @@ def compare(model: Any, prompt: int, length: int, group: int, device: torch.devi
         for micro in micro_batches([samples], tokens):
             packed_logprobs(scorer, pack(micro, device), temperature=1.0)[0].mean().backward()
 
-    our_time, our_memory = measured(ours, model, device, repeats)
+    our_time, our_memory = measured(ours, model, device, repeats, clock)
     their_time: float | None
     their_memory: float | None
     try:
-        their_time, their_memory = measured(plain, model, device, repeats)
+        their_time, their_memory = measured(plain, model, device, repeats, clock)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if "memory" not in str(error):
             raise
