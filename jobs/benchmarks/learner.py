@@ -74,18 +74,18 @@ def compare(model: Any, prompt: int, length: int, group: int, device: torch.devi
         checkpoint_layers(base)
 
     def plain() -> None:
-        base.set_attn_implementation("sdpa")
         for sample in samples:
             plain_pass(model, sample, device)
 
     def ours() -> None:
-        if not use_packed_attention(base):
-            raise RuntimeError("the model has no packed attention")
         scorer = TokenScorer(model)
         for micro in micro_batches([samples], tokens):
             packed_logprobs(scorer, pack(micro, device), temperature=1.0)[0].mean().backward()
 
+    if not use_packed_attention(base):
+        raise RuntimeError("the model has no packed attention")
     our_time, our_memory = measured(ours, model, device, repeats, clock)
+    base.set_attn_implementation("sdpa")
     their_time: float | None
     their_memory: float | None
     try:
