@@ -1,14 +1,8 @@
-"""The objects under one URI: list, read, write, delete, with clear errors and retries after network failures.
-
-Credentials come from the environment alone (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`
-and others that the SDKs read), on every machine; a pickled file system holds none. `STORAGE_EMULATOR_HOST` names a
-server that stands in for Google's and asks for no credentials.
-"""
+"""The objects under one URI: list, read, write, delete, with clear errors and retries after network failures."""
 
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -18,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from lorapar_ray.errors import UserError
+from lorapar_ray.storage.stores import STORES
 from lorapar_ray.storage.uris import Uri
 from lorapar_ray.text import one_line
 
@@ -27,12 +22,7 @@ PATIENCE_S = 300.0
 """How long a call is retried, once the store has answered."""
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 """Errors of this machine, not of the store."""
-GS_TIME_LIMIT_S = 30.0
 CHUNK = 8 * 2**20
-CREDENTIALS = {
-    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL for a store other than AWS)",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
-}
 PERMANENT = (
     (("RequestTimeTooSkewed", "REQUEST_TIME_TOO_SKEWED"), "this machine's clock is wrong; set it"),
     (("NO_SUCH_BUCKET", "bucket does not exist"), "there is no such bucket; create it, or name another"),
@@ -76,8 +66,8 @@ class Objects:
         Raises:
             UserError: this pyarrow does not support such a store.
         """
-        self.uri = uri
-        self.file_system = _file_system(uri) if file_system is None else file_system
+        self.uri, self._store = uri, STORES[uri.scheme]
+        self.file_system = self._connected() if file_system is None else file_system
         self._patience_s, self._once_it_answers_s = 0.0, patience_s
 
     def listing(self, under: str = "") -> dict[str, Stamp]:
@@ -155,9 +145,8 @@ class Objects:
         """
 
         def call() -> str:
-            tag = self._written(name) if self.uri.scheme == "gs" else ""  # never newer than what is read next
-            with self.file_system.open_input_file(self._path(name)) as source, file.open("wb") as target:
-                tag = tag or _etag(source)
+            opened = self._store.opened(self.file_system, self._path(name))
+            with opened as (source, tag), file.open("wb") as target:
                 shutil.copyfileobj(source, target, CHUNK)
                 if target.tell() != source.size():
                     raise OSError("fewer bytes came than the store has")
@@ -166,35 +155,12 @@ class Objects:
         return self._ask(call)
 
     def tag(self, name: str) -> str:
-        """Equal tags mean equal contents: an object's ETag, or in Google's store the time of its writing.
+        """Equal tags mean equal contents.
 
         Raises:
             FileNotFoundError: the object no longer exists.
         """
-
-        def call() -> str:
-            if self.uri.scheme == "gs":
-                return self._written(name)
-            with self.file_system.open_input_file(self._path(name)) as source:
-                return _etag(source)
-
-        return self._ask(call)
-
-    def _written(self, name: str) -> str:
-        """When an object of Google's store was written, to the millisecond, and its size.
-
-        That store takes about one write of an object per second. The ETag is not asked for: until that store answers,
-        pyarrow would keep the GIL, and all threads of this process would wait.
-
-        Raises:
-            FileNotFoundError: the object does not exist.
-        """
-        found = self.file_system.get_file_info(self._path(name))
-        if not found.is_file:
-            raise FileNotFoundError(name)
-        if found.mtime_ns is None:
-            raise OSError("the store returns no time of writing")
-        return f"{found.mtime_ns}-{found.size}"
+        return self._ask(lambda: self._store.tag(self.file_system, self._path(name)))
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects; missing ones are not an error."""
@@ -212,13 +178,18 @@ class Objects:
             with suppress(FileNotFoundError):
                 self.file_system.delete_dir(self._path(name))
 
-        if self.uri.scheme == "gs":  # where pyarrow also deletes an object of the folder's name, and fails without one
-            self.delete(self.listing(name))
-        else:
-            self._ask(call)
+        self._ask(call) if self._store.deletes_folders else self.delete(self.listing(name))
 
     def _path(self, name: str) -> str:
         return f"{self.uri.path}/{name}"
+
+    def _connected(self) -> Any:
+        try:
+            return self._store.connect(self.uri)
+        except ImportError as error:
+            raise UserError(
+                f"'{self.uri}': this pyarrow is built without object stores ({one_line(error, 80)}); install the lock's"
+            ) from error
 
     def _ask(self, call: Callable[[], T]) -> T:
         """Run `call`; retry while the store cannot be reached, if it was reached before."""
@@ -242,7 +213,7 @@ class Objects:
         said = str(error)
         for signs, advice in PERMANENT:
             if any(sign in said for sign in signs):
-                return advice.format(credentials=CREDENTIALS[self.uri.scheme]), False
+                return advice.format(credentials=self._store.credentials), False
         return f"the object store cannot be reached or does not answer properly ({one_line(said, 200)})", True
 
 
@@ -255,46 +226,3 @@ def side_by_side(function: Callable[[T], Any], each: Iterable[T]) -> None:
 
 def _stamp(info: Any) -> Stamp:
     return Stamp(info.size, info.mtime_ns or 0)
-
-
-def _etag(source: Any) -> str:
-    told = {key.lower(): value for key, value in (source.metadata() or {}).items()}
-    if not told.get("etag"):
-        raise OSError("the store returns no ETag")
-    return str(told["etag"])
-
-
-def _file_system(uri: Uri) -> Any:
-    try:
-        from pyarrow.fs import GcsFileSystem, S3FileSystem, resolve_s3_region
-    except ImportError as error:
-        raise UserError(
-            f"'{uri}': this pyarrow is built without object stores ({one_line(error, 80)}); install the lock's"
-        ) from error
-    if uri.scheme == "gs":
-        from datetime import timedelta
-
-        emulator = os.environ.get("STORAGE_EMULATOR_HOST")
-        instead = {"anonymous": True, **_endpoint("STORAGE_EMULATOR_HOST", emulator)} if emulator else {}
-        return GcsFileSystem(retry_time_limit=timedelta(seconds=GS_TIME_LIMIT_S), **instead)
-    options: dict[str, Any] = {"allow_delayed_open": True}  # a small object in one request
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if endpoint:
-        options |= _endpoint("AWS_ENDPOINT_URL", endpoint)
-    elif not region:
-        try:
-            region = resolve_s3_region(uri.bucket)
-        except OSError as error:
-            raise UserError(
-                f"'{uri}': the bucket is not found ({one_line(error, 120)}); check its name, the network, AWS_REGION"
-            ) from error
-    return S3FileSystem(**options, **({"region": region} if region else {}))
-
-
-def _endpoint(variable: str, url: str) -> dict[str, str]:
-    """A server's URL, from this variable, as options of a file system."""
-    scheme, separator, host = url.partition("://")
-    if not separator or scheme not in ("http", "https"):
-        raise UserError(f"{variable}={url}: write http://HOST:PORT or https://HOST")
-    return {"scheme": scheme, "endpoint_override": host.rstrip("/")}
