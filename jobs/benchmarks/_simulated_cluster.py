@@ -11,7 +11,6 @@ import os
 import random
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,6 @@ class Load:
         """One sequence's length, in medians."""
         return min(self.longest, generator.lognormvariate(0.0, self.sigma))
 
-    @cached_property
     def mean(self) -> float:
         """Mean of `draw`, from many draws."""
         generator = random.Random(0)
@@ -54,7 +52,7 @@ class SleepingEngines:
     """Asynchronous Ray actor: several simulated engines, addressed by name."""
 
     def __init__(self, load: Load) -> None:
-        self._load = load
+        self._load, self._mean = load, load.mean()
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(load.slots))
         self._version: dict[str, int] = {}
         self._generator = random.Random(0)
@@ -84,7 +82,7 @@ class SleepingEngines:
         length = self._load.draw(self._generator)
         async with self._slots[engine]:
             await asyncio.sleep(self._load.median_s * length)
-        return max(1, round(length / self._load.mean * self._load.mean_tokens))
+        return max(1, round(length / self._mean * self._load.mean_tokens))
 
 
 class SleepingRewards:
@@ -140,7 +138,7 @@ class Engines:
         self._actors = [actor.remote(load) for _ in range(-(-count // ENGINES_PER_PROCESS))]
         self._made = 0
 
-    def __call__(self) -> Handle:
+    def __call__(self, slot: int) -> Handle:
         self._made += 1
         return Handle(self._actors[self._made % len(self._actors)], f"{os.getpid()}/{self._made}")
 

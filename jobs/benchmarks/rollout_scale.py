@@ -103,7 +103,7 @@ def measured(arguments: argparse.Namespace) -> Iterator[Row]:
 def scale(engines: int, staleness: int, steps: int, median_s: float) -> Iterator[Row]:
     """Steady-state steps per second compared with the ideal, and the coordinator's cost."""
     load = Load(slots=SLOTS, median_s=median_s, mean_tokens=TOKENS)
-    generation = GROUPS * GROUP_SIZE * load.median_s * load.mean / SLOTS
+    generation = GROUPS * GROUP_SIZE * load.median_s * load.mean() / SLOTS
     training = TRAINING_SHARE * generation
     ideal = 1 / max(generation, training)
     marks = run(engines, GROUPS * engines, staleness, steps + WARM_UP, load, training)
@@ -126,7 +126,7 @@ def scale(engines: int, staleness: int, steps: int, median_s: float) -> Iterator
 def balanced() -> Iterator[Row]:
     """Samples per second with the step size that `balance: auto` chose, compared with the best of `SIZES`."""
     load, staleness = Load(slots=SLOTS, median_s=QUICK_MEDIAN_S, mean_tokens=TOKENS), 1
-    each = TRAINING_SHARE * GROUP_SIZE * load.median_s * load.mean / SLOTS / BALANCED_ENGINES
+    each = TRAINING_SHARE * GROUP_SIZE * load.median_s * load.mean() / SLOTS / BALANCED_ENGINES
 
     def rate(prompts: int) -> float:
         marks = run(BALANCED_ENGINES, prompts, staleness, 4 + WARM_UP, load, 0.0, training_each=each)
