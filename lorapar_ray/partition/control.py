@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import combinations, product
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,9 +93,13 @@ def jaccard(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
 
 def average_ranks(values: Tensor) -> Tensor:
     """float64 ranks (1-D, from 1) of a 1-D tensor, ties sharing their mean rank."""
-    _, group, sizes = torch.unique(values, return_inverse=True, return_counts=True)
-    sizes = sizes.to(torch.float64)
-    return (sizes.cumsum(0) - (sizes - 1) / 2)[group]
+    order = np.argsort(values.numpy())
+    ascending = values.numpy()[order]
+    starts = np.flatnonzero(np.append(True, ascending[1:] != ascending[:-1]))
+    sizes = np.diff(starts, append=len(ascending))
+    ranks = np.empty(len(ascending))
+    ranks[order] = np.repeat(starts + (sizes + 1) / 2, sizes)
+    return torch.from_numpy(ranks)
 
 
 def correlation(first: Tensor, second: Tensor) -> float:

@@ -4,7 +4,8 @@ anywhere: by threads here, by tasks elsewhere (see `distributed`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,8 @@ Bins = dict[str, set[int]]
 FineCounts = dict[tuple[str, int], NDArray[np.int64]]
 """By group and coarse bin, how often each low half occurs in it (65536 bins)."""
 
+BATCH_ELEMENTS = 1 << 20
+"""Elements whose fine counts are made at a time."""
 WHOLE_ADAPTER = "adapter"
 """The group of all keys, if keys are not grouped."""
 
@@ -68,13 +71,28 @@ def count_scores(scores: Mapping[str, Tensor], group_of: GroupOf, workers: int |
 def count_inside(scores: Mapping[str, Tensor], wanted: Bins, group_of: GroupOf, workers: int | None) -> FineCounts:
     """The second pass: the low halves of the scores in the `wanted` bins."""
 
-    def inside(block: Block) -> FineCounts:
-        group = group_of(block.key)
-        halves = low_halves(checked_bits(block), wanted[group])
-        return {(group, bin): np.bincount(low, minlength=FINE_BINS) for bin, low in halves.items()}
+    def inside(batch: list[Block]) -> FineCounts:
+        found = defaultdict[tuple[str, int], list[NDArray[np.uint16]]](list)
+        for block in batch:
+            group = group_of(block.key)
+            for bin, low in low_halves(checked_bits(block), wanted[group]).items():
+                found[group, bin].append(low)
+        return {place: np.bincount(np.concatenate(low), minlength=FINE_BINS) for place, low in found.items()}
 
     nothing = {(group, bin): np.zeros(FINE_BINS, np.int64) for group, bins in wanted.items() for bin in bins}
-    return merge_fine_counts([nothing], ordered_map(inside, blocks(scores), workers))
+    return merge_fine_counts([nothing], ordered_map(inside, batches(blocks(scores)), workers))
+
+
+def batches(stream: Iterable[Block]) -> Iterator[list[Block]]:
+    """Blocks of at least `BATCH_ELEMENTS` elements together: most tensors have fewer than there are fine bins."""
+    batch: list[Block] = []
+    for block in stream:
+        batch.append(block)
+        if sum(each.bits.size for each in batch) >= BATCH_ELEMENTS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def merge_histograms(parts: Iterable[Histograms]) -> Histograms:

@@ -27,6 +27,7 @@ def gather(tensors: Mapping[str, Tensor], positions: NDArray[np.int64]) -> Tenso
     for key in sorted(tensors):
         flat = tensors[key].reshape(-1)
         low, high = np.searchsorted(positions, [start, start + flat.numel()])
-        pieces.append(flat[torch.from_numpy(positions[low:high] - start)])
+        whole = high - low == flat.numel()
+        pieces.append(flat if whole else flat[torch.from_numpy(positions[low:high] - start)])
         start += flat.numel()
     return torch.cat(pieces)
