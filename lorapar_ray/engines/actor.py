@@ -15,6 +15,7 @@ from lorapar_ray.config import EngineConfig, Resources
 from lorapar_ray.engines.adapter_files import AdapterFiles
 from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.in_flight import Growing, as_record, growing, request_of
+from lorapar_ray.engines.mismatch import agreed, verified
 from lorapar_ray.engines.phases import Phases
 from lorapar_ray.engines.processes import start_async_llm
 from lorapar_ray.engines.record import GroupHead, GroupRecord
@@ -91,7 +92,7 @@ class EngineActor:
     async def load_policy(
         self, policy: Policy | DirectPolicy | None, whole: Policy | DirectPolicy | None = None, arm: int = 0
     ) -> str:
-        """Serve `policy` (None: the base) from the next engine step on; returns the digest of what was loaded.
+        """Serve `policy` (None: the base) from the next engine step on; returns the digest of what every rank loaded.
 
         Requests in flight continue with it (`merged`) or with their old policy (`adapter`); drain them first to prevent
         this. New requests wait until it is loaded. Prefix cache entries are salted with the policy's digest, so no
@@ -100,6 +101,9 @@ class EngineActor:
         Args:
             whole: the whole policy to which the changes in `policy` apply, for an engine that has not received it.
             arm: which policy is replaced, if several runs share this engine (`adapter`).
+
+        Raises:
+            PolicyMismatch: a rank loaded another policy, or does not compute with it.
         """
         from lorapar_ray.engines.policy_transport import received
 
@@ -116,28 +120,29 @@ class EngineActor:
                 served.open.set()
 
     async def _load(self, policy: Policy | None, served: Served) -> str:
-        if policy is None:
-            served.lora = None
-            digest = await self._load_merged(None) if self._sync == "merged" else "base"
-            served.version = -1
-        else:
-            folder = self._files.write(served.adapter(policy), policy.config)
-            try:
-                if self._sync == "merged":
-                    digest = await self._load_merged(str(folder))
-                else:
-                    digest = await self._load_lora(folder, policy.version, served)
-            finally:
-                if self._sync == "merged":
-                    shutil.rmtree(folder, ignore_errors=True)
-            served.version = policy.version
-        served.digest = digest
-        await self._forget()
-        return digest
+        folder = None if policy is None else self._files.write(served.adapter(policy), policy.config)
+        version = -1 if policy is None else policy.version
+        try:
+            load = self._load_merged if self._sync == "merged" else self._load_lora
+            served.digest = await load(folder, version, served)
+            served.version = version
+            await self._forget()
+            return verified([served.digest], await self._check(folder, served))
+        finally:
+            if folder is not None and self._sync == "merged":
+                shutil.rmtree(folder, ignore_errors=True)
 
-    async def _load_merged(self, folder: str | None) -> str:
+    async def _load_merged(self, folder: Path | None, version: int, served: Served) -> str:
         """The digest that every rank of the engine read."""
-        return agreed(await self._rpc("lorapar_load_policy", folder))
+        return agreed(await self._rpc("lorapar_load_policy", None if folder is None else str(folder)))
+
+    async def _check(self, folder: Path | None, served: Served) -> list[tuple[str, str]]:
+        """Of each rank, the digest of what it compared with what it computes with, and what differs."""
+        if self._sync == "merged":
+            return await self._rpc("lorapar_check_merged", None if folder is None else str(folder))
+        if folder is None:
+            return []
+        return await self._rpc("lorapar_check_adapter", served.lora.lora_int_id, str(folder))
 
     def _salt(self, arm: int = 0) -> str:
         """The salt that separates the prefix cache entries of policies."""
@@ -148,12 +153,15 @@ class EngineActor:
         with self._alive():
             await self._engine.reset_prefix_cache()
 
-    async def _load_lora(self, folder: Path, version: int, served: Served) -> str:
+    async def _load_lora(self, folder: Path | None, version: int, served: Served) -> str:
         import hashlib
 
         from vllm.lora.request import LoRARequest
 
         previous = served.lora
+        if folder is None:
+            served.lora = None
+            return "base"
         self._loads += 1  # vLLM never reads a number or name twice, even if the folder has changed
         lora = LoRARequest(f"policy-{version}-{self._loads}", self._loads, str(folder))
         with self._alive():
@@ -343,17 +351,6 @@ class EngineActor:
         """Does nothing while this actor is being ended on purpose, so that Ray's log reports no dead worker."""
         if not self._leaving:
             os._exit(1)
-
-
-def agreed(digests: Sequence[str]) -> str:
-    """The digest that all ranks of a tensor-parallel engine loaded.
-
-    Raises:
-        RuntimeError: they differ: the engine would compute with parts of two policies.
-    """
-    if len(set(digests)) != 1:
-        raise RuntimeError(f"the engine's ranks loaded different policies: {', '.join(each[:9] for each in digests)}")
-    return digests[0]
 
 
 def start_engine(

@@ -24,6 +24,7 @@ class BaseWeights(Mapping[str, Tensor]):
 
     def __init__(self, model: Path) -> None:
         """`model`: a directory, or a hub name whose files have been downloaded already."""
+        self.device = torch.device("cpu")
         self._files = {}
         for file in sorted(model_folder(str(model)).glob("*.safetensors")):
             opened = safe_open(file, framework="pt")
@@ -32,6 +33,10 @@ class BaseWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
+
+    def columns(self, name: str, columns: Tensor) -> Tensor:
+        """Some columns of a matrix."""
+        return self[name][:, columns]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -46,15 +51,23 @@ class KeptWeights(Mapping[str, Tensor]):
     def __init__(self, files: Mapping[str, Tensor], device: torch.device, *, resident: bool) -> None:
         """`resident`: keep them on the device; else in pinned host memory, copied from there each time."""
         self._files = files
-        self._device = device
+        self.device = device
         self._resident = resident
         self._kept: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
+        return self._keep(name).to(self.device, non_blocking=True)
+
+    def _keep(self, name: str) -> Tensor:
         if name not in self._kept:
             read = self._files[name]
-            self._kept[name] = read.to(self._device) if self._resident else _pinned(read)
-        return self._kept[name].to(self._device, non_blocking=True)
+            self._kept[name] = read.to(self.device) if self._resident else _pinned(read)
+        return self._kept[name]
+
+    def columns(self, name: str, columns: Tensor) -> Tensor:
+        """Some columns of a matrix, on the device; only these are copied there."""
+        kept = self._keep(name)
+        return kept[:, columns.to(kept.device)].to(self.device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from lorapar_ray.adapters.merge import lora_scaling, merged_weights
 from lorapar_ray.cpu.engine import lighten
-from lorapar_ray.engines.base_weights import BaseWeights, kept_on
+from lorapar_ray.engines.base_weights import BaseWeights, KeptWeights, kept_on
+from lorapar_ray.engines.served_adapter import unlike_in_slot
+from lorapar_ray.engines.served_weights import complaint, part_of, unlike
 from lorapar_ray.mergeable import base_name, missing_from, not_in_the_files
 
 Weights = Iterator[tuple[str, Tensor]]
@@ -67,17 +69,15 @@ class PolicyLoader:
                 base, dtype = self._lorapar_base(before), self.model_config.dtype
                 self._lorapar_load(before, ((name, base[name].to(dtype)) for name in sorted(before)))
             return "base"
-        blob = (Path(adapter) / "adapter_model.safetensors").read_bytes()
-        state = load_file(Path(adapter) / "adapter_model.safetensors")
-        scaling = lora_scaling(json.loads((Path(adapter) / "adapter_config.json").read_text()))
+        state, scaling, digest = read_adapter(Path(adapter), self.device)
 
         adapted = {base_name(key) for key in state}
         names = with_stacked(adapted | before, getattr(self.model_runner.model, "packed_modules_mapping", {}))
         base = self._lorapar_base(names)
         if missing := missing_from(base, state):
             raise ValueError(not_in_the_files(missing, str(self.model_config.model)))
-        touched = names & base.keys()
-        state, dtype = {key: value.to(self.device) for key, value in state.items()}, self.model_config.dtype
+        touched, dtype = names & base.keys(), self.model_config.dtype
+        self._lorapar_try(touched)
 
         def weights() -> Weights:
             yield from merged_weights(base, state, scaling=scaling, dtype=dtype)
@@ -86,14 +86,61 @@ class PolicyLoader:
 
         self._lorapar_load(touched, weights())
         self._lorapar_touched = touched
-        return hashlib.sha256(blob).hexdigest()
+        return digest
 
-    def _lorapar_base(self, names: Iterable[str]) -> Mapping[str, Tensor]:
+    def lorapar_check_merged(self, adapter: str | None) -> tuple[str, str]:
+        """Whether the model computes with base + adapter; independent of what `lorapar_load_policy` did.
+
+        Args:
+            adapter: as there.
+
+        Returns:
+            SHA-256 of the adapter file that was compared, or `base`; and a clause that says which modules compute with
+            other weights, empty if none.
+        """
+        state: dict[str, Tensor] = {}
+        scaling, digest = 1.0, "base"
+        if adapter is not None:
+            state, scaling, digest = read_adapter(Path(adapter), self.device)
+        names = {base_name(key) for key in state} | getattr(self, "_lorapar_touched", set())
+        paths = paths_of(self.model_runner.model, names - self._lorapar_unread())
+        model, dtype = self.model_runner.model, self.model_config.dtype
+        off = unlike(model, paths, self._lorapar_base(paths), state, scaling, digest, dtype)
+        return digest, complaint(off, len(paths))
+
+    def lorapar_check_adapter(self, lora_id: int, adapter: str) -> tuple[str, str]:
+        """As `lorapar_check_merged`, for vLLM's adapter number `lora_id` and `sync: adapter`."""
+        state, scaling, digest = read_adapter(Path(adapter), self.device)
+        manager = self.model_runner.lora_manager._adapter_manager
+        if lora_id not in manager.list_adapters():
+            return digest, "it has no such adapter"
+        off, compared = unlike_in_slot(manager, lora_id, state, scaling)
+        return digest, complaint(off, compared)
+
+    def _lorapar_unread(self) -> set[str]:
+        """Names of the weights that cannot be read back."""
+        if not hasattr(self, "_lorapar_tried"):
+            self._lorapar_tried: set[str] = set()
+            self._lorapar_unlike_base: set[str] = set()
+        return self._lorapar_unlike_base
+
+    def _lorapar_try(self, names: set[str]) -> None:
+        """Read weights back before a policy changes them: those that are not the base's cannot be read."""
+        unread = self._lorapar_unread()
+        if new := names - self._lorapar_tried:
+            model, dtype = self.model_runner.model, self.model_config.dtype
+            paths = {name: path for name, path in paths_of(model, new).items() if part_of(model, path, name)}
+            unread |= new - paths.keys() | unlike(model, paths, self._lorapar_base(new), {}, 1.0, "base", dtype).keys()
+            self._lorapar_tried |= new
+
+    def _lorapar_base(self, names: Iterable[str]) -> BaseWeights | KeptWeights:
         """The base's tensors, on the device that merges."""
         if not hasattr(self, "_lorapar_weights"):
             files = BaseWeights(Path(self.model_config.model))
             on_gpu = self.device.type == "cuda"
-            self._lorapar_weights = kept_on(files, set(names) & files.keys(), self.device) if on_gpu else files
+            self._lorapar_weights: BaseWeights | KeptWeights = files
+            if on_gpu:
+                self._lorapar_weights = kept_on(files, set(names) & files.keys(), self.device)
         return self._lorapar_weights
 
     @torch.no_grad()
@@ -156,8 +203,21 @@ def bit_sums(tensor: Tensor) -> Tensor:
     return torch.stack([bits.sum(), (bits * bits).sum()])
 
 
+def read_adapter(folder: Path, device: torch.device) -> tuple[dict[str, Tensor], float, str]:
+    """(A and B by adapter key, on the device; their scaling; SHA-256 of the file) of an adapter directory."""
+    blob = (folder / "adapter_model.safetensors").read_bytes()
+    state = {key: value.to(device) for key, value in load(blob).items()}
+    scaling = lora_scaling(json.loads((folder / "adapter_config.json").read_text()))
+    return state, scaling, hashlib.sha256(blob).hexdigest()
+
+
 def modules_of(model: Any, names: Iterable[str]) -> dict[str, Any]:
-    """The model's modules that hold weights of these checkpoint names, by their path.
+    """The model's modules that hold weights of these checkpoint names, by their path; see `paths_of`."""
+    return {path: model.get_submodule(path) for path in paths_of(model, names).values()}
+
+
+def paths_of(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """The path of the model's module that holds each of these weights, by checkpoint name.
 
     Raises:
         ValueError: a name has no module: vLLM uses another name for it, or does not run it.
@@ -166,7 +226,7 @@ def modules_of(model: Any, names: Iterable[str]) -> dict[str, Any]:
     packed = {part: whole for whole, parts in stacked.items() for part in parts}
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     known = dict(model.named_modules())
-    found = {}
+    found: dict[str, str] = {}
     for name in sorted(names):
         module = name.rpartition(".")[0]
         path, _, last = module.rpartition(".")
@@ -175,7 +235,7 @@ def modules_of(model: Any, names: Iterable[str]) -> dict[str, Any]:
         place = next((each for each in candidates if each and each in known), None)
         if place is None:
             raise ValueError(f"vLLM's model has no module for '{name}'; set grpo.sync: adapter")
-        found[place] = known[place]
+        found[name] = place
     return found
 
 

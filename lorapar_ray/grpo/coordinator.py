@@ -19,13 +19,13 @@ from collections.abc import Callable
 from typing import Any
 
 from lorapar_ray.config import GrpoConfig
+from lorapar_ray.engines.canaries import MOST_TOLERANCE, Canary, canary_tolerance
+from lorapar_ray.engines.mismatch import PolicyMismatch
 from lorapar_ray.engines.policy import PolicyNote
 from lorapar_ray.grpo.balance import Balance
 from lorapar_ray.grpo.batches import Batch, Share, shares_of
-from lorapar_ray.grpo.canaries import MOST_TOLERANCE, Canary, canary_tolerance
 from lorapar_ray.grpo.failures import Failures
 from lorapar_ray.grpo.loop import collect
-from lorapar_ray.grpo.policy_proof import PolicyMismatch
 from lorapar_ray.grpo.prompt_stream import PromptStream
 from lorapar_ray.grpo.rewards.actor import RewardActor
 from lorapar_ray.grpo.sampler import Sampler

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from lorapar_ray.engines.canaries import Canary
 from lorapar_ray.engines.policy import PolicyNote
 from lorapar_ray.grpo.batches import Share
-from lorapar_ray.grpo.canaries import Canary
 from lorapar_ray.grpo.coordinator import Coordinator
 from lorapar_ray.grpo.sampler import new_engine
 from lorapar_ray.grpo.shared_engines import SharedEngines

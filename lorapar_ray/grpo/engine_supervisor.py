@@ -15,8 +15,8 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+from lorapar_ray.engines.mismatch import PolicyMismatch
 from lorapar_ray.grpo.engine_losses import is_dead, leave
-from lorapar_ray.grpo.policy_proof import PolicyMismatch
 
 LOSSES = 5
 """Engines lost in one place between two policies before the run stops: more mean a broken setup."""

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lorapar_ray.config import GrpoConfig, ModelConfig
+from lorapar_ray.engines.canaries import Canary
 from lorapar_ray.grpo.arm import Arm
-from lorapar_ray.grpo.canaries import Canary
 from lorapar_ray.grpo.figures import step_metrics
 from lorapar_ray.grpo.forward import Forward
 from lorapar_ray.grpo.samples import MiniBatch, Sample

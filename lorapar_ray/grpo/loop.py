@@ -26,8 +26,8 @@ from lorapar_ray.grpo.prompt_stream import PromptStream
 from lorapar_ray.grpo.publishing import Publisher
 
 if TYPE_CHECKING:
+    from lorapar_ray.engines.canaries import Canary
     from lorapar_ray.grpo.arm import Arm
-    from lorapar_ray.grpo.canaries import Canary
     from lorapar_ray.grpo.journal import Journal
     from lorapar_ray.grpo.learner import Learner
     from lorapar_ray.grpo.sampler import Sampler

@@ -7,15 +7,11 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+from lorapar_ray.engines.canaries import Canary, canary_gap
+from lorapar_ray.engines.mismatch import PolicyMismatch
 from lorapar_ray.engines.policy import PolicyNote
-from lorapar_ray.errors import UserError
-from lorapar_ray.grpo.canaries import Canary, canary_gap
 from lorapar_ray.grpo.engine_losses import fetch_failed
 from lorapar_ray.waiting import awaited
-
-
-class PolicyMismatch(UserError):
-    """An engine does not serve the policy it was sent: nothing sampled from it may be trained on."""
 
 
 class PolicyLost(RuntimeError):
@@ -43,6 +39,9 @@ async def prove(
             raise PolicyLost(
                 f"policy {policy.version} cannot be fetched: the learner that made it has died, or the transfer failed"
             ) from error
+        if isinstance(error, PolicyMismatch):
+            why = str(getattr(error, "cause", error))  # Ray's exception adds the actor's traceback
+            raise PolicyMismatch(f"rollout engine {slot} does not serve policy {policy.version}: {why}") from error
         raise
     if loaded != policy.digest:
         raise PolicyMismatch(

@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from lorapar_ray.engines.canaries import Canary
 from lorapar_ray.engines.policy import Policy, note_of
 from lorapar_ray.engines.policy_transport import Transport, sent
 from lorapar_ray.grpo.asking import answer_from
-from lorapar_ray.grpo.canaries import Canary
 
 
 class Publisher:

@@ -10,9 +10,9 @@ from typing import Any
 
 from lorapar_ray.config import GrpoConfig
 from lorapar_ray.engines.actor import EngineActor, start_engine
+from lorapar_ray.engines.canaries import MOST_TOLERANCE, Canary
 from lorapar_ray.engines.policy import PolicyNote
 from lorapar_ray.gpus import sync_of
-from lorapar_ray.grpo.canaries import MOST_TOLERANCE, Canary
 from lorapar_ray.grpo.engine_pool import EnginePool
 from lorapar_ray.grpo.environments.actor import EnvironmentWorkers
 from lorapar_ray.grpo.groups import Group

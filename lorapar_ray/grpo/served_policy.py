@@ -11,8 +11,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+from lorapar_ray.engines.canaries import Canary
 from lorapar_ray.engines.policy import PolicyNote
-from lorapar_ray.grpo.canaries import Canary
 from lorapar_ray.grpo.engine_losses import is_lost
 from lorapar_ray.grpo.engine_supervisor import EngineSupervisor
 from lorapar_ray.grpo.policy_proof import PolicyLost, gaps_of, prove

@@ -17,8 +17,8 @@ from operator import add
 from typing import Any
 
 from lorapar_ray.config import GrpoConfig
+from lorapar_ray.engines.canaries import Canary
 from lorapar_ray.engines.policy import PolicyNote
-from lorapar_ray.grpo.canaries import Canary
 from lorapar_ray.grpo.groups import Group
 from lorapar_ray.grpo.rewards.actor import RewardActor
 from lorapar_ray.grpo.sampler import Counts, Sampler

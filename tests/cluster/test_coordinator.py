@@ -10,11 +10,11 @@ import ray
 import torch
 
 from lorapar_ray.engines.completion import Completion
+from lorapar_ray.engines.mismatch import PolicyMismatch
 from lorapar_ray.engines.policy import Policy, PolicyNote, PolicySender, note_of
 from lorapar_ray.engines.record import record_of
 from lorapar_ray.grpo.coordinator import Coordinator
 from lorapar_ray.grpo.environments.actor import EnvironmentWorkers
-from lorapar_ray.grpo.policy_proof import PolicyMismatch
 from lorapar_ray.models import resolve_model
 
 pytestmark = pytest.mark.cluster

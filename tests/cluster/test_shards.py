@@ -9,8 +9,8 @@ import pytest
 import ray
 import torch
 
+from lorapar_ray.engines.mismatch import PolicyMismatch
 from lorapar_ray.engines.policy import Policy, PolicyNote, PolicySender, note_of
-from lorapar_ray.grpo.policy_proof import PolicyMismatch
 from lorapar_ray.grpo.shards import Shards
 from tests.cluster.test_coordinator import Engine, plan
 

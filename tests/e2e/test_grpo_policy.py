@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,17 @@ from transformers import AutoModelForCausalLM
 from lorapar_ray.adapters import adapter_parameters, load_adapter
 from lorapar_ray.config import EngineConfig, Resources
 from lorapar_ray.engines.actor import start_engine
+from lorapar_ray.engines.canaries import Canary
+from lorapar_ray.engines.mismatch import PolicyMismatch
 from lorapar_ray.engines.policy import PolicySender, note_of
-from lorapar_ray.grpo.canaries import Canary
 from lorapar_ray.grpo.engine_pool import EnginePool
 from lorapar_ray.grpo.head import TokenScorer
 from lorapar_ray.grpo.packing import packed_logprobs, pad
-from lorapar_ray.grpo.policy_proof import PolicyMismatch
 from lorapar_ray.grpo.samples import Sample
 from lorapar_ray.logprobs import token_logprobs
 from lorapar_ray.waiting import awaited
 from tests.e2e.conftest import FinishedRun
-from tests.e2e.faulty_engine import FAULT, FaultyEngine
+from tests.e2e.faulty_engine import ADAPTER, CACHE, FAULT, MERGED, FaultyEngine
 from tests.e2e.test_interruption import copy_before
 from tests.tiny_run import ENGINE, lorapar_here, metrics
 
@@ -62,39 +63,34 @@ class Source:
         return note_of(policy, ray.put(policy)), [Canary(TOKENS, START, logprobs[0].tolist())]
 
 
-def engine_of(student: Path, fault: Path) -> Any:
+def engine_of(student: Path, fault: Path, sync: str) -> Any:
     extra = {"worker_extension_cls": "tests.e2e.faulty_engine.FaultyLoader", "max_num_batched_tokens": 256}
     settings = EngineConfig(**ENGINE, extra=extra)
+    environment = {FAULT: str(fault)}
     return start_engine(
-        str(student), settings, Resources(), seed=0, actor=FaultyEngine, environment={FAULT: str(fault)}
+        str(student), settings, Resources(), seed=0, sync=sync, arms=2, actor=FaultyEngine, environment=environment
     )
+
+
+def pool_of(student: Path, fault: Path, sync: str) -> EnginePool:
+    fault.write_text("none")
+    return EnginePool(lambda _: engine_of(student, fault, sync), 1, at_once=8, tolerance=TOLERANCE, time_limit_s=300)
 
 
 def test_a_policy_that_is_not_the_learners_is_caught_and_a_hanging_engine_replaced(
     cluster: None, finished: FinishedRun, tmp_path: Path
 ) -> None:
-    fault = tmp_path / "fault"
-    fault.write_text("none")
-    source = Source(finished)
+    source, fault = Source(finished), tmp_path / "fault"
 
     async def go() -> None:
-        pool = EnginePool(
-            lambda _: engine_of(finished.student, fault), 1, at_once=8, tolerance=TOLERANCE, time_limit_s=120
-        )
+        pool = pool_of(finished.student, fault, "merged")
         [told] = await pool.start()
         assert (
             await pool.policy.publish(*source.next("q_proj", "v_proj")) < TOLERANCE
         )  # vLLM keeps q, k and v in one tensor
         assert await pool.policy.publish(*source.next()) < TOLERANCE
         await ratios_of_a_cut_distribution(pool, source)
-        for kind in ("stale", "half", "wrong", "scale", "digest", "cache"):
-            fault.write_text(kind)
-            if kind == "cache":  # these entries are created with the fault, and become stale
-                await pool.policy.publish(*source.next())
-            with pytest.raises(PolicyMismatch, match=r"serve policy|loaded another"):
-                await pool.policy.publish(*source.next())
-            fault.write_text("none")
-            assert await pool.policy.publish(*source.next()) < TOLERANCE, kind
+        await every_fault_is_caught_at_once(pool, source, fault, MERGED)
         stop_the_engine_of(told["pid"])
         pool.supervisor.time_limit_s = 5.0
         _, head = await pool.rollout("hangs", TOKENS, SAMPLING)
@@ -110,16 +106,13 @@ def test_a_policy_that_is_not_the_learners_is_caught_and_a_hanging_engine_replac
     asyncio.run(go())
 
 
-def test_an_adapter_is_swapped_under_requests_that_go_on_with_their_own(cluster: None, finished: FinishedRun) -> None:
-    source = Source(finished)
-    rank = source.model.peft_config["default"].r
-
-    def engine() -> Any:
-        settings = EngineConfig(**ENGINE)
-        return start_engine(str(finished.student), settings, Resources(), seed=0, sync="adapter", max_lora_rank=rank)
+def test_an_adapter_is_swapped_under_requests_that_go_on_with_their_own(
+    cluster: None, finished: FinishedRun, tmp_path: Path
+) -> None:
+    source, fault = Source(finished), tmp_path / "fault"
 
     async def go() -> None:
-        pool = EnginePool(lambda _: engine(), 1, at_once=8, tolerance=TOLERANCE, time_limit_s=300)
+        pool = pool_of(finished.student, fault, "adapter")
         await pool.start()
         assert await pool.policy.publish(*source.next()) < TOLERANCE
         sampling = {**SAMPLING, "n": 16, "max_tokens": 170, "ignore_eos": True}
@@ -133,6 +126,7 @@ def test_an_adapter_is_swapped_under_requests_that_go_on_with_their_own(cluster:
         assert [(len(done.token_ids), done.version) for done in completions] == [(170, 0)] * 16
         assert await pool.policy.publish(*source.next()) < TOLERANCE
         await given_back_in_the_middle(pool, {**sampling, "n": 4})
+        await every_fault_is_caught_at_once(pool, source, fault, ADAPTER)
         assert pool.supervisor.replaced == 0
         await pool.stop()
 
@@ -146,6 +140,21 @@ def test_a_policy_that_cannot_be_proved_stops_the_run(cluster: None, finished: F
     (line,) = [line for line in stopped.stderr.splitlines() if line.startswith("lorapar:")]
     assert "does not serve policy 0" in line and "canary" in line
     assert metrics(run, "grpo") == []
+
+
+async def every_fault_is_caught_at_once(
+    pool: EnginePool, source: Source, fault: Path, faults: Mapping[str, str]
+) -> None:
+    """Each by the publish that has it, for the reason in `faults`; the honest publish after it passes."""
+    for kind, says in faults.items():
+        fault.write_text(kind)
+        if says == CACHE:  # these entries are created with the fault, and become stale
+            await pool.policy.publish(*source.next())
+        with pytest.raises(PolicyMismatch, match=says):
+            await pool.policy.publish(*source.next())
+            pytest.fail(kind)
+        fault.write_text("none")
+        assert await pool.policy.publish(*source.next()) < TOLERANCE, kind
 
 
 async def ratios_of_a_cut_distribution(pool: EnginePool, source: Source) -> None:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from ray.exceptions import ActorDiedError, ActorUnavailableError, OwnerDiedError
 
+from lorapar_ray.engines.canaries import Canary, canary_tolerance
 from lorapar_ray.engines.policy import Policy, PolicyReceiver, PolicySender, note_of
 from lorapar_ray.engines.record import GroupHead
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo import engine_pool, engine_supervisor
-from lorapar_ray.grpo.canaries import Canary, canary_tolerance
 from lorapar_ray.grpo.engine_pool import EnginePool
 from lorapar_ray.grpo.engine_supervisor import LOSSES
 from lorapar_ray.grpo.policy_proof import PolicyLost

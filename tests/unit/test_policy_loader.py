@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorapar_ray.adapters import adapter_state, attach_lora, merged_weights
-from lorapar_ray.engines.actor import agreed
 from lorapar_ray.engines.base_weights import KeptWeights
+from lorapar_ray.engines.mismatch import PolicyMismatch, agreed, verified
 from lorapar_ray.engines.policy_loader import bit_sums, load_in_place
 from lorapar_ray.engines.settings import GRAPHS, OUTSIDE_TORCH, cache_room
 from lorapar_ray.mergeable import not_in_the_files, unmergeable
@@ -101,8 +101,13 @@ def test_sums_of_bits_add_up_and_detect_a_flipped_bit() -> None:
 
 def test_ranks_that_loaded_different_policies_are_found() -> None:
     assert agreed(["abc", "abc"]) == "abc"
-    with pytest.raises(RuntimeError, match="ranks loaded different policies: abc, abd"):
+    with pytest.raises(PolicyMismatch, match="ranks loaded different policies: abc, abd"):
         agreed(["abc", "abd"])
+    assert verified(["abc"], [("abc", ""), ("abc", "")]) == "abc"
+    with pytest.raises(PolicyMismatch, match="ranks loaded different policies: abc, abc, abd"):
+        verified(["abc"], [("abc", ""), ("abd", "")])
+    with pytest.raises(PolicyMismatch, match="on its rank 1, 2 of 7 modules"):
+        verified(["abc"], [("abc", ""), ("abc", "2 of 7 modules compute with other weights")])
 
 
 def test_modules_with_other_names_in_the_files_are_refused_in_one_line(tmp_path: Path) -> None:

@@ -1,0 +1,89 @@
+"""Reads back what an engine computes with after an `adapter` load: its LoRA tensors, compared with the file's.
+
+Runs inside vLLM's worker. vLLM keeps the adapters that it can use in slots of stacked tensors: A, and s·B, by module.
+Each rank compares the whole slot of an adapter, including that it is zero for modules that the adapter does not have.
+The frozen base is not compared; canary tokens verify it. Neither are LoRA layers that are no plain linear ones
+(experts, embeddings, heads) and those of `fully_sharded_loras`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorapar_ray.engines.rounding import beyond, scaled_exactly
+
+
+@torch.no_grad()
+def unlike_in_slot(
+    manager: Any, lora_id: int, state: Mapping[str, Tensor], scaling: float
+) -> tuple[dict[str, float], int]:
+    """Modules whose LoRA tensors are not the adapter's, with how far they are off in bounds of rounding, and how many
+    modules were compared.
+
+    Args:
+        manager: vLLM's `LoRAModelManager`.
+        lora_id: the number, in requests, of an adapter that the manager has.
+        state: A [r, in] and B [out, r] by adapter key.
+    """
+    manager.activate_adapter(lora_id)  # as before each step that uses it; does nothing if it is in a slot
+    slot = manager.lora_index_to_id.index(lora_id)
+    parts = by_module(state, getattr(manager.model, "hf_to_vllm_mapper", None))
+    found: dict[str, float] = {}
+    compared = 0
+    for path, layer in manager.modules.items():
+        names = manager.packed_modules.get(path) or [path]
+        if not comparable(layer, names):
+            continue
+        compared += 1
+        off = _off(layer, slot, [parts.get(name) for name in names], scaling)
+        if off > 1:
+            found[path] = off
+    return found, compared
+
+
+def comparable(layer: Any, names: Sequence[str]) -> bool:
+    """Whether a LoRA layer has one pair of whole tensors for each of its parts."""
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
+    plain = isinstance(layer, BaseLinearLayerWithLoRA) and not layer.lora_config.fully_sharded_loras
+    return plain and layer.n_slices == len(names)
+
+
+def by_module(state: Mapping[str, Tensor], mapper: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A, B) by vLLM's name of the module; `mapper`: vLLM's from checkpoint names to its own."""
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    renaming = None if mapper is None else mapper.get_rename_mapper()
+    return {
+        parse_fine_tuned_lora_name(key, renaming)[0]: (down, state[key.replace(".lora_A.", ".lora_B.")])
+        for key, down in state.items()
+        if ".lora_A." in key
+    }
+
+
+def _off(layer: Any, slot: int, parts: Sequence[tuple[Tensor, Tensor] | None], scaling: float) -> float:
+    """How far the worst element of a layer's slot is off."""
+    downs: Any = [None if part is None else part[0] for part in parts]
+    ups: Any = [None if part is None else part[1] for part in parts]
+    if layer.tp_size > 1:
+        downs, ups = _of_rank(layer.slice_lora_a, downs), _of_rank(layer.slice_lora_b, ups)
+    worst = 0.0
+    for index, (down, up) in enumerate(zip(downs, ups, strict=True)):
+        held_down, held_up = layer.lora_a_stacked[index][slot, 0], layer.lora_b_stacked[index][slot, 0]
+        for held, own, factor in ((held_down, down, 1.0), (held_up, up, scaling)):
+            whole = torch.zeros(held.shape, dtype=torch.float64, device=held.device)
+            if own is not None:
+                whole[: own.shape[0], : own.shape[1]] = own
+            worst = max(worst, beyond(held, *scaled_exactly(whole, factor, held.dtype)))
+    return worst
+
+
+def _of_rank(cut: Any, parts: list[Tensor | None]) -> list[Tensor | None]:
+    """A rank's part of the tensors, as vLLM cuts them: all at once if several lie in one layer."""
+    if len(parts) > 1:
+        return list(cut(parts))
+    return [None if part is None else cut(part) for part in parts]
