@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.config import EngineConfig, Resources
 from lorapar_ray.engines.adapter_files import AdapterFiles
+from lorapar_ray.engines.canaries import mean_gap
 from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.in_flight import Growing, as_record, growing, request_of
 from lorapar_ray.engines.mismatch import agreed, verified
 from lorapar_ray.engines.phases import Phases
 from lorapar_ray.engines.processes import start_async_llm
 from lorapar_ray.engines.record import GroupHead, GroupRecord
+from lorapar_ray.engines.scoring import DECODING, sampled_logprobs, sampling_params, scored, scoring_params
 from lorapar_ray.models import resolve_model
 from lorapar_ray.workers import ray_options
 
@@ -246,18 +248,16 @@ class EngineActor:
     async def _complete(
         self, prompt_ids: list[int], sampling: dict[str, Any], index: int, priority: int = 0, arm: int = 0
     ) -> list[Completion]:
-        from vllm import SamplingParams
-
         served = self._served[arm]
         await served.open.wait()
         version = served.version
         seed = sampling.get("seed")
-        own = {**sampling, "seed": None if seed is None else seed + index, "logprobs": 0, "flat_logprobs": True}
-        output = await self._run(prompt_ids, SamplingParams(**own), priority, arm)
+        own = {**sampling, "seed": None if seed is None else seed + index}
+        output = await self._run(prompt_ids, sampling_params(own), priority, arm)
         return [
             Completion(
                 token_ids=list(choice.token_ids),
-                logprobs=[choice.logprobs.logprobs[at] for at in choice.logprobs.start_indices],
+                logprobs=sampled_logprobs(choice),
                 finished=choice.finish_reason == "stop",
                 version=version,
             )
@@ -266,13 +266,8 @@ class EngineActor:
 
     async def score(self, token_ids: list[int], start: int, arm: int = 0) -> list[float]:
         """Log-probabilities of `token_ids[start:]` under the served policy."""
-        from vllm import SamplingParams
-
         await self._served[arm].open.wait()
-        sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0)
-        output = await self._run(token_ids, sampling, PROOF, arm)
-        pairs = list(zip(output.prompt_logprobs, token_ids, strict=True))[start:]
-        return [entry[token].logprob for entry, token in pairs]
+        return scored(await self._run(token_ids, scoring_params(), PROOF, arm), token_ids, start)
 
     async def cache_gap(self, token_ids: list[int], arm: int = 0) -> float:
         """Mean absolute difference, in nats, between decoding after `token_ids` and computing the same tokens without
@@ -281,10 +276,9 @@ class EngineActor:
         Decoding reads the prefix cache, like rollouts; prompt log-probabilities never do. So stale entries of another
         policy are detected here.
         """
-        decoding = {"max_tokens": 4, "temperature": 1.0, "seed": 0}
-        [done] = await self._complete(token_ids, decoding, 0, priority=PROOF, arm=arm)
+        [done] = await self._complete(token_ids, DECODING, 0, priority=PROOF, arm=arm)
         afresh = await self.score([*token_ids, *done.token_ids], len(token_ids), arm)
-        return sum(abs(a - b) for a, b in zip(done.logprobs, afresh, strict=True)) / len(afresh)
+        return mean_gap(done.logprobs, afresh)
 
     async def leave(self) -> None:
         """End the engine's processes, which may not respond any more; the caller then ends this actor (`ray.kill`)."""

@@ -31,6 +31,9 @@ from lorapar_ray.grpo.rewards.actor import RewardActor
 from lorapar_ray.grpo.sampler import Sampler
 from lorapar_ray.grpo.shards import Shards, shard_count
 
+OTHER_MODEL = "see model.dtype, model.quantization and grpo.rollout_engine, or set grpo.canary_tolerance to a number"
+"""What to do if learner and engines have different models."""
+
 
 class Coordinator:
     """Async Ray actor; owns the rollout engines, the reward workers and the prompt stream.
@@ -126,7 +129,7 @@ class Coordinator:
             UserError: the gap is too large for one model.
         """
         if self._tolerance is None:
-            tolerance = canary_tolerance(await self._sampler.base_gap(canaries), least)
+            tolerance = canary_tolerance(await self._sampler.base_gap(canaries), least, OTHER_MODEL)
             await self._sampler.tolerate(tolerance)
             self._tolerance = tolerance
         return self._tolerance

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from lorapar_ray.engines.canaries import Canary, canary_gap
+from lorapar_ray.engines.canaries import Canary, gaps_between, refusal
 from lorapar_ray.engines.mismatch import PolicyMismatch
 from lorapar_ray.engines.policy import PolicyNote
 from lorapar_ray.grpo.engine_losses import fetch_failed
@@ -48,12 +48,11 @@ async def prove(
             f"rollout engine {slot} loaded {loaded[:9]} as policy {policy.version}, not {policy.digest[:9]}"
         )
     gaps = await gaps_of(engine, canaries)
-    for what, gap in gaps.items():
-        if not gap <= tolerance:
-            raise PolicyMismatch(
-                f"rollout engine {slot} does not serve policy {policy.version}: {what} are {gap:.3f} nats off "
-                f"(grpo.canary_tolerance {tolerance:.3g})"
-            )
+    if why := refusal(gaps, tolerance):
+        raise PolicyMismatch(
+            f"rollout engine {slot} does not serve policy {policy.version}: {why} "
+            f"(grpo.canary_tolerance {tolerance:.3g})"
+        )
     return max(gaps.values())
 
 
@@ -62,8 +61,4 @@ async def gaps_of(engine: Any, canaries: Sequence[Canary]) -> dict[str, float]:
     asked = [engine.score.remote(canary.token_ids, canary.start) for canary in canaries]
     asked += [engine.cache_gap.remote(canary.token_ids) for canary in canaries[:1]]  # one is enough: there is one cache
     answers = await asyncio.gather(*map(awaited, asked))
-    scored, cached = answers[: len(canaries)], answers[len(canaries) :]
-    return {
-        "its log-probabilities of the canary tokens": canary_gap(canaries, scored),
-        "the tokens it decodes after a cached prompt": max(cached, default=0.0),
-    }
+    return gaps_between(canaries, answers[: len(canaries)], answers[len(canaries) :])

@@ -441,10 +441,11 @@ def test_a_measured_tolerance_uses_the_base_without_an_adapter_and_is_bounded() 
         return await pool.policy.base_gap([Canary([1, 2], 1, [1.0 - 0.03])])  # an engine without a policy returns 1.0
 
     gap = asyncio.run(go())
+    fix = "see the dtypes"
     assert gap == pytest.approx(0.03)
-    assert canary_tolerance(gap, 0.01) == pytest.approx(0.24)
-    assert canary_tolerance(1e-6, 0.01) == 0.01
-    assert canary_tolerance(0.2, 0.2) == 0.5
+    assert canary_tolerance(gap, 0.01, fix) == pytest.approx(0.24)
+    assert canary_tolerance(1e-6, 0.01, fix) == 0.01
+    assert canary_tolerance(0.2, 0.2, fix) == 0.5
     for wrong in (0.6, math.nan):
-        with pytest.raises(UserError, match="do not have the same model"):
-            canary_tolerance(wrong, 0.2)
+        with pytest.raises(UserError, match=f"do not have the same model; {fix}"):
+            canary_tolerance(wrong, 0.2, fix)
