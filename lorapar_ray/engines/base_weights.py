@@ -35,8 +35,9 @@ class BaseWeights(Mapping[str, Tensor]):
         return tensor
 
     def columns(self, name: str, columns: Tensor) -> Tensor:
-        """Some columns of a matrix."""
-        return self[name][:, columns]
+        """Some columns of a matrix; one by one, which is faster than threads that wait for each other."""
+        matrix = self[name]
+        return torch.stack([matrix[:, column] for column in columns.tolist()], dim=1)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

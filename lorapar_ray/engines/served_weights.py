@@ -98,14 +98,17 @@ def unlike(
         dtype: of the computation.
     """
     found = {}
+    held: dict[str, tuple[Tensor, Tensor]] = {}  # several weights may lie in one module
     for name, path in paths.items():
         part = part_of(model, path, name)
         if part is None:
             raise ValueError(f"the module of '{name}' cannot be read")
-        module, first = part.module, part.first
-        width = getattr(module, "input_size_per_partition", module.input_size)
-        local = drawn(f"{digest} {path}", width).to(base.device)
-        columns = local + (part.columns.start or 0)
+        if path not in held:
+            width = getattr(part.module, "input_size_per_partition", part.module.input_size)
+            columns = drawn(f"{digest} {path}", width).to(base.device)
+            held[path] = columns, held_columns(part.module, columns)
+        columns, answers = held[path]
+        columns = columns + (part.columns.start or 0)
         own = base.columns(name, columns)[part.rows]
         key = f"{PREFIX}{name.removesuffix('.weight')}"
         if f"{key}.lora_A.weight" in state:
@@ -113,7 +116,7 @@ def unlike(
         else:
             down, up = own.new_zeros(0, len(columns)), own.new_zeros(len(own), 0)
         exact, bound = merged_exactly(own, down, up, scaling, dtype)
-        off = beyond(held_columns(module, local)[first : first + len(own)], exact, bound)
+        off = beyond(answers[part.first : part.first + len(own)], exact, bound)
         if off > 1:
             found[name] = off
     return found

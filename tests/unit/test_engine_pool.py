@@ -230,7 +230,7 @@ def test_a_policy_lost_with_its_learner_loses_no_engine_and_the_next_one_is_serv
     async def go() -> None:
         await pool.start()
         await publish(0, there=True)
-        with pytest.raises(PolicyLost, match="policy 1 was lost with the learner"):
+        with pytest.raises(PolicyLost, match="policy 1 cannot be fetched: the learner that made it has died"):
             await publish(1, there=False)
         assert pool.supervisor.replaced == 0
         assert await asyncio.gather(answered_by(pool, "a"), answered_by(pool, "b")) == [0, 0]
