@@ -37,18 +37,19 @@ LEAST = {torch.float32: 0.01}
 LEAST_OTHERWISE = 0.2
 
 
-def proof_arguments(max_lora_rank: int | None = None) -> dict[str, Any]:
-    """Keyword arguments of `vllm.LLM` for a `PolicyProof`; yours may replace all but `worker_extension_cls`.
+def proof_arguments(max_lora_rank: int | None = None, **settings: Any) -> dict[str, Any]:
+    """Keyword arguments of `vllm.LLM` for a `PolicyProof`.
 
     Args:
         max_lora_rank: serve policies as LoRA adapters of up to this rank (on GPUs faster than merging); None: merge
             them into the model's weights.
+        settings: your own arguments, which take precedence.
     """
     from lorapar_ray.engines.settings import lora_arguments, platform_arguments
 
     lora = {} if max_lora_rank is None else lora_arguments(max_lora_rank, adapters=2)
     sampled = {"logprobs_mode": "processed_logprobs", "generation_config": "vllm", "enable_prefix_caching": True}
-    return {**platform_arguments(), **sampled, **lora, "worker_extension_cls": LOADER}
+    return {**platform_arguments(), **sampled, **lora, "worker_extension_cls": LOADER, **settings}
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,10 @@ class ServePolicy(TrainerCallback):
         self._serve(kwargs["model"])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Adds `policy_gap`, in nats, to what the trainer logs."""
-        if logs is not None and self.proofs:
-            logs["policy_gap"] = self.proofs[-1].gap
+        """Adds `policy_gap`, in nats, to what the trainer prints and keeps in `state.log_history`."""
+        for line in (logs, *state.log_history[-1:]):
+            if line is not None and self.proofs:
+                line["policy_gap"] = self.proofs[-1].gap
 
     def _serve(self, model: Any) -> None:
         self.proofs.append(self._proof.serve(model))
