@@ -9,58 +9,25 @@ from typing import Any
 
 import psutil
 import pytest
-import ray
 import torch
-from transformers import AutoModelForCausalLM
 
-from lorapar_ray.adapters import adapter_parameters, load_adapter
 from lorapar_ray.config import EngineConfig, Resources
 from lorapar_ray.engines.actor import start_engine
-from lorapar_ray.engines.canaries import Canary
 from lorapar_ray.engines.mismatch import PolicyMismatch
-from lorapar_ray.engines.policy import PolicySender, note_of
 from lorapar_ray.grpo.engine_pool import EnginePool
 from lorapar_ray.grpo.head import TokenScorer
 from lorapar_ray.grpo.packing import packed_logprobs, pad
 from lorapar_ray.grpo.samples import Sample
-from lorapar_ray.logprobs import token_logprobs
 from lorapar_ray.waiting import awaited
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.faulty_engine import ADAPTER, CACHE, FAULT, MERGED, FaultyEngine
+from tests.e2e.policy_source import TOKENS, Source
 from tests.e2e.test_interruption import copy_before
-from tests.tiny_run import ENGINE, lorapar_here, metrics
+from tests.tiny_run import ENGINE, lorapar_here, metrics, save_tiny_student
 
 pytestmark = pytest.mark.e2e
 TOLERANCE = 1e-3
-TOKENS = [5 + 37 * k % 4000 for k in range(80)]
-START = 64
 SAMPLING = {"n": 2, "temperature": 1.0, "max_tokens": 8, "seed": 0}
-
-
-class Source:
-    """The learner's side: an adapter that moves, and its own log-probabilities of the canary tokens."""
-
-    def __init__(self, finished: FinishedRun) -> None:
-        base = AutoModelForCausalLM.from_pretrained(finished.student, dtype=torch.float32)
-        adapter = finished.run / "grpo" / "adapter"
-        self.model = load_adapter(base, adapter)
-        self.parameters = adapter_parameters(self.model)
-        self.sender = PolicySender((adapter / "adapter_config.json").read_text())
-        self.version = -1
-
-    @torch.no_grad()
-    def next(self, *modules: str) -> tuple[Any, list[Canary]]:
-        """Another policy; with `modules` an adapter of only these."""
-        self.version += 1
-        generator = torch.Generator().manual_seed(self.version)
-        sent = {key: it for key, it in self.parameters.items() if not modules or key.split(".")[-3] in modules}
-        for key, parameter in self.parameters.items():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator) * (key in sent))
-        ids = torch.tensor([TOKENS])
-        logits = self.model(input_ids=ids).logits[:, START - 1 : -1]
-        logprobs, _ = token_logprobs(logits, ids[:, START:])
-        policy = self.sender.policy(self.version, sent)
-        return note_of(policy, ray.put(policy)), [Canary(TOKENS, START, logprobs[0].tolist())]
 
 
 def engine_of(student: Path, fault: Path, sync: str) -> Any:
@@ -78,12 +45,13 @@ def pool_of(student: Path, fault: Path, sync: str) -> EnginePool:
 
 
 def test_a_policy_that_is_not_the_learners_is_caught_and_a_hanging_engine_replaced(
-    cluster: None, finished: FinishedRun, tmp_path: Path
+    cluster: None, tmp_path: Path
 ) -> None:
-    source, fault = Source(finished), tmp_path / "fault"
+    student, fault = save_tiny_student(tmp_path / "student"), tmp_path / "fault"
+    source = Source(student)
 
     async def go() -> None:
-        pool = pool_of(finished.student, fault, "merged")
+        pool = pool_of(student, fault, "merged")
         [told] = await pool.start()
         assert (
             await pool.policy.publish(*source.next("q_proj", "v_proj")) < TOLERANCE
@@ -106,13 +74,12 @@ def test_a_policy_that_is_not_the_learners_is_caught_and_a_hanging_engine_replac
     asyncio.run(go())
 
 
-def test_an_adapter_is_swapped_under_requests_that_go_on_with_their_own(
-    cluster: None, finished: FinishedRun, tmp_path: Path
-) -> None:
-    source, fault = Source(finished), tmp_path / "fault"
+def test_an_adapter_is_swapped_under_requests_that_go_on_with_their_own(cluster: None, tmp_path: Path) -> None:
+    student, fault = save_tiny_student(tmp_path / "student"), tmp_path / "fault"
+    source = Source(student)
 
     async def go() -> None:
-        pool = pool_of(finished.student, fault, "adapter")
+        pool = pool_of(student, fault, "adapter")
         await pool.start()
         assert await pool.policy.publish(*source.next()) < TOLERANCE
         sampling = {**SAMPLING, "n": 16, "max_tokens": 170, "ignore_eos": True}
