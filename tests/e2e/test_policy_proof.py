@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,19 +17,17 @@ pytestmark = pytest.mark.e2e
 WEIGHTS = "modules compute with other weights, most of all"
 
 
-def test_the_page_runs_and_lost_steps_are_caught_also_in_trl(tmp_path: Path) -> None:
-    student = save_tiny_student(tmp_path / "student")
-    environment = engine_environment(EngineConfig(**ENGINE), Resources(threads=2))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.policy_proof", str(student), str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+def found_by(script: str, *arguments: str) -> dict[str, Any]:
+    """What a script of this folder prints, in the environment of an engine on a CPU."""
+    environment = engine_environment(EngineConfig(**ENGINE), Resources(threads=1))
+    command = [sys.executable, "-m", f"tests.e2e.{script}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_the_page_runs_and_lost_steps_are_caught_also_in_trl(tmp_path: Path) -> None:
+    found = found_by("policy_proof", str(save_tiny_student(tmp_path / "student")), str(tmp_path))
     assert found["answer"] == 16
     assert max(found["gap"], found["TRL: gap"]) < 1e-3
     assert "ranks loaded different policies" in found["a lost step of 0.1"]
@@ -38,3 +37,15 @@ def test_the_page_runs_and_lost_steps_are_caught_also_in_trl(tmp_path: Path) -> 
     assert "canary tokens are" in found["the trainer moved on"]
     assert found["TRL: digests"] == 4  # before the first step, and after each of three
     assert len(found["TRL: logged"]) == 3 and max(found["TRL: logged"]) < 1e-3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("max_lora_rank", [0, 8])
+def test_every_tensor_parallel_rank_is_verified(tmp_path: Path, max_lora_rank: int) -> None:
+    """Each rank holds a part of every module, of the keys and values a copy; rank 1 misses one policy."""
+    student, fault = save_tiny_student(tmp_path / "student"), tmp_path / "fault"
+    found = found_by("tensor_parallel_proof", str(student), str(fault), str(max_lora_rank))
+    assert len(found["gaps"]) == 3 and max(found["gaps"]) < 1e-3
+    [line] = found["refused"]
+    modules = "8 of 8" if max_lora_rank else "14 of 14"
+    assert f"policy 2: on its rank 1, {modules} modules compute with other weights" in line

@@ -1,0 +1,74 @@
+"""Serves policies on an engine of two tensor-parallel ranks, one of which then stays behind; prints the result as JSON.
+
+python -m tests.e2e.tensor_parallel_proof STUDENT FAULT MAX_LORA_RANK
+
+The engine merges policies if MAX_LORA_RANK is 0. FAULT is a file: while it exists, rank 1 does not do what it is told.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from vllm import LLM
+
+from lorapar_ray.adapters import adapter_parameters
+from lorapar_ray.engines.mismatch import PolicyMismatch
+from lorapar_ray.engines.policy_loader import PolicyLoader, read_adapter
+from lorapar_ray.engines.proof import PolicyProof, proof_arguments
+
+FAULT = "LORAPAR_TEST_FAULT"
+EVERY_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class LateRank(PolicyLoader):
+    """With the fault, rank 1 says that it loads a policy, or leaves an adapter's slot as it was, and does not."""
+
+    rank: int
+
+    def late(self) -> bool:
+        return self.rank == 1 and Path(os.environ[FAULT]).exists()
+
+    def lorapar_load_policy(self, adapter: str | None) -> str:
+        if not self.late():
+            return super().lorapar_load_policy(adapter)
+        assert adapter is not None
+        return read_adapter(Path(adapter), self.device)[2]
+
+    def lorapar_check_adapter(self, lora_id: int, adapter: str) -> tuple[str, str]:
+        if self.late():
+            for layer in self.model_runner.lora_manager._adapter_manager.modules.values():
+                layer.reset_lora(self.model_runner.lora_manager._adapter_manager.lora_index_to_id.index(lora_id))
+        return super().lorapar_check_adapter(lora_id, adapter)
+
+
+@torch.no_grad()
+def main(student: str, max_lora_rank: int) -> dict[str, object]:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=EVERY_LINEAR))
+    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    extension = f"tests.e2e.tensor_parallel_proof.{LateRank.__name__}"
+    engine = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "enforce_eager": True, **ranks}
+    arguments = proof_arguments(max_lora_rank or None, worker_extension_cls=extension, **engine)
+    proof = PolicyProof(LLM(student, **arguments), [list(range(5, 45))])
+    gaps, refused = [], []
+    for fault in (False, False, True, False):
+        for parameter in adapter_parameters(model).values():
+            parameter += 0.02 * torch.randn(parameter.shape)
+        Path(os.environ[FAULT]).touch() if fault else Path(os.environ[FAULT]).unlink(missing_ok=True)
+        try:
+            gaps.append(proof.serve(model).gap)
+        except PolicyMismatch as error:
+            refused.append(str(error))
+    proof.close()
+    return {"gaps": gaps, "refused": refused}
+
+
+if __name__ == "__main__":
+    os.environ[FAULT] = sys.argv[2]
+    print(json.dumps(main(sys.argv[1], int(sys.argv[3]))), flush=True)
+    os._exit(0)
