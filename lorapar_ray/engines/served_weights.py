@@ -26,7 +26,7 @@ from lorapar_ray.engines.rounding import beyond, merged_exactly
 from lorapar_ray.mergeable import PREFIX
 
 COLUMNS = 4
-"""Columns of each module that are compared at a sync: together they cost about one decoding step."""
+"""Columns of each module that are compared at a sync: together they cost one or two decoding steps."""
 
 
 @dataclass(frozen=True)
