@@ -31,20 +31,20 @@ from lorapar_ray.session import ray_session
 
 GRID = 4, 8, 16, 32, 64
 """Prompts per step."""
-AUTO_STEPS, STEPS, SKIPPED = 20, 10, 2
+AUTO_STEPS, STEPS, QUICK_STEPS, SKIPPED = 20, 10, 6, 2
 GOAL = 0.9
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three sizes instead of five")
+    parser.add_argument("--quick", action="store_true", help="three sizes instead of five, fewer steps")
     parser.add_argument("--device", choices=SIZES, default="cpu")
     parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     arguments = parser.parse_args()
-    grid = GRID[::2] if arguments.quick else GRID
+    grid, steps = (GRID[::2], QUICK_STEPS) if arguments.quick else (GRID, STEPS)
     size = replace(SIZES[arguments.device], prompts=grid[0])
     with TemporaryDirectory() as folder, ray_session():
-        config, run = prepare(tiny_model(Path(folder) / "model"), STEPS, Path(folder) / "run", size)
+        config, run = prepare(tiny_model(Path(folder) / "model"), steps, Path(folder) / "run", size)
         make_adapter(config, run, run.adapter)
         shutil.copytree(run.adapter, run.sft / "adapter")
         auto = {"balance": "auto", "balance_prompts": (grid[0], grid[-1]), "steps": AUTO_STEPS}
