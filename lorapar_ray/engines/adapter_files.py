@@ -30,13 +30,17 @@ class AdapterFiles:
             adapter: content of `adapter_model.safetensors`.
             config: content of `adapter_config.json`.
         """
-        root = _root(len(adapter))
-        if root not in self._directories:
-            self._directories[root] = self._open.enter_context(private_directory(root))
-        folder = Path(tempfile.mkdtemp(dir=self._directories[root]))
+        folder = self.folder(len(adapter))
         (folder / "adapter_model.safetensors").write_bytes(adapter)
         (folder / "adapter_config.json").write_text(config)
         return folder
+
+    def folder(self, size: int) -> Path:
+        """A new, empty directory with room for so many bytes."""
+        root = _root(size)
+        if root not in self._directories:
+            self._directories[root] = self._open.enter_context(private_directory(root))
+        return Path(tempfile.mkdtemp(dir=self._directories[root]))
 
     def close(self) -> None:
         """Remove all of them."""

@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 
-from lorapar_ray.adapters.keys import adapter_state
+from lorapar_ray.adapters.keys import adapter_parameters
 from lorapar_ray.adapters.store import CONFIG, WEIGHTS, save_adapter
 from lorapar_ray.engines.adapter_files import AdapterFiles
 from lorapar_ray.engines.canaries import Canary, canary_tolerance, gaps_between, mean_gap, refusal
 from lorapar_ray.engines.mismatch import PolicyMismatch, verified
-from lorapar_ray.engines.policy import adapter_bytes
 from lorapar_ray.engines.scoring import DECODING, sampled_logprobs, sampling_params, scored, scoring_params
 from lorapar_ray.errors import UserError
 from lorapar_ray.logprobs import token_logprobs
@@ -158,7 +157,7 @@ class PolicyProof:
         if isinstance(policy, str | Path):
             blob, config = (Path(policy) / WEIGHTS).read_bytes(), (Path(policy) / CONFIG).read_text()
             return self._files.write(blob, config)
-        folder = self._files.write(adapter_bytes(adapter_state(policy)), "{}")
+        folder = self._files.folder(sum(each.numel() * 4 for each in adapter_parameters(policy).values()))
         save_adapter(policy, folder)
         return folder
 

@@ -178,7 +178,10 @@ class Objects:
             with suppress(FileNotFoundError):
                 self.file_system.delete_dir(self._path(name))
 
-        self._ask(call) if self._store.deletes_folders else self.delete(self.listing(name))
+        if self._store.deletes_folders:
+            self._ask(call)
+        else:
+            self.delete(self.listing(name))
 
     def _path(self, name: str) -> str:
         return f"{self.uri.path}/{name}"
