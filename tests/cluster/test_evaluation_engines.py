@@ -1,7 +1,9 @@
 """The evaluation's engines, some of which ran before it; the engines only pretend to answer, for fault injection."""
 
 import os
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -17,10 +19,14 @@ REQUESTS = [Request("generate", [1, number]) for number in range(60)]
 
 
 class FakeEngine:
-    """Answers with its process id; ends with its process when it is asked for the `dies_at`-th time."""
+    """Answers with its process id; ends with its process when it is asked for the `dies_at`-th time.
 
-    def __init__(self, dies_at: int | None = None) -> None:
+    It dies no sooner than the caller creates the file `received`: a process that ends loses what it has just returned.
+    """
+
+    def __init__(self, dies_at: int | None = None, received: Path | None = None) -> None:
         self._left = dies_at
+        self._received = received
 
     def start(self) -> None:
         if self._left == 0:
@@ -30,6 +36,8 @@ class FakeEngine:
         if self._left is not None:
             self._left -= 1
             if self._left <= 0:
+                while self._received is not None and not self._received.exists():
+                    time.sleep(0.01)
                 os._exit(1)
         return answer_table([Answer(key, tokens=[os.getpid()]) for key in requests["key"].to_pylist()])
 
@@ -53,15 +61,19 @@ def made(cluster: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.parametrize(("dies_at", "others"), [(None, 0), (0, 1), (2, 1)])
 def test_a_running_engine_that_is_lost_is_replaced_and_costs_no_answer(
-    dies_at: int | None, others: int, made: list[Any]
+    dies_at: int | None, others: int, made: list[Any], tmp_path: Path
 ) -> None:
     import ray
 
-    running = ray.remote(FakeEngine).options(num_cpus=0).remote(dies_at)
+    received = tmp_path / "received"
+    running = ray.remote(FakeEngine).options(num_cpus=0).remote(dies_at, received)
     settings = EngineConfig(max_num_seqs=32)
     with Engines("m", settings, Resources(cpus=0), running=[running]) as engines:
         engines.start()
-        answers = [answer for found in engines.answers(REQUESTS) for answer in found]
+        answers = []
+        for found in engines.answers(REQUESTS):
+            answers += found
+            received.touch()
     assert sorted(answer.key for answer in answers) == sorted(request.key for request in REQUESTS)
     assert len(made) == others
     processes = {answer.tokens[0] for answer in answers}

@@ -6,7 +6,8 @@
 - FLOODS use up what they can.
 
 `SECRET`, `WITNESS`, `PORT`, `ABSTRACT`, `PID` and `MARK` are replaced by a file, a folder, a TCP port, an abstract
-socket's name and a process of the outside, and a name for what an attack leaves behind.
+socket's name and a process of the outside, and a name for what an attack leaves behind; `SCRATCH` by a folder that an
+attack may fill where its layer lets it write.
 """
 
 from __future__ import annotations
@@ -278,7 +279,7 @@ ESCAPES: dict[str, str] = {
         """
     ),
     "attributes that no limit counts": _tries(
-        "open('/tmp/x', 'w').close() or os.setxattr('/tmp/x', 'user.a', bytes(60000)) is None"
+        "open('SCRATCH/x', 'w').close() or os.setxattr('SCRATCH/x', 'user.a', bytes(60000)) is None"
     ),
     "environment": _tries("[each for each in os.environ if each not in ('PWD', 'LC_CTYPE')]"),
     "connect to the network": _tries(
@@ -448,9 +449,9 @@ FLOODS: dict[str, str] = {
     "memory": "def f():\n    data = []\n    while True: data.append(bytearray(2**20))",
     "memory at once": "def f(): return len(bytearray(2**40))",
     "mapped memory": "import mmap\ndef f():\n    return [mmap.mmap(-1, 2**26).write(b'x' * 2**26) for _ in range(999)] and 5",
-    "disk": "def f():\n    with open('/tmp/big', 'wb') as file:\n        while True: file.write(b'x' * 2**20)",
-    "many files": "def f():\n    n = 0\n    while True:\n        open(f'/tmp/{n}', 'w').write('x' * 4096)\n        n += 1",
-    "sparse file": "import os\ndef f():\n    os.truncate(os.open('/tmp/sparse', os.O_CREAT | os.O_RDWR), 2**40)",
+    "disk": "def f():\n    with open('SCRATCH/big', 'wb') as file:\n        while True: file.write(b'x' * 2**20)",
+    "many files": "def f():\n    n = 0\n    while True:\n        open(f'SCRATCH/{n}', 'w').write('x' * 4096)\n        n += 1",
+    "sparse file": "import os\ndef f():\n    os.truncate(os.open('SCRATCH/sparse', os.O_CREAT | os.O_RDWR), 2**40)",
     "output": "def f():\n    while True: print('x' * 2**16)",
     "errors": "import sys\ndef f():\n    while True: sys.stderr.write('x' * 2**16)",
     "endless loop": "def f():\n    while True: pass",
@@ -505,7 +506,7 @@ FLOODS: dict[str, str] = {
     "compressed bomb": "import zlib\ndef f():\n    d = zlib.compress(bytes(2**24))\n    return zlib.decompress(d * 1) * 999",
     "sums of ranges": "def f(): return sum(range(10**12))",
     "long string": "def f(): return 'x' * 2**28",
-    "empty files": "import itertools, os\ndef f():\n    for n in itertools.count(): os.close(os.open(f'/tmp/{n}', os.O_CREAT))",
+    "empty files": "import itertools, os\ndef f():\n    for n in itertools.count(): os.close(os.open(f'SCRATCH/{n}', os.O_CREAT))",
     "descriptors in flight": (
         "import socket\ndef f():\n    a, b = socket.socketpair()\n    while True: socket.send_fds(a, [b'x'], [0] * 200)"
     ),

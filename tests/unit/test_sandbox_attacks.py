@@ -37,9 +37,10 @@ class Outside:
     mark: str
     hits: list[str]
 
-    def aimed(self, code: str) -> str:
+    def aimed(self, code: str, layer: str) -> str:
         """The attack, on these targets."""
-        places = {"SECRET": self.folder / "secret", "WITNESS": self.folder / "witness", "PORT": self.port}
+        places: dict[str, object] = {"SCRATCH": scratch(layer, self.folder)}
+        places |= {"SECRET": self.folder / "secret", "WITNESS": self.folder / "witness", "PORT": self.port}
         places |= {"ABSTRACT": self.abstract, "PID": os.getpid(), "MARK": self.mark}
         for name, value in places.items():
             code = code.replace(name, str(value))
@@ -59,6 +60,11 @@ class Outside:
             *(resource.getrlimit(resource.RLIMIT_NOFILE), os.sched_getaffinity(0), os.getpriority(0, 0)),
             *(socket.gethostname(), Path("/proc/sysvipc/shm").read_text().count(str(0x51AB51AB))),
         ]
+
+
+def scratch(layer: str, folder: Path) -> str:
+    """Where an attack writes: a folder of its own sandbox; on the layer that confines no files, `folder`."""
+    return str(folder) if layer == "process" else "/tmp"
 
 
 def _marked(place: str, mark: str) -> list[Path]:
@@ -135,7 +141,7 @@ def test_no_verdict_is_forged(layer: str) -> None:
 def test_nothing_gets_out(layer: str, outside: Outside) -> None:
     programs = attacks.ESCAPES | ({} if layer == "process" else attacks.FILES)
     before = outside.state()
-    jobs = {name: Job(outside.aimed(code), "assert not f(), f()", ("f",)) for name, code in programs.items()}
+    jobs = {name: Job(outside.aimed(code, layer), "assert not f(), f()", ("f",)) for name, code in programs.items()}
     verdicts = attack(layer, LIMITS, jobs)
     died = {"32-bit system calls", "x32 system calls"}  # the filter ends the process
     wrong = {name: verdict for name, verdict in verdicts.items() if not verdict.passed and name not in died}
@@ -145,8 +151,11 @@ def test_nothing_gets_out(layer: str, outside: Outside) -> None:
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_floods_end_at_their_limits(layer: str) -> None:
-    jobs = {name: Job(code, "assert f() == 4", ("f",)) for name, code in attacks.FLOODS.items()}
+def test_floods_end_at_their_limits(layer: str, tmp_path: Path) -> None:
+    place = scratch(layer, tmp_path)
+    jobs = {
+        name: Job(code.replace("SCRATCH", place), "assert f() == 4", ("f",)) for name, code in attacks.FLOODS.items()
+    }
     verdicts = attack(layer, LIMITS, jobs)
     assert {verdict.reason for verdict in verdicts.values()} <= {"failed", "raised", "timeout", "output", "died"}
     hanging = "endless loop", "endless definition", "sleep", "half an answer", "error that hangs", "truth that hangs"
@@ -194,7 +203,7 @@ HARMLESS = [
 
 def test_the_attacks_work_where_there_is_no_sandbox(outside: Outside) -> None:
     """An attack that fails without a sandbox too would show nothing."""
-    programs = {name: outside.aimed((attacks.ESCAPES | attacks.FILES)[name]) for name in HARMLESS}
+    programs = {name: outside.aimed((attacks.ESCAPES | attacks.FILES)[name], "process") for name in HARMLESS}
     programs["kill the parent"] = programs["kill the parent"].replace("os.kill(os.getppid(), 9) is None", "0")
     script = "import sys, json\nout = {}\nfor name, code in json.load(sys.stdin).items():\n"
     script += "    space = {}\n    exec(code, space)\n    out[name] = bool(space['f']())\nprint(json.dumps(out))"
