@@ -1,8 +1,11 @@
 """Stage 2 of two runs at once, on one base and one engine: each ends as it does alone."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -11,6 +14,8 @@ from lorapar_ray.grpo.job import train_stage2
 from lorapar_ray.grpo.together import shape_of, train_together, why_alone
 from lorapar_ray.partition import load_regions, stage_mask
 from lorapar_ray.runs import RunDirectory
+from lorapar_ray.threads import meanwhile
+from tests.e2e.test_grpo_recovery import find
 from tests.sft_run import ready_run, weights
 from tests.tiny_run import metrics, save_tiny_student
 from tests.together import tasks_here
@@ -42,12 +47,51 @@ def test_each_arm_ends_as_it_does_alone(cluster: None, tmp_path: Path) -> None:
         for name, tolerance in (("reward", 1e-6), ("completion_length", 1e-6), ("loss", 1e-4), ("grad_norm", 1e-3)):
             assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=1e-6), (ours["step"], name)
         assert ours["canary_gap"] < 0.01 and ours["staleness"] == 0
+    moves_only_its_region(one[1])
     before, after, reference = (
         weights(each) for each in (one[1].adapter, one[1].grpo / "adapter", alone[1].grpo / "adapter")
     )
-    mask = stage_mask(load_regions(one[1].partition / "regions.safetensors")[0], stage=2)
-    for key, active in mask.items():
-        assert torch.equal(before[key].view(torch.int32)[~active], after[key].view(torch.int32)[~active]), key
+    for key in before:
         torch.testing.assert_close(after[key], reference[key], rtol=1e-2, atol=1e-3)
     changed = weights(two[1].grpo / "adapter")
     assert all(not torch.equal(before[key], value) for key, value in changed.items())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("victim", ["ray::EngineActor", "VLLM::EngineCore", "ray::Coordinator"])
+def test_a_process_that_all_arms_use_may_die(cluster: None, tmp_path: Path, victim: str) -> None:
+    student = save_tiny_student(tmp_path / "student")
+    arms = [ready(student, tmp_path / name, steps=6, learning_rate=rate) for name, rate in (("a", 1e-2), ("b", 5e-3))]
+    killed: list[int] = []
+
+    def kill_once() -> None:
+        if not killed and all(len(metrics(run.root, "grpo")) >= 2 for _, run in arms):
+            found = find(psutil.Process(), victim)
+            assert found is not None
+            killed.append(found.pid)
+            os.kill(found.pid, signal.SIGKILL)
+
+    with tasks_here(), meanwhile(kill_once, every_s=0.1):
+        notes = train_together(arms)
+    assert len(killed) == 1 and [each["steps"] for each in notes] == [6, 6]
+    for _, run in arms:
+        lines = metrics(run.root, "grpo")
+        assert [line["policy_version"] for line in lines] == list(range(1, 7))
+        assert all(line["staleness_max"] == 0 and line["canary_gap"] < 0.01 for line in lines)
+        if victim != "ray::Coordinator":  # which takes its count with it
+            assert lines[-1]["engines_replaced"] == 1
+        drawn = [prompt for line in lines for prompt in line["prompts"]]
+        epoch = notes[0]["prompts"]
+        for first in range(0, len(drawn), epoch):
+            each = drawn[first : first + epoch]
+            assert len(set(each)) == len(each)
+        moves_only_its_region(run)
+
+
+def moves_only_its_region(run: RunDirectory) -> None:
+    """Stage 2 changes elements of its mask, and not one bit of the others."""
+    before, after = weights(run.adapter), weights(run.grpo / "adapter")
+    mask = stage_mask(load_regions(run.partition / "regions.safetensors")[0], stage=2)
+    assert any(not torch.equal(before[key], after[key]) for key in mask)
+    for key, active in mask.items():
+        assert torch.equal(before[key].view(torch.int32)[~active], after[key].view(torch.int32)[~active]), key
