@@ -69,17 +69,16 @@ async def received(policy: Policy | DirectPolicy) -> Policy:
     return replace(parts.policy, tensors=parts.tensors.numpy().tobytes())
 
 
-def require_transport(transport: Transport) -> None:
-    """Check that this machine has what the transport needs.
+def require_nixl() -> None:
+    """Check that this machine has what the direct transport needs.
 
     Raises:
         UserError: NIXL is not installed, or does not load.
     """
-    if transport == "direct":
-        try:
-            import nixl._api  # noqa: F401
-        except (ImportError, OSError) as error:
-            raise UserError(
-                f"grpo.policy_transport: direct needs NIXL ({error}): pip install 'lorapar-ray[direct]' on every node, "
-                "or set object_store"
-            ) from error
+    try:
+        import nixl._api  # noqa: F401
+    except (ImportError, OSError) as error:
+        raise UserError(
+            f"grpo.policy_transport: direct needs NIXL ({error}): pip install 'lorapar-ray[direct]' on every node, "
+            "or set object_store"
+        ) from error

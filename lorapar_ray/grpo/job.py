@@ -20,7 +20,7 @@ from lorapar_ray.config import Config
 from lorapar_ray.datasets.labelled import require_room, token_table
 from lorapar_ray.datasets.tokens import Questions, Selection, TokenTable
 from lorapar_ray.engines.kept import HandedEngines
-from lorapar_ray.engines.policy_transport import require_transport
+from lorapar_ray.engines.policy_transport import require_nixl
 from lorapar_ray.errors import UserError
 from lorapar_ray.gpus import sync_of
 from lorapar_ray.grpo.coordinator import Coordinator
@@ -160,8 +160,8 @@ def run_learners(
     import ray
 
     settings, name = first.config.grpo, first.job.coordinator
-    if settings.policy_transport != "object_store":
-        on_a_worker(require_transport, settings.policy_transport)  # before minutes of starting engines
+    if settings.policy_transport == "direct":
+        on_a_worker(require_nixl)  # before minutes of starting engines
     options = {"name": name, "max_concurrency": 1000, "max_restarts": RESTARTS}
     with nullcontext() if staying else reserved(first.config) as place:
         handed = HandedEngines(dict(enumerate(staying)), partial(new_engine, plan, None)) if staying else None

@@ -11,7 +11,7 @@ import torch
 from ray.experimental import get_object_locations
 
 from lorapar_ray.engines.policy import PolicyNote, PolicyReceiver, PolicySender, note_of
-from lorapar_ray.engines.policy_transport import received, require_transport, sent
+from lorapar_ray.engines.policy_transport import received, require_nixl, sent
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.engine_losses import fetch_failed, is_dead
 from lorapar_ray.workers import on_a_worker
@@ -115,13 +115,12 @@ def test_engines_and_learners_may_die_and_start_and_the_digest_is_checked(cluste
 def without_nixl() -> None:
     sys.modules["nixl"] = None  # type: ignore[assignment]  # as if it were not installed
     try:
-        require_transport("object_store")
-        require_transport("direct")
+        require_nixl()
     finally:
         del sys.modules["nixl"]
 
 
 def test_a_machine_without_nixl_is_told_before_anything_starts(cluster: None) -> None:
-    on_a_worker(require_transport, "direct")
+    on_a_worker(require_nixl)
     with pytest.raises(UserError, match=r"grpo.policy_transport: direct needs NIXL .*lorapar-ray\[direct\]"):
         on_a_worker(without_nixl)
