@@ -31,6 +31,25 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, usual or signal.SIG_DFL)
 
 
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Within this context this thread's calls of `signal.signal` change nothing.
+
+    For importing users' code. Some libraries set handlers when they are set up: this would replace ours, and Python
+    refuses it outside of the main thread, where Ray runs its async actors.
+    """
+    thread, usual = threading.current_thread(), signal.signal
+
+    def kept(number: int, handler: Any) -> Any:
+        return signal.getsignal(number) if threading.current_thread() is thread else usual(number, handler)
+
+    signal.signal = kept
+    try:
+        yield
+    finally:
+        signal.signal = usual
+
+
 def status_of(interrupt: KeyboardInterrupt, resumed_by: str = "the same command") -> int:
     """Print how an interrupted command resumes; returns its exit status, as a shell has it: 128 + the signal."""
     print(f"lorapar: interrupted; {resumed_by} continues where it stopped", file=sys.stderr)

@@ -13,8 +13,10 @@ from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.mismatch import PolicyMismatch
 from lorapar_ray.engines.policy import Policy, PolicyNote, PolicySender, note_of
 from lorapar_ray.engines.record import record_of
+from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.coordinator import Coordinator
 from lorapar_ray.grpo.environments.actor import EnvironmentWorkers
+from lorapar_ray.grpo.environments.registry import get_environment
 from lorapar_ray.models import resolve_model
 
 pytestmark = pytest.mark.cluster
@@ -167,5 +169,22 @@ def test_publishing_of_dead_learners_ends_before_the_next_ones(cluster: None) ->
         with pytest.raises(PolicyMismatch):  # so does the wait for a step that cannot begin
             await waiting
         coordinator._sampler._rewards.stop()
+
+    asyncio.run(go())
+
+
+def test_an_environment_that_only_a_worker_cannot_import_stops_the_run(cluster: None) -> None:
+    """`tests.cluster.only_on_the_main_thread`, as a Ray actor with async methods has none."""
+    name = "tests.cluster.only_on_the_main_thread:rollout"
+    get_environment(name)
+    elsewhere = plan()
+    elsewhere["settings"] |= {"environment": name}
+
+    async def go() -> None:
+        workers = EnvironmentWorkers(elsewhere)
+        with pytest.raises(UserError) as refusal:
+            await workers.play(Engines(), "a", 0, [1, 2, 3], {"n": 2, "seed": 0})  # type: ignore[arg-type]
+        workers.stop()
+        assert str(refusal.value).startswith(f"grpo.environment: '{name}' cannot be imported (RuntimeError: not here)")
 
     asyncio.run(go())

@@ -2,6 +2,8 @@
 answers."""
 
 import json
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lorapar_ray.grpo.environments.from_verifiers import from_verifiers, load, rows, tool_calls
@@ -82,6 +84,30 @@ def test_its_tool_environment_calls_tools_and_an_episode_without_room_ends() -> 
     short = Limits(prompt=512, completion=len(plain(call)) + 1, vocabulary=49152)
     cut = played(from_verifiers(environment), Engine(call), limits=short, row=row).head
     assert (cut.turns, cut.lost, cut.sampled) == ((1,), (), (len(plain(call)),))
+
+
+def test_an_answer_has_at_most_the_environments_tokens_or_ours() -> None:
+    def environment(**limits: Any) -> Any:
+        made = gym(max_episode_steps=2)
+        made.sampling_args |= limits
+        return made
+
+    row = {"prompt": "Guess a number.", "answer": "0", "prompt_ids": [5]}
+    for limits, ours, most in (({}, None, None), ({"max_tokens": 5}, None, 5), ({"max_tokens": 5}, 3, 3)):
+        engine = Engine("1<|im_end|>")
+        made = from_verifiers(environment, turn_tokens=ours, **limits)
+        played(made, engine, limits=LONG, row=row)
+        asked = [sampling["max_tokens"] for _, _, sampling in engine.asked]
+        assert len(asked) == 2 and (asked == [most] * 2 if most else min(asked) > LONG.completion // 2)
+
+
+def test_it_can_be_loaded_on_any_thread_and_leaves_our_signal_handlers() -> None:
+    """Its environments set handlers of SIGINT and SIGTERM; workers import them outside of the main thread."""
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    load(gym)
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(load, gym).result().num_train_episodes == 2
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_changed_history_is_refused() -> None:

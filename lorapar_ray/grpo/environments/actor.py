@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from lorapar_ray.config import GrpoConfig
 from lorapar_ray.datasets.chat import load_encoder
 from lorapar_ray.engines.record import GroupHead, GroupRecord
-from lorapar_ray.grpo.environments.episodes import EpisodeGroup
+from lorapar_ray.errors import UserError
+from lorapar_ray.grpo.environments.episodes import EpisodeGroup, RolloutFunction
 from lorapar_ray.grpo.environments.registry import get_environment
 from lorapar_ray.grpo.environments.trajectory import Limits, as_record
 from lorapar_ray.models import resolve_model
@@ -46,7 +47,11 @@ class EnvironmentActor:
         settings = GrpoConfig.model_validate(plan["settings"])
         assert settings.environment is not None
         self._rows: Sequence[dict[str, Any]] = plan["rows"]
-        self._rollout = get_environment(settings.environment)
+        self._rollout: RolloutFunction | UserError
+        try:
+            self._rollout = get_environment(settings.environment)
+        except UserError as error:  # raised by each call: an error of the constructor would only restart this process
+            self._rollout = error
         self._encoder = load_encoder(resolve_model(plan["model"]), None, plan["trust_remote_code"])
         self._limits = Limits(
             settings.max_prompt_length, settings.max_completion_length, vocabulary=len(self._encoder.tokenizer)
@@ -62,7 +67,12 @@ class EnvironmentActor:
 
         Returns:
             its record and head; `STRANDED` if the engine is lost: the group waits for a call with another engine.
+
+        Raises:
+            UserError: the environment cannot be imported here.
         """
+        if isinstance(self._rollout, UserError):
+            raise self._rollout
         self._watch()
         if key not in self._groups:
             row = row_of(self._rows[index])
@@ -151,6 +161,9 @@ class EnvironmentWorkers:
 
         Args:
             sampling: vLLM's parameters of a turn; `n` is the number of samples, `seed` the group's seed.
+
+        Raises:
+            UserError: the environment cannot be imported in the worker's process.
         """
         import ray
 
@@ -164,6 +177,8 @@ class EnvironmentWorkers:
             except asyncio.CancelledError:
                 worker.cancel.remote(own)
                 raise
+            except UserError as error:
+                raise UserError(str(getattr(error, "cause", error))) from error  # without the worker's traceback
             except ray.exceptions.RayActorError as error:
                 told = f"its worker died, {CRASHES} times: {one_line(str(error), 200)}"
                 with suppress(ray.exceptions.RayError):  # calls fail until Ray has restarted it

@@ -10,6 +10,9 @@ The environment calls an object with the interface of an OpenAI client; each cal
 messages that the environment has added since are tokenised, never the chat so far, so training uses exactly the sampled
 tokens. An environment that changes earlier messages, or requests two answers to the same chat, fails with an error.
 
+The environment's own `sampling_args` limit each answer (`max_tokens`, `stop`); the config alone sets the others, such
+as the temperature.
+
 Written for `verifiers` 0.1.10, the newest that is compatible with this project's versions. Also tried with 0.1.14,
 which wraps the client in a class. The environments of 0.4 have another interface.
 """
@@ -20,21 +23,29 @@ import json
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.environments.episodes import RolloutFunction
 from lorapar_ray.grpo.environments.trajectory import Trajectory
 from lorapar_ray.grpo.environments.turns import TurnEngine
+from lorapar_ray.interrupts import handlers_kept
 
+MOST = ("max_completion_tokens", "max_tokens")
+"""OpenAI's two names of the most tokens of an answer; the first counts."""
 _TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 
 
-def from_verifiers(environment: str | Callable[..., Any], **arguments: Any) -> RolloutFunction:
+def from_verifiers(
+    environment: str | Callable[..., Any], *, turn_tokens: int | None = None, **arguments: Any
+) -> RolloutFunction:
     """An environment of `verifiers` as a rollout function.
 
     Args:
         environment: the name of an installed one (`verifiers.load_environment`), or a function that creates one.
+        turn_tokens: most tokens of one answer; None: what the environment's `sampling_args` say, else all that are
+            left of `grpo.max_completion_length`, so that one long answer ends the episode.
         arguments: passed to either.
 
     Raises:
@@ -43,7 +54,7 @@ def from_verifiers(environment: str | Callable[..., Any], **arguments: Any) -> R
     made = load(environment, **arguments)
 
     async def rollout(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
-        return await play(made, engine, row)
+        return await play(made, engine, row, turn_tokens)
 
     return rollout
 
@@ -58,9 +69,10 @@ def load(environment: str | Callable[..., Any], **arguments: Any) -> Any:
         import verifiers
     except ImportError as error:
         raise UserError(f"this environment needs verifiers ({error}): pip install 'lorapar-ray[verifiers]'") from error
-    if isinstance(environment, str):
-        return verifiers.load_environment(environment, **arguments)
-    return environment(**arguments)
+    with handlers_kept():  # also if an episode is the first to load it
+        if isinstance(environment, str):
+            return verifiers.load_environment(environment, **arguments)
+        return environment(**arguments)
 
 
 def rows(environment: Any) -> Iterator[dict[str, Any]]:
@@ -73,8 +85,10 @@ def rows(environment: Any) -> Iterator[dict[str, Any]]:
         yield {**kept, "answer": str(row.get("answer", ""))}
 
 
-async def play(environment: Any, engine: TurnEngine, row: Mapping[str, Any]) -> Trajectory:
-    """One episode, with the reward of the environment's rubric."""
+async def play(
+    environment: Any, engine: TurnEngine, row: Mapping[str, Any], turn_tokens: int | None = None
+) -> Trajectory:
+    """One episode, with the reward of the environment's rubric; `turn_tokens`: see `from_verifiers`."""
     import verifiers
 
     model, columns = Model(engine), row.get("columns") or {}
@@ -88,7 +102,10 @@ async def play(environment: Any, engine: TurnEngine, row: Mapping[str, Any]) -> 
     client: Any = model
     if hasattr(verifiers, "OpenAIChatCompletionsClient"):
         client = verifiers.OpenAIChatCompletionsClient(model)
-    state = await environment.rollout(asked, client, "policy", {})
+    sampling = deepcopy(getattr(environment, "sampling_args", None) or {})  # which `rollout` alone would not use
+    if turn_tokens is not None:
+        sampling = {name: value for name, value in sampling.items() if name not in MOST} | {MOST[0]: turn_tokens}
+    state = await environment.rollout(asked, client, "policy", sampling)
     if model.failure is not None:
         raise model.failure
     if model.trajectory is None:
@@ -118,10 +135,8 @@ class Model:
         Raises:
             openai.BadRequestError: the chat leaves no room for an answer; environments then end the episode.
         """
-        chat, most = (
-            [dict(each) for each in messages],
-            options.get("max_completion_tokens") or options.get("max_tokens"),
-        )
+        chat = [dict(each) for each in messages]
+        most = next((options[name] for name in MOST if options.get(name)), None)
         try:
             trajectory = self._continued(chat, list(tools or []))
         except Exception as error:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lorapar_ray.boundary import imported
 from lorapar_ray.errors import UserError
+from lorapar_ray.interrupts import handlers_kept
 
 if TYPE_CHECKING:
     from lorapar_ray.config import GrpoConfig
@@ -22,7 +23,8 @@ def get_environment(name: str) -> RolloutFunction:
     where = f"grpo.environment: '{name}'"
     if ":" not in name:
         raise UserError(f"{where} is not module:function")
-    found: RolloutFunction = imported(name, where)
+    with handlers_kept():
+        found: RolloutFunction = imported(name, where)
     called = found if inspect.isroutine(found) else getattr(found, "__call__", None)  # noqa: B004
     if not inspect.iscoroutinefunction(called):
         raise UserError(f"{where} is not an async function; write `async def rollout(engine, row)`")
