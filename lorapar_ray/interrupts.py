@@ -43,7 +43,7 @@ def handlers_kept() -> Iterator[None]:
     def kept(number: int, handler: Any) -> Any:
         return signal.getsignal(number) if threading.current_thread() is thread else usual(number, handler)
 
-    signal.signal = kept
+    signal.signal = kept  # type: ignore[assignment]
     try:
         yield
     finally:
