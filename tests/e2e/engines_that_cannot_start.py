@@ -38,13 +38,21 @@ def as_it_is(model: Path) -> None:
 
 
 ENGINE = EngineConfig.model_validate({"dtype": "float32", "max_model_len": 256, "enforce_eager": True})
+LARGE_CACHE = {
+    "num_hidden_layers": 16,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+}
+"""256 KiB of cache for each token, so that 8192 tokens need 2 GiB; a longer context would be slow to prepare."""
 CASES: dict[str, tuple[Callable[[Path], None], dict[str, Any]]] = {
     "architecture": (with_config(architectures=["NobodysForCausalLM"], model_type="llama"), {}),
     "head size": (with_config(head_dim=16, hidden_size=64, num_attention_heads=4), {}),
     "cut weights": (cut_weights, {}),
     "longer than the model": (as_it_is, {"max_model_len": 4096}),
     "unknown argument": (as_it_is, {"extra": {"nonsense": 1}}),
-    "cache": (with_config(max_position_embeddings=2**24), {"max_model_len": 2**24}),
+    "cache": (with_config(**LARGE_CACHE), {"max_model_len": 8192, "extra": {"load_format": "dummy"}}),
     "batched tokens": (as_it_is, {"extra": {"max_num_batched_tokens": 8}}),
 }
 
