@@ -4,8 +4,12 @@ The engine is a fake with fixed answers; the learner's model, the tokenizer and 
 """
 
 import asyncio
+import signal
+import sys
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -447,3 +451,21 @@ def test_an_environment_that_cannot_be_used_is_named(name: str, told: str) -> No
 def test_a_config_names_the_environment_that_its_reward_is_of() -> None:
     with pytest.raises(ValueError, match=r"grpo.environment gives its trajectories; name one there"):
         GrpoConfig(rewards=[{"name": "environment"}])
+
+
+def test_a_module_that_sets_signal_handlers_is_imported_on_any_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sets_a_handler.py").write_text(
+        "import signal\n"
+        "usual = signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "async def rollout(engine, row):\n    return usual\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before, function = signal.getsignal(signal.SIGTERM), signal.signal
+    with ThreadPoolExecutor(1) as thread:
+        rollout: Any = thread.submit(get_environment, "sets_a_handler:rollout").result()
+    assert asyncio.run(rollout(None, {})) == before == signal.getsignal(signal.SIGTERM)
+    del sys.modules["sets_a_handler"]
+    get_environment("sets_a_handler:rollout")
+    assert before == signal.getsignal(signal.SIGTERM) and signal.signal is function
