@@ -177,8 +177,6 @@ class EnvironmentWorkers:
             except asyncio.CancelledError:
                 worker.cancel.remote(own)
                 raise
-            except UserError as error:
-                raise UserError(str(getattr(error, "cause", error))) from error  # without the worker's traceback
             except ray.exceptions.RayActorError as error:
                 told = f"its worker died, {CRASHES} times: {one_line(str(error), 200)}"
                 with suppress(ray.exceptions.RayError):  # calls fail until Ray has restarted it
