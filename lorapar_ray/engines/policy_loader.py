@@ -40,10 +40,20 @@ class PolicyLoader:
     vllm_config: Any
     device: Any
 
+    _lorapar_touched: set[str]
+    """Names of the weights that the current policy has changed."""
+    _lorapar_tried: set[str]
+    """Names of the weights that were read back before any policy changed them."""
+    _lorapar_unread: set[str]
+    """Those of them that cannot be read back."""
+
     def lorapar_prepare(self) -> None:
-        """Called once when the engine has started."""
+        """Called when the engine has started, before anything else here; does nothing the second time."""
         from vllm.platforms import current_platform
 
+        if hasattr(self, "_lorapar_touched"):
+            return
+        self._lorapar_touched, self._lorapar_tried, self._lorapar_unread = set(), set(), set()
         leave_the_head_alone(self.model_runner.model)
         if current_platform.is_cpu():
             lighten(self.model_runner)
@@ -63,7 +73,7 @@ class PolicyLoader:
         Raises:
             ValueError: the base's files lack adapted weights, or a module did not load its weights.
         """
-        before: set[str] = getattr(self, "_lorapar_touched", set())
+        before = self._lorapar_touched
         if adapter is None:
             if before:
                 base, dtype = self._lorapar_base(before), self.model_config.dtype
@@ -102,8 +112,8 @@ class PolicyLoader:
         scaling, digest = 1.0, "base"
         if adapter is not None:
             state, scaling, digest = read_adapter(Path(adapter), self.device)
-        names = {base_name(key) for key in state} | getattr(self, "_lorapar_touched", set())
-        paths = paths_of(self.model_runner.model, names - self._lorapar_unread())
+        names = {base_name(key) for key in state} | self._lorapar_touched
+        paths = paths_of(self.model_runner.model, names - self._lorapar_unread)
         model, dtype = self.model_runner.model, self.model_config.dtype
         off = unlike(model, paths, self._lorapar_base(paths), state, scaling, digest, dtype)
         return digest, complaint(off, len(paths))
@@ -117,20 +127,13 @@ class PolicyLoader:
         off, compared = unlike_in_slot(manager, lora_id, state, scaling)
         return digest, complaint(off, compared)
 
-    def _lorapar_unread(self) -> set[str]:
-        """Names of the weights that cannot be read back."""
-        if not hasattr(self, "_lorapar_tried"):
-            self._lorapar_tried: set[str] = set()
-            self._lorapar_unlike_base: set[str] = set()
-        return self._lorapar_unlike_base
-
     def _lorapar_try(self, names: set[str]) -> None:
         """Read weights back before a policy changes them: those that are not the base's cannot be read."""
-        unread = self._lorapar_unread()
         if new := names - self._lorapar_tried:
             model, dtype = self.model_runner.model, self.model_config.dtype
             paths = {name: path for name, path in paths_of(model, new).items() if part_of(model, path, name)}
-            unread |= new - paths.keys() | unlike(model, paths, self._lorapar_base(new), {}, 1.0, "base", dtype).keys()
+            off = unlike(model, paths, self._lorapar_base(new), {}, 1.0, "base", dtype)
+            self._lorapar_unread |= new - paths.keys() | off.keys()
             self._lorapar_tried |= new
 
     def _lorapar_base(self, names: Iterable[str]) -> BaseWeights | KeptWeights:
