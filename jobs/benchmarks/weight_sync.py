@@ -34,7 +34,7 @@ from lorapar_ray.config import EngineConfig, GrpoConfig, Resources
 from lorapar_ray.engines.actor import start_engine
 from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.policy import PolicySender
-from lorapar_ray.grpo.job import CANARIES
+from lorapar_ray.grpo.job import CANARIES, CANARY_CONTEXT, CANARY_TOKENS
 from lorapar_ray.grpo.learner import Learner
 from lorapar_ray.grpo.samples import Sample, whole_batch
 from lorapar_ray.grpo.worker import GrpoJob
@@ -120,7 +120,7 @@ def measure(engine: Any, sync: str, config: str, state: dict[str, torch.Tensor],
     masks = {key: torch.rand(value.shape, generator=generator) < ACTIVE for key, value in state.items()}
     sender = PolicySender(config, masks)
     ray.get(engine.load_policy.remote(sender.policy(0, state)))
-    canaries = token_rows(CANARIES, 80, seed=1)
+    canaries = token_rows(CANARIES, CANARY_TOKENS, seed=1)
     size, times, checks = 0, [], []
     for version in range(1, rounds + 1):
         state = {key: value + 1e-3 * masks[key] for key, value in state.items()}
@@ -132,7 +132,8 @@ def measure(engine: Any, sync: str, config: str, state: dict[str, torch.Tensor],
             raise SystemExit(f"{sync}: the engine loaded another policy")
         size = len(policy.tensors)
         start = time.perf_counter()
-        ray.get([*(engine.score.remote(canary, 48) for canary in canaries), engine.cache_gap.remote(canaries[0])])
+        scored = [engine.score.remote(canary, CANARY_CONTEXT) for canary in canaries]
+        ray.get([*scored, engine.cache_gap.remote(canaries[0])])
         checks.append(time.perf_counter() - start)
     prompts = token_rows(PROMPTS, 64, seed=0)
     sampling = {"n": GROUP, "temperature": 1.0, "max_tokens": TOKENS, "seed": 0, "ignore_eos": True}
@@ -170,7 +171,7 @@ def learning_seconds(model: str, adapter: Path, samples: list[Sample], resources
         adapter_in=str(adapter),
         adapter_out="",
         regions=None,
-        canaries=[[ids, 48] for ids in token_rows(CANARIES, 80, seed=1)],
+        canaries=[[ids, CANARY_CONTEXT] for ids in token_rows(CANARIES, CANARY_TOKENS, seed=1)],
         checkpoints="",
         metrics="",
         samples="",

@@ -218,11 +218,12 @@ class Questions(Sequence[dict[str, Any]]):
             return [self[each] for each in range(*index.indices(len(self)))]
         return self._table.question(int(self._positions[index]))
 
-    def beginning(self, index: int, tokens: int) -> tuple[list[int], int]:
-        """(the prompt's token ids and at most `tokens` of the response's, index where the response begins)."""
+    def excerpt(self, index: int, tokens: int, of_response: int) -> list[int]:
+        """At most `tokens` token ids: the prompt's last ones, and at most `of_response` of the response's."""
         row = int(self._positions[index])
-        start = int(self._table.starts[row])
-        return self._table.tokens(row)[: start + tokens].tolist(), start
+        end = int(self._table.starts[row]) + of_response
+        ids: list[int] = self._table.tokens(row)[:end][-tokens:].tolist()
+        return ids
 
     @cached_property
     def _table(self) -> TokenTable:

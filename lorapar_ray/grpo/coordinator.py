@@ -135,12 +135,13 @@ class Coordinator:
         return self._tolerance
 
     async def publish(self, policy: PolicyNote, canaries: list[Canary]) -> dict[str, float]:
-        """Serve a policy on every engine and verify it; sampling that waited for it begins.
+        """Serve a policy on every engine and verify it; sampling that waited for it begins once it is loaded.
 
         Returns:
-            seconds and bytes of the sync, the largest canary gap (mean absolute log-probability difference in nats),
-            the engines' idle share since the last sync, prompts of the steps that begin now, available engines, engines
-            replaced so far, groups lost with their nodes so far, and finished steps in the queue.
+            seconds and bytes of the sync, seconds of the proof beside the sampling that has begun, the largest canary
+            gap (mean absolute log-probability difference in nats), the engines' idle share since the last sync, prompts
+            of the steps that begin now, available engines, engines replaced so far, groups lost with their nodes so
+            far, and finished steps in the queue.
 
         Raises:
             PolicyMismatch: see `ServedPolicy.publish`.
@@ -168,7 +169,8 @@ class Coordinator:
             self._balance.observe(size, start - self._marked_at)  # the first step includes start-up time
         wanted = self._settings.prompts_per_step if self._balance is None else self._balance.prompts
         self._marked_at, self._marked_busy_s = start, counts.busy_seconds
-        gap = await self._sampler.publish(policy, canaries)
+        await self._sampler.load(policy, canaries)
+        loaded = time.monotonic()
         for step in range(max(self._first_step, policy.version), policy.version + self._settings.max_staleness + 1):
             if step not in self._steps and step < self._plan["steps"]:
                 drawn = self._drawn[step] = []
@@ -186,9 +188,11 @@ class Coordinator:
                     )
                 )
         self._change()
+        gap = await self._sampler.prove()  # as the first requests of the engines' next batches
         counts = await self._sampler.counts()
         return {
-            "seconds/sync": time.monotonic() - start,
+            "seconds/sync": loaded - start,
+            "seconds/proof": time.monotonic() - loaded,
             "sync_bytes": float(policy.size),
             "canary_gap": gap,
             "canary_tolerance": MOST_TOLERANCE if self._tolerance is None else self._tolerance,
@@ -209,17 +213,23 @@ class Coordinator:
         Raises:
             Exception: the step cannot begin, since its policy could not be published.
         """
-        while step not in self._steps:
-            if self._failure is not None:
-                raise self._failure
-            await self._changed.wait()
-        whole = await self._steps[step]
+        whole = await self._sampled(step)
         for finished in [at for at in self._steps if at < step]:
             del self._steps[finished], self._drawn[finished]
             self._shares.pop(finished, None)
         if step not in self._shares:
             self._shares[step] = shares_of(whole, world, self._settings)
         return self._shares[step][rank]
+
+    async def _sampled(self, step: int) -> Batch:
+        while self._failure is None:
+            changed = asyncio.ensure_future(self._changed.wait())
+            sampling = [self._steps[step]] if step in self._steps else []
+            await asyncio.wait([changed, *sampling], return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+            if sampling and sampling[0].done():
+                return sampling[0].result()
+        raise self._failure
 
     async def lost(self, step: int, groups: list[int]) -> None:
         """Sample these groups of a step again: a learner found that their records were lost with a node."""

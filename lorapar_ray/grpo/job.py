@@ -41,8 +41,10 @@ from lorapar_ray.tracking import require_trackers
 from lorapar_ray.workers import RESTARTS, beside_the_driver, on_a_worker, run_workers
 
 CANARIES = 4
-CANARY_TOKENS = 32
-"""Most characters of a response."""
+CANARY_TOKENS = 48
+"""Most tokens of a canary: more than one block of a prefix cache, and few beside those of a step."""
+CANARY_CONTEXT = 16
+"""Of them, the first ones, whose log-probabilities are not compared: with little context most policies agree."""
 STOP_LIMIT_S = 30
 ROOM_LIMIT_S = 60
 
@@ -114,7 +116,7 @@ def stage2(config: Config, run: RunDirectory) -> Stage2:
         adapter_in=str(start_from.resolve()),
         adapter_out=str(out.resolve()),
         regions=str((run.partition / "regions.safetensors").resolve()) if settings.masked else None,
-        canaries=[list(rows.beginning(each, CANARY_TOKENS)) for each in range(min(CANARIES, len(rows)))],
+        canaries=[_canary(rows, each) for each in range(min(CANARIES, len(rows)))],
         checkpoints=str((run.work / "grpo").resolve()),
         metrics=str((run.metrics / "grpo.jsonl").resolve()),
         samples=str((run.metrics / "samples.jsonl").resolve()),
@@ -229,6 +231,12 @@ def _questions(config: Config, run: RunDirectory) -> Questions:
     field = "grpo.max_prompt_length"
     require_room(run, TokenTable(tokens), [chosen], stage="grpo", field=field, of_prompt=True)
     return Questions(chosen)
+
+
+def _canary(rows: Questions, index: int) -> list[Any]:
+    """Token ids of a row, and where those begin whose log-probabilities are compared."""
+    ids = rows.excerpt(index, CANARY_TOKENS, of_response=CANARY_TOKENS - CANARY_CONTEXT)
+    return [ids, min(CANARY_CONTEXT, len(ids) // 2)]
 
 
 def steps_done(*metrics: str) -> tuple[int, str]:

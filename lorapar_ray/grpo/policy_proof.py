@@ -18,18 +18,15 @@ class PolicyLost(RuntimeError):
     """A policy can no longer be fetched, since the learner that made it has died."""
 
 
-async def prove(
-    slot: int, engine: Any, policy: PolicyNote, canaries: Sequence[Canary], tolerance: float, *whole: Any
-) -> float:
-    """Load the policy into an engine and verify it; returns the canary gap, in nats.
+async def load(slot: int, engine: Any, policy: PolicyNote, *whole: Any) -> None:
+    """Load the policy into an engine; its digest proves that the engine got it.
 
     Args:
         slot: its place, for messages.
-        tolerance: the largest gap, in nats.
         whole: a reference to the whole policy to which the changes apply, for an engine that does not have it.
 
     Raises:
-        PolicyMismatch: it loaded another adapter, or its gap exceeds the tolerance.
+        PolicyMismatch: it loaded another adapter, or does not compute with it.
         PolicyLost: the learner that made the policy has died.
     """
     try:
@@ -47,11 +44,21 @@ async def prove(
         raise PolicyMismatch(
             f"rollout engine {slot} loaded {loaded[:9]} as policy {policy.version}, not {policy.digest[:9]}"
         )
+
+
+async def compare(slot: int, engine: Any, version: int, canaries: Sequence[Canary], tolerance: float) -> float:
+    """Compare what an engine computes with what the learner did; returns the canary gap, in nats.
+
+    Args:
+        tolerance: the largest gap, in nats.
+
+    Raises:
+        PolicyMismatch: the gap exceeds it.
+    """
     gaps = await gaps_of(engine, canaries)
     if why := refusal(gaps, tolerance):
         raise PolicyMismatch(
-            f"rollout engine {slot} does not serve policy {policy.version}: {why} "
-            f"(grpo.canary_tolerance {tolerance:.3g})"
+            f"rollout engine {slot} does not serve policy {version}: {why} (grpo.canary_tolerance {tolerance:.3g})"
         )
     return max(gaps.values())
 

@@ -94,9 +94,13 @@ class Sampler:
         """Set the largest canary gap, in nats."""
         self._pool.policy.tolerance = tolerance
 
-    async def publish(self, policy: PolicyNote, canaries: Sequence[Canary]) -> float:
-        """See `ServedPolicy.publish`."""
-        return await self._pool.policy.publish(policy, canaries)
+    async def load(self, policy: PolicyNote, canaries: Sequence[Canary]) -> None:
+        """See `ServedPolicy.load`."""
+        await self._pool.policy.load(policy, canaries)
+
+    async def prove(self) -> float:
+        """See `ServedPolicy.prove`."""
+        return await self._pool.policy.prove()
 
     async def groups(self, indices: Sequence[int], step: int, attempt: int) -> list[Group]:
         """See `Rollouts.groups`."""

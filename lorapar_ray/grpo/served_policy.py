@@ -8,14 +8,14 @@ publishes another.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from lorapar_ray.engines.canaries import Canary
 from lorapar_ray.engines.policy import PolicyNote
 from lorapar_ray.grpo.engine_losses import is_lost
 from lorapar_ray.grpo.engine_supervisor import EngineSupervisor
-from lorapar_ray.grpo.policy_proof import PolicyLost, gaps_of, prove
+from lorapar_ray.grpo.policy_proof import PolicyLost, compare, gaps_of, load
 
 
 class ServedPolicy:
@@ -45,14 +45,21 @@ class ServedPolicy:
         return max(max(gaps.values()) for gaps in found)
 
     async def publish(self, policy: PolicyNote, canaries: Sequence[Canary]) -> float:
-        """Serve a policy on every engine and verify it; returns the largest canary gap, in nats.
+        """`load` and `prove`; returns the largest canary gap, in nats."""
+        await self.load(policy, canaries)
+        return await self.prove()
+
+    async def load(self, policy: PolicyNote, canaries: Sequence[Canary]) -> None:
+        """Serve a policy on every engine. Sampling may begin; what it finds must wait for `prove`.
 
         Does not wait for engines that are being rebuilt, unless there is no other: they are verified before their first
         request.
 
+        Args:
+            canaries: for `prove`.
+
         Raises:
-            PolicyMismatch: an engine loaded another adapter, or its log-probabilities of the canary tokens are further
-                from the learner's than the tolerance.
+            PolicyMismatch: an engine loaded another adapter, or does not compute with it.
             PolicyLost: the learner that made it has died.
         """
         await self._supervisor.started()
@@ -62,31 +69,50 @@ class ServedPolicy:
         self._published += 1
         self._newer.set()
         self._newer = asyncio.Event()
-        await asyncio.gather(*(self._serve(slot, policy, canaries) for slot in await self._supervisor.alive()))
+        await self._on_each(lambda slot, engine: load(slot, engine, policy))
+
+    async def prove(self) -> float:
+        """Verify the loaded policy on every engine, by canaries; returns their largest gap, in nats.
+
+        Raises:
+            PolicyMismatch: an engine's log-probabilities of the canary tokens are further from the learner's than the
+                tolerance.
+        """
+        assert self._current is not None
+        version = self._current.version
+
+        async def verify(slot: int, engine: Any) -> None:
+            self._gaps[slot] = await compare(slot, engine, version, self._canaries, self.tolerance)
+            self._supervisor.forget_losses(slot)
+
+        await self._on_each(verify)
         return max(self._gaps[slot] for slot in await self._supervisor.alive())
 
-    async def _serve(self, slot: int, policy: PolicyNote, canaries: Sequence[Canary]) -> None:
-        engine = self._supervisor.engines[slot]
-        proof = prove(slot, engine, policy, canaries, self.tolerance)
-        try:
-            self._gaps[slot] = await asyncio.wait_for(proof, self._supervisor.time_limit_s)
-        except Exception as error:
-            if not is_lost(error):
-                raise
-            self._supervisor.replace(slot, engine, error)
-        else:
-            self._supervisor.forget_losses(slot)
+    async def _on_each(self, work: Callable[[int, Any], Coroutine[Any, Any, None]]) -> None:
+        """Do this with every engine, by place; one that is lost meanwhile is replaced."""
+
+        async def on(slot: int, engine: Any) -> None:
+            try:
+                await asyncio.wait_for(work(slot, engine), self._supervisor.time_limit_s)
+            except Exception as error:
+                if not is_lost(error):
+                    raise
+                self._supervisor.replace(slot, engine, error)
+
+        slots = await self._supervisor.alive()
+        await asyncio.gather(*(on(slot, self._supervisor.engines[slot]) for slot in slots))
 
     async def catch_up(self, slot: int, engine: Any) -> None:
         """Load the current policy into a new engine, and the next one if it is published meanwhile."""
         proved = 0
         while proved != self._published:
-            policy, whole, newer = self._current, self._whole, self._newer
+            policy, whole, newer, canaries = self._current, self._whole, self._newer, self._canaries
             assert policy is not None and whole is not None
             published = self._published
             try:
                 earlier = [] if policy is whole else [whole.reference]
-                self._gaps[slot] = await prove(slot, engine, policy, self._canaries, self.tolerance, *earlier)
+                await load(slot, engine, policy, *earlier)
+                self._gaps[slot] = await compare(slot, engine, policy.version, canaries, self.tolerance)
             except PolicyLost:
                 await newer.wait()  # the restarted learners publish again
             else:

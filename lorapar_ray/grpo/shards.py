@@ -65,8 +65,11 @@ class Shards:
     async def tolerate(self, tolerance: float) -> None:
         await self._all("tolerate", tolerance)
 
-    async def publish(self, policy: PolicyNote, canaries: Sequence[Canary]) -> float:
-        return max(await self._all("publish", policy, canaries))
+    async def load(self, policy: PolicyNote, canaries: Sequence[Canary]) -> None:
+        await self._all("load", policy, canaries)
+
+    async def prove(self) -> float:
+        return max(await self._all("prove"))
 
     async def groups(self, indices: Sequence[int], step: int, attempt: int) -> list[Group]:
         count = len(self._actors)

@@ -9,6 +9,7 @@ import pytest
 import ray
 import torch
 
+from lorapar_ray.engines.canaries import Canary
 from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.mismatch import PolicyMismatch
 from lorapar_ray.engines.policy import Policy, PolicyNote, PolicySender, note_of
@@ -38,6 +39,9 @@ class Engine:
 
     def __init__(self, slot: int = 0) -> None:
         self.start, self.load_policy, self.rollout = map(Method, (self._start, self._load, self._rollout))
+        self.score, self.cache_gap = Method(self._score), Method(self._cache_gap)
+        self.scores: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        """The log-probability that it gives a canary, once it may answer."""
         self.may_load = asyncio.Event()
         self.may_load.set()
         self.loaded: list[int] = []
@@ -49,6 +53,12 @@ class Engine:
         await self.may_load.wait()
         self.loaded.append(policy.version)
         return policy.digest
+
+    async def _score(self, token_ids: list[int], start: int) -> list[float]:
+        return [await self.scores]
+
+    async def _cache_gap(self, token_ids: list[int]) -> float:
+        return 0.0
 
     def _rollout(self, prompt_ids: list[int], sampling: dict[str, Any], key: str, begun: Any) -> tuple[Any, Any]:
         answers = range(2, 2 + sampling["n"])  # the digits 0 and 1 are 32 and 33
@@ -168,6 +178,30 @@ def test_publishing_of_dead_learners_ends_before_the_next_ones(cluster: None) ->
             await coordinator.publish(replace(policy(1), digest="another"), [])
         with pytest.raises(PolicyMismatch):  # so does the wait for a step that cannot begin
             await waiting
+        coordinator._sampler._rewards.stop()
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("served", [-1.0, -2.0])
+def test_sampling_begins_before_the_proof_and_is_used_only_after_it(cluster: None, served: float) -> None:
+    policy = PolicySender("{}").policy(0, {"m.lora_A.weight": torch.ones(4)})
+
+    async def go() -> None:
+        engine = Engine()
+        coordinator = Coordinator(plan(), engine=lambda _: engine)
+        await coordinator.start()
+        publishing = asyncio.create_task(coordinator.publish(note_of(policy, policy), [Canary([1, 2], 1, [-1.0])]))
+        share = await coordinator.batch(0, 0, 1)
+        assert not publishing.done()  # a learner waits for it before its update; see `Publisher.wait`
+        engine.scores.set_result(served)
+        if served == -1.0:
+            assert (await publishing)["canary_gap"] == 0 and share.metrics["staleness"] == 0
+        else:
+            with pytest.raises(PolicyMismatch, match="does not serve policy 0"):
+                await publishing
+            with pytest.raises(PolicyMismatch):
+                await coordinator.batch(0, 0, 1)
         coordinator._sampler._rewards.stop()
 
     asyncio.run(go())

@@ -52,7 +52,8 @@ def test_groups_come_back_in_their_order_and_what_is_cancelled_has_ended(cluster
     async def go() -> None:
         parts = shards(2, Slow)
         assert [told["pid"] for told in await parts.start()] == [0, 0, 0]
-        assert await parts.publish(policy(), []) == 0.0
+        await parts.load(policy(), [])
+        assert await parts.prove() == 0.0
         found = await parts.groups(range(PROMPTS), 0, 0)
         assert [group.index for group in found] == list(range(PROMPTS))
         # completions are the numbers 0 and 1; one of them is the answer
@@ -62,13 +63,13 @@ def test_groups_come_back_in_their_order_and_what_is_cancelled_has_ended(cluster
         counts = await parts.counts()
         assert counts.busy_seconds > 0 and (counts.replaced, counts.lost) == (0, 0)
 
-        publishing = asyncio.create_task(parts.publish(policy(ENDLESS), []))
+        loading = asyncio.create_task(parts.load(policy(ENDLESS), []))
         await asyncio.sleep(0.2)
-        publishing.cancel()
-        done, _ = await asyncio.wait([publishing], timeout=20)
-        assert done and publishing.cancelled()
+        loading.cancel()
+        done, _ = await asyncio.wait([loading], timeout=20)
+        assert done and loading.cancelled()
         with pytest.raises(PolicyMismatch, match="loaded"):
-            await parts.publish(replace(policy(1), digest="another"), [])
+            await parts.load(replace(policy(1), digest="another"), [])
         for actor in parts._actors:
             ray.kill(actor)
 
@@ -82,7 +83,7 @@ def lose_a_shard() -> None:
     async def go() -> None:
         parts = shards(1, Dying)
         await parts.start()
-        await parts.publish(policy(), [])
+        await parts.load(policy(), [])
         await parts.groups(range(PROMPTS), 0, 0)
 
     asyncio.run(go())

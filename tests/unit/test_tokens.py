@@ -62,8 +62,8 @@ def test_rewards_get_a_question_as_it_was_written(table: tuple[Path, list[dict[s
     chat = questions[3]
     assert (chat["id"], chat["messages"], chat["columns"]) == ("q6", CHAT, '{"value": 12}')
     assert [chat[name] for name in ("prompt", "response")] == [rows[6][name] for name in ("prompt", "response")]
-    ids, start = questions.beginning(3, 1)
-    assert ids[:-1] == chat["prompt_ids"] and start == len(ids) - 1
+    whole = questions.excerpt(3, 10**6, of_response=1)
+    assert whole[:-1] == chat["prompt_ids"] and questions.excerpt(3, 5, of_response=1) == whole[-5:]
     assert TokenTable(path).question(7)["messages"] == CHAT
 
 
