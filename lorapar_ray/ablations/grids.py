@@ -40,6 +40,11 @@ class Claim:
     """The claim also holds if the first arm is less than a point behind."""
 
 
+def sentence(text: str) -> str:
+    """`text` as the beginning of a sentence. A Greek letter stays as it is: α is a symbol, Α another."""
+    return text[:1].upper() + text[1:] if text[:1].isascii() else text
+
+
 @dataclass(frozen=True)
 class Grid:
     """Arms to compare, and claims about them."""

@@ -10,7 +10,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from lorapar_ray.ablations import charts, tables
-from lorapar_ray.ablations.grids import Arm, Grid
+from lorapar_ray.ablations.grids import Arm, Grid, sentence
 from lorapar_ray.ablations.results import Summary, Verdict
 from lorapar_ray.ablations.retention import Kept, Point, mean_of
 from lorapar_ray.ablations.sequence import Forgetting, Matrix
@@ -62,7 +62,7 @@ def write_page(
     environment = Environment(autoescape=True, finalize=_plain)
     html = environment.from_string(folder.joinpath("grid.html.j2").read_text()).render(
         title=f"Grid {grid.name}",
-        help=grid.help[0].upper() + grid.help[1:],
+        help=sentence(grid.help),
         css=folder.joinpath("style.css").read_text(),
         marks=MARKS,
         verdicts=[*verdicts, *kept],

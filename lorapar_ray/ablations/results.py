@@ -8,7 +8,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Literal
 
-from lorapar_ray.ablations.grids import Claim
+from lorapar_ray.ablations.grids import Claim, sentence
 from lorapar_ray.boundary import read_lines, read_object
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.evaluation.statistics import paired, wilson_interval
@@ -167,9 +167,8 @@ def _sentence(
     low, high = (100 * bound for bound in interval)
     better, worse = (f"{each:.1%}" for each in reached)
     over = f"{seeds} seeds" if seeds > 1 else "one seed"
-    said = claim.text[0].upper() + claim.text[1:]
     return (
-        f"{said}: {claim.better} reached {better} and {claim.worse} {worse} over {over}, a difference of "
-        f"{100 * difference:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}; exact McNemar p = {p:.2g}), "
+        f"{sentence(claim.text)}: {claim.better} reached {better} and {claim.worse} {worse} over {over}, a difference "
+        f"of {100 * difference:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}; exact McNemar p = {p:.2g}), "
         f"{ENDINGS[found]}"
     )

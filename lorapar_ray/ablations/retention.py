@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from lorapar_ray.ablations.grids import Claim
+from lorapar_ray.ablations.grids import Claim, sentence
 from lorapar_ray.ablations.results import ENDINGS, Found, over_seeds, shown_interval
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.rows import read_table
@@ -124,10 +124,9 @@ def compare(claim: Claim, lines: Mapping[str, Sequence[Point]]) -> Kept | None:
 def _sentence(
     claim: Claim, found: Found, difference: float, interval: tuple[float, float] | None, gains: Sequence[float]
 ) -> str:
-    said = claim.text[0].upper() + claim.text[1:]
     mean = 100 * sum(gains) / len(gains)
     return (
-        f"{said}: at a gain of {mean:.1f} points in the second stage's skill, {claim.better} kept "
+        f"{sentence(claim.text)}: at a gain of {mean:.1f} points in the second stage's skill, {claim.better} kept "
         f"{100 * difference:+.1f} points more of the first stage's than {claim.worse} "
         f"({len(gains)} seeds that gained on both; {shown_interval(interval)}), {ENDINGS[found]}"
     )

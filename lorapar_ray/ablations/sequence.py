@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
-from lorapar_ray.ablations.grids import Claim
+from lorapar_ray.ablations.grids import Claim, sentence
 from lorapar_ray.ablations.results import ENDINGS, Found, mean_interval, over_seeds, shown_interval
 from lorapar_ray.ablations.retention import Skills, skills_in
 from lorapar_ray.boundary import damaged, read_object
@@ -151,7 +151,7 @@ def _sentence(
     reached = [sum(each.reached for each in side) / len(side) for side in (better, worse)]
     seeds = f"{len(pairs)} seeds" if len(pairs) > 1 else "one seed"
     return (
-        f"{claim.text[0].upper()}{claim.text[1:]}: over {seeds}, {claim.better} lost {lost[0]:.1f} and {claim.worse} "
+        f"{sentence(claim.text)}: over {seeds}, {claim.better} lost {lost[0]:.1f} and {claim.worse} "
         f"{lost[1]:.1f} points of the earlier Systems' skills (difference {lost[1] - lost[0]:+.1f}; "
         f"{shown_interval(interval)}), {ENDINGS[found]} Right after its own training a System reached {reached[0]:.1%} "
         f"and {reached[1]:.1%}."

@@ -15,7 +15,7 @@ import pytest
 
 from lorapar_ray.ablations.at_once import AT_ONCE, batches, groups_of, run_at_once
 from lorapar_ray.ablations.description import described
-from lorapar_ray.ablations.grids import GRIDS, Claim
+from lorapar_ray.ablations.grids import GRIDS, Claim, sentence
 from lorapar_ray.ablations.job import _run_part
 from lorapar_ray.ablations.plan import make_plan
 from lorapar_ray.ablations.report import report
@@ -304,6 +304,11 @@ def test_a_claim_is_held_not_held_or_undecided() -> None:
     one = decide(CLAIM, outcomes(120), outcomes(90))
     assert one is not None and one.found == "held" and "over one seed" in one.sentence
     assert decide(CLAIM, outcomes(120), []) is None
+
+
+def test_a_claim_begins_its_sentence_and_a_symbol_stays_what_it_is() -> None:
+    assert sentence("disjoint regions forget less") == "Disjoint regions forget less"
+    assert sentence("α = β = 1 ends highest") == "α = β = 1 ends highest"
 
 
 def test_the_interval_over_seeds_is_student_t() -> None:
