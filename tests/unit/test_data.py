@@ -205,6 +205,7 @@ def test_an_element_over_many_chunks_is_read_in_one_go(tmp_path: Path, monkeypat
     assert list(read_records(str(tmp_path / "rows.json"), "data.train[0]")) == records
 
 
+@pytest.mark.slow
 def test_reading_and_preparing_hold_a_few_rows_and_not_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

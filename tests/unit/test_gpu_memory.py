@@ -117,6 +117,7 @@ def test_learners_that_share_a_sequence_each_need_its_part_of_the_activations(
     assert part.parts["base"] == whole.parts["base"]
 
 
+@pytest.mark.slow
 def test_a_plan_shows_it_where_there_are_gpus_and_ends_with_what_cannot_fit(llama: str, tmp_path: Path) -> None:
     def told(*settings: str, learners: int = 1) -> Any:
         tree = yaml.safe_load(LLAMA.read_text())

@@ -6,6 +6,8 @@ import sys
 from functools import partial
 from typing import Any
 
+import pytest
+
 from lorapar_ray.datasets.chat import load_encoder
 from lorapar_ray.heavy_imports import _compiled_when_called, is_ray_worker
 from lorapar_ray.models import resolve_model
@@ -22,6 +24,7 @@ print(json.dumps([encoder.prompt_ids(sys.argv[2]), encoder.end_ids, "torch" in s
 """
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_torch_gives_the_same_tokens() -> None:
     model = resolve_model("package:smollm2-135m-instruct")
     command = [sys.executable, "-c", WITHOUT_TORCH, model, QUESTION]

@@ -55,6 +55,7 @@ def test_a_forked_process_has_the_current_environment(tmp_path: Path, monkeypatc
     assert not (tmp_path / UNUSABLE).exists()
 
 
+@pytest.mark.slow
 def test_a_forked_process_ends_with_the_one_that_asked_for_it(tmp_path: Path) -> None:
     file = tmp_path / "pid"
     asker = subprocess.Popen([sys.executable, "-c", ORPHAN, str(file)])

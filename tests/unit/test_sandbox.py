@@ -46,6 +46,7 @@ def adopted_orphans() -> Iterator[Callable[[], list[str]]]:
 ADD = "def add(a, b):\n    return a + b\n"
 
 
+@pytest.mark.slow
 def test_verdicts_say_what_happened(sandbox: Sandbox) -> None:
     jobs = [
         Job(ADD, "assert add(2, 2) == 4", ("add",)),

@@ -137,6 +137,7 @@ def silent_server() -> Iterator[str]:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["", "ray://"])
 @pytest.mark.parametrize("server", ["http_server", "silent_server"])
 def test_a_port_that_is_no_ray_is_one_line_in_time(
