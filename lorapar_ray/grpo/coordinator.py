@@ -144,7 +144,7 @@ class Coordinator:
             far, and finished steps in the queue.
 
         Raises:
-            PolicyMismatch: see `ServedPolicy.publish`.
+            PolicyMismatch: see `ServedPolicy.load` and `prove`.
         """
         task = self._publishing = asyncio.create_task(self._publish(policy, canaries))
         try:
@@ -222,6 +222,7 @@ class Coordinator:
         return self._shares[step][rank]
 
     async def _sampled(self, step: int) -> Batch:
+        """A step's batch; ends early if its policy turns out to be wrong, instead of when all of it is sampled."""
         while self._failure is None:
             changed = asyncio.ensure_future(self._changed.wait())
             sampling = [self._steps[step]] if step in self._steps else []

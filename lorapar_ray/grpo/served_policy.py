@@ -44,11 +44,6 @@ class ServedPolicy:
         found = await asyncio.gather(*(gaps_of(self._supervisor.engines[slot], canaries) for slot in slots))
         return max(max(gaps.values()) for gaps in found)
 
-    async def publish(self, policy: PolicyNote, canaries: Sequence[Canary]) -> float:
-        """`load` and `prove`; returns the largest canary gap, in nats."""
-        await self.load(policy, canaries)
-        return await self.prove()
-
     async def load(self, policy: PolicyNote, canaries: Sequence[Canary]) -> None:
         """Serve a policy on every engine. Sampling may begin; what it finds must wait for `prove`.
 

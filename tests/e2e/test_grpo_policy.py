@@ -23,6 +23,7 @@ from tests.e2e.conftest import FinishedRun
 from tests.e2e.faulty_engine import ADAPTER, CACHE, FAULT, MERGED, FaultyEngine
 from tests.e2e.policy_source import TOKENS, Source
 from tests.e2e.test_interruption import copy_before
+from tests.published import published
 from tests.tiny_run import ENGINE, lorapar_here, metrics, save_tiny_student
 
 pytestmark = pytest.mark.e2e
@@ -54,9 +55,9 @@ def test_a_policy_that_is_not_the_learners_is_caught_and_a_hanging_engine_replac
         pool = pool_of(student, fault, "merged")
         [told] = await pool.start()
         assert (
-            await pool.policy.publish(*source.next("q_proj", "v_proj")) < TOLERANCE
+            await published(pool.policy, *source.next("q_proj", "v_proj")) < TOLERANCE
         )  # vLLM keeps q, k and v in one tensor
-        assert await pool.policy.publish(*source.next()) < TOLERANCE
+        assert await published(pool.policy, *source.next()) < TOLERANCE
         await ratios_of_a_cut_distribution(pool, source)
         await every_fault_is_caught_at_once(pool, source, fault, MERGED)
         stop_the_engine_of(told["pid"])
@@ -68,7 +69,7 @@ def test_a_policy_that_is_not_the_learners_is_caught_and_a_hanging_engine_replac
         await many_seeded_prompts(pool)
         await kill_while_it_loads(pool, source)
         assert pool.supervisor.replaced == 2
-        assert await pool.policy.publish(*source.next()) < TOLERANCE
+        assert await published(pool.policy, *source.next()) < TOLERANCE
         await pool.stop()
 
     asyncio.run(go())
@@ -81,17 +82,17 @@ def test_an_adapter_is_swapped_under_requests_that_go_on_with_their_own(cluster:
     async def go() -> None:
         pool = pool_of(student, fault, "adapter")
         await pool.start()
-        assert await pool.policy.publish(*source.next()) < TOLERANCE
+        assert await published(pool.policy, *source.next()) < TOLERANCE
         sampling = {**SAMPLING, "n": 16, "max_tokens": 170, "ignore_eos": True}
         [handle] = pool.supervisor.engines
         sampled = asyncio.create_task(awaited(handle.generate.remote([TOKENS], sampling)))
         await asyncio.sleep(0.2)
         for _ in range(3):
-            await pool.policy.publish(source.next()[0], [])
+            await published(pool.policy, source.next()[0], [])
         assert not sampled.done()
         [completions] = await sampled
         assert [(len(done.token_ids), done.version) for done in completions] == [(170, 0)] * 16
-        assert await pool.policy.publish(*source.next()) < TOLERANCE
+        assert await published(pool.policy, *source.next()) < TOLERANCE
         await given_back_in_the_middle(pool, {**sampling, "n": 4})
         await every_fault_is_caught_at_once(pool, source, fault, ADAPTER)
         assert pool.supervisor.replaced == 0
@@ -116,12 +117,12 @@ async def every_fault_is_caught_at_once(
     for kind, says in faults.items():
         fault.write_text(kind)
         if says == CACHE:  # these entries are created with the fault, and become stale
-            await pool.policy.publish(*source.next())
+            await published(pool.policy, *source.next())
         with pytest.raises(PolicyMismatch, match=says):
-            await pool.policy.publish(*source.next())
+            await published(pool.policy, *source.next())
             pytest.fail(kind)
         fault.write_text("none")
-        assert await pool.policy.publish(*source.next()) < TOLERANCE, kind
+        assert await published(pool.policy, *source.next()) < TOLERANCE, kind
 
 
 async def ratios_of_a_cut_distribution(pool: EnginePool, source: Source) -> None:
@@ -156,7 +157,7 @@ async def kill_while_it_loads(pool: EnginePool, source: Source) -> None:
     """An engine that dies during a call to its workers, which vLLM never answers."""
     [told] = await asyncio.gather(*(engine.start.remote() for engine in pool.supervisor.engines))
     stop_the_engine_of(told["pid"])
-    publishing = asyncio.create_task(pool.policy.publish(*source.next()))
+    publishing = asyncio.create_task(published(pool.policy, *source.next()))
     await asyncio.sleep(1.0)
     assert not publishing.done()
     stop_the_engine_of(told["pid"], signal.SIGKILL)

@@ -13,6 +13,7 @@ from lorapar_ray.engines.actor import start_engine
 from lorapar_ray.engines.canaries import canary_tolerance
 from lorapar_ray.grpo.engine_pool import EnginePool
 from tests.e2e.policy_source import Source
+from tests.published import published
 from tests.tiny_run import ENGINE, save_tiny_student
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long]
@@ -35,7 +36,7 @@ def test_no_false_alarm_in_500_syncs(cluster: None, tmp_path: Path, sync: str, d
             base = await pool.policy.base_gap(source.canaries())
         pool.policy.tolerance = canary_tolerance(base, 0.01 if dtype == "float32" else 0.2, "")
         draw = random.Random(0)
-        gaps = [await pool.policy.publish(*source.step(10 ** draw.uniform(-7, -2))) for _ in range(SYNCS)]
+        gaps = [await published(pool.policy, *source.step(10 ** draw.uniform(-7, -2))) for _ in range(SYNCS)]
         assert max(gaps) < pool.policy.tolerance and pool.supervisor.replaced == 0
         await pool.stop()
         return gaps

@@ -18,6 +18,7 @@ from lorapar_ray.grpo.engine_pool import EnginePool
 from lorapar_ray.grpo.engine_supervisor import LOSSES
 from lorapar_ray.grpo.policy_proof import PolicyLost
 from lorapar_ray.grpo.routing import DURATIONS
+from tests.published import published
 
 
 class Remote:
@@ -177,7 +178,7 @@ def test_a_policy_is_published_without_the_engine_that_is_being_rebuilt(fate: st
     async def publish(version: int) -> None:
         policy = sender.policy(version, parameters)
         assert policy.kind == ("changes" if version else "whole")
-        await pool.policy.publish(note_of(policy, policy), [Canary([1, 2], 1, [-float(version)])])
+        await published(pool.policy, note_of(policy, policy), [Canary([1, 2], 1, [-float(version)])])
 
     async def go() -> None:
         Engine.may_go_on = asyncio.Event()
@@ -204,7 +205,7 @@ def test_a_policy_published_while_engines_start_waits_for_them(fate: str) -> Non
         Engine.may_go_on = asyncio.Event()
         starting = asyncio.create_task(pool.start())
         await asyncio.sleep(0)
-        publishing = asyncio.create_task(pool.policy.publish(note_of(policy, policy), [Canary([1, 2], 1, [0.0])]))
+        publishing = asyncio.create_task(published(pool.policy, note_of(policy, policy), [Canary([1, 2], 1, [0.0])]))
         if fate == "no memory":  # the engines' error reaches both the starting and the waiting calls
             for waiting in (starting, publishing):
                 with pytest.raises(RuntimeError, match="no free memory"):
@@ -225,7 +226,7 @@ def test_a_policy_lost_with_its_learner_loses_no_engine_and_the_next_one_is_serv
 
     async def publish(version: int, there: bool) -> None:
         policy = sender.policy(version, {"m.lora_A.weight": torch.zeros(4)})
-        await pool.policy.publish(note_of(policy, policy if there else None), [Canary([1, 2], 1, [-float(version)])])
+        await published(pool.policy, note_of(policy, policy if there else None), [Canary([1, 2], 1, [-float(version)])])
 
     async def go() -> None:
         await pool.start()
