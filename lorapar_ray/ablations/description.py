@@ -18,7 +18,8 @@ def described(plan: Plan) -> Iterator[str]:
     yield from _arms(plan)
     if sweeps:
         rates = ", ".join(f"{rate:g}" for rate in plan.rates)
-        yield f"  first {len(sweeps)} short runs for each arm's learning rate (× {rates})"
+        held_out = f"the lowest loss on {plan.validation:.0%} of the training rows"
+        yield f"  first {len(sweeps)} runs of stage 1 for each arm's learning rate (× {rates}): {held_out}"
     yield from _together(sweeps, units)
     yield from _work(plan, [*sweeps, *units])
     yield from _claims(plan, units[0])

@@ -15,6 +15,7 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.pipeline import check
 
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
+VALIDATION = 0.1
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,15 @@ class Plan:
     seeds: tuple[int, ...]
     rates: tuple[float, ...] = RATES
     """Learning rates of a tuned grid's sweep, relative to the config's."""
+    validation: float = VALIDATION
+    """Share of the training rows that a sweep holds out for its loss."""
 
     @cached_property
     def sweeps(self) -> list[Unit]:
         """The sweep's runs, from which each arm's learning rate is chosen."""
         if not self.grid.tuned or len(self.rates) < 2:
             return []
-        return sweep(self.arms, self.file, self.overrides, self.out, self.seeds[0], self.rates)
+        return sweep(self.arms, self.file, self.overrides, self.out, self.seeds[0], self.rates, self.validation)
 
     def units(self, rates: dict[str, float]) -> list[Unit]:
         """The runs that are compared."""
@@ -59,6 +62,7 @@ def make_plan(
     seeds: Sequence[int],
     only: Sequence[str] = (),
     rates: Sequence[float] = RATES,
+    validation: float = VALIDATION,
 ) -> Plan:
     """Check everything before anything starts.
 
@@ -74,6 +78,8 @@ def make_plan(
             raise UserError(f"--only {name}: no such arm of '{grid}'; known are {', '.join(names)}")
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError("--seeds: give different whole numbers, such as 1,2,3")
+    if not 0 < validation < 1:
+        raise UserError(f"--validation {validation:g}: give a share of the training rows between 0 and 1, such as 0.1")
     arms = tuple(arm for arm in chosen.arms if not only or arm.name in only)
     label = load_config(file, overrides).label
     if not label.voted:
@@ -83,7 +89,7 @@ def make_plan(
     for key in {each.partition("=")[0] for each in overrides} - set(chosen.free):
         if key == "seed" or any(change.startswith(f"{key}=") for arm in arms for change in arm.changes):
             raise UserError(f"--set {key}: the grid '{grid}' sets it itself; leave it out, or choose arms with --only")
-    plan = Plan(chosen, arms, file, tuple(overrides), out, tuple(seeds), tuple(rates))
+    plan = Plan(chosen, arms, file, tuple(overrides), out, tuple(seeds), tuple(rates), validation)
     units = plan.units({})
     if chosen.sequence:
         require_skills(units[0].config)

@@ -16,8 +16,6 @@ from lorapar_ray.runs import RunDirectory
 
 CRITERION = "score.criterion"
 """The setting of `score` that does not change the sums of gradients from which scores are computed."""
-VALIDATION = 0.1
-"""Share of the training rows held out for a sweep's validation loss."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +87,17 @@ def changes_of(arm: Arm, file: Path, overrides: Sequence[str], rate: float = 1.0
 
 
 def sweep(
-    arms: Iterable[Arm], file: Path, overrides: Sequence[str], out: Path, seed: int, rates: Sequence[float]
+    arms: Iterable[Arm],
+    file: Path,
+    overrides: Sequence[str],
+    out: Path,
+    seed: int,
+    rates: Sequence[float],
+    validation: float,
 ) -> list[Unit]:
-    """Every arm with every learning rate and one seed, with a part of the training rows held out."""
+    """Every arm with every learning rate and one seed; `validation`, a share of the training rows, is held out."""
     units: list[Unit] = []
-    own = [f"seed={seed}", f"sft.validation={VALIDATION}", "order=[sft]", "evaluate.models=[sft]"]
+    own = [f"seed={seed}", f"sft.validation={validation:g}", "order=[sft]", "evaluate.models=[sft]"]
     for arm in arms:
         for rate in rates:
             config = _sharing_votes(load_config(file, merged(changes_of(arm, file, overrides, rate), own)), out)

@@ -26,6 +26,7 @@ def ablate(
     ] = None,
     seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "1,2,3,4,5",
     rates: Annotated[str, typer.Option(help="Learning rates of a sweep, relative to the config's.")] = "0.25,0.5,1,2,4",
+    validation: Annotated[float, typer.Option(help="Share of the training rows that a sweep holds out.")] = 0.1,
     only: Annotated[list[str] | None, typer.Option("--only", metavar="ARM", help="Run only this arm.")] = None,
     set_: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the arms and what they share; run nothing.")] = False,
@@ -44,6 +45,7 @@ def ablate(
         seeds=_numbers("--seeds", seeds, int),
         only=only or [],
         rates=_numbers("--rates", rates, float),
+        validation=validation,
     )
     if dry_run:
         print("\n".join(described(plan)))

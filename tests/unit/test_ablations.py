@@ -47,7 +47,7 @@ def test_every_arm_is_a_run_of_its_own(name: str, file: str, tmp_path: Path) -> 
         pytest.skip("its config has no teachers")
     if name == "systems":
         file = "systems.yaml"
-    plan = make_plan(name, SHIPPED / file, [], tmp_path, seeds=[1])
+    plan = make_plan(name, SHIPPED / file, [], tmp_path, seeds=[1], validation=0.25)
     units = plan.units({})
     voted = file == "gsm8k-llama2-7b.yaml"
     assert len(units) == len(plan.arms) == sum(voted or not arm.votes for arm in grid.arms)
@@ -56,6 +56,7 @@ def test_every_arm_is_a_run_of_its_own(name: str, file: str, tmp_path: Path) -> 
         a.name for a in grid.arms
     }
     assert len(plan.sweeps) == (5 * len(plan.arms) if grid.tuned else 0)
+    assert {unit.config.sft.validation for unit in plan.sweeps} <= {0.25}
     trained = units[1].config.trained if grid.lines or grid.sequence else units[1].config.order[-1:]
     assert units[0].config.evaluated[0] == "base" and units[1].config.evaluated == trained
     shown = "\n".join(described(plan))
@@ -273,6 +274,7 @@ def test_shuffled_labels_permute_the_votes_without_new_requests(tmp_path: Path) 
     [
         ({"grid": "maks"}, "unknown grid 'maks'; known are strategies"),
         ({"only": ["randm"]}, "no such arm of 'mask'"),
+        ({"validation": 0}, "--validation 0: give a share of the training rows between 0 and 1, such as 0.1"),
         ({"only": ["shuffled-labels"]}, "needs teachers that vote, and label.strategy is random"),
         ({"seeds": [1, 1]}, "--seeds: give different"),
         ({"overrides": ["order=[sft]"]}, "--set order: the grid 'mask' sets it itself"),
