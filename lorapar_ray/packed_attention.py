@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from lorapar_ray.cpu import short_attention
 from lorapar_ray.sequence_parallel import SequenceGroup
 
 NAME = "lorapar_packed"
@@ -319,6 +320,9 @@ def _attend(
 ) -> Tensor:
     """Outputs [n · Q, heads, D] of one batch; q is [n · Q, heads, D], k and v are [n · K, heads, D]."""
     queries, keys, values = (each.view(batch.spans, -1, *each.shape[1:]).transpose(1, 2) for each in (q, k, v))
+    if dropout == 0 and short_attention.fits(queries, keys):
+        found = short_attention.attend(queries, keys, values, _mask(batch, window, q.dtype, q.device), scaling)
+        return found.transpose(1, 2).flatten(0, 1)
     unmasked = batch.causal and (window is None or batch.keys <= window)
     mask = None if unmasked else _mask(batch, window, q.dtype, q.device)
     groups = q.shape[1] // k.shape[1]
