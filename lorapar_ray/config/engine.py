@@ -26,7 +26,9 @@ class Resources(Section):
     """`auto`: a share of the cluster's GPUs, computed by `lorapar_ray.gpus`; 0 if the cluster has no GPU. A number is
     passed to Ray unchanged; with 0 the process sees no GPU."""
     threads: Operation[PositiveInt | None] = None
-    """CPU threads; None: as many as `cpus`. A larger number helps if processes compute in turns."""
+    """CPU threads; None: as many as `cpus`. A larger number helps if processes compute in turns. An engine with several
+    threads and less than one of `cpus` lets them sleep while they wait for each other, instead of taking others'
+    time."""
     nodes: Operation[dict[str, str]] = {}
     """Only on nodes with these labels, such as `{group: rollouts}`; a value may be a Ray label selector: `"in(a, b)"`,
     `"!spot"`. Empty: any node."""
@@ -40,6 +42,11 @@ class Resources(Section):
     def compute_threads(self) -> int:
         """Threads one process should use."""
         return self.threads or max(1, round(self.cpus))
+
+    @property
+    def shares_cores(self) -> bool:
+        """Whether its threads compute on cores that others use at the same time."""
+        return self.cpus < 1 < self.compute_threads
 
 
 class EngineConfig(Section):

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from lorapar_ray.config import EngineConfig, EvaluateConfig, GrpoConfig, Resources
 from lorapar_ray.engines.policy_loader import with_stacked
-from lorapar_ray.engines.settings import engine_arguments
+from lorapar_ray.engines.settings import engine_arguments, engine_environment
 
 STACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 LAYER = "model.layers.0"
@@ -17,6 +17,12 @@ def test_weights_that_lie_in_one_tensor_are_loaded_together() -> None:
     assert whole - names == {f"{LAYER}.self_attn.k_proj.weight", f"{LAYER}.self_attn.v_proj.weight"}
     assert with_stacked(whole, STACKED) == whole
     assert with_stacked(names, {}) == names
+
+
+@pytest.mark.parametrize(("cpus", "threads", "sleep"), [(0.3, 2, True), (0.3, None, False), (1, 2, False)])
+def test_threads_on_shared_cores_sleep_while_they_wait(cpus: float, threads: int | None, sleep: bool) -> None:
+    environment = engine_environment(EngineConfig(), Resources(cpus=cpus, threads=threads))
+    assert environment.get("OMP_WAIT_POLICY") == ("passive" if sleep else None)
 
 
 def test_an_engine_over_several_gpus_keeps_to_those_of_its_actor() -> None:
