@@ -25,6 +25,8 @@ RAYS_PART = len("/session_2026-11-27_07-53-49_123456_4194304/sockets/plasma_stor
 LONGEST_ROOT = SOCKET_BYTES - RAYS_PART - len(f"/{PREFIX}/{INNER}") - RANDOM
 """Bytes of a directory that may hold ours."""
 SHORT_ROOTS = ("/tmp", "/dev/shm", "/var/tmp")
+ENGINE_FILES = "VLLM_RPC_BASE_PATH"
+"""vLLM's variable for the directory of its sockets; a local Ray's engines find its directory there."""
 
 
 @dataclass(frozen=True)

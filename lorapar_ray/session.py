@@ -12,7 +12,7 @@ from typing import Any
 
 from lorapar_ray.errors import UserError
 from lorapar_ray.interrupts import terminable
-from lorapar_ray.ray_files import RayFiles, local_files
+from lorapar_ray.ray_files import ENGINE_FILES, local_files
 from lorapar_ray.replaced import replaced
 from lorapar_ray.text import one_line
 from lorapar_ray.threads import in_a_thread
@@ -21,9 +21,6 @@ CONNECT_TIMEOUT_S = 20
 """Time for a cluster to answer."""
 JOIN_TIMEOUT_S = 120
 """Time for Ray to connect to a cluster that has answered."""
-LONGEST_IPC_ROOT = 60
-"""Most bytes of a directory's path for vLLM's sockets."""
-
 ONE_MACHINE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
 """The driver's own machine is never drained, so no process needs to watch for that; and polling a few workers twice a
 second is cheap."""
@@ -98,8 +95,11 @@ def _local(logs: dict[str, Any]) -> Iterator[None]:
     import ray
 
     global _started_here
-    alone = _without_helpers(keep_logs=logs["log_to_driver"])
-    with local_files() as files, _loopback_only(), _short_ipc_paths(files), _environment(ONE_MACHINE), alone:
+    with ExitStack() as stack:
+        files = stack.enter_context(local_files())
+        stack.enter_context(_loopback_only())
+        stack.enter_context(_environment(ONE_MACHINE | {ENGINE_FILES: str(files.sockets.parent)}))
+        stack.enter_context(_without_helpers(keep_logs=logs["log_to_driver"]))
         try:
             with _quiet(logs):
                 ray.init(
@@ -176,14 +176,6 @@ def _without_helpers(keep_logs: bool) -> Iterator[None]:
     with ExitStack() as stack:
         for name in filter(partial(hasattr, Node), unused):
             stack.enter_context(replaced(Node, name, lambda *_, **__: None))
-        yield
-
-
-@contextmanager
-def _short_ipc_paths(files: RayFiles) -> Iterator[None]:
-    """Put vLLM's sockets next to Ray's if TMPDIR, their usual place, has too long a path."""
-    long = len(os.fsencode(tempfile.gettempdir())) > LONGEST_IPC_ROOT
-    with _environment({"VLLM_RPC_BASE_PATH": str(files.sockets.parent)} if long else {}):
         yield
 
 

@@ -7,20 +7,22 @@ forked from it; so is the process in which vLLM inspects an unknown model's clas
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import multiprocessing
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+from lorapar_ray.engines.folder import engine_folder, sockets_in
 from lorapar_ray.engines.phases import Phases
 from lorapar_ray.engines.refusals import leave_cause, refusing
 from lorapar_ray.heavy_imports import without_collecting
@@ -30,6 +32,10 @@ UNUSABLE = "unusable"
 """Name of a file that a forked process creates before it ends if it cannot use the GPU."""
 CUDA_NOT_INITIALIZED = 3
 """The CUDA driver's error in a child of a process that had initialised CUDA."""
+
+_in_use = ExitStack()
+"""Directories of the engines that this process has started."""
+atexit.register(_in_use.close)
 
 
 def start_async_llm(arguments: Mapping[str, Any], phases: Phases, where: str) -> Any:
@@ -44,14 +50,16 @@ def start_async_llm(arguments: Mapping[str, Any], phases: Phases, where: str) ->
         UserError: vLLM cannot serve the model, or not with these settings.
     """
     forks = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") != "spawn"
-    with TemporaryDirectory() as folder:
-        notes = Path(folder)
-        with refusing(str(arguments["model"]), where, notes if forks else None):
-            return _start(arguments, phases, notes, forks)
+    with ExitStack() as stack:
+        folder = stack.enter_context(engine_folder())
+        with refusing(str(arguments["model"]), where, folder if forks else None), sockets_in(folder):
+            engine = _start(arguments, phases, folder, forks)
+        _in_use.push(stack.pop_all())
+        return engine
 
 
-def _start(arguments: Mapping[str, Any], phases: Phases, notes: Path, forks: bool) -> Any:
-    """As `start_async_llm`; a forked process writes the reason of its end to `notes`."""
+def _start(arguments: Mapping[str, Any], phases: Phases, folder: Path, forks: bool) -> Any:
+    """As `start_async_llm`; a forked process writes the reason of its end to `folder`."""
     with phases.phase("importing vLLM"), without_collecting():
         if forks:
             begin_to_import()
@@ -64,12 +72,12 @@ def _start(arguments: Mapping[str, Any], phases: Phases, notes: Path, forks: boo
         wanted = AsyncEngineArgs(**{**platform_arguments(), **arguments})
     with phases.phase("loading the model and making room for its cache"):
         try:
-            with forked_processes(notes) if forks else nullcontext():
+            with forked_processes(folder) if forks else nullcontext():
                 settings = wanted.create_engine_config(UsageContext.ENGINE_CONTEXT)
                 require_head_size(settings.model_config)
                 return AsyncLLM.from_vllm_config(settings, disable_log_stats=wanted.disable_log_stats)
         except Exception as error:
-            if not (notes / UNUSABLE).exists() and not isinstance(error, ConnectionError | EOFError):
+            if not (folder / UNUSABLE).exists() and not isinstance(error, ConnectionError | EOFError):
                 raise
         print("lorapar: no engine can be forked here; vLLM spawns its processes", flush=True)
         return AsyncLLM.from_engine_args(wanted)
@@ -92,17 +100,17 @@ def begin_to_import() -> None:
 
 
 @contextmanager
-def forked_processes(notes: Path) -> Iterator[None]:
+def forked_processes(folder: Path) -> Iterator[None]:
     """vLLM starts its processes from the fork server while the block runs.
 
     Args:
-        notes: folder in which a forked process writes the reason of its end: `UNUSABLE`, or the `CAUSE`.
+        folder: for their temporary files, and the reason of a failed start: `UNUSABLE`, or the `CAUSE`.
     """
     import vllm.model_executor.models.registry as registry
     import vllm.v1.engine.utils as utils
 
     spawned, in_a_subprocess = utils.get_mp_context, registry._run_in_subprocess
-    utils.get_mp_context = partial(ForkContext, notes)
+    utils.get_mp_context = partial(ForkContext, folder)
     registry._run_in_subprocess = answer_of
     try:
         with _no_main_module():
@@ -114,32 +122,34 @@ def forked_processes(notes: Path) -> Iterator[None]:
 class ForkContext:
     """The part of a multiprocessing context that vLLM uses for an engine's core."""
 
-    def __init__(self, notes: Path) -> None:
-        self._notes = notes
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._context = multiprocessing.get_context("forkserver")
 
     def Process(self, target: Callable[..., None], name: str, kwargs: Mapping[str, Any]) -> Any:
         """A process with this process's current environment; the fork server's is older."""
-        arguments = (str(self._notes), dict(os.environ), target)
+        arguments = (str(self._folder), dict(os.environ), target)
         return self._context.Process(target=in_a_fork, name=name, args=arguments, kwargs=dict(kwargs))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
 
-def in_a_fork(notes: str, environment: Mapping[str, str], function: Callable[..., None], **arguments: Any) -> None:
-    """Call `function` with `environment` as the process's environment; end when the parent process ends."""
+def in_a_fork(folder: str, environment: Mapping[str, str], function: Callable[..., None], **arguments: Any) -> None:
+    """Call `function` with `environment` as the process's environment, and its temporary files in `folder`; end when
+    the parent process ends."""
     if cuda_is_lost():
-        (Path(notes) / UNUSABLE).touch()
+        (Path(folder) / UNUSABLE).touch()
         os._exit(1)
     os.environ.clear()
     os.environ.update(environment)
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # for its workers: CUDA is initialised here
+    tempfile.tempdir = folder
     threading.Thread(target=_end_with_the_parent, daemon=True, name="parent-watch").start()
     try:
         function(**arguments)
     except Exception as error:
-        leave_cause(Path(notes), error)
+        leave_cause(Path(folder), error)
         raise
 
 

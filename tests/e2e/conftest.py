@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import pytest
@@ -16,6 +17,8 @@ class FinishedRun(NamedTuple):
     run: Path
     status: int
     output: str
+    left: list[str]
+    """Its temporary files that are still there."""
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +33,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Finish
             plain = tiny_config(save_tiny_student(root / "student"))
             plain["label"]["teachers"][1]["engine_of"] = "a"  # a start less for many tests
             config = write_config(root / "tiny.yaml", plain)
-            done = lorapar("run", config, "--run-dir", root / "run")
-            outcome.write_text(json.dumps([done.returncode, done.stdout + done.stderr]))
+            with TemporaryDirectory(prefix="t", dir="/tmp") as scratch:  # Ray's sockets need a short path
+                done = lorapar("run", config, "--run-dir", root / "run", TMPDIR=scratch)
+                left = [str(path.relative_to(scratch)) for path in Path(scratch).rglob("*")]
+            outcome.write_text(json.dumps([done.returncode, done.stdout + done.stderr, left]))
     return FinishedRun(root / "student", root / "tiny.yaml", root / "run", *json.loads(outcome.read_text()))

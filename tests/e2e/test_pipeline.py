@@ -42,6 +42,10 @@ def test_every_stage_finishes(finished: FinishedRun) -> None:
     assert 'src="http' not in page and 'href="http' not in page
 
 
+def test_no_temporary_file_is_left(finished: FinishedRun) -> None:
+    assert finished.left == []
+
+
 def test_real_engines_voted_on_every_row(finished: FinishedRun) -> None:
     rows = read_table(finished.run / "labels")
     ids = {row["id"] for row in read_table(finished.run / "data" / "train.parquet")}
