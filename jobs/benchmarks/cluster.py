@@ -31,10 +31,11 @@ from _rows import Row, print_table, write_rows
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.hosts.machines import wait_until, why_not  # noqa: E402
+from tests.hosts.machines import why_not  # noqa: E402
 from tests.hosts.run import Sent, write_sent  # noqa: E402
 from tests.hosts.topology import topology  # noqa: E402
 from tests.tiny_run import metrics, save_tiny_student  # noqa: E402
+from tests.waiting import wait_until  # noqa: E402
 
 FIRST_LINE_GOAL_S = 10.0
 STEPS = 60

@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
@@ -31,6 +31,7 @@ from lorapar_ray.runs import RunDirectory
 from tests.chaos import Recovery
 from tests.cluster.faulty_teachers import noted
 from tests.tiny_run import ROOT, command, lorapar, write_config
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 ROWS = 120
@@ -98,13 +99,6 @@ def stored(run: RunDirectory) -> int:
             return 0
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
-    pause, deadline = threading.Event(), time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
-        pause.wait(0.05)
-
-
 def test_the_majority_of_simulated_teachers_is_as_good_as_the_binomial_says(
     cluster: None, run: RunDirectory, tmp_path: Path
 ) -> None:
@@ -136,11 +130,12 @@ def test_kill_9_on_the_driver_costs_only_the_blocks_in_flight(
     process = subprocess.Popen(
         command(*arguments), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    wait_for(lambda: stored(run) > votes)
+    wait_until("a vote is stored", lambda: stored(run) > votes, 300)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(30)
     worker = int(log.read_text().splitlines()[-1].split()[0])
-    wait_for(lambda: not psutil.pid_exists(worker))  # it sends requests until it notices that its driver has ended
+    # it sends requests until it notices that its driver has ended
+    wait_until("the worker ends", lambda: not psutil.pid_exists(worker), 300)
     asked, kept = sum(noted(log).values()), stored(run)
     assert votes < kept < 2 * ROWS and not (run.label_summary).exists()
     with recovery("label", "driver"):
@@ -168,7 +163,7 @@ def test_kill_9_on_an_asking_worker_in_mid_run(
         return {int(line.split()[0]) for line in lines if line.split()[0] != driver}
 
     def murder() -> None:
-        wait_for(lambda: bool(workers()) and sum(noted(log).values()) > asked)
+        wait_until("workers ask", lambda: workers() and sum(noted(log).values()) > asked, 300)
         for pid in workers():
             os.kill(pid, signal.SIGKILL)
 

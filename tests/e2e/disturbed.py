@@ -4,7 +4,6 @@ does."""
 import os
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from tests.chaos import Recovery
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.twin import ends_as_its_twin, entry, is_done
 from tests.tiny_run import GRPO_STEPS, ROOT, command, metrics
+from tests.waiting import wait_until
 
 LIMIT_S = 900
 
@@ -51,7 +51,7 @@ def ends_undisturbed(
         around: begins the command's own command line.
         may_end: the disturbance kills processes; if the command ends with these words, it is begun again.
     """
-    log, pause, deadline = run.with_suffix(".log"), threading.Event(), time.monotonic() + LIMIT_S
+    log, deadline = run.with_suffix(".log"), time.monotonic() + LIMIT_S
 
     def begun() -> subprocess.Popen[bytes]:
         with log.open("a") as output:
@@ -67,16 +67,20 @@ def ends_undisturbed(
     process = begun()
 
     def wait_for(what: str, seen: Callable[[], bool]) -> None:
-        nonlocal process
-        while not seen():
-            if process.poll() is not None and not seen():
+        def look() -> bool:
+            nonlocal process
+            if not seen() and process.poll() is not None and not seen():
                 told = log.read_text()
                 assert process.returncode == 2 and may_end and may_end in told.splitlines()[-1], (
                     f"{what}: {told[-3000:]}"
                 )
                 process = begun()
-            assert time.monotonic() < deadline, f"{what}: {log.read_text()[-3000:]}"
-            pause.wait(0.1)
+            return seen()
+
+        try:
+            wait_until(what, look, deadline - time.monotonic())
+        except TimeoutError as error:
+            raise TimeoutError(f"{what}: {log.read_text()[-3000:]}") from error
 
     try:
         for stage, at_work in moments(run, chance).items():

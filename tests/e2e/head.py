@@ -15,7 +15,7 @@ import psutil
 
 from lorapar_ray.ray_files import private_directory
 from tests.e2e.test_job import RAY, free_port
-from tests.hosts.machines import wait_until
+from tests.waiting import wait_until
 
 START_LIMIT_S = 120
 DOWN_S = (2, 20)

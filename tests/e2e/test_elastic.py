@@ -34,6 +34,7 @@ from lorapar_ray.workers import run_workers
 from tests.chaos import Recovery
 from tests.sft_run import ready_run
 from tests.tiny_run import metrics, save_tiny_student
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -74,10 +75,12 @@ def end_processes(kind: str) -> None:
 
 def wait_for(condition: Callable[[], bool], thread: threading.Thread) -> None:
     """Until it holds; the thread has to live until then."""
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert thread.is_alive() and time.monotonic() < deadline
-        time.sleep(0.05)
+
+    def seen() -> bool:
+        assert thread.is_alive()
+        return condition()
+
+    wait_until("the workers change", seen, 240)
 
 
 class Stage:

@@ -15,8 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -273,16 +272,3 @@ def _pid_space(pid: int) -> str:
 
 def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True)
-
-
-def wait_until(what: str, seen: Callable[[], object], limit_s: float = 120, every_s: float = 0.2) -> None:
-    """Until `seen()` is true.
-
-    Raises:
-        TimeoutError: names what was waited for.
-    """
-    deadline = time.monotonic() + limit_s
-    while not seen():
-        if time.monotonic() > deadline:
-            raise TimeoutError(what)
-        time.sleep(every_s)

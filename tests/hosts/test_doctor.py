@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts.machines import HOME, SHARED, machines, wait_until
+from tests.hosts.machines import HOME, SHARED, machines
 from tests.hosts.run import Sent
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.hosts
 

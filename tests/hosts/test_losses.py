@@ -13,9 +13,10 @@ from tests.chaos import Recovery
 from tests.e2e.test_interruption import stored_votes
 from tests.e2e.twin import ends_as_its_twin, is_done
 from tests.hosts.conftest import FarRun
-from tests.hosts.machines import Machine, wait_until
+from tests.hosts.machines import Machine
 from tests.hosts.run import Sent
 from tests.tiny_run import metrics
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.hosts
 

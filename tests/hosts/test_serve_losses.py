@@ -12,9 +12,10 @@ from tests.chaos import Recovery
 from tests.e2e.test_serve import SECRET
 from tests.e2e.test_serve_losses import END_S, asks, meanwhile
 from tests.hosts.conftest import FarRun
-from tests.hosts.machines import SHARED, wait_until
+from tests.hosts.machines import SHARED
 from tests.hosts.run import Sent
 from tests.hosts.test_losses import CUT, NODE, cut_off
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.hosts
 PORT = 8000

@@ -16,8 +16,9 @@ from typing import Any
 
 import yaml
 
-from tests.hosts.machines import Machine, machines, wait_until
+from tests.hosts.machines import Machine, machines
 from tests.tiny_run import ROOT
+from tests.waiting import wait_until
 
 COMPOSE = ROOT / "cluster" / "compose.yaml"
 START_LIMIT_S = 180

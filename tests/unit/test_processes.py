@@ -12,6 +12,7 @@ import pytest
 
 from lorapar_ray.engines.phases import Phases
 from lorapar_ray.engines.processes import UNUSABLE, ForkContext, answer_of, cuda_is_lost
+from tests.waiting import wait_until
 
 ORPHAN = """
 import sys, time
@@ -60,13 +61,13 @@ def test_a_forked_process_ends_with_the_one_that_asked_for_it(tmp_path: Path) ->
     file = tmp_path / "pid"
     asker = subprocess.Popen([sys.executable, "-c", ORPHAN, str(file)])
     try:
-        wait_for(file.is_file)
+        wait_until("the fork has begun", file.is_file)
         pid = int(file.read_text())
         assert psutil.pid_exists(pid)
     finally:
         asker.send_signal(signal.SIGKILL)  # as Ray ends an actor: it cannot tidy up
         asker.wait()
-    wait_for(lambda: not psutil.pid_exists(pid))
+    wait_until("the fork has ended", lambda: not psutil.pid_exists(pid))
 
 
 def test_a_short_lived_fork_returns_its_result() -> None:
@@ -87,11 +88,3 @@ def test_phases_are_lines_of_the_log_with_their_seconds(capsys: pytest.CaptureFi
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "lorapar: engine: importing"
     assert lines[1].startswith("lorapar: engine: importing: 0.0 s")
-
-
-def wait_for(true: object) -> None:
-    assert callable(true)
-    deadline = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from lorapar_ray.progress import Pace, noted_in, progress
 from lorapar_ray.run_lock import run_lock
 from lorapar_ray.runs import PROGRESS, RunDirectory
 from lorapar_ray.status import lines
+from tests.waiting import wait_until
 
 STAGES = {"label": {"status": "done", "seconds": 61.0}, "score": {"status": "started", "seconds": 130.0}}
 
@@ -36,20 +36,22 @@ def test_a_run_at_work(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("lorapar_ray.progress.NOTE_EVERY_S", 0.01)
     counts, told = iter([2, 3, *[6] * 10_000]), []
 
+    def scoring() -> str:
+        return next(line for line in lines(run) if "score" in line)
+
     def report(what: str, total: int) -> Callable[[int], None]:
         return lambda done: told.append((what, done, total))
 
     with run_lock(run.root):
-        assert next(line for line in lines(run) if "score" in line).split() == ["▶", "score", "starting"]
+        assert scoring().split() == ["▶", "score", "starting"]
         with noted_in(run.work / PROGRESS, report), progress("score", 10, lambda: (next(counts), "loss 0.5\x1b[2J")):
-            deadline = time.monotonic() + 20
-            while "6/10" not in (line := next(line for line in lines(run) if "score" in line)):
-                assert time.monotonic() < deadline
+            wait_until("the third report", lambda: "6/10" in scoring(), 20)
+            line = scoring()
         assert line.startswith("▶ score      score 6/10") and line.endswith("loss 0.5\\x1b[2J")
         assert not (run.work / PROGRESS).exists()
         assert {("score", 2, 10), ("score", 6, 10)} <= set(told)
         write_json(run.work / PROGRESS, {"done": "many"})
-        assert next(line for line in lines(run) if "score" in line).split() == ["▶", "score", "starting"]
+        assert scoring().split() == ["▶", "score", "starting"]
     assert "no command is running" in next(iter(lines(run)))
 
 
