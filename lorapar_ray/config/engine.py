@@ -62,7 +62,8 @@ class EngineConfig(Section):
     enforce_eager: Operation[bool] = False
     """No CUDA graphs and no compiling: a faster start, slower steps."""
     kv_cache_gib: Operation[PositiveFloat] = 1.0
-    """CPU only: size of the key-value cache. On a GPU set `extra: {gpu_memory_utilization: ...}`."""
+    """CPU only: size of the key-value cache, rounded to whole GiB, at least 1. On a GPU set
+    `extra: {gpu_memory_utilization: ...}`."""
     extra: Annotated[dict[str, Any], result_but_not(*OPERATIONAL_EXTRA)] = {}
     """Further arguments, passed to vLLM unchanged. Those in `OPERATIONAL_EXTRA` do not change results; any other counts
     as changing them."""
