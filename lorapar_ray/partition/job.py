@@ -15,7 +15,7 @@ from lorapar_ray.importance.job import halves_of_units
 from lorapar_ray.partition.control import control_curve, control_of_systems
 from lorapar_ray.partition.passes import whole_adapter
 from lorapar_ray.partition.regions import assign_regions, save_regions
-from lorapar_ray.partition.select import keep_top, random_mask
+from lorapar_ray.partition.select import keep_top, random_kept
 from lorapar_ray.partition.summary import summarise
 from lorapar_ray.partition.systems import FILE, SUMMARY, cut_systems, save_systems
 from lorapar_ray.runs import RunDirectory, write_json
@@ -48,15 +48,13 @@ def _cut(config: Config, run: RunDirectory) -> dict[str, Any]:
     settings = config.partition
     scores = [_load(run.scores / f"system{system}.safetensors") for system in (1, 2)]
     kept = [keep_top(each, settings.theta, group_of=GROUPS[settings.scope]) for each in scores]
+    activation = settings.activation
     if settings.mask == "random":
-        kept = [
-            random_mask(each, sum(int(mask.sum()) for mask in kept[index].values()), seed=config.seed + index)
-            for index, each in enumerate(scores)
-        ]
+        kept, activation = random_kept(kept[0], kept[1], config.seed), "random"
     if settings.mask == "swapped":
         kept, scores = kept[::-1], scores[::-1]
     regions = assign_regions(
-        *kept, *scores, alpha=settings.alpha, beta=settings.beta, activation=settings.activation, seed=config.seed
+        *kept, *scores, alpha=settings.alpha, beta=settings.beta, activation=activation, seed=config.seed
     )
     summary = summarise(
         regions, scores1=scores[0], scores2=scores[1], theta=settings.theta, alpha=settings.alpha, beta=settings.beta

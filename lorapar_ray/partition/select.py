@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +68,27 @@ def random_mask(like: Mapping[str, Tensor], count: int, seed: int) -> dict[str, 
         ValueError: `count` is negative or more than there are elements.
     """
     return keep_count(random_scores(like, seed), count)
+
+
+def random_disjoint(like: Mapping[str, Tensor], counts: Sequence[int], seed: int) -> list[dict[str, Tensor]]:
+    """Random sets (bool masks) of these sizes without a common element: consecutive parts of one random order."""
+    order = random_scores(like, seed)
+    tops = [keep_count(order, sum(counts[:number])) for number in range(len(counts) + 1)]
+    return [{key: after[key] & ~before[key] for key in sorted(after)} for before, after in pairwise(tops)]
+
+
+def random_kept(k1: Mapping[str, Tensor], k2: Mapping[str, Tensor], seed: int) -> list[dict[str, Tensor]]:
+    """Two random sets (bool masks) of the sizes of `k1` and `k2` with an intersection of the same size.
+
+    Sets drawn independently would overlap less than chosen ones: with α or β below 1 a stage would train more elements
+    than with the sets that they are a control of.
+    """
+    sizes = [
+        sum(int(region(k1[key], k2[key]).sum()) for key in k1)
+        for region in (lambda a, b: a & ~b, lambda a, b: a & b, lambda a, b: b & ~a)
+    ]
+    only1, both, only2 = random_disjoint(k1, sizes, seed)
+    return [{key: own[key] | both[key] for key in both} for own in (only1, only2)]
 
 
 def random_scores(like: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:

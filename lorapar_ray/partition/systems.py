@@ -12,7 +12,7 @@ On disk: one int16 per element, whose bit k − 1 tells whether System k trains 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations, pairwise
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from lorapar_ray.files import atomic_path
 from lorapar_ray.partition.blocks import same_layout
 from lorapar_ray.partition.control import jaccard
 from lorapar_ray.partition.passes import WHOLE_ADAPTER, GroupOf, count_scores, whole_adapter
-from lorapar_ray.partition.select import keep_count, keep_top, random_mask, random_scores
+from lorapar_ray.partition.select import keep_top, random_disjoint, random_mask
 
 FILE, SUMMARY = "systems.safetensors", "systems.json"
 RECUT = "run `lorapar partition` to write it again"
@@ -103,13 +103,6 @@ def disjoint(kept: Mapping[int, Tensors], scores: Mapping[int, Tensors]) -> dict
 def random_each(like: Tensors, counts: Sequence[int], seed: int) -> list[Masks]:
     """Random sets of these sizes, each drawn from all elements."""
     return [random_mask(like, count, seed + number) for number, count in enumerate(counts)]
-
-
-def random_disjoint(like: Tensors, counts: Sequence[int], seed: int) -> list[Masks]:
-    """Random sets of these sizes without a common element: consecutive parts of one random order."""
-    order = random_scores(like, seed)
-    tops = [keep_count(order, sum(counts[:number])) for number in range(len(counts) + 1)]
-    return [{key: after[key] & ~before[key] for key in sorted(after)} for before, after in pairwise(tops)]
 
 
 def total_importance(scores: Tensors) -> float:

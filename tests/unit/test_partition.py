@@ -22,6 +22,7 @@ from lorapar_ray.partition.select import (
     keep_count,
     keep_top,
     kept_counts,
+    random_kept,
     random_mask,
     select_shards,
     theta_curve,
@@ -217,6 +218,20 @@ def test_random_mask_is_spread_evenly() -> None:
     masks = random_mask({key: torch.empty(10_000) for key in "abcd"}, 20_000, seed=0)
     # hypergeometric: the standard deviation of each count is 43
     assert all(abs(int(mask.sum()) - 5_000) < 250 for mask in masks.values())
+
+
+def test_random_sets_overlap_as_much_as_the_chosen_ones() -> None:
+    """So every region has the size of the one that it is a control of, whatever α and β are."""
+    k1, k2 = (keep_top(skewed(seed), 0.8) for seed in (0, 1))
+    drawn1, drawn2 = random_kept(k1, k2, seed=5)
+    for chosen, drawn in (
+        (flat(k1) & ~flat(k2), flat(drawn1) & ~flat(drawn2)),
+        (flat(k1) & flat(k2), flat(drawn1) & flat(drawn2)),
+        (flat(k2) & ~flat(k1), flat(drawn2) & ~flat(drawn1)),
+    ):
+        assert int(chosen.sum()) == int(drawn.sum()) > 0 and not torch.equal(chosen, drawn)
+    again1, _ = random_kept(k1, k2, seed=6)
+    assert not torch.equal(flat(drawn1), flat(again1))
 
 
 def test_more_elements_than_exist_cannot_be_kept() -> None:
