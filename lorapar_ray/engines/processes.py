@@ -26,6 +26,7 @@ from lorapar_ray.engines.folder import engine_folder, sockets_in
 from lorapar_ray.engines.phases import Phases
 from lorapar_ray.engines.refusals import leave_cause, refusing
 from lorapar_ray.heavy_imports import without_collecting
+from lorapar_ray.replaced import replaced
 
 PRELOAD = "lorapar_ray.engines.preload"
 UNUSABLE = "unusable"
@@ -62,7 +63,7 @@ def _start(arguments: Mapping[str, Any], phases: Phases, folder: Path, forks: bo
     """As `start_async_llm`; a forked process writes the reason of its end to `folder`."""
     with phases.phase("importing vLLM"), without_collecting():
         if forks:
-            begin_to_import()
+            begin_to_import(folder)
         from vllm import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -83,8 +84,12 @@ def _start(arguments: Mapping[str, Any], phases: Phases, folder: Path, forks: bo
         return AsyncLLM.from_engine_args(wanted)
 
 
-def begin_to_import() -> None:
-    """Start this process's fork server, which imports vLLM in parallel. Call it before importing vLLM here."""
+def begin_to_import(folder: Path) -> None:
+    """Start this process's fork server, which imports vLLM in parallel. Call it before importing vLLM here.
+
+    Args:
+        folder: for the server's socket.
+    """
     from multiprocessing.forkserver import ensure_running
 
     if library := _openmp():
@@ -93,7 +98,7 @@ def begin_to_import() -> None:
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # Ray adds to this process's what it needs
     try:
-        with _no_main_module():
+        with _no_main_module(), replaced(tempfile, "tempdir", str(folder)):
             ensure_running()
     finally:
         os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
