@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from math import ceil
+from pathlib import Path
 
-from lorapar_ray.ablations.sharing import SHARED
+from lorapar_ray.ablations.sharing import SHARED, borrow
 from lorapar_ray.ablations.units import Unit
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.job import engines_of, evaluate_together
@@ -60,14 +61,18 @@ def _shape(unit: Unit) -> str | None:
     return None if alone else stage1.shape_of(unit.config)
 
 
-def run_at_once(units: Sequence[Unit], stage: str) -> None:
+def run_at_once(units: Sequence[Unit], stage: str, siblings: list[Path]) -> None:
     """Run one of `AT_ONCE`'s stages of several runs together, as far as possible.
 
-    If several runs have equal inputs of stage 1, only one trains, and the others may copy it.
+    A run copies a training stage from one of `siblings` that has finished it with the same inputs. If several runs have
+    equal inputs, only one trains, and the others may copy it.
 
     If a group fails, each of its runs continues alone from the group's checkpoints, and only the run that caused the
     failure fails.
     """
+    for unit in units if stage in SHARED else ():
+        if borrow(unit.config, unit.run, stage, siblings):
+            console.print(f"{unit.title}: {stage} is a copy")
     due = {_equal(unit, stage): unit for unit in reversed(units) if not is_done(unit.config, unit.run, stage)}
     for group in groups_of(list(due.values())[::-1], stage):
         if len(group) > 1:

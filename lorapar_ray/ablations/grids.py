@@ -6,6 +6,11 @@ from dataclasses import dataclass
 
 PLAIN = "sft.masked=false"
 UNMASKED = (PLAIN, "grpo.masked=false")
+"""As the methods that LoRA-PAR is compared with: no scores, and no warm-up before them."""
+EVERY_ELEMENT = ("partition.theta=1", "partition.alpha=1", "partition.beta=1")
+"""A mask that keeps everything, where only the trained elements may differ: the same warm-up as with other masks."""
+BOTH = "sft.systems=[1, 2]"
+"""A method without RL trains on all questions."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +132,8 @@ def _theta() -> Grid:
     for targets, figures in paper.items():
         for place, figure in enumerate(figures):
             theta = (place + 1) / 10
-            change = (f"adapter.targets={targets}", f"partition.theta={theta:g}")
+            change = ("order=[sft]", "partition.alpha=1", f"adapter.targets={targets}", f"partition.theta={theta:g}")
             name = f"{targets}-{theta:g}"
-            if theta == 1:
-                arms.append(Arm(name, (f"adapter.targets={targets}", *UNMASKED), figure))
-                continue
             arms.append(Arm(name, change, figure))
             if theta in drawn[targets]:
                 arms.append(Arm(f"{name}-random", (*change, "partition.mask=random"), drawn[targets][theta]))
@@ -142,23 +144,24 @@ def _theta() -> Grid:
 
 def _methods() -> Grid:
     one, two = "sft.epochs=1", "sft.epochs=2"
-    rl = (*UNMASKED, "order=[sft, grpo]")
+    sft, both_stages = (PLAIN, "order=[sft]", BOTH), "order=[sft, grpo]"
+    rl = (*UNMASKED, both_stages)
     return Grid(
         "methods",
         "LoRA-PAR against common methods, one and two epochs (table 4)",
         (
-            Arm("lora-1", (PLAIN, "order=[sft]", one), "27.8"),
-            Arm("lora-2", (PLAIN, "order=[sft]", two), "31.86"),
-            Arm("lora-plus-2", (PLAIN, "order=[sft]", two, "sft.lora_plus_ratio=8")),
-            Arm("olora-1", (PLAIN, "order=[sft]", "adapter.init=olora", one), "29.57"),
-            Arm("olora-2", (PLAIN, "order=[sft]", "adapter.init=olora", two), "32.83"),
-            Arm("pissa-1", (PLAIN, "order=[sft]", "adapter.init=pissa", one), "30.78"),
-            Arm("pissa-2", (PLAIN, "order=[sft]", "adapter.init=pissa", two), "33.59"),
+            Arm("lora-1", (*sft, one), "27.8"),
+            Arm("lora-2", (*sft, two), "31.86"),
+            Arm("lora-plus-2", (*sft, two, "sft.lora_plus_ratio=8")),
+            Arm("olora-1", (*sft, "adapter.init=olora", one), "29.57"),
+            Arm("olora-2", (*sft, "adapter.init=olora", two), "32.83"),
+            Arm("pissa-1", (*sft, "adapter.init=pissa", one), "30.78"),
+            Arm("pissa-2", (*sft, "adapter.init=pissa", two), "33.59"),
             Arm("lora-rl", rl),
             Arm("pissa-rl", (*rl, "adapter.init=pissa"), "30.63/37.45"),
-            Arm("lora-par", (), "27.07/34.57"),
-            Arm("lora-par-pissa", ("adapter.init=pissa",), "28.73/38.97"),
-            Arm("lora-par-pissa-0.95", ("adapter.init=pissa", "partition.theta=0.95"), "30.86/41.85"),
+            Arm("lora-par", (both_stages,), "27.07/34.57"),
+            Arm("lora-par-pissa", (both_stages, "adapter.init=pissa"), "28.73/38.97"),
+            Arm("lora-par-pissa-0.95", (both_stages, "adapter.init=pissa", "partition.theta=0.95"), "30.86/41.85"),
         ),
         (
             Claim("LoRA-PAR ends above two epochs of LoRA", "lora-par", "lora-2"),
@@ -182,7 +185,7 @@ def _order() -> Grid:
 
 
 def _peft() -> Grid:
-    only = (PLAIN, "order=[sft]")
+    only = (PLAIN, "order=[sft]", BOTH)
     learnt = (
         *only,
         "sft.gradient_checkpointing=false",
@@ -211,7 +214,7 @@ def _stage1() -> Grid:
         "stage1",
         "which elements stage 1 trains, at one learning rate for all",
         (
-            Arm("lora", (*only, PLAIN)),
+            Arm("lora", (*only, *EVERY_ELEMENT)),
             Arm("lora-par", only),
             Arm("random-mask", (*only, "partition.mask=random")),
             Arm("pissa", (*only, PLAIN, pissa)),
@@ -227,7 +230,6 @@ def _stage1() -> Grid:
 
 
 def _mask() -> Grid:
-    # With α below 1 two random sets overlap less than two chosen ones, and would leave stage 1 more elements
     stage1 = ("order=[sft]", "partition.alpha=1")
     controls = {
         "random": ("partition.mask=random",),
@@ -239,8 +241,8 @@ def _mask() -> Grid:
         Arm("importance", stage1),
         *(Arm(name, (*stage1, *changes)) for name, changes in controls.items()),
         Arm("shuffled-labels", (*stage1, "label.shuffled=true"), votes=True),
-        Arm("smaller-lora", ("order=[sft]", PLAIN), rank_share=0.4),  # what θ = 0.9 keeps
-        Arm("full-lora", (*stage1, "partition.theta=1")),  # not unmasked: that would start without the warm-up
+        Arm("smaller-lora", (*stage1, "partition.theta=1"), rank_share=0.4),  # what θ = 0.9 keeps
+        Arm("full-lora", (*stage1, "partition.theta=1")),
     )
     said = {
         "random": "the importance mask beats a random one of its size, each at its own learning rate",
@@ -265,7 +267,7 @@ RETAINED = {
     "disjoint": ("partition.alpha=0", "partition.beta=0"),
     "shared": ("partition.alpha=1", "partition.beta=1"),
     "random": ("partition.alpha=0", "partition.beta=0", "partition.mask=random"),
-    "unmasked": UNMASKED,
+    "unmasked": EVERY_ELEMENT,
 }
 """Lines of a retention grid. Disjoint regions are the elements that only System 1 or only System 2 has."""
 SECOND_RATES = (0.5, 1.0, 2.0)
@@ -296,8 +298,8 @@ def _systems() -> Grid:
         "disjoint": ("partition.regions=disjoint",),
         "random": ("partition.regions=disjoint", "partition.mask=random"),
         "shared": ("partition.regions=own",),
-        "unmasked": ("partition.regions=own", "partition.theta=1"),  # the same warm-up as the others, which
-    }  # sft.masked=false would leave out
+        "unmasked": ("partition.regions=own", "partition.theta=1"),
+    }
     arms = (
         Arm(name, ("order=[sft]", "sft.masked=true", "sft.sequence=true", *changes))
         for name, changes in regions.items()

@@ -13,7 +13,7 @@ from lorapar_ray.ablations.report import PAGE, chosen_rates, report
 from lorapar_ray.ablations.sharing import SHARED, borrow, borrow_sums
 from lorapar_ray.ablations.units import Unit
 from lorapar_ray.errors import UserError
-from lorapar_ray.pipeline import pending, run_stage
+from lorapar_ray.pipeline import run_stage
 from lorapar_ray.progress import console
 from lorapar_ray.redact import redact
 from lorapar_ray.session import ray_session
@@ -31,7 +31,7 @@ def run_plan(plan: Plan, *, verbose: bool = False) -> list[str]:
     sweeps = plan.sweeps
     for _ in _run_all(sweeps, plan.out, failed, verbose):
         pass
-    rates = chosen_rates(sweeps)
+    rates = chosen_rates(plan)
     units = [unit for unit in plan.units(rates) if not sweeps or unit.arm in rates]
     for arm in plan.arms:
         if sweeps and arm.name not in rates:
@@ -45,7 +45,7 @@ def run_plan(plan: Plan, *, verbose: bool = False) -> list[str]:
 
 def _run_all(units: Sequence[Unit], out: Path, failed: list[str], verbose: bool) -> Iterator[None]:
     """Run unfinished units; yields after each batch of runs."""
-    due = [unit for unit in units if not _finished(unit)]
+    due = [unit for unit in units if not unit.finished]
     with ray_session(verbose) if due else nullcontext():
         done = 0
         for group in batches(due):
@@ -66,7 +66,7 @@ def _run_batch(units: Sequence[Unit], out: Path, failed: list[str]) -> None:
         if number:
             firsts = {unit.title: parts[unit.title][number][0] for unit in due}
             for stage in dict.fromkeys(firsts.values()):
-                run_at_once([unit for unit in due if firsts[unit.title] == stage], stage)
+                run_at_once([unit for unit in due if firsts[unit.title] == stage], stage, _siblings(out))
         lost = [unit for unit in due if not _run_part(unit, parts[unit.title][number], out, failed)]
         going = [unit for unit in going if unit not in lost]
 
@@ -93,13 +93,14 @@ def _run_part(unit: Unit, stages: Sequence[str], out: Path, failed: list[str]) -
     return False
 
 
-def _finished(unit: Unit) -> bool:
-    return bool(unit.run.manifest()) and not pending(unit.config, unit.run, unit.stages)
+def _siblings(out: Path) -> list[Path]:
+    """All runs of the grid."""
+    return sorted(each.parent for each in out.glob("**/manifest.json"))
 
 
 def _run(unit: Unit, out: Path, stages: Sequence[str]) -> None:
     run = unit.run
-    siblings = sorted(each.parent for each in out.glob("**/manifest.json"))
+    siblings = _siblings(out)
     for name in stages:
         if name in SHARED and borrow(unit.config, run, name, siblings):
             console.print(f"  {name} is a copy")

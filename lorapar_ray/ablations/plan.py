@@ -42,13 +42,14 @@ class Plan:
 
     def units(self, rates: dict[str, float]) -> list[Unit]:
         """The runs that are compared."""
+        fixed = dict.fromkeys((arm.name for arm in self.arms), self.rates[0]) if len(self.rates) == 1 else {}
         return main_runs(
             self.arms,
             self.file,
             self.overrides,
             self.out,
             self.seeds,
-            rates,
+            fixed or rates,
             bool(self.grid.lines or self.grid.sequence),
         )
 
@@ -78,6 +79,8 @@ def make_plan(
             raise UserError(f"--only {name}: no such arm of '{grid}'; known are {', '.join(names)}")
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError("--seeds: give different whole numbers, such as 1,2,3")
+    if not chosen.tuned and tuple(rates) not in (RATES, (1.0,)):
+        raise UserError(f"--rates: the grid '{grid}' has no sweep; set sft.learning_rate with --set")
     if not 0 < validation < 1:
         raise UserError(f"--validation {validation:g}: give a share of the training rows between 0 and 1, such as 0.1")
     arms = tuple(arm for arm in chosen.arms if not only or arm.name in only)

@@ -20,16 +20,17 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
     """Write the tables and the page of finished runs; returns the table as Markdown."""
     from lorapar_ray.ablations.page import write_page
 
-    units = plan.units(chosen_rates(plan.sweeps))
-    found, base = _outcomes(units), _base(units)
+    units = plan.units(chosen_rates(plan))
+    done = [unit for unit in units if unit.finished]
+    found, base = _outcomes(done), _base(done)
     verdicts = [decide(claim, found.get(claim.better, []), found.get(claim.worse, [])) for claim in plan.grid.claims]
     summaries = {arm: summarise(arm, outcomes) for arm, outcomes in found.items()}
     first = summarise("base", [base]) if base else None
     known = [each for each in verdicts if each is not None]
-    lines, courses = _lines(plan, units), _courses(plan, units)
+    lines, courses = _lines(plan, done), _courses(plan, done)
     kept = [each for claim in plan.grid.lines if (each := compare(claim, joined(lines))) is not None]
     forgotten = [lost for claim in plan.grid.sequence if (lost := sequence.compare(claim, courses)) is not None]
-    folders = {arm.name: [unit.folder for unit in units if unit.arm == arm.name] for arm in plan.arms}
+    folders = {arm.name: [unit.folder for unit in done if unit.arm == arm.name] for arm in plan.arms}
     write_page(
         plan.out / PAGE,
         plan.grid,
@@ -49,7 +50,7 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
     if lines:
         texts.append(_written(plan.out / "retention.md", markdown(lines, kept)))
     if courses:
-        untrained = next((skills for unit in units if (skills := sequence.read_skills(unit.folder, "base"))), None)
+        untrained = next((skills for unit in done if (skills := sequence.read_skills(unit.folder, "base"))), None)
         regions = {arm: sequence.read_regions(folders[arm][0]) for arm in courses}
         texts.append(_written(plan.out / "systems.md", sequence.markdown(courses, regions, untrained, forgotten)))
         _written(plan.out / "systems.csv", sequence.comma_separated(courses))
@@ -92,17 +93,18 @@ def _lines(plan: Plan, units: Sequence[Unit]) -> dict[str, dict[str, list[Point]
     return found
 
 
-def chosen_rates(sweeps: Sequence[Unit]) -> dict[str, float]:
+def chosen_rates(plan: Plan) -> dict[str, float]:
     """The learning rate with the lowest validation loss, by arm; arms with an unfinished sweep are left out."""
+    if not plan.sweeps:
+        return {}
+    best = any(unit.config.sft.validation > 0 for unit in plan.units({}))
     losses: dict[str, dict[float, float]] = {}
-    complete: dict[str, bool] = {}
-    for unit in sweeps:
+    for unit in plan.sweeps:
         assert unit.rate is not None
-        loss = validation_loss(unit.folder) if (unit.folder / "manifest.json").is_file() else None
-        complete[unit.arm] = complete.get(unit.arm, True) and loss is not None
-        if loss is not None:
-            losses.setdefault(unit.arm, {})[unit.rate] = loss
-    return {arm: min(known, key=lambda rate: known[rate]) for arm, known in losses.items() if complete[arm]}
+        if unit.finished:
+            losses.setdefault(unit.arm, {})[unit.rate] = validation_loss(unit.folder, best=best)
+    complete = {arm: known for arm, known in losses.items() if len(known) == len(plan.rates)}
+    return {arm: min(sorted(known), key=lambda rate: known[rate]) for arm, known in complete.items()}
 
 
 def _written(file: Path, text: str) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, isfinite, sqrt
 from pathlib import Path
 from typing import Literal
 
 from lorapar_ray.ablations.grids import Claim, sentence
-from lorapar_ray.boundary import read_lines, read_object
+from lorapar_ray.boundary import read_lines
 from lorapar_ray.datasets.rows import read_table
-from lorapar_ray.evaluation.statistics import paired, wilson_interval
+from lorapar_ray.evaluation.statistics import mcnemar_exact, paired, wilson_interval
 
 Found = Literal["held", "not held", "undecided"]
 ENDINGS: dict[Found, str] = {
@@ -45,9 +45,9 @@ class Summary:
     arm: str
     accuracy: float
     interval: tuple[float, float]
-    """95 % (Wilson), over all answers."""
+    """95 % (Wilson), over the questions."""
     n: int
-    """Number of answers: questions × seeds."""
+    """Number of questions. Each counts once, however many seeds answered it: their answers are not independent."""
     by_seed: dict[int, float]
     learning_rate: float
     active_share: float | None
@@ -61,9 +61,10 @@ class Verdict:
     found: Found
     difference: float
     interval: tuple[float, float]
-    """95 %: over seeds if there are three or more (Student's t), else over questions (Newcombe)."""
+    """95 %: over seeds if there are three or more (Student's t), else over questions: for one seed Newcombe's, for two
+    Student's t of each question's mean difference."""
     p: float
-    """Exact McNemar test, over the questions of all seeds."""
+    """Exact sign test over the questions that differ in the mean over seeds; for one seed that is McNemar's."""
     questions: int
     seeds: int
     sentence: str
@@ -79,43 +80,60 @@ def read_outcome(folder: Path, seed: int, last: str, learning_rate: float) -> Ou
     return Outcome(seed, right, learning_rate, lines[-1].get("active_share") if lines else None)
 
 
-def validation_loss(folder: Path) -> float | None:
-    """The lowest validation loss of a sweep's run; None if it has not finished stage 1."""
-    if read_object(folder / "manifest.json")["stages"].get("sft", {}).get("status") != "done":
-        return None
-    return min((float(line["loss"]) for line in read_lines(folder / "metrics" / "sft_validation.jsonl")), default=None)
+def validation_loss(folder: Path, *, best: bool) -> float:
+    """A finished run's validation loss: the lowest, or after the last step; infinite if it is not a number.
+
+    Args:
+        best: the runs that are compared keep the adapter of the lowest loss; else that of the last step.
+    """
+    losses = [float(line["loss"]) for line in read_lines(folder / "metrics" / "sft_validation.jsonl")]
+    finite = [loss if isfinite(loss) else inf for loss in losses] or [inf]
+    return min(finite) if best else finite[-1]
 
 
 def summarise(arm: str, outcomes: Sequence[Outcome]) -> Summary:
     """One arm's row of the table; `outcomes` is not empty."""
-    right = sum(sum(each.right.values()) for each in outcomes)
-    n = sum(len(each.right) for each in outcomes)
+    accuracy = sum(sum(each.right.values()) for each in outcomes) / sum(len(each.right) for each in outcomes)
+    n = len({question for each in outcomes for question in each.right})
     by_seed = {each.seed: sum(each.right.values()) / len(each.right) for each in outcomes}
-    first = outcomes[0]
-    return Summary(arm, right / n, wilson_interval(right, n), n, by_seed, first.learning_rate, first.active_share)
+    interval, first = wilson_interval(round(accuracy * n), n), outcomes[0]
+    return Summary(arm, accuracy, interval, n, by_seed, first.learning_rate, first.active_share)
 
 
 def decide(claim: Claim, better: Sequence[Outcome], worse: Sequence[Outcome]) -> Verdict | None:
     """Compare two arms on the seeds and questions that both have; None if there are none."""
     others = {each.seed: each for each in worse}
-    pairs = [(each, others[each.seed]) for each in better if each.seed in others]
-    ours, theirs, steps = [], [], []
-    for first, second in pairs:
-        same = sorted(first.right.keys() & second.right.keys())
-        if same:
-            ours += [first.right[key] for key in same]
-            theirs += [second.right[key] for key in same]
-            steps.append(sum(first.right[key] - second.right[key] for key in same) / len(same))
-    if not ours:
+    pairs = [(each.right, others[each.seed].right) for each in better if each.seed in others]
+    pairs = [(ours, theirs) for ours, theirs in pairs if ours.keys() & theirs.keys()]
+    if not pairs:
         return None
-    change = paired(theirs, ours)
-    difference, interval = change.difference, change.interval
-    if len(steps) >= 3:
-        difference, interval = mean_interval(steps)
+    changes: dict[str, list[int]] = {}
+    for ours, theirs in pairs:
+        for key in ours.keys() & theirs.keys():
+            changes.setdefault(key, []).append(ours[key] - theirs[key])
+    by_question = [sum(each) / len(each) for each in changes.values()]
+    p = mcnemar_exact(sum(each > 0 for each in by_question), sum(each < 0 for each in by_question))
+    difference, interval = _difference(pairs, by_question)
     found = _found(interval, claim.reaches)
-    reached = sum(ours) / len(ours), sum(theirs) / len(theirs)
-    words = _sentence(claim, found, reached, difference, interval, change.p, len(steps))
-    return Verdict(claim, found, difference, interval, change.p, len(ours), len(steps), words)
+    same = [(ours[key], theirs[key]) for ours, theirs in pairs for key in ours.keys() & theirs.keys()]
+    reached = sum(ours for ours, _ in same) / len(same), sum(theirs for _, theirs in same) / len(same)
+    words = _sentence(claim, found, reached, difference, interval, p, len(pairs))
+    return Verdict(claim, found, difference, interval, p, len(by_question), len(pairs), words)
+
+
+def _difference(
+    pairs: Sequence[tuple[Right, Right]], by_question: Sequence[float]
+) -> tuple[float, tuple[float, float]]:
+    """The mean difference in accuracy of each seed's pair of runs, and its interval (see `Verdict.interval`)."""
+    if len(pairs) == 1:
+        ((ours, theirs),) = pairs
+        same = sorted(ours.keys() & theirs.keys())
+        change = paired([theirs[key] for key in same], [ours[key] for key in same])
+        return change.difference, change.interval
+    if len(pairs) == 2 and len(by_question) > 1:
+        return mean_interval(by_question)
+    steps = [[ours[key] - theirs[key] for key in ours.keys() & theirs.keys()] for ours, theirs in pairs]
+    return mean_interval([sum(each) / len(each) for each in steps])
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
@@ -151,8 +169,9 @@ def _found(interval: tuple[float, float], reaches: bool) -> Found:
     low, high = interval
     if low > (-MARGIN if reaches else 0):
         return "held"
-    none = not reaches and low > -MARGIN and high < MARGIN
-    return "not held" if high < 0 or none else "undecided"
+    if reaches:
+        return "not held" if high < -MARGIN else "undecided"
+    return "not held" if high < 0 or (low > -MARGIN and high < MARGIN) else "undecided"
 
 
 def _sentence(
@@ -166,9 +185,9 @@ def _sentence(
 ) -> str:
     low, high = (100 * bound for bound in interval)
     better, worse = (f"{each:.1%}" for each in reached)
-    over = f"{seeds} seeds" if seeds > 1 else "one seed"
+    over, test = (f"{seeds} seeds", "sign test over questions,") if seeds > 1 else ("one seed", "McNemar")
     return (
         f"{sentence(claim.text)}: {claim.better} reached {better} and {claim.worse} {worse} over {over}, a difference "
-        f"of {100 * difference:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}; exact McNemar p = {p:.2g}), "
+        f"of {100 * difference:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}; exact {test} p = {p:.2g}), "
         f"{ENDINGS[found]}"
     )

@@ -12,8 +12,8 @@ from lorapar_ray.pipeline import PIPELINE, is_done
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.standing import inputs_of
 
-SHARED = ("label", "score", "partition", "sft")
-"""Stage 2 and evaluation differ between runs."""
+SHARED = ("label", "score", "partition", "sft", "grpo")
+"""Evaluation is of one run."""
 
 
 def borrow(config: Config, run: RunDirectory, stage: str, siblings: list[Path]) -> bool:

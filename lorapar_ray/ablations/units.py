@@ -11,7 +11,7 @@ from lorapar_ray.ablations.grids import Arm
 from lorapar_ray.config import Config
 from lorapar_ray.config_file import load_config
 from lorapar_ray.files import digest
-from lorapar_ray.pipeline import PIPELINE, stages_of
+from lorapar_ray.pipeline import PIPELINE, pending, stages_of
 from lorapar_ray.runs import RunDirectory
 
 CRITERION = "score.criterion"
@@ -33,6 +33,11 @@ class Unit:
     def run(self) -> RunDirectory:
         """Its run directory."""
         return RunDirectory(self.folder)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has finished all its stages with these settings: its results may be of an earlier plan's."""
+        return bool(self.run.manifest()) and not pending(self.config, self.run, self.stages)
 
     @property
     def title(self) -> str:
@@ -101,7 +106,7 @@ def sweep(
     for arm in arms:
         for rate in rates:
             config = _sharing_votes(load_config(file, merged(changes_of(arm, file, overrides, rate), own)), out)
-            units.append(Unit(arm.name, seed, config, out / "sweep" / f"{arm.name}-{rate:g}", rate))
+            units.append(Unit(arm.name, seed, config, out / f"sweep-{seed}" / f"{arm.name}-{rate:g}", rate))
     return units
 
 
@@ -114,22 +119,30 @@ def main_runs(
     rates: dict[str, float],
     every_stage: bool = False,
 ) -> list[Unit]:
-    """Every arm with every seed; only the first run evaluates the base, which is the same in all.
+    """Every arm with every seed; only one run evaluates the base, which is the same in all.
 
     Args:
         rates: the learning rate that each arm's sweep chose, relative to the config's.
         every_stage: evaluate every adapter that training leaves, not only the last.
     """
     units: list[Unit] = []
+    folders = [out / f"{arm.name}-{seed}" for arm in arms for seed in seeds]
+    with_base = [folder for folder in folders if _has_base(folder)] or folders[:1]
     for arm in arms:
         changes = changes_of(arm, file, overrides, rates.get(arm.name, 1.0))
         for seed in seeds:
             plain = _sharing_votes(load_config(file, merged(changes, [f"seed={seed}", "evaluate.models=null"])), out)
-            trained = plain.trained if every_stage else [plain.order[-1]]
-            asked = trained if units else ["base", *trained]
+            trained, folder = plain.trained if every_stage else [plain.order[-1]], out / f"{arm.name}-{seed}"
+            asked = ["base", *trained] if folder in with_base else trained
             config = plain.model_copy(update={"evaluate": plain.evaluate.model_copy(update={"models": asked})})
-            units.append(Unit(arm.name, seed, config, out / f"{arm.name}-{seed}"))
+            units.append(Unit(arm.name, seed, config, folder))
     return units
+
+
+def _has_base(folder: Path) -> bool:
+    """Whether a run has evaluated the base, with this choice of arms and seeds or an earlier one."""
+    entry = RunDirectory(folder).entry("evaluate") if (folder / "manifest.json").is_file() else {}
+    return "base" in (entry.get("inputs", {}).get("settings", {}).get("evaluate.models") or ())
 
 
 def _sharing_votes(config: Config, out: Path) -> Config:

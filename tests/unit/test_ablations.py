@@ -18,10 +18,11 @@ from lorapar_ray.ablations.description import described
 from lorapar_ray.ablations.grids import GRIDS, Claim, sentence
 from lorapar_ray.ablations.job import _run_part
 from lorapar_ray.ablations.plan import make_plan
-from lorapar_ray.ablations.report import report
-from lorapar_ray.ablations.results import Outcome, decide, mean_interval
+from lorapar_ray.ablations.report import chosen_rates, report
+from lorapar_ray.ablations.results import Outcome, decide, mean_interval, summarise
 from lorapar_ray.ablations.sharing import borrow, borrow_sums
 from lorapar_ray.ablations.units import Unit, counted, shared_keys
+from lorapar_ray.config_file import load_config
 from lorapar_ray.datasets.prepare import prepare
 from lorapar_ray.datasets.rows import iterate_rows
 from lorapar_ray.errors import UserError
@@ -33,6 +34,7 @@ from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.together import require_one_base
 from lorapar_ray.standing import inputs_of
 from tests.tiny_run import ROOT, lorapar_here, tiny_config, write_config
+from tests.unit.finished_units import record_finished
 from tests.unit.votes import answer
 
 SHIPPED = ROOT / "jobs" / "configs"
@@ -156,7 +158,8 @@ def test_runs_of_one_shape_train_at_once(tmp_path: Path) -> None:
     assert sizes("mask", seeds=[1, 2], only=["random"]) == [["random", "random"]]
     assert sizes("mask", "sft.sharding=fsdp2", only=["random", "swapped"]) == [["random"], ["swapped"]]
     theta = make_plan("mask", SHIPPED / "arithmetic.yaml", ["partition.theta=0.5"], tmp_path, seeds=[1]).units({})
-    assert {unit.arm: unit.config.partition.theta for unit in theta} == dict.fromkeys(mask, 0.5) | {"full-lora": 1}
+    whole = {"smaller-lora": 1, "full-lora": 1}
+    assert {unit.arm: unit.config.partition.theta for unit in theta} == dict.fromkeys(mask, 0.5) | whole
     lora, pissa = ["lora", "lora-par", "random-mask"], ["pissa", "lora-par-pissa", "random-mask-pissa"]
     assert sizes("stage1") == [lora, pissa]
     assert sizes("stage1", "sft.sharding=fsdp2") == [[name] for name in (*lora, *pissa)]
@@ -202,7 +205,7 @@ def test_runs_of_a_failed_group_continue_alone(
     units = plan.units({})
     for unit in units:
         unit.run.open(unit.config)
-    run_at_once(units, "sft")  # nothing before it has run
+    run_at_once(units, "sft", [])  # nothing before it has run
     shown = capsys.readouterr().out
     assert "sft of 2 runs at once" in shown and "not together, but one after the other: sft: stage 'label'" in shown
     assert not any(unit.run.entry("sft") for unit in units)
@@ -292,7 +295,7 @@ def outcomes(*right: int, n: int = 200) -> list[Outcome]:
 
 def test_a_claim_is_held_not_held_or_undecided() -> None:
     held = decide(CLAIM, outcomes(120, 124, 122), outcomes(90, 91, 95))
-    assert held is not None and held.found == "held" and held.seeds == 3 and held.questions == 600
+    assert held is not None and held.found == "held" and held.seeds == 3 and held.questions == 200
     assert held.difference == pytest.approx((30 + 33 + 27) / 600)
     assert "a difference of +15.0 points" in held.sentence and held.sentence.endswith("so the claim held here.")
     reverse = decide(CLAIM, outcomes(90, 91, 95), outcomes(120, 124, 122))
@@ -306,6 +309,29 @@ def test_a_claim_is_held_not_held_or_undecided() -> None:
     one = decide(CLAIM, outcomes(120), outcomes(90))
     assert one is not None and one.found == "held" and "over one seed" in one.sentence
     assert decide(CLAIM, outcomes(120), []) is None
+
+
+def test_two_seeds_answer_the_same_questions() -> None:
+    """A question counts once: n runs with the same answers decide no more than one does."""
+    one, two = (decide(CLAIM, outcomes(*[112] * n), outcomes(*[100] * n)) for n in (1, 2))
+    assert one is not None and two is not None
+    assert one.p == two.p and one.questions == two.questions == 200 and two.seeds == 2
+    assert two.interval == pytest.approx(one.interval, abs=0.01)
+    assert "exact McNemar p" in one.sentence and "exact sign test over questions, p" in two.sentence
+    assert summarise("arm", outcomes(100, 100)).interval == summarise("arm", outcomes(100)).interval
+    tied = decide(CLAIM, outcomes(110, 100), outcomes(100, 110))
+    assert tied is not None and tied.p == 1 and tied.difference == 0
+
+
+def test_less_than_the_margin_behind_is_not_refuted() -> None:
+    """The whole interval may lie below 0 and the claim still be true."""
+    close = decide(replace(CLAIM, reaches=True), outcomes(998, 997, 997, n=1000), outcomes(1000, 1000, 1000, n=1000))
+    assert close is not None and close.interval[1] < 0 and close.found == "held"
+    unsure = decide(replace(CLAIM, reaches=True), outcomes(990, 986, 994, n=1000), outcomes(1000, 1000, 1000, n=1000))
+    assert unsure is not None and -0.02 < unsure.interval[0] < -0.01 < unsure.interval[1] < 0
+    assert unsure.found == "undecided"
+    behind = decide(replace(CLAIM, reaches=True), outcomes(970, 971, 969, n=1000), outcomes(1000, 1000, 1000, n=1000))
+    assert behind is not None and behind.found == "not held"
 
 
 def test_a_claim_begins_its_sentence_and_a_symbol_stays_what_it_is() -> None:
@@ -333,6 +359,9 @@ def test_the_tables_hold_what_is_finished(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         finish("importance", seed, "sft", 50 + seed)
         finish("random", seed, "sft", 30 + seed)
+    assert report(plan).count("\n") == 2  # no run says that these are its results
+    for unit in plan.units({}):
+        record_finished(unit)
     text = report(plan)
     assert "| base | – | – | 10.0% |" in text and "| importance | 0.001 | – | 52.0% |" in text
     assert "- **held**: The importance mask beats a random one of its size" in text
@@ -343,8 +372,94 @@ def test_the_tables_hold_what_is_finished(tmp_path: Path) -> None:
     page = (tmp_path / "index.html").read_text()
     assert page.count("<svg") == 2 and "6 of 6 runs are evaluated" in page
     assert "✓ held" in page and "importance − random" in page and not re.search(r'(src|href)="(?!#)', page)
+    assert "52.0% | 42.3% – 61.5% | 100 |" in text  # over the questions, each of which counts once
     report(plan, ["random, seed 1: <b>"])
     assert "random, seed 1: &lt;b&gt;" in (tmp_path / "index.html").read_text()
+
+
+def test_the_rate_is_chosen_by_what_the_compared_runs_keep(tmp_path: Path) -> None:
+    """Those without a validation split end at the last step; a loss that is no number is never chosen."""
+    losses = {
+        0.25: (1.2, 1.1),
+        0.5: (1.0, 1.05),
+        1: (0.5, 1.3),
+        2: (float("nan"), float("nan")),
+        4: (0.9, float("inf")),
+    }
+
+    def chosen(folder: Path, *overrides: str) -> dict[str, float]:
+        plan = make_plan("mask", SHIPPED / "arithmetic.yaml", overrides, folder, seeds=[1], only=["random"])
+        assert chosen_rates(plan) == {}
+        for unit in plan.sweeps:
+            unit.run.metrics.mkdir(parents=True)
+            lines = [json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(losses[unit.rate or 0])]
+            (unit.run.metrics / "sft_validation.jsonl").write_text("\n".join(lines) + "\n")
+            assert chosen_rates(plan) == {}  # not before all have finished
+            record_finished(unit)
+        longer = make_plan("mask", SHIPPED / "arithmetic.yaml", ["sft.epochs=9"], folder, seeds=[1], only=["random"])
+        assert chosen_rates(longer) == {}  # these losses are of other settings
+        return chosen_rates(plan)
+
+    assert chosen(tmp_path / "last", "sft.validation=0", "sft.patience=null") == {"random": 0.5}
+    assert chosen(tmp_path / "best", "sft.validation=0.2") == {"random": 1}
+
+
+def test_one_rate_is_every_arms(tmp_path: Path) -> None:
+    plan = make_plan("mask", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1], rates=[0.5])
+    usual = load_config(SHIPPED / "arithmetic.yaml", []).sft.learning_rate
+    assert {unit.config.sft.learning_rate for unit in plan.units({})} == {usual / 2} and plan.sweeps == []
+    with pytest.raises(UserError, match=r"--rates: the grid 'order' has no sweep; set sft\.learning_rate with --set"):
+        make_plan("order", SHIPPED / "arithmetic-grpo.yaml", [], tmp_path, seeds=[1], rates=[0.5])
+
+
+def test_the_run_that_evaluated_the_base_keeps_it(tmp_path: Path) -> None:
+    """With more seeds or arms another run comes first."""
+    file = SHIPPED / "arithmetic.yaml"
+    (first,) = make_plan("mask", file, [], tmp_path, seeds=[2], only=["random"], rates=[1]).units({})
+    record_finished(first)
+    units = make_plan("mask", file, [], tmp_path, seeds=[1, 2], only=["importance", "random"], rates=[1]).units({})
+    with_base = [unit for unit in units if "base" in unit.config.evaluated]
+    assert [unit.title for unit in with_base] == ["random, seed 2"] and with_base[0].finished
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_training_stage_that_a_sibling_has_finished_is_copied(stage: str, tmp_path: Path) -> None:
+    """Also if the runs that need it are in another batch."""
+    grid = {"sft": "retention", "grpo": "retention-reversed"}[stage]
+    plan = make_plan(grid, SHIPPED / "quickstart.yaml", [], tmp_path, seeds=[1], only=["shared-0.5", "shared-1"])
+    first, second = plan.units({})
+    for unit in (first, second):
+        unit.run.open(unit.config)
+        for name in unit.stages[: unit.stages.index(stage) + (unit is first)]:
+            entries = unit.run.manifest()["stages"]
+            inputs = inputs_of(PIPELINE[name], unit.config, entries, unit.run.fingerprints)
+            unit.run.record(name, status="done", inputs=inputs, outputs=f"of {name}")
+    adapter = Path(stage) / "adapter" / "adapter_config.json"
+    (first.folder / adapter).parent.mkdir(parents=True)
+    (first.folder / adapter).write_text("{}")
+    run_at_once([second], stage, [first.folder, second.folder])
+    assert (second.folder / adapter).is_file() and is_done(second.config, second.run, stage)
+
+
+def test_every_arm_of_a_mask_starts_from_the_same_adapter(tmp_path: Path) -> None:
+    """Only a scored run is warmed up, so a control that trains every element has a mask that keeps all."""
+    for grid in ("mask", "stage1", "retention", "retention-reversed", "theta", "systems"):
+        file = "systems.yaml" if grid == "systems" else "quickstart.yaml"
+        units = make_plan(grid, SHIPPED / file, [], tmp_path, seeds=[1]).units({})
+        assert all(unit.config.warms_up for unit in units if unit.config.adapter.init == "default"), grid
+
+
+def test_methods_without_rl_train_on_all_questions(tmp_path: Path) -> None:
+    for grid in ("methods", "peft"):
+        units = make_plan(grid, SHIPPED / "gsm8k-llama2-7b.yaml", [], tmp_path, seeds=[1]).units({})
+        for unit in units:
+            assert unit.config.sft.systems == ([1, 2] if unit.config.order == ["sft"] else [1]), unit.title
+    units = make_plan("methods", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1]).units({})
+    assert {unit.arm for unit in units if "grpo" not in unit.config.order} == {
+        *("lora-1", "lora-2", "lora-plus-2", "olora-1", "olora-2", "pissa-1", "pissa-2")
+    }
+    units = make_plan("theta", SHIPPED / "gsm8k-llama2-7b.yaml", [], tmp_path, seeds=[1]).units({})
+    assert all(unit.config.order == ["sft"] for unit in units)
 
 
 def test_an_interrupted_grid_says_how_it_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from lorapar_ray.ablations.report import report
 from lorapar_ray.ablations.retention import Point, compare, cost_at, read_point, systems_of_tasks
 from lorapar_ray.ablations.units import Unit
 from tests.tiny_run import ROOT
+from tests.unit.finished_units import record_finished
 
 CONFIG = ROOT / "jobs" / "configs" / "quickstart.yaml"
 CLAIM = Claim("the first keeps more", "first", "second")
@@ -80,6 +81,7 @@ def test_the_report_says_what_the_second_stage_cost(grid: str, tmp_path: Path) -
         if grid == "retention-reversed":
             skills = {"grpo": (20, 60), "sft": (20 + number, 60 - cost + unit.seed % 2)}
         finish(unit, skills)
+        record_finished(unit)
     point = read_point(units[0].folder, units[0].config)
     assert point is not None and point.gain == pytest.approx(0.1)
     assert systems_of_tasks(units[0].run.labels) == {"sum": 1, "riddle": 2}

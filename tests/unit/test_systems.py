@@ -46,6 +46,7 @@ from lorapar_ray.sft.together import shape_of, train_together
 from tests.sft_run import ready_sequence, weights
 from tests.tiny_run import ROOT, save_tiny_student, tiny_config
 from tests.together import tasks_here
+from tests.unit.finished_units import record_finished
 from tests.unit.partition_scores import Scores, flat, skewed
 
 torch.set_num_threads(1)
@@ -342,6 +343,7 @@ def test_the_report_shows_the_skills_after_every_system(tmp_path: Path) -> None:
         lost = 2 if unit.arm == "disjoint" else 20 + unit.seed
         skills = {"sft-1": (60, 5, 6), "sft-2": (60 - lost, 50, 6), "sft": (60 - 2 * lost, 50 - lost, 70)}
         evaluated(unit, skills | ({"base": (10, 11, 12)} if unit is units[0] else {}))
+        record_finished(unit)
     text = report(plan)
     assert "| disjoint | -3.0 points | -3.0 to -3.0 | 60.0% | 58.0% | 10.0%, 20.0%, 30.0% | 3 |" in text
     assert "| nothing | 10.0% | 11.0% | 12.0% |" in text and "| System 2 | 58.0% | 50.0% | 6.0% |" in text
