@@ -75,6 +75,8 @@ class Coordinator:
         self._changed = asyncio.Event()
         """Set, and replaced, when a step begins or the run fails."""
         self._first_step = 0
+        self._groups_of_learners = 0
+        """Groups of learners that have begun; a call of an earlier group may outlive its learner."""
         self._failure: Exception | None = None
         """The error that prevents further steps."""
         self._publishing: asyncio.Task[dict[str, float]] | None = None
@@ -99,6 +101,8 @@ class Coordinator:
         for task in self._steps.values():
             task.cancel()
         self._failure = None
+        self._groups_of_learners += 1
+        self._change()
         self._steps.clear()
         self._drawn.clear()
         self._shares.clear()
@@ -211,9 +215,13 @@ class Coordinator:
             rank: the learner's number among the `world` learners, or groups of learners, that get shares of their own.
 
         Raises:
-            Exception: the step cannot begin, since its policy could not be published.
+            Exception: the step cannot begin, since its policy could not be published; or the learners have restarted,
+                perhaps in another number.
         """
+        group = self._groups_of_learners
         whole = await self._sampled(step)
+        if group != self._groups_of_learners:
+            raise RuntimeError(f"step {step} was discarded: the learners have restarted")
         for finished in [at for at in self._steps if at < step]:
             del self._steps[finished], self._drawn[finished]
             self._shares.pop(finished, None)
@@ -223,14 +231,15 @@ class Coordinator:
 
     async def _sampled(self, step: int) -> Batch:
         """A step's batch; ends early if its policy turns out to be wrong, instead of when all of it is sampled."""
-        while self._failure is None:
+        group = self._groups_of_learners
+        while self._failure is None and group == self._groups_of_learners:
             changed = asyncio.ensure_future(self._changed.wait())
             sampling = [self._steps[step]] if step in self._steps else []
             await asyncio.wait([changed, *sampling], return_when=asyncio.FIRST_COMPLETED)
             changed.cancel()
             if sampling and sampling[0].done():
                 return sampling[0].result()
-        raise self._failure
+        raise self._failure or RuntimeError(f"step {step} was discarded: the learners have restarted")
 
     async def lost(self, step: int, groups: list[int]) -> None:
         """Sample these groups of a step again: a learner found that their records were lost with a node."""

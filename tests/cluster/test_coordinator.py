@@ -183,6 +183,32 @@ def test_publishing_of_dead_learners_ends_before_the_next_ones(cluster: None) ->
     asyncio.run(go())
 
 
+def test_a_dead_learners_call_deals_nothing_to_the_next_learners(cluster: None) -> None:
+    """Its group had another number of learners; Ray does not end its call."""
+    policy = PolicySender("{}").policy(0, {"m.lora_A.weight": torch.ones(4)})
+    both = plan()
+    both["settings"] |= {"prompts_per_step": 2}
+
+    async def go() -> None:
+        coordinator = Coordinator(both, engine=Engine)
+        await coordinator.start()
+        old = asyncio.create_task(coordinator.batch(0, 0, 1))
+        await asyncio.sleep(0.01)
+        await coordinator.resume(0, None)
+        new = [asyncio.create_task(coordinator.batch(0, rank, 2)) for rank in range(2)]
+        await coordinator.publish(note_of(policy, policy), [])
+        with pytest.raises(RuntimeError, match="step 0 was discarded: the learners have restarted"):
+            await old
+        shares = await asyncio.gather(*new)
+        parts = [part for share in shares for update in share.updates for part in update.parts]
+        assert sorted((part.group, each) for part in parts for each in part.completions) == [
+            *((0, 0), (0, 1), (1, 0), (1, 1))
+        ]
+        coordinator._sampler._rewards.stop()
+
+    asyncio.run(go())
+
+
 @pytest.mark.parametrize("served", [-1.0, -2.0])
 def test_sampling_begins_before_the_proof_and_is_used_only_after_it(cluster: None, served: float) -> None:
     policy = PolicySender("{}").policy(0, {"m.lora_A.weight": torch.ones(4)})
