@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from lorapar_ray.engines.mismatch import PolicyMismatch
-from lorapar_ray.grpo.engine_losses import is_dead, leave
+from lorapar_ray.grpo.engine_losses import is_dead, is_lost, leave
 
 LOSSES = 5
 """Engines lost in one place between two policies before the run stops: more mean a broken setup."""
@@ -62,11 +62,26 @@ class EngineSupervisor:
         """Begin to start the engines, but not the extra ones."""
         first = [self._start(slot) for slot in range(self._fewest)]
         self.engines = [*first, *[None] * (self._size - self._fewest)]
-        self._started = asyncio.gather(*(engine.start.remote() for engine in first))
+        self._started = asyncio.gather(*(self._first(slot, engine) for slot, engine in enumerate(first)))
 
     async def started(self) -> list[dict[str, Any]]:
-        """Wait for the engines of `start`; returns what each reports, nothing if there are none yet."""
-        return [] if self._started is None else list(await asyncio.shield(self._started))
+        """Wait for the engines of `start`; returns what each reports, nothing if there are none yet.
+
+        It does not wait for engines that replace those lost meanwhile.
+        """
+        told = [] if self._started is None else await asyncio.shield(self._started)
+        return [each for each in told if each is not None]
+
+    async def _first(self, slot: int, engine: Any) -> dict[str, Any] | None:
+        """The report of the first engine in a place; None if it was lost while it started, and is being replaced."""
+        try:
+            report: dict[str, Any] = await engine.start.remote()
+        except Exception as error:
+            if not is_lost(error):
+                raise
+            self.replace(slot, engine, error)
+            return None
+        return report
 
     def grow(self) -> None:
         """Begin to start the extra engines. Each waits for room in the cluster; nothing waits for them."""

@@ -121,6 +121,18 @@ def test_a_new_engine_that_dies_before_it_serves_is_replaced_too() -> None:
     assert pool.supervisor.replaced == 3
 
 
+def test_an_engine_that_is_lost_at_the_first_start_is_replaced() -> None:
+    pool = pool_of(["start", "lives", "start", "lives"], 2)
+
+    async def go() -> list[int]:
+        told = await pool.start()
+        assert told == [{"pid": 1}]
+        return [await answered_by(pool, str(number)) for number in range(4)]
+
+    assert set(asyncio.run(go())) <= {1, 3}
+    assert pool.supervisor.replaced == 2  # the first engine of one place, and the one that replaced it
+
+
 def test_engines_lost_together_are_replaced_in_their_own_places() -> None:
     pool = pool_of(["rollout"] * 8 + ["lives"] * 8, 8)
     assert set(ask(pool, 16)) <= set(range(8, 16))
