@@ -76,7 +76,7 @@ class PolicyProof:
             canaries: token ids, a few dozen in each; the second half of each is scored. Tokens of real prompts and
                 answers are best, and so few that one batch holds them.
             tolerance: the largest gap, in nats; None: eight times the gap on the base without an adapter, measured
-                with the first PEFT model, and at least 0.01 in float32 and 0.2 in bfloat16.
+                with a PEFT model before the first policy, and at least 0.01 in float32 and 0.2 in bfloat16.
 
         Raises:
             UserError: the engine was made without `proof_arguments`, or a canary has fewer than two tokens.
@@ -106,11 +106,11 @@ class PolicyProof:
         Raises:
             PolicyMismatch: the engine does not serve it.
         """
-        number, self._sent = self._sent, self._sent + 1
         model = None if isinstance(policy, str | Path) else policy
         if model is not None:
             self._measure_tolerance(model)
             canaries = self.canaries_of(model)
+        number, self._sent = self._sent, self._sent + 1
         folder = self._folder_of(policy)
         try:
             claimed = self._load(folder, number)
@@ -181,8 +181,8 @@ class PolicyProof:
         return list(self.llm.collective_rpc("lorapar_check_adapter", args=(self._lora.lora_int_id, str(folder))))
 
     def _measure_tolerance(self, model: Any) -> None:
-        """On the base without an adapter, before the first policy."""
-        if self._tolerance is None and self._sent <= 1:
+        """On the base without an adapter, before the first policy: later the gap would include that policy's effect."""
+        if self._tolerance is None and self._sent == 0:
             with model.disable_adapter():
                 base = self.canaries_of(model)
             gap = max(self._gaps(base).values())

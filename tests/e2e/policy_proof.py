@@ -66,6 +66,13 @@ def main(student: str, folder: Path) -> dict[str, Any]:
         proof.check(model)
     except PolicyMismatch as error:
         found["the trainer moved on"] = str(error)
+    late = PolicyProof(proof.llm, proof._tokens)
+    late.serve(folder / "adapter")
+    try:
+        late.check(model)
+    except PolicyMismatch as error:
+        found["a model that came after the first policy"] = str(error)
+    late.close()
 
     arguments = (
         f"output_dir={str(folder)!r}, max_steps=3, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True,"

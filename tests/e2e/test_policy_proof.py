@@ -34,7 +34,8 @@ def test_the_page_runs_and_lost_steps_are_caught_also_in_trl(tmp_path: Path) -> 
     for name in ("a lost step of 1e-7", "TRL: a lost step"):
         assert WEIGHTS in found[name] and "the engine does not serve policy" in found[name], name
     assert found["after it"] == found["a directory"] == ""
-    assert "canary tokens are" in found["the trainer moved on"]
+    for name in ("the trainer moved on", "a model that came after the first policy"):
+        assert "canary tokens are" in found[name], name
     assert found["TRL: digests"] == 4  # before the first step, and after each of three
     assert len(found["TRL: logged"]) == 3 and max(found["TRL: logged"]) < 1e-3
 
