@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # imports torch, which the fork server would wait for
 
 WATCH_S = 1.0
 """Seconds between two checks that the engine lives."""
+UNVERIFIED = "unverified"
+"""In place of the digest of a policy that is being loaded, or was refused."""
 PROOF = -1
 """Priority of requests that verify a policy: before waiting sequences (0), since the learner waits for them."""
 
@@ -126,10 +128,12 @@ class EngineActor:
         version = -1 if policy is None else policy.version
         try:
             load = self._load_merged if self._sync == "merged" else self._load_lora
-            served.digest = await load(folder, version, served)
+            served.digest = UNVERIFIED  # nobody may take a refused policy for the one before
+            digest = await load(folder, version, served)
             served.version = version
             await self._forget()
-            return verified([served.digest], await self._check(folder, served))
+            served.digest = verified([digest], await self._check(folder, served))
+            return served.digest
         finally:
             if folder is not None and self._sync == "merged":
                 shutil.rmtree(folder, ignore_errors=True)
