@@ -16,7 +16,7 @@ import pytest
 
 from lorapar_ray import ray_files, session
 from lorapar_ray.errors import UserError
-from lorapar_ray.private_directory import LOCK, PREFIX, remove_abandoned
+from lorapar_ray.private_directory import LOCK, PREFIX, private_directory, remove_abandoned
 from lorapar_ray.ray_files import LONGEST_ROOT, SOCKET_BYTES, local_files
 from lorapar_ray.threads import in_a_thread
 
@@ -99,6 +99,27 @@ def test_a_directory_goes_with_its_process_whatever_its_number(tmp_path: Path) -
     os.close(held)
     remove_abandoned(tmp_path)
     assert not live.exists()
+
+
+def test_a_directory_that_is_removed_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between creating a lock file and locking it, another process may take it for abandoned."""
+    real = fcntl.flock
+    seen: list[list[Path]] = []
+
+    def flock(file: int, operation: int) -> None:
+        if operation == fcntl.LOCK_EX and len(seen) < 2:
+            seen.append([*tmp_path.iterdir()])
+            remove_abandoned(tmp_path)
+        real(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with private_directory(tmp_path) as folder:
+        remove_abandoned(tmp_path)
+        assert [len(each) for each in seen] == [1, 1] and [*tmp_path.iterdir()] == [folder]
+        assert (folder / LOCK).is_file()
+    assert not [*tmp_path.iterdir()]
 
 
 def test_the_lock_of_a_killed_process_is_free(short: Path) -> None:
