@@ -5,7 +5,8 @@ command deletes its own. Listings of S3 and GCS show every completed write, so o
 other: the two never both continue. The holder rewrites its claim every `BEAT_S`.
 
 A claim's age is its distance from the claim that was just written, by the store's clock: no machine's clock matters. A
-holder that could not write for `FENCE_S` (suspended or cut off) gives up the run before any other command can take it.
+holder that could not write for `FENCE_S` (suspended or cut off) gives up the run before any other command can take it:
+each of its requests to the run, and each retry of one, first asks `Claim.require`.
 """
 
 from __future__ import annotations

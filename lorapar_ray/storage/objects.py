@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import shutil
 import time
@@ -69,6 +70,15 @@ class Objects:
         self.uri, self._store = uri, STORES[uri.scheme]
         self.file_system = self._connected() if file_system is None else file_system
         self._patience_s, self._once_it_answers_s = 0.0, patience_s
+        self._guard: Callable[[], object] | None = None
+
+    def guarded(self, guard: Callable[[], object]) -> Objects:
+        """The same objects for a holder that may lose them: `guard` is called before each request and before each retry
+        of one, and its error ends the call.
+        """
+        own = copy.copy(self)
+        own._guard = guard
+        return own
 
     def listing(self, under: str = "") -> dict[str, Stamp]:
         """Every object below `under`, by name; empty if there is none.
@@ -195,9 +205,14 @@ class Objects:
             ) from error
 
     def _ask(self, call: Callable[[], T]) -> T:
-        """Run `call`; retry while the store cannot be reached, if it was reached before."""
+        """Run `call`; retry while the store cannot be reached, if it was reached before.
+
+        A retry may come minutes after the first try, so the guard is asked before each of them.
+        """
         deadline, pause = time.monotonic() + self._patience_s, 0.5
         while True:
+            if self._guard is not None:
+                self._guard()
             try:
                 found = call()
                 self._patience_s = self._once_it_answers_s

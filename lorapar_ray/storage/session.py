@@ -61,17 +61,19 @@ class RemoteRun:
         """
         self.objects.require_bucket()
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._claim = Claim(Objects(self.uri, patience_s=BEAT_S))
-        with self._alone_here(wait_s), self._claim.held(wait_s):
-            self._take_over()
+        claim = self._claim = Claim(Objects(self.uri, patience_s=BEAT_S))
+        with self._alone_here(wait_s), claim.held(wait_s):
+            self._take_over(self.objects.guarded(claim.require))
             self._told = False
             try:
                 with meanwhile(self._try_to_sync, every_s=SYNC_EVERY_S):
                     yield
             finally:
-                self.publish()
-                (self.root / COMPLETE).touch()
-                self._mirror = None
+                try:
+                    self.publish()
+                    (self.root / COMPLETE).touch()
+                finally:
+                    self._mirror = None
 
     def look(self) -> None:
         """Fill the mirror with the run's present content, even if another command holds the run.
@@ -117,8 +119,13 @@ class RemoteRun:
                 self._mirror.pull(below(writes), look_closely=True)
 
     def remove(self, place: str) -> None:
-        """Remove a folder of the store that no mirror contains."""
-        self.objects.delete_folder(place)
+        """Remove a folder of the store that no mirror contains.
+
+        Raises:
+            UserError: as `publish`.
+        """
+        objects = self.objects if self._mirror is None else self._mirror.objects
+        objects.delete_folder(place)
 
     @contextmanager
     def _alone_here(self, wait_s: float) -> Iterator[None]:
@@ -130,30 +137,33 @@ class RemoteRun:
                 raise InUse(str(error).replace(str(self.root), str(self.uri))) from error
             yield
 
-    def _take_over(self) -> None:
-        """Make the mirror equal to the store, plus files that this machine's last session could not copy."""
-        last = self.objects.read(LAST)
+    def _take_over(self, objects: Objects) -> None:
+        """Make the mirror equal to the store, plus files that this machine's last session could not copy.
+
+        Args:
+            objects: of the run, guarded by the claim.
+        """
+        last = objects.read(LAST)
         token = self.root / TOKEN
         if last is None or not token.is_file() or token.read_bytes() != last:  # other sessions have written since
             for each in self.root.iterdir():
                 if each.name != "lock.json":
                     shutil.rmtree(each) if each.is_dir() else each.unlink()
-        there = {name.partition("/")[0] for name in self.objects.listing()}
+        there = {name.partition("/")[0] for name in objects.listing()}
         if there - {FOLDER, LAST, "config.yaml"} and MANIFEST not in there:
             raise UserError(f"run directory '{self.uri}' is not empty and holds no {MANIFEST}; choose another")
         complete = self.root / COMPLETE
-        self._mirror = Mirror(self.root, self.objects)
+        self._mirror = Mirror(self.root, objects)
         self._mirror.pull(lambda _: True, restore=complete.is_file())
         complete.unlink(missing_ok=True)
         mine = uuid.uuid4().hex.encode()
-        self.objects.write(LAST, mine)
+        objects.write(LAST, mine)
         token.write_bytes(mine)
 
     def _try_to_sync(self) -> None:
         try:
             mirror, shared = self._mirror, self._shared
-            if mirror is not None and self._claim is not None:
-                self._claim.require()
+            if mirror is not None:
                 if shared:
                     mirror.pull(below(shared))
                 mirror.push(below(PARTIAL))

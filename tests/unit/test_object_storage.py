@@ -3,10 +3,12 @@ S3's or Google's by its protocol; `tests/e2e/test_object_store.py` runs the whol
 
 import http.server
 import json
+import math
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from lorapar_ray.storage import claims
 from lorapar_ray.storage.cache import on_this_machine
 from lorapar_ray.storage.claims import Claim
 from lorapar_ray.storage.mirror import Mirror, below
-from lorapar_ray.storage.objects import Objects, Stamp
+from lorapar_ray.storage.objects import AT_ONCE, Objects, Stamp
 from lorapar_ray.storage.probe import Probe
 from lorapar_ray.storage.session import RemoteRun
 from lorapar_ray.storage.uris import Uri, place_of
@@ -248,6 +250,73 @@ def test_a_holder_that_slept_or_was_taken_over_writes_nothing_more(
         for _ in range(2000):  # a beat in progress may write it once more
             objects.delete(objects.listing("lock"))
             time.sleep(0.01)
+
+
+class Interposed:
+    """Fault injection: a store's file system that calls `before` ahead of each upload."""
+
+    def __init__(self, real: Any, before: Callable[[str], None]) -> None:
+        self._real, self._before = real, before
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def open_output_stream(self, path: str) -> Any:
+        self._before(path)
+        return self._real.open_output_stream(path)
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_command_that_loses_its_run_during_a_push_writes_and_deletes_nothing_more(
+    cut: bool, store: Uri, objects: Objects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `cut`, each first try fails, and a second one would succeed, as after minutes without a network."""
+    monkeypatch.setattr(claims, "BEAT_S", 1000.0)
+    run, begun = RemoteRun(store, tmp_path / "run"), set()
+
+    def lose(path: str) -> None:
+        if "part" in path:
+            assert run._claim is not None
+            run._claim._seen = -math.inf
+            again = path in begun
+            begun.add(path)
+            if cut and not again:
+                raise OSError("the network is cut")
+
+    run.objects.file_system = Interposed(run.objects.file_system, lose)
+    with pytest.raises(UserError, match="taken over by another command or cut off"), run.at_work():
+        write(run.root, old="1", manifest_json="1")
+        run.publish()
+        objects.write("folder/x", b"another command's")
+        (run.root / "old").unlink()
+        write(run.root, manifest_json="22", **{f"part{number}": "1" for number in range(3 * AT_ONCE)})
+        with suppress(UserError):
+            run.publish()
+        with suppress(UserError):
+            run.remove("folder")
+    assert objects.read("old") == objects.read("manifest.json") == b"1" and objects.read("folder/x") is not None
+    parts = [name for name in objects.listing() if name.startswith("part")]
+    assert len(begun) <= AT_ONCE and len(parts) <= (0 if cut else AT_ONCE)
+
+
+def test_a_guard_stands_before_every_call(objects: Objects, tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise UserError("the run is lost")
+
+    objects.write("a/x", b"1")
+    before, guarded = objects.listing(), objects.guarded(refuse)
+    write(tmp_path, file="1")
+    calls: list[Callable[[], object]] = [
+        lambda: guarded.write("b", b"1"),
+        lambda: guarded.upload("b", tmp_path / "file"),
+        lambda: guarded.delete(["a/x"]),
+        lambda: guarded.delete_folder("a"),
+        lambda: guarded.read("a/x"),
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match="the run is lost"):
+            call()
+    assert objects.listing() == before
 
 
 def test_a_worker_sees_the_run_and_publishes_what_it_may_write(store: Uri, tmp_path: Path) -> None:
