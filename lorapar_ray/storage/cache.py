@@ -6,10 +6,10 @@ import fcntl
 import hashlib
 import os
 import shutil
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import cache_root
@@ -40,8 +40,12 @@ class Cache:
         with (self._root / f".{key}.lock").open("w") as turn:
             fcntl.flock(turn, fcntl.LOCK_EX)  # on this machine's own disk
             if not kept.is_file():
-                tag = objects.download(name, draft)
-                draft.replace(kept)
+                try:
+                    tag = objects.download(name, draft)
+                    kept = self._root / _key(objects, name, tag)  # another tag if the object was replaced meanwhile
+                    draft.replace(kept)
+                finally:
+                    draft.unlink(missing_ok=True)
             os.utime(kept)
             _copied(kept, target, name)
         return tag
@@ -52,24 +56,29 @@ class Cache:
         Raises:
             FileNotFoundError: the object no longer exists.
         """
-        with TemporaryDirectory(dir=self._root, prefix=".") as folder:
+        with tempfile.TemporaryDirectory(dir=self._root, prefix=".") as folder:
             tag = self.fetch(objects, name, Path(folder) / "file")
         return self._root / _key(objects, name, tag)
 
     def folder(self, objects: Objects) -> Path:
         """A folder with every object under a URI; the same folder while the objects are unchanged."""
         there = sorted(objects.listing())
-        tags = " ".join(_key(objects, name, objects.tag(name)) for name in there)
-        key = hashlib.sha256(tags.encode()).hexdigest()[:32]
-        target, draft = self._root / f"folder-{key}", self._root / f".folder-{key}.{os.getpid()}"
+        target = self._root / _folder_name(objects, {name: objects.tag(name) for name in there})
         if not target.is_dir():
-            for name in there:
-                (draft / name).parent.mkdir(parents=True, exist_ok=True)
-                self.fetch(objects, name, draft / name)
-            draft.mkdir(parents=True, exist_ok=True)
+            # not named by the process: containers that share a cache have equal pids
+            draft = Path(tempfile.mkdtemp(prefix=".folder-", dir=self._root))
             try:
-                draft.rename(target)
-            except OSError:  # another process was faster
+                tags = {}
+                for name in there:
+                    (draft / name).parent.mkdir(parents=True, exist_ok=True)
+                    tags[name] = self.fetch(objects, name, draft / name)
+                target = self._root / _folder_name(objects, tags)
+                try:
+                    draft.rename(target)
+                except OSError:
+                    if not target.is_dir():
+                        raise  # else another process was faster
+            finally:
                 shutil.rmtree(draft, ignore_errors=True)
         os.utime(target)
         return target
@@ -84,6 +93,11 @@ class Cache:
 
 def _key(objects: Objects, name: str, tag: str) -> str:
     return hashlib.sha256(f"{objects.uri / name} {tag}".encode()).hexdigest()[:32]
+
+
+def _folder_name(objects: Objects, tags: dict[str, str]) -> str:
+    keys = " ".join(_key(objects, name, tag) for name, tag in tags.items())
+    return f"folder-{hashlib.sha256(keys.encode()).hexdigest()[:32]}"
 
 
 def _copied(kept: Path, target: Path, name: str) -> None:

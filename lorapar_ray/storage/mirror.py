@@ -119,8 +119,9 @@ class Mirror:
                 tag = self._cache.fetch(self.objects, name, draft)
             draft.replace(target)
         except FileNotFoundError:  # deleted since it was listed
-            draft.unlink(missing_ok=True)
             return
+        finally:
+            draft.unlink(missing_ok=True)
         self._copies[name] = _Copy(_local(target), stamp, tag)
 
     def _send(self, name: str, local: tuple[int, int]) -> None:
