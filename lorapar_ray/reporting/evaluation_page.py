@@ -162,12 +162,19 @@ def comparisons(found: Sequence[Found]) -> Iterator[dict[str, Any]]:
 
 
 def _decisions(found: Found) -> dict[Decision, dict[str, bool]]:
-    """Right or wrong by decision and question, for decisions whose values are all 0 or 1."""
-    by: dict[Decision, dict[str, bool]] = {}
+    """Right or wrong by decision and question, for decisions whose values are all 0 or 1.
+
+    Of another decision, such as a share of ten samples, the questions at 0 or 1 alone would be a biased choice.
+    """
+    by: dict[Decision, dict[str, bool | None]] = {}
     for row in found.rows:
-        if row["right"] is not None:
-            by.setdefault((row["asked"], row["metric"], row["filter"]), {})[f"{row['task']}/{row['id']}"] = row["right"]
-    return by
+        by.setdefault((row["asked"], row["metric"], row["filter"]), {})[f"{row['task']}/{row['id']}"] = row["right"]
+    whole = {}
+    for decision, rights in by.items():
+        decided = {question: right for question, right in rights.items() if right is not None}
+        if len(decided) == len(rights):
+            whole[decision] = decided
+    return whole
 
 
 def failures(found: Found) -> list[dict[str, Any]]:

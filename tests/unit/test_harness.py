@@ -32,7 +32,7 @@ from lorapar_ray.evaluation.harness.run import evaluate_task
 from lorapar_ray.evaluation.serving import NamedModel, named_model, serving
 from lorapar_ray.evaluation.standalone import _require_same, by_base, evaluate_models, evaluation_of
 from lorapar_ray.evaluation.tasks import catalogue_of, file_name, result_file, rows_file
-from lorapar_ray.reporting.evaluation_page import read_found, write_page
+from lorapar_ray.reporting.evaluation_page import Found, comparisons, read_found, write_page
 from tests.tiny_run import save_tiny_student
 from tests.unit.test_sandbox_problems import DATA
 
@@ -403,6 +403,22 @@ def test_the_page_compares_and_shows_failures(tmp_path: Path) -> None:
     assert "&lt;b&gt;2 + 2?" in page and "<b>2 + 2?" not in page
     assert pyarrow.dataset.dataset(tmp_path / "rows").count_rows() == 8
     assert read_found(tmp_path, ["nobody"])[0].rows == []
+
+
+def test_shares_of_several_samples_are_not_compared_as_right_or_wrong() -> None:
+    """A question answered in 3 of 10 samples has no verdict; without it the others would be a biased choice."""
+
+    def rows(metric: str, values: Sequence[float]) -> list[dict[str, Any]]:
+        kind = {"asked": "t@0", "task": "t", "metric": metric, "filter": "none"}
+        return [
+            {**kind, "id": str(at), "value": value, "right": bool(value) if value in (0, 1) else None}
+            for at, value in enumerate(values)
+        ]
+
+    one = Found("one", [], rows("pass@1", [0.3, 0, 0, 0]) + rows("acc", [0, 0, 0, 0]))
+    two = Found("two", [], rows("pass@1", [0, 1, 1, 1]) + rows("acc", [0, 1, 1, 1]))
+    for first, second in ((one, two), (two, one)):
+        assert [(row["metric"], row["n"]) for row in comparisons([first, second])] == [("acc", 4)]
 
 
 @pytest.mark.parametrize(
