@@ -114,6 +114,8 @@ def labelled_questions(config: Config, run: RunDirectory, adapters: Mapping[str,
     stages = stages_by_system(config)
     if not stages or not set(stages.values()) <= set(adapters) or not run.labels.is_dir():
         return {}
+    if run.entry("label").get("status") == "started":  # they replace the labels of these adapters
+        return {}
     table = ds.dataset(run.labels, format="parquet").to_table(columns=["prompt", "system"])
     found: dict[int, list[str]] = {}
     for system in (1, 2):

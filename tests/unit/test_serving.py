@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from lorapar_ray.cli import app
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
-from lorapar_ray.runs import RunDirectory
+from lorapar_ray.runs import RunDirectory, write_json
 from lorapar_ray.serving.job import KEY, Address, finished_adapters, labelled_questions, require_free, server_key
 from lorapar_ray.serving.requests import (
     MOST_BYTES,
@@ -165,6 +165,9 @@ def test_the_threshold_s_questions_are_labelled_ones_and_the_same_each_time(tmp_
         config(), run, adapters
     )
     assert labelled_questions(config(), run, {"sft": tmp_path}) == {}
+    entry = {"status": "started", "inputs": {"settings": {}, "sources": {}, "files": {}}}
+    write_json(run.manifest_path, {"format": 2, "identity": {}, "stages": {"label": entry}})
+    assert labelled_questions(config(), run, adapters) == {}  # other labels are being made
 
 
 def test_what_cannot_be_served_is_refused_by_name(tmp_path: Path) -> None:
