@@ -16,35 +16,25 @@ from typing import Any, Literal
 from lorapar_ray import legacy, trash
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
-from lorapar_ray.evaluation.stage import STAGE as EVALUATE
-from lorapar_ray.grpo.stage import STAGE as GRPO
-from lorapar_ray.importance.stage import STAGE as SCORE
-from lorapar_ray.labeling.stage import STAGE as LABEL
-from lorapar_ray.partition.stage import STAGE as PARTITION
 from lorapar_ray.perform import perform, performing, placed
 from lorapar_ray.progress import console
 from lorapar_ray.reporting.stage import STAGE as REPORT
+from lorapar_ray.result_stages import RESULTS, outdated_results, results_of, shortened
 from lorapar_ray.run_lock import run_lock
 from lorapar_ray.runs import RunDirectory
-from lorapar_ray.sft.stage import STAGE as SFT
 from lorapar_ray.stages import Stage
 from lorapar_ray.standing import Standing, inputs_of, standing_of
 
-ORDER: tuple[Stage, ...] = (LABEL, SCORE, PARTITION, SFT, GRPO, EVALUATE, REPORT)
+ORDER: tuple[Stage, ...] = (*RESULTS.values(), REPORT)
 PIPELINE: dict[str, Stage] = {stage.name: stage for stage in ORDER}
 STAGES: tuple[str, ...] = tuple(PIPELINE)
-
-TRAINING = ("sft", "grpo")
-"""The stages that `order` arranges."""
 
 Redo = Literal["no", "if_changed", "yes"]
 
 
 def stages_of(config: Config) -> tuple[str, ...]:
     """The stages of a run in order: STAGES, with the training stages as `order` has them."""
-    first = STAGES.index(TRAINING[0])
-    rest = [name for name in STAGES if name not in TRAINING]
-    return (*rest[:first], *config.order, *rest[first:])
+    return (*results_of(config), REPORT.name)
 
 
 def check(config: Config, stages: Sequence[str], redo: Collection[str] = ()) -> None:
@@ -78,9 +68,14 @@ def require_stages(config: Config, stages: Sequence[str], redo: Collection[str])
 
 
 def standings(config: Config, run: RunDirectory) -> dict[str, Standing]:
-    """The state of every stage of the run."""
+    """The state of every stage of the run; a view has changed too if other results are out of date than it says."""
     entries, prints = legacy.entries(config, run, PIPELINE), run.fingerprints
-    return {name: standing_of(PIPELINE[name], config, run, entries, prints) for name in stages_of(config)}
+    found = {name: standing_of(PIPELINE[name], config, run, entries, prints) for name in stages_of(config)}
+    outdated = {name: list(why) for name, why in outdated_results(config, entries, found).items()}
+    for name, own in found.items():
+        if PIPELINE[name].is_view and own.state == "done" and entries[name].get("outdated", {}) != outdated:
+            found[name] = Standing("changed", ("other results are out of date than it says",))
+    return found
 
 
 def pending(config: Config, run: RunDirectory, stages: Sequence[str] | None = None) -> list[str]:
@@ -131,7 +126,7 @@ def require_leave(config: Config, run: RunDirectory, stages: Sequence[str], redo
 
 def _refusal(config: Config, run: RunDirectory, name: str, found: dict[str, Standing]) -> str:
     why = found[name].why
-    some = "; ".join(why[:4]) + (f" and {len(why) - 4} more" if len(why) > 4 else "")
+    some = shortened(why)
     after = [each for each in dependents(config, [name]) if found[each].state != "new" and not PIPELINE[each].is_view]
     following = f" (and, if its new results differ, those of {' and '.join(after)})" if after else ""
     if found[name].state == "damaged":

@@ -13,6 +13,7 @@ from lorapar_ray.config import Config
 from lorapar_ray.config.marks import known_setting
 from lorapar_ray.files import digest
 from lorapar_ray.fingerprints import Fingerprints
+from lorapar_ray.redact import HIDDEN as REDACTED
 from lorapar_ray.redact import has_secret
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.stages import Settings, Stage
@@ -39,10 +40,15 @@ def inputs_of(stage: Stage, config: Config, entries: Mapping[str, Any], prints: 
 
     `settings` by path; `sources`, results of each earlier stage; `files`, contents of the user's own files.
     """
+    files = {name: prints.of_input(name) for name in dict.fromkeys(stage.reads(config))}
+    return {**_inputs_without_files(stage, config, entries), "files": files}
+
+
+def _inputs_without_files(stage: Stage, config: Config, entries: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "settings": _recorded(stage.settings(config)),
         "sources": {need: entries.get(need, {}).get("outputs") for need in stage.needs(config)},
-        "files": {name: prints.of_input(name) for name in dict.fromkeys(stage.reads(config))},
+        "files": {},
     }
 
 
@@ -64,6 +70,17 @@ def standing_of(
         return Standing("unfinished")
     damage = tuple(_damage(run, entry.get("written", {}), prints))
     return Standing("damaged", damage) if damage else Standing("done")
+
+
+def recorded_standing(stage: Stage, config: Config, entries: Mapping[str, Any]) -> Standing:
+    """The state of a stage as far as the manifest alone tells it: no file is read."""
+    entry = entries.get(stage.name)
+    if entry is None:
+        return Standing("new")
+    why = tuple(changes(stage, config, entry.get("inputs") or {}, _inputs_without_files(stage, config, entries)))
+    if why:
+        return Standing("changed", why)
+    return Standing("done" if entry["status"] == "done" else "unfinished")
 
 
 def changes(stage: Stage, config: Config, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
@@ -89,6 +106,8 @@ def _changed_settings(settings: Settings, old: Mapping[str, Any], new: Mapping[s
             if not settings[path].is_default:  # else a field that is younger than the run
                 yield f"{path} not set → {_shown(new[path])}"
         elif old[path] != new[path]:
+            if _is_hidden(old[path]) and REDACTED in json.dumps(settings[path].value):
+                continue  # the config is the run's own config.yaml, which holds no secrets
             if _is_hidden(new[path]) or _is_hidden(old[path]):
                 if _hidden(old[path]) != _hidden(new[path]):
                     yield f"{path} has another value"

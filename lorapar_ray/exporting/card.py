@@ -13,12 +13,16 @@ from lorapar_ray.reporting.data import MODELS, RunData
 from lorapar_ray.reporting.page import in_order, verdicts
 from lorapar_ray.text import shown
 
-SHOWN = ("adapter", "score", "partition", "sft", "grpo")
-"""Config sections that describe the training."""
+SHOWN = {"adapter": "score", "score": "score", "partition": "partition", "sft": "sft", "grpo": "grpo"}
+"""Config sections that describe the training, and the stage that used each."""
 
 
 def model_card(config: Config, run: RunData, stage: str, *, merged: bool) -> str:
-    """Markdown with the front matter that the hub reads."""
+    """Markdown with the front matter that the hub reads.
+
+    Only results that belong to what is in the run now are in it, and settings only of stages that have finished with
+    them.
+    """
     front = {
         "base_model": config.model.path,
         "library_name": "transformers" if merged else "peft",
@@ -32,7 +36,7 @@ def model_card(config: Config, run: RunData, stage: str, *, merged: bool) -> str
         *_data(config, run),
         *_regions(run),
         *_results(config, run),
-        *_settings(config),
+        *_settings(config, run),
     ]
     return shown("\n".join(parts))
 
@@ -50,13 +54,15 @@ def _data(config: Config, run: RunData) -> Iterator[str]:
     for source in config.data.train:
         words = redacted(source.model_dump(mode="json", exclude_defaults=True))
         yield "- " + ", ".join(f"{key} `{value}`" for key, value in words.items())
-    counts = (run.labels or {}).get("split")
+    counts = (run.labels or {}).get("split") if run.state.stands("label") else None
     if isinstance(counts, dict):
         yield "\nLabelled: " + ", ".join(f"{count} of System {name}" for name, count in counts.items()) + "."
     yield ""
 
 
 def _regions(run: RunData) -> Iterator[str]:
+    if not run.state.stands("partition"):
+        return
     if run.systems is not None:
         theta = run.systems["theta"]
         shares = {f"System {system} trains": each["share"] for system, each in run.systems["systems"].items()}
@@ -70,7 +76,7 @@ def _regions(run: RunData) -> Iterator[str]:
 
 
 def _results(config: Config, run: RunData) -> Iterator[str]:
-    if not run.accuracy:
+    if not run.accuracy or not run.state.stands("evaluate"):
         return
     yield "## Results\n"
     yield "Greedy answers to held-out questions, with 95 % Wilson intervals.\n"
@@ -84,10 +90,12 @@ def _results(config: Config, run: RunData) -> Iterator[str]:
     yield ""
 
 
-def _settings(config: Config) -> Iterator[str]:
+def _settings(config: Config, run: RunData) -> Iterator[str]:
     yield "## Settings\n"
     tree: dict[str, Any] = {
-        name: getattr(config, name).model_dump(mode="json", exclude_defaults=True) for name in SHOWN
+        name: getattr(config, name).model_dump(mode="json", exclude_defaults=True)
+        for name, stage in SHOWN.items()
+        if stage in run.state.standings and run.state.standings[stage].state == "done"
     }
     yield "```yaml"
     yield yaml.safe_dump(redacted({name: part for name, part in tree.items() if part}), sort_keys=False).rstrip()

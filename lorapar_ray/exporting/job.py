@@ -13,7 +13,9 @@ from lorapar_ray.files import atomic_path, write_json
 from lorapar_ray.models import loading, resolve_model
 from lorapar_ray.pipeline import is_done
 from lorapar_ray.precision import torch_dtype
+from lorapar_ray.progress import console
 from lorapar_ray.reporting.data import read_run
+from lorapar_ray.result_stages import said
 from lorapar_ray.runs import RunDirectory
 
 
@@ -21,6 +23,7 @@ def export(config: Config, run: RunDirectory, out: Path, stage: str | None = Non
     """Write a stage's result to `out`, which must not exist; returns the stage.
 
     The adapter is a plain LoRA on the original base, also of a run that trained against a residual base (PiSSA, OLoRA).
+    Results that are out of date are not in the card; which ones is printed.
 
     Args:
         stage: `sft` or `grpo`; None: the last of the run's order.
@@ -46,7 +49,10 @@ def export(config: Config, run: RunDirectory, out: Path, stage: str | None = Non
             shutil.copytree(folder, draft, ignore=shutil.ignore_patterns("README.md"))
             settings = read_object(folder / "adapter_config.json")
             write_json(draft / "adapter_config.json", {**settings, "base_model_name_or_path": config.model.path})
-        (draft / "README.md").write_text(model_card(config, read_run(run), stage, merged=merged))
+        data = read_run(config, run)
+        (draft / "README.md").write_text(model_card(config, data, stage, merged=merged))
+    if data.state.outdated:
+        console.print(f"  the card leaves out results that are out of date: {said(data.state.outdated)}")
     return stage
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lorapar_ray.boundary import read_lines, read_object, read_tensors
+from lorapar_ray.config import Config
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.partition import load_regions, scatter_sample
+from lorapar_ray.result_stages import RunState, state_of_run
 from lorapar_ray.runs import RunDirectory
 
 SCATTER_POINTS = 3000
@@ -22,8 +24,13 @@ MODELS = {
 
 @dataclass(frozen=True)
 class RunData:
-    """Parsed files of a run; None or empty where a stage has not run."""
+    """Parsed files of a run; None or empty where a stage has not run.
 
+    Those of a stage that is out of date (see `state`) are there too: do not show them as results of what is in the run
+    now.
+    """
+
+    state: RunState
     stages: dict[str, dict[str, Any]]
     labels: dict[str, Any] | None
     partition: dict[str, Any] | None
@@ -39,10 +46,11 @@ class RunData:
     """By model name, whether each question, by its id, was answered correctly."""
 
 
-def read_run(run: RunDirectory) -> RunData:
-    """Read what the run holds so far."""
+def read_run(config: Config, run: RunDirectory) -> RunData:
+    """Read what the run holds so far, and which of it is out of date under `config`."""
     accuracy = {name: _json(run.eval / f"{name}.json") for name in MODELS}
     return RunData(
+        state=state_of_run(config, run),
         stages=run.manifest().get("stages", {}),
         labels=_json(run.label_summary) or _json(run.labels / "summary.json"),  # where it was before
         partition=_json(run.partition / "summary.json"),

@@ -94,8 +94,12 @@ def write_page(root: Path, models: Sequence[str]) -> Path:
     return write(root / "index.html", "Evaluation", read_found(root, models))
 
 
-def write(page: Path, title: str, found: Sequence[Found]) -> Path:
-    """Write the page: one self-contained file; model-written text is escaped."""
+def write(page: Path, title: str, found: Sequence[Found], outdated: str = "") -> Path:
+    """Write the page: one self-contained file; model-written text is escaped.
+
+    Args:
+        outdated: stages of a run whose results are out of date, and why.
+    """
     folder = files("lorapar_ray.reporting")
     template = folder.joinpath("evaluation.html.j2").read_text()
     html = (
@@ -103,6 +107,7 @@ def write(page: Path, title: str, found: Sequence[Found]) -> Path:
         .from_string(template)
         .render(
             title=title,
+            outdated=outdated,
             css=folder.joinpath("style.css").read_text(),
             shares=[{"model": each.model} | _readable(share) for each in found for share in each.shares],
             comparisons=list(comparisons(found)),

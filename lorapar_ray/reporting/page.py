@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from importlib.resources import files
 from itertools import pairwise
@@ -17,6 +18,7 @@ from lorapar_ray.evaluation.statistics import Paired, paired
 from lorapar_ray.reporting import charts, evaluation_page, partition_charts
 from lorapar_ray.reporting.data import MODELS, RunData, read_run
 from lorapar_ray.reporting.evaluation_page import read_run_found
+from lorapar_ray.result_stages import said, shortened
 from lorapar_ray.runs import RunDirectory, atomic_path
 from lorapar_ray.text import shown
 
@@ -24,15 +26,17 @@ SAMPLES_SHOWN = 24
 SIGNIFICANT = 0.05
 """Below this p the page reports a gain or a loss."""
 DAMAGED = "a file of the stages it shows is damaged or of another version: redo that stage"
+OUT_OF_DATE = "out of date"
 OVERVIEW = ("label_split", "scatter", "theta_qkvgud", "sft_loss", "reward", "accuracies")
 
 
 def write_report(config: Config, run: RunDirectory) -> Path:
     """Write `index.html`, `evaluation.html`, `plots/*.svg` and `overview.png` in `report/`; returns the first's path.
 
-    Sections of stages that have not run say so.
+    Sections of stages that have not run say so. Results that are out of date are named and marked; accuracies of them
+    are left out of the page's summary.
     """
-    data = read_run(run)
+    data = read_run(config, run)
     with boundary("report: this run cannot be shown", DAMAGED):
         drawable = _drawable(data)
     figures = {}
@@ -47,7 +51,8 @@ def write_report(config: Config, run: RunDirectory) -> Path:
         with atomic_path(run.report / "overview.png") as draft:
             charts.overview(draft, data, panels)  # of plots that could be drawn
     with boundary("report: the evaluation cannot be shown", DAMAGED):
-        evaluation_page.write(run.report / "evaluation.html", f"Evaluation · {config.name}", read_run_found(run))
+        found, outdated = read_run_found(run), said(data.state.outdated)
+        evaluation_page.write(run.report / "evaluation.html", f"Evaluation · {config.name}", found, outdated)
     page = run.report / "index.html"
     with boundary("report: the page cannot be written", DAMAGED), atomic_path(page) as draft:
         draft.write_text(render(config, data, figures), encoding="utf-8")
@@ -58,6 +63,7 @@ def render(config: Config, data: RunData, figures: dict[str, str]) -> str:
     """The page's HTML; everything but our own plots and style is escaped."""
     template = files("lorapar_ray.reporting").joinpath("page.html.j2").read_text()
     style = files("lorapar_ray.reporting").joinpath("style.css").read_text()
+    outdated = data.state.outdated
     versions: dict[str, str] = next((s["versions"] for s in reversed(data.stages.values()) if "versions" in s), {})
     return (
         Environment(autoescape=True, finalize=_shown)
@@ -76,6 +82,8 @@ def render(config: Config, data: RunData, figures: dict[str, str]) -> str:
                 _result(name, result) for name, result in (in_order(config, data.accuracy) | data.accuracy).items()
             ],
             verdicts=verdicts(in_order(config, data.accuracy), data.right),
+            outdated={name: shortened(why) for name, why in outdated.items()},
+            all_outdated=said(outdated),
             versions=versions,
         )
     )
@@ -128,34 +136,50 @@ def _apart(old: list[float], new: list[float]) -> str:
 
 
 def _drawable(data: RunData) -> dict[str, charts.Draw]:
-    """Every plot with data, by name."""
-    draws: dict[str, charts.Draw] = {}
+    """Every plot with data, by name; the title of a plot of results that are out of date says so."""
+    return {
+        name: _marked(draw) if stage in data.state.outdated else draw
+        for stage, draws in _drawable_of(data)
+        for name, draw in draws.items()
+    }
+
+
+def _marked(draw: charts.Draw) -> charts.Draw:
+    def drawn(axis: Any, run: RunData) -> None:
+        draw(axis, run)
+        axis.set_title(f"{axis.get_title('left')} · {OUT_OF_DATE}", loc="left")
+
+    return drawn
+
+
+def _drawable_of(data: RunData) -> Iterator[tuple[str, dict[str, charts.Draw]]]:
+    """Plots by name, and the stage whose results they show."""
     if data.accuracy:
-        draws["accuracies"] = charts.accuracies
+        yield "evaluate", {"accuracies": charts.accuracies}
     if any("seconds" in stage for name, stage in data.stages.items() if name != "report"):
-        draws["seconds"] = charts.seconds
+        yield "", {"seconds": charts.seconds}
     if data.labels:
-        draws |= {"label_split": charts.label_split, "tasks": charts.tasks}
+        yield "label", {"label_split": charts.label_split, "tasks": charts.tasks}
         if data.labels["votes"]:
-            draws["confidence"] = charts.confidence
+            yield "label", {"confidence": charts.confidence}
     if data.scatter:
-        draws["scatter"] = partition_charts.scatter
+        yield "partition", {"scatter": partition_charts.scatter}
     if data.partition:
-        draws |= {"layers": partition_charts.layers, "modules": partition_charts.modules}
-        draws |= {f"heat_{name}": partial(partition_charts.heat, system=name) for name in ("system1", "system2")}
+        yield "partition", {"layers": partition_charts.layers, "modules": partition_charts.modules}
+        systems = ("system1", "system2")
+        yield "partition", {f"heat_{name}": partial(partition_charts.heat, system=name) for name in systems}
         curves = data.partition.get("curves", {})
         subsets = [subset for subset in partition_charts.PAPER_KEPT if subset in curves]
-        draws |= {f"theta_{subset}": partial(partition_charts.theta, subset=subset) for subset in subsets}
+        yield "partition", {f"theta_{subset}": partial(partition_charts.theta, subset=subset) for subset in subsets}
         if curves:
-            draws["overlap"] = partition_charts.overlap
+            yield "partition", {"overlap": partition_charts.overlap}
         if data.partition["control"]:
-            draws["signal"] = partition_charts.signal
+            yield "partition", {"signal": partition_charts.signal}
     if data.sft:
-        draws["sft_loss"] = charts.sft_loss
+        yield "sft", {"sft_loss": charts.sft_loss}
     if data.grpo:
         grpo = (charts.reward, charts.length, charts.ratio, charts.gaps, charts.phases, charts.idle)
-        draws |= {draw.__name__: draw for draw in grpo}
-    return draws
+        yield "grpo", {draw.__name__: draw for draw in grpo}
 
 
 def _result(name: str, result: dict[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,16 @@ from lorapar_ray.stages import Stage
 
 
 def run(config: Config, run: RunDirectory) -> dict[str, Any]:
-    """Write the page."""
+    """Write the page; notes which results it calls out of date, since it is to be written again when that changes."""
     from lorapar_ray.progress import console
     from lorapar_ray.reporting.page import write_report
+    from lorapar_ray.result_stages import said, state_of_run
 
+    outdated = state_of_run(config, run).outdated
     console.print(f"  {write_report(config, run)}")
-    return {}
+    if outdated:
+        console.print(f"  out of date with what is in the run now: {said(outdated)}")
+    return {"outdated": outdated}
 
 
 def needs(config: Config) -> tuple[str, ...]:

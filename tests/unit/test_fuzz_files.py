@@ -356,7 +356,7 @@ def test_files_that_the_report_reads(shown: RunDirectory, data: st.DataObject) -
     good = (shown.root / name).read_bytes()
     try:
         put(shown.root / name, data.draw(damaged_lines(value) if name.endswith("l") else damaged_json(value)))
-        one_line_or_accepted(lambda: read_run(shown))
+        one_line_or_accepted(lambda: read_run(load_config(QUICKSTART), shown))
     finally:
         put(shown.root / name, good)
 
@@ -409,7 +409,7 @@ def test_the_manifest_and_its_cache_of_digests(opened: RunDirectory, data: st.Da
         one_line_or_accepted(lambda: opened.open(config))
         one_line_or_accepted(lambda: list(plan(config, opened)))
         one_line_or_accepted(lambda: require_leave(config, opened, ["label"], []))
-        one_line_or_accepted(lambda: _drawable(read_run(opened)))
+        one_line_or_accepted(lambda: _drawable(read_run(config, opened)))
     finally:
         put(opened.manifest_path, good)
 

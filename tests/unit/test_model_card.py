@@ -10,6 +10,8 @@ from lorapar_ray.config import Config
 from lorapar_ray.exporting.card import model_card
 from lorapar_ray.redact import remember_config
 from lorapar_ray.reporting.data import RunData
+from lorapar_ray.result_stages import RESULTS, RunState
+from lorapar_ray.standing import Standing
 
 TREE = {
     "name": "sums",
@@ -29,6 +31,7 @@ def run() -> RunData:
         return {"accuracy": right / 40, "interval": [0.1, 0.9], "n": 40}
 
     return RunData(
+        state=RunState(dict.fromkeys(RESULTS, Standing("done")), {}),
         stages={},
         labels={"split": {"1": 30, "2": 12}},
         partition={"theta": 0.9, "total": {"shares": {"shared": 0.25}}},
