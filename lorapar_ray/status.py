@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from lorapar_ray.boundary import read_object
+from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
 from lorapar_ray.pipeline import STAGES
 from lorapar_ray.progress import console, minutes
-from lorapar_ray.runs import PROGRESS, RunDirectory
+from lorapar_ray.result_stages import RESULTS, outdated_results, results_of, shortened
+from lorapar_ray.runs import FORMAT, PROGRESS, RunDirectory
+from lorapar_ray.standing import recorded_standing
 from lorapar_ray.text import one_line
 
 REFRESH_S, REFRESH_REMOTE_S = 1.0, 5.0
@@ -33,14 +36,29 @@ def lines(run: RunDirectory) -> Iterator[str]:
     name = one_line(manifest["identity"].get("name", "?"))
     yield f"{name} · {run.place} · {_at_work(holder)}"
     entries = manifest["stages"]
+    outdated = _outdated(run, manifest)
     for stage in STAGES:
         entry = entries.get(stage, {})
         if entry.get("status") == "done":
-            yield f"✓ {stage:<10} {minutes(entry.get('seconds', 0))}"
+            old = f" · out of date ({one_line(shortened(outdated[stage], 2))})" if stage in outdated else ""
+            yield f"✓ {stage:<10} {minutes(entry.get('seconds', 0))}{old}"
         elif entry:
             yield f"{'▶' if holder else '✗'} {stage:<10} {_far(run, entry, holder is not None)}"
         else:
             yield f"· {stage:<10}"
+
+
+def _outdated(run: RunDirectory, manifest: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Stages whose results are out of date, as far as the manifest and the settings last used tell it, and why."""
+    if manifest.get("format") != FORMAT:
+        return {}
+    try:
+        config = load_config(run.root / "config.yaml")
+    except UserError:  # gone, or of another version
+        return {}
+    entries = manifest["stages"]
+    found = {name: recorded_standing(RESULTS[name], config, entries) for name in results_of(config)}
+    return outdated_results(config, entries, found)
 
 
 def _at_work(holder: dict[str, Any] | None) -> str:
