@@ -36,12 +36,13 @@ def fake(stage: Stage) -> Stage:
         resumed = checkpoint.is_file()
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_text("half of the work")
+        results = {"partition": {"theta": config.partition.theta}, "sft": {"epochs": config.sft.epochs}}
         if fault == f"{stage.name} kill":
             os.kill(os.getpid(), signal.SIGKILL)
         for place in stage.outputs:
             path = run.root / place if Path(place).suffix else run.root / place / "result.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"theta": config.partition.theta} if stage.name == "partition" else {}))
+            path.write_text(json.dumps(results.get(stage.name, {})))
         if stage.name == "partition":
             cut = {"theta": config.partition.theta, "total": {"shares": {}}, "overlap": {"jaccard": 0.5}}
             (run.partition / "summary.json").write_text(json.dumps(cut))
