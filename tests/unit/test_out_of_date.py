@@ -199,7 +199,7 @@ def test_a_grid_leaves_out_results_of_other_settings(tmp_path: Path, monkeypatch
             run_stage(unit.config, unit.run, stage)
         (unit.run.metrics / "sft_validation.jsonl").parent.mkdir(exist_ok=True)
         (unit.run.metrics / "sft_validation.jsonl").write_text(json.dumps({"step": 1, "loss": unit.rate}) + "\n")
-    rates = chosen_rates(plan().sweeps)
+    rates = chosen_rates(plan())
     assert rates == {"importance": 1}
     (unit,) = plan().units(rates)
     unit.run.open(unit.config)
@@ -210,6 +210,6 @@ def test_a_grid_leaves_out_results_of_other_settings(tmp_path: Path, monkeypatch
         pq.write_table(table, unit.run.eval / f"{name}.parquet")
         (unit.run.eval / f"{name}.json").write_text("{}")
     assert "| importance | 0.01 | – | 50.0%" in report(plan())
-    assert chosen_rates(plan("sft.epochs=2").sweeps) == {}
+    assert chosen_rates(plan("sft.epochs=2")) == {}
     assert "50.0%" not in report(plan("sft.epochs=2"))
     assert "0 of 1 runs are evaluated" in (tmp_path / "out" / "index.html").read_text()
