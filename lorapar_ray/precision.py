@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lorapar_ray.errors import UserError
+
 
 def torch_dtype(dtype: str, device: Any) -> Any:
     """A config's `dtype` as a torch.dtype, for computing on `device` (a torch.device)."""
@@ -18,6 +20,21 @@ def torch_dtype(dtype: str, device: Any) -> Any:
         native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else cpu_has_bfloat16()
         return torch.bfloat16 if native else torch.float32
     return getattr(torch, dtype)
+
+
+def require_trainable(dtype: str) -> None:
+    """Refuse to train a float16 model: most gradients would be 0, since nothing scales the loss.
+
+    A loss is divided by the tokens of a step before it is differentiated, and float16 holds nothing below 6e-8.
+
+    Raises:
+        UserError: names the field and what to choose.
+    """
+    if dtype == "float16":
+        raise UserError(
+            "model.dtype: float16 has too small a range to train in without scaling the loss; choose bfloat16, or "
+            "float32 on a GPU without it (auto does); engines may compute in float16 (their own `dtype`)"
+        )
 
 
 def engine_dtype() -> str:

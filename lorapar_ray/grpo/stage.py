@@ -59,8 +59,10 @@ def check(config: Config) -> None:
     """Check that rewards, the environment and trackers can be imported, and what the student must allow."""
     from lorapar_ray.grpo.environments.registry import require_environment
     from lorapar_ray.grpo.rewards.registry import require_rewards
+    from lorapar_ray.precision import require_trainable
     from lorapar_ray.tracking import require_trackers
 
+    require_trainable(config.model.dtype)
     require_rewards(config.grpo)
     require_environment(config.grpo)
     require_trackers(config.grpo.report_to, "grpo.report_to")

@@ -56,12 +56,21 @@ def reads(config: Config) -> Iterator[str]:
         yield config.adapter.path
 
 
+def check(config: Config) -> None:
+    """The model's dtype has room for gradients."""
+    from lorapar_ray.precision import require_trainable
+
+    if config.partitioned:
+        require_trainable(config.model.dtype)
+
+
 STAGE = Stage(
     name="score",
     help="Make the adapter and score each of its elements for every System.",
     needs=lambda _: ("label",),
     settings=settings,
     run=run,
+    check=check,
     outputs=("adapter", "scores"),
     traces=(
         *("rejects/score.parquet", "rejects/warmup.parquet"),

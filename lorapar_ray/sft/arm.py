@@ -5,6 +5,7 @@ The loops compute its gradients: `loop` trains one adapter, `arms_loop` several 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,10 @@ class Worker:
     rank: int
     world: int
     device: torch.device
+
+    def seed(self, seed: int) -> int:
+        """Of this worker's dropout masks, in a run with `seed`: equal masks on all would not average out."""
+        return zlib.crc32(f"{seed}/{self.rank}".encode())
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,13 @@ def train_arms_worker(payload: dict[str, Any]) -> None:
     first, worker = jobs[0], this_worker()
     folders = [Path(job.adapter_in) for job in jobs]
     model_config = ModelConfig.model_validate(first.model)
-    torch.manual_seed(first.seed)
     model = load_many(
         load_base(model_config, first.base),
         folders,
         dropout=AdapterConfig.model_validate(first.adapter).dropout,
         device=worker.device,
     )
+    torch.manual_seed(worker.seed(first.seed))
     masks = [masks_of(job, model.parameters_of(number)) for number, job in enumerate(jobs)]
     works = [prepared(job, own, mask, worker) for job, own, mask in zip(jobs, every, masks, strict=True)]
     tokens = sum(work.tokens for work in works) / worker.world

@@ -112,10 +112,8 @@ def load_checkpoint(path: Path, rank: int, parameters: Mapping[str, Tensor], opt
     state = read_object(path / STATE, OTHERS)
     with damaged(path, OTHERS):
         optimizer.load_state_dict(load_tree(path / OPTIMIZER)["optimizer"])
-        if (path / _rng_file(rank)).is_file():
+        if (path / _rng_file(rank)).is_file():  # else one more worker than before, with a seed of its own
             set_rng_state(load_tree(path / _rng_file(rank)))
-        else:
-            torch.manual_seed(rank)
         best = state.get("best_model_checkpoint")
         stopping = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {}).get("attributes", {})
         return Progress(

@@ -18,9 +18,11 @@ def run(config: Config, run: RunDirectory) -> dict[str, Any]:
 
 
 def check(config: Config) -> None:
-    """Trackers are installed."""
+    """Trackers are installed, and the model's dtype can be trained in."""
+    from lorapar_ray.precision import require_trainable
     from lorapar_ray.tracking import require_trackers
 
+    require_trainable(config.model.dtype)
     require_trackers(config.sft.report_to, "sft.report_to")
 
 

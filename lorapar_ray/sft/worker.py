@@ -61,8 +61,8 @@ def train_worker(payload: dict[str, Any]) -> None:
     job = SftJob(**payload)
     settings = SftConfig.model_validate(job.settings)
     worker = this_worker()
-    torch.manual_seed(job.seed)
     model = _load(job, settings)
+    torch.manual_seed(worker.seed(job.seed))
     parameters, masks = _active(job, model)
     filler = load_tokenizer(job.base, ModelConfig.model_validate(job.model)).eos_token_id
     work = prepared(job, settings, masks, worker)
@@ -120,7 +120,8 @@ def prepared(job: SftJob, settings: SftConfig, masks: dict[str, Any], worker: Wo
 
     leads, metrics = worker.rank == 0, Path(job.metrics)
     train, held_out = _examples(job, settings)
-    plan = plan_batches(train.lengths, settings, worker.world, job.seed)
+    lengths = train.lengths
+    plan = plan_batches(lengths, settings, worker.world, job.seed)
     found = last_checkpoint(Path(job.checkpoints), worker.world)
     if leads:
         for file in (metrics, metrics.with_name(f"{metrics.stem}_validation.jsonl")):
@@ -131,7 +132,7 @@ def prepared(job: SftJob, settings: SftConfig, masks: dict[str, Any], worker: Wo
         plan,
         train,
         _validation(held_out, settings, worker.world, worker.rank),
-        sum(train.lengths[each] for row in plan.rows for each in row),
+        sum(lengths[each] for row in plan.rows for each in row),
         StepLog(metrics if leads else None, curves, trainable_share(masks)),
         None if found is None else found[0],
     )

@@ -5,8 +5,13 @@ import torch
 
 from lorapar_ray import precision
 from lorapar_ray.config import EngineConfig
+from lorapar_ray.config_file import load_config
 from lorapar_ray.engines.settings import engine_arguments, platform_arguments
-from lorapar_ray.precision import engine_dtype, torch_dtype
+from lorapar_ray.errors import UserError
+from lorapar_ray.pipeline import PIPELINE
+from lorapar_ray.precision import engine_dtype, require_trainable, torch_dtype
+from lorapar_ray.sft.arm import Worker
+from tests.tiny_run import ROOT
 
 CPU = torch.device("cpu")
 
@@ -28,3 +33,19 @@ def test_an_engine_takes_the_dtype_it_is_told_and_else_the_machines() -> None:
 
     assert dtype(EngineConfig(dtype="float16")) == "float16"
     assert dtype(EngineConfig()) == engine_dtype()
+
+
+def test_float16_is_refused_before_anything_trains() -> None:
+    """An engine may compute in it; a gradient would mostly be 0."""
+    config = load_config(ROOT / "jobs" / "configs" / "arithmetic-grpo.yaml", ["model.dtype=float16"])
+    for stage in ("score", "sft", "grpo"):
+        with pytest.raises(UserError, match=r"model\.dtype: float16 has too small a range"):
+            PIPELINE[stage].check(config)
+    PIPELINE["evaluate"].check(config)
+    for dtype in ("auto", "bfloat16", "float32"):
+        require_trainable(dtype)
+
+
+def test_workers_draw_different_dropout_masks() -> None:
+    seeds = {Worker(rank, 8, torch.device("cpu")).seed(seed) for rank in range(8) for seed in range(4)}
+    assert len(seeds) == 32
