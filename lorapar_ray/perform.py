@@ -24,6 +24,7 @@ from lorapar_ray.run_metrics import report_progress
 from lorapar_ray.runs import PROGRESS, RunDirectory
 from lorapar_ray.stages import Stage
 from lorapar_ray.standing import written
+from lorapar_ray.text import one_line
 from lorapar_ray.versions import versions_of_a_result
 
 
@@ -128,7 +129,7 @@ def placed(config: Config, name: str) -> Config:
 
 @contextmanager
 def of_the_machine(run: RunDirectory, stage: str) -> Iterator[None]:
-    """A full disk, and processes that were killed because memory ran out, are not bugs.
+    """A full disk, processes that were killed because memory ran out, and lost machines are not bugs.
 
     Raises:
         UserError: in place of those.
@@ -143,9 +144,14 @@ def of_the_machine(run: RunDirectory, stage: str) -> Iterator[None]:
             raise UserError(
                 f"no space left on the disk of '{run.root}'; free some and run the same command again"
             ) from error
-        if (killed := _killed(causes)) is None:
-            raise
-        raise out_of_memory(stage, killed) from error
+        if (killed := _killed(causes)) is not None:
+            raise out_of_memory(stage, killed) from error
+        if (lost := _lost(error, causes)) is not None:
+            raise UserError(
+                f"{stage}: its workers or their machines were lost too often ({one_line(lost, 200)}); see Ray's logs "
+                "of the workers and `ray status`; finished work is kept, and the same command resumes"
+            ) from error
+        raise
 
 
 def _causes(error: BaseException) -> list[BaseException]:
@@ -156,9 +162,18 @@ def _causes(error: BaseException) -> list[BaseException]:
         each = left.pop(0)
         if isinstance(each, BaseException) and each not in found:
             found.append(each)
-            workers, controller = getattr(each, "worker_failures", {}), getattr(each, "controller_failure", None)
-            left += [getattr(each, "cause", None), each.__cause__, controller, *workers.values()]  # Ray Train's groups
+            workers = getattr(each, "worker_failures", {}).values()  # of Ray Train's groups
+            others = [getattr(each, name, None) for name in ("cause", "controller_failure", "health_check_failure")]
+            left += [*others, each.__cause__, *workers]
     return found
+
+
+def _lost(error: BaseException, causes: Iterable[BaseException]) -> BaseException | None:
+    """The error that says a worker of a Ray Train group is gone, if that ended the group; others fail with it."""
+    ray = sys.modules.get("ray")
+    if ray is None or not getattr(error, "worker_failures", {}):
+        return None
+    return next((each for each in causes if isinstance(each, ray.exceptions.RayActorError)), None)
 
 
 def _killed(causes: Iterable[BaseException]) -> BaseException | None:

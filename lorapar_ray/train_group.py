@@ -8,26 +8,32 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError
+from ray.train import FailureConfig
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
 from ray.train.v2._internal.util import TrainingFramework
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
 
 from lorapar_ray.network import COLLECTIVE_LIMIT_S, meet_on_rays_interface
 
 UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
 """Each is an actor, which takes two seconds of a core at every start. Workers read their own files, not Ray's datasets;
 and Ray itself frees a group's resources when the driver ends, as it does if the controller dies."""
+WHILE_S = 2 * 3600.0
+"""A loss longer ago does not count any more."""
 LEAVE_LIMIT_S = 30
 """For workers to leave their process group when the work is done."""
 
@@ -124,5 +130,27 @@ class TrainGroup(DataParallelTrainer):
         return [each for each in super()._create_default_callbacks() if not isinstance(each, UNUSED)]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        own = {} if self._policy is None else {"scaling_policy": self._policy}
+        own = {"failure_policy": LossesInAWhile(self.run_config.failure_config)}
+        if self._policy is not None:
+            own["scaling_policy"] = self._policy
         return super()._initialize_and_run_controller(**parts | own)
+
+
+class LossesInAWhile(DefaultFailurePolicy):
+    """Ends a group after too many losses within `WHILE_S`, not in all: a run of days loses a machine now and then.
+
+    What fails again and again does so within the time between two checkpoints and a start, so it ends soon.
+    """
+
+    def __init__(self, failure_config: FailureConfig) -> None:
+        super().__init__(failure_config)
+        self._lost_at: list[float] = []
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        now = time.monotonic()
+        self._lost_at = [each for each in self._lost_at if now - each < WHILE_S]
+        self._worker_group_failures = len(self._lost_at)
+        decision = super().make_decision(training_failed_error)
+        if self._worker_group_failures > len(self._lost_at):
+            self._lost_at.append(now)
+        return decision

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from lorapar_ray.runs import RunDirectory
 
 RESTARTS = 2
-"""How often a worker group is restarted after losing a worker before the stage gives up (it can still be resumed)."""
+"""How often within two hours (`train_group.WHILE_S`) a worker group is restarted after losing a worker before the stage
+gives up; it can still be resumed."""
 ELASTIC_RESTARTS = 20
 """The same for a group with a range of workers: its nodes are expected to be lost now and then."""
 TASK_TRIES = 3

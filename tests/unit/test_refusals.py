@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from lorapar_ray.engines.refusals import CAUSE, leave_cause, refusal, refusing
 from lorapar_ray.errors import UserError
@@ -55,3 +57,16 @@ def test_a_process_that_was_killed_for_memory_is_one_line(tmp_path: Path) -> Non
             raise error
     with pytest.raises(RuntimeError, match="a defect"), of_the_machine(RunDirectory(tmp_path), "sft"):
         raise RuntimeError("a defect")
+
+
+def test_workers_that_were_lost_are_one_line_and_a_defect_is_not(tmp_path: Path) -> None:
+    """Where one worker is lost, the others fail in a collective."""
+    lost = WorkerHealthCheckFailedError("worker 0 is not healthy", ray.exceptions.ActorDiedError())
+    collective = RuntimeError("Connection closed by peer")
+    with (
+        pytest.raises(UserError, match=r"^sft: its workers or their machines were lost too often \(.*command resumes$"),
+        of_the_machine(RunDirectory(tmp_path), "sft"),
+    ):
+        raise WorkerGroupError("worker group failed", {0: lost, 1: collective})
+    with pytest.raises(WorkerGroupError), of_the_machine(RunDirectory(tmp_path), "sft"):
+        raise WorkerGroupError("worker group failed", {0: ValueError("a defect"), 1: collective})
