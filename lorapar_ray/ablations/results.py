@@ -102,38 +102,38 @@ def summarise(arm: str, outcomes: Sequence[Outcome]) -> Summary:
 
 def decide(claim: Claim, better: Sequence[Outcome], worse: Sequence[Outcome]) -> Verdict | None:
     """Compare two arms on the seeds and questions that both have; None if there are none."""
-    others = {each.seed: each for each in worse}
-    pairs = [(each.right, others[each.seed].right) for each in better if each.seed in others]
-    pairs = [(ours, theirs) for ours, theirs in pairs if ours.keys() & theirs.keys()]
-    if not pairs:
+    theirs = {each.seed: each.right for each in worse}
+    seeds = [pair for each in better if each.seed in theirs and (pair := _paired(each.right, theirs[each.seed]))]
+    if not seeds:
         return None
+    answers = [answer for seed in seeds for answer in seed]
     changes: dict[str, list[int]] = {}
-    for ours, theirs in pairs:
-        for key in ours.keys() & theirs.keys():
-            changes.setdefault(key, []).append(ours[key] - theirs[key])
+    for question, ours, other in answers:
+        changes.setdefault(question, []).append(ours - other)
     by_question = [sum(each) / len(each) for each in changes.values()]
     p = mcnemar_exact(sum(each > 0 for each in by_question), sum(each < 0 for each in by_question))
-    difference, interval = _difference(pairs, by_question)
+    difference, interval = _difference(seeds, by_question)
     found = _found(interval, claim.reaches)
-    same = [(ours[key], theirs[key]) for ours, theirs in pairs for key in ours.keys() & theirs.keys()]
-    reached = sum(ours for ours, _ in same) / len(same), sum(theirs for _, theirs in same) / len(same)
-    words = _sentence(claim, found, reached, difference, interval, p, len(pairs))
-    return Verdict(claim, found, difference, interval, p, len(by_question), len(pairs), words)
+    reached = tuple(sum(each) / len(answers) for each in zip(*(each[1:] for each in answers), strict=True))
+    words = _sentence(claim, found, reached, difference, interval, p, len(seeds))
+    return Verdict(claim, found, difference, interval, p, len(by_question), len(seeds), words)
+
+
+def _paired(ours: Right, theirs: Right) -> list[tuple[str, bool, bool]]:
+    """The questions that two runs answered, and whether each of them was right."""
+    return [(question, ours[question], theirs[question]) for question in sorted(ours.keys() & theirs.keys())]
 
 
 def _difference(
-    pairs: Sequence[tuple[Right, Right]], by_question: Sequence[float]
+    seeds: Sequence[Sequence[tuple[str, bool, bool]]], by_question: Sequence[float]
 ) -> tuple[float, tuple[float, float]]:
-    """The mean difference in accuracy of each seed's pair of runs, and its interval (see `Verdict.interval`)."""
-    if len(pairs) == 1:
-        ((ours, theirs),) = pairs
-        same = sorted(ours.keys() & theirs.keys())
-        change = paired([theirs[key] for key in same], [ours[key] for key in same])
+    """The difference in accuracy, and its interval (see `Verdict.interval`)."""
+    if len(seeds) == 1:
+        change = paired([theirs for _, _, theirs in seeds[0]], [ours for _, ours, _ in seeds[0]])
         return change.difference, change.interval
-    if len(pairs) == 2 and len(by_question) > 1:
+    if len(seeds) == 2 and len(by_question) > 1:
         return mean_interval(by_question)
-    steps = [[ours[key] - theirs[key] for key in ours.keys() & theirs.keys()] for ours, theirs in pairs]
-    return mean_interval([sum(each) / len(each) for each in steps])
+    return mean_interval([sum(ours - theirs for _, ours, theirs in seed) / len(seed) for seed in seeds])
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
@@ -177,7 +177,7 @@ def _found(interval: tuple[float, float], reaches: bool) -> Found:
 def _sentence(
     claim: Claim,
     found: Found,
-    reached: tuple[float, float],
+    reached: Sequence[float],
     difference: float,
     interval: tuple[float, float],
     p: float,
