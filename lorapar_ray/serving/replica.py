@@ -37,6 +37,7 @@ from lorapar_ray.serving.requests import (
     question_in,
     require_key,
     with_system_prompt,
+    within_limits,
 )
 from lorapar_ray.serving.routing import Threshold, fit_threshold, routing_prompt, stages_by_system
 from lorapar_ray.storage.cache import on_this_machine
@@ -166,10 +167,11 @@ class Replica:
         try:
             require_key(request.headers, self._key)
             asked = with_system_prompt(parsed(await request.body()), self._config.model.system_prompt)
-            if asked.get("model") == AUTO and self._threshold is not None:
+            wanted = within_limits(kind.model_validate(asked))
+            if wanted.model == AUTO and self._threshold is not None:
                 system = await self._system(question_in(asked))
-                asked["model"], headers = stages_by_system(self._config)[system], {SYSTEM_HEADER: str(system)}
-            answer = await create(kind.model_validate(asked), request)
+                wanted.model, headers = stages_by_system(self._config)[system], {SYSTEM_HEADER: str(system)}
+            answer = await create(wanted, request)
         except BadRequest as error:
             return JSONResponse(error.body, error.status)
         except VLLMServerError as error:  # such as a dead engine: another try may succeed

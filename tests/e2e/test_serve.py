@@ -105,6 +105,8 @@ def test_refusals(client: OpenAI, server: Server) -> None:
         ask(client, "base", "x " * 5000)
     with pytest.raises(BadRequestError, match="model 'auto': the question is too long"):
         ask(client, "auto", "x " * 5000)
+    with pytest.raises(BadRequestError, match="n: at most 8"):
+        client.post("/completions", body={"model": "base", "prompt": "x", "n": "16384"}, cast_to=object)
     with pytest.raises(NotFoundError):  # vLLM's own server would take another adapter here
         client.post("/load_lora_adapter", body={"lora_name": "x", "lora_path": "/"}, cast_to=object)
 

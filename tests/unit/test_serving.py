@@ -23,6 +23,7 @@ from lorapar_ray.serving.requests import (
     question_in,
     require_key,
     with_system_prompt,
+    within_limits,
 )
 from lorapar_ray.serving.routing import fit_threshold, routing_prompt, stages_by_system
 
@@ -67,8 +68,6 @@ def test_auto_needs_two_stages_for_the_two_systems() -> None:
         (b"[" * 100_000, 400, "not JSON"),
         (b"[]", 400, "not a JSON object"),
         (b" " * (MOST_BYTES + 1), 413, "larger than"),
-        (json.dumps({"n": 9}).encode(), 400, "n: at most 8"),
-        (json.dumps({"best_of": 99}).encode(), 400, "best_of: at most 8"),
         (json.dumps({"prompt": ["x"] * 65}).encode(), 400, "prompt: at most 64"),
     ],
 )
@@ -77,6 +76,26 @@ def test_requests_beyond_the_limits(body: bytes, status: int, why: str) -> None:
         parsed(body)
     assert refused.value.status == status
     assert refused.value.body["error"]["code"] == status
+
+
+@pytest.mark.slow  # imports vLLM
+def test_limits_bind_in_every_form_that_the_engine_takes_for_a_number_and_no_client_overtakes() -> None:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    kinds: list[tuple[Any, dict[str, Any]]] = [
+        (CompletionRequest, {"prompt": "x"}),
+        (ChatCompletionRequest, {"messages": [{"role": "user", "content": "x"}]}),
+    ]
+    for kind, asked in kinds:
+        for n in (9, "16384", 16384.0):
+            with pytest.raises(BadRequest, match="n: at most 8") as refused:
+                within_limits(kind.model_validate({**asked, "n": n}))
+            assert refused.value.status == 400
+        with pytest.raises(BadRequest, match="best_of: at most 8"):
+            within_limits(kind.model_validate({**asked, "best_of": 99}))
+        taken = within_limits(kind.model_validate({**asked, "n": "8", "priority": "-5"}))
+        assert (taken.n, taken.priority) == (8, 0)
 
 
 def test_a_long_prompt_of_token_ids_is_one_prompt() -> None:
