@@ -5,7 +5,6 @@ It uses only Ray's job server, so the submitting machine may have another versio
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lorapar_ray.errors import UserError
+from lorapar_ray.job_log import FINAL, JobLog, followed
 from lorapar_ray.redact import redact
 from lorapar_ray.run_lock import JOB_WAIT_S, WAIT
 from lorapar_ray.storage.uris import place_of
@@ -39,13 +39,6 @@ CHATTY = (
     "ray._private.runtime_env.packaging",
 )
 """Ray's loggers that report every upload and connection."""
-FINAL = ("SUCCEEDED", "FAILED", "STOPPED")
-DUMP = "[state-dump]"
-"""Beginning of the lines (twenty or more) in which Ray prints a lost node's statistics; the dashboard has them too."""
-OURS = "lorapar: "
-"""Beginning of the line in which a command reports why it ends."""
-NOT_INSTALLED = "(ModuleNotFoundError: No module named 'lorapar_ray')"
-"""Ends the line of a Python that does not find us."""
 
 T = TypeVar("T")
 
@@ -185,46 +178,8 @@ class Jobs:
     def _follow(self, job: str) -> tuple[str, str]:
         """Show a job's log as it grows; returns its final status and, in one line, why it failed."""
         log = JobLog(lambda line: print(line, flush=True))
-        asyncio.run(self._tail(job, log.add))
-        log.end()
-        while True:
-            info = self._ask(lambda: self._client.get_job_info(job))
-            if info.status.value in FINAL:
-                return info.status.value, log.cause or redact(one_line(info.message or "", 300))
-            time.sleep(1)
-
-    async def _tail(self, job: str, show: Callable[[str], None]) -> None:
-        async for text in self._client.tail_job_logs(job):
-            show(text)
-
-
-class JobLog:
-    """Shows a job's log in whole lines while it arrives in pieces."""
-
-    def __init__(self, show: Callable[[str], object]) -> None:
-        self._show = show
-        self._rest = ""
-        self.cause = ""
-        """The reason in the last line in which one of our commands reports why it ends."""
-
-    def add(self, text: str) -> None:
-        """The next piece; it may end within a line."""
-        *lines, self._rest = (self._rest + text).split("\n")
-        for line in lines:
-            self._line(line)
-
-    def end(self) -> None:
-        """Show the rest at the end of the log."""
-        if self._rest:
-            self._line(self._rest)
-
-    def _line(self, line: str) -> None:
-        if line.startswith(OURS):
-            self.cause = line.removeprefix(OURS)
-        elif line.endswith(NOT_INSTALLED):
-            self.cause = "the `python` there has no lorapar_ray; install it, and start Ray in its environment"
-        if not line.lstrip().startswith(DUMP):
-            self._show(line)
+        ended = followed(self._client, job, log)
+        return ended.status.value, log.cause or redact(one_line(ended.message or "", 300))
 
 
 def _attempts(key: str, known: Iterable[str]) -> list[str]:

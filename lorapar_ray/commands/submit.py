@@ -28,6 +28,7 @@ def submit(
     follow: Annotated[bool, typer.Option(help="Show the job's log until it ends.")] = True,
 ) -> None:
     """Check a cluster and run a config on it as a Ray job; the same command again follows that job."""
+    from lorapar_ray.job_log import keeps_running
     from lorapar_ray.submission import Jobs, Submission, in_working_dir, require_no_secret, require_whole_path
 
     path = one("CONFIG", config)
@@ -48,6 +49,5 @@ def submit(
         try:
             jobs.wait(job)
         except KeyboardInterrupt:
-            left = f"the same command follows it again, `ray job stop {job}` ends it"
-            print(f"lorapar: {job} keeps running; {left}", file=sys.stderr)
+            print(f"lorapar: {keeps_running(job)}", file=sys.stderr)
             raise typer.Exit(130) from None

@@ -16,7 +16,6 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.redact import remember
 from lorapar_ray.storage.probe import Probe
 from lorapar_ray.submission import (
-    JobLog,
     Jobs,
     Submission,
     _attempts,
@@ -60,26 +59,6 @@ def test_a_config_outside_of_what_is_sent_is_refused(tmp_path: Path) -> None:
         in_working_dir(tmp_path / "run.yaml", tmp_path / "work")
     with pytest.raises(UserError, match="no such directory"):
         in_working_dir(inside, tmp_path / "none")
-
-
-def test_a_log_is_shown_in_whole_lines_however_it_comes_and_its_cause_is_found() -> None:
-    whole = ["sft", "  sft 1/4", "lorapar: no space left", "(raylet) a\u2028b", "lorapar: done for"]
-    text = "\n".join([*whole[:2], "    [state-dump] GcsServer - 2 total", *whole[2:]])
-    for size in (1, 7, len(text)):
-        shown: list[str] = []
-        log = JobLog(shown.append)
-        for start in range(0, len(text), size):
-            log.add(text[start : start + size])
-        assert log.cause == "no space left"
-        log.end()
-        assert shown == whole and log.cause == "done for"
-
-
-def test_a_head_whose_python_lacks_the_package_is_told() -> None:
-    log = JobLog(lambda _: None)
-    log.add("/usr/bin/python: Error while finding module specification for 'lorapar_ray.cli' ")
-    log.add("(ModuleNotFoundError: No module named 'lorapar_ray')\n")
-    assert log.cause.startswith("the `python` there has no lorapar_ray; install it")
 
 
 def test_a_run_directory_in_the_job_s_own_is_refused() -> None:
