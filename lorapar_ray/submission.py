@@ -10,7 +10,7 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,8 @@ NO_AGENT = "No available agent"
 """How the server says so."""
 NOT_SENT = [".git", ".venv", ".hypothesis", "runs", "site", "**/__pycache__"]
 """Files of the working directory that are not sent."""
+SETTINGS, REDO = "settings", "redo"
+"""Names in a job's metadata."""
 CHATTY = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -54,13 +56,27 @@ class Submission:
     """Of every command: the config and its overrides."""
     working_dir: Path
     redo: tuple[str, ...] = ()
-    """Options of `lorapar run` alone."""
+    """Stages whose results are replaced."""
+    settings: str = ""
+    """Digest of the resolved config."""
 
     @property
     def key(self) -> str:
         """The common beginning of the submission ids of one run directory's jobs."""
         place = hashlib.sha256(f"{self.name}\n{self.run_dir}".encode()).hexdigest()[:8]
         return f"lorapar-{self.name}-{place}"
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the job server keeps of it, to compare a later submission with."""
+        return {"run": self.name, "run_dir": self.run_dir, SETTINGS: self.settings, REDO: " ".join(self.redo)}
+
+    def not_in(self, kept: Mapping[str, str]) -> str:
+        """What this asks for and a job with this metadata does not do; empty if it does it all."""
+        if kept.get(SETTINGS, self.settings) != self.settings:
+            return "with other settings (config or --set)"
+        fresh = [stage for stage in self.redo if stage not in kept.get(REDO, "").split()]
+        return f"without --redo {' --redo '.join(fresh)}" if fresh else ""
 
     def command(self, *words: str) -> str:
         """A command line of `lorapar` for the job."""
@@ -119,20 +135,45 @@ class Jobs:
         if status != "SUCCEEDED":
             raise UserError(f"the cluster at {self.address} cannot run this ({why}); --no-check skips this check")
 
-    def submit(self, handed: Submission) -> str:
+    def submit(self, handed: Submission, *, check: bool = False) -> str:
         """Submit the run, unless a job of the same run is already running; returns the submission id.
 
+        Args:
+            check: check every node first. A running job is followed without: it has passed, and needs the nodes' room.
+
         Raises:
-            UserError: the working directory cannot be sent, or the server refuses the job.
+            UserError: the running job does something else, some node cannot run this, the working directory cannot be
+                sent, or the server refuses the job.
+        """
+        running = self._running(handed)
+        if running is None and check:
+            self.check(handed)
+            running = self._running(handed)
+        if running is not None:
+            print(f"following {running} at {self.address}", flush=True)
+            return running
+        redo = [word for stage in handed.redo for word in ("--redo", stage)]
+        job = self._start(handed.key, self._known(), handed, handed.command("run", *redo))
+        print(f"submitted {job} at {self.address}", flush=True)
+        return job
+
+    def _running(self, handed: Submission) -> str | None:
+        """The job of this run that has not ended.
+
+        Raises:
+            UserError: it does not do what is asked for now.
         """
         known = self._known()
         for job in _attempts(handed.key, known):
-            if known[job] not in FINAL:
-                print(f"following {job} at {self.address}", flush=True)
-                return job
-        job = self._start(handed.key, known, handed, handed.command("run", *handed.redo))
-        print(f"submitted {job} at {self.address}", flush=True)
-        return job
+            if known[job].status.value in FINAL:
+                continue
+            if other := handed.not_in(known[job].metadata or {}):
+                raise UserError(
+                    f"{job} works on this run already, {other}; wait for it, or end it with `ray job stop {job}`, and "
+                    f"submit again; `ray job logs --follow {job}` shows it"
+                )
+            return job
+        return None
 
     def wait(self, job: str) -> None:
         """Show the log of a job until it ends.
@@ -144,11 +185,11 @@ class Jobs:
         if status != "SUCCEEDED":
             raise UserError(f"{job}: {status.lower()} ({why}); the same command resumes")
 
-    def _known(self) -> dict[str, str]:
-        """Status by submission id."""
-        return {job.submission_id: job.status.value for job in self._ask(self._client.list_jobs) if job.submission_id}
+    def _known(self) -> dict[str, Any]:
+        """Ray's `JobDetails` by submission id."""
+        return {job.submission_id: job for job in self._ask(self._client.list_jobs) if job.submission_id}
 
-    def _start(self, key: str, known: dict[str, str], handed: Submission, command: str) -> str:
+    def _start(self, key: str, known: Iterable[str], handed: Submission, command: str) -> str:
         environment = {
             "working_dir": str(handed.working_dir),
             "excludes": NOT_SENT,
@@ -162,7 +203,7 @@ class Jobs:
                     entrypoint=command,
                     submission_id=f"{key}-{before + 1}" if before else key,
                     runtime_env=environment,
-                    metadata={"run": handed.name, "run_dir": handed.run_dir},
+                    metadata=handed.metadata,
                 )
             )
 

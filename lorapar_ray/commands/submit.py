@@ -10,7 +10,9 @@ import typer
 
 from lorapar_ray.commands.options import Overrides, Redo, one
 from lorapar_ray.config_file import load_config
+from lorapar_ray.files import digest
 from lorapar_ray.pipeline import require_stages, stages_of
+from lorapar_ray.redact import redacted
 
 
 def submit(
@@ -39,12 +41,10 @@ def submit(
     require_stages(loaded, stages_of(loaded), redo or ())
     root, inside = in_working_dir(path, one("--working-dir", working_dir) if working_dir else None)
     options = ["--config", str(inside), *(word for each in set_ or [] for word in ("--set", each))]
-    again = tuple(word for each in redo or [] for word in ("--redo", each))
+    settings = digest(redacted(loaded.model_dump(mode="json")))  # the dashboard shows it
     jobs = Jobs(one("--address", address) if address else None)
-    handed = Submission(loaded.name, str(place), tuple(options), root, again)
-    if check:
-        jobs.check(handed)
-    job = jobs.submit(handed)
+    handed = Submission(loaded.name, str(place), tuple(options), root, tuple(redo or ()), settings)
+    job = jobs.submit(handed, check=check)
     if follow:
         try:
             jobs.wait(job)

@@ -112,7 +112,8 @@ def test_a_submitted_job_finishes_the_pipeline(finished: FinishedRun, tmp_path: 
         stranger = submit(address, RAY_AUTH_TOKEN=secrets.token_hex(32))
         elsewhere = submit(address, "--set", "model.path=/no/such/model")
         first = submit(address, "--no-check", "--no-follow")
-        done = submit(address, "--no-check")
+        other = submit(address, "--no-check", "--set", "seed=77")
+        done = submit(address)  # a running job is followed, so the nodes are not checked
     assert stranger.returncode == 2
     assert stranger.stderr.splitlines()[-1].startswith(
         f"lorapar: the cluster at {address} does not accept this machine's"
@@ -126,6 +127,7 @@ def test_a_submitted_job_finishes_the_pipeline(finished: FinishedRun, tmp_path: 
     assert "INFO" not in elsewhere.stderr
     job = first.stdout.split()[1]
     assert first.returncode == 0 and first.stdout == f"submitted {job} at {address}\n"
+    assert other.returncode == 2 and f"lorapar: {job} works on this run already, with other settings" in other.stderr
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert done.stdout.startswith(f"following {job} at {address}\n")
     shown = {f"lorapar_grpo {figure}" for figure in figures("grpo")}

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
 from lorapar_ray import submission
 from lorapar_ray.capacity import Capacity
+from lorapar_ray.cli import app
 from lorapar_ray.cluster_check import NodeReport, _gpus, _keys, _models_found, _nodes, _room, _storage, _versions
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
@@ -99,6 +103,52 @@ def test_a_cluster_that_has_just_started_is_given_the_job_again(monkeypatch: pyt
     monkeypatch.setattr(submission, "AGENT_LIMIT_S", 0.0)
     with pytest.raises(UserError, match=r"does not accept the job: .*No available agent"):
         Jobs("http://127.0.0.1:8265").submit(HANDED)
+
+
+class Full:
+    """Simulated cluster: its jobs never end, and it has no room for a job that checks the nodes."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Any] = []
+
+    def list_jobs(self) -> list[Any]:
+        return self.jobs
+
+    def submit_job(self, *, entrypoint: str, submission_id: str, metadata: dict[str, str], **_: Any) -> str:
+        assert "doctor" not in entrypoint, "the nodes are checked"
+        status = SimpleNamespace(value="RUNNING")
+        self.jobs.append(SimpleNamespace(submission_id=submission_id, status=status, metadata=metadata))
+        return submission_id
+
+
+def test_the_same_run_is_followed_unless_it_is_to_do_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Full()
+    monkeypatch.setattr(Jobs, "_connect", lambda _: server)
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "run.yaml"
+    text = config_of().to_yaml()
+    config.write_text(text)
+
+    def submit(*options: str) -> Result:
+        return CliRunner().invoke(app, ["submit", "run.yaml", "-d", "/shared/x", "--no-follow", *options])
+
+    assert submit("--no-check", "--redo", "sft").output.startswith("submitted lorapar-x-")
+    for same in ([], ["--redo", "sft"], ["--set", f"seed={config_of().seed}"]):
+        assert submit(*same).output.startswith("following lorapar-x-")
+    for other, said in (
+        (["--redo", "grpo"], "without --redo grpo; wait for it"),
+        (["--set", "seed=77"], "with other settings"),
+    ):
+        assert re.search(said, str(submit(*other).exception))
+    config.write_text(text.replace(f"seed: {config_of().seed}", "seed: 78"))
+    assert "with other settings" in str(submit().exception)
+    assert len(server.jobs) == 1
+
+
+def test_a_job_that_tells_nothing_of_its_settings_is_followed() -> None:
+    assert HANDED.not_in({}) == ""
 
 
 @pytest.mark.parametrize(("address", "said"), [("head:6379", "give the URL of the"), ("http://127.0.0.1:9", "no Ray")])
