@@ -21,12 +21,56 @@ END_LIMIT_S = 90.0
 
 
 def start_serve(**http: Any) -> None:
-    """Start Serve if it does not run; `http`: Ray's `HTTPOptions`."""
+    """Start Serve if it does not run (a running one keeps its options); `http`: Ray's `HTTPOptions`."""
     from ray import serve
     from ray.serve.config import HTTPOptions
 
     logging.getLogger("ray.serve").setLevel(logging.getLogger("ray").getEffectiveLevel())  # its own default is INFO
     serve.start(http_options=HTTPOptions(**http))
+
+
+def runs_as_asked(app: str, **http: Any) -> bool:
+    """Whether a Serve runs; if so, it listens as asked and has no such application.
+
+    A cluster has one Serve. It keeps the HTTP options that it was started with and only warns about others, and it
+    replaces an application of the same name.
+
+    Args:
+        http: Ray's `HTTPOptions`.
+
+    Raises:
+        UserError: it listens elsewhere, or the application exists.
+    """
+    from ray import serve
+
+    running = _listens()
+    if running is None:
+        return False
+    if other := [name for name, value in http.items() if running[name] != value]:
+        here, asked = (", ".join(f"{name} {each[name]}" for name in other) for each in (running, http))
+        raise UserError(
+            f"Ray Serve runs on this cluster already, with {here} instead of {asked}, and keeps that; try again when "
+            "the commands that use it have ended (label, grpo with a judge, serve), or end all that runs on it with "
+            "`serve shutdown`"
+        )
+    if app in serve.status().applications:
+        raise UserError(
+            f"Ray Serve on this cluster runs '{app}' already, from another `lorapar serve`: end that command; if it "
+            "was killed, `serve shutdown` ends all that runs on Serve"
+        )
+    return True
+
+
+def _listens() -> dict[str, Any] | None:
+    """The HTTP options of the running Serve; None: none runs."""
+    import ray
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return None
+    location = ray.get(client._controller.get_proxy_location.remote())  # the options hold it only if it was given there
+    return {**client.http_config.model_dump(), "location": location.value}
 
 
 def deployed(targets: Iterable[Any], apps: Mapping[str, str]) -> Iterator[tuple[str, str]]:

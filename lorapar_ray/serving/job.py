@@ -25,7 +25,7 @@ from lorapar_ray.memory_shortage import ended_without_memory
 from lorapar_ray.models import model_reference, resolve_model
 from lorapar_ray.pipeline import is_done
 from lorapar_ray.runs import RunDirectory
-from lorapar_ray.serve_apps import deployed, end, start_serve
+from lorapar_ray.serve_apps import deployed, end, runs_as_asked, start_serve
 from lorapar_ray.serving.openai_side import BASE
 from lorapar_ray.serving.requests import AUTO, digest_of
 from lorapar_ray.serving.routing import QUESTIONS, stages_by_system
@@ -35,8 +35,8 @@ from lorapar_ray.text import one_line
 APP = "lorapar-serve"
 KEY = "LORAPAR_API_KEY"
 """Environment variable that holds the server's key."""
-
-
+PLAIN_HTTP = {"location": "HeadOnly", "root_path": "", "ssl_certfile": None}
+"""What `Address.url` supposes."""
 READY_S = 120.0
 """Time for a running replica to report what it serves."""
 
@@ -129,8 +129,8 @@ def serving(config: Config, run: RunDirectory, address: Address, replicas: int =
     """Serve while the block runs; needs a connection to Ray. Yields the models' names and the agreement of `auto`.
 
     Raises:
-        UserError: the run has not finished a stage, the cluster is too small, the port is taken, or the engine cannot
-            start.
+        UserError: the run has not finished a stage, the cluster is too small, the port is taken, another `lorapar
+            serve` runs there, its Serve listens elsewhere, or the engine cannot start.
     """
     import ray
     from ray import serve
@@ -142,9 +142,15 @@ def serving(config: Config, run: RunDirectory, address: Address, replicas: int =
     config = place(config, "evaluate", int(capacity().largest("GPU")))
     require("serve", {"replicas": (replicas, config.evaluate.resources)}, "--replicas")
     server = _server(config, run, adapters, replicas, key)
+    http = {"host": address.host, "port": address.port, **PLAIN_HTTP}
+    own = False
     try:
+        own = not runs_as_asked(APP, **http)  # then its failed start is ours to end, too
         with ended_without_memory("serve"):
-            start_serve(host=address.host, port=address.port, location="HeadOnly")
+            start_serve(**http)
+            own = False  # until it is checked: another command may have begun it meanwhile
+            runs_as_asked(APP, **http)
+            own = True
             [(_, why)] = deployed([serve.RunTarget(server, name=APP, route_prefix="/")], {APP: APP})
             if why:
                 raise UserError(f"serve: could not start ({why})")
@@ -153,7 +159,8 @@ def serving(config: Config, run: RunDirectory, address: Address, replicas: int =
     except (RuntimeError, ray.exceptions.RayError, TimeoutError) as error:
         raise UserError(f"serve: could not start ({one_line(error, 300)})") from error
     finally:
-        end([APP])
+        if own:
+            end([APP])
 
 
 def _server(config: Config, run: RunDirectory, adapters: Mapping[str, Path], replicas: int, key: str | None) -> Any:
