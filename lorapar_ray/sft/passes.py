@@ -2,11 +2,13 @@
 
 On a GPU a small model's step time is mostly thousands of kernel launches. A CUDA graph launches them all at once, so
 each shape of micro-batch (few, since lengths come in buckets) is captured when it first occurs and then replayed. The
-buffers of a graph keep their addresses: rows, gradients, loss.
+buffers of a graph keep their addresses: rows, gradients, loss. Graphs share a memory pool of their own, which holds the
+activations of the largest; a shape's first passes need theirs in addition. If that is too much, the graphs are dropped.
 """
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -90,9 +92,10 @@ class GraphPasses:
         self._scale = torch.zeros(self._arms, device=device)
         self._graphs: dict[Shape, tuple[Tensor, Callable[[], None]]] = {}
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = torch.cuda.graph_pool_handle()
         self.capturing = True
-        """False once a capture has failed: the rest runs operation by operation."""
+        """False once a capture has failed, or memory beside the graphs was short: there are no graphs any more, and the
+        rest runs operation by operation."""
 
     @property
     def captured(self) -> int:
@@ -105,31 +108,49 @@ class GraphPasses:
         self._scale.copy_(_inverse(tokens, self._arms, self._device))
 
     def add(self, rows: Rows) -> None:
-        if rows.shape not in self._graphs and self.capturing and len(self._graphs) < GRAPHS:
-            self._capture(rows)
-        if rows.shape not in self._graphs:
+        if not self.capturing:
             self._pass(rows.to(self._device))
-            return
-        buffer, replay = self._graphs[rows.shape]
-        buffer.copy_(_flat(rows), non_blocking=True)
-        replay()
+        elif rows.shape in self._graphs:
+            self._replay(rows)
+        else:
+            self._add_new_shape(rows)
 
     def loss(self) -> Tensor:
         return self._loss.clone()  # the next step begins before this one's is read
+
+    def _add_new_shape(self, rows: Rows) -> None:
+        captures = len(self._graphs) < GRAPHS
+        failure = self._capture(rows) if captures else self._pass_beside_the_graphs(rows)
+        if failure is not None:
+            self._drop_graphs()
+            warnings.warn(failure, stacklevel=3)
+            self._pass(rows.to(self._device))
+        elif captures:
+            self._replay(rows)
 
     def _pass(self, rows: Rows) -> None:
         losses = arm_losses(self._model, rows) * self._scale[: rows.arms]
         losses.sum().backward()
         self._loss[: rows.arms] += losses.detach()
 
-    def _capture(self, rows: Rows) -> None:
-        """Capture the graph of a shape; gradients, loss and generator do not change."""
-        buffer = _flat(rows).to(self._device)
-        inside = rows_in(buffer, rows.shape)
-        before = self._gradients.clone(), self._loss.clone(), torch.cuda.get_rng_state(self._device)
-        graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+    def _replay(self, rows: Rows) -> None:
+        buffer, replay = self._graphs[rows.shape]
+        buffer.copy_(_flat(rows), non_blocking=True)
+        replay()
+
+    def _capture(self, rows: Rows) -> str | None:
+        """Capture the graph of a shape; gradients, loss and generator do not change.
+
+        Returns:
+            Why it failed, or None. No exception, since its traceback would hold the failed pass's activations.
+        """
+        before = None
         try:
+            before = self._state()
+            buffer = _flat(rows).to(self._device)
+            inside = rows_in(buffer, rows.shape)
+            graph = torch.cuda.CUDAGraph()
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
                 for _ in range(WARM_UP):
                     self._pass(inside)
@@ -137,15 +158,60 @@ class GraphPasses:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 self._pass(inside)
         except RuntimeError as error:
-            self.capturing = False
-            warnings.warn(f"no CUDA graph for this model, so each operation is launched: {error}", stacklevel=2)
-        else:
-            self._graphs[rows.shape] = buffer, graph.replay
+            return _why_not(error)
         finally:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
-            self._gradients.copy_(before[0])
-            self._loss.copy_(before[1])
-            torch.cuda.set_rng_state(before[2], self._device)
+            if before is not None:
+                torch.cuda.current_stream(self._device).wait_stream(self._stream)
+                self._restore(before)
+        self._graphs[rows.shape] = buffer, graph.replay
+        return None
+
+    def _pass_beside_the_graphs(self, rows: Rows) -> str | None:
+        """A pass without a graph; returns why the graphs leave too little memory for it (nothing is added), or None."""
+        before = None
+        try:
+            before = self._state()
+            self._pass(rows.to(self._device))
+        except torch.cuda.OutOfMemoryError as error:
+            if before is not None:
+                self._restore(before)
+            return _why_not(error)
+        return None
+
+    def _drop_graphs(self) -> None:
+        """Free the memory that graphs keep for themselves: each pass gets the whole device.
+
+        Called when no exception of a failed pass is alive any more.
+        """
+        self.capturing = False
+        torch.cuda.synchronize(self._device)  # a graph may still be running
+        self._graphs.clear()
+        self._pool = None
+        gc.collect()  # compiled layers hold a failed pass's frames in cycles
+        torch.cuda.empty_cache()
+
+    def _state(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What a pass changes: gradients, loss and generator."""
+        return self._gradients.clone(), self._loss.clone(), torch.cuda.get_rng_state(self._device)
+
+    def _restore(self, state: tuple[Tensor, Tensor, Tensor]) -> None:
+        gradients, loss, generator = state
+        self._gradients.copy_(gradients)
+        self._loss.copy_(loss)
+        torch.cuda.set_rng_state(generator, self._device)
+
+
+def _why_not(error: BaseException) -> str:
+    """One line about a failed pass or capture."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, torch.cuda.OutOfMemoryError):
+        cause = cause.__context__  # the end of a failed capture may raise an error of its own
+    if cause is None:
+        return f"no CUDA graph for this model, so each operation is launched: {error}"
+    return (
+        "the GPU's memory is too small for CUDA graphs beside a pass, so they are dropped and each operation is "
+        f"launched (sft.acceleration: none does so from the start): {cause}"
+    )
 
 
 def flat_gradients(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
