@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+def of_rank_0(value: T, world: int) -> T:
+    """Rank 0's `value`, a JSON value, on every rank: what each rank would choose by itself may differ, since a node's
+    view of a shared file system may lag."""
+    if world == 1:
+        return value
+    import torch.distributed as dist
+
+    held = [value]
+    dist.broadcast_object_list(held)
+    return held[0]
 
 
 def most_of_any_rank(count: int, device: torch.device) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lorapar_ray.collectives import of_rank_0
+from lorapar_ray.storage.sight import wait_until_seen
 from lorapar_ray.tensortree import is_whole, load_tree, save_tree
 
 KEPT = 2
@@ -18,14 +20,17 @@ def save(folder: Path, step: int, tree: dict[str, Any]) -> None:
 
 
 def newest(folder: Path, rank: int, world: int) -> dict[str, Any] | None:
-    """The newest complete checkpoint that rank 0 sees; truncated files are ignored."""
-    found = sorted(folder.glob("step-*.safetensors")) if rank == 0 else []
-    found = [file for file in found if is_whole(file)]
-    if world > 1:  # another node's view of a shared file system may lag behind
-        import torch.distributed as dist
+    """The newest complete checkpoint that rank 0 sees; truncated files are ignored. Every rank calls this.
 
-        names: list[Any] = [[file.name for file in found]]
-        dist.broadcast_object_list(names)
-        found = [folder / name for name in names[0]]
-    tree: dict[str, Any] | None = load_tree(found[-1]) if found else None
+    Raises:
+        UserError: it is damaged although its length is right, or this rank does not get to see it.
+    """
+    found = sorted(folder.glob("step-*.safetensors"), reverse=True) if rank == 0 else []
+    name = of_rank_0(next((file.name for file in found if is_whole(file)), None), world)
+    if name is None:
+        return None
+    file = folder / name
+    if rank != 0:
+        wait_until_seen(file, lambda: is_whole(file))
+    tree: dict[str, Any] = load_tree(file)
     return tree

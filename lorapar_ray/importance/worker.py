@@ -13,6 +13,7 @@ from lorapar_ray.config import ModelConfig, ScoreConfig
 from lorapar_ray.datasets.tokens import Examples, Selection, TokenTable
 from lorapar_ray.files import atomic_path
 from lorapar_ray.importance.parts import Part, PartWriter, Plan, done_units
+from lorapar_ray.storage.sight import wait_until_seen
 from lorapar_ray.storage.workspace import publish, refresh
 
 if TYPE_CHECKING:
@@ -52,8 +53,7 @@ def score_worker(payload: dict[str, Any]) -> None:
     job = ScoreJob(**payload)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    if job.warm_up is not None and not (Path(job.adapter) / "adapter_config.json").is_file():
-        _warm_up(job, rank, world)
+    _find_adapter(job, rank, world)
     _say(job, rank, "loading the model")
     settings = ScoreConfig.model_validate(job.score)
     samples = {int(system): Selection(**fields) for system, fields in job.samples.items()}
@@ -67,6 +67,17 @@ def score_worker(payload: dict[str, Any]) -> None:
     share = list(_share(plan, folder, rank, world))
     if share or settings.sharding != "none":
         _score(job, settings, examples, plan, share, rank)
+
+
+def _find_adapter(job: ScoreJob, rank: int, world: int) -> None:
+    """Wait until this rank sees the adapter, after the warm-up if rank 0 sees that it is still to do."""
+    from lorapar_ray.collectives import of_rank_0
+
+    config = Path(job.adapter) / "adapter_config.json"
+    if of_rank_0(job.warm_up is not None and not config.is_file(), world):
+        _warm_up(job, rank, world)
+    if rank != 0:
+        wait_until_seen(config, config.is_file)
 
 
 def _warm_up(job: ScoreJob, rank: int, world: int) -> None:

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from lorapar_ray.boundary import damaged, read_object
+from lorapar_ray.collectives import of_rank_0
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import write_json
+from lorapar_ray.storage.sight import wait_until_seen
 from lorapar_ray.tensortree import OTHERS, is_whole, load_tree, save_tree
 
 PARAMETERS, OPTIMIZER, STATE = "parameters.safetensors", "optimizer.safetensors", "trainer_state.json"
@@ -40,6 +42,24 @@ def last_checkpoint(folder: Path, workers: int) -> tuple[str, int] | None:
     """
     whole = {step: path for path in folder.glob("checkpoint-*") if (step := _steps_of(path, workers)) is not None}
     return (str(whole[max(whole)]), max(whole)) if whole else None
+
+
+def common_checkpoint(folder: Path, rank: int, world: int) -> tuple[str, int] | None:
+    """The checkpoint that rank 0 resumes from, for every rank; as `last_checkpoint` returns it.
+
+    Ranks that resume from different steps would add up gradients of different parameters. Every rank calls this.
+
+    Raises:
+        UserError: this rank does not get to see rank 0's checkpoint.
+    """
+    found = last_checkpoint(folder, world) if rank == 0 else None
+    chosen = of_rank_0(None if found is None else (Path(found[0]).name, found[1]), world)
+    if chosen is None:
+        return None
+    path, step = folder / chosen[0], chosen[1]  # in an object store each rank has a folder of its own
+    if rank != 0:
+        wait_until_seen(path, lambda: _steps_of(path, world) == step)
+    return str(path), step
 
 
 def _steps_of(path: Path, workers: int) -> int | None:

@@ -111,9 +111,15 @@ class Prepared:
 
 
 def prepared(job: SftJob, settings: SftConfig, masks: dict[str, Any], worker: Worker) -> Prepared:
-    """Read a job's data and its progress; log lines of steps that will be repeated are removed."""
+    """Read a job's data and its progress; log lines of steps that will be repeated are removed.
+
+    Every rank calls this for the same jobs in the same order.
+
+    Raises:
+        UserError: this rank does not get to see the checkpoint that rank 0 resumes from.
+    """
     from lorapar_ray.optim import trainable_share
-    from lorapar_ray.sft.checkpoint import last_checkpoint
+    from lorapar_ray.sft.checkpoint import common_checkpoint
     from lorapar_ray.sft.step_log import StepLog
     from lorapar_ray.trackers import Curves
     from lorapar_ray.tracking import keep_lines_until
@@ -122,7 +128,7 @@ def prepared(job: SftJob, settings: SftConfig, masks: dict[str, Any], worker: Wo
     train, held_out = _examples(job, settings)
     lengths = train.lengths
     plan = plan_batches(lengths, settings, worker.world, job.seed)
-    found = last_checkpoint(Path(job.checkpoints), worker.world)
+    found = common_checkpoint(Path(job.checkpoints), worker.rank, worker.world)
     if leads:
         for file in (metrics, metrics.with_name(f"{metrics.stem}_validation.jsonl")):
             keep_lines_until(file, 0 if found is None else found[1])
