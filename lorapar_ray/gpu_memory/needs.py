@@ -1,21 +1,30 @@
-"""The smallest GPU memory of each process of a stage: pure functions of a placed config and the student's size."""
+"""The GPU memory of each process of a stage: pure functions of a placed config and the student's size.
+
+`parts` of a need are certain: weights, what the optimiser needs in any case, one example of the shortest kind. What
+depends on the lengths of the rows, which nobody knows before they are labelled, or on the cut, is in `more`: what it
+takes at most, in a pass full of the longest rows that the config allows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 
 from lorapar_ray.config import Config, EngineConfig, Resources
 from lorapar_ray.engines.settings import GRAPHS, OUTSIDE_TORCH
 from lorapar_ray.gpu_memory.student import StudentSize
 from lorapar_ray.gpus import sync_of
+from lorapar_ray.importance.losses import SLICE as SCORED_LOGITS
 from lorapar_ray.logprobs import SLICE
+from lorapar_ray.sft.rows import bucket
 
 BATCHED_TOKENS = 2048
 """Tokens of an engine's largest forward pass, vLLM's default."""
 SCORED_TOKENS = 4096
 """`score.batch_tokens` on a GPU."""
+SHORTEST = 2
+"""Tokens of the shortest example there can be: one of a prompt and one of a response."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +36,19 @@ class Need:
     share: float
     """Share of a GPU that one of them may fill; 1: the whole."""
     parts: Mapping[str, float]
-    """Bytes by purpose."""
+    """Bytes by purpose, of what is certain."""
+    more: Mapping[str, float] = field(default_factory=dict)
+    """Bytes by purpose, of what comes on top of it at most."""
 
     @property
     def bytes(self) -> float:
-        """Bytes of one process."""
+        """Bytes that one process needs at least."""
         return sum(self.parts.values())
+
+    @property
+    def most(self) -> float:
+        """Bytes that it needs in the fullest pass."""
+        return self.bytes + sum(self.more.values())
 
 
 def needs_of(config: Config, stage: str, size: StudentSize) -> list[Need]:
@@ -48,25 +64,45 @@ def needs_of(config: Config, stage: str, size: StudentSize) -> list[Need]:
 def _score(config: Config, size: StudentSize) -> list[Need]:
     settings = config.score
     tokens = max(settings.max_length, settings.batch_tokens or SCORED_TOKENS)
+    stored = _stored(size, size.kept, checkpointing=settings.gradient_checkpointing)
+    if size.ends_with_head:  # a slice's logits are freed before the next one's: see `importance.losses`
+        logits = (4.0 + 2 * size.logit) * min(size.vocabulary * tokens, SCORED_LOGITS["cuda"])
+    else:
+        logits = _stored_logits(size, tokens)
     parts = {
         **_weights(size, _shards(settings.sharding, settings.workers)),
-        "sums": 4.0 * size.elements * (1 + 2 * 2),  # the parameters; of both Systems, Σg and Σg²
-        **_activations(size, size.kept, tokens, checkpointing=settings.gradient_checkpointing),
-        **_logits(size, tokens),
+        "adapter and sums": 12.0 * size.elements,  # of a part's examples, Σg and Σg²
+        "shortest example": stored * SHORTEST,
     }
-    return [_need("worker", settings.workers, settings.resources, parts)]
+    more = {"activations": stored * (tokens - SHORTEST), "logits": logits}
+    return [_need("worker", settings.workers, settings.resources, parts, more)]
 
 
 def _sft(config: Config, size: StudentSize) -> list[Need]:
+    """Rows are padded to the micro-batch's longest and then to a bucket; only response tokens reach the head."""
     settings = config.sft
-    tokens = settings.micro_batch_size * settings.max_length
+    shortest = bucket(SHORTEST)
+    tokens = settings.micro_batch_size * bucket(settings.max_length)
+    stored = _stored(size, size.kept_with_dropout, checkpointing=settings.gradient_checkpointing)
+    logits = _stored_logits(size, bucket(settings.micro_batch_size * settings.max_length))
+    moments = _moments(size, masked=settings.masked)
     parts = {
         **_weights(size, _shards(settings.sharding, settings.workers)),
-        "adapter and moments": 16.0 * size.elements,
-        **_activations(size, size.kept_with_dropout, tokens, checkpointing=settings.gradient_checkpointing),
-        **_logits(size, tokens),
+        "adapter and gradients": 8.0 * size.elements,
+        **({} if settings.masked else moments),
+        "shortest example": stored * shortest,
     }
-    return [_need("worker", settings.workers, settings.resources, parts)]
+    more = {**(moments if settings.masked else {}), "activations": stored * (tokens - shortest), "logits": logits}
+    if _graphs(config):  # those of the graphs' pool, and those of a shape's first passes; short of them, graphs go
+        more["CUDA graphs"] = stored * tokens + logits + 4.0 * size.elements
+    return [_need("worker", settings.workers, settings.resources, parts, more)]
+
+
+def _graphs(config: Config) -> bool:
+    """Whether stage 1 captures CUDA graphs: see `sft.worker.passes_of`."""
+    settings = config.sft
+    eager = settings.gradient_checkpointing or settings.sharding != "none" or config.model.quantization is not None
+    return not eager and settings.acceleration != "none"
 
 
 def _grpo(config: Config, size: StudentSize) -> list[Need]:
@@ -74,24 +110,32 @@ def _grpo(config: Config, size: StudentSize) -> list[Need]:
     layers are checkpointed if needed."""
     settings = config.grpo
     longest = ceil((settings.max_prompt_length + settings.max_completion_length) / settings.sequence_parallel)
+    shortest = ceil(SHORTEST / settings.sequence_parallel)
+    stored = _stored(size, size.kept, checkpointing=settings.gradient_checkpointing is not False)
+    moments = _moments(size, masked=settings.masked)
     parts = {
         **_weights(size, _shards(settings.sharding, settings.learners)),
-        "adapter and moments": 20.0 * size.elements,  # and stage 1's values, for the KL divergence
-        **_activations(size, size.kept, longest, checkpointing=settings.gradient_checkpointing is not False),
+        "adapter and gradients": 12.0 * size.elements,  # and stage 1's values, for the KL divergence
+        **({} if settings.masked else moments),
+        "shortest example": stored * shortest,
+    }
+    more = {
+        **(moments if settings.masked else {}),
+        "activations": stored * max(0, longest - shortest),
         "logits": 2.0 * 4 * SLICE["cuda"],
     }
     merged = sync_of(settings) == "merged"
     engine = _engine(settings.rollout_engine, settings.rollout_resources, size, merged=merged)
     return [
-        _need("rollout engine", settings.rollout_actors, settings.rollout_resources, engine),
-        _need("learner", settings.learners, settings.learner_resources, parts),
+        Need("rollout engine", settings.rollout_actors, _share(settings.rollout_resources), engine),
+        _need("learner", settings.learners, settings.learner_resources, parts, more),
     ]
 
 
 def _evaluate(config: Config, size: StudentSize) -> list[Need]:
     settings = config.evaluate
     parts = _engine(settings.engine, settings.resources, size, merged=settings.serve == "merged")
-    return [_need("engine", settings.engines, settings.resources, parts)]
+    return [Need("engine", settings.engines, _share(settings.resources), parts)]
 
 
 def _shards(sharding: str, workers: int) -> int:
@@ -107,23 +151,37 @@ _NEEDS: dict[str, Callable[[Config, StudentSize], list[Need]]] = {
 }
 
 
-def _need(process: str, count: int, resources: Resources, parts: Mapping[str, float]) -> Need:
-    return Need(process, count, min(1.0, resources.gpu_count), {**parts, "CUDA itself": float(OUTSIDE_TORCH)})
+def _need(
+    process: str, count: int, resources: Resources, parts: Mapping[str, float], more: Mapping[str, float]
+) -> Need:
+    """Of a process that computes with torch; what CUDA itself takes differs between GPUs."""
+    return Need(process, count, _share(resources), parts, {**more, "CUDA itself": float(OUTSIDE_TORCH)})
+
+
+def _share(resources: Resources) -> float:
+    return min(1.0, resources.gpu_count)
 
 
 def _weights(size: StudentSize, ranks: int) -> dict[str, float]:
-    """The frozen base; sharded, a part of it and two layers gathered whole, one of them ahead."""
-    return {"base": size.base if ranks == 1 else size.base / ranks + 2 * size.largest_layer}
+    """The frozen base; sharded, a part of it, and gathered whole: two layers, one of them ahead, and what is outside of
+    the layers, from the forward pass's beginning to the backward pass's end."""
+    return {"base": size.base if ranks == 1 else size.base / ranks + size.outside + 2 * size.largest_layer}
 
 
-def _activations(size: StudentSize, kept: float, tokens: int, *, checkpointing: bool) -> dict[str, float]:
-    per_token = size.checkpointed + size.recomputed if checkpointing else kept
-    return {"activations": per_token * tokens}
+def _moments(size: StudentSize, *, masked: bool) -> dict[str, float]:
+    """Two of each active element; under a mask also its position, and the cut says how many are active."""
+    return {"moments": (12.0 if masked else 8.0) * size.elements}
 
 
-def _logits(size: StudentSize, tokens: int) -> dict[str, float]:
+def _stored(size: StudentSize, kept: float, *, checkpointing: bool) -> float:
+    """Bytes of activations per token."""
+    return size.checkpointed + size.recomputed if checkpointing else kept
+
+
+def _stored_logits(size: StudentSize, tokens: int) -> float:
     """In the model's dtype with their gradient, and a slice in float32 with its weights (see `logprobs`)."""
-    return {"logits": 2.0 * 2 * size.vocabulary * tokens + 2.0 * 4 * SLICE["cuda"]}
+    logits = size.vocabulary * tokens
+    return 2.0 * size.logit * logits + 2.0 * 4 * min(logits, SLICE["cuda"])
 
 
 def _engine(engine: EngineConfig, resources: Resources, size: StudentSize, *, merged: bool) -> dict[str, float]:
@@ -138,4 +196,5 @@ def _engine(engine: EngineConfig, resources: Resources, size: StudentSize, *, me
         parts["a layer to merge"] = 4.0 * size.largest_layer
     if not engine.enforce_eager:
         parts["CUDA graphs"] = float(GRAPHS)
+    parts["CUDA itself"] = float(OUTSIDE_TORCH)
     return parts

@@ -26,6 +26,8 @@ class StudentSize:
     """The frozen weights in training."""
     served: float
     """The same in an engine: 16 bits each."""
+    outside: float
+    """What no decoder layer holds: embeddings, output head, last norm. Part of `base`."""
     largest_layer: float
     """A decoder layer, which sharding gathers whole."""
     elements: int
@@ -42,6 +44,10 @@ class StudentSize:
     """Keys and values of one token in 16 bits, over all layers."""
     vocabulary: int
     """Numbers of a token's logits."""
+    logit: int
+    """Bytes of each."""
+    ends_with_head: bool
+    """Whether the logits are the output of a linear head, unchanged: then scoring never stores them."""
 
 
 def student_size(model: ModelConfig, adapter: AdapterConfig) -> StudentSize:
@@ -80,6 +86,7 @@ def student_size(model: ModelConfig, adapter: AdapterConfig) -> StudentSize:
     return StudentSize(
         base=in_layers * linear + outside * dtype.itemsize,
         served=2.0 * (in_layers + outside),
+        outside=float(outside * dtype.itemsize),
         largest_layer=in_layers / max(1, len(layers)) * linear,
         elements=sum(value.numel() for value in adapter_parameters(trained).values()),
         kept=kept,
@@ -88,6 +95,8 @@ def student_size(model: ModelConfig, adapter: AdapterConfig) -> StudentSize:
         recomputed=kept_with_dropout / max(1, len(layers)),
         cache=2.0 * 2 * len(layers) * key_heads * head_dim,
         vocabulary=text.vocab_size,
+        logit=dtype.itemsize,
+        ends_with_head=_ends_with_head(trained),
     )
 
 
@@ -99,12 +108,32 @@ def _layers(base: Any) -> list[Any]:
 
 def _kept_per_token(model: Any) -> float:
     """Bytes that autograd stores per token of a forward pass, without the weights; computes nothing."""
+    with saved_bytes(model) as kept:
+        logits = _probe(model)
+    del logits  # the stored tensors stay alive until here, so that every storage has its own id
+    return sum(kept.values()) / PROBE_TOKENS
+
+
+def _ends_with_head(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear:
+        return False
+    seen: list[Any] = []
+    handle = head.register_forward_hook(lambda _, __, output: seen.append(output))
+    try:
+        logits = _probe(model)
+    finally:
+        handle.remove()
+    return any(logits is each for each in seen)
+
+
+def _probe(model: Any) -> Tensor:
+    """Logits of `PROBE_TOKENS` tokens."""
     ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device="meta")
     mask = torch.zeros(1, 1, PROBE_TOKENS, PROBE_TOKENS, dtype=torch.bool, device="meta")  # else it reads the ids
-    with saved_bytes(model) as kept, _fused_attention():
-        output = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
-    del output  # the stored tensors stay alive until here, so that every storage has its own id
-    return sum(kept.values()) / PROBE_TOKENS
+    with _fused_attention():
+        logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1).logits
+    return logits
 
 
 @contextmanager

@@ -55,6 +55,19 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
+def watch(output: torch.Tensor, model: Any, seen: list[int]) -> None:
+    """Note which part of the base outside of its layers is whole when the backward pass reaches `output`."""
+    base = model.get_base_model()
+    outside = {
+        id(each): each
+        for part in (base.model.embed_tokens, base.model.norm, base.lm_head)
+        for each in part.parameters()
+    }
+    output.register_hook(
+        lambda _: seen.append(sum(each.numel() for each in outside.values() if not isinstance(each, DTensor)))
+    )
+
+
 whole_base = module.load_base
 
 
@@ -73,7 +86,11 @@ def worker(rank: int, port: int, root: Path) -> None:
             where, adapter = torch.device("cpu"), root / f"{kind}-adapter"
             model = load_sharded(of(folder), str(folder), adapter, where, sharding, WORLD // NODES).eval()
             held = sum(each.to_local().numel() for each in model.parameters() if isinstance(each, DTensor))
-            found[f"{kind}/{way}"] = {"held": held, "seen": gradients(model)}
+            gathered: list[int] = []
+            first = model.get_base_model().model.layers[0]
+            first.register_forward_hook(lambda _, __, output, model=model, seen=gathered: watch(output, model, seen))
+            seen = gradients(model)
+            found[f"{kind}/{way}"] = {"held": held, "seen": seen, "gathered": gathered}
     torch.save(found, root / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -135,6 +152,16 @@ def test_ranks_hold_a_share_of_the_base_and_each_node_of_hsdp_holds_all(root: Pa
     assert sum(held["fsdp2"]) == sum(held["renamed"]) == every
     assert sum(held["hsdp"][: WORLD // NODES]) == sum(held["hsdp"][WORLD // NODES :]) == every
     assert max(held["hsdp"]) < every
+
+
+@pytest.mark.slow
+def test_embeddings_and_head_stay_gathered_until_the_backward_pass_ends(root: Path) -> None:
+    """`gpu_memory.needs` counts them whole."""
+    for rank in range(WORLD):
+        found = torch.load(root / f"{rank}.pt", weights_only=True)
+        for kind, tables in (("tied", 1), ("untied", 2)):
+            for way in WAYS:
+                assert found[f"{kind}/{way}"]["gathered"] == [tables * 50 * 16 + 16]
 
 
 def test_uneven_nodes_are_refused() -> None:
