@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 from lorapar_ray.boundary import imported
 from lorapar_ray.config import LabelConfig, TeacherConfig
 from lorapar_ray.errors import UserError
+from lorapar_ray.waiting import foreign
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ async def persist(
     attempt = 0
     while True:
         try:
-            return await ask()
+            return await foreign(ask())
         except Refused:
             raise
         except Exception:

@@ -245,6 +245,13 @@ async def leaves(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
     raise SystemExit(3)
 
 
+async def cancels(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
+    own = asyncio.ensure_future(asyncio.Event().wait())
+    own.cancel()
+    await own
+    return engine.begin(row["prompt_ids"])
+
+
 @pytest.mark.parametrize(
     ("rollout", "told"),
     [
@@ -266,6 +273,7 @@ async def leaves(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
         (no_trajectory, "it returns str, not the trajectory"),
         (hangs, "longer than grpo.environment_time_limit_s (0.05)"),
         (leaves, "SystemExit: 3"),
+        (cancels, "CancelledError: it awaits a task that was cancelled"),
     ],
 )
 def test_a_failed_episode_loses_only_its_sample(rollout: Any, told: str) -> None:
@@ -278,6 +286,25 @@ def test_a_failed_episode_loses_only_its_sample(rollout: Any, told: str) -> None
     record = played(either, Engine("one word"), samples=3, time_limit_s=0.05 if rollout is hangs else 5.0)
     [lost] = record.head.lost
     assert told in lost and len(record.head.lengths) == len(record.completions()) == 2
+
+
+def test_an_episode_that_is_cancelled_from_outside_is_no_lost_sample() -> None:
+    async def begun_and_cancelled() -> None:
+        begun = asyncio.Event()
+
+        async def waits(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
+            begun.set()
+            await asyncio.Event().wait()
+            return engine.begin(row["prompt_ids"])
+
+        group = EpisodeGroup("k", waits, {"prompt_ids": [5]}, encoder(), LIMITS, {"n": 1, "seed": 1}, 60.0)
+        playing = asyncio.create_task(group._episode(0))
+        await begun.wait()
+        playing.cancel()
+        await playing
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(begun_and_cancelled())
 
 
 def test_tokens_and_rewards_may_be_of_any_librarys_types() -> None:

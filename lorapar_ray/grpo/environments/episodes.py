@@ -13,7 +13,7 @@ from lorapar_ray.engines.record import GroupRecord
 from lorapar_ray.grpo.environments.trajectory import Limits, Trajectory, as_record
 from lorapar_ray.grpo.environments.turns import TurnEngine
 from lorapar_ray.text import one_line
-from lorapar_ray.waiting import awaited
+from lorapar_ray.waiting import awaited, foreign
 
 RolloutFunction = Callable[[TurnEngine, dict[str, Any]], Awaitable[Trajectory]]
 LONGEST_TEXT = 300
@@ -85,7 +85,7 @@ class EpisodeGroup:
         scope = asyncio.timeout(self._time_limit_s)
         try:
             async with scope:
-                return engine.complete(await self._rollout(engine, dict(self._row)))
+                return engine.complete(await foreign(self._rollout(engine, dict(self._row))))
         except TimeoutError as error:
             if scope.expired():
                 return f"TimeoutError: it takes longer than grpo.environment_time_limit_s ({self._time_limit_s:g})"
