@@ -63,7 +63,7 @@ class JudgeConfig(Section):
     choice: Result[str] = "Grade:"
     """The last word of the prompt; the grade is the next token."""
     time_limit_s: Operation[PositiveFloat] = 60.0
-    """Time limit for one teacher's grade, retries included."""
+    """Time limit for one teacher's grade, retries included; waiting for `requests_per_second` does not count."""
 
     @model_validator(mode="after")
     def _names_are_known(self) -> JudgeConfig:

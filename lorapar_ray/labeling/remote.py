@@ -12,6 +12,7 @@ from lorapar_ray.boundary import boundary
 from lorapar_ray.config import TeacherConfig
 from lorapar_ray.labeling.prompts import with_thought
 from lorapar_ray.labeling.teachers import Asked, Refused, ShutOut
+from lorapar_ray.labeling.time_limit import not_counted
 from lorapar_ray.text import one_line
 
 RETRY_STATUS = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -43,6 +44,7 @@ class RemoteTeacher:
         self._timeout_s = timeout_s
         self._gap_s = 1 / requests_per_second if requests_per_second else 0.0
         self._free_at = 0.0
+        self._turn = asyncio.Lock()  # first come, first served; who is cancelled leaves the queue
 
     async def ask(self, prompt: str, choices: list[str]) -> Asked:
         """Log-probabilities of the choices among the endpoint's top alternatives.
@@ -118,10 +120,12 @@ class RemoteTeacher:
         return response, inflated(bytes(raw), response.headers.get("content-encoding", "identity"))
 
     async def _wait_for_turn(self) -> None:
-        now = asyncio.get_running_loop().time()
-        turn = max(self._free_at, now)
-        self._free_at = turn + self._gap_s
-        await asyncio.sleep(turn - now)
+        """Wait within the rate limit and the endpoint's pauses; a request that is cancelled meanwhile takes no turn."""
+        clock = asyncio.get_running_loop().time
+        async with not_counted(), self._turn:
+            while (wait := self._free_at - clock()) > 0:  # a pause may be added during the wait
+                await asyncio.sleep(wait)
+            self._free_at = clock() + self._gap_s
 
     def _pause(self, retry_after: str | None) -> None:
         """Pause all requests for the endpoint's Retry-After (seconds; for a date the caller's backoff applies)."""

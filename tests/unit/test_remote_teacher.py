@@ -116,6 +116,23 @@ def test_a_reply_with_a_wild_retry_after_is_a_failure_like_others(url: str) -> N
         assert isinstance(found, Failure) and found.reason == "ConnectionError: status 429"
 
 
+def test_a_request_that_is_cancelled_while_it_waits_takes_no_turn(url: str) -> None:
+    Endpoint.answer = (200, {}, body())
+    config = TeacherConfig.model_validate({"name": "far", "kind": "remote", "model": "m", "base_url": url})
+
+    async def last() -> Asked:
+        teacher = remote.RemoteTeacher(config, "System:", 20.0, 5.0, KEY)
+        await teacher.ask("q", ["1", "2"])
+        waiting = [asyncio.create_task(teacher.ask("q", ["1", "2"])) for _ in range(1000)]
+        await asyncio.sleep(0.01)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        return await teacher.ask("q", ["1", "2"])  # behind the turns of the others it would wait for 200 s
+
+    assert asyncio.run(asyncio.wait_for(last(), 60)).tokens == 12
+
+
 def test_a_key_is_stripped_and_a_broken_one_refused_without_being_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = TeacherConfig.model_validate(
         {"name": "far", "kind": "remote", "model": "m", "base_url": "http://h", "api_key_env": "FAR_KEY"}

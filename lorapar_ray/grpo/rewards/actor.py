@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from lorapar_ray.config import JUDGE, REWARDED_ELSEWHERE, GrpoConfig
+from lorapar_ray.config import REWARDED_ELSEWHERE, GrpoConfig
 from lorapar_ray.datasets.chat import load_encoder_alone
-from lorapar_ray.grpo.rewards.judge import Judge
-from lorapar_ray.grpo.rewards.pool import RewardBatch, RewardPool, RewardSpec, with_part
+from lorapar_ray.grpo.rewards.judge import Grades, Judge
+from lorapar_ray.grpo.rewards.pool import RewardBatch, RewardPool, RewardSpec
 from lorapar_ray.grpo.rewards.reading import Reader, Request
 from lorapar_ray.waiting import awaited
 from lorapar_ray.workers import ray_options
@@ -66,7 +65,7 @@ class JudgeActor:
         self._reader = Reader(plan, GrpoConfig.model_validate(plan["settings"]))
         self._judge = Judge(**plan["judge"])
 
-    async def grades(self, request: Request) -> list[float | None] | None:
+    async def grades(self, request: Request) -> Grades | None:
         """As `Judge.grades`; None if the record is lost."""
         answers = await asyncio.to_thread(self._reader.read, request)
         if answers is None:
@@ -112,11 +111,11 @@ class RewardWorkers:
         request = Request(index, record, step)
         if self._judge is None:
             return await self._scored(request)
-        grades: Sequence[float | None] | None
+        grades: Grades | None
         scored, grades = await asyncio.gather(self._scored(request), awaited(self._judge.grades.remote(request)))
         if grades is None:
             raise RecordLost
-        return with_part(scored, JUDGE, self._weights[JUDGE], list(grades), list(self._weights))
+        return grades.added_to(scored, self._weights)
 
     def _scored(self, request: Request) -> Coroutine[Any, Any, RewardBatch]:
         scoring: asyncio.Future[RewardBatch] = asyncio.get_running_loop().create_future()
