@@ -129,15 +129,16 @@ class GrpoConfig(Section):
     """How the reward `judge` grades; needs `label.teachers`."""
     reward_time_limit_s: Operation[PositiveFloat] = 5.0
     """Time limit for one call of the rewards. A batch that exceeds it is halved; a single sample that exceeds it gets
-    0."""
+    0. A call of `code_tests` has more if its programs may take longer (`sandbox.time_limit_s`)."""
     reward_memory_mb: Operation[PositiveInt] = 1024
-    """Memory limit of a reward process."""
+    """Memory limit of a reward process. Programs that `code_tests` runs have their own (`sandbox.memory_mb`)."""
     reward_workers: Operation[PositiveInt] = 1
     """Ray actors that compute rewards, each with its own processes."""
     reward_resources: Operation[Resources] = Resources(cpus=0, gpus=0)
     """Resources of one reward worker."""
     sandbox: Operation[SandboxConfig] = SandboxConfig()
-    """For the reward `code_tests` and for rewards with `isolate`."""
+    """For the reward `code_tests`, whose programs have these limits in full, as in evaluation. Rewards with `isolate`
+    use the `layer`, and the limits of other rewards."""
     overlong_cache: Result[Optional0] = 0
     """DAPO's soft overlong punishment: completions within this many tokens of the limit lose up to 1; 0 turns it
     off."""

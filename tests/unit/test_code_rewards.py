@@ -45,6 +45,17 @@ def test_programs_are_rewarded_for_passing_their_tests() -> None:
     assert scored.failures == {}
 
 
+@pytest.mark.slow
+def test_a_program_has_the_sandboxs_limits_whatever_those_of_rewards_are() -> None:
+    """It sleeps longer than a reward may take, and holds more address space than the reward's process may."""
+    greedy = "def add(a, b):\n    import time\n    time.sleep(2)\n    return a + b + 0 * len(bytes(3 * 2**30))"
+    completions = [greedy, greedy.replace("3 *", "5 *"), "while True: pass"]
+    settings = SandboxConfig(time_limit_s=6, memory_mb=4 * 1024)
+    with RewardPool([RewardSpec(CODE_TESTS)], time_limit_s=1, memory_limit_mb=256, sandbox=settings) as pool:
+        scored = pool.score(["q"] * 3, completions, {"answer": ["assert add(2, 2) == 4"] * 3})
+    assert scored.total == [1.0, 0.0, 0.0] and scored.failures == {}
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_users_reward_can_be_isolated(layer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAPAR_SECRET", "x")

@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.boundary import boundary
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
 CODE_TESTS = "code_tests"
 TESTS = "give a program of asserts, a list of such texts, or a row of HumanEval or MBPP"
 SHARE = 0.6
-"""Share of a reward's time limit that one program may use, so that a single program never breaks its reward process."""
+"""Share of a call's time limit that its programs may use, so that no program breaks its reward process."""
 
 _made: Callable[[], Sandbox] | None = None
 _sandbox: Sandbox | None = None
 _lock = threading.Lock()
 
 
-def configure(settings: SandboxConfig, reward_time_limit_s: float) -> None:
+def configure(settings: SandboxConfig) -> None:
     """Set how `code_tests` confines programs in this process; without it the defaults hold.
 
     Raises:
@@ -38,9 +39,13 @@ def configure(settings: SandboxConfig, reward_time_limit_s: float) -> None:
 
     global _made
     choose(settings.layer)
-    seconds = min(settings.time_limit_s, SHARE * reward_time_limit_s)
-    limits = Limits(seconds=seconds, memory_mb=settings.memory_mb)
+    limits = Limits(seconds=settings.time_limit_s, memory_mb=settings.memory_mb)
     _made = lambda: Sandbox(settings.layer, limits, settings.workers)  # noqa: E731
+
+
+def call_limit_s(settings: SandboxConfig, programs: int, reward_time_limit_s: float) -> float:
+    """Time limit of a call with this many programs: every program may use all of its own time, as in evaluation."""
+    return max(reward_time_limit_s, ceil(programs / settings.workers) * settings.time_limit_s / SHARE)
 
 
 def code_tests(prompts: list[str], completions: Completions, answer: list[str], **_: Any) -> list[float]:

@@ -11,15 +11,24 @@ ASSUMED_MB = 4096
 _in_force = False
 
 
-def set_limits(memory_mb: int) -> None:
-    """Limit this process's address space to what it holds now plus `memory_mb`; its parent limits its time."""
+def set_limits(memory_mb: int, programs_mb: int = 0) -> None:
+    """Limit this process's address space to what it holds now plus `memory_mb`; its parent limits its time.
+
+    Args:
+        programs_mb: address space that its sandboxed programs may set themselves. They inherit this process's hard
+            limit and cannot exceed it.
+    """
     global _in_force
     try:
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except OSError:
         held = ASSUMED_MB * 2**20
     limit = held + memory_mb * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    hard = max(limit, programs_mb * 2**20)
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    if most != resource.RLIM_INFINITY:  # a limit of the machine stays
+        limit, hard = min(limit, most), min(hard, most)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     _in_force = True
 
 

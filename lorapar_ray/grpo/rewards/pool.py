@@ -10,6 +10,7 @@ from typing import Any
 
 from lorapar_ray.config import SandboxConfig
 from lorapar_ray.grpo.rewards.calling import NOT_FINITE
+from lorapar_ray.grpo.rewards.code import CODE_TESTS, call_limit_s
 from lorapar_ray.grpo.rewards.process import RewardProcess
 
 
@@ -70,18 +71,21 @@ class RewardPool:
         sandbox: SandboxConfig | None = None,
         withheld: Collection[str] = (),
     ) -> None:
-        """`time_limit_s`: for one call; a batch that takes longer is halved, a single sample is lost.
+        """Start no process yet.
 
         Args:
+            time_limit_s: for one call; a batch that takes longer is halved, a single sample is lost. `code_tests` has
+                more if its programs may take longer, see `call_limit_s`.
+            memory_limit_mb: of a process, without the programs of `code_tests`.
             withheld: environment variables hidden from rewards, in addition to those whose names mark them as secret.
         """
         self._specs = specs
+        self._time_limit_s, self._sandbox = time_limit_s, sandbox or SandboxConfig()
         self._processes = {
             isolate: RewardProcess(
                 [spec.name for spec in specs if spec.isolate == isolate],
-                time_limit_s=time_limit_s,
                 memory_limit_mb=memory_limit_mb,
-                sandbox=sandbox or SandboxConfig(),
+                sandbox=self._sandbox,
                 isolate=isolate,
                 withheld=withheld,
             )
@@ -128,7 +132,7 @@ class RewardPool:
         Each of them is added to `lost`: reward, cause and text.
         """
         request = {"reward": spec.name, "prompts": prompts, "completions": completions, "columns": columns}
-        reply = self._processes[spec.isolate].ask(request, len(completions))
+        reply = self._processes[spec.isolate].ask(request, len(completions), self._limit_s(spec, len(completions)))
         if reply.values is not None:
             lost += [(spec.name, "not_finite", "it returns no finite number")] * reply.values.count(NOT_FINITE)
             return [None if isinstance(value, str) else value for value in reply.values]
@@ -141,3 +145,8 @@ class RewardPool:
             fields = {key: value[part] for key, value in columns.items()}
             halves += self._part(spec, prompts[part], completions[part], fields, lost)
         return halves
+
+    def _limit_s(self, spec: RewardSpec, count: int) -> float:
+        if spec.name == CODE_TESTS:
+            return call_limit_s(self._sandbox, count, self._time_limit_s)
+        return self._time_limit_s

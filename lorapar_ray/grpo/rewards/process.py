@@ -53,7 +53,6 @@ class RewardProcess:
         self,
         rewards: Sequence[str],
         *,
-        time_limit_s: float,
         memory_limit_mb: int,
         sandbox: SandboxConfig,
         isolate: bool,
@@ -61,10 +60,8 @@ class RewardProcess:
     ) -> None:
         """The process starts with the first request; see `open_environment` for `withheld`."""
         self._withheld = withheld
-        self._time_limit_s = time_limit_s
         settings = {
             "memory_mb": memory_limit_mb,
-            "time_limit_s": time_limit_s,
             "rewards": list(rewards),
             "ready": READY,
             "sandbox": sandbox.model_dump(mode="json"),
@@ -75,8 +72,8 @@ class RewardProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._asked = 0
 
-    def ask(self, request: dict[str, Any], count: int) -> Reply:
-        """A reward's values of `count` completions, or its failure.
+    def ask(self, request: dict[str, Any], count: int, time_limit_s: float) -> Reply:
+        """A reward's values of `count` completions, or its failure, within `time_limit_s`.
 
         Raises:
             UserError: there is no such reward, it cannot be imported here, or this machine has no sandbox.
@@ -88,12 +85,12 @@ class RewardProcess:
             assert process.stdin is not None
             process.stdin.write(json.dumps({"number": self._asked, "seal": seal, **request}).encode() + b"\n")
             process.stdin.flush()
-            line = _read_sealed(process, seal, self._time_limit_s)
+            line = _read_sealed(process, seal, time_limit_s)
         except BrokenPipeError:
             line = b""
         except TimeoutError:
             self.close()
-            return Reply(cause="timeout", error=f"it takes longer than the time limit of {self._time_limit_s:g} s")
+            return Reply(cause="timeout", error=f"it takes longer than the time limit of {time_limit_s:g} s")
         if not line:
             self.close()
             return Reply(cause="crashed", error="its process ended")

@@ -39,18 +39,18 @@ def serve(settings: dict[str, Any]) -> None:
         answers.write(f"\n{seal}{json.dumps(content)}\n")
         answers.flush()
 
-    rewards = settings["rewards"]
+    rewards, sandbox = settings["rewards"], SandboxConfig.model_validate(settings["sandbox"])
     try:
         for name in rewards:
             get_reward(name)
-        if code.CODE_TESTS in rewards:
-            code.configure(SandboxConfig.model_validate(settings["sandbox"]), settings["time_limit_s"])
+        if tests_code := code.CODE_TESTS in rewards:
+            code.configure(sandbox)
     except UserError as error:
         answer(settings["ready"], {"error": str(error)})
         return
     if any(name == "numeric_answer" or name.startswith(expressions.__name__) for name in rewards):
         expressions.load()
-    limits.set_limits(settings["memory_mb"])
+    limits.set_limits(settings["memory_mb"], sandbox.memory_mb if tests_code else 0)
     answer(settings["ready"], {})
     for line in requests:
         request = json.loads(line)
