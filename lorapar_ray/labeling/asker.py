@@ -15,32 +15,49 @@ from lorapar_ray.labeling.panel import Failure, Panel
 from lorapar_ray.labeling.pending import PendingBlocks, Question
 from lorapar_ray.labeling.store import Answer
 from lorapar_ray.labeling.voting import vote_of, whom_to_ask
+from lorapar_ray.sealed import Sealed
 from lorapar_ray.storage.cache import on_this_machine
+from lorapar_ray.workers import ray_options
+
+
+def asked(blocks: int, label: LabelConfig, arguments: Mapping[str, Any]) -> Any:
+    """The Ray Data dataset of the results of `Asker` on each block, in any order; nothing runs until it is read.
+
+    Args:
+        arguments: of `Asker`, without `label`. All are sealed: keys, and what `label` hides in a URL or `extra_body`.
+    """
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    # enough blocks in flight that the next one is ready before a block's last question is answered
+    at_once = -(-label.concurrency // label.rows_per_block) + 1
+    options = ray_options(label.resources) | {"num_gpus": label.resources.gpu_count or None}
+    return ray.data.from_items([{"block": block} for block in range(blocks)], override_num_blocks=blocks).map_batches(
+        Asker,
+        fn_constructor_args=(Sealed({"label": label.model_dump(mode="json"), **arguments}),),
+        batch_size=1,
+        compute=ActorPoolStrategy(
+            size=label.workers, max_concurrent_calls_per_actor=at_once, max_tasks_in_flight_per_actor=2 * at_once
+        ),
+        **options,
+    )
 
 
 class Asker:
     """Asks blocks of pending questions."""
 
-    def __init__(
-        self,
-        label: dict[str, Any],
-        pending: str,
-        apps: dict[str, str],
-        keys: dict[str, str],
-        student: str,
-        bias: dict[str, list[float]],
-        run: str,
-        dead: dict[str, str],
-    ) -> None:
-        """Connect to the teachers (see `Panel`) and open the file of pending questions.
+    def __init__(self, arguments: Sealed[dict[str, Any]]) -> None:
+        """Connect to the teachers and open the file of pending questions.
 
         Args:
-            bias: by teacher the log-probabilities to divide out; sequential voting counts calibrated votes.
+            arguments: `pending`, the file; `bias`, by teacher the log-probabilities to divide out, since sequential
+                voting counts calibrated votes; `label`, `apps`, `keys`, `student`, `run` and `dead` as for `Panel`.
         """
-        self._label = LabelConfig.model_validate(label)
-        self._blocks = PendingBlocks(str(on_this_machine(pending)))
-        self._panel = Panel(self._label, apps, keys, student, run, dead)
-        self._bias = bias
+        given = dict(arguments.opened())
+        self._label = LabelConfig.model_validate(given.pop("label"))
+        self._blocks = PendingBlocks(str(on_this_machine(given.pop("pending"))))
+        self._bias = given.pop("bias")
+        self._panel = Panel(self._label, **given)
         self._teachers = {teacher.name: teacher for teacher in self._label.teachers}
         self._slots = asyncio.Semaphore(self._label.concurrency)
 

@@ -24,7 +24,7 @@ from lorapar_ray.config import Config
 from lorapar_ray.datasets.rows import count_rows
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import cache_root, expanded
-from lorapar_ray.labeling.asker import Asker, read_result
+from lorapar_ray.labeling.asker import asked, read_result
 from lorapar_ray.labeling.calibration import ask_probes, measured_bias, probes, unanswered
 from lorapar_ray.labeling.journal import is_networked
 from lorapar_ray.labeling.keys import teacher_keys
@@ -42,7 +42,6 @@ from lorapar_ray.progress import console, progress
 from lorapar_ray.redact import redacted
 from lorapar_ray.runs import RunDirectory, digest, write_json
 from lorapar_ray.text import markup
-from lorapar_ray.workers import ray_options
 
 DELETE = "delete it and run the same command again; votes are kept"
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -183,8 +182,7 @@ class _Voting:
         """Ask the pending blocks through Ray Data; results come in the order in which they are finished."""
         if not blocks:
             return
-        import ray
-        from ray.data import ActorPoolStrategy, DataContext
+        from ray.data import DataContext
 
         label = self.config.label
         context = DataContext.get_current()
@@ -193,30 +191,18 @@ class _Voting:
         # without limits Ray Data counts CPUs that Serve holds as its own and waits for them forever
         limits = {"cpu": label.workers * label.resources.cpus + 1, "object_store_memory": OBJECT_STORE_BYTES}
         context.execution_options.resource_limits = context.execution_options.resource_limits.copy(**limits)
-        # enough blocks in flight that the next one is ready before a block's last question is answered
-        at_once = -(-label.concurrency // label.rows_per_block) + 1
-        asking = ray_options(label.resources) | {"num_gpus": label.resources.gpu_count or None}
-        asked = ray.data.from_items([{"block": block} for block in range(blocks)], override_num_blocks=blocks)
-        asked = asked.map_batches(
-            Asker,
-            fn_constructor_args=(
-                label.model_dump(mode="json"),
-                self.run.address(self.work / "pending.parquet"),
-                apps,
-                self.secrets,
-                self.student,
-                self.bias,
-                self.session.run,
-                dead,
-            ),
-            batch_size=1,
-            compute=ActorPoolStrategy(
-                size=label.workers, max_concurrent_calls_per_actor=at_once, max_tasks_in_flight_per_actor=2 * at_once
-            ),
-            **asking,
-        )
+        arguments = {
+            "pending": self.run.address(self.work / "pending.parquet"),
+            "apps": apps,
+            "keys": self.secrets,
+            "student": self.student,
+            "bias": self.bias,
+            "run": self.session.run,
+            "dead": dead,
+        }
+        results = asked(blocks, label, arguments)
         with self.run.shared():
-            for batch in asked.iter_batches(batch_size=None, prefetch_batches=0):
+            for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
                 for text in batch["result"]:
                     yield read_result(text)
 

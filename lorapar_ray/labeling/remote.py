@@ -123,9 +123,10 @@ class RemoteTeacher:
         """Wait within the rate limit and the endpoint's pauses; a request that is cancelled meanwhile takes no turn."""
         clock = asyncio.get_running_loop().time
         async with not_counted(), self._turn:
+            begun = clock()
             while (wait := self._free_at - clock()) > 0:  # a pause may be added during the wait
                 await asyncio.sleep(wait)
-            self._free_at = clock() + self._gap_s
+            self._free_at = max(self._free_at, begun) + self._gap_s  # a late awakening does not lower the rate
 
     def _pause(self, retry_after: str | None) -> None:
         """Pause all requests for the endpoint's Retry-After (seconds; for a date the caller's backoff applies)."""

@@ -21,10 +21,11 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from lorapar_ray.config import Config
+from lorapar_ray.config import Config, LabelConfig
 from lorapar_ray.datasets.prepare import prepare
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.errors import UserError
+from lorapar_ray.labeling.asker import asked
 from lorapar_ray.labeling.job import label
 from lorapar_ray.labeling.simulated import binomial_majority_accuracy, true_system
 from lorapar_ray.runs import RunDirectory
@@ -254,6 +255,18 @@ def test_endpoints_that_answer_429_500_garbage_or_never(cluster: None, run: RunD
     assert all({vote["teacher"] for vote in row["votes"]} == {"good", "busy", "chat"} for row in read_table(run.labels))
 
 
+def test_ray_data_shows_and_exports_no_secret_of_a_teacher(cluster: None) -> None:
+    from ray.data._internal.metadata_exporter import sanitize_for_struct
+
+    hidden = ("a-key", "a-password", "a-token")
+    body = {"headers": {"token": hidden[2]}}
+    teacher = {"name": "far", "kind": "remote", "model": "m", "base_url": f"https://me:{hidden[1]}@host/v1"}
+    config = LabelConfig.model_validate({"teachers": [{**teacher, "extra_body": body}]})
+    results = asked(1, config, {"keys": {"far": hidden[0]}})
+    shown = str(sanitize_for_struct(results._logical_plan.dag._get_args(), truncate_length=10**6))
+    assert "Asker" in shown and "***" in shown and not [each for each in hidden if each in shown]
+
+
 def test_a_question_without_any_vote_is_rejected_with_the_reason(
     cluster: None, run: RunDirectory, tmp_path: Path
 ) -> None:
@@ -348,7 +361,6 @@ def _thirds(prompt: str) -> dict[str, float]:
 
 
 def test_the_rate_limit_is_kept_by_all_workers_together(tmp_path: Path) -> None:
-    from lorapar_ray.config import LabelConfig
     from lorapar_ray.labeling.panel import Panel
 
     with endpoint() as url:
