@@ -6,8 +6,9 @@ needs files. So each process works on a *mirror*, an ordinary folder on its own 
     driver ── push: data, then JSON, then manifest.json ──► s3://bucket/run ◄── push: what the job may write ── workers
        └─◄─ pull: what the job has written ────────────────────┘   └─── pull, once per machine (`cache`) ──────►──┘
 
-- An object appears whole. A push begins with logs and ends with `manifest.json`, so a half-copied stage does not count
-  as finished. A folder's JSON is copied after its tensors, so a half-copied checkpoint or adapter is ignored.
+- An object appears whole; one whose file breaks off during the upload is deleted. A push begins with logs and ends with
+  `manifest.json`, so a half-copied stage does not count as finished. A folder's JSON is copied after its tensors, so a
+  half-copied checkpoint or adapter is ignored.
 - One command at a time holds the run: see `claims`. It starts from the store's content; a mirror left on the machine is
   reused only if no other session has written to the run since.
 - Only the driver and the workers of one stage write, each its own files, as on a shared disk.

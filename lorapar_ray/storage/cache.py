@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import cache_root
-from lorapar_ray.storage.objects import Objects
+from lorapar_ray.storage.objects import Objects, may_be_a_file
 from lorapar_ray.storage.uris import Uri, is_uri, place_of
 
 REPLACED_WHOLE = (".safetensors", ".parquet", ".arrow", ".bin", ".model")
@@ -61,8 +61,9 @@ class Cache:
         return self._root / _key(objects, name, tag)
 
     def folder(self, objects: Objects) -> Path:
-        """A folder with every object under a URI; the same folder while the objects are unchanged."""
-        there = sorted(objects.listing())
+        """A folder with the objects under a URI, without those whose names are no safe paths (`may_be_a_file`); the
+        same folder while the objects are unchanged."""
+        there = sorted(filter(may_be_a_file, objects.listing()))
         target = self._root / _folder_name(objects, {name: objects.tag(name) for name in there})
         if not target.is_dir():
             # not named by the process: containers that share a cache have equal pids

@@ -17,7 +17,7 @@ from lorapar_ray.files import write_json
 from lorapar_ray.storage import INDEX
 from lorapar_ray.storage.cache import Cache
 from lorapar_ray.storage.claims import FOLDER
-from lorapar_ray.storage.objects import Objects, Stamp, side_by_side
+from lorapar_ray.storage.objects import Objects, Stamp, may_be_a_file, side_by_side
 
 MANIFEST = "manifest.json"
 """Records which stages have finished, so it is copied after everything else."""
@@ -175,8 +175,7 @@ def _within(name: str, places: Sequence[str]) -> bool:
 
 
 def _own(name: str) -> bool:
-    hidden = any(part.startswith(".") for part in name.split("/"))
-    return hidden or _within(name, OWN) or name.startswith("work/votes.sqlite")
+    return not may_be_a_file(name) or _within(name, OWN) or name.startswith("work/votes.sqlite")
 
 
 def _local(path: Path) -> tuple[int, int]:

@@ -6,9 +6,9 @@ import copy
 import errno
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -123,21 +123,25 @@ class Objects:
         """Replace an object."""
 
         def call() -> None:
-            with self.file_system.open_output_stream(self._path(name)) as stream:
+            with self._output(name) as stream:
                 stream.write(content)
 
         self._ask(call)
 
     def upload(self, name: str, file: Path) -> Stamp:
-        """Replace an object with a file's content; it appears whole.
+        """Replace an object with a file's content, whole, when all of it is sent.
+
+        A process that is killed during an upload leaves the older object. If the file cannot be read to its end, none
+        is left: pyarrow can only close the stream, which makes an object of what was sent, and this is deleted.
 
         Raises:
             FileNotFoundError: the file no longer exists.
+            OSError: it cannot be read.
         """
         file.stat()
 
         def call() -> Stamp:
-            with file.open("rb") as source, self.file_system.open_output_stream(self._path(name)) as stream:
+            with file.open("rb") as source, self._output(name) as stream:
                 shutil.copyfileobj(source, stream, CHUNK)
                 size = stream.tell()
             there = _stamp(self.file_system.get_file_info(self._path(name)))
@@ -193,6 +197,21 @@ class Objects:
         else:
             self.delete(self.listing(name))
 
+    @contextmanager
+    def _output(self, name: str) -> Iterator[Any]:
+        """A stream into an object, which is there after the block; a block that raises leaves no part of it."""
+        stream = self.file_system.open_output_stream(self._path(name))
+        try:
+            yield stream
+        except BaseException:
+            with suppress(Exception):
+                stream.close()  # it cannot be dropped, and if this raises the store has nothing new
+                if self._guard is not None:
+                    self._guard()
+                self.file_system.delete_file(self._path(name))
+            raise
+        stream.close()
+
     def _path(self, name: str) -> str:
         return f"{self.uri.path}/{name}"
 
@@ -233,6 +252,12 @@ class Objects:
             if any(sign in said for sign in signs):
                 return advice.format(credentials=self._store.credentials), False
         return f"the object store cannot be reached or does not answer properly ({one_line(said, 200)})", True
+
+
+def may_be_a_file(name: str) -> bool:
+    """Whether an object's name is safe as a path below a folder of a disk: no part is empty or begins with a dot, as
+    `..` does."""
+    return all(part and not part.startswith(".") for part in name.split("/"))
 
 
 def side_by_side(function: Callable[[T], Any], each: Iterable[T]) -> None:

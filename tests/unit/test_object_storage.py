@@ -1,6 +1,7 @@
 """A run directory in an object store: what is copied, in which order, and by which command. The store is a real server,
 S3's or Google's by its protocol; `tests/e2e/test_object_store.py` runs the whole pipeline."""
 
+import errno
 import http.server
 import json
 import math
@@ -357,6 +358,65 @@ def test_files_and_folders_of_a_store_are_read_once_on_a_machine(store: Uri, tmp
     assert on_this_machine("/some/where") == Path("/some/where")
     with pytest.raises(UserError, match="there is no such object"):
         on_this_machine(str(store / "model/none"))
+
+
+class Named(Objects):
+    """Fault injection: a store whose listing has more names."""
+
+    more: tuple[str, ...] = ()
+
+    def listing(self, under: str = "") -> dict[str, Stamp]:
+        found = super().listing(under)
+        stamp = next(iter(found.values()))
+        return found | dict.fromkeys(self.more, stamp)
+
+    def download(self, name: str, file: Path) -> str:
+        return super().download("config.json", file)
+
+    def tag(self, name: str) -> str:
+        return super().tag("config.json")
+
+
+def test_an_object_s_name_leads_out_of_no_folder(store: Uri, tmp_path: Path) -> None:
+    objects = Named(store / "model")
+    objects.more = ("../evil", "sub/../../../evil", f"{tmp_path}/evil", "sub//evil", ".git/config")
+    objects.write("config.json", b"{}")
+    folder = Cache().folder(objects)
+    mirror = Mirror(tmp_path / "mirror" / "run", objects)
+    mirror.pull(lambda name: True)
+    assert contents(folder) == contents(mirror.root) == {"config.json": "{}"}
+    assert not list(tmp_path.rglob("*evil*"))
+
+
+class Failing:
+    """Fault injection: a file, open for reading, on a disk that breaks after 12 MB."""
+
+    def __init__(self, source: Any) -> None:
+        self._source, self._left = source, 12 * 2**20
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._source.close()
+
+    def read(self, size: int) -> bytes:
+        if self._left <= 0:
+            raise OSError(errno.EIO, "the disk is broken")
+        self._left -= size
+        return bytes(self._source.read(size))
+
+
+def test_an_upload_whose_file_cannot_be_read_to_the_end_leaves_no_object(
+    objects: Objects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "weights").write_bytes(bytes(20 * 2**20))
+    opened = Path.open
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is broken"):
+        patch.setattr(Path, "open", lambda self, mode: Failing(opened(self, mode)))
+        objects.upload("weights", tmp_path / "weights")
+    assert objects.listing() == {}
+    assert objects.upload("weights", tmp_path / "weights").size == 20 * 2**20
 
 
 class Halved(Objects):
