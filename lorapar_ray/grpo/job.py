@@ -29,6 +29,7 @@ from lorapar_ray.grpo.placement import reserved, without_a_bundle
 from lorapar_ray.grpo.rewards.judge import judging
 from lorapar_ray.grpo.rewards.registry import require_rewards
 from lorapar_ray.grpo.sampler import new_engine
+from lorapar_ray.grpo.shards import shard_count
 from lorapar_ray.grpo.staying import staying_engines
 from lorapar_ray.grpo.worker import GrpoJob, learn_worker
 from lorapar_ray.mergeable import not_in_the_files, unmergeable
@@ -87,7 +88,8 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
     """
     stage = stage2(config, run)
     _require_servable(sync_of(config.grpo), stage.job.base, Path(stage.job.adapter_in))
-    with progress("grpo", stage.job.steps, lambda: steps_done(stage.job.metrics)), judging(config) as judge:
+    judges = judging(config, shard_count(config.grpo))
+    with progress("grpo", stage.job.steps, lambda: steps_done(stage.job.metrics)), judges as judge:
         plan = {**stage.plan, "judge": judge}
         staying = staying_engines(config, plan)
         run_learners(stage, Coordinator, plan, learn_worker, stage.job.payload(), stage.writes, staying)

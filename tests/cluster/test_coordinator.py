@@ -9,6 +9,7 @@ import pytest
 import ray
 import torch
 
+from lorapar_ray.config import Config, TeacherConfig
 from lorapar_ray.engines.canaries import Canary
 from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.mismatch import PolicyMismatch
@@ -18,6 +19,8 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.coordinator import Coordinator
 from lorapar_ray.grpo.environments.actor import EnvironmentWorkers
 from lorapar_ray.grpo.environments.registry import get_environment
+from lorapar_ray.grpo.rewards.judge import judging
+from lorapar_ray.labeling.teachers import Asked, ShutOut
 from lorapar_ray.models import resolve_model
 
 pytestmark = pytest.mark.cluster
@@ -207,6 +210,39 @@ def test_a_dead_learners_call_deals_nothing_to_the_next_learners(cluster: None) 
         coordinator._sampler._rewards.stop()
 
     asyncio.run(go())
+
+
+class Silent:
+    """Fault injection: a teacher whose key has expired."""
+
+    def __init__(self, teacher: TeacherConfig) -> None:
+        """Takes no setting."""
+
+    async def ask(self, prompt: str, choices: list[str]) -> Asked:
+        raise ShutOut("status 401: the key has expired")
+
+
+def test_a_judge_that_grades_nothing_ends_the_step(cluster: None) -> None:
+    sender = PolicySender("{}")
+    judged = plan()
+    judged["settings"] |= {"rewards": [{"name": "numeric_answer"}, {"name": "judge"}]}
+    teacher = {"name": "a", "kind": "python", "model": f"{__name__}:Silent"}
+    config = {"name": "x", "model": {"path": "m"}, "data": {"train": [{"reader": "file", "path": "r"}]}}
+    config |= {"label": {"teachers": [teacher]}, "grpo": judged["settings"]}
+
+    async def go() -> None:
+        coordinator = Coordinator(judged, engine=Engine)
+        await coordinator.start()
+        policy = sender.policy(0, {"m.lora_A.weight": torch.ones(4)})
+        await coordinator.publish(note_of(policy, policy), [])
+        with pytest.raises(
+            UserError, match=r"'judge' failed on all 2 samples of step 1: no teacher .*the key has expired"
+        ):
+            await coordinator.batch(0, 0, 1)
+        coordinator._sampler._rewards.stop()
+
+    with judging(Config.model_validate(config)) as judged["judge"]:
+        asyncio.run(go())
 
 
 @pytest.mark.parametrize("served", [-1.0, -2.0])

@@ -152,6 +152,20 @@ def test_waiting_for_a_rate_limit_does_not_count_against_the_time_limit() -> Non
     assert found == Grades([pytest.approx(1.0)] * 16)
 
 
+@pytest.mark.slow
+def test_the_judges_of_all_shards_share_a_teachers_rate_limit() -> None:
+    with endpoint(200) as url, judging(tree(far(url, requests_per_second=2)), 4) as settings:
+        assert settings is not None
+
+        async def four_seconds() -> float:
+            clock = asyncio.get_running_loop().time
+            judge, begun = Judge(**settings), clock()
+            await judge.grades(["q"] * 3, ["x"] * 3, ["7"] * 3)
+            return clock() - begun
+
+        assert asyncio.run(four_seconds()) > 3.9  # each of four sends half a request per second
+
+
 def test_a_grade_is_expected_under_the_teachers_probabilities() -> None:
     assert expected_grade([math.log(0.25), math.log(0.5), math.log(0.25)]) == pytest.approx(0.5)
     assert expected_grade([math.log(0.25) + 3, math.log(0.75) + 3]) == pytest.approx(0.75)

@@ -109,8 +109,11 @@ def expected_grade(log_probs: Sequence[float]) -> float:
 
 
 @contextmanager
-def judging(config: Config) -> Iterator[dict[str, Any] | None]:
+def judging(config: Config, actors: int = 1) -> Iterator[dict[str, Any] | None]:
     """Host the judge's teachers while the block runs; yields the arguments of `Judge`, or None without a judge.
+
+    Args:
+        actors: judges at work, which share each teacher's rate limit.
 
     Raises:
         UserError: none of them runs.
@@ -119,7 +122,7 @@ def judging(config: Config) -> Iterator[dict[str, Any] | None]:
         yield None
         return
     settings, teachers = config.grpo.judge, config.judges
-    own = {"strategy": "vote", "quorum": 1, "workers": 1, "prompt": VotePrompt(choice=settings.choice)}
+    own = {"strategy": "vote", "quorum": 1, "workers": actors, "prompt": VotePrompt(choice=settings.choice)}
     label = config.label.model_copy(update={**own, "teachers": teachers, "timeout_s": settings.time_limit_s})
     panel = config.model_copy(update={"name": f"{config.name}-judge", "label": label})
     keys = secrets(teachers)
