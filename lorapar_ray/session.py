@@ -12,7 +12,7 @@ from typing import Any
 
 from lorapar_ray.errors import UserError
 from lorapar_ray.interrupts import terminable
-from lorapar_ray.ray_files import ENGINE_FILES, local_files
+from lorapar_ray.ray_files import ENGINE_FILES, RayFiles, local_files
 from lorapar_ray.replaced import replaced
 from lorapar_ray.text import one_line
 from lorapar_ray.threads import in_a_thread
@@ -24,6 +24,8 @@ JOIN_TIMEOUT_S = 120
 ONE_MACHINE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
 """The driver's own machine is never drained, so no process needs to watch for that; and polling a few workers twice a
 second is cheap."""
+START_TRIES = 2
+"""Ray waits half a minute for its raylet, and takes ports that another Ray may take at the same moment."""
 LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 QUIET = {LOG_LEVEL: "fatal"}
 """Ray's C++ code prints its errors directly to the terminal, such as a warning about any actor pool of Ray Data. Errors
@@ -100,6 +102,24 @@ def _local(logs: dict[str, Any]) -> Iterator[None]:
         stack.enter_context(_loopback_only())
         stack.enter_context(_environment(ONE_MACHINE | {ENGINE_FILES: str(files.sockets.parent)}))
         stack.enter_context(_without_helpers(keep_logs=logs["log_to_driver"]))
+        _start(files, logs)
+        _started_here = True
+        try:
+            yield
+        finally:
+            _started_here = False
+            ray.shutdown()
+
+
+def _start(files: RayFiles, logs: dict[str, Any]) -> None:
+    """Start Ray on this machine, in `START_TRIES` tries.
+
+    Raises:
+        UserError: it does not start.
+    """
+    import ray
+
+    for left in reversed(range(START_TRIES)):
         try:
             with _quiet(logs):
                 ray.init(
@@ -109,17 +129,14 @@ def _local(logs: dict[str, Any]) -> Iterator[None]:
                     object_spilling_directory=str(files.spilled),
                     **logs,
                 )
-        except _NO_RAY as error:
-            raise UserError(
-                f"Ray could not start on this machine with its files in '{files.sockets}' ({one_line(error, 120)}); "
-                "RAY_TMPDIR names another place for them; try `lorapar doctor`"
-            ) from error
-        _started_here = True
-        try:
-            yield
-        finally:
-            _started_here = False
+            return
+        except Exception as error:  # Ray raises errors of many kinds, and a bare Exception
             ray.shutdown()
+            if not left:
+                raise UserError(
+                    f"Ray could not start on this machine with its files in '{files.sockets}' "
+                    f"({one_line(error, 120)}); RAY_TMPDIR names another place for them; try `lorapar doctor`"
+                ) from error
 
 
 _NO_RAY = (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError, AssertionError)

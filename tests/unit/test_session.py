@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -169,6 +170,29 @@ def test_a_port_that_is_no_ray_is_one_line_in_time(
     monkeypatch.setattr(session, "CONNECT_TIMEOUT_S", 2)
     with pytest.raises(UserError, match=f"no Ray at RAY_ADDRESS={address}.*is not a Ray c"), session.ray_session():
         pass
+
+
+def test_ray_is_started_again_once_and_then_the_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault injection: Ray raises a bare Exception where its raylet does not answer in time."""
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    for failures in (1, 2):
+        tries: list[str] = []
+
+        def init(tries: list[str] = tries, failures: int = failures, **options: Any) -> None:
+            tries.append(options["address"])
+            if len(tries) <= failures:
+                raise Exception("The current node timed out during startup.\nSee its logs")
+
+        monkeypatch.setattr("ray.init", init)
+        if failures == 1:
+            with session.ray_session():
+                assert tries == ["local", "local"]
+            continue
+        with (
+            pytest.raises(UserError, match=r"Ray could not start on this machine .* \(The current node timed out"),
+            session.ray_session(),
+        ):
+            raise AssertionError("there is no Ray")
 
 
 def test_a_port_where_nobody_listens_is_one_line(monkeypatch: pytest.MonkeyPatch, silent_server: str) -> None:
