@@ -1,16 +1,18 @@
-"""The directory of an engine's temporary files: vLLM's sockets and rendezvous, and notes on a failed start.
+"""The directory of the engines of a process: sockets of vLLM and of the fork server, notes on a failed start.
 
 vLLM would put them into `$TMPDIR` itself and, since an engine's processes are killed, leave them there. Here each
-engine has a private directory; the next one on the machine removes those of dead engines. A local Ray holds them in a
-directory of its own, which is deleted when it ends.
+process that starts engines has a private directory; the next one on the machine removes those of dead ones. A local Ray
+holds them in a directory of its own, which is deleted when it ends.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 
 from lorapar_ray.private_directory import PREFIX, private_directory
@@ -19,10 +21,14 @@ from lorapar_ray.ray_files import ENGINE_FILES, RANDOM, SHORT_ROOTS, SOCKET_BYTE
 LONGEST_ROOT = SOCKET_BYTES - len(f"/{PREFIX}/") - RANDOM - len("01234567-89ab-cdef-0123-456789abcdef")
 """Bytes of a directory that may hold ours, with vLLM's sockets in it."""
 
+_open = ExitStack()
+atexit.register(_open.close)
 
-def engine_folder() -> AbstractContextManager[Path]:
-    """A new directory for one engine, as long as this process uses it."""
-    return private_directory(_root(Path(os.environ.get(ENGINE_FILES) or tempfile.gettempdir())))
+
+@cache
+def engine_folder() -> Path:
+    """A directory for the engines of this process, as long as it lives."""
+    return _open.enter_context(private_directory(_root(Path(os.environ.get(ENGINE_FILES) or tempfile.gettempdir()))))
 
 
 @contextmanager

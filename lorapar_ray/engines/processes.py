@@ -7,7 +7,6 @@ forked from it; so is the process in which vLLM inspects an unknown model's clas
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import multiprocessing
 import os
@@ -15,7 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -34,10 +33,6 @@ UNUSABLE = "unusable"
 CUDA_NOT_INITIALIZED = 3
 """The CUDA driver's error in a child of a process that had initialised CUDA."""
 
-_in_use = ExitStack()
-"""Directories of the engines that this process has started."""
-atexit.register(_in_use.close)
-
 
 def start_async_llm(arguments: Mapping[str, Any], phases: Phases, where: str) -> Any:
     """A running `vllm.AsyncLLM`; `arguments` take precedence over `platform_arguments`.
@@ -51,19 +46,16 @@ def start_async_llm(arguments: Mapping[str, Any], phases: Phases, where: str) ->
         UserError: vLLM cannot serve the model, or not with these settings.
     """
     forks = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") != "spawn"
-    with ExitStack() as stack:
-        folder = stack.enter_context(engine_folder())
-        with refusing(str(arguments["model"]), where, folder if forks else None), sockets_in(folder):
-            engine = _start(arguments, phases, folder, forks)
-        _in_use.push(stack.pop_all())
-        return engine
+    own = Path(tempfile.mkdtemp(dir=engine_folder()))  # notes on one failed start say nothing about the next
+    with refusing(str(arguments["model"]), where, own if forks else None), sockets_in(engine_folder()):
+        return _start(arguments, phases, own, forks)
 
 
 def _start(arguments: Mapping[str, Any], phases: Phases, folder: Path, forks: bool) -> Any:
     """As `start_async_llm`; a forked process writes the reason of its end to `folder`."""
     with phases.phase("importing vLLM"), without_collecting():
         if forks:
-            begin_to_import(folder)
+            begin_to_import(engine_folder())
         from vllm import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM

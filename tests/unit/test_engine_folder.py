@@ -1,34 +1,53 @@
-"""Where an engine's temporary files lie, and how long."""
+"""Where the temporary files of a process's engines lie, and how long."""
 
 import os
+import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from lorapar_ray.engines import folder
 from lorapar_ray.engines.folder import LONGEST_ROOT, engine_folder, sockets_in
 from lorapar_ray.ray_files import ENGINE_FILES
 
 
-def test_an_engine_has_a_private_directory_for_its_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
+    """A process that has no folder yet; closing it is the end of the process."""
+    with ExitStack() as stack:
+        monkeypatch.setattr(folder, "_open", stack)
+        engine_folder.cache_clear()
+        yield stack
+    engine_folder.cache_clear()
+
+
+def test_engines_have_a_private_directory_for_their_sockets(ends: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
     short = Path(tempfile.mkdtemp(dir="/tmp"))
     monkeypatch.setenv(ENGINE_FILES, str(short))
-    with engine_folder() as folder, engine_folder() as other:
-        assert folder != other and folder.parent == other.parent == short
-        assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IRWXU
-        with sockets_in(folder):
-            assert os.environ[ENGINE_FILES] == str(folder)
-        assert os.environ[ENGINE_FILES] == str(short)
+    own = engine_folder()
+    assert own.parent == short and engine_folder() == own
+    assert stat.S_IMODE(own.stat().st_mode) == stat.S_IRWXU
+    with sockets_in(own):
+        assert os.environ[ENGINE_FILES] == str(own)
+    assert os.environ[ENGINE_FILES] == str(short)
+    ends.close()
     short.rmdir()  # nothing is left in it
 
 
-def test_a_directory_with_a_long_path_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_with_a_long_path_is_not_used(
+    ends: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     long = tmp_path / ("job." + "4711" * 20)
     long.mkdir()
     monkeypatch.delenv(ENGINE_FILES, raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(long))
-    with engine_folder() as folder, sockets_in(folder):
-        assert len(os.fsencode(folder.parent)) <= LONGEST_ROOT
+    own = engine_folder()
+    with sockets_in(own):
+        assert len(os.fsencode(own.parent)) <= LONGEST_ROOT
         assert not list(long.iterdir())
     assert ENGINE_FILES not in os.environ
+    shutil.rmtree(own)
