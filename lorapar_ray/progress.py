@@ -67,16 +67,17 @@ def progress(what: str, total: int, poll: Callable[[], tuple[int, str]]) -> Iter
     """
     stop = threading.Event()
     draw = _bar if console.is_terminal else _lines
-    note = _note.get()
-    if note is not None:
-        threading.Thread(target=_note_down, args=(*note, what, total, poll, stop), daemon=True).start()
-    painter = threading.Thread(target=draw, args=(what, total, poll, stop), daemon=True)
-    painter.start()
+    threads = [threading.Thread(target=draw, args=(what, total, poll, stop), daemon=True)]
+    if (note := _note.get()) is not None:
+        threads.append(threading.Thread(target=_note_down, args=(*note, what, total, poll, stop), daemon=True))
+    for thread in threads:
+        thread.start()
     try:
         yield
     finally:
         stop.set()
-        painter.join()
+        for thread in threads:  # a note that is still being written would outlive the work
+            thread.join()
 
 
 def _note_down(
