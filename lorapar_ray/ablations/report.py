@@ -11,6 +11,7 @@ from lorapar_ray.ablations.results import Outcome, decide, read_outcome, summari
 from lorapar_ray.ablations.retention import Point, compare, joined, markdown, read_point
 from lorapar_ray.ablations.sequence import Course, read_course
 from lorapar_ray.ablations.units import Unit
+from lorapar_ray.config_file import load_config
 from lorapar_ray.files import atomic_path
 
 PAGE = "index.html"
@@ -97,7 +98,7 @@ def chosen_rates(plan: Plan) -> dict[str, float]:
     """The learning rate with the lowest validation loss, by arm; arms with an unfinished sweep are left out."""
     if not plan.sweeps:
         return {}
-    best = any(unit.config.sft.validation > 0 for unit in plan.units({}))
+    best = load_config(plan.file, plan.overrides).sft.validation > 0  # no arm sets it
     losses: dict[str, dict[float, float]] = {}
     for unit in plan.sweeps:
         assert unit.rate is not None

@@ -111,7 +111,7 @@ def sweep(
 
 
 def main_runs(
-    arms: Iterable[Arm],
+    arms: Sequence[Arm],
     file: Path,
     overrides: Sequence[str],
     out: Path,
@@ -126,16 +126,16 @@ def main_runs(
         every_stage: evaluate every adapter that training leaves, not only the last.
     """
     units: list[Unit] = []
-    folders = [out / f"{arm.name}-{seed}" for arm in arms for seed in seeds]
-    with_base = [folder for folder in folders if _has_base(folder)] or folders[:1]
+    folders = {(arm.name, seed): out / f"{arm.name}-{seed}" for arm in arms for seed in seeds}
+    with_base = [each for each, folder in folders.items() if _has_base(folder)] or list(folders)[:1]
     for arm in arms:
         changes = changes_of(arm, file, overrides, rates.get(arm.name, 1.0))
         for seed in seeds:
             plain = _sharing_votes(load_config(file, merged(changes, [f"seed={seed}", "evaluate.models=null"])), out)
-            trained, folder = plain.trained if every_stage else [plain.order[-1]], out / f"{arm.name}-{seed}"
-            asked = ["base", *trained] if folder in with_base else trained
+            trained = plain.trained if every_stage else [plain.order[-1]]
+            asked = ["base", *trained] if (arm.name, seed) in with_base else trained
             config = plain.model_copy(update={"evaluate": plain.evaluate.model_copy(update={"models": asked})})
-            units.append(Unit(arm.name, seed, config, folder))
+            units.append(Unit(arm.name, seed, config, folders[arm.name, seed]))
     return units
 
 
