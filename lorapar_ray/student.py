@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,15 @@ def device() -> Any:
     except RuntimeError:  # not inside a training worker
         return torch.device("cuda")
     return get_device()
+
+
+def free_model_memory() -> None:
+    """Give a GPU the memory of models that nothing refers to any more, before another one is loaded."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def load_tokenizer(path: str, model: ModelConfig) -> Any:

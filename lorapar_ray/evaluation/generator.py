@@ -6,7 +6,6 @@ either. Slower than an engine by several times, and the same question gets the s
 
 from __future__ import annotations
 
-import gc
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,16 +29,13 @@ class Generator:
 
     def load(self, adapter: str | None) -> None:
         """Answer with `adapter`, a folder as PEFT saves it, here or in an object store, from now on; None: the base."""
-        import torch
         from peft import PeftModel
         from transformers import GenerationConfig
 
-        from lorapar_ray.student import load_base
+        from lorapar_ray.student import free_model_memory, load_base
 
         self._model = None  # two models may not fit
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_model_memory()
         base = load_base(self._settings, self._base)
         base.generation_config = GenerationConfig()  # as for an engine: no penalties or bounds of the model's own
         encoder = load_encoder(resolve_model(self._base), None, self._settings.trust_remote_code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -81,17 +80,15 @@ def _find_adapter(job: ScoreJob, rank: int, world: int) -> None:
 
 
 def _warm_up(job: ScoreJob, rank: int, world: int) -> None:
-    import torch
     import torch.distributed as dist
 
     from lorapar_ray.sft.worker import train_worker
+    from lorapar_ray.student import free_model_memory
 
     assert job.warm_up is not None
     _say(job, rank, "warm-up")
     train_worker(job.warm_up)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_model_memory()
     publish()
     if world > 1:
         dist.barrier()  # rank 0 writes the adapter
