@@ -1,11 +1,12 @@
 """Replaces redundant work of vLLM's CPU path on one engine's objects; runs inside vLLM's worker.
 
-Three replacements; the first two save nearly half of a decoding step of a small model:
+The first two save nearly half of a decoding step of a small model:
 
 - Seeded sampling draws a random number for every vocabulary entry of each sequence (and again for the whole batch). One
   number per sequence, compared with the cumulative distribution, samples the same distribution.
 - A float32 output head with bfloat16 weights casts all weights at every step. Here the cast weights are kept.
 - Prompt log-probabilities are computed for the whole prompt; an evaluation needs only those of a short continuation.
+- LoRA products copy an adapter's matrices for each token (`lora_products.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from lorapar_ray.cpu.lora_products import replace_lora_products
 
 Generators = dict[int, torch.Generator]
 SCORED_FROM = "lorapar_scored_from"
@@ -32,6 +35,7 @@ def lighten(model_runner: Any) -> None:
         processor._apply_head = Float32Head()
     if hasattr(model_runner, "_get_prompt_logprobs_dict") and hasattr(model_runner, "num_prompt_logprobs"):
         model_runner._get_prompt_logprobs_dict = WantedPromptLogprobs(model_runner)
+    replace_lora_products(getattr(model_runner, "model", None))
 
 
 def sample_and_logprobs(
