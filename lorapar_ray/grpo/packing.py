@@ -130,7 +130,8 @@ def pack_arms(
                 length = max(0, len(sample.token_ids) - 1)
                 ids.append(sample.token_ids[:length])
                 positions.append(np.arange(start, start + length))
-                predicting = np.append(prompt[-1], np.arange(width, width + length))[: len(sample.token_ids)]
+                # without a common prompt, nothing predicts the first token, and `_sampled` leaves it out
+                predicting = np.append(prompt.stop - 1, np.arange(width, width + length))[: len(sample.token_ids)]
                 columns.append(_sampled(sample, predicting))
                 own.append(range(width, width + length))
                 width += length

@@ -39,6 +39,7 @@ from lorapar_ray.grpo.packing import micro_batches, pack, packed_logprobs, pad
 from lorapar_ray.grpo.rewards import RewardBatch, reading
 from lorapar_ray.grpo.rewards.reading import Reader, Request
 from lorapar_ray.grpo.rollouts import Rollouts
+from lorapar_ray.grpo.samples import Sample
 from lorapar_ray.models import resolve_model
 from lorapar_ray.packed_attention import use_packed_attention
 from tests.unit.test_packed_learner import CPU, frozen_head
@@ -169,6 +170,29 @@ def test_an_environments_tokens_are_read_but_neither_predicted_nor_counted() -> 
         torch.testing.assert_close(found_BT, expected_BT, atol=2e-5, rtol=1e-4)
         assert rows.mask_BT.sum(1).tolist() == [4, 6] and rows.tokens_N.tolist() == [9, 8, 8, 9, 30, 31, 32, 32, 31, 30]
         assert not set(rows.tokens_N.tolist()) & {40, 41}
+
+
+def test_samples_without_a_common_prompt_are_packed() -> None:
+    """Two groups: the one without a common prompt may be the row's first, or follow another."""
+    records = []
+    for prompts in (([5, 6], [7, 8]), ([9, 6], [9, 8]), ([11], [12, 13])):
+        trajectories = [Trajectory(prompt, Limits(16, 64, 96)) for prompt in prompts]
+        for number, trajectory in enumerate(trajectories):
+            said = [30, 31, 32][: number + 1]
+            trajectory.take(said, [-1.0] * len(said), Turn(said, True, 0))
+        records.append(as_record(trajectories, []))
+    assert [record.head.prompt_tokens for record in records] == [0, 1, 0]
+    groups = []
+    for record in records:
+        found = zip(record.completions(), record.masks(), strict=True)
+        groups.append([Sample(record.prompt_ids, *one, 1.0, True, 0, sampled) for one, sampled in found])
+    padded, packed = pad(sum(groups, []), 0, CPU), pack(groups, CPU)
+    model = frozen_head(tiny())
+    expected, _ = packed_logprobs(TokenScorer(model), padded, temperature=1.0)
+    assert use_packed_attention(model)
+    ours, _ = packed_logprobs(TokenScorer(model), packed, temperature=1.0)
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
+    assert packed.tokens_N.tolist() == padded.tokens_N.tolist() == [30, 30, 31] * 3
 
 
 def test_only_a_trajectory_without_room_is_truncated() -> None:
