@@ -166,7 +166,8 @@ def run_learners(
     settings, name = first.config.grpo, first.job.coordinator
     if settings.policy_transport == "direct":
         on_a_worker(require_nixl)  # before minutes of starting engines
-    options = {"name": name, "max_concurrency": 1000, "max_restarts": RESTARTS}
+    # every learner waits in a call for its batch; pings and policies must not wait behind them
+    options = {"name": name, "max_concurrency": 10_000, "max_restarts": RESTARTS}
     with nullcontext() if staying else reserved(first.config) as place:
         handed = HandedEngines(dict(enumerate(staying)), partial(new_engine, plan, None)) if staying else None
         actor = ray.remote(coordinator).options(**beside_the_driver(), **options).remote(plan, handed, place)
