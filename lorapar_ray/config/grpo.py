@@ -214,7 +214,7 @@ class GrpoConfig(Section):
     and when its node is lost the others take over its samples. None: always `rollout_actors`."""
     rollout_shards: Operation[PositiveInt | Literal["auto"]] = "auto"
     """Processes that send requests to engines and reward workers, each with its part of them. `auto`: one for every 64
-    engines, if there are as many reward workers."""
+    engines (`max_rollout_actors`), if there are as many reward workers; else the stage says what limits it."""
     rollout_time_limit_s: Operation[PositiveFloat] = 900.0
     """Time limit for an engine's heartbeat, and for loading and checking a policy. An engine that exceeds it is
     replaced. The time of its groups does not count."""

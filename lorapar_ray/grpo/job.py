@@ -29,11 +29,11 @@ from lorapar_ray.grpo.placement import reserved, without_a_bundle
 from lorapar_ray.grpo.rewards.judge import judging
 from lorapar_ray.grpo.rewards.registry import require_rewards
 from lorapar_ray.grpo.sampler import new_engine
-from lorapar_ray.grpo.shards import shard_count
+from lorapar_ray.grpo.shards import shard_count, too_few_shards
 from lorapar_ray.grpo.staying import staying_engines
 from lorapar_ray.grpo.worker import GrpoJob, learn_worker
 from lorapar_ray.mergeable import not_in_the_files, unmergeable
-from lorapar_ray.progress import progress, training_progress
+from lorapar_ray.progress import console, progress, training_progress
 from lorapar_ray.room import Others
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.job import residual
@@ -166,6 +166,8 @@ def run_learners(
     settings, name = first.config.grpo, first.job.coordinator
     if settings.policy_transport == "direct":
         on_a_worker(require_nixl)  # before minutes of starting engines
+    if few := too_few_shards(settings):
+        console.print(f"  {few}")
     # every learner waits in a call for its batch; pings and policies must not wait behind them
     options = {"name": name, "max_concurrency": 10_000, "max_restarts": RESTARTS}
     with nullcontext() if staying else reserved(first.config) as place:

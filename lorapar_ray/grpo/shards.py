@@ -96,7 +96,23 @@ def shard_count(settings: GrpoConfig) -> int:
     """How many samplers a run has; 1: the coordinator's own."""
     if settings.rollout_shards != "auto":
         return settings.rollout_shards
-    return min(ceil(settings.rollout_actors / ENGINES_EACH), settings.most_shards)
+    return min(_wanted(settings), settings.most_shards)
+
+
+def too_few_shards(settings: GrpoConfig) -> str | None:
+    """What limits the number of samplers, if `auto` gives fewer than so many engines need."""
+    count, wanted = shard_count(settings), _wanted(settings)
+    if settings.rollout_shards != "auto" or count == wanted:
+        return None
+    fields = ["rollout_actors", "reward_workers", *(["environment_workers"] if settings.environment else [])]
+    few = [f"grpo.{field} ({getattr(settings, field)})" for field in fields if getattr(settings, field) < wanted]
+    return (
+        f"the engines need {wanted} processes that send requests and get {count}; raise {' and '.join(few)} to {wanted}"
+    )
+
+
+def _wanted(settings: GrpoConfig) -> int:
+    return ceil((settings.rollout_actors + settings.extra_rollout_actors) / ENGINES_EACH)
 
 
 def parts_of(plan: dict[str, Any], count: int) -> list[dict[str, Any]]:

@@ -186,7 +186,8 @@ def test_samples_without_a_common_prompt_are_packed() -> None:
     for record in records:
         found = zip(record.completions(), record.masks(), strict=True)
         groups.append([Sample(record.prompt_ids, *one, 1.0, True, 0, sampled) for one, sampled in found])
-    padded, packed = pad(sum(groups, []), 0, CPU), pack(groups, CPU)
+    padded = pad([sample for group in groups for sample in group], 0, CPU)
+    packed = pack(groups, CPU)
     model = frozen_head(tiny())
     expected, _ = packed_logprobs(TokenScorer(model), padded, temperature=1.0)
     assert use_packed_attention(model)

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from lorapar_ray.config import GrpoConfig
-from lorapar_ray.grpo.shards import parts_of, shard_count
+from lorapar_ray.grpo.shards import parts_of, shard_count, too_few_shards
 
 
 @pytest.mark.parametrize(
@@ -14,6 +14,14 @@ def test_there_is_a_shard_for_every_64_engines_if_each_has_a_reward_worker(
     engines: int, rewards: int, wanted: int
 ) -> None:
     assert shard_count(GrpoConfig(rollout_actors=engines, reward_workers=rewards)) == wanted
+
+
+def test_engines_that_may_join_count_and_a_limit_is_named() -> None:
+    settings = GrpoConfig(rollout_actors=64, max_rollout_actors=256, reward_workers=4)
+    assert shard_count(settings) == 4 and too_few_shards(settings) is None
+    few = too_few_shards(GrpoConfig(rollout_actors=256))
+    assert few is not None and "need 4" in few and "get 1; raise grpo.reward_workers (1) to 4" in few
+    assert too_few_shards(GrpoConfig(rollout_actors=256, rollout_shards=1)) is None
 
 
 def test_every_engine_and_worker_belongs_to_one_shard() -> None:
