@@ -16,6 +16,8 @@ MIN_MEMORY_GIB = 14
 MIN_DISK_GIB = 10
 INSTALL = "in a clone: `make setup` for a CPU, pip install '.[gpu]' for GPUs"
 
+FOR_GPUS = "for GPUs install requirements/gpu.txt in a new environment (docs/clusters.md)"
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -80,12 +82,16 @@ def _vllm() -> Finding:
 def _device() -> Finding:
     import torch
 
+    from lorapar_ray.gpu_memory.device import installed_gpus
     from lorapar_ray.precision import torch_dtype
+    from lorapar_ray.versions import uses_gpus
 
-    if torch.cuda.is_available():
+    if uses_gpus() and torch.cuda.is_available():
         return Finding("device", True, f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}")
     dtype = str(torch_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
-    return Finding("device", True, f"CPU ({torch.backends.cpu.get_cpu_capability()}), computes in {dtype}; no GPU")
+    unused = 0 if uses_gpus() else len(installed_gpus())
+    gpus = f"{unused} GPU unused: this is the install for a CPU; {FOR_GPUS}" if unused else "no GPU"
+    return Finding("device", True, f"CPU ({torch.backends.cpu.get_cpu_capability()}), computes in {dtype}; {gpus}")
 
 
 def _cores() -> Finding:
