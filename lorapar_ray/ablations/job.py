@@ -10,6 +10,7 @@ from pathlib import Path
 from lorapar_ray.ablations.at_once import AT_ONCE, batches, run_at_once
 from lorapar_ray.ablations.plan import Plan
 from lorapar_ray.ablations.report import PAGE, chosen_rates, report
+from lorapar_ray.ablations.retention import require_skills_of
 from lorapar_ray.ablations.sharing import SHARED, borrow, borrow_sums
 from lorapar_ray.ablations.units import Unit
 from lorapar_ray.errors import UserError
@@ -29,21 +30,21 @@ def run_plan(plan: Plan, *, verbose: bool = False) -> list[str]:
     failed: list[str] = []
     plan.out.mkdir(parents=True, exist_ok=True)
     sweeps = plan.sweeps
-    for _ in _run_all(sweeps, plan.out, failed, verbose):
+    for _ in _run_all(sweeps, plan, failed, verbose):
         pass
     rates = chosen_rates(plan)
     units = [unit for unit in plan.units(rates) if not sweeps or unit.arm in rates]
     for arm in plan.arms:
         if sweeps and arm.name not in rates:
             console.print(f"{arm.name}: its sweep is not finished, so its learning rate is unknown and it is skipped")
-    for _ in _run_all(units, plan.out, failed, verbose):
+    for _ in _run_all(units, plan, failed, verbose):
         report(plan, failed)
     console.print(report(plan, failed))
     console.print(f"the page: {plan.out / PAGE}")
     return failed
 
 
-def _run_all(units: Sequence[Unit], out: Path, failed: list[str], verbose: bool) -> Iterator[None]:
+def _run_all(units: Sequence[Unit], plan: Plan, failed: list[str], verbose: bool) -> Iterator[None]:
     """Run unfinished units; yields after each batch of runs."""
     due = [unit for unit in units if not unit.finished]
     with ray_session(verbose) if due else nullcontext():
@@ -53,11 +54,11 @@ def _run_all(units: Sequence[Unit], out: Path, failed: list[str], verbose: bool)
                 f"[{done + 1}–{done + len(group)}/{len(due)}]" if len(group) > 1 else f"[{done + 1}/{len(due)}]"
             )
             done += len(group)
-            _run_batch(group, out, failed)
+            _run_batch(group, plan, failed)
             yield
 
 
-def _run_batch(units: Sequence[Unit], out: Path, failed: list[str]) -> None:
+def _run_batch(units: Sequence[Unit], plan: Plan, failed: list[str]) -> None:
     """Run the units' stages, those of `AT_ONCE` together; later stages leave out a unit that failed."""
     parts = {unit.title: unit.parts(AT_ONCE if len(units) > 1 else ()) for unit in units}
     going = list(units)
@@ -66,23 +67,23 @@ def _run_batch(units: Sequence[Unit], out: Path, failed: list[str]) -> None:
         if number:
             firsts = {unit.title: parts[unit.title][number][0] for unit in due}
             for stage in dict.fromkeys(firsts.values()):
-                run_at_once([unit for unit in due if firsts[unit.title] == stage], stage, _siblings(out))
-        lost = [unit for unit in due if not _run_part(unit, parts[unit.title][number], out, failed)]
+                run_at_once([unit for unit in due if firsts[unit.title] == stage], stage, _siblings(plan.out))
+        lost = [unit for unit in due if not _run_part(unit, parts[unit.title][number], plan, failed)]
         going = [unit for unit in going if unit not in lost]
 
 
-def _run_part(unit: Unit, stages: Sequence[str], out: Path, failed: list[str]) -> bool:
+def _run_part(unit: Unit, stages: Sequence[str], plan: Plan, failed: list[str]) -> bool:
     """Run some stages of a unit; returns whether they finished. An error is recorded, and other arms continue."""
     if not stages:
         return True
     console.print(unit.title)
     try:
         unit.run.open(unit.config)
-        _run(unit, out, stages)
+        _run(unit, plan, stages)
     except UserError as error:
         said = one_line(error, 300)
     except Exception as error:  # a bug of this project or of a library
-        file = out / "failures" / f"{unit.folder.name}.txt"
+        file = plan.out / "failures" / f"{unit.folder.name}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(redact(traceback.format_exc()))
         said = f"{type(error).__name__}: {one_line(error, 200)} (the full error is in '{file}')"
@@ -98,13 +99,19 @@ def _siblings(out: Path) -> list[Path]:
     return sorted(each.parent for each in out.glob("**/manifest.json"))
 
 
-def _run(unit: Unit, out: Path, stages: Sequence[str]) -> None:
-    run = unit.run
-    siblings = _siblings(out)
+def _run(unit: Unit, plan: Plan, stages: Sequence[str]) -> None:
+    siblings = _siblings(plan.out)
     for name in stages:
-        if name in SHARED and borrow(unit.config, run, name, siblings):
-            console.print(f"  {name} is a copy")
-            continue
-        if name == "score" and borrow_sums(unit.config, run, siblings):
-            console.print("  score uses the sums of a run with another criterion")
-        run_stage(unit.config, run, name)
+        _run_stage(unit, name, siblings)
+        if name == "label" and plan.grid.lines:
+            require_skills_of(unit.run.labels, unit.config)
+
+
+def _run_stage(unit: Unit, name: str, siblings: list[Path]) -> None:
+    run = unit.run
+    if name in SHARED and borrow(unit.config, run, name, siblings):
+        console.print(f"  {name} is a copy")
+        return
+    if name == "score" and borrow_sums(unit.config, run, siblings):
+        console.print("  score uses the sums of a run with another criterion")
+    run_stage(unit.config, run, name)

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lorapar_ray.ablations.grids import GRIDS, Arm, Grid
+from lorapar_ray.ablations.retention import require_tasks
 from lorapar_ray.ablations.sequence import require_skills
 from lorapar_ray.ablations.units import Unit, main_runs, sweep
 from lorapar_ray.config_file import load_config
@@ -96,6 +97,8 @@ def make_plan(
     units = plan.units({})
     if chosen.sequence:
         require_skills(units[0].config)
+    if chosen.lines:
+        require_tasks(units[0].config)
     for unit in [*plan.sweeps, *units]:
         try:
             check(unit.config, unit.stages)

@@ -19,6 +19,8 @@ from lorapar_ray.ablations.grids import Claim, sentence
 from lorapar_ray.ablations.results import ENDINGS, Found, over_seeds, shown_interval
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.rows import read_table
+from lorapar_ray.datasets.sources import task_of
+from lorapar_ray.errors import UserError
 
 Skills = dict[int, float]
 """Accuracy on each System's test rows."""
@@ -48,6 +50,47 @@ class Kept:
     gains: tuple[float, ...]
     """The gain at which each seed was compared."""
     sentence: str
+
+
+def require_tasks(config: Config) -> None:
+    """Check that both Systems may have a task whose skill can be measured.
+
+    Raises:
+        UserError: labels do not follow the questions, both stages train one System, or fewer than two tasks are both
+            trained and tested.
+    """
+    label = config.label
+    if label.strategy == "random" or label.shuffled:
+        cause = "label.shuffled: true" if label.shuffled else "label.strategy: random"
+        raise UserError(f"{cause}: a task's System would be arbitrary, so no skill can be measured; use other labels")
+    if config.sft.systems[0] == config.grpo.systems[0]:
+        raise UserError("sft.systems and grpo.systems begin with the same System; this grid needs two different ones")
+    trained, tested = ({task_of(source) for source in part} for part in (config.data.train, config.data.test))
+    if len(both := sorted(trained & tested)) < 2:
+        raise UserError(
+            f"data: a skill is the accuracy on a task, and {_tasks(both)} in both data.train and data.test; "
+            "this grid needs two or more, such as those of quickstart.yaml"
+        )
+
+
+def _tasks(names: Sequence[str]) -> str:
+    return f"only '{names[0]}' is" if names else "no task is"
+
+
+def require_skills_of(labels: Path, config: Config) -> None:
+    """Check that each of the two stages has a task of its System, before anything trains.
+
+    Raises:
+        UserError: a System has no task with most of its questions.
+    """
+    found = systems_of_tasks(labels)
+    for system in (config.sft.systems[0], config.grpo.systems[0]):
+        if system not in found.values():
+            tasks = ", ".join(f"'{task}' {own}" for task, own in sorted(found.items()))
+            raise UserError(
+                f"label: most questions of no task are System {system} ({tasks}), so its skill cannot be measured; "
+                "choose other tasks, or give each entry of data.train its system (label.strategy: source)"
+            )
 
 
 def systems_of_tasks(labels: Path) -> dict[str, int]:

@@ -48,6 +48,15 @@ def _rows(source: Source, where: str) -> Iterator[Row | Lost]:
     return _file(source, where)
 
 
+def task_of(source: Source) -> str:
+    """The task of all rows of a source, as `Row.task` has it."""
+    if isinstance(source, ReasoningGymSource):
+        return source.task
+    if isinstance(source, NamedSource):
+        return source.reader
+    return source.name.rsplit("/", 1)[-1] if isinstance(source, HubSource) else Path(source.path).stem
+
+
 def _describe(source: Source) -> str:
     if isinstance(source, ReasoningGymSource):
         return source.task
@@ -74,19 +83,19 @@ def _reasoning_gym(source: ReasoningGymSource, where: str) -> Iterator[Row | Los
             prompt=str(item["question"]),
             response=str(item["answer"]),
             answer=str(item["answer"]),
-            task=source.task,
+            task=task_of(source),
             difficulty=", ".join(f"{key} {value}" for key, value in measured.items()),
             columns=columns_json(item, without="prompt"),
         )
 
 
 def _file(source: FileSource, where: str) -> Iterator[Row | Lost]:
-    return _mapped(read_records(source.path, where), source.fields, where, source.path, Path(source.path).stem)
+    return _mapped(read_records(source.path, where), source.fields, where, source.path, task_of(source))
 
 
 def _hub(source: HubSource, where: str) -> Iterator[Row | Lost]:
     records = _hub_records(source.name, source.config, source.split, where)
-    return _mapped(records, source.fields, where, source.name, source.name.rsplit("/", 1)[-1])
+    return _mapped(records, source.fields, where, source.name, task_of(source))
 
 
 def _mapped(
@@ -151,7 +160,7 @@ def _named(source: NamedSource, where: str) -> Iterator[Row | Lost]:
         except UnfitError as error:
             yield Lost(made_up, str(error), json.dumps(record, default=str))
             continue
-        yield Row(made_up, prompt, response, answer, source.reader, columns=columns_json(record, without="prompt"))
+        yield Row(made_up, prompt, response, answer, task_of(source), columns=columns_json(record, without="prompt"))
 
 
 def _hub_records(name: str, config: str | None, split: str, where: str) -> Iterator[dict[str, Any]]:

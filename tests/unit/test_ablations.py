@@ -17,7 +17,7 @@ from lorapar_ray.ablations.at_once import AT_ONCE, batches, groups_of, run_at_on
 from lorapar_ray.ablations.description import described
 from lorapar_ray.ablations.grids import GRIDS, Claim, sentence
 from lorapar_ray.ablations.job import _run_part
-from lorapar_ray.ablations.plan import make_plan
+from lorapar_ray.ablations.plan import Plan, make_plan
 from lorapar_ray.ablations.report import chosen_rates, report
 from lorapar_ray.ablations.results import Outcome, decide, mean_interval, summarise
 from lorapar_ray.ablations.sharing import borrow, borrow_sums
@@ -49,9 +49,11 @@ def test_every_arm_is_a_run_of_its_own(name: str, file: str, tmp_path: Path) -> 
         pytest.skip("its config has no teachers")
     if name == "systems":
         file = "systems.yaml"
+    if grid.lines:
+        file = "quickstart.yaml"
     plan = make_plan(name, SHIPPED / file, [], tmp_path, seeds=[1], validation=0.25)
     units = plan.units({})
-    voted = file == "gsm8k-llama2-7b.yaml"
+    voted = file in ("gsm8k-llama2-7b.yaml", "quickstart.yaml")
     assert len(units) == len(plan.arms) == sum(voted or not arm.votes for arm in grid.arms)
     assert len({json.dumps(shared_keys(unit), sort_keys=True) for unit in units}) == len(units)
     assert {claim.better for claim in grid.claims} | {claim.worse for claim in grid.claims} <= {
@@ -217,15 +219,15 @@ def test_runs_of_a_failed_group_continue_alone(
             raise RuntimeError("a defect")
 
     monkeypatch.setattr("lorapar_ray.ablations.job.run_stage", defect)
-    failed = [line for unit in units for line in reasons(unit, plan.out)]
+    failed = [line for unit in units for line in reasons(unit, plan)]
     assert asked == ["importance-1", "importance-2"]
     assert len(failed) == 1 and failed[0].startswith("importance, seed 1: RuntimeError: a defect (the full error is in")
     assert "Traceback" in (plan.out / "failures" / "importance-1.txt").read_text()
 
 
-def reasons(unit: Unit, out: Path) -> list[str]:
+def reasons(unit: Unit, plan: Plan) -> list[str]:
     failed: list[str] = []
-    assert _run_part(unit, ["label"], out, failed) is not bool(failed)
+    assert _run_part(unit, ["label"], plan, failed) is not bool(failed)
     return failed
 
 

@@ -10,10 +10,15 @@ import pytest
 
 from lorapar_ray.ablations.description import described
 from lorapar_ray.ablations.grids import GRIDS, Claim
+from lorapar_ray.ablations.job import _run_part
 from lorapar_ray.ablations.plan import make_plan
 from lorapar_ray.ablations.report import report
 from lorapar_ray.ablations.retention import Point, compare, cost_at, read_point, systems_of_tasks
 from lorapar_ray.ablations.units import Unit
+from lorapar_ray.config_file import load_config
+from lorapar_ray.datasets.rows import Row
+from lorapar_ray.datasets.sources import read_source, task_of
+from lorapar_ray.errors import UserError
 from tests.tiny_run import ROOT
 from tests.unit.finished_units import record_finished
 
@@ -98,3 +103,48 @@ def test_a_run_without_a_task_of_each_system_is_no_point(tmp_path: Path) -> None
     finish(unit, {"sft": (60, 20), "grpo": (50, 30)})
     pq.write_table(pa.table({"task": ["sum", "riddle"], "system": [1, 1]}), unit.run.labels / "part-00000.parquet")
     assert read_point(unit.folder, unit.config) is None
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "said"),
+    [
+        ("gsm8k-llama2-7b.yaml", [], "only 'gsm8k' is in both data.train and data.test; this grid needs two or more"),
+        ("quickstart.yaml", ["data.test=[{reader: svamp}]"], "no task is in both data.train and data.test"),
+        ("arithmetic.yaml", [], "label.strategy: random: a task's System would be arbitrary"),
+        ("quickstart.yaml", ["label.shuffled=true"], "label.shuffled: true: a task's System would be arbitrary"),
+        ("quickstart.yaml", ["grpo.systems=[1]"], "sft.systems and grpo.systems begin with the same System"),
+    ],
+)
+def test_a_config_without_two_skills_is_refused_before_it_trains(
+    file: str, changes: list[str], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=said):
+        make_plan("retention", CONFIG.parent / file, changes, tmp_path, seeds=[1])
+
+
+def test_labels_without_a_task_of_each_system_stop_a_run_before_it_trains(tmp_path: Path) -> None:
+    """Which System a task is, only its labels say."""
+    few = "{system: 2, reader: reasoning_gym, task: letter_counting, rows: 2, seed: 500}"
+    own = "{{system: 1, reader: reasoning_gym, task: {}, rows: 9, seed: 1}}"
+    tasks = ", ".join(own.format(task) for task in ("gcd", "letter_counting"))
+    changes = [f"data.train=[{tasks}, {few}]", f"data.test=[{tasks.replace('seed: 1', 'seed: 200')}]"]
+    changes += ["label.strategy=source", "label.teachers=[]"]
+    plan = make_plan("retention", CONFIG, changes, tmp_path, seeds=[1], only=["shared-1"])
+    [unit] = plan.units({})
+    failed: list[str] = []
+    assert not _run_part(unit, unit.stages, plan, failed)
+    assert "most questions of no task are System 2 ('gcd' 1, 'letter_counting' 1)" in failed[0]
+    assert list(unit.run.manifest()["stages"]) == ["label"]
+
+
+def test_a_sources_task_is_that_of_its_rows(tmp_path: Path) -> None:
+    (tmp_path / "own.jsonl").write_text('{"prompt": "1 + 1", "answer": "2", "question": "1 + 1", "Body": "b"}\n')
+    file = f"{{reader: file, path: {tmp_path / 'own.jsonl'}}}"
+    named = f"{{reader: boolq, path: {tmp_path / 'boolq.jsonl'}}}"
+    (tmp_path / "boolq.jsonl").write_text('{"passage": "p", "question": "q", "answer": true}\n')
+    config = load_config(
+        CONFIG, [f"data.test=[{file}, {named}, {{reader: reasoning_gym, task: gcd, rows: 1, seed: 1}}]"]
+    )
+    for source, task in zip(config.data.test, ("own", "boolq", "gcd"), strict=True):
+        [row] = read_source(source, "data.test")
+        assert isinstance(row, Row) and row.task == task_of(source) == task
