@@ -5,6 +5,7 @@ always summed together: those of one half (even or odd units) between two powers
 any size has a few parts, and the signal-or-noise control can take halves of its first 2, 4, 8 … units from them.
 
     work/score/sums-<key>/1-02-a/<writer>.safetensors     one worker's sums of part 2 (units 4 to 7), first half
+    work/score/sums-<key>/unit_size.json                  examples per unit, as when scoring began
 
 A file's metadata lists the units that are in its sums. Its writer regularly replaces it, atomically, by one with more
 units; no other worker writes it. Workers share a plan's units by number, not by what remains, so no two writers of one
@@ -22,9 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from lorapar_ray.boundary import open_tensors
+from lorapar_ray.boundary import damaged, open_tensors, read_object
 from lorapar_ray.errors import UserError
+from lorapar_ray.files import write_json
 from lorapar_ray.importance.sums import GradSums
+
+UNIT_SIZE = "unit_size.json"
+UNRECORDED = 16
+"""Examples per unit of sums without a record: earlier versions put the size into the folder's key, and this default is
+still there."""
 
 
 @dataclass(frozen=True, order=True)
@@ -68,6 +75,28 @@ class Plan:
             for unit in range(self.units(system)):
                 found.setdefault(Part(system, max(0, unit.bit_length() - 1), unit % 2), []).append(unit)
             yield from sorted(found.items())
+
+
+def settled_unit_size(folder: Path, wanted: int) -> int:
+    """Examples per unit of the sums in `folder`: as when they were begun; for new sums `wanted`, which is recorded.
+
+    So sums that were begun are continued even if `score.unit_size` is now another.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    record = folder / UNIT_SIZE
+    if not record.is_file():
+        if folder.is_dir():
+            return UNRECORDED
+        write_json(record, {"unit_size": wanted})
+    fix = f"delete '{folder}' and run `lorapar score` again: it begins anew"
+    found = read_object(record, fix)
+    with damaged(record, fix):
+        size = found["unit_size"]
+        if type(size) is not int or size < 1:
+            raise ValueError("no size of a unit")
+    return size
 
 
 def finished(folder: Path, part: Part) -> dict[Path, list[int]]:

@@ -91,7 +91,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Rest:
-    """What two workers made of the run that one had half done."""
+    """What two workers, told to use larger units, made of the run that one had half done."""
 
     run: RunDirectory
     kept: dict[Path, int]
@@ -110,7 +110,7 @@ class ByTwo:
 def by_two(finished: RunDirectory, student: Path, tmp_path_factory: pytest.TempPathFactory) -> ByTwo:
     root = tmp_path_factory.mktemp("by_two")
     runs = {name: make_run(student, root / name, **how) for name, how in LAYOUTS.items()}
-    config, run = make_run(student, root / "rest", **TWO)
+    config, run = make_run(student, root / "rest", **TWO, unit_size=5)
     shutil.copytree(finished.work / "score", run.work / "score")
     kept, lost = sums_in(run)[::2], sums_in(run)[1::2]
     for file in lost:
@@ -131,7 +131,7 @@ def require_halves(run: RunDirectory) -> None:
     assert [halves.examples for halves in load_halves(run.scores / "halves")] == [(6, 6), (12, 12), (13, 13)]
 
 
-def test_another_number_of_workers_goes_on_with_what_one_has_done(by_two: ByTwo, alone: list[Scores]) -> None:
+def test_other_numbers_of_workers_and_of_examples_per_unit_go_on_with_what_is_done(by_two: ByTwo, alone: list[Scores]) -> None:
     rest = by_two.rest
     same(scores_of(rest.run), alone)
     require_halves(rest.run)

@@ -6,9 +6,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lorapar_ray.errors import UserError
 from lorapar_ray.importance import GradSums
 from lorapar_ray.importance.halves import halves_of_parts, load_halves, save_halves
-from lorapar_ray.importance.parts import Part, PartWriter, Plan, done_units, finished, sums_of
+from lorapar_ray.importance.parts import (
+    UNIT_SIZE,
+    Part,
+    PartWriter,
+    Plan,
+    done_units,
+    finished,
+    settled_unit_size,
+    sums_of,
+)
 from lorapar_ray.importance.worker import _share, windows
 
 PLAN = Plan({1: 23, 2: 9}, unit_size=2)
@@ -99,6 +109,17 @@ def test_windows_keep_the_units_and_their_order() -> None:
     lengths = [10] * 23
     found = list(windows([0, 2, 4, 6, 8], PLAN, 1, lengths, 40))
     assert found == [[0, 2], [4, 6], [8]]
+
+
+def test_sums_keep_the_units_that_they_were_begun_with(tmp_path: Path) -> None:
+    assert settled_unit_size(tmp_path / "new", 3) == 3
+    assert settled_unit_size(tmp_path / "new", 5) == 3
+    write(tmp_path / "earlier", Part(1, 0, 0), [0])
+    assert settled_unit_size(tmp_path / "earlier", 5) == 16  # as the key of an earlier version's sums says
+    for damage in ("", "{}", '{"unit_size": 0}', '{"unit_size": "3"}'):
+        (tmp_path / "new" / UNIT_SIZE).write_text(damage)
+        with pytest.raises(UserError, match=r"unit_size.json.*begins anew"):
+            settled_unit_size(tmp_path / "new", 3)
 
 
 @pytest.mark.parametrize("units", ["3", '["a"]', "[true]", "{}", "null", "[" * 100_000, "", None])
