@@ -118,9 +118,10 @@ def require_leave(config: Config, run: RunDirectory, stages: Sequence[str], redo
     for name in stages:
         stage = PIPELINE[name]
         _require_needs(stage, config, run, {**found, **dict.fromkeys(stages, Standing("done"))})
-        if name in allowed or stage.is_view or found[name].state not in ("changed", "damaged"):
+        now = found[name].state
+        if name in allowed or stage.is_view or now not in ("changed", "damaged"):
             continue
-        if _of_these_inputs(stage, config, run) is None:
+        if restorable(stage, config, run, now) is None:
             raise UserError(_refusal(config, run, name, found))
 
 
@@ -244,11 +245,16 @@ def _require_needs(stage: Stage, config: Config, run: RunDirectory, found: dict[
             )
 
 
-def _of_these_inputs(stage: Stage, config: Config, run: RunDirectory) -> Path | None:
+def restorable(stage: Stage, config: Config, run: RunDirectory, now: str) -> Path | None:
     """Results of the present inputs in the trash, if those in place are of other inputs or incomplete.
 
     A process that is killed while it moves results leaves them incomplete.
+
+    Args:
+        now: the stage's state.
     """
+    if now not in ("changed", "damaged"):
+        return None
     inputs = inputs_of(stage, config, entries_of(config, run), run.fingerprints)
     found = trash.in_trash(run, stage.name).items()
     return next((folder for folder, each in found if each.get("inputs") == inputs), None)
@@ -256,7 +262,7 @@ def _of_these_inputs(stage: Stage, config: Config, run: RunDirectory) -> Path | 
 
 def _take_back(stage: Stage, config: Config, run: RunDirectory, now: str) -> bool:
     """Whether results of the present inputs were in the trash and have been restored."""
-    folder = _of_these_inputs(stage, config, run) if now in ("changed", "damaged") else None
+    folder = restorable(stage, config, run, now)
     if folder is None:
         return False
     if now == "changed":

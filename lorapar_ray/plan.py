@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
+from lorapar_ray import trash
 from lorapar_ray.config import Config
-from lorapar_ray.pipeline import PIPELINE, dependents, stages_of, standings
+from lorapar_ray.pipeline import PIPELINE, dependents, restorable, stages_of, standings
 from lorapar_ray.runs import RunDirectory
+from lorapar_ray.standing import Standing
 
 WORDS = {
     "done": "done",
@@ -18,30 +20,48 @@ WORDS = {
 }
 
 
+RESTORED = {"done": "will be restored from trash/", "started": "will be restored from trash/ and go on"}
+"""By the status of what is in the trash."""
+
+
 def plan(config: Config, run: RunDirectory, redo: Collection[str] = ()) -> Iterator[str]:
     """The lines of the plan.
 
     Args:
         redo: stages that may be replaced, as for `lorapar run --redo`.
+
+    Raises:
+        UserError: the run directory belongs to another config.
     """
+    run.require_own(config)
     found = standings(config, run)
-    changing = [name for name, each in found.items() if each.state not in ("done",)]
-    after = dependents(config, [*changing, *redo])
-    allowed = {*redo, *dependents(config, redo)}
+    restored = {name: status for name in found if name not in redo and (status := _in_trash(config, run, name, found))}
+    moving = {name for name, each in found.items() if each.state != "done" and restored.get(name) != "done"} | {*redo}
+    moving |= {*dependents(config, moving)}
+    allowed = dependents(config, redo)
     for name in stages_of(config):
         stage, now = PIPELINE[name], found[name]
-        anew = name in redo or (now.state in ("changed", "damaged") and (name in allowed or stage.is_view))
-        word = "will be redone" if anew else WORDS[now.state]
-        waits = not anew and now.state == "done" and name in after
-        if waits:
+        begun_again = now.state == "unfinished" and bool(trash.in_trash(run, name))
+        stale = now.state in ("changed", "damaged") and name not in restored
+        anew = (name in redo and not begun_again) or (stale and (name in allowed or stage.is_view))
+        word = "will be redone" if anew else RESTORED[restored[name]] if name in restored else WORDS[now.state]
+        waits = not anew and not stale and now.state != "new" and any(need in moving for need in stage.needs(config))
+        if waits and now.state == "done":
             word = "will be redone" if stage.is_view else "done so far"
         yield f"{name:<10} {word:<15} {stage.resources(config) or 'this process only'}"
         yield from (f"  {reason}" for reason in now.why)
         if waits and not stage.is_view:
-            yield "  depends on an unfinished stage above; if the results of that differ, this stage needs --redo too"
+            then = "is redone" if name in allowed else "needs --redo too"
+            yield f"  depends on a stage above that is due; if the results of that differ, this stage {then}"
         owned = stage.owned(run, config.name)
-        if (anew or now.state in ("changed", "damaged")) and owned:
+        if (anew or stale or (waits and name in allowed)) and owned:
             yield f"  replaces {', '.join(_described(path, run) for path in owned)}"
+
+
+def _in_trash(config: Config, run: RunDirectory, name: str, found: Mapping[str, Standing]) -> str:
+    """The status of the results that the run would restore; empty if there are none."""
+    folder = restorable(PIPELINE[name], config, run, found[name].state)
+    return "" if folder is None else str(trash.in_trash(run, name)[folder]["status"])
 
 
 def _described(path: Path, run: RunDirectory) -> str:

@@ -149,14 +149,10 @@ class RunDirectory:
         Raises:
             UserError: the directory belongs to another run, is in use, or cannot be created.
         """
-        known = self.manifest().get("identity")
-        if known is not None:
-            self._require_same(known, config)
+        self.require_own(config)
+        if self.manifest():
             return
         try:
-            foreign = self.root.is_dir() and any(not _of_opening(each) for each in self.root.iterdir())
-            if foreign and not self.manifest():  # else another command was faster
-                raise UserError(f"run directory '{self.place}' is not empty and holds no manifest.json; choose another")
             self.root.mkdir(parents=True, exist_ok=True)
             with run_lock(self.root):
                 if self.manifest():  # another command was faster
@@ -168,6 +164,22 @@ class RunDirectory:
                 self.remote.publish()
         except OSError as error:
             raise UserError(f"run directory '{self.root}' cannot be created: {error.strerror}") from error
+
+    def require_own(self, config: Config) -> None:
+        """Check that the directory belongs to `config`, or to no run yet; nothing is written.
+
+        Raises:
+            UserError: it belongs to another run, or holds something else.
+        """
+        if manifest := self.manifest():
+            self._require_same(manifest["identity"], config)
+            return
+        try:
+            foreign = self.root.is_dir() and any(not _of_opening(each) for each in self.root.iterdir())
+        except OSError as error:
+            raise UserError(f"run directory '{self.root}' cannot be read: {error.strerror}") from error
+        if foreign and not self.manifest():  # else another command was faster
+            raise UserError(f"run directory '{self.place}' is not empty and holds no manifest.json; choose another")
 
     def _require_same(self, known: dict[str, Any], config: Config) -> None:
         for key, value in _identity(config).items():

@@ -25,8 +25,8 @@ class ScoreConfig(Section):
     batch_size: Operation[PositiveInt | None] = None
     """At most this many examples per forward pass; None: as many as fit into `batch_tokens`."""
     unit_size: Operation[PositiveInt] = 16
-    """Examples in one unit of work: a worker gets whole units, and a resumed run skips finished units. Scoring that has begun
-    keeps the size that it began with."""
+    """Examples in one unit of work: a worker gets whole units, and a resumed run skips finished units. Scoring that has
+    begun keeps the size that it began with."""
     checkpoint_every_s: Operation[Annotated[float, Field(ge=0)]] = 60.0
     """Seconds between two checkpoints of a worker's sums; after a kill, examples since the last one are computed again.
     0: checkpoint after every batch of units."""

@@ -131,7 +131,7 @@ def require_halves(run: RunDirectory) -> None:
     assert [halves.examples for halves in load_halves(run.scores / "halves")] == [(6, 6), (12, 12), (13, 13)]
 
 
-def test_other_numbers_of_workers_and_of_examples_per_unit_go_on_with_what_is_done(by_two: ByTwo, alone: list[Scores]) -> None:
+def test_other_workers_and_units_go_on_with_what_is_done(by_two: ByTwo, alone: list[Scores]) -> None:
     rest = by_two.rest
     same(scores_of(rest.run), alone)
     require_halves(rest.run)

@@ -157,6 +157,50 @@ def test_a_whole_run_is_refused_before_anything_starts_and_says_what_would_follo
     assert all(each["status"] == "done" for each in cli.run.manifest()["stages"].values())
 
 
+def test_a_dry_run_of_a_redo_says_what_may_be_replaced_after_it(cli: Cli) -> None:
+    assert cli("run")[0] == 0
+    status, said = cli("run", "--redo", "sft", "--dry-run", *changed("sft.epochs=2"))
+    assert status == 0 and "needs --redo" not in said, said
+    lines = said[said.index("run directory: ") :].splitlines()
+    at = next(number for number, line in enumerate(lines) if line.split()[0] == "grpo")
+    assert lines[at].split()[1:4] == ["done", "so", "far"], said
+    assert lines[at + 1].endswith("this stage is redone") and lines[at + 2].split()[:2] == ["replaces", "grpo"]
+    trained = cli.entry("grpo")
+    assert cli("run", "--redo", "sft", *changed("sft.epochs=2"))[0] == 0
+    assert cli.entry("grpo")["inputs"] != trained["inputs"]
+
+
+@pytest.mark.parametrize(
+    ("other", "differs"),
+    [("name=other", "name"), ("model.path=no/other", "model"), ("data.test=[{reader: file, path: x}]", "data")],
+)
+def test_a_dry_run_refuses_a_directory_of_another_config_as_the_run_does(other: str, differs: str, cli: Cli) -> None:
+    assert cli("label")[0] == 0
+    for more in ((), ("--redo", "label")):
+        for dry in ((), ("--dry-run",)):
+            status, said = cli("run", *more, *dry, *changed(other))
+            assert status == 2 and f"belongs to another config (its {differs} differs)" in said, said
+
+
+def test_a_dry_run_says_what_will_be_restored(cli: Cli) -> None:
+    assert cli("run")[0] == 0
+    other = changed("grpo.learning_rate=1e-5")
+    cli.kill("grpo", "grpo", "--redo", "grpo", *other)
+    said = cli("run", "--dry-run", *other)[1]
+    assert (
+        "grpo       will go on " in said
+        and "grpo       will go on " in cli("run", "--dry-run", "--redo", "grpo", *other)[1]
+    )
+    said = cli("run", "--dry-run")[1]
+    assert "grpo       will be restored from trash/ " in said and "evaluate   done " in said, said
+    assert "needs --redo" not in said and "replaces grpo" not in said, said
+    assert "are restored from trash/" in cli("grpo")[1]
+    said = cli("run", "--dry-run", *other)[1]  # the redo that was begun, now in trash/
+    assert "grpo       will be restored from trash/ and go on " in said and "evaluate   done so far" in said, said
+    status, said = cli("grpo", *other)
+    assert status == 0 and "are restored from trash/" in said and cli.entry("grpo")["resumed"], said
+
+
 def test_equal_new_results_redo_no_later_stage(cli: Cli) -> None:
     assert cli("run")[0] == 0
     trained = cli.entry("sft")
