@@ -167,8 +167,8 @@ def test_runs_of_one_shape_train_at_once(tmp_path: Path) -> None:
     assert sizes("stage1", "sft.sharding=fsdp2") == [[name] for name in (*lora, *pissa)]
     plan = make_plan("peft", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1, 2])
     shown = "\n".join(described(plan))
-    assert "stage 1 of 4 runs trains together, up to 2 adapters on one frozen base" in shown
-    assert "stage 1 of ia3 trains alone: adapter.method: ia3" in shown and "of lora trains" not in shown
+    assert "stage 1 of 8 runs trains together, up to 2 adapters on one frozen base" in shown
+    assert "stage 1 of ia3-1 trains alone: adapter.method: ia3" in shown and "of lora-1 trains" not in shown
 
 
 def test_stage_2_of_runs_of_one_shape_trains_at_once(tmp_path: Path) -> None:
@@ -462,6 +462,25 @@ def test_methods_without_rl_train_on_all_questions(tmp_path: Path) -> None:
     }
     units = make_plan("theta", SHIPPED / "gsm8k-llama2-7b.yaml", [], tmp_path, seeds=[1]).units({})
     assert all(unit.config.order == ["sft"] for unit in units)
+
+
+@pytest.mark.parametrize("file", ["arithmetic.yaml", "quickstart.yaml", "gsm8k-llama2-7b.yaml"])
+def test_compared_methods_train_for_the_epochs_that_the_paper_gives_them(file: str, tmp_path: Path) -> None:
+    """An arm with RL has one epoch of SFT, so that LoRA-PAR does not win by training longer."""
+    for grid in ("methods", "peft"):
+        for unit in make_plan(grid, SHIPPED / file, [], tmp_path, seeds=[1]).units({}):
+            two = unit.arm.endswith("-2")
+            assert unit.config.sft.epochs == (2 if two else 1), unit.title
+            assert two or unit.arm.endswith("-1") or unit.config.order == ["sft", "grpo"], unit.title
+        with pytest.raises(UserError, match=f"--set sft.epochs: the grid '{grid}' sets it itself"):
+            make_plan(grid, SHIPPED / file, ["sft.epochs=3"], tmp_path, seeds=[1])
+
+
+def test_beta_decides_something_in_every_run_of_activation(tmp_path: Path) -> None:
+    """Also on a config of stage 1 alone, where three arms were the same run."""
+    units = make_plan("activation", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1]).units({})
+    assert {tuple(unit.config.order) for unit in units} == {("sft", "grpo")}
+    assert len({shared_keys(unit)["grpo"] for unit in units}) == len(units) == 9
 
 
 def test_an_interrupted_grid_says_how_it_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
