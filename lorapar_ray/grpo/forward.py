@@ -70,12 +70,14 @@ class Forward:
             self._require_shareable(model, sequence)
         share = settings.learner_resources.gpu_count if device.type == "cuda" else 1 / settings.most_learners
         ranks = 1 if sequence is None else sequence.size
+        probe = self.rows([[Sample([5] * PROBE_TOKENS * ranks, [5], [0.0], 0.0, finished=True, version=0)]]).inputs
         tokens, checkpointed = pass_limits(
             model,
-            self.rows([[Sample([5] * PROBE_TOKENS * ranks, [5], [0.0], 0.0, finished=True, version=0)]]).inputs,
+            probe,
             ceil((settings.max_prompt_length + settings.max_completion_length) / ranks),
             share=min(1.0, share or 1.0),
             checkpointing=settings.gradient_checkpointing,
+            logits=self._scorer.stores_logits(probe),
         )
         if sequence is not None:  # its ranks make the same passes, as long as the fullest device allows
             tokens = ranks * sequence.least(tokens, device)

@@ -7,18 +7,20 @@ pass only scales it. This takes two products with the head, as with stored logit
 In float32, like the engine's head: bfloat16 logits have steps of an eighth.
 
 If the sampler cut the distribution (top-k, top-p, min-p), probabilities are over the kept tokens, and the head computes
-only their logits.
+only their logits. If the model scales or caps its logits, the head does it (`logit_transform.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorapar_ray.grpo.logit_transform import NO_CHANGE, PROBES, LogitTransform, logit_transform
 from lorapar_ray.logprobs import logits_at, token_logprobs
 
 SLICE = {"cpu": 2**25, "cuda": 2**26}
@@ -33,6 +35,9 @@ class TokenScorer:
         head = model.get_output_embeddings()
         frozen = type(head) is nn.Linear and not any(value.requires_grad for value in head.parameters())
         self._head = head if frozen else None  # a trained or wrapped head takes the slow path
+        self._transform = logit_transform(model)
+        self._known = False
+        """Whether the model was seen to do nothing else after its head."""
         self._wide: Tensor | None = None
 
     def __call__(
@@ -54,14 +59,33 @@ class TokenScorer:
         if self._head is not None:
             with self._scoring(at, tokens_N, temperature, kept_NK, inputs["input_ids"].shape) as scores:
                 output = self._model(**inputs, use_cache=False).logits
-            if scores and output is scores[0]:
-                return scores[0][0].unbind(-1)
-            self._head = None  # the model changes its logits after the head (a soft cap, a scale)
+            if scores and output.shape == scores[0].shape and self._explained(output):
+                return _Through.apply(scores[0], output)[0, :, :2].unbind(-1)
+            self._head = None  # the model changes its logits after the head, in a way that is not known here
         logits_NV = logits_at(at, self._model, inputs)
         if kept_NK is not None:
             chosen_NK = logits_NV.gather(-1, kept_NK.clamp(min=0)).float() / temperature
             return _among(chosen_NK, kept_NK, tokens_N)
         return token_logprobs(logits_NV, tokens_N, temperature=temperature)
+
+    def stores_logits(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether logits [N, vocabulary] exist nevertheless, because of the model's head or what follows it.
+
+        Args:
+            inputs: any of the model's, for a pass that shows it.
+        """
+        if self._head is not None and not self._known:
+            first = torch.zeros(1, dtype=torch.long, device=inputs["input_ids"].device)
+            with torch.no_grad():
+                self(inputs, (first, first), first)
+        return self._head is None
+
+    def _explained(self, output: Tensor) -> bool:
+        """Whether the model does what its config says to its logits; seen in the first pass."""
+        if not self._known and output.numel():
+            self._known = self._transform.explains(output[..., 2:].detach())
+            return self._known
+        return True
 
     @contextmanager
     def _scoring(
@@ -72,7 +96,8 @@ class TokenScorer:
         kept_NK: Tensor | None,
         shape: tuple[int, ...],
     ) -> Iterator[list[Tensor]]:
-        """Inside this context the head returns [1, N, 2], log-probabilities and entropy, instead of logits.
+        """Inside this context the head returns [1, N, 2], log-probabilities and entropy, instead of logits; in the
+        first pass followed by `PROBES`.
 
         They go through the model's output, so that hooks on it (FSDP) see the backward pass begin.
         """
@@ -83,12 +108,13 @@ class TokenScorer:
         def forward(hidden: Tensor) -> Tensor:
             if hidden.shape[:2] != shape:
                 return nn.functional.linear(hidden, head.weight, head.bias)
-            common = {"bias": head.bias, "temperature": temperature}
+            own: dict[str, Any] = {"bias": head.bias, "transform": replace(self._transform, temperature=temperature)}
             if kept_NK is None:
-                found = head_logprobs(hidden[at], head.weight, tokens_N, wide_VD=self._wide_weight(), **common)
+                found = head_logprobs(hidden[at], head.weight, tokens_N, wide_VD=self._wide_weight(), **own)
             else:
-                found = kept_logprobs(hidden[at], head.weight, tokens_N, kept_NK, **common)
-            scores.append(torch.stack(found, -1)[None])
+                found = kept_logprobs(hidden[at], head.weight, tokens_N, kept_NK, **own)
+            probes = [] if self._known else [torch.full_like(found[1], each) for each in PROBES]
+            scores.append(torch.stack((*found, *probes), -1)[None])
             return scores[0]
 
         head.forward = forward  # type: ignore[method-assign]
@@ -113,7 +139,7 @@ def head_logprobs(
     tokens_N: Tensor,
     *,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    transform: LogitTransform = NO_CHANGE,
     wide_VD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(log-probabilities, entropy without gradient) of `tokens_N`, float32, [N]; the head gets no gradient.
@@ -122,10 +148,11 @@ def head_logprobs(
         hidden_ND: the head's input, in the head's dtype.
         weight_VD: the head's weight.
         bias: the head's, [V].
+        transform: from the head's output to the distribution.
         wide_VD: the weight in float32, for a CPU, which cannot multiply 16-bit numbers into float32 ones.
     """
     wide_VD = weight_VD if wide_VD is None else wide_VD
-    logprobs, entropy = _HeadLogprobs.apply(hidden_ND, weight_VD, wide_VD, tokens_N, bias, temperature)
+    logprobs, entropy = _HeadLogprobs.apply(hidden_ND, weight_VD, wide_VD, tokens_N, bias, transform)
     return logprobs, entropy
 
 
@@ -136,10 +163,10 @@ def kept_logprobs(
     kept_NK: Tensor,
     *,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    transform: LogitTransform = NO_CHANGE,
 ) -> tuple[Tensor, Tensor]:
     """As `head_logprobs`, for the distribution over only the K tokens `kept_NK` (−1: none): π(t) / Σ_kept π(v)."""
-    logprobs, entropy = _KeptLogprobs.apply(hidden_ND, weight_VD, tokens_N, kept_NK, bias, temperature)
+    logprobs, entropy = _KeptLogprobs.apply(hidden_ND, weight_VD, tokens_N, kept_NK, bias, transform)
     return logprobs, entropy
 
 
@@ -162,6 +189,18 @@ class _WithSlope(torch.autograd.Function):
         return (slope_ND * gradients[0][:, None]).to(slope_ND.dtype), None, None, None, None, None
 
 
+class _Through(torch.autograd.Function):
+    """The scores; their gradient also comes, as zeros, through the output that the model made of them."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, output: Tensor) -> Tensor:
+        return scores.view_as(scores)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return gradients[0], torch.zeros_like(gradients[0])
+
+
 def _keep_slope(ctx: Any, entropy: Tensor, slope_ND: Tensor | None) -> None:
     ctx.mark_non_differentiable(entropy)
     if slope_ND is not None:
@@ -177,7 +216,7 @@ class _KeptLogprobs(_WithSlope):
         tokens_N: Tensor,
         kept_NK: Tensor,
         bias: Tensor | None,
-        temperature: float,
+        transform: LogitTransform,
     ) -> tuple[Tensor, Tensor]:
         (count, kept), width = kept_NK.shape, hidden_ND.shape[1]
         logprobs, entropy = (torch.empty(count, device=hidden_ND.device) for _ in range(2))
@@ -190,12 +229,14 @@ class _KeptLogprobs(_WithSlope):
             chosen_nK = (weight_nKD @ hidden_ND[part].float()[..., None])[..., 0]
             if bias is not None:
                 chosen_nK = chosen_nK + bias[ids_nK]
-            chosen_nK = chosen_nK / temperature
+            chosen_nK = transform.apply_(chosen_nK)
             logprobs[part], entropy[part] = _among(chosen_nK, kept_NK[part], tokens_N[part])
             if slope_ND is not None:
                 p_nK = chosen_nK.masked_fill(kept_NK[part] < 0, -torch.inf).softmax(-1)
                 change_nK = (kept_NK[part] == tokens_N[part, None]).float() - p_nK
-                slope_ND[part] = ((change_nK[:, None] @ weight_nKD)[:, 0] / temperature).to(slope_ND.dtype)
+                if (curve_nK := transform.relative_slope_(chosen_nK)) is not None:
+                    change_nK *= curve_nK
+                slope_ND[part] = ((change_nK[:, None] @ weight_nKD)[:, 0] * transform.slope).to(slope_ND.dtype)
         _keep_slope(ctx, entropy, slope_ND)
         return logprobs, entropy
 
@@ -209,7 +250,7 @@ class _HeadLogprobs(_WithSlope):
         wide_VD: Tensor,
         tokens_N: Tensor,
         bias: Tensor | None,
-        temperature: float,
+        transform: LogitTransform,
     ) -> tuple[Tensor, Tensor]:
         count, vocabulary = len(tokens_N), len(weight_VD)
         logprobs, entropy = (torch.empty(count, device=hidden_ND.device) for _ in range(2))
@@ -222,8 +263,7 @@ class _HeadLogprobs(_WithSlope):
             logits = _product(hidden_ND[part], wide_VD)
             if bias is not None:
                 logits += bias
-            if temperature != 1.0:
-                logits /= temperature
+            logits = transform.apply_(logits)
             largest = logits.amax(-1, keepdim=True)
             p = torch.sub(logits, largest, out=probabilities[: len(logits)]).exp_()
             mass = p.sum(-1, keepdim=True)
@@ -233,8 +273,10 @@ class _HeadLogprobs(_WithSlope):
             entropy[part] = total[:, 0] - torch.linalg.vecdot(logits, p)
             if slope_ND is not None:
                 onehot = torch.ones_like(tokens, dtype=p.dtype)
-                change = p.neg_().scatter_add_(-1, tokens, onehot).to(weight_VD.dtype)
-                slope_ND[part] = (change @ weight_VD) / temperature
+                change = p.neg_().scatter_add_(-1, tokens, onehot)
+                if (curve := transform.relative_slope_(logits)) is not None:
+                    change *= curve
+                slope_ND[part] = (change.to(weight_VD.dtype) @ weight_VD) * transform.slope
         _keep_slope(ctx, entropy, slope_ND)
         return logprobs, entropy
 

@@ -21,7 +21,9 @@ MOST_TOKENS = {"cpu": 4_096, "cuda": 65_536}
 """Above this size a larger pass is not faster."""
 
 
-def pass_limits(model: Any, rows: Any, longest: int, *, share: float, checkpointing: bool | None) -> tuple[int, bool]:
+def pass_limits(
+    model: Any, rows: Any, longest: int, *, share: float, checkpointing: bool | None, logits: bool = False
+) -> tuple[int, bool]:
     """(tokens of one pass, whether to checkpoint) for `model`.
 
     Args:
@@ -29,14 +31,16 @@ def pass_limits(model: Any, rows: Any, longest: int, *, share: float, checkpoint
         longest: tokens of the longest sample; a pass must hold at least one.
         share: this process's part of its device.
         checkpointing: as the config says; None: where the longest sample does not fit otherwise.
+        logits: the whole vocabulary's logits of every token are stored, with their gradient.
     """
     device = next(iter(model.parameters())).device
     room = free_memory(device, share)
-    kept = kept_bytes_per_token(model, rows)
+    head = 2.0 * model.config.get_text_config().vocab_size * model.dtype.itemsize if logits else 0.0
+    kept = kept_bytes_per_token(model, rows) + head
     if checkpointing is None:
         checkpointing = longest * kept > room
     if checkpointing:
-        kept = layer_bytes_per_token(model)
+        kept = layer_bytes_per_token(model) + head
     return max(longest, min(MOST_TOKENS.get(device.type, MOST_TOKENS["cuda"]), int(room / kept))), checkpointing
 
 

@@ -6,13 +6,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Cohere2Config, Gemma2Config, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Cohere2Config,
+    Gemma2Config,
+    GraniteConfig,
+    MistralConfig,
+    MistralForCausalLM,
+)
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.mamba import MambaConfig
 
 from lorapar_ray import packed_attention
 from lorapar_ray.engines.record import KeptSets
-from lorapar_ray.grpo import head
+from lorapar_ray.grpo import head, memory
 from lorapar_ray.grpo.head import TokenScorer, head_logprobs
+from lorapar_ray.grpo.memory import kept_bytes_per_token, layer_bytes_per_token, pass_limits
 from lorapar_ray.grpo.packing import PackedRows, group_by_prompt, pack, packed_logprobs, pad
 from lorapar_ray.grpo.samples import Sample
 from lorapar_ray.packed_attention import make_layout, spans_of_group, use_packed_attention
@@ -43,9 +52,11 @@ def plain_logprobs(model: Any, sample: Sample, temperature: float) -> tuple[torc
     return found.log_prob(torch.tensor(sample.token_ids)), found.entropy().detach()
 
 
-def result(model: Any, rows: PackedRows, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def result(
+    model: Any, rows: PackedRows, temperature: float, scorer: TokenScorer | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     model.zero_grad()
-    logprobs, entropy = packed_logprobs(TokenScorer(model), rows, temperature=temperature)
+    logprobs, entropy = packed_logprobs(scorer or TokenScorer(model), rows, temperature=temperature)
     weights = torch.linspace(0.5, 2.0, len(rows.tokens_N))
     (logprobs[rows.mask_BT.bool()] * weights).sum().backward()
     return logprobs, entropy, first_layer_gradient(model)
@@ -175,12 +186,63 @@ def test_a_model_that_would_mix_packed_sequences_is_not_packed(config: Any) -> N
     torch.testing.assert_close(found[0], plain_logprobs(model, samples()[0], 1.0)[0], atol=2e-5, rtol=1e-4)
 
 
-def test_operations_after_the_head_are_applied() -> None:
+CHANGED_LOGITS = {
+    "gemma2": Gemma2Config(**{**SHAPE, "num_key_value_heads": 1}, head_dim=32, final_logit_softcapping=0.5),
+    "cohere2": Cohere2Config(**{**SHAPE, "num_key_value_heads": 1}, logit_scale=0.25),
+    "granite": GraniteConfig(**{**SHAPE, "num_key_value_heads": 1}, logits_scaling=3.0),
+}
+
+
+@pytest.mark.parametrize("family", CHANGED_LOGITS)
+@pytest.mark.parametrize("cut", [False, True], ids=["whole vocabulary", "kept tokens"])
+def test_known_changes_of_the_logits_need_no_stored_logits(
+    family: str, cut: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients, in several slices, are those of the model's own logits."""
     torch.manual_seed(0)
-    config = Cohere2Config(**{**SHAPE, "num_key_value_heads": 1}, logit_scale=0.25)
+    config = CHANGED_LOGITS[family]
     model = frozen_head(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())
-    found, _ = packed_logprobs(TokenScorer(model), pad(samples()[:1], 0, CPU), temperature=1.0)
+    monkeypatch.setitem(head.SLICE, "cpu", 5 * 4 * 64 if cut else 5 * 96)
+    rows = pad([everything_kept(sample) if cut else sample for sample in samples()], 0, CPU)
+    found = [plain_logprobs(model, sample, 0.9) for sample in samples()]
+    whole = torch.cat([each for each, _ in found])
+    (whole * torch.linspace(0.5, 2.0, len(whole))).sum().backward()
+    gradient = first_layer_gradient(model)
+    monkeypatch.setattr(head, "logits_at", None)
+    scorer = TokenScorer(model)
+    assert not scorer.stores_logits(rows.inputs)
+    for _ in range(2):  # the model was seen in the first pass
+        logprobs_BT, entropy_BT, ours = result(model, rows, 0.9, scorer)
+        torch.testing.assert_close(logprobs_BT[rows.mask_BT.bool()], whole, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(entropy_BT[rows.mask_BT.bool()], torch.cat([each for _, each in found]))
+        torch.testing.assert_close(ours, gradient, atol=1e-5, rtol=1e-3)
+
+
+def everything_kept(sample: Sample) -> Sample:
+    """From a sampler that kept the whole vocabulary."""
+    count = len(sample.token_ids)
+    return replace(sample, kept=KeptSets(np.tile(np.arange(96, dtype=np.int32), count), np.full(count, 96, np.int32)))
+
+
+@pytest.mark.parametrize("why", ["unknown change", "config says too much", "trained head"])
+def test_another_head_gets_its_logits_and_the_room_for_them(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = frozen_head(tiny())
+    if why == "unknown change":
+        model.register_forward_hook(lambda _, __, output: CausalLMOutput(logits=output.logits.sin()))
+    elif why == "config says too much":
+        model.config.logits_scaling = 2.0
+    else:
+        model.get_output_embeddings().requires_grad_(True)
+    rows, scorer = pad(samples()[:1], 0, CPU), TokenScorer(model)
+    assert scorer.stores_logits(rows.inputs)
+    found, _ = packed_logprobs(scorer, rows, temperature=1.0)
     torch.testing.assert_close(found[0], plain_logprobs(model, samples()[0], 1.0)[0], atol=2e-5, rtol=1e-4)
+    monkeypatch.setattr(memory, "free_memory", lambda device, share: 1e6)
+    for checkpointing in (False, True):
+        kept = layer_bytes_per_token(model) if checkpointing else kept_bytes_per_token(model, rows.inputs)
+        for logits, more in ((False, 0), (True, 2 * 96 * 4)):
+            limits = {"share": 1.0, "checkpointing": checkpointing, "logits": logits}
+            assert pass_limits(model, rows.inputs, 1, **limits)[0] == int(1e6 / (kept + more))
 
 
 def test_a_16_bit_head_computes_in_float32() -> None:
