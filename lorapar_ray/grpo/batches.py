@@ -122,7 +122,7 @@ def make_batch(
     return Batch(list(groups), metrics, examples, list(prompts))
 
 
-def shares_of(batch: Batch, learners: int, settings: GrpoConfig) -> list[Share]:
+def shares_of(batch: Batch, learners: int, settings: GrpoConfig, packed: bool = True) -> list[Share]:
     """Every learner's part of a batch, with the samples' advantages; see `deal` for how even the parts are."""
     groups = batch.groups
     chosen = [_trained_on(group, settings) for group in groups]
@@ -136,7 +136,7 @@ def shares_of(batch: Batch, learners: int, settings: GrpoConfig) -> list[Share]:
         own = [chosen[number] for number in numbers]
         lengths = [head.trained[each] for head, completions in zip(heads, own, strict=True) for each in completions]
         tokens += sum(lengths)
-        for learner, hand in enumerate(deal(heads, own, learners)):
+        for learner, hand in enumerate(deal(heads, own, learners, packed)):
             parts = [
                 Part(start + at, groups[start + at].record, mine, [advantages[start + at][each] for each in mine])
                 for at, mine in hand.items()

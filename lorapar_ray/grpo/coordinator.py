@@ -208,11 +208,12 @@ class Coordinator:
             "queue_depth": float(sum(self._steps[step].done() for step in self._steps if step >= policy.version)),
         }
 
-    async def batch(self, step: int, rank: int, world: int) -> Share:
+    async def batch(self, step: int, rank: int, world: int, packed: bool = True) -> Share:
         """This rank's share of a step's samples, once the step is sampled; see `deal`.
 
         Args:
             rank: the learner's number among the `world` learners, or groups of learners, that get shares of their own.
+            packed: they compute a prompt once for a group's completions.
 
         Raises:
             Exception: the step cannot begin, since its policy could not be published; or the learners have restarted,
@@ -226,7 +227,7 @@ class Coordinator:
             del self._steps[finished], self._drawn[finished]
             self._shares.pop(finished, None)
         if step not in self._shares:
-            self._shares[step] = shares_of(whole, world, self._settings)
+            self._shares[step] = shares_of(whole, world, self._settings, packed)
         return self._shares[step][rank]
 
     async def _sampled(self, step: int) -> Batch:

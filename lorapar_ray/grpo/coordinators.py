@@ -42,8 +42,8 @@ class Coordinators:
     async def publish(self, policy: PolicyNote, canaries: list[Canary], arm: int) -> dict[str, float]:
         return await self._arms[arm].publish(policy, canaries)
 
-    async def batch(self, step: int, rank: int, world: int, arm: int) -> Share:
-        return await self._arms[arm].batch(step, rank, world)
+    async def batch(self, step: int, rank: int, world: int, packed: bool, arm: int) -> Share:
+        return await self._arms[arm].batch(step, rank, world, packed)
 
     async def lost(self, step: int, groups: list[int], arm: int) -> None:
         await self._arms[arm].lost(step, groups)

@@ -1,13 +1,15 @@
 """Distributes completions over learners so that all compute about equally long: a pure function of lengths.
 
-A learner computes a prompt once for all of its completions. So its work is the sum over its groups of prompt and
-completion tokens; a group that is split over two learners computes its prompt twice.
+A learner that packs computes a prompt once for all of its completions. So its work is the sum over its groups of prompt
+and completion tokens; a group that is split over two learners computes its prompt twice. Other learners compute the
+prompt again with each completion.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lorapar_ray.engines.record import GroupHead
 
@@ -19,7 +21,9 @@ Hand = dict[int, list[int]]
 """One learner's: completions by group."""
 
 
-def deal(groups: Sequence[GroupHead], chosen: Sequence[Sequence[int]], learners: int) -> list[Hand]:
+def deal(
+    groups: Sequence[GroupHead], chosen: Sequence[Sequence[int]], learners: int, packed: bool = True
+) -> list[Hand]:
     """Deal the chosen completions of every group.
 
     Whole groups go, the longest first, to the learner with the least so far. Then, while the gap between the emptiest
@@ -29,7 +33,9 @@ def deal(groups: Sequence[GroupHead], chosen: Sequence[Sequence[int]], learners:
 
     Args:
         chosen: completions of each group that are trained on; a group without any is left out.
+        packed: learners compute a prompt once for a group's completions, not with each.
     """
+    groups = groups if packed else [_with_own_prompts(group) for group in groups]
     hands: list[Hand] = [{} for _ in range(learners)]
     sizes = [_size(group, own) for group, own in zip(groups, chosen, strict=True)]
     loads = [(0, learner) for learner in range(learners)]
@@ -46,6 +52,11 @@ def deal(groups: Sequence[GroupHead], chosen: Sequence[Sequence[int]], learners:
 def tokens_of(groups: Sequence[GroupHead], hand: Hand) -> int:
     """Tokens that a learner computes for its share."""
     return sum(_size(groups[number], own) for number, own in hand.items())
+
+
+def _with_own_prompts(group: GroupHead) -> GroupHead:
+    """The group as one without a common prompt."""
+    return replace(group, prompt_tokens=0, lengths=tuple(group.prompt_tokens + length for length in group.lengths))
 
 
 def _even_out(groups: Sequence[GroupHead], hands: list[Hand], loads: list[int]) -> None:

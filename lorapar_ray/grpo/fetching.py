@@ -10,7 +10,9 @@ from lorapar_ray.grpo.batches import Share, mini_batches
 from lorapar_ray.grpo.samples import MiniBatch
 
 
-def fetch(coordinator: Any, step: int, rank: int, world: int, together: int = 1) -> tuple[Share, list[MiniBatch]]:
+def fetch(
+    coordinator: Any, step: int, rank: int, world: int, *, together: int = 1, packed: bool = True
+) -> tuple[Share, list[MiniBatch]]:
     """This rank's share of a step with its samples.
 
     If any rank finds that records were lost with a node, their groups are sampled again; then the step is dealt again,
@@ -18,9 +20,11 @@ def fetch(coordinator: Any, step: int, rank: int, world: int, together: int = 1)
 
     Args:
         together: so many consecutive ranks have the same share (`grpo.sequence_parallel`).
+        packed: the learners compute a prompt once for a group's completions.
     """
     while True:
-        share: Share = answer_from(coordinator, coordinator.batch.remote(step, rank // together, world // together))
+        asked = coordinator.batch.remote(step, rank // together, world // together, packed)
+        share: Share = answer_from(coordinator, asked)
         records = _records(share)
         lost = sorted({part.group for update in share.updates for part in update.parts if part.group not in records})
         if lost:

@@ -106,7 +106,14 @@ def learn(learner: Learner, coordinators: Sequence[Any], journals: Sequence[Jour
     while running := [number for number, arm in enumerate(arms) if steps[number] < arm.steps]:
         start = time.monotonic()
         fetched = {
-            number: fetch(coordinators[number], steps[number], rank, world, arms[number].settings.sequence_parallel)
+            number: fetch(
+                coordinators[number],
+                steps[number],
+                rank,
+                world,
+                together=arms[number].settings.sequence_parallel,
+                packed=learner.forward.packed,
+            )
             for number in running
         }
         waited = time.monotonic() - start

@@ -49,7 +49,7 @@ class ScriptedCoordinator:
     def publish(self, policy: Any, canaries: list[Any]) -> dict[str, float]:
         return {"canaries": float(len(canaries))}
 
-    def batch(self, step: int, rank: int, world: int) -> Share:
+    def batch(self, step: int, rank: int, world: int, packed: bool) -> Share:
         import ray
 
         made = groups(step)

@@ -37,6 +37,18 @@ def test_many_groups_for_each_learner_stay_whole_and_within_the_bound(lengths: l
     assert max(loads) - min(loads) <= max(BALANCED * max(loads), 4096 + 100)
 
 
+def test_completions_that_each_compute_the_prompt_again_are_dealt_by_what_they_compute() -> None:
+    groups = [head(10, [134] * 8), head(1000, [10] * 8), head(999, [10] * 8), head(6, [134] * 8)]
+    hands = deal(groups, [range(8)] * 4, 2, packed=False)
+    dealt = sorted((number, each) for hand in hands for number, own in hand.items() for each in own)
+    assert dealt == [(number, each) for number in range(4) for each in range(8)]
+    loads = [
+        sum(groups[number].prompt_tokens + groups[number].lengths[each] for number, own in hand.items() for each in own)
+        for hand in hands
+    ]
+    assert max(loads) - min(loads) <= BALANCED * max(loads)
+
+
 def test_empty_completions_are_dealt_without_computing_their_prompt_twice() -> None:
     [first, second] = deal([head(1, [0, 1])], [range(2)], 2)
     assert (first, second) == ({0: [0, 1]}, {})

@@ -125,7 +125,7 @@ def test_a_learner_reports_lost_records_and_uses_their_replacements(
     [damaged] = shares_of(batch, 1, config)
     told: list[tuple[int, list[int]]] = []
 
-    shares = SimpleNamespace(remote=lambda step, rank, world: whole if told else damaged)
+    shares = SimpleNamespace(remote=lambda step, rank, world, packed: whole if told else damaged)
     losses = SimpleNamespace(remote=lambda step, groups: told.append((step, groups)) or "done")
     monkeypatch.setattr(ray, "get", get)
     monkeypatch.setattr(ray, "wait", lambda references, timeout: (references, []))
