@@ -51,10 +51,10 @@ def effects(verdicts: Sequence[Verdict]) -> str:
         for kind, mark in MARKS.items():
             places = [place for place, each in enumerate(shown) if each.found == kind]
             for place in places:
-                low, high = shown[place].interval
+                low, high = shown[place].effect.interval
                 axis.plot([100 * low, 100 * high], [place, place], color=SYSTEM2, linewidth=2)
             if places:
-                values = [100 * shown[place].difference for place in places]
+                values = [100 * shown[place].effect.difference for place in places]
                 axis.plot(values, places, mark, color=INK, markersize=7, label=kind, linestyle="none")
         axis.set_yticks(range(len(shown)), [f"{each.claim.better} − {each.claim.worse}" for each in shown])
         axis.set(title="Differences", xlabel="points of accuracy (95 % interval)")

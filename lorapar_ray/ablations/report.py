@@ -51,7 +51,7 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
     if lines:
         texts.append(_written(plan.out / "retention.md", markdown(lines, kept)))
     if courses:
-        untrained = next((skills for unit in done if (skills := sequence.read_skills(unit.folder, "base"))), None)
+        untrained = next((skills for unit in done if (skills := sequence.read_answers(unit.folder, "base"))), None)
         regions = {arm: sequence.read_regions(folders[arm][0]) for arm in courses}
         texts.append(_written(plan.out / "systems.md", sequence.markdown(courses, regions, untrained, forgotten)))
         _written(plan.out / "systems.csv", sequence.comma_separated(courses))

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf, isfinite, sqrt
+from math import inf, isfinite
 from pathlib import Path
-from typing import Literal
 
 from lorapar_ray.ablations.grids import Claim, sentence
+from lorapar_ray.ablations.verdicts import Effect, Found, effect, ending, shown
 from lorapar_ray.boundary import read_lines
 from lorapar_ray.datasets.rows import read_table
-from lorapar_ray.evaluation.statistics import mcnemar_exact, paired, wilson_interval
+from lorapar_ray.evaluation.statistics import mcnemar_exact, wilson_interval
 
-Found = Literal["held", "not held", "undecided"]
-ENDINGS: dict[Found, str] = {
-    "held": "so the claim held here.",
-    "not held": "so the claim did not hold here.",
-    "undecided": "so it is undecided at this size.",
-}
 Right = dict[str, bool]
 """Whether each question was answered correctly."""
-MARGIN = 0.01
-"""A difference is negligible if its whole interval is below this (1 point)."""
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-"""Student's t at 97.5 %, for 1, 2, … degrees of freedom; beyond the last 1.96 + 2.6 / df approximates it."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +49,10 @@ class Verdict:
 
     claim: Claim
     found: Found
-    difference: float
-    interval: tuple[float, float]
-    """95 %: over seeds if there are three or more (Student's t), else over questions: for one seed Newcombe's, for two
-    Student's t of each question's mean difference."""
+    effect: Effect
+    """The difference in accuracy."""
     p: float
     """Exact sign test over the questions that differ in the mean over seeds; for one seed that is McNemar's."""
-    questions: int
-    seeds: int
     sentence: str
 
 
@@ -112,11 +98,11 @@ def decide(claim: Claim, better: Sequence[Outcome], worse: Sequence[Outcome]) ->
         changes.setdefault(question, []).append(ours - other)
     by_question = [sum(each) / len(each) for each in changes.values()]
     p = mcnemar_exact(sum(each > 0 for each in by_question), sum(each < 0 for each in by_question))
-    difference, interval = _difference(seeds, by_question)
-    found = _found(interval, claim.reaches)
-    reached = tuple(sum(each) / len(answers) for each in zip(*(each[1:] for each in answers), strict=True))
-    words = _sentence(claim, found, reached, difference, interval, p, len(seeds))
-    return Verdict(claim, found, difference, interval, p, len(by_question), len(seeds), words)
+    by_seed = [sum(ours - theirs for _, ours, theirs in seed) / len(seed) for seed in seeds]
+    found = effect(by_seed, [by_question])
+    reached = [sum(each) / len(answers) for each in zip(*(each[1:] for each in answers), strict=True)]
+    verdict = found.found(reaches=claim.reaches)
+    return Verdict(claim, verdict, found, p, _sentence(claim, verdict, reached, found, p))
 
 
 def _paired(ours: Right, theirs: Right) -> list[tuple[str, bool, bool]]:
@@ -124,70 +110,11 @@ def _paired(ours: Right, theirs: Right) -> list[tuple[str, bool, bool]]:
     return [(question, ours[question], theirs[question]) for question in sorted(ours.keys() & theirs.keys())]
 
 
-def _difference(
-    seeds: Sequence[Sequence[tuple[str, bool, bool]]], by_question: Sequence[float]
-) -> tuple[float, tuple[float, float]]:
-    """The difference in accuracy, and its interval (see `Verdict.interval`)."""
-    if len(seeds) == 1:
-        change = paired([theirs for _, _, theirs in seeds[0]], [ours for _, ours, _ in seeds[0]])
-        return change.difference, change.interval
-    if len(seeds) == 2 and len(by_question) > 1:
-        return mean_interval(by_question)
-    return mean_interval([sum(ours - theirs for _, ours, theirs in seed) / len(seed) for seed in seeds])
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """Mean and its 95 % interval (Student's t); needs at least two values."""
-    n = len(values)
-    mean = sum(values) / n
-    deviation = sqrt(sum((each - mean) ** 2 for each in values) / (n - 1))
-    t = T_975[n - 2] if n - 2 < len(T_975) else 1.96 + 2.6 / (n - 1)
-    reach = t * deviation / sqrt(n)
-    return mean, (mean - reach, mean + reach)
-
-
-def over_seeds(differences: Sequence[float]) -> tuple[float, tuple[float, float] | None, Found]:
-    """Mean of a difference that a claim says is above 0, its interval over seeds, and the verdict.
-
-    With fewer than three seeds there is no interval, and the claim is undecided.
-    """
-    if len(differences) < 3:
-        return sum(differences) / len(differences), None, "undecided"
-    mean, (low, high) = mean_interval(differences)
-    return mean, (low, high), "held" if low > 0 else "not held" if high < 0 else "undecided"
-
-
-def shown_interval(interval: tuple[float, float] | None) -> str:
-    """An interval of a difference, in points."""
-    if interval is None:
-        return "too few for an interval"
-    return f"95 % interval {100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
-
-
-def _found(interval: tuple[float, float], reaches: bool) -> Found:
-    """Whether an arm is better, or with `reaches` less than `MARGIN` worse, by the difference's interval."""
-    low, high = interval
-    if low > (-MARGIN if reaches else 0):
-        return "held"
-    if reaches:
-        return "not held" if high < -MARGIN else "undecided"
-    return "not held" if high < 0 or (low > -MARGIN and high < MARGIN) else "undecided"
-
-
-def _sentence(
-    claim: Claim,
-    found: Found,
-    reached: Sequence[float],
-    difference: float,
-    interval: tuple[float, float],
-    p: float,
-    seeds: int,
-) -> str:
-    low, high = (100 * bound for bound in interval)
+def _sentence(claim: Claim, found: Found, reached: Sequence[float], difference: Effect, p: float) -> str:
     better, worse = (f"{each:.1%}" for each in reached)
-    over, test = (f"{seeds} seeds", "sign test over questions,") if seeds > 1 else ("one seed", "McNemar")
+    test = "sign test over questions" if difference.seeds > 1 else "McNemar test"
     return (
-        f"{sentence(claim.text)}: {claim.better} reached {better} and {claim.worse} {worse} over {over}, a difference "
-        f"of {100 * difference:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}; exact {test} p = {p:.2g}), "
-        f"{ENDINGS[found]}"
+        f"{sentence(claim.text)}: {claim.better} reached {better} and {claim.worse} {worse}, a difference of "
+        f"{100 * difference.difference:+.1f} points ({shown(difference)}; exact {test}, p = {p:.2g}), "
+        f"{ending(difference, found, reaches=claim.reaches)}"
     )

@@ -11,19 +11,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 from lorapar_ray.ablations.grids import Claim, sentence
-from lorapar_ray.ablations.results import ENDINGS, Found, over_seeds, shown_interval
+from lorapar_ray.ablations.results import Right
+from lorapar_ray.ablations.verdicts import Effect, Found, Groups, effect, ending, shown
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.datasets.sources import task_of
 from lorapar_ray.errors import UserError
 
-Skills = dict[int, float]
-"""Accuracy on each System's test rows."""
+Answers = dict[int, Right]
+"""Whether each System's test rows were answered correctly, by question."""
+Changes = Mapping[str, int]
+"""By question: 1, 0 or −1."""
+Place = tuple[float, float]
+"""Gain and cost."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +37,30 @@ class Point:
     """One finished run."""
 
     seed: int
-    gain: float
-    """Change of the second stage's skill in that stage."""
-    cost: float
-    """Loss of the first stage's skill in the second stage."""
+    gained: Changes
+    """The second stage's skill in that stage: 1 where it is right only after it, −1 where only before."""
+    lost: Changes
+    """The first stage's skill in the second stage: 1 where it is right only before it, −1 where only after."""
+
+    @cached_property
+    def gain(self) -> float:
+        """Change of the second stage's skill in that stage."""
+        return sum(self.gained.values()) / len(self.gained)
+
+    @cached_property
+    def cost(self) -> float:
+        """Loss of the first stage's skill in the second stage."""
+        return sum(self.lost.values()) / len(self.lost)
+
+    def without(self, question: str) -> Place:
+        """Gain and cost without a question; it is of one of the two skills, which has others too."""
+        return _mean_without(self.gained, question, self.gain), _mean_without(self.lost, question, self.cost)
+
+
+def _mean_without(changes: Changes, question: str, mean: float) -> float:
+    if question not in changes:
+        return mean
+    return (mean * len(changes) - changes[question]) / (len(changes) - 1)
 
 
 @dataclass(frozen=True)
@@ -43,10 +69,8 @@ class Kept:
 
     claim: Claim
     found: Found
-    difference: float
+    effect: Effect
     """Difference of the costs at equal gain; above 0: the better line keeps more."""
-    interval: tuple[float, float] | None
-    """95 %, over seeds (Student's t); None: fewer than three."""
     gains: tuple[float, ...]
     """The gain at which each seed was compared."""
     sentence: str
@@ -101,17 +125,22 @@ def systems_of_tasks(labels: Path) -> dict[str, int]:
     return {task: min(found, key=lambda system: (-found[system], system)) for task, found in votes.items()}
 
 
-def skills_in(file: Path, systems: Mapping[str, int], by: Literal["task", "id"] = "task") -> Skills:
-    """Skills from a table of answers; a System without a question is left out.
+def answers_in(file: Path, systems: Mapping[str, int], by: Literal["task", "id"] = "task") -> Answers:
+    """A table of answers by System; a System without a question is left out.
 
     Args:
         systems: the System of each task, or of each question.
     """
-    right: dict[int, list[bool]] = {}
-    for row in read_table(file, {by: str, "right": bool}):
+    right: Answers = {}
+    for row in read_table(file, {"id": str, by: str, "right": bool}):
         if row[by] in systems:
-            right.setdefault(systems[row[by]], []).append(row["right"])
-    return {system: sum(each) / len(each) for system, each in right.items()}
+            right.setdefault(systems[row[by]], {})[row["id"]] = row["right"]
+    return right
+
+
+def share_right(right: Right) -> float:
+    """The accuracy."""
+    return sum(right.values()) / len(right)
 
 
 def read_point(folder: Path, config: Config) -> Point | None:
@@ -120,12 +149,16 @@ def read_point(folder: Path, config: Config) -> Point | None:
     if len(files) != 2 or not all(file.is_file() for file in files):
         return None
     systems = systems_of_tasks(folder / "labels")
-    before, after = (skills_in(file, systems) for file in files)
+    before, after = (answers_in(file, systems) for file in files)
     own = {"sft": config.sft.systems[0], "grpo": config.grpo.systems[0]}
     first, second = (own[stage] for stage in config.order)
     if first == second or not {first, second} <= before.keys() & after.keys():
         return None
-    return Point(config.seed, after[second] - before[second], before[first] - after[first])
+    return Point(config.seed, _change(before[second], after[second]), _change(after[first], before[first]))
+
+
+def _change(before: Right, after: Right) -> dict[str, int]:
+    return {question: right - before[question] for question, right in after.items()}
 
 
 def mean_of(points: Sequence[Point]) -> tuple[float, float]:
@@ -138,40 +171,65 @@ def joined(lines: Mapping[str, Mapping[str, Sequence[Point]]]) -> dict[str, list
     return {line: [point for points in arms.values() for point in points] for line, arms in lines.items()}
 
 
-def cost_at(points: Sequence[Point], gain: float) -> float:
-    """The cost at a gain between 0 and the largest of `points`, on the line from (0, 0) through the points."""
-    line = [(0.0, 0.0), *sorted((each.gain, each.cost) for each in points if each.gain > 0)]
-    for (left, low), (right, high) in pairwise(line):
+def cost_at(line: Sequence[Place], gain: float) -> float:
+    """The cost at a gain between 0 and the largest of `line`, on the line from (0, 0) through its places."""
+    known = [(0.0, 0.0), *sorted(place for place in line if place[0] > 0)]
+    for (left, low), (right, high) in pairwise(known):
         if left <= gain <= right:
             return high if right == left else low + (high - low) * (gain - left) / (right - left)
-    raise ValueError(f"gain {gain} is beyond the line's {line[-1][0]}")
+    raise ValueError(f"gain {gain} is beyond the line's {known[-1][0]}")
+
+
+def kept_more(better: Sequence[Place], worse: Sequence[Place]) -> tuple[float, float]:
+    """The gain that both lines reach, at least 0, and how much less the better one costs there: nothing at 0."""
+    gain = min(max(gain for gain, _ in line) for line in (better, worse))
+    return (gain, cost_at(worse, gain) - cost_at(better, gain)) if gain > 0 else (0.0, 0.0)
 
 
 def compare(claim: Claim, lines: Mapping[str, Sequence[Point]]) -> Kept | None:
     """The verdict on a claim about two lines; None if no seed has a gain on both."""
-    differences, gains = [], []
-    better, worse = (lines.get(name, ()) for name in (claim.better, claim.worse))
-    for seed in sorted({each.seed for each in better} & {each.seed for each in worse}):
-        pair = [[each for each in line if each.seed == seed] for line in (better, worse)]
-        gain = min(max(each.gain for each in line) for line in pair)
+    sides = [lines.get(name, ()) for name in (claim.better, claim.worse)]
+    pairs, gains, differences = [], [], []
+    for seed in sorted({each.seed for each in sides[0]} & {each.seed for each in sides[1]}):
+        pair = [[each for each in side if each.seed == seed] for side in sides]
+        gain, difference = kept_more(*([(each.gain, each.cost) for each in side] for side in pair))
         if gain > 0:
-            mine, theirs = (cost_at(line, gain) for line in pair)
-            differences.append(theirs - mine)
+            pairs.append(pair)
             gains.append(gain)
-    if not differences:
+            differences.append(difference)
+    if not pairs:
         return None
-    difference, interval, found = over_seeds(differences)
-    return Kept(claim, found, difference, interval, tuple(gains), _sentence(claim, found, difference, interval, gains))
+    found = effect(differences, _by_question(pairs, sum(differences) / len(differences)))
+    verdict = found.found()
+    return Kept(claim, verdict, found, tuple(gains), _sentence(claim, verdict, found, gains))
 
 
-def _sentence(
-    claim: Claim, found: Found, difference: float, interval: tuple[float, float] | None, gains: Sequence[float]
-) -> str:
+def _by_question(pairs: Sequence[Sequence[Sequence[Point]]], difference: float) -> Groups:
+    """Each question's contribution to the difference, in a group for each skill, by the jackknife.
+
+    A cost at equal gain is no mean over questions: a question of the second skill moves the gain. So a question
+    contributes n − 1 times what leaving it out takes away.
+    """
+
+    def without(question: str) -> float:
+        rest = (kept_more(*([each.without(question) for each in side] for side in pair))[1] for pair in pairs)
+        return sum(rest) / len(pairs)
+
+    groups = []
+    points = [each for pair in pairs for side in pair for each in side]
+    for questions in ({q for each in points for q in each.gained}, {q for each in points for q in each.lost}):
+        n = len(questions)
+        own = [(n - 1) * (difference - without(question)) for question in sorted(questions)] if n > 1 else [0.0]
+        groups.append([difference / 2 + each for each in own])
+    return groups
+
+
+def _sentence(claim: Claim, found: Found, difference: Effect, gains: Sequence[float]) -> str:
     mean = 100 * sum(gains) / len(gains)
     return (
         f"{sentence(claim.text)}: at a gain of {mean:.1f} points in the second stage's skill, {claim.better} kept "
-        f"{100 * difference:+.1f} points more of the first stage's than {claim.worse} "
-        f"({len(gains)} seeds that gained on both; {shown_interval(interval)}), {ENDINGS[found]}"
+        f"{100 * difference.difference:+.1f} points more of the first stage's than {claim.worse} "
+        f"({shown(difference)}; seeds that gained on both), {ending(difference, found)}"
     )
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from io import StringIO
 from pathlib import Path
 
 from lorapar_ray.ablations.grids import Claim, sentence
-from lorapar_ray.ablations.results import ENDINGS, Found, mean_interval, over_seeds, shown_interval
-from lorapar_ray.ablations.retention import Skills, skills_in
+from lorapar_ray.ablations.retention import Answers, answers_in, share_right
+from lorapar_ray.ablations.verdicts import Effect, Found, effect, ending, shown
 from lorapar_ray.boundary import damaged, read_object
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.rows import read_table
@@ -33,14 +34,26 @@ class Course:
     seed: int
     systems: tuple[int, ...]
     """In the order of training."""
-    skills: Matrix
+    right: tuple[Answers, ...]
+    """The answers after each of them."""
+
+    @cached_property
+    def skills(self) -> Matrix:
+        """Accuracies."""
+        return tuple(tuple(share_right(after[system]) for system in self.systems) for after in self.right)
+
+    @cached_property
+    def changes(self) -> list[dict[str, int]]:
+        """Of each System but the last, by question: 1, 0 or −1 since its own training."""
+        return [
+            {question: self.right[-1][system][question] - right for question, right in after[system].items()}
+            for system, after in zip(self.systems[:-1], self.right, strict=False)
+        ]
 
     @property
     def backward_transfer(self) -> float:
         """Mean change of the earlier Systems' skills since their own training."""
-        last = self.skills[-1]
-        changes = [last[system] - own[system] for system, own in enumerate(self.skills[:-1])]
-        return sum(changes) / len(changes)
+        return sum(sum(each.values()) / len(each) for each in self.changes) / len(self.changes)
 
     @property
     def reached(self) -> float:
@@ -71,10 +84,8 @@ class Forgetting:
 
     claim: Claim
     found: Found
-    difference: float
+    effect: Effect
     """Difference of the backward transfers; above 0: the better arm forgets less."""
-    interval: tuple[float, float] | None
-    """95 %, over seeds (Student's t); None: fewer than three."""
     sentence: str
 
 
@@ -91,22 +102,22 @@ def require_skills(config: Config) -> None:
         )
 
 
-def read_skills(folder: Path, name: str) -> Skills | None:
-    """One model's accuracy on each System's test rows; None if it has not been evaluated."""
+def read_answers(folder: Path, name: str) -> Answers | None:
+    """One model's answers to each System's test rows; None if it has not been evaluated."""
     if not (folder / "eval" / f"{name}.json").is_file():
         return None
     rows = read_table(folder / "data" / "test.parquet", {"id": str})
     systems = {row["id"]: row["system"] for row in rows if row.get("system") is not None}
-    return skills_in(folder / "eval" / f"{name}.parquet", systems, by="id")
+    return answers_in(folder / "eval" / f"{name}.parquet", systems, by="id")
 
 
 def read_course(folder: Path, config: Config) -> Course | None:
     """A run's skills; None if it has not been evaluated, or a System has no test row left."""
-    found = [read_skills(folder, name) for name in config.trained]
+    found = [read_answers(folder, name) for name in config.trained]
     systems = tuple(config.sft.systems)
     if any(each is None or not set(systems) <= each.keys() for each in found):
         return None
-    return Course(config.seed, systems, tuple(tuple(each[j] for j in systems) for each in found if each is not None))
+    return Course(config.seed, systems, tuple(each for each in found if each is not None))
 
 
 def read_regions(folder: Path) -> Regions | None:
@@ -139,29 +150,44 @@ def compare(claim: Claim, arms: Mapping[str, Sequence[Course]]) -> Forgetting | 
     pairs = [(each, theirs[each.seed]) for each in arms.get(claim.better, ()) if each.seed in theirs]
     if not pairs:
         return None
-    difference, interval, found = over_seeds([a.backward_transfer - b.backward_transfer for a, b in pairs])
-    return Forgetting(claim, found, difference, interval, _sentence(claim, found, pairs, interval))
-
-
-def _sentence(
-    claim: Claim, found: Found, pairs: Sequence[tuple[Course, Course]], interval: tuple[float, float] | None
-) -> str:
     better, worse = (list(side) for side in zip(*pairs, strict=True))
+    lost = difference_of(better, worse)
+    found = lost.found()
+    return Forgetting(claim, found, lost, _sentence(claim, found, lost, better, worse))
+
+
+def difference_of(arm: Sequence[Course], other: Sequence[Course] = ()) -> Effect:
+    """The backward transfer of an arm, less that of another one with the same seeds in the same order."""
+    signed = [(1, each) for each in arm] + [(-1, each) for each in other]
+    by_seed = [each.backward_transfer for each in arm]
+    if other:
+        by_seed = [own - less.backward_transfer for own, less in zip(by_seed, other, strict=True)]
+    groups = []
+    for place in range(len(arm[0].changes)):
+        found: dict[str, float] = {}
+        for sign, each in signed:
+            own = each.changes[place]
+            for question, change in own.items():
+                found[question] = found.get(question, 0.0) + sign * change / len(arm) / len(each.changes)
+        groups.append(list(found.values()))
+    return effect(by_seed, groups)
+
+
+def _sentence(claim: Claim, found: Found, difference: Effect, better: Sequence[Course], worse: Sequence[Course]) -> str:
     lost = [-100 * sum(each.backward_transfer for each in side) / len(side) for side in (better, worse)]
     reached = [sum(each.reached for each in side) / len(side) for side in (better, worse)]
-    seeds = f"{len(pairs)} seeds" if len(pairs) > 1 else "one seed"
     return (
-        f"{sentence(claim.text)}: over {seeds}, {claim.better} lost {lost[0]:.1f} and {claim.worse} "
-        f"{lost[1]:.1f} points of the earlier Systems' skills (difference {lost[1] - lost[0]:+.1f}; "
-        f"{shown_interval(interval)}), {ENDINGS[found]} Right after its own training a System reached {reached[0]:.1%} "
-        f"and {reached[1]:.1%}."
+        f"{sentence(claim.text)}: {claim.better} lost {lost[0]:.1f} and {claim.worse} {lost[1]:.1f} points of the "
+        f"earlier Systems' skills (difference {lost[1] - lost[0]:+.1f}; {shown(difference)}), "
+        f"{ending(difference, found)} Right after its own training a System reached {reached[0]:.1%} and "
+        f"{reached[1]:.1%}."
     )
 
 
 def markdown(
     arms: Mapping[str, Sequence[Course]],
     regions: Mapping[str, Regions | None],
-    base: Skills | None,
+    base: Answers | None,
     verdicts: Sequence[Forgetting],
 ) -> str:
     """A table of the arms, each one's matrix (mean over seeds), and a line for each claim.
@@ -177,7 +203,11 @@ def markdown(
         text += ["", f"Accuracy of {arm}, means over seeds:", ""]
         text += [_line(["after", *(f"System {system}" for system in systems)]), _line(["---"] * (1 + len(systems)))]
         if base is not None:
-            text.append(_line(["nothing", *(f"{base[system]:.1%}" if system in base else "–" for system in systems)]))
+            text.append(
+                _line(
+                    ["nothing", *(f"{share_right(base[system]):.1%}" if system in base else "–" for system in systems)]
+                )
+            )
         for system, row in zip(systems, mean_skills(courses), strict=True):
             text.append(_line([f"System {system}", *(f"{each:.1%}" for each in row)]))
     text += _overlap(regions)
@@ -187,11 +217,11 @@ def markdown(
 
 
 def _summary(courses: Sequence[Course], regions: Regions | None) -> list[str]:
-    transfers, n = [each.backward_transfer for each in courses], len(courses)
-    interval = mean_interval(transfers)[1] if n >= 3 else None
+    transfer, n = difference_of(courses), len(courses)
+    low, high = transfer.interval
     return [
-        f"{100 * sum(transfers) / n:+.1f} points",
-        "–" if interval is None else f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}",
+        f"{100 * transfer.difference:+.1f} points",
+        f"{100 * low:+.1f} to {100 * high:+.1f}",
         f"{sum(each.reached for each in courses) / n:.1%}",
         f"{sum(each.kept for each in courses) / n:.1%}",
         "–" if regions is None else ", ".join(f"{share:.1%}" for share in regions.shares),

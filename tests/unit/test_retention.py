@@ -26,8 +26,17 @@ CONFIG = ROOT / "jobs" / "configs" / "quickstart.yaml"
 CLAIM = Claim("the first keeps more", "first", "second")
 
 
+def point(seed: int, gain: float, cost: float, n: int = 1000) -> Point:
+    """A run whose changes are of the first of n questions of each skill."""
+    gained, lost = (
+        {f"{name}{q}": (q < abs(each) * n) * (1 if each > 0 else -1) for q in range(n)}
+        for name, each in (("riddle", round(gain, 9)), ("sum", round(cost, 9)))
+    )
+    return Point(seed, gained, lost)
+
+
 def test_a_line_begins_where_nothing_was_trained() -> None:
-    points = [Point(1, 0.1, 0.05), Point(1, 0.3, 0.09), Point(1, -0.1, 0.5)]
+    points = [(0.1, 0.05), (0.3, 0.09), (-0.1, 0.5)]
     assert cost_at(points, 0.05) == pytest.approx(0.025)
     assert cost_at(points, 0.2) == pytest.approx(0.07)
     assert cost_at(points, 0.3) == pytest.approx(0.09)
@@ -37,18 +46,47 @@ def test_a_line_begins_where_nothing_was_trained() -> None:
 
 
 def test_lines_are_compared_at_equal_gain_seed_by_seed() -> None:
-    first = [Point(seed, gain, 0.1 * gain) for seed in (1, 2, 3) for gain in (0.1, 0.3)]
-    second = [Point(seed, 0.2, 0.08 + 0.001 * seed) for seed in (1, 2, 3, 4)]
+    first = [point(seed, gain, 0.1 * gain) for seed in (1, 2, 3) for gain in (0.1, 0.3)]
+    second = [point(seed, 0.2, 0.08 + 0.001 * seed) for seed in (1, 2, 3, 4)]
     kept = compare(CLAIM, {"first": first, "second": second})
     assert kept is not None and kept.gains == (0.2, 0.2, 0.2)
-    assert kept.difference == pytest.approx(0.062) and kept.found == "held"
+    assert kept.effect.difference == pytest.approx(0.062) and kept.found == "held"
     assert "at a gain of 20.0 points" in kept.sentence and "first kept +6.2 points more" in kept.sentence
+    assert "over 3 seeds and n = 2000 questions; seeds that gained on both)" in kept.sentence
     reverse = compare(Claim("x", "second", "first"), {"first": first, "second": second})
     assert reverse is not None and reverse.found == "not held"
     few = compare(CLAIM, {"first": first[:2], "second": second})
-    assert few is not None and few.found == "undecided" and few.interval is None
-    assert compare(CLAIM, {"first": first, "second": [Point(1, -0.1, 0.0)]}) is None
+    assert few is not None and few.found == "undecided" and few.effect.seeds == 1
+    assert few.sentence.endswith("(a verdict needs 3 seeds).")
+    assert compare(CLAIM, {"first": first, "second": [point(1, -0.1, 0.0)]}) is None
     assert compare(CLAIM, {"first": first}) is None
+
+
+def test_a_question_of_each_skill_moves_the_difference() -> None:
+    """Where one line ends at the gain that is compared, the standard error is that of a sum of means: of what one line
+    lost, and of the slope of the other times what was gained."""
+    n = 1000
+    steep = [point(seed, 0.4, 0.2, n) for seed in (1, 2, 3)]
+    flat = [point(seed, 0.2, 0.0, n) for seed in (1, 2, 3)]
+    kept = compare(CLAIM, {"first": flat, "second": steep})
+    assert kept is not None and kept.effect.difference == pytest.approx(0.1)
+    # steep costs 0.2 / 0.4 · 0.2 there: d = cost · gain' / gain, of whose parts each has its share of the questions
+    costs = [0.5 * (q < 0.2 * n) for q in range(n)]
+    gains = [0.5 * (q < 0.2 * n) - 0.25 * (q < 0.4 * n) for q in range(n)]
+    means = [sum(each) / n for each in (costs, gains)]
+    variance = sum(
+        sum((each - mean) ** 2 for each in group) / n**2 for group, mean in zip((costs, gains), means, strict=True)
+    )
+    low, high = kept.effect.interval
+    assert (high - low) / 2 == pytest.approx(1.96 * variance**0.5, rel=0.02)
+
+
+def test_lines_that_agree_in_every_seed_have_an_interval_over_questions() -> None:
+    one_of_a_hundred = {"first": [point(seed, 0.1, 0.01, 100) for seed in (1, 2, 3)]}
+    one_of_a_hundred["second"] = [point(seed, 0.1, 0.02, 100) for seed in (1, 2, 3)]
+    kept = compare(CLAIM, one_of_a_hundred)
+    assert kept is not None and kept.effect.difference == pytest.approx(0.01)
+    assert kept.found == "undecided" and kept.effect.interval[0] < -0.01
 
 
 def finish(unit: Unit, answers: dict[str, tuple[int, int]]) -> None:

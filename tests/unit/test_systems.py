@@ -288,8 +288,13 @@ def test_a_sequence_that_does_not_fit_is_refused(changes: dict[str, Any], said: 
         Config.model_validate(three_systems(**changes))
 
 
-def course(seed: int, *rows: tuple[float, ...]) -> Course:
-    return Course(seed, tuple(range(1, len(rows) + 1)), rows)
+def course(seed: int, *rows: tuple[float, ...], n: int = 100) -> Course:
+    """Accuracies on n questions of each System, the first of which are right."""
+    right = tuple(
+        {system: {f"{system}-{q}": q < round(share * n) for q in range(n)} for system, share in enumerate(row, start=1)}
+        for row in rows
+    )
+    return Course(seed, tuple(range(1, len(rows) + 1)), right)
 
 
 def test_backward_transfer_is_the_mean_change_of_the_earlier_skills() -> None:
@@ -306,14 +311,25 @@ def test_arms_are_compared_seed_by_seed() -> None:
     first = [course(seed, (0.6, 0.1), (0.55, 0.5)) for seed in (1, 2, 3, 4)]
     second = [course(seed, (0.7, 0.1), (0.4 + 0.01 * seed, 0.6)) for seed in (1, 2, 3)]
     found = compare(claim, {"first": first, "second": second})
-    assert found is not None and found.found == "held" and found.difference == pytest.approx(0.23)
-    assert "over 3 seeds, first lost 5.0 and second 28.0 points" in found.sentence
+    assert found is not None and found.found == "held" and found.effect.difference == pytest.approx(0.23)
+    assert "first lost 5.0 and second 28.0 points" in found.sentence
+    assert "over 3 seeds and n = 100 questions" in found.sentence
     assert found.sentence.endswith("a System reached 55.0% and 65.0%.")
     reverse = compare(Claim("x", "second", "first"), {"first": first, "second": second})
     assert reverse is not None and reverse.found == "not held"
     one = compare(claim, {"first": first[:1], "second": second})
-    assert one is not None and one.found == "undecided" and one.interval is None and "over one seed" in one.sentence
+    assert one is not None and one.found == "undecided"
+    assert "questions of one seed), but one seed does not tell an arm from its seeds" in one.sentence
     assert compare(claim, {"first": first}) is None
+
+
+def test_seeds_that_agree_have_an_interval_over_questions() -> None:
+    claim = Claim("the first forgets less", "first", "second")
+    arms = {"first": [course(seed, (0.6, 0.1), (0.59, 0.5)) for seed in (1, 2, 3)]}
+    arms["second"] = [course(seed, (0.6, 0.1), (0.58, 0.5)) for seed in (1, 2, 3)]
+    found = compare(claim, arms)
+    assert found is not None and found.effect.difference == pytest.approx(0.01)
+    assert found.found == "undecided" and found.effect.interval[0] < -0.01
 
 
 def evaluated(unit: Unit, answers: dict[str, tuple[int, ...]]) -> None:
@@ -345,9 +361,11 @@ def test_the_report_shows_the_skills_after_every_system(tmp_path: Path) -> None:
         evaluated(unit, skills | ({"base": (10, 11, 12)} if unit is units[0] else {}))
         record_finished(unit)
     text = report(plan)
-    assert "| disjoint | -3.0 points | -3.0 to -3.0 | 60.0% | 58.0% | 10.0%, 20.0%, 30.0% | 3 |" in text
+    assert "| disjoint | -3.0 points | -5.9 to +0.1 | 60.0% | 58.0% | 10.0%, 20.0%, 30.0% | 3 |" in text
     assert "| nothing | 10.0% | 11.0% | 12.0% |" in text and "| System 2 | 58.0% | 50.0% | 6.0% |" in text
-    assert "- **held**: Disjoint regions forget less than training every element: over 3 seeds" in text
+    assert (
+        "- **held**: Disjoint regions forget less than training every element: disjoint lost 3.0 and unmasked" in text
+    )
     assert "- **held**: Disjoint regions end higher than training every element" in text
     assert "| 1 and 2 | 0.510 | 0.400 | 0.600 | 0.700 |" in text and "keeps, in the first run of disjoint" in text
     assert (tmp_path / "systems.md").read_text() in text

@@ -1,0 +1,126 @@
+"""The one rule by which a grid decides a claim about two arms, from their difference and its interval.
+
+A difference varies with the seed (another run of the same arm) and with the test questions. Its interval has both: from
+the spread between seeds (Student's t) and from that between questions (Bonett and Price, "Adjusted Wald confidence
+interval for a difference of binomial proportions based on paired data", 2012), added as independent errors are, by
+squares (Zou and Donner, "Construction of confidence limits about effect measures", 2008). So it is wider than either.
+With fewer than three seeds there is no sound measure of the spread between seeds, so no claim about arms is decided;
+the interval is then over questions alone. `docs/verdicts.md` says the same to readers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import hypot, sqrt
+from typing import Literal
+
+from lorapar_ray.evaluation.statistics import Z_95
+
+Found = Literal["held", "not held", "undecided"]
+Groups = Sequence[Sequence[float]]
+"""Contributions of questions to a difference, in groups of questions drawn separately; the difference is the sum of the
+groups' means."""
+FEWEST_SEEDS = 3
+MARGIN = 0.01
+"""A difference is negligible if its whole interval is below this (1 point)."""
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+"""Student's t at 97.5 %, for 1, 2, … degrees of freedom; beyond the last 1.96 + 2.6 / df approximates it."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """How much more one arm has than another, as a share of 1, of runs with the same seeds."""
+
+    difference: float
+    interval: tuple[float, float]
+    """95 %: over seeds and questions; with fewer than three seeds over questions alone."""
+    seeds: int
+    questions: int
+
+    def found(self, *, reaches: bool = False) -> Found:
+        """Whether the first arm is above the other one; with `reaches`, less than `MARGIN` below it."""
+        low, high = self.interval
+        if self.seeds < FEWEST_SEEDS:
+            return "undecided"
+        if low > (-MARGIN if reaches else 0):
+            return "held"
+        if reaches:
+            return "not held" if high < -MARGIN else "undecided"
+        return "not held" if high < 0 or (low > -MARGIN and high < MARGIN) else "undecided"
+
+
+def effect(by_seed: Sequence[float], by_question: Groups) -> Effect:
+    """The effect from each seed's difference, and from each question's contribution (its mean over seeds).
+
+    Raises:
+        ValueError: no seeds, or a group without questions.
+    """
+    if not by_seed or not all(by_question):
+        raise ValueError("an effect needs at least one seed, and a question in each group")
+    difference = sum(by_seed) / len(by_seed)
+    below, above = question_reach(by_question)
+    if len(by_seed) >= FEWEST_SEEDS:
+        _, (low, _) = mean_interval(by_seed)
+        below, above = (hypot(each, difference - low) for each in (below, above))
+    return Effect(difference, (difference - below, difference + above), len(by_seed), sum(map(len, by_question)))
+
+
+def question_reach(groups: Groups) -> tuple[float, float]:
+    """How far the 95 % interval over questions reaches below and above the sum of the groups' means.
+
+    Each group gets two more questions, one for either side. So the interval has a width even if all questions agree.
+    For one group of values −1, 0 and 1, which are two models' differences, this is Bonett and Price's interval.
+    """
+    size, plain, centre, variance = 1 / len(groups), 0.0, 0.0, 0.0
+    for group in groups:
+        more = [*group, size, -size]
+        mean = sum(more) / len(more)
+        plain += sum(group) / len(group)
+        centre += mean
+        variance += sum((each - mean) ** 2 for each in more) / len(more) ** 2
+    reach = Z_95 * sqrt(variance)
+    return max(0.0, plain - centre + reach), max(0.0, centre + reach - plain)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """Mean and its 95 % interval (Student's t); needs at least two values."""
+    n = len(values)
+    mean = sum(values) / n
+    deviation = sqrt(sum((each - mean) ** 2 for each in values) / (n - 1))
+    t = T_975[n - 2] if n - 2 < len(T_975) else 1.96 + 2.6 / (n - 1)
+    reach = t * deviation / sqrt(n)
+    return mean, (mean - reach, mean + reach)
+
+
+def all_of(found: Sequence[Found], lines: int) -> Found:
+    """The verdict on a claim that says the same of `lines` comparisons, of which `found` are known.
+
+    Held if all lines are held, not held if one is not, else undecided. "Held" needs no correction for the number of
+    lines, since each of them has to hold.
+    """
+    if "not held" in found:
+        return "not held"
+    return "held" if len(found) == lines and set(found) == {"held"} else "undecided"
+
+
+def shown(effect: Effect) -> str:
+    """The interval, in points, and what it is over."""
+    low, high = (100 * bound for bound in effect.interval)
+    seeds = "one seed" if effect.seeds == 1 else f"{effect.seeds} seeds"
+    over = f"n = {effect.questions} questions"
+    over = f"over {seeds} and {over}" if effect.seeds >= FEWEST_SEEDS else f"over {over} of {seeds}"
+    return f"95 % interval {low:+.1f} to {high:+.1f} {over}"
+
+
+def ending(effect: Effect, found: Found, *, reaches: bool = False) -> str:
+    """The end of a claim's sentence: the margin where it decides, and the verdict."""
+    if effect.seeds < FEWEST_SEEDS:
+        few = "one seed does" if effect.seeds == 1 else f"{effect.seeds} seeds do"
+        return f"but {few} not tell an arm from its seeds, so it is undecided (a verdict needs {FEWEST_SEEDS} seeds)."
+    point = f"{100 * MARGIN:g} point"
+    margin = f"less than {point} below counts as reached, " if reaches else ""
+    if found == "not held" and not reaches and effect.interval[1] >= 0:
+        margin = f"a difference within {point} counts as none, "
+    said = {"held": "the claim held here", "not held": "the claim did not hold here"}
+    return f"{margin}so {said.get(found, 'it is undecided at this size')}."
