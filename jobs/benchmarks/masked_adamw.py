@@ -80,9 +80,8 @@ def bits_apart(device: torch.device) -> list[Row]:
     """Differences from fused AdamW's values after steps from the same state.
 
     The unit is the last place of the larger of the values before and after the step: if the step cancels a value, the
-    result has finer places than its operands. Our bias corrections are computed in double precision; torch 2.11's CUDA
-    kernel was 418 last places away on an H100. Powers of β in single precision would explain about a hundred of them;
-    this has not been checked there.
+    result has finer places than its operands. Our settings are in double precision; torch's CUDA kernel rounds β and the
+    bias corrections to float32 (see `triton_step`), and was 418 last places away on an H100.
     """
     generator = torch.Generator(device).manual_seed(1)
     start = [torch.randn(shape, generator=generator, device=device) for shape in list(shapes(8))[:24]]

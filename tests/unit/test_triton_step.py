@@ -17,10 +17,11 @@ from lorapar_ray.optim.triton_step import BLOCK, blocks_of, has_triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-kernels = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="runs below, in a process that interprets")
-ULP = {"cuda": 1, "cpu": 64}
-"""Allowed difference of a value, in units in the last place, after a step from the same state: on a CPU torch uses
-another order of operations (measured: 16)."""
+kernels = pytest.mark.skipif(False, reason="interpreted here") if INTERPRETED else pytest.mark.gpu
+"""On a GPU, or by `test_interpreted` in a process that interprets."""
+OF_RATE = 1e-4
+"""Allowed difference of a value after a step from the same state, as a share of the learning rate, besides one unit in
+the last place: torch's CUDA kernel rounds β and the corrections to float32 (emulated: 2.4e-5 of the rate)."""
 SHAPES = [(16, 100), (7, 13), (40, 64), (1, 1), (16, 16)]
 SHARES = [0.4, 1.0, 0.1, 1.0, 0.0]
 
@@ -70,10 +71,8 @@ def units_apart(ours: torch.Tensor, theirs: torch.Tensor) -> int:
     return int((ordered[0] - ordered[1]).abs().max())
 
 
-def as_torchs_cuda_kernel(
-    value: Any, gradient: Any, first: Any, second: Any, group: dict[str, Any], number: int
-) -> Any:
-    """ATen's `adam_math`, line by line, with the same doubles."""
+def in_double_precision(value: Any, gradient: Any, first: Any, second: Any, group: dict[str, Any], number: int) -> Any:
+    """The kernel's arithmetic: settings and products as doubles, values and moments as floats."""
     (beta1, beta2), wide = group["betas"], torch.float64
     correction1 = torch.tensor(1 - beta1**number, dtype=torch.float32)
     correction2 = torch.tensor((1 - beta2**number) ** 0.5, dtype=torch.float32)
@@ -87,8 +86,42 @@ def as_torchs_cuda_kernel(
     return value - step_size * first / divisor, first, second
 
 
+def as_torchs_cuda_kernel(
+    value: Any, gradient: Any, first: Any, second: Any, group: dict[str, Any], number: int
+) -> Any:
+    """`adam_math` of torch 2.13 (ATen/native/cuda/fused_adam_utils.cuh), line by line: all in float32."""
+
+    def single(number: float) -> Any:
+        return torch.tensor(number, dtype=torch.float32, device=value.device)
+
+    def fma(a: Any, b: Any, c: Any) -> Any:
+        return (a.double() * b.double() + c.double()).float()
+
+    rate, decay, eps = single(group["lr"]), single(group["weight_decay"]), single(group["eps"])
+    beta1, beta2 = map(single, group["betas"])
+    correction1 = 1 - (beta1.double() ** number).float()
+    correction2 = (1 - (beta2.double() ** number).float()).sqrt()
+    value = value - rate * decay * value
+    first = fma(beta1, first, fma(-beta1, gradient, gradient))
+    square = gradient * gradient
+    second = fma(beta2, second, fma(-beta2, square, square))
+    return value - rate / correction1 * first / (second.sqrt() / correction2 + eps), first, second
+
+
+def moments_of(masked: MaskedAdamW, number: int, masks: list[torch.Tensor]) -> list[torch.Tensor]:
+    """A parameter's two moments; zeros before its first step."""
+    state = masked.state[[each for group in masked.param_groups for each in group["params"]][number]]
+    return [state.get(name, torch.zeros(int(masks[number].sum()), device=DEVICE)) for name in ("exp_avg", "exp_avg_sq")]
+
+
+def allowed(before: torch.Tensor, after: torch.Tensor, rate: float) -> torch.Tensor:
+    """How far a value may be from `after`."""
+    larger = torch.maximum(before.abs(), after.abs())
+    return OF_RATE * rate + (torch.nextafter(larger, torch.full_like(larger, torch.inf)) - larger)
+
+
 @kernels
-def test_the_arithmetic_is_that_of_torchs_cuda_kernel() -> None:
+def test_the_arithmetic_is_in_double_precision() -> None:
     ours, masks = problem()
     masked = MaskedAdamW(groups(ours, masks))
     places = [(group, parameter) for group in masked.param_groups for parameter in group["params"]]
@@ -98,13 +131,41 @@ def test_the_arithmetic_is_that_of_torchs_cuda_kernel() -> None:
         for number, ((group, parameter), gradient) in enumerate(zip(places, gradients(step), strict=True)):
             parameter.grad = gradient
             value, first, second = expected[number]
-            expected[number] = as_torchs_cuda_kernel(value, gradient[masks[number]], first, second, group, step + 1)
+            expected[number] = in_double_precision(value, gradient[masks[number]], first, second, group, step + 1)
         masked.step()
     launched(masked)
     for (_, parameter), mask, (value, first, second) in zip(places, masks, expected, strict=True):
         assert units_apart(parameter.detach()[mask], value) <= (0 if INTERPRETED else 3)  # one per step
         assert units_apart(masked.state[parameter]["exp_avg"], first) <= (0 if INTERPRETED else 3)
         assert units_apart(masked.state[parameter]["exp_avg_sq"], second) <= (0 if INTERPRETED else 3)
+
+
+@kernels
+def test_a_step_is_near_that_of_torchs_cuda_kernel_in_single_precision() -> None:
+    """The bound of `OF_RATE` without a GPU: each step begins with the same state."""
+    ours, masks = problem()
+    masked = MaskedAdamW(groups(ours, masks))
+    places = [(group, parameter) for group in masked.param_groups for parameter in group["params"]]
+    different = 0
+    for step in range(5):
+        old = [parameter.detach()[mask] for parameter, mask in zip(ours, masks, strict=True)]
+        moments = [[each.clone() for each in moments_of(masked, number, masks)] for number in range(len(ours))]
+        for parameter, gradient in zip(ours, gradients(step), strict=True):
+            parameter.grad = gradient
+        masked.step()
+        for number, (group, parameter) in enumerate(places):
+            mask = masks[number]
+            gradient = gradients(step)[number][mask]
+            value, *after = as_torchs_cuda_kernel(old[number], gradient, *moments[number], group, step + 1)
+            apart = (parameter.detach()[mask] - value).abs()
+            assert (apart <= allowed(old[number], value, group["lr"])).all()
+            different += int((apart > 0).sum())
+            with torch.no_grad():
+                parameter[mask] = value
+            for state, other in zip(moments_of(masked, number, masks), after, strict=True):
+                state.copy_(other)
+    launched(masked)
+    assert different, "the emulated kernel rounds elsewhere"
 
 
 @kernels
@@ -115,23 +176,23 @@ def test_active_elements_step_as_under_adamw_and_the_others_keep_their_bits() ->
     start = [value.detach().clone() for value in ours]
     masked = MaskedAdamW(groups(ours, masks))
     stock = torch.optim.AdamW(groups(theirs, None), fused=True)
-    apart = 0
+    rates = [group["lr"] for group in masked.param_groups for _ in group["params"]]
     for step in range(4):
+        old = [mine.detach()[mask] for mine, mask in zip(ours, masks, strict=True)]
         for mine, other, gradient in zip(ours, theirs, gradients(step), strict=True):
             mine.grad, other.grad = gradient, gradient
         masked.step()
         stock.step()
-        for mine, other, mask in zip(ours, theirs, masks, strict=True):
-            apart = max(apart, units_apart(mine.detach()[mask], other.detach()[mask]))
+        for mine, other, mask, before, rate in zip(ours, theirs, masks, old, rates, strict=True):
+            value = other.detach()[mask]
+            assert ((mine.detach()[mask] - value).abs() <= allowed(before, value, rate)).all()
             with torch.no_grad():
-                mine[mask] = other[mask]
+                mine[mask] = value
             for name in ("exp_avg", "exp_avg_sq"):
                 expected = stock.state[other][name][mask]
-                torch.testing.assert_close(masked.state[mine][name], expected, rtol=1e-5, atol=1e-7)
+                torch.testing.assert_close(masked.state[mine][name], expected, rtol=1e-4, atol=1e-7)
                 masked.state[mine][name].copy_(expected)
     assert launched(masked).states[0]["step"] == 4
-    print(f"at most {apart} units in the last place on {DEVICE}")
-    assert apart <= ULP[DEVICE]
     for mine, mask, value in zip(ours, masks, start, strict=True):
         assert torch.equal(mine[~mask], value[~mask])
 
