@@ -73,6 +73,32 @@ def _precision_stays() -> Iterator[None]:
     assert left == (torch.float32, False, "highest")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def models_on_the_cpu() -> Iterator[pytest.MonkeyPatch]:
+    """Also where there is a GPU: the code's model would be there, and the test's own model and tokens here. Workers of
+    Ray are processes of their own, which this does not change."""
+    with pytest.MonkeyPatch.context() as patch:
+        _models_on_the_cpu(patch)
+        yield patch
+
+
+def _models_on_the_cpu(patch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        for module in ("student", "sharding"):
+            patch.setattr(f"lorapar_ray.{module}.device", lambda: torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _models_of_gpu_tests(request: pytest.FixtureRequest, models_on_the_cpu: pytest.MonkeyPatch) -> Iterator[None]:
+    """Are where Ray would put them."""
+    if not request.node.get_closest_marker("gpu"):
+        yield
+        return
+    models_on_the_cpu.undo()
+    yield
+    _models_on_the_cpu(models_on_the_cpu)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """End that Ray before a file that does not use it, so that other tests run without it."""
