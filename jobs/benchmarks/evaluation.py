@@ -99,7 +99,7 @@ def agreement(arguments: argparse.Namespace) -> list[Row]:
 
 def throughput(arguments: argparse.Namespace) -> list[Row]:
     from lorapar_ray.config import EngineConfig, Resources
-    from lorapar_ray.engines.settings import engine_arguments, engine_environment
+    from lorapar_ray.engines.settings import engine_arguments, engine_environment, memory_share
     from lorapar_ray.evaluation.engines import Engines
     from lorapar_ray.models import resolve_model
     from lorapar_ray.session import ray_session
@@ -107,11 +107,12 @@ def throughput(arguments: argparse.Namespace) -> list[Row]:
     rounds, gpu = 1 if arguments.quick else 2, arguments.device == "cuda"
     work, model = _work(64 if arguments.quick else 256), resolve_model(_agreement.MODEL)
     engine = EngineConfig(max_model_len=256, enforce_eager=not gpu)
-    resources = Resources(cpus=1, gpus=1 if gpu else 0, threads=len(os.sched_getaffinity(0)))
+    # on a GPU each of the two has a half
+    resources = Resources(cpus=1, gpus=0.5 if gpu else 0, threads=len(os.sched_getaffinity(0)))
     seconds: dict[tuple[str, str], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, ray_session(), Engines(model, engine, resources) as engines:
         job = Path(folder) / "job.json"
-        spec = engine_arguments(model, engine, seed=0, trust_remote_code=False)
+        spec = memory_share(resources) | engine_arguments(model, engine, seed=0, trust_remote_code=False)
         asked = {kind: [list(request.ids) for request in requests] for kind, requests in work.items()}
         job.write_text(json.dumps({"arguments": spec, **asked, "sampling": SAMPLING}))
         command = [sys.executable, str(Path(__file__).with_name("_llm_peer.py")), str(job)]
