@@ -8,6 +8,8 @@ learner's work, and the log-probabilities are the same. A completion's last toke
 Ranks that share rows (`sequence_parallel`) each get their slice of the inputs, and the positions of the outputs in it.
 What belongs to samples (tokens, masks, log-probabilities) is whole on every rank.
 
+A GPU takes all of it without a wait: it may still be busy with the backward pass of the rows before.
+
 Tokens that an environment added to a completion are read like a prompt. They are in no tensor of completion tokens, so
 no loss, ratio or metric counts them.
 """
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from lorapar_ray.grpo.head import TokenScorer
 from lorapar_ray.grpo.samples import Sample
-from lorapar_ray.packed_attention import make_layout, packed_inputs, spans_of_group
+from lorapar_ray.packed_attention import make_layout, move, packed_inputs, spans_of_group
 from lorapar_ray.sequence_parallel import SequenceGroup
 
 
@@ -173,8 +175,8 @@ def pad(samples: Sequence[Sample], pad_id: int, device: torch.device) -> PackedR
         columns.append(_sampled(sample, np.arange(start - 1, widths[row] - 1)))
     attention = np.arange(max(widths)) < np.array(widths)[:, None]
     inputs = {
-        "input_ids": torch.from_numpy(ids).to(device),
-        "attention_mask": torch.from_numpy(attention.astype(np.int64)).to(device),
+        "input_ids": move(torch.from_numpy(ids), device),
+        "attention_mask": move(torch.from_numpy(attention.astype(np.int64)), device),
     }
     return _rows(samples, inputs, _ids(rows, device), _ids(columns, device))
 
@@ -192,9 +194,9 @@ def _rows(
         row_N=row_N,
         column_N=column_N,
         tokens_N=_ids([_sampled(sample, sample.token_ids) for sample in samples], device),
-        mask_BT=torch.from_numpy(real_BT.astype(np.float32)).to(device),
-        sampling_logprobs_BT=torch.from_numpy(sampling_BT).to(device),
-        advantages_B=torch.tensor([float(sample.advantage) for sample in samples], device=device),
+        mask_BT=move(torch.from_numpy(real_BT.astype(np.float32)), device),
+        sampling_logprobs_BT=move(torch.from_numpy(sampling_BT), device),
+        advantages_B=move(torch.tensor([float(sample.advantage) for sample in samples]), device),
         kept_NK=_kept(samples, device),
         own=own,
     )
@@ -209,7 +211,7 @@ def _kept(samples: Sequence[Sample], device: torch.device) -> Tensor | None:
     real_NK = np.arange(counts_N.max()) < counts_N[:, None]
     kept_NK = np.full(real_NK.shape, -1, dtype=np.int64)
     kept_NK[real_NK] = np.concatenate([kept.token_ids for kept in found])
-    return torch.from_numpy(kept_NK).to(device)
+    return move(torch.from_numpy(kept_NK), device)
 
 
 def _sampled(sample: Sample, values: Any) -> Any:
@@ -272,4 +274,4 @@ def _over(used: int, count: int, tokens: int, sequences: int | None) -> bool:
 
 
 def _ids(parts: Sequence[Any], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])).to(device)
+    return move(torch.from_numpy(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])), device)

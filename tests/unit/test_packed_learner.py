@@ -266,3 +266,19 @@ def test_the_head_never_makes_all_logits(monkeypatch: pytest.MonkeyPatch) -> Non
     hidden = torch.randn(30, 64, requires_grad=True)
     head_logprobs(hidden, torch.randn(96, 64), torch.zeros(30, dtype=torch.long))[0].sum().backward()
     assert sizes == [8, 8, 8, 6]
+
+
+@pytest.mark.gpu
+def test_the_next_rows_do_not_wait_for_the_gpu() -> None:
+    """It is still busy with the rows before, while the next ones are laid out and copied."""
+    device = torch.device("cuda")
+    torch.zeros(1, device=device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        packed, padded = pack(group_by_prompt(samples()), device), pad(samples(), 0, device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for rows, expected in ((packed, pack(group_by_prompt(samples()), CPU)), (padded, pad(samples(), 0, CPU))):
+        for name in ("row_N", "column_N", "tokens_N", "mask_BT", "sampling_logprobs_BT", "advantages_B"):
+            assert torch.equal(getattr(rows, name).cpu(), getattr(expected, name))
+        assert torch.equal(rows.inputs["input_ids"].cpu(), expected.inputs["input_ids"])
