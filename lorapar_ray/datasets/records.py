@@ -118,8 +118,8 @@ def _bounded_lines(text: TextIO) -> Iterator[str | TooLong]:
 def _listed(text: TextIO) -> Iterator[Any]:
     """The elements of a JSON list, decoded while they are read."""
     decoder = json.JSONDecoder(object_pairs_hook=_once_each)
-    buffer, lines, started, ended = "", 1, False, False
-    while not ended:
+    buffer, lines, started = "", 1, False
+    while True:
         chunk = text.read(max(CHUNK, len(buffer)))  # doubled, so that a long element is not begun over and over
         buffer += chunk
         if len(buffer) > MAX_CHARACTERS:
@@ -132,8 +132,8 @@ def _listed(text: TextIO) -> Iterator[Any]:
                 buffer, started = buffer[1:], True
                 continue
             if buffer.startswith("]"):
-                ended = True
-                break
+                _require_only_space(buffer[1:], text, lines)
+                return
             try:
                 element, end = decoder.raw_decode(buffer)
                 if end == len(buffer) and chunk:
@@ -146,5 +146,25 @@ def _listed(text: TextIO) -> Iterator[Any]:
             yield element
             lines += buffer[:end].count("\n")
             buffer = buffer[end:]
-        if not chunk and not ended:
-            raise json.JSONDecodeError("the list does not end", "", 0)
+        if not chunk:
+            raise _error_at(lines, "the list does not end")
+
+
+def _require_only_space(begun: str, text: TextIO, line: int) -> None:
+    """The list has ended in `line`: what follows would otherwise be dropped in silence.
+
+    Args:
+        begun: what was read after the list, before the rest of `text`.
+    """
+    while not (found := begun.lstrip()):
+        line += begun.count("\n")
+        if not (begun := text.read(CHUNK)):
+            return
+    line += begun[: len(begun) - len(found)].count("\n")
+    raise _error_at(line, "there is text after the list's closing ']'; give one list, or one object per line")
+
+
+def _error_at(line: int, message: str) -> json.JSONDecodeError:
+    error = json.JSONDecodeError(message, "", 0)
+    error.lineno = line
+    return error

@@ -184,7 +184,11 @@ def test_json_lists_and_jsonl_are_streamed_whatever_their_name(tmp_path: Path) -
     ("text", "culprit"),
     [
         ('[{"a": 1},\n {"a": }]', "line 2 is not JSON"),
-        ('[{"a": 1}', "the list does not end"),
+        ('[{"a": 1},\n{"a": 2}\n', "line 3 is not JSON .the list does not end"),
+        ('[{"a": 1}]\n[{"a": 2}]\n', r"line 2 is not JSON .there is text after the list's closing '\]'"),
+        ('[{"a": 1}] garbage', "line 1 is not JSON .there is text after"),
+        ('[]\n{"a": 2}\n', "line 2 is not JSON .there is text after"),
+        ('[{"a": 1}\n]' + "\n " * 100_000 + "]", "line 100002 is not JSON .there is text after"),
         ('{"a": 1}\n{"b"\n', "line 2 is not JSON"),
         ('{"a": 1}\n[2]\n', "row 2 is not a JSON object"),
         ('{"a": 1}\n{"a": 1, "a": 2}\n', "'a' is given twice in one object"),
