@@ -77,7 +77,8 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"'{next(name for name in names if names.count(name) > 1)}' is given twice in one object")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _error_at(1, f"'{twice}' is given twice in one object")
     return found
 
 

@@ -191,8 +191,9 @@ def test_json_lists_and_jsonl_are_streamed_whatever_their_name(tmp_path: Path) -
         ('[{"a": 1}\n]' + "\n " * 100_000 + "]", "line 100002 is not JSON .there is text after"),
         ('{"a": 1}\n{"b"\n', "line 2 is not JSON"),
         ('{"a": 1}\n[2]\n', "row 2 is not a JSON object"),
-        ('{"a": 1}\n{"a": 1, "a": 2}\n', "'a' is given twice in one object"),
-        ('[{"a": {"b": 1, "b": 2}}]', "'b' is given twice in one object"),
+        ('{"a": 1}\n{"a": 1, "a": 2}\n', "line 2 is not JSON .'a' is given twice in one object"),
+        ('[{"a": {}},\n {"a": {"b": 1, "b": 2}}]', "line 2 is not JSON .'b' is given twice in one object"),
+        ('[{"":0,"":0}', "line 1 is not JSON .'' is given twice in one object"),
         ('[{"a": 1},\n {"a": x}' + ', {"a": 1}' * 100_000 + "]", "line 2 is not JSON"),
     ],
 )
