@@ -195,13 +195,13 @@ class Jobs:
             "excludes": NOT_SENT,
             "env_vars": {WAIT: JOB_WAIT_S},
         }
-        before = len(_attempts(key, known))
+        attempt = max((_number(key, job) for job in _attempts(key, known)), default=0) + 1
 
         def submit() -> str:
             return str(
                 self._client.submit_job(
                     entrypoint=command,
-                    submission_id=f"{key}-{before + 1}" if before else key,
+                    submission_id=key if attempt == 1 else f"{key}-{attempt}",
                     runtime_env=environment,
                     metadata=handed.metadata,
                 )
@@ -225,7 +225,15 @@ class Jobs:
 
 def _attempts(key: str, known: Iterable[str]) -> list[str]:
     """The jobs of one run: the first is called by its key, later ones have a number."""
-    return [each for each in known if each == key or each.removeprefix(f"{key}-").isdecimal()]
+    return [each for each in known if _number(key, each)]
+
+
+def _number(key: str, job: str) -> int:
+    """Which job of a run this is, from 1; 0 if it is another's: a submission id may be any text, digits alone too."""
+    if job == key:
+        return 1
+    number = job.removeprefix(f"{key}-")
+    return int(number) if number != job and number.isdecimal() else 0
 
 
 def in_working_dir(config: Path, given: Path | None) -> tuple[Path, Path]:

@@ -51,7 +51,8 @@ def test_one_run_directory_has_one_row_of_jobs() -> None:
     assert HANDED.key == Submission("x", "/shared/runs/x", (), Path("/elsewhere")).key
     assert HANDED.key != Submission("x", "/shared/runs/y", (), Path()).key
     key = HANDED.key
-    assert _attempts(key, [key, f"{key}-2", f"{key}-check", f"{key}-check-2", f"{key}9"]) == [key, f"{key}-2"]
+    others = [f"{key}-check", f"{key}-check-2", f"{key}9", "4711", "2", "-2", ""]
+    assert _attempts(key, [key, f"{key}-2", *others]) == [key, f"{key}-2"]
     assert HANDED.command("run").endswith("run --config 'a b.yaml' --run-dir /shared/runs/x")
 
 
@@ -145,6 +146,15 @@ def test_the_same_run_is_followed_unless_it_is_to_do_something_else(
     config.write_text(text.replace(f"seed: {config_of().seed}", "seed: 78"))
     assert "with other settings" in str(submit().exception)
     assert len(server.jobs) == 1
+
+
+def test_a_job_s_number_is_free_also_if_earlier_jobs_were_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Full()
+    monkeypatch.setattr(Jobs, "_connect", lambda _: server)
+    for kept in (f"{HANDED.key}-2", "4711"):
+        server.submit_job(entrypoint="", submission_id=kept, metadata={})
+    server.jobs[0].status.value = "FAILED"
+    assert Jobs("http://127.0.0.1:8265").submit(HANDED) == f"{HANDED.key}-3"
 
 
 def test_a_job_that_tells_nothing_of_its_settings_is_followed() -> None:
