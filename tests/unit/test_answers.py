@@ -1,9 +1,20 @@
 """The final answer of a text: right values of a table of answers that models write."""
 
+import signal
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from lorapar_ray.datasets.answers import final_answer
-from lorapar_ray.grpo.rewards.functions import exact_answer, numeric_answer, option_letter
+from lorapar_ray.grpo.environments.from_verifiers import tool_calls
+from lorapar_ray.grpo.rewards.functions import (
+    exact_answer,
+    numeric_answer,
+    option_letter,
+    soft_format,
+    strict_format,
+)
 
 NUMBERS = {
     "thousands separators": [
@@ -497,3 +508,53 @@ def test_the_final_answer_of_a_text() -> None:
     assert final_answer("<reasoning>\n5\n</reasoning>\n<answer>\n6\n</answer>") == "6"
     assert final_answer(r"thus \boxed{\frac{1}{2}} as wanted, see page 3") == r"\frac{1}{2}"
     assert final_answer(" whole ") == "whole"
+
+
+def _calls(prompts: list[str], completions: list[str], **_: Any) -> list[Any]:
+    return [tool_calls(each) for each in completions]
+
+
+LOOPS = [
+    (option_letter, "The answer is" + "\n" * 5_000),  # cubic: minutes
+    (option_letter, "A)\nB)" + "\n" * 400_000 + "x"),
+    (option_letter, "A " * 50_000),
+    (option_letter, "<answer>" * 40_000),
+    (numeric_answer, "#### 5" + " " * 99_000 + "x"),
+    (numeric_answer, "The answer is 5" + " " * 99_000 + "x"),
+    (numeric_answer, "\\(" * 49_000),
+    (numeric_answer, "$" + "\\a{" * 33_000 + "$"),
+    (numeric_answer, "The answer is m^" + " " * 99_000),
+    (numeric_answer, "\\text{" * 14_000 + "}" * 14_000),
+    (numeric_answer, "1" + ",000" * 24_000 + "0"),
+    (numeric_answer, "5" + " = x" * 24_000),  # it went as deep as there are signs
+    (numeric_answer, "1 (" * 24_000 + "x)"),
+    (strict_format, "<reasoning>\n" + "\n</reasoning>\n<answer>\n" * 10_000),
+    (soft_format, "<reasoning></reasoning><answer>" * 1_500),
+    (_calls, "<tool_call>{" * 40_000),
+]
+LIMIT_S = 10.0
+"""Of computing, not of waiting; each text took a multiple of it where the time grew with a power of the length, and
+takes a second at most."""
+
+
+@pytest.mark.parametrize(("reward", "text"), LOOPS, ids=[f"{each.__name__}-{text[:16]!r}" for each, text in LOOPS])
+def test_the_time_for_a_looping_model_s_text_grows_with_its_length(reward: Callable[..., list[Any]], text: str) -> None:
+    def too_long(*_: object) -> None:
+        raise TimeoutError(f"more than {LIMIT_S:g} s for {len(text)} characters")
+
+    before = signal.signal(signal.SIGVTALRM, too_long)
+    signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT_S)
+    try:
+        assert reward([""], [text], answer=["7"])[0] in (0.0, [])
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def test_only_the_texts_around_a_call_are_what_is_left_of_an_answer() -> None:
+    from lorapar_ray.grpo.environments.from_verifiers import _completion
+
+    text = 'a <tool_call>\n{"name": "f", "arguments": {"x": {}}} </tool_call>b<tool_call>{x</tool_call>c'
+    [call] = calls = tool_calls(text)
+    assert call == {"name": "f", "arguments": '{"x": {}}'}
+    assert _completion(text, calls, finished=True).choices[0].message.content == "a b<tool_call>{x</tool_call>c"

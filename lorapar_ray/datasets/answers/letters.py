@@ -12,7 +12,7 @@ _WHOLE = re.compile(r"[^\w]*([A-Ja-j])[^\w]*")
 _LEADING = re.compile(r"\s*(?:[(\[]\s*([A-Ja-j])\s*[)\]]|([A-Ja-j])\s*[).:]|([A-J])\s*(?:$|[,;\n–—-]))")
 _LEADS = r"(?:is|are|be|choose|chose|pick|select|option|choice|answer|leaving|leaves)"
 _CHOSEN = re.compile(
-    rf"\b{_LEADS}\b\s*(?:the\s+)?(?:option|choice|letter)?\s*(?:is\s+)?[:=]?\s*[\"'(\[]*([A-J])\b(?!['’]\w)",
+    rf"\b{_LEADS}\b\s*+(?:the\s++)?+(?:option|choice|letter)?+\s*+(?:is\s++)?+[:=]?+\s*+[\"'(\[]*+([A-J])\b(?!['’]\w)",
     re.IGNORECASE,
 )
 _PRAISED = re.compile(
@@ -26,7 +26,9 @@ _WRONG = re.compile(r"[\"')\].]*\s+(?:(?:is|are|was)\s+(?:not|wrong|incorrect|fa
 _WITH = r"(?:or|and|nor)"
 _HEDGED = re.compile(rf"[\"')\].]*\s+{_WITH}\s+(?:option\s+)?[\"'(\[]*(?:[A-HJ]\b(?!['’]\w)|I\b(?!['’]\w|\s+[a-z]))")
 _HEDGES = re.compile(rf"(?<![\w'])[A-J][\"')\].]*\s+{_WITH}\s+(?:option\s+)?[\"'(\[]*$")
-_LISTED = re.compile(r"^\s*[(\[]?([A-Ja-j])[)\].:]", re.MULTILINE)
+_LISTED = re.compile(r"^[^\S\n]*+[(\[]?([A-Ja-j])[)\].:]", re.MULTILINE)
+_NEARBY = 100
+"""Characters before a letter that may refuse it: a text of letters alone would be read from its start for each."""
 _NOT = re.compile(r"\b(?:not|isn't|never|cannot\s+be|can't\s+be)\s+[\"'(\[]*$", re.IGNORECASE)
 
 
@@ -71,6 +73,7 @@ def _chosen(text: str) -> str | None:
 def _is_letter(text: str, match: re.Match[str]) -> bool:
     place = match.start(1)
     after = place + 1
-    refused = _NOT.search(text, 0, place) or _HEDGES.search(text, 0, place)
+    nearby = max(0, place - _NEARBY)
+    refused = _NOT.search(text, nearby, place) or _HEDGES.search(text, nearby, place)
     refused = refused or _WRONG.match(text, after) or _HEDGED.match(text, after)
     return text[place].isupper() and not _ARTICLE.match(text, place) and not refused

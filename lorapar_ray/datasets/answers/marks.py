@@ -10,17 +10,23 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from lorapar_ray.datasets.answers.pairs import pairs
 from lorapar_ray.datasets.answers.writing import plain_characters
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{|[^\s{])")
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-_HASHES = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
+_TAG = re.compile("<answer>", re.IGNORECASE)
+_TAG_END = re.compile("</answer>", re.IGNORECASE)
+_HASHES = re.compile(r"^[ \t]*+####(?!#)[ \t]*+(\S.*)$", re.MULTILINE)
 _NUMBER_ONLY = re.compile(r"[-+$€£\s]*(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+)?\s*%?\.?")
 _NUMBER_FIRST = re.compile(r"[-+$€£\s]*(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?!\d*[.):]\s)")
 _PHRASE = re.compile(r"\banswers?\b(?:\s+(?:is|was|equals|would be|must be|comes to)\b\s*:?|\s*[:=])", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
-_REASON = re.compile(r",?\s+(?:because|since)\b", re.IGNORECASE)
-_MATH = re.compile(r"\\\((.+?)\\\)|\\\[(.+?)\\\]|\$\$(.+?)\$\$|(?<!\\)\$(?!\s)([^$\n]+?)(?<![\s\\])\$(?!\d)", re.DOTALL)
+_REASON = re.compile(r"(?:,|(?<!\s))\s++(?:because|since)\b", re.IGNORECASE)
+_MATH = re.compile(r"\\[(\[]|\$\$|(?<!\\)\$(?!\s)([^$\n]++)(?<![\s\\])\$(?!\d)")
+_MATH_END = {"\\(": "\\)", "\\[": "\\]", "$$": "$$"}
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_COMMAND_OF = re.compile(r"\\[A-Za-z]+(\{[^}]*\})?")
+_WORDS = re.compile(r"[A-Za-z]{2} ")
 _DIGIT = re.compile(r"\d")
 _MAX_NESTED = 4
 """Marks within marks, such as a box in an answer tag."""
@@ -71,11 +77,11 @@ def _marks(text: str) -> Iterator[tuple[int, str]]:
         if box.start() >= end:
             end, inside = _boxed(text, box.end())
             yield end, inside
-    for tag in _TAG.finditer(text):
-        yield tag.end(), tag.group(1)
-    lines = [(line.end(), line.group(1)) for line in _HASHES.finditer(text)]
+    tags = [(closed.end(), text[opened.end() : closed.start()]) for opened, closed in pairs(text, _TAG, _TAG_END)]
+    yield from tags
+    lines = [(line.end(), line.group(1).rstrip(" \t")) for line in _HASHES.finditer(text)]
     yield from (line for line in lines if _NUMBER_ONLY.fullmatch(plain_characters(line[1])))
-    if lines and not _BOX.search(text) and not _TAG.search(text):
+    if lines and not tags and not _BOX.search(text):
         last = lines[-1]
         numbered = [line for line in lines if _NUMBER_FIRST.match(plain_characters(line[1]))]
         yield from [last] if not text[last[0] :].strip() else numbered[-1:]
@@ -110,12 +116,31 @@ def _phrase(text: str) -> Span | None:
 
 def _formula(text: str) -> Span | None:
     """Heuristic: the last formula (`$…$`, `\\(…\\)`), if no number comes after it; `$5 and $10` are no formulas."""
-    found = list(_MATH.finditer(text))
-    if not found or _DIGIT.search(text, found[-1].end()):
+    found = list(_formulas(text))
+    if not found or _DIGIT.search(text, found[-1][0]):
         return None
-    inside = next(group for group in found[-1].groups() if group is not None)
-    return (
-        Span(inside.strip(), True)
-        if not re.search(r"[A-Za-z]{2,} ", re.sub(r"\\[A-Za-z]+(\{[^}]*\})?", "", inside))
-        else None
-    )
+    inside = found[-1][1]
+    return Span(inside.strip(), True) if not _WORDS.search(_without_commands(inside)) else None
+
+
+def _formulas(text: str) -> Iterator[tuple[int, str]]:
+    """(end, content) of every formula."""
+    place, unclosed = 0, set()
+    while opened := _MATH.search(text, place):
+        mark, place = opened.group(), opened.end()
+        if (inside := opened.group(1)) is not None:
+            yield place, inside
+            continue
+        closed = -1 if mark in unclosed else text.find(_MATH_END[mark], place + 1)
+        if closed < 0:
+            unclosed.add(mark)  # the rest of the text is not read again for each
+            place = opened.start() + 1
+        else:
+            yield closed + len(mark), text[place:closed]
+            place = closed + len(mark)
+
+
+def _without_commands(formula: str) -> str:
+    """The text without LaTeX commands and their first argument, as far as braces are closed."""
+    closed, brace, rest = formula.rpartition("}")
+    return _COMMAND_OF.sub("", closed + brace) + _COMMAND.sub("", rest)

@@ -14,7 +14,7 @@ from lorapar_ray.datasets.answers.writing import plain_writing
 MAX_TEXT = 100_000
 """Number of characters that are read, from the end of the text."""
 _TIMES = re.compile(r"(?<=\d)\s*x\s*(?=\d)")
-_UNIT_POWER = re.compile(r"(?<=[A-Za-z])(\s*)(?:\^|\*\*)\s*\{?\s*-?\d+\s*\}?(?![\d^])")
+_UNIT_POWER = re.compile(r"(?<=[A-Za-z])(\s*+)(?:\^|\*\*)\s*+(?:\{\s*+)?+-?\d++\s*\}?(?![\d^])")
 _APART_SIGN = re.compile(r"((?:[=({:]|\bis)\s*)-\s+(?=[\d.$\\])")
 _MINUS = re.compile(r"\b(?:minus|negative)\s+(?=[\d.$])", re.IGNORECASE)
 _ABBREVIATED = re.compile(r"\b(Rs|approx|No|ca)\.(?=\s?\d)", re.IGNORECASE)
@@ -98,28 +98,24 @@ def _strict(text: str, marked: bool) -> Number | None:
 
 def _after_equals(parts: Sequence[Token]) -> list[Token]:
     """The text after the last equals sign; the text before it if no number follows (`42 = x`)."""
-    places = [index for index, part in enumerate(parts) if part.kind == "equals"]
-    if not places:
-        return list(parts)
-    after = list(parts[places[-1] + 1 :])
-    if any(part.kind == "number" for part in after):
-        return after
-    return _after_equals(parts[: places[-1]])
+    end, number = len(parts), False
+    for index in reversed(range(len(parts))):
+        number = number or parts[index].kind == "number"
+        if parts[index].kind == "equals":
+            if number:
+                return list(parts[index + 1 : end])
+            end = index
+    return list(parts[:end])
 
 
 def _without_remark(parts: list[Token]) -> list[Token]:
     """The text without a remark such as `(2 per day)` after the number."""
-    for start, part in enumerate(parts):
-        if (
-            start
-            and part.text == "("
-            and parts[-1].text == ")"
-            and parts[start - 1].kind in ("number", "word", "percent")
-        ):
-            inside = parts[start + 1 : -1]
-            if any(each.kind == "word" for each in inside) and not any(each.text in "()" for each in inside):
-                return parts[:start]
-    return parts
+    if not parts or parts[-1].text != ")":
+        return parts
+    start = next((index for index in reversed(range(len(parts) - 1)) if parts[index].text in ("(", ")")), 0)
+    if not start or parts[start].text != "(" or parts[start - 1].kind not in ("number", "word", "percent"):
+        return parts
+    return parts[:start] if any(each.kind == "word" for each in parts[start + 1 : -1]) else parts
 
 
 def _without_name(parts: list[Token]) -> list[Token]:

@@ -1,4 +1,5 @@
-"""The parts of a written number or sum. The patterns read each character once: 10,000 digits take 10,000 steps."""
+"""The parts of a written number or sum. The patterns read a character a bounded number of times: 10,000 digits take
+10,000 steps."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ Kind = Literal[
 ]
 
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-_WHOLE = r"(?:\d{1,3}(?:,\d{3})++(?!\d)|\d{1,2}(?:,\d{2}(?!\d))++,\d{3}(?!\d)|\d++)"
+_WHOLE = r"(?:\d{1,3}(?:,\d{3}){1,400}+(?!\d)|\d{1,2}(?:,\d{2}(?!\d)){1,400}+,\d{3}(?!\d)|\d++)"
 _TOKEN = re.compile(
     rf"""
     (?P<number>(?:(?<!\d)(?<!\d\.){_WHOLE}(?:\.\d++)?+|(?<![\d.])\.\d++)(?!\.?\d)(?:[eE][-+]?\d++(?!\w))?+)

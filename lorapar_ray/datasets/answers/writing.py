@@ -31,11 +31,13 @@ _EUROPEAN = re.compile(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d{1,2})(?![\d,])")
 _TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|mathsf|operatorname|mbox|hbox)\s*\{([^{}]*)\}"
 )
+_MAX_NESTED = 8
+"""Text boxes within text boxes."""
 _LATEX = (
     (re.compile(r"\{,\}|,\\!"), ","),
     (re.compile(r"\\(?:left|right|displaystyle|limits|big|Big)(?![A-Za-z])"), ""),
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
-    (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])"), ""),
+    (re.compile(r"\^\s*+(?:\{\s*+)?+\\circ\s*\}?|\\degree(?![A-Za-z])"), ""),
     (re.compile(r"\\(?:times|cdot|ast)(?![A-Za-z])"), "*"),
     (re.compile(r"\\div(?![A-Za-z])"), "/"),
     (re.compile(r"\\(?:approx|simeq|equiv)(?![A-Za-z])"), "="),
@@ -70,8 +72,8 @@ def plain_writing(text: str) -> str:
     text = _EUROPEAN.sub(lambda found: f"{found[1].replace('.', '')}.{found[2]}", text)
     for pattern, by in _LATEX:
         text = pattern.sub(by, text)
-    while (shorter := _TEXT.sub(r" \1 ", text)) != text:
-        text = shorter
+    for _ in range(_MAX_NESTED):
+        text = _TEXT.sub(r" \1 ", text)
     return without_markdown(_GROUPING.sub("", text))
 
 

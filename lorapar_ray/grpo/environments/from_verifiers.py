@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
+from lorapar_ray.datasets.answers.pairs import pairs
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.environments.episodes import RolloutFunction
 from lorapar_ray.grpo.environments.trajectory import Trajectory
@@ -34,7 +35,8 @@ from lorapar_ray.interrupts import handlers_kept
 
 MOST = ("max_completion_tokens", "max_tokens")
 """OpenAI's two names of the most tokens of an answer; the first counts."""
-_TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+_CALL = re.compile(r"<tool_call>\s*+(?=\{)")
+_CALL_END = re.compile(r"(?<=\})\s*+</tool_call>")
 
 
 def from_verifiers(
@@ -171,9 +173,9 @@ def tool_calls(text: str) -> list[dict[str, str]]:
     """Name and arguments (JSON) of the calls in an answer, written as `<tool_call>{"name": …, "arguments": …}`; text
     that is not a JSON object with a name is ignored."""
     found = []
-    for written in _TOOL_CALL.findall(text):
+    for opened, closed in pairs(text, _CALL, _CALL_END):
         try:
-            call = json.loads(written)
+            call = json.loads(text[opened.end() : closed.start()])
         except ValueError:
             continue
         if isinstance(call.get("name"), str):
@@ -181,11 +183,16 @@ def tool_calls(text: str) -> list[dict[str, str]]:
     return found
 
 
+def _without_calls(text: str) -> str:
+    ends = [0, *(end for opened, closed in pairs(text, _CALL, _CALL_END) for end in (opened.start(), closed.end()))]
+    return "".join(text[start:end] for start, end in zip(ends[::2], [*ends[1::2], len(text)], strict=True))
+
+
 def _completion(text: str, calls: Sequence[Mapping[str, str]], *, finished: bool) -> Any:
     from openai.types.chat import ChatCompletion
 
     reason = "tool_calls" if calls else "stop" if finished else "length"
-    message: dict[str, Any] = {"role": "assistant", "content": _TOOL_CALL.sub("", text) if calls else text or " "}
+    message: dict[str, Any] = {"role": "assistant", "content": _without_calls(text) if calls else text or " "}
     if calls:
         message["tool_calls"] = [
             {"id": f"call_{uuid.uuid4().hex[:8]}", "type": "function", "function": dict(call)} for call in calls

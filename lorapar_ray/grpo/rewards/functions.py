@@ -9,8 +9,9 @@ from lorapar_ray.datasets.answers import final_answer, option_letter_in, same_nu
 from lorapar_ray.grpo.rewards.expressions import equal_expressions
 
 Completions = list[Any]
-_STRICT = re.compile(r"^<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n?$", re.DOTALL)
-_SOFT = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", re.DOTALL)
+# each part is found once (`(?>…)`): with many of them a text would be read over and over
+_STRICT = re.compile(r"<reasoning>\n(?>.*?\n</reasoning>\n<answer>\n).*\n</answer>\n?$", re.DOTALL)
+_SOFT = re.compile(r"(?>.*?<reasoning>)(?>.*?</reasoning>\s*+<answer>).*?</answer>", re.DOTALL)
 
 
 def text_of(completion: Any) -> str:
@@ -47,7 +48,7 @@ def strict_format(prompts: list[str], completions: Completions, **_: Any) -> lis
 
 def soft_format(prompts: list[str], completions: Completions, **_: Any) -> list[float]:
     """0.5 for a `<reasoning>` block followed by an `<answer>` block (the authors' reward)."""
-    return [0.5 * bool(_SOFT.search(text_of(done))) for done in completions]
+    return [0.5 * bool(_SOFT.match(text_of(done))) for done in completions]
 
 
 def tag_count(prompts: list[str], completions: Completions, **_: Any) -> list[float]:
