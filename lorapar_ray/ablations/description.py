@@ -14,7 +14,7 @@ from lorapar_ray.pipeline import PIPELINE
 def described(plan: Plan) -> Iterator[str]:
     """The lines of the plan: arms, runs that train together, work and time, and the claims that it decides."""
     sweeps, units = plan.sweeps, plan.units({})
-    yield f"{plan.grid.name}: {plan.grid.help}; {len(plan.arms)} arms × {len(plan.seeds)} seeds in '{plan.out}'"
+    yield f"{plan.grid.name}: {plan.help}; {len(plan.arms)} arms × {len(plan.seeds)} seeds in '{plan.out}'"
     yield from _arms(plan)
     if sweeps:
         rates = ", ".join(f"{rate:g}" for rate in plan.rates)
@@ -61,7 +61,7 @@ def _work(plan: Plan, units: Sequence[Unit]) -> Iterator[str]:
 
 def _claims(plan: Plan, unit: Unit) -> Iterator[str]:
     names = {arm.name for arm in plan.arms}
-    for claim in (each for each in plan.grid.claims if {each.better, each.worse} <= names):
+    for claim in (each for each in plan.claims if {each.better, each.worse} <= names):
         yield f"  decides whether {claim.text} ({claim.better} against {claim.worse})"
     if plan.grid.sequence:
         systems = ", ".join(map(str, unit.config.sft.systems))

@@ -255,7 +255,7 @@ def _mask() -> Grid:
         Arm("full-lora", (*stage1, "partition.theta=1")),
     )
     said = {
-        "random": "the importance mask beats a random one of its size, each at its own learning rate",
+        "random": "the importance mask beats a random one of its size",
         "magnitude": "second-order importance beats magnitude",
         "first-order": "second-order importance beats first-order",
         "shuffled-labels": "voted labels beat the same labels shuffled",
@@ -265,7 +265,7 @@ def _mask() -> Grid:
     }
     return Grid(
         "mask",
-        "stage 1 by mask, each at its own learning rate",
+        "stage 1 by mask",
         arms,
         tuple(Claim(text, "importance", name, reaches=name == "full-lora") for name, text in said.items()),
         tuned=True,

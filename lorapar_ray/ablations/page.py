@@ -24,6 +24,7 @@ MARKS = {"held": "✓", "not held": "✗", "undecided": "?"}
 def write_page(
     target: Path,
     grid: Grid,
+    about: str,
     arms: Sequence[Arm],
     base: Summary | None,
     found: Mapping[str, Summary],
@@ -40,6 +41,7 @@ def write_page(
     """Write the page; unfinished runs are left out.
 
     Args:
+        about: what the grid compares.
         folders: run directories by arm.
         planned: number of runs to evaluate.
         kept: verdicts of a retention grid, or of Systems in sequence.
@@ -62,7 +64,7 @@ def write_page(
     environment = Environment(autoescape=True, finalize=_plain)
     html = environment.from_string(folder.joinpath("grid.html.j2").read_text()).render(
         title=f"Grid {grid.name}",
-        help=sentence(grid.help),
+        help=sentence(about),
         css=folder.joinpath("style.css").read_text(),
         marks=MARKS,
         verdicts=[*verdicts, *kept],

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from lorapar_ray.ablations.grids import GRIDS, Arm, Grid
+from lorapar_ray.ablations.grids import GRIDS, Arm, Claim, Grid
 from lorapar_ray.ablations.retention import require_tasks
 from lorapar_ray.ablations.sequence import require_skills
 from lorapar_ray.ablations.units import Unit, main_runs, sweep
@@ -17,6 +17,7 @@ from lorapar_ray.pipeline import check
 
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
 VALIDATION = 0.1
+OWN_RATES = "each at its own learning rate"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,19 @@ class Plan:
         if not self.grid.tuned or len(self.rates) < 2:
             return []
         return sweep(self.arms, self.file, self.overrides, self.out, self.seeds[0], self.rates, self.validation)
+
+    @property
+    def help(self) -> str:
+        """What the grid compares, and at which learning rates if it has a sweep."""
+        if not self.grid.tuned:
+            return self.grid.help
+        return f"{self.grid.help}, {OWN_RATES if self.sweeps else 'all at one learning rate'}"
+
+    @property
+    def claims(self) -> list[Claim]:
+        """The grid's claims; after a sweep they say so."""
+        own = f", {OWN_RATES}" if self.sweeps else ""
+        return [replace(claim, text=claim.text + own) for claim in self.grid.claims]
 
     def units(self, rates: dict[str, float]) -> list[Unit]:
         """The runs that are compared."""

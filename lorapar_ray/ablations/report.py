@@ -24,7 +24,7 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
     units = plan.units(chosen_rates(plan))
     done = [unit for unit in units if unit.finished]
     found, base = _outcomes(done), _base(done)
-    verdicts = [decide(claim, found.get(claim.better, []), found.get(claim.worse, [])) for claim in plan.grid.claims]
+    verdicts = [decide(claim, found.get(claim.better, []), found.get(claim.worse, [])) for claim in plan.claims]
     summaries = {arm: summarise(arm, outcomes) for arm, outcomes in found.items()}
     first = summarise("base", [base]) if base else None
     known = [each for each in verdicts if each is not None]
@@ -35,6 +35,7 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
     write_page(
         plan.out / PAGE,
         plan.grid,
+        plan.help,
         plan.arms,
         first,
         summaries,

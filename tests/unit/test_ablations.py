@@ -415,6 +415,7 @@ def test_the_tables_hold_what_is_finished(tmp_path: Path) -> None:
     assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
     page = (tmp_path / "index.html").read_text()
     assert page.count("<svg") == 2 and "6 of 6 runs are evaluated" in page
+    assert "Stage 1 by mask, all at one learning rate." in page and "its own learning rate" not in page + text
     assert "✓ held" in page and "importance − random" in page and not re.search(r'(src|href)="(?!#)', page)
     assert "52.0% | 42.3% – 61.5% | 100 |" in text  # over the questions, each of which counts once
     report(plan, ["random, seed 1: <b>"])
@@ -451,6 +452,11 @@ def test_the_rate_is_chosen_by_what_the_compared_runs_keep(tmp_path: Path) -> No
 def test_one_rate_is_every_arms(tmp_path: Path) -> None:
     plan = make_plan("mask", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1], rates=[0.5])
     usual = load_config(SHIPPED / "arithmetic.yaml", []).sft.learning_rate
+    assert plan.help == "stage 1 by mask, all at one learning rate"
+    assert "its own learning rate" not in "\n".join([*described(plan), *(each.text for each in plan.claims)])
+    swept = make_plan("mask", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1])
+    assert all(each.text.endswith(", each at its own learning rate") for each in swept.claims)
+    assert next(described(swept)).startswith("mask: stage 1 by mask, each at its own learning rate; ")
     assert {unit.config.sft.learning_rate for unit in plan.units({})} == {usual / 2} and plan.sweeps == []
     with pytest.raises(UserError, match=r"--rates: the grid 'order' has no sweep; set sft\.learning_rate with --set"):
         make_plan("order", SHIPPED / "arithmetic-grpo.yaml", [], tmp_path, seeds=[1], rates=[0.5])
