@@ -14,6 +14,9 @@ EVERY_ELEMENT = ("partition.theta=1", "partition.alpha=1", "partition.beta=1")
 BOTH = "sft.systems=[1, 2]"
 """A method without RL trains on all questions."""
 
+UNTRAINED = "13.3"
+"""LLaMA2-7B on GSM8K."""
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -38,7 +41,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim: one arm ends above another, or reaches it."""
+    """A claim: one arm ends above another, or reaches it. Claims of one text are one claim about all of their pairs."""
 
     text: str
     better: str
@@ -60,6 +63,8 @@ class Grid:
     help: str
     arms: tuple[Arm, ...]
     claims: tuple[Claim, ...] = ()
+    base: str = ""
+    """The paper's figure without training, for a grid with its figures."""
     tuned: bool = False
     """Each arm gets its own learning rate from a sweep on a validation split: at the importance mask's rate a random
     mask would be an unfair control (arXiv 2405.02596)."""
@@ -92,6 +97,7 @@ def _strategies() -> Grid:
             Claim("role-play beats none", "single-role-play", "single"),
             Claim("voted labels beat random ones", "vote", "random"),
         ),
+        base=UNTRAINED,
     )
 
 
@@ -116,6 +122,7 @@ def _activation() -> Grid:
         "how much of the shared region each stage trains (table 2)",
         arms,
         tuple(Claim("α = β = 1 ends highest", "a1-b1", arm.name) for arm in arms if arm.name != "a1-b1"),
+        base=UNTRAINED,
     )
 
 
@@ -141,7 +148,8 @@ def _theta() -> Grid:
                 arms.append(Arm(f"{name}-random", (*change, "partition.mask=random"), drawn[targets][theta]))
                 claims.append(Claim("the chosen subset beats a random one of its size", name, f"{name}-random"))
     claims.append(Claim("about 40 % of the elements reach the full adapter", "qkvgud-0.9", "qkvgud-1", reaches=True))
-    return Grid("theta", "how much is kept, of which modules, against random (table 3)", tuple(arms), tuple(claims))
+    help_ = "how much is kept, of which modules, against random (table 3)"
+    return Grid("theta", help_, tuple(arms), tuple(claims), base=UNTRAINED)
 
 
 def _methods() -> Grid:
@@ -170,6 +178,7 @@ def _methods() -> Grid:
             Claim("LoRA-PAR on PiSSA ends above PiSSA and RL", "lora-par-pissa", "pissa-rl"),
             Claim("θ = 0.95 ends above 0.9", "lora-par-pissa-0.95", "lora-par-pissa"),
         ),
+        base=UNTRAINED,
     )
 
 
@@ -182,6 +191,7 @@ def _order() -> Grid:
             Arm("grpo-sft", ("order=[grpo, sft]",), "68.46 (Qwen2.5-7B)"),
         ),
         (Claim("SFT before RL ends higher", "sft-grpo", "grpo-sft"),),
+        base="21.91 (Qwen2.5-7B, no example)",
     )
 
 
@@ -214,6 +224,7 @@ def _peft() -> Grid:
             Claim("LoRA ends above IA3 after one epoch", "lora-1", "ia3-1"),
             Claim("LoRA ends above IA3 after two epochs", "lora-2", "ia3-2"),
         ),
+        base=UNTRAINED,
     )
 
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from lorapar_ray.ablations import charts, tables
 from lorapar_ray.ablations.grids import Arm, Grid, sentence
-from lorapar_ray.ablations.results import Summary, Verdict
+from lorapar_ray.ablations.results import Overall, Summary, Verdict
 from lorapar_ray.ablations.retention import Kept, Point, mean_of
 from lorapar_ray.ablations.sequence import Forgetting, Matrix
 from lorapar_ray.boundary import read_lines
@@ -33,6 +33,7 @@ def write_page(
     *,
     planned: int,
     failed: Sequence[str] = (),
+    overall: Sequence[Overall] = (),
     kept: Sequence[Kept | Forgetting] = (),
     lines: Mapping[str, Mapping[str, Sequence[Point]]] | None = None,
     matrices: Mapping[str, Matrix] | None = None,
@@ -44,6 +45,7 @@ def write_page(
         about: what the grid compares.
         folders: run directories by arm.
         planned: number of runs to evaluate.
+        overall: verdicts on several of `verdicts` together.
         kept: verdicts of a retention grid, or of Systems in sequence.
         lines: points of a retention grid, by line and arm.
         matrices: of Systems in sequence, the skills by arm, means over seeds.
@@ -67,7 +69,7 @@ def write_page(
         help=sentence(about),
         css=folder.joinpath("style.css").read_text(),
         marks=MARKS,
-        verdicts=[*verdicts, *kept],
+        verdicts=[*overall, *verdicts, *kept],
         plots=[Markup(plot) for plot in plots],
         head=tables.HEAD,
         rows=tables.rows(grid, base, dict(found)),

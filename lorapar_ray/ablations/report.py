@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lorapar_ray.ablations import sequence, tables
 from lorapar_ray.ablations.plan import Plan
-from lorapar_ray.ablations.results import Outcome, decide, read_outcome, summarise, validation_loss
+from lorapar_ray.ablations.results import Outcome, decide, read_outcome, sum_up, summarise, validation_loss
 from lorapar_ray.ablations.retention import Point, compare, joined, markdown, read_point
 from lorapar_ray.ablations.sequence import Course, read_course
 from lorapar_ray.ablations.units import Unit
@@ -28,6 +28,7 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
     summaries = {arm: summarise(arm, outcomes) for arm, outcomes in found.items()}
     first = summarise("base", [base]) if base else None
     known = [each for each in verdicts if each is not None]
+    overall = sum_up(plan.claims, known)
     lines, courses = _lines(plan, done), _courses(plan, done)
     kept = [each for claim in plan.grid.lines if (each := compare(claim, joined(lines))) is not None]
     forgotten = [lost for claim in plan.grid.sequence if (lost := sequence.compare(claim, courses)) is not None]
@@ -43,12 +44,13 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
         folders,
         planned=len(units),
         failed=failed,
+        overall=overall,
         kept=[*kept, *forgotten],
         lines=lines,
         matrices={arm: sequence.mean_skills(each) for arm, each in courses.items()},
         systems=units[0].config.sft.systems,
     )
-    texts = [tables.write(plan.out, plan.grid, first, summaries, known)]
+    texts = [tables.write(plan.out, plan.grid, first, summaries, [*overall, *known])]
     if lines:
         texts.append(_written(plan.out / "retention.md", markdown(lines, kept)))
     if courses:

@@ -8,7 +8,7 @@ from math import inf, isfinite
 from pathlib import Path
 
 from lorapar_ray.ablations.grids import Claim, sentence
-from lorapar_ray.ablations.verdicts import Effect, Found, effect, ending, shown
+from lorapar_ray.ablations.verdicts import ENDINGS, Effect, Found, all_of, effect, ending, shown
 from lorapar_ray.boundary import read_lines
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.evaluation.statistics import mcnemar_exact, wilson_interval
@@ -53,6 +53,14 @@ class Verdict:
     """The difference in accuracy."""
     p: float
     """Exact sign test over the questions that differ in the mean over seeds; for one seed that is McNemar's."""
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Overall:
+    """The verdict on a claim that says the same of several comparisons."""
+
+    found: Found
     sentence: str
 
 
@@ -103,6 +111,23 @@ def decide(claim: Claim, better: Sequence[Outcome], worse: Sequence[Outcome]) ->
     reached = [sum(each) / len(answers) for each in zip(*(each[1:] for each in answers), strict=True)]
     verdict = found.found(reaches=claim.reaches)
     return Verdict(claim, verdict, found, p, _sentence(claim, verdict, reached, found, p))
+
+
+def sum_up(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> list[Overall]:
+    """One verdict for each text that several claims share and of which a line is known (see `all_of`)."""
+    found = []
+    for text in dict.fromkeys(claim.text for claim in claims):
+        lines = sum(claim.text == text for claim in claims)
+        known = [each.found for each in verdicts if each.claim.text == text]
+        if lines > 1 and known:
+            counts = {"held": 0, "did not hold": 0, "undecided": 0, "not finished": lines - len(known)}
+            for each in known:
+                counts["did not hold" if each == "not held" else each] += 1
+            whole = all_of(known, lines)
+            said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+            said_of = f"{sentence(text)}, in each of {lines} comparisons: {said}"
+            found.append(Overall(whole, f"{said_of}, {ENDINGS[whole]}."))
+    return found
 
 
 def _paired(ours: Right, theirs: Right) -> list[tuple[str, bool, bool]]:

@@ -8,7 +8,7 @@ from io import StringIO
 from pathlib import Path
 
 from lorapar_ray.ablations.grids import Grid
-from lorapar_ray.ablations.results import Summary, Verdict
+from lorapar_ray.ablations.results import Overall, Summary, Verdict
 from lorapar_ray.files import atomic_path
 
 HEAD = ("arm", "learning rate", "trained", "accuracy", "95 % interval", "n", "by seed", "paper (7B)")
@@ -17,7 +17,7 @@ LATEX = str.maketrans({each: f"\\{each}" for each in "%&_#$"})
 
 def rows(grid: Grid, base: Summary | None, found: dict[str, Summary]) -> list[tuple[str, ...]]:
     """The table's cells: first the base, then the arms in the grid's order; arms without results are left out."""
-    lines = [] if base is None else [_cells(base, "13.3")]
+    lines = [] if base is None else [_cells(base, grid.base)]
     return lines + [_cells(found[arm.name], arm.paper) for arm in grid.arms if arm.name in found]
 
 
@@ -35,7 +35,7 @@ def _cells(row: Summary, paper: str) -> tuple[str, ...]:
     )
 
 
-def markdown(cells: Sequence[Sequence[str]], verdicts: Sequence[Verdict]) -> str:
+def markdown(cells: Sequence[Sequence[str]], verdicts: Sequence[Overall | Verdict]) -> str:
     """The table, and a line for each claim."""
     lines = ["| " + " | ".join(HEAD) + " |", "| " + " | ".join("---" for _ in HEAD) + " |"]
     lines += ["| " + " | ".join(row) + " |" for row in cells]
@@ -59,7 +59,9 @@ def latex(cells: Sequence[Sequence[str]]) -> str:
     return "\n".join([rf"\begin{{tabular}}{{{'l' + 'r' * (len(HEAD) - 1)}}}", *body, r"\end{tabular}"]) + "\n"
 
 
-def write(out: Path, grid: Grid, base: Summary | None, found: dict[str, Summary], verdicts: Sequence[Verdict]) -> str:
+def write(
+    out: Path, grid: Grid, base: Summary | None, found: dict[str, Summary], verdicts: Sequence[Overall | Verdict]
+) -> str:
     """Write `table.md`, `table.csv`, `table.tex` and `plot.svg`; returns the first."""
     from lorapar_ray.ablations.charts import accuracies
 

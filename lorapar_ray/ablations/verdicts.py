@@ -18,6 +18,11 @@ from typing import Literal
 from lorapar_ray.evaluation.statistics import Z_95
 
 Found = Literal["held", "not held", "undecided"]
+ENDINGS: dict[Found, str] = {
+    "held": "so the claim held here",
+    "not held": "so the claim did not hold here",
+    "undecided": "so it is undecided",
+}
 Groups = Sequence[Sequence[float]]
 """Contributions of questions to a difference, in groups of questions drawn separately; the difference is the sum of the
 groups' means."""
@@ -122,5 +127,4 @@ def ending(effect: Effect, found: Found, *, reaches: bool = False) -> str:
     margin = f"less than {point} below counts as reached, " if reaches else ""
     if found == "not held" and not reaches and effect.interval[1] >= 0:
         margin = f"a difference within {point} counts as none, "
-    said = {"held": "the claim held here", "not held": "the claim did not hold here"}
-    return f"{margin}so {said.get(found, 'it is undecided at this size')}."
+    return f"{margin}{ENDINGS[found]}" + (" at this size." if found == "undecided" else ".")
