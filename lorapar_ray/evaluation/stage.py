@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
-from lorapar_ray.config import Config
+from lorapar_ray.config import Config, EvaluateConfig
 from lorapar_ray.config.marks import Setting
 from lorapar_ray.errors import UserError
 from lorapar_ray.resources import asked, each_of
@@ -30,9 +31,15 @@ def check(config: Config) -> None:
     if not config.data.test and not settings.tasks:
         raise UserError("data.test: no source to evaluate on; give at least one, or run the stages one by one")
     if settings.tasks:
-        from lorapar_ray.evaluation.tasks import catalogue_of
+        _require_tasks(settings.model_dump_json(exclude={"models"}))
 
-        catalogue_of(settings)
+
+@cache
+def _require_tasks(settings: str) -> None:
+    """Once for all runs of a grid: loading MMLU's 57 tasks takes a while."""
+    from lorapar_ray.evaluation.tasks import catalogue_of
+
+    catalogue_of(EvaluateConfig.model_validate_json(settings))
 
 
 STAGE = Stage(
