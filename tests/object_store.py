@@ -1,12 +1,13 @@
 """An object store on this machine, S3's or Google's, and the environment for its clients."""
 
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+from tests.ports import free_port
+from tests.waiting import wait_until
 
 BUCKET = "bucket"
 SCHEMES = ("s3", "gs")
@@ -43,21 +44,19 @@ def _s3() -> Iterator[dict[str, str]]:
 @contextmanager
 def _gs() -> Iterator[dict[str, str]]:
     """In a process of its own: a call of pyarrow's that keeps the GIL could not be answered by a thread of this one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     where = ("--host=127.0.0.1", f"--port={port}", f"--default-bucket={BUCKET}", "--in-memory", "--quiet")
     server = subprocess.Popen([sys.executable, "-m", "gcp_storage_emulator", "start", *where])
-    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_LIMIT_S
+    url = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        with suppress(OSError):
+            urllib.request.urlopen(url).close()
+            return True
+        return False
+
     try:
-        while True:
-            try:
-                urllib.request.urlopen(url).close()
-                break
-            except OSError:
-                if server.poll() is not None or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.1)
+        wait_until("the store answers", answers, START_LIMIT_S, alive=lambda: server.poll() is None)
         yield {"STORAGE_EMULATOR_HOST": url}
     finally:
         server.kill()

@@ -32,7 +32,7 @@ from lorapar_ray.runs import RunDirectory
 from tests.chaos import Recovery
 from tests.cluster.faulty_teachers import noted
 from tests.tiny_run import ROOT, command, lorapar, write_config
-from tests.waiting import wait_until
+from tests.waiting import beside, wait_until
 
 pytestmark = pytest.mark.cluster
 ROWS = 120
@@ -168,10 +168,8 @@ def test_kill_9_on_an_asking_worker_in_mid_run(
         for pid in workers():
             os.kill(pid, signal.SIGKILL)
 
-    killer = threading.Thread(target=murder)
-    killer.start()
-    summary = labelled(config, run)
-    killer.join()
+    with beside(murder):
+        summary = labelled(config, run)
     assert len(workers()) == 2, "no worker was replaced"
     assert complete(run) and summary["votes"] == 2 * ROWS
     assert sum(count - 1 for count in noted(log).values()) <= 2 * 8 * 6 + 2  # at most the worker's queue

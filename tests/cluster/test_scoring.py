@@ -1,14 +1,12 @@
 """Scores do not depend on the number of workers, a sharded base, or a killed worker."""
 
 import shutil
-import threading
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,6 +19,7 @@ from lorapar_ray.importance.job import score_stage
 from lorapar_ray.pipeline import run_stage
 from lorapar_ray.runs import RunDirectory
 from tests.chaos import Recovery
+from tests.processes import a_worker_dies
 from tests.tiny_run import save_tiny_student, tiny_config
 from tests.together import run_together, tasks_here
 
@@ -144,23 +143,7 @@ def test_a_killed_worker_is_replaced_and_counts_nothing_twice(
     chance: Random, recovery: Recovery, alone: list[Scores], student: Path, tmp_path: Path
 ) -> None:
     config, run = make_run(student, tmp_path / "run", workers=2, batch_tokens=32, unit_size=1, checkpoint_every_s=0)
-    killed: list[Path] = []
-
-    def kill_one() -> None:
-        pause = threading.Event()
-        while not (done := sums_in(run)):
-            pause.wait(0.02)
-        ours = psutil.Process().children(recursive=True)
-        worker = chance.choice([each for each in ours if "RayTrainWorker" in " ".join(each.cmdline())])
-        killed.extend(done)
-        worker.kill()
-        with recovery("score", "worker"):
-            while len(sums_in(run)) <= len(done):
-                pause.wait(0.05)
-
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    score_stage(config, run)
-    killer.join()
-    assert killed and set(killed) < set(sums_in(run))
+    with a_worker_dies("score", 1, lambda: sums_in(run), chance, recovery) as before:
+        score_stage(config, run)
+    assert before and set(before) < set(sums_in(run))
     same(scores_of(run), alone)

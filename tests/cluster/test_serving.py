@@ -12,7 +12,7 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.serve_apps import deployed, end, runs_as_asked, start_serve
 from lorapar_ray.serving import job
-from tests.e2e.test_job import free_port
+from tests.ports import free_port
 
 pytestmark = pytest.mark.cluster
 

@@ -1,14 +1,12 @@
 """Stage 1's result does not depend on workers, packing, sharding, accumulation, checkpointing or a kill."""
 
 import json
-import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -20,6 +18,7 @@ from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.job import train_stage1
 from lorapar_ray.sft.together import shape_of, train_together, why_alone
 from tests.chaos import Recovery
+from tests.processes import a_worker_dies
 from tests.sft_run import ready_run, weights
 from tests.tiny_run import lorapar_here, metrics, save_tiny_student, tiny_config, write_config
 from tests.together import run_together
@@ -131,30 +130,17 @@ def test_a_killed_worker_ends_in_the_same_adapter(
     chance: Random, recovery: Recovery, cluster: None, student: Path, tmp_path: Path
 ) -> None:
     """With dropout, so that the random generators' states matter."""
-    steps = chance.randint(1, 8)
     options = {**TWO_WORKERS, "epochs": 8, "micro_batch_size": 2, "checkpoint_every": 2}
     undisturbed, disturbed = (ready_run(student, tmp_path / name, dropout=0.2, **options) for name in ("a", "b"))
     train_stage1(*undisturbed)
-    killed: list[int] = []
 
-    def kill_one() -> None:
-        pause = threading.Event()
-        while len(metrics(disturbed[1].root, "sft")) < steps:
-            pause.wait(0.02)
-        ours = psutil.Process().children(recursive=True)
-        worker = chance.choice([each for each in ours if "RayTrainWorker" in " ".join(each.cmdline())])
-        killed.append(len(metrics(disturbed[1].root, "sft")))
-        worker.kill()
-        with recovery("sft", "worker"):
-            while len(metrics(disturbed[1].root, "sft")) <= killed[0]:
-                pause.wait(0.05)
+    def trained() -> list[dict[str, Any]]:
+        return metrics(disturbed[1].root, "sft")
 
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    train_stage1(*disturbed)
-    killer.join()
+    with a_worker_dies("sft", chance.randint(1, 8), trained, chance, recovery) as before:
+        train_stage1(*disturbed)
     ours, theirs = (metrics(run.root, "sft") for _, run in (disturbed, undisturbed))
-    assert killed[0] < len(theirs)
+    assert 0 < len(before) < len(theirs)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for key, value in weights(undisturbed[1].sft / "adapter").items():
         assert torch.equal(weights(disturbed[1].sft / "adapter")[key], value), key

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 
 from lorapar_ray.ray_files import private_directory
-from tests.e2e.test_job import RAY, free_port
+from tests.e2e.test_job import RAY
+from tests.ports import free_port
 from tests.waiting import wait_until
 
 START_LIMIT_S = 120

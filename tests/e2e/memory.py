@@ -1,13 +1,13 @@
 """Fault injection: a machine whose memory is nearly all in use, as far as Ray can see."""
 
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.e2e.test_interruption import title
+from tests.processes import below
+from tests.waiting import wait_until
 
 ENOUGH, SCARCE = 0.1, 0.97
 """Shares of the memory in use; Ray kills from 0.95 on."""
@@ -32,12 +32,10 @@ class Memory:
 
     def run_out(self) -> None:
         """Until Ray has killed a process that works for this test."""
-        before, deadline = _workers(), time.monotonic() + LIMIT_S
+        before = _workers()
         self.use(SCARCE)
         try:
-            while before <= _workers():
-                assert time.monotonic() < deadline, "Ray killed nothing"
-                time.sleep(0.02)
+            wait_until("Ray kills something", lambda: not before <= _workers(), LIMIT_S, every_s=0.02)
         finally:
             self.use(ENOUGH)
 
@@ -64,5 +62,4 @@ def replaceable(folder: Path) -> Memory:
 
 def _workers() -> set[psutil.Process]:
     """This process's descendants that Ray may kill, except those without work."""
-    found = {each: title(each) for each in psutil.Process().children(recursive=True)}
-    return {each for each, name in found.items() if name.startswith("ray::") and name != "ray::IDLE"}
+    return set(below(r"^ray::(?!IDLE$)"))

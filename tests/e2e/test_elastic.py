@@ -12,7 +12,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import psutil
 import pytest
 import ray
 from ray._private.authentication.authentication_token_setup import (
@@ -32,6 +31,7 @@ from lorapar_ray.sft.checkpoint import last_checkpoint
 from lorapar_ray.sft.job import train_stage1
 from lorapar_ray.workers import run_workers
 from tests.chaos import Recovery
+from tests.processes import below, kill_all
 from tests.sft_run import ready_run
 from tests.tiny_run import metrics, save_tiny_student
 from tests.waiting import wait_until
@@ -58,29 +58,9 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-def processes(kind: str) -> Iterator[psutil.Process]:
-    """Ray's processes of a kind."""
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):
-            if kind in " ".join(process.cmdline()):
-                yield process
-
-
-def end_processes(kind: str) -> None:
-    """End Ray's processes of a kind by `kill -9`."""
-    for process in processes(kind):
-        with suppress(psutil.Error):
-            process.kill()
-
-
 def wait_for(condition: Callable[[], bool], thread: threading.Thread) -> None:
     """Until it holds; the thread has to live until then."""
-
-    def seen() -> bool:
-        assert thread.is_alive()
-        return condition()
-
-    wait_until("the workers change", seen, 240)
+    wait_until("the workers change", condition, 240, alive=thread.is_alive)
 
 
 class Stage:
@@ -99,7 +79,7 @@ class Stage:
         wait_for(condition, self._thread)
 
     def stop(self) -> None:
-        end_processes("TrainController")
+        kill_all("TrainController")
         self._thread.join(60)
 
     def _until_stopped(self) -> None:
@@ -172,7 +152,7 @@ def test_stage_2_goes_on_with_the_engines_that_there_are(
         stage.wait_for(lambda: steps_by(1, 3))
     nodes.add_node(num_cpus=1)
     stage.wait_for(lambda: steps_by(2, 3))
-    end_processes("RayTrainWorker")  # the learner, which may need the room of the second engine
+    kill_all("RayTrainWorker")  # the learner, which may need the room of the second engine
     stage.wait_for(lambda: steps_by(1, 1))
     stage.wait_for(lambda: steps_by(2, 3))
     stage.stop()
@@ -194,7 +174,7 @@ def test_stage_2_goes_on_with_the_learners_that_there_are(
         return [line["learners"] for line in stage.lines()[-count:]] == [learners] * count
 
     stage.wait_for(lambda: steps_by(2, 3))
-    engines = {process.pid for process in processes("EngineActor")}
+    engines = {process.pid for process in below("EngineActor")}
     before = len(stage.lines()) + chance.randint(1, 10)
     stage.wait_for(lambda: len(stage.lines()) >= before)
     nodes.remove_node(second, allow_graceful=False)
@@ -202,7 +182,7 @@ def test_stage_2_goes_on_with_the_learners_that_there_are(
         stage.wait_for(lambda: steps_by(1, 3))
     nodes.add_node(num_cpus=1)
     stage.wait_for(lambda: steps_by(2, 3))
-    assert {process.pid for process in processes("EngineActor")} == engines
+    assert {process.pid for process in below("EngineActor")} == engines
     stage.stop()
     lines = stage.lines()
     require_each_step_and_prompt_once(lines)

@@ -4,8 +4,6 @@ import json
 import re
 import signal
 import subprocess
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,11 @@ from lorapar_ray.adapters import residual_base
 from lorapar_ray.evaluation.harness.catalogue import Catalogue, quiet, wanted
 from lorapar_ray.evaluation.harness.results import rows_of
 from tests.chaos import Recovery
-from tests.e2e.test_interruption import stop_when, title
+from tests.e2e.test_interruption import stop_when
 from tests.pissa import trained_pissa
+from tests.processes import below
 from tests.tiny_run import ROOT, command, lorapar, lorapar_here, save_tiny_student
+from tests.waiting import beside, wait_until
 
 pytestmark = pytest.mark.e2e
 QUESTIONS = 96
@@ -109,18 +109,13 @@ def evaluated(cluster: None, asked: Asked, tmp_path_factory: pytest.TempPathFact
     earlier = engine_cores()  # of a test before this one, which may still be ending
 
     def kill() -> None:
-        pause, deadline = threading.Event(), time.monotonic() + 400
-        while not (shards(out) and (cores := engine_cores() - earlier)):
-            assert time.monotonic() < deadline, "no answer came"
-            pause.wait(0.05)
-        for core in cores:
+        wait_until("answers come", lambda: shards(out) and engine_cores() - earlier, 400)
+        for core in engine_cores() - earlier:
             core.kill()
             killed.append(core.pid)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
-    done = lorapar_here(*asked.command(out))
-    killer.join()
+    with beside(kill):
+        done = lorapar_here(*asked.command(out))
     assert done.returncode == 0, done.stdout + done.stderr
     assert killed
     return out
@@ -136,7 +131,7 @@ def shards(out: Path) -> set[Path]:
 
 def engine_cores() -> set[psutil.Process]:
     """The processes of engines' cores below this process's Ray."""
-    return {each for each in psutil.Process().children(recursive=True) if "EngineCore" in title(each)}
+    return set(below("EngineCore"))
 
 
 def rows_by_model(out: Path, task: str) -> list[list[dict[str, Any]]]:

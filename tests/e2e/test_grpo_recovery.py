@@ -2,11 +2,8 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
-import threading
-import time
 from pathlib import Path
 from random import Random
 
@@ -18,7 +15,9 @@ from safetensors.torch import load_file
 from tests.chaos import Recovery
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.test_interruption import copy_before
+from tests.processes import below, runs
 from tests.tiny_run import ROOT, command, lorapar, metrics
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 STEPS, DRIVER_AFTER = 10, 8
@@ -40,17 +39,6 @@ def draw(chance: Random, thorough: bool) -> dict[str, int]:
     return dict(zip(victims, steps, strict=True))
 
 
-def find(root: psutil.Process, what: str) -> psutil.Process | None:
-    """A live descendant by a pattern in its command line."""
-    for process in root.children(recursive=True):
-        try:
-            if re.search(what, " ".join(process.cmdline())) and process.status() != psutil.STATUS_ZOMBIE:
-                return process
-        except psutil.NoSuchProcess:
-            continue
-    return None
-
-
 @pytest.mark.chaos("grpo", "worker", "coordinator", "engine child", "reward process", "driver")
 def test_every_kind_of_process_may_die(
     chance: Random, thorough: bool, recovery: Recovery, finished: FinishedRun, tmp_path: Path
@@ -62,27 +50,30 @@ def test_every_kind_of_process_may_die(
     log = (tmp_path / "log").open("w")
     # `run`, whose driver makes the first engines, since the evaluation would use them too
     process = subprocess.Popen(command("run", *arguments), cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-    root, pause, deadline = psutil.Process(process.pid), threading.Event(), time.monotonic() + 800
     killed: list[str] = []
     orphans: list[psutil.Process] = []
+
+    def driver_is_next() -> bool:
+        """Kills those whose time has come, one at each look."""
+        done = len(metrics(run, "grpo"))
+        for what, after in victims.items():
+            if what not in killed and done >= after and (found := below(what, process.pid)):
+                orphans.extend(found[0].children(recursive=True))
+                found[0].kill()
+                killed.append(what)
+                break
+        return done >= DRIVER_AFTER
+
     try:
-        while len(metrics(run, "grpo")) < DRIVER_AFTER:
-            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-            assert time.monotonic() < deadline, f"hangs after {killed}: {(tmp_path / 'log').read_text()[-3000:]}"
-            done = len(metrics(run, "grpo"))
-            for what, after in victims.items():
-                if what not in killed and done >= after and (victim := find(root, what)) is not None:
-                    orphans += victim.children(recursive=True)
-                    os.kill(victim.pid, signal.SIGKILL)
-                    killed.append(what)
-                    break
-            pause.wait(0.2)
+        wait_until("all are killed", driver_is_next, 800, every_s=0.2, alive=lambda: process.poll() is None)
+    except (AssertionError, TimeoutError) as error:
+        raise AssertionError(f"after {killed}: {(tmp_path / 'log').read_text()[-3000:]}") from error
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(60)
         log.close()
     assert killed == list(victims)
-    assert not [orphan for orphan in orphans if _runs(orphan)], "engines outlive their actors"
+    assert not [orphan for orphan in orphans if runs(orphan)], "engines outlive their actors"
     before = metrics(run, "grpo")
     # what a run is computed with may change on the way: twice the learners and engines, other micro-batches
     more = (
@@ -111,11 +102,3 @@ def test_every_kind_of_process_may_die(
     ours, start = (load_file(run / name / "adapter" / "adapter_model.safetensors") for name in ("grpo", "sft"))
     assert ours.keys() == start.keys()
     assert any(not torch.equal(ours[key], start[key]) for key in ours)
-
-
-def _runs(process: psutil.Process) -> bool:
-    """A zombie does not: it has ended, and whoever has taken it over has not looked yet."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

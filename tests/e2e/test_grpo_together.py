@@ -1,11 +1,8 @@
 """Stage 2 of two runs at once, on one base and one engine: each ends as it does alone."""
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -15,7 +12,7 @@ from lorapar_ray.grpo.together import shape_of, train_together, why_alone
 from lorapar_ray.partition import load_regions, stage_mask
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.threads import meanwhile
-from tests.e2e.test_grpo_recovery import find
+from tests.processes import below
 from tests.sft_run import ready_run, weights
 from tests.tiny_run import metrics, save_tiny_student
 from tests.together import tasks_here
@@ -66,10 +63,9 @@ def test_a_process_that_all_arms_use_may_die(cluster: None, tmp_path: Path, vict
 
     def kill_once() -> None:
         if not killed and all(len(metrics(run.root, "grpo")) >= 2 for _, run in arms):
-            found = find(psutil.Process(), victim)
-            assert found is not None
+            found = below(victim)[0]
             killed.append(found.pid)
-            os.kill(found.pid, signal.SIGKILL)
+            found.kill()
 
     with tasks_here(), meanwhile(kill_once, every_s=0.1):
         notes = train_together(arms)

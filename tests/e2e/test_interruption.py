@@ -6,14 +6,11 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import threading
-import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from random import Random
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,7 +19,10 @@ from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.pipeline import PIPELINE, STAGES
 from tests.chaos import Recovery
 from tests.e2e.conftest import FinishedRun
+from tests.processes import below, engines_of
+from tests.sft_run import weights
 from tests.tiny_run import ROOT, command, lorapar, metrics, save_tiny_student, tiny_config, write_config
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -51,18 +51,15 @@ def stop_when(condition: Callable[[], bool], sent: signal.Signals, *arguments: s
         stderr=subprocess.PIPE,
         text=True,
     )
-    pause, deadline = threading.Event(), time.monotonic() + 600
-    while not condition():
-        assert process.poll() is None, "the stage ended before it could be killed"
-        assert time.monotonic() < deadline, "the stage never got that far"
-        pause.wait(0.1)
+    try:
+        wait_until("the stage has got that far", condition, 600, every_s=0.1, alive=lambda: process.poll() is None)
+    except BaseException:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
     os.killpg(process.pid, sent)
     _, errors = process.communicate(timeout=300)
     return process.returncode, errors
-
-
-def weights(adapter: Path) -> dict[str, torch.Tensor]:
-    return load_file(adapter / "adapter_model.safetensors")
 
 
 def stored_votes(run: Path) -> dict[tuple[bytes, bytes], float]:
@@ -77,13 +74,6 @@ def stored_votes(run: Path) -> dict[tuple[bytes, bytes], float]:
             return {}
 
 
-def kill_descendant(root: int, name: str) -> None:
-    """`kill -9` on the process below `root` whose title begins with `name`."""
-    found = [p for p in psutil.Process(root).children(recursive=True) if title(p).startswith(name)]
-    assert len(found) == 1, (name, found)
-    found[0].kill()
-
-
 @pytest.mark.chaos("label", "Serve replica", "engine child")
 def test_labelling_survives_kill_9_on_a_replica_and_on_an_engine(chance: Random, tmp_path: Path) -> None:
     votes = chance.randint(8, 30)
@@ -94,11 +84,14 @@ def test_labelling_survives_kill_9_on_a_replica_and_on_an_engine(chance: Random,
     process = subprocess.Popen(
         command("label", "-c", config, "-d", run, *changed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    pause, deadline = threading.Event(), time.monotonic() + 600
-    while len(before := stored_votes(run)) <= votes:
-        assert process.poll() is None and time.monotonic() < deadline, "labelling never got that far"
-        pause.wait(0.1)
-    kill_descendant(process.pid, "ray::ServeReplica:lorapar-tiny-a:a")
+
+    def enough() -> bool:
+        return len(stored_votes(run)) > votes
+
+    wait_until("votes are stored", enough, 600, every_s=0.1, alive=lambda: process.poll() is None)
+    before = stored_votes(run)
+    [replica] = below("^ray::ServeReplica:lorapar-tiny-a:a", process.pid)
+    replica.kill()
     (engine,) = engines_of(process.pid, "ray::ServeReplica:lorapar-tiny-b:b")
     engine.kill()
     assert len(before) < 2 * 48, "labelling was over before anything could be killed"
@@ -109,20 +102,6 @@ def test_labelling_survives_kill_9_on_a_replica_and_on_an_engine(chance: Random,
     rows = read_table(run / "labels")
     assert sorted(row["id"] for row in rows) == sorted(row["id"] for row in read_table(run / "data" / "train.parquet"))
     assert all([vote["teacher"] for vote in row["votes"]] == ["a", "b"] for row in rows)
-
-
-def engines_of(root: int, replica: str) -> list[psutil.Process]:
-    """vLLM's own processes below a Serve replica."""
-    parents = [p for p in psutil.Process(root).children(recursive=True) if title(p).startswith(replica)]
-    return [p for parent in parents for p in parent.children(recursive=True) if "EngineCore" in title(p)]
-
-
-def title(process: psutil.Process) -> str:
-    """A process's command line, or its title; empty once it has ended."""
-    try:
-        return " ".join(process.cmdline())
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return ""
 
 
 @pytest.mark.chaos("score", "driver")

@@ -6,7 +6,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,18 +20,12 @@ from lorapar_ray.pipeline import STAGES
 from lorapar_ray.threads import meanwhile
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.test_interruption import copy_before
+from tests.ports import free_port
 from tests.tiny_run import ROOT, metrics
 from tests.unit.test_dashboard import figures
 
 pytestmark = pytest.mark.e2e
 RAY = str(Path(sys.executable).with_name("ray"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 @contextmanager

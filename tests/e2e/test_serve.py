@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from openai import AuthenticationError, BadRequestError, NotFoundError, OpenAI
 
 from tests.e2e.conftest import FinishedRun
-from tests.e2e.test_job import free_port
+from tests.ports import free_port
+from tests.processes import below
 from tests.tiny_run import ROOT, command
 
 pytestmark = pytest.mark.e2e
@@ -122,11 +122,7 @@ def test_sixteen_clients_at_once_and_a_killed_replica(client: OpenAI, server: Se
     with ThreadPoolExecutor(16) as pool:
         together = list(pool.map(answered, range(48)))
     assert together == alone * 6
-    [replica] = [each for each in psutil.Process(server[0].pid).children(recursive=True) if _is_replica(each)]
+    [replica] = below("ServeReplica", server[0].pid)
     replica.kill()
     patient = client.with_options(max_retries=8, timeout=120)
     assert [answered(number, patient) for number in range(8)] == alone
-
-
-def _is_replica(process: psutil.Process) -> bool:
-    return "ServeReplica" in " ".join(process.cmdline())

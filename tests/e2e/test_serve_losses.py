@@ -16,9 +16,9 @@ from tests.e2e.clock import LONGEST_H, WallClock
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.head import DOWN_S, head_with_store
 from tests.e2e.memory import replaceable
-from tests.e2e.test_interruption import engines_of
-from tests.e2e.test_job import free_port
 from tests.e2e.test_serve import SECRET, ask, serving
+from tests.ports import free_port
+from tests.processes import engines_of
 
 pytestmark = pytest.mark.e2e
 MODELS = ("base", "sft", "grpo", "auto")
