@@ -7,10 +7,10 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -71,16 +71,18 @@ def swapped(key: str) -> str:
     return re.sub(r"\.layers\.([01])\.", lambda layer: f".layers.{1 - int(layer[1])}.", key)
 
 
-def another(folder: Path, kind: str, before: State) -> Path:
-    """A folder with what the engine loads instead of the adapter in `folder`."""
-    other = Path(tempfile.mkdtemp())
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    if kind == "four times the scaling":
-        settings["lora_alpha"] *= 4
-    (other / "adapter_config.json").write_text(json.dumps(settings))
-    state = load_file(folder / "adapter_model.safetensors")
-    save_file(OTHER_ADAPTERS.get(kind, lambda new, _: new)(state, before), other / "adapter_model.safetensors")
-    return other
+@contextmanager
+def another(folder: Path, kind: str, before: State) -> Iterator[Path]:
+    """A folder with what the engine loads instead of the adapter in `folder`, while the block runs."""
+    with TemporaryDirectory() as temporary:
+        other = Path(temporary)
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        if kind == "four times the scaling":
+            settings["lora_alpha"] *= 4
+        (other / "adapter_config.json").write_text(json.dumps(settings))
+        state = load_file(folder / "adapter_model.safetensors")
+        save_file(OTHER_ADAPTERS.get(kind, lambda new, _: new)(state, before), other / "adapter_model.safetensors")
+        yield other
 
 
 def digest_of(folder: Path) -> str:
@@ -95,9 +97,8 @@ class FaultyLoader(PolicyLoader):
             return super().lorapar_load_policy(None)
         kind, folder = fault(), Path(adapter)
         if kind != "nothing loaded":
-            other = another(folder, kind, getattr(self, "before", {}))
-            super().lorapar_load_policy(str(other))
-            shutil.rmtree(other)
+            with another(folder, kind, getattr(self, "before", {})) as other:
+                super().lorapar_load_policy(str(other))
         self.before = load_file(folder / "adapter_model.safetensors")
         return "another adapter" if kind == "another digest" else digest_of(folder)
 
@@ -117,8 +118,10 @@ class FaultyEngine(EngineActor):
             await self._engine.add_lora(served.lora)
         elif kind != "nothing loaded":
             if kind == "another arm's adapter":
-                await super()._load_lora(another(folder, "the sign", self.before), 0, self._served[1])
-            await super()._load_lora(another(folder, kind, self.before), version, served)
+                with another(folder, "the sign", self.before) as other:
+                    await super()._load_lora(other, 0, self._served[1])
+            with another(folder, kind, self.before) as other:
+                await super()._load_lora(other, version, served)
         if kind == "an adapter that is not there":
             await self._engine.remove_lora(served.lora.lora_int_id)
         self.before = load_file(folder / "adapter_model.safetensors")
@@ -128,7 +131,8 @@ class FaultyEngine(EngineActor):
         found = await super()._check(folder, served)
         if fault() == "changed after the check":
             assert folder is not None
-            await self._rpc("lorapar_load_policy", str(another(folder, "the sign", {})))
+            with another(folder, "the sign", {}) as other:
+                await self._rpc("lorapar_load_policy", str(other))
         return found
 
     async def _rpc(self, method: str, *args: Any) -> list[Any]:

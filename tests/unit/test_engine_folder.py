@@ -26,16 +26,16 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
 
 
 def test_engines_have_a_private_directory_for_their_sockets(ends: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    short = Path(tempfile.mkdtemp(dir="/tmp"))
-    monkeypatch.setenv(ENGINE_FILES, str(short))
-    own = engine_folder()
-    assert own.parent == short and engine_folder() == own
-    assert stat.S_IMODE(own.stat().st_mode) == stat.S_IRWXU
-    with sockets_in(own):
-        assert os.environ[ENGINE_FILES] == str(own)
-    assert os.environ[ENGINE_FILES] == str(short)
-    ends.close()
-    short.rmdir()  # nothing is left in it
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        monkeypatch.setenv(ENGINE_FILES, short)
+        own = engine_folder()
+        assert own.parent == Path(short) and engine_folder() == own
+        assert stat.S_IMODE(own.stat().st_mode) == stat.S_IRWXU
+        with sockets_in(own):
+            assert os.environ[ENGINE_FILES] == str(own)
+        assert os.environ[ENGINE_FILES] == short
+        ends.close()
+        assert not list(Path(short).iterdir())
 
 
 def test_a_directory_with_a_long_path_is_not_used(

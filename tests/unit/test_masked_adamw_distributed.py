@@ -1,6 +1,7 @@
 """MaskedAdamW with DDP and FSDP2, compared with stock AdamW in one process with the whole batch."""
 
-import socket
+import multiprocessing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from lorapar_ray.optim import MaskedAdamW
@@ -57,11 +58,11 @@ def expected() -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
     return start, [p.detach() for p in model.parameters()], norms
 
 
-def worker(rank: int, port: int, out: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+def worker(rank: int, root: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=WORLD)
     found = {how: train(how, rank) for how in ("ddp", "fsdp2")}
     if rank == 0:
-        torch.save(found, out)
+        torch.save(found, root / "out.pt")
     dist.destroy_process_group()
 
 
@@ -99,12 +100,10 @@ def _mean(gradient: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("ranks") / "out.pt"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(worker, (port, str(out)), nprocs=WORLD)
-    loaded: dict[str, Any] = torch.load(out, weights_only=True)
+    root = tmp_path_factory.mktemp("ranks")
+    multiprocessing.set_forkserver_preload([__name__])  # imported once for all ranks
+    start_processes(worker, (root,), nprocs=WORLD, start_method="forkserver")
+    loaded: dict[str, Any] = torch.load(root / "out.pt", weights_only=True)
     return loaded
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from lorapar_ray.grpo.rewards import RewardPool, RewardSpec, get_reward
 from lorapar_ray.grpo.rewards.calling import call
 from lorapar_ray.grpo.rewards.process import open_environment
 from tests.unit import trl_rewards
+from tests.waiting import wait_until
 
 TAGGED = "<reasoning>\nadd\n</reasoning>\n<answer>\n6\n</answer>"
 
@@ -85,7 +85,8 @@ def test_a_module_that_breaks_while_it_is_imported_is_one_line(
 @pytest.mark.slow
 def test_a_bad_sample_loses_only_itself(reward: str, cause: str) -> None:
     specs = [RewardSpec(f"tests.unit.bad_rewards:{reward}"), RewardSpec("numeric_answer", 2.0)]
-    with RewardPool(specs, time_limit_s=0.7, memory_limit_mb=512) as pool:
+    limit_s = 0.7 if reward == "hangs" else 60
+    with RewardPool(specs, time_limit_s=limit_s, memory_limit_mb=512) as pool:
         result = pool.score(["q"] * 4, ["1", "2", "bad", "3"], {"answer": ["1", "0", "1", "3"]})
     assert result.parts[specs[0].name] == [1.0, 1.0, None, 1.0]
     assert result.failures == {cause: 1}
@@ -206,11 +207,7 @@ def test_a_reward_process_is_contained(monkeypatch: pytest.MonkeyPatch) -> None:
     with RewardPool(specs, time_limit_s=20, memory_limit_mb=512) as pool:
         scored = pool.score(["q"], [seconds], {})
         assert [scored.parts[spec.name] for spec in specs] == [[0.0], [1.0], [1.0]] and not scored.failures
-        for _ in range(100):
-            if sleepers() == 2:
-                break
-            time.sleep(0.05)
-        assert sleepers() == 2
+        wait_until("both have begun", lambda: sleepers() == 2)
     assert sleepers() == 0
 
 

@@ -1,7 +1,6 @@
 """A base sharded over ranks, each reading only its slices of the files, computes the same as the whole base."""
 
 import multiprocessing
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +74,8 @@ def refused(*_: Any, **__: Any) -> None:
     raise AssertionError("a rank reads the whole base")
 
 
-def worker(rank: int, port: int, root: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+def worker(rank: int, root: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=WORLD)
     found: dict[str, Any] = {}
     for kind in ("tied", "untied"):
         for way in WAYS:
@@ -108,11 +107,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 torch.nn.init.normal_(parameter.data, std=0.1)
         save_adapter(model, folder / f"{kind}-adapter")
         renamed(folder / kind, folder / f"{kind}-renamed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     multiprocessing.set_forkserver_preload([__name__])  # imported once for all ranks
-    start_processes(worker, (port, folder), nprocs=WORLD, start_method="forkserver")
+    start_processes(worker, (folder,), nprocs=WORLD, start_method="forkserver")
     return folder
 
 
