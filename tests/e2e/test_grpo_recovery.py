@@ -90,9 +90,8 @@ def test_every_kind_of_process_may_die(
     assert [line["policy_version"] for line in lines] == list(range(1, STEPS + 1))
     kept = len(before) - 1  # what a step wrote before its checkpoint was there is done again
     assert lines[:kept] == before[:kept]
-    replaced = [line["engines_replaced"] for line in before]
-    if "ray::Coordinator" not in victims:  # which takes its count with it
-        assert max(replaced) == len(set(ENGINES) & set(victims))
+    since = killed[killed.index("ray::Coordinator") :]  # which takes its engines and its count with it
+    assert before[-1]["engines_replaced"] <= len(set(ENGINES) & set(since)), "an engine was replaced that had not died"
     assert all(line["staleness_max"] <= 1 for line in lines)
     drawn = [prompt for line in lines for prompt in line["prompts"]]
     prompts = json.loads((run / "manifest.json").read_text())["stages"]["grpo"]["prompts"]

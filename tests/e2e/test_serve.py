@@ -84,7 +84,7 @@ def test_every_model_answers_and_auto_is_one_of_the_stages(client: OpenAI) -> No
     assert [model.id for model in client.models.list()] == ["base", "sft", "grpo", "auto"]
     questions = [f"State the final answer: {number} + 1 =" for number in range(6)]
     answers = {model: [ask(client, model, each)[1] for each in questions] for model in ("base", "sft", "grpo")}
-    assert answers["base"] != answers["sft"] != answers["grpo"]
+    assert len(set(map(tuple, answers.values()))) == 3
     for place, question in enumerate(questions):
         stage, said, system = ask(client, "auto", question)
         assert stage == {"1": "sft", "2": "grpo"}[system or ""] and said == answers[stage][place]

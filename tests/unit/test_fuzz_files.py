@@ -29,6 +29,7 @@ from lorapar_ray.config_file import load_config
 from lorapar_ray.datasets.rows import COLUMNS, Row, count_rows, iterate_rows, read_table, write_rows
 from lorapar_ray.datasets.sources import read_source
 from lorapar_ray.datasets.tokens import prompt_of
+from lorapar_ray.errors import UserError
 from lorapar_ray.importance import GradSums
 from lorapar_ray.labeling.job import _known_bias, _run_id
 from lorapar_ray.labeling.output import LABEL_SCHEMA
@@ -474,7 +475,9 @@ def test_the_model(model: Path, data: st.DataObject) -> None:
 def test_a_misspelt_hub_name_offline_is_one_line_that_names_it() -> None:
     settings = ModelConfig(path="Qwenn/Qwen2.5-0.5B")
     for load in (lambda: load_base(settings, settings.path), lambda: load_tokenizer(settings.path, settings)):
-        assert one_line_or_accepted(load) is None
+        with pytest.raises(UserError, match=r"^model 'Qwenn/Qwen2\.5-0\.5B': cannot be loaded") as refused:
+            load()
+        assert len(str(refused.value).splitlines()) == 1
 
 
 def test_write_json_takes_any_text(tmp_path: Path) -> None:
