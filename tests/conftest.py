@@ -2,6 +2,7 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 # Set before torch is imported, which reads it once. Several test processes share the cores: two threads that wait for
 # each other's time slices are much slower than one.
@@ -62,6 +63,14 @@ def cluster() -> Iterator[None]:
     yield
 
 
+@pytest.fixture(scope="session")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny student, for all tests of this process that only read it."""
+    from tests.tiny_run import save_tiny_student
+
+    return save_tiny_student(tmp_path_factory.mktemp("student"))
+
+
 @pytest.fixture(autouse=True)
 def _precision_stays() -> Iterator[None]:
     """Later tests of this process would compute with another precision."""
@@ -102,5 +111,9 @@ def _models_of_gpu_tests(request: pytest.FixtureRequest, models_on_the_cpu: pyte
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """End that Ray before a file that does not use it, so that other tests run without it."""
-    if nextitem is None or (item.path != nextitem.path and "cluster" not in getattr(nextitem, "fixturenames", ())):
+    if nextitem is None or (item.path != nextitem.path and not _uses_ray(item.session, nextitem.path)):
         local_ray.stop()
+
+
+def _uses_ray(session: pytest.Session, file: Path) -> bool:
+    return any("cluster" in getattr(item, "fixturenames", ()) for item in session.items if item.path == file)

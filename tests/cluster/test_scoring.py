@@ -20,7 +20,7 @@ from lorapar_ray.pipeline import run_stage
 from lorapar_ray.runs import RunDirectory
 from tests.chaos import Recovery
 from tests.processes import a_worker_dies
-from tests.tiny_run import save_tiny_student, tiny_config
+from tests.tiny_run import tiny_config
 from tests.together import run_together, tasks_here
 
 pytestmark = pytest.mark.cluster
@@ -51,11 +51,6 @@ def sums_in(run: RunDirectory) -> list[Path]:
 
 def scores_of(run: RunDirectory) -> list[Scores]:
     return [load_file(run.scores / f"system{system}.safetensors") for system in (1, 2)]
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_student(tmp_path_factory.mktemp("student"))
 
 
 @pytest.fixture(scope="module")

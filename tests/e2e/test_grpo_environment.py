@@ -19,7 +19,7 @@ from lorapar_ray.runs import RunDirectory
 from tests.e2e.environments import SEEDS, TURN_TOKENS, TURNS, spelling, told
 from tests.e2e.rewards import letters
 from tests.sft_run import weights
-from tests.tiny_run import SOURCES, metrics, save_tiny_student, tiny_config
+from tests.tiny_run import SOURCES, metrics, tiny_config
 from tests.together import tasks_here
 
 pytestmark = pytest.mark.e2e
@@ -57,9 +57,10 @@ def config_of(student: Path, questions: Path) -> Config:
     )
 
 
-def test_episodes_of_several_turns_are_trained_on_as_the_engine_sampled_them(cluster: None, tmp_path: Path) -> None:
-    student, episodes = save_tiny_student(tmp_path / "student"), tmp_path / "episodes.jsonl"
-    questions = tmp_path / "questions.jsonl"
+def test_episodes_of_several_turns_are_trained_on_as_the_engine_sampled_them(
+    cluster: None, student: Path, tmp_path: Path
+) -> None:
+    episodes, questions = tmp_path / "episodes.jsonl", tmp_path / "questions.jsonl"
     found = [{**row, "info": {"episodes": str(episodes)}} for row in rows(spelling())]
     questions.write_text("".join(json.dumps(row) + "\n" for row in found))
     config, run = config_of(student, questions), RunDirectory(tmp_path / "run")

@@ -14,15 +14,14 @@ from lorapar_ray.engines.canaries import canary_tolerance
 from lorapar_ray.grpo.engine_pool import EnginePool
 from tests.e2e.policy_source import Source
 from tests.published import published
-from tests.tiny_run import ENGINE, save_tiny_student
+from tests.tiny_run import ENGINE
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long]
 SYNCS = 500
 
 
 @pytest.mark.parametrize(("sync", "dtype"), [("merged", "float32"), ("adapter", "float32"), ("merged", "bfloat16")])
-def test_no_false_alarm_in_500_syncs(cluster: None, tmp_path: Path, sync: str, dtype: str) -> None:
-    student = save_tiny_student(tmp_path / "student")
+def test_no_false_alarm_in_500_syncs(cluster: None, student: Path, sync: str, dtype: str) -> None:
     source = Source(student, getattr(torch, dtype))
 
     def engine(_: int) -> Any:

@@ -33,7 +33,6 @@ from lorapar_ray.evaluation.serving import NamedModel, named_model, serving
 from lorapar_ray.evaluation.standalone import _require_same, by_base, evaluate_models, evaluation_of
 from lorapar_ray.evaluation.tasks import catalogue_of, file_name, result_file, rows_file
 from lorapar_ray.reporting.evaluation_page import Found, comparisons, read_found, write_page
-from tests.tiny_run import save_tiny_student
 from tests.unit.test_sandbox_problems import DATA
 
 SPLIT = "test"
@@ -76,11 +75,6 @@ class Reference:
 
     def _logprobs(self, ids: Sequence[int]) -> torch.Tensor:
         return self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_student(tmp_path_factory.mktemp("harness") / "student")
 
 
 def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:

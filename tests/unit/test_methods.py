@@ -10,7 +10,7 @@ from lorapar_ray.adapters import attach_method, save_method
 from lorapar_ray.config import Config, ModelConfig
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.generator import Generator
-from tests.tiny_run import save_tiny_student, tiny_config
+from tests.tiny_run import tiny_config
 from tests.unit.tiny_models import tiny
 
 METHODS = ["prompt_tuning", "p_tuning", "prefix_tuning", "ia3"]
@@ -43,11 +43,6 @@ def test_saved_methods_load_in_stock_peft_with_the_same_logits(method: str, tmp_
     again = PeftModel.from_pretrained(tiny(), str(tmp_path / "adapter")).eval()
     torch.testing.assert_close(again(TOKENS).logits, model(TOKENS).logits)
     assert not list((tmp_path / "adapter").glob("*.bin"))
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_student(tmp_path_factory.mktemp("student"))
 
 
 @pytest.mark.parametrize("method", [None, *METHODS])

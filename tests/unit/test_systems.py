@@ -44,7 +44,7 @@ from lorapar_ray.sft.arm import Worker
 from lorapar_ray.sft.job import stage1_parts, train_stage1
 from lorapar_ray.sft.together import shape_of, train_together
 from tests.sft_run import ready_sequence, weights
-from tests.tiny_run import ROOT, save_tiny_student, tiny_config
+from tests.tiny_run import ROOT, tiny_config
 from tests.together import tasks_here
 from tests.unit.finished_units import record_finished
 from tests.unit.partition_scores import Scores, flat, skewed
@@ -54,11 +54,6 @@ torch.set_num_threads(1)
 SHIPPED = ROOT / "jobs" / "configs" / "systems.yaml"
 TASKS = ("chain_sum", "letter_counting", "gcd")
 DEFINITIONS = dict(enumerate(TASKS, start=1))
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_student(tmp_path_factory.mktemp("student"))
 
 
 def sources(seed: int, rows: int) -> list[dict[str, Any]]:
