@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from lorapar_ray.adapters.job import make_adapter
 from lorapar_ray.config import Config, GrpoConfig, Resources
 from lorapar_ray.engines.completion import Completion
+from lorapar_ray.engines.mismatch import PolicyMismatch
 from lorapar_ray.engines.record import record_of
+from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.batches import Batch, Share, shares_of
 from lorapar_ray.grpo.groups import Group
 from lorapar_ray.grpo.worker import GrpoJob, learn_worker
@@ -70,20 +72,30 @@ def run(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config
     return config, run
 
 
+class RefusingCoordinator(ScriptedCoordinator):
+    """Fault injection: its engine serves another policy."""
+
+    def publish(self, policy: Any, canaries: list[Any]) -> dict[str, float]:
+        raise PolicyMismatch("rollout engine 0 does not serve policy 0: the canary tokens are too far")
+
+
 @pytest.fixture(scope="module")
-def coordinator(cluster: None) -> Iterator[str]:
-    """The name of the fake, which is the same to all learners: it has no state."""
+def coordinators(cluster: None) -> Iterator[None]:
+    """Named fakes, which are the same to all learners: they have no state."""
     import ray
 
-    fake = ray.remote(ScriptedCoordinator).options(name="scripted", num_cpus=0).remote()
-    yield "scripted"
-    ray.kill(fake)
+    fakes = {"scripted": ScriptedCoordinator, "refusing": RefusingCoordinator}
+    actors = [ray.remote(kind).options(name=name, num_cpus=0).remote() for name, kind in fakes.items()]
+    yield
+    for actor in actors:
+        ray.kill(actor)
 
 
 def learn(
-    run: tuple[Config, RunDirectory], coordinator: str, folders: dict[Path, dict[str, Any]], learners: int
+    run: tuple[Config, RunDirectory], folders: dict[Path, dict[str, Any]], learners: int, refused: Path | None = None
 ) -> None:
-    """Take STEPS steps with `learners` learners for each of some settings, in one folder each."""
+    """Take STEPS steps with `learners` learners for each of some settings, in one folder each; the policies of the run
+    in the folder `refused` are refused."""
     config, directory = run
     jobs = [
         GrpoJob(
@@ -98,7 +110,7 @@ def learn(
             metrics=str(folder / "metrics" / "grpo.jsonl"),
             samples=str(folder / "metrics" / "samples.jsonl"),
             steps=STEPS,
-            coordinator=coordinator,
+            coordinator="refusing" if folder == refused else "scripted",
             run="test",
             seed=0,
         )
@@ -115,11 +127,14 @@ def learnt(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-def test_learners_together_take_the_step_of_one(
-    run: tuple[Config, RunDirectory], coordinator: str, tmp_path: Path
+def test_learners_together_take_the_step_of_one_and_a_refused_policy_ends_the_run(
+    run: tuple[Config, RunDirectory], coordinators: None, tmp_path: Path
 ) -> None:
     settings = {"kl_beta": 0.05, "mini_batch": 2}  # the second update has a single group: one learner gets nothing
-    learn(run, coordinator, {tmp_path / "alone": settings}, 1)
+    refused = tmp_path / "refused"
+    with pytest.raises(UserError, match=r"^rollout engine 0 does not serve policy 0: the canary tokens are too far$"):
+        learn(run, {tmp_path / "alone": settings, refused: settings}, 1, refused)
+    assert metrics(refused, "grpo") == [] and not (refused / "adapter").exists()
     shared = {**settings, "learners": 2, "sequence_parallel": 2}
     ways = {
         "two": settings,
@@ -127,7 +142,7 @@ def test_learners_together_take_the_step_of_one(
         "sequences": shared,
         "both": {**shared, "sharding": "fsdp2", "gradient_checkpointing": True},
     }
-    learn(run, coordinator, {tmp_path / name: each for name, each in ways.items()}, 2)
+    learn(run, {tmp_path / name: each for name, each in ways.items()}, 2)
     before, alone = load_file(run[1].adapter / "adapter_model.safetensors"), learnt(tmp_path / "alone")
     assert all(not torch.equal(alone[key], value) for key, value in before.items())
     for name in ways:

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import psutil
@@ -19,12 +20,10 @@ from lorapar_ray.grpo.engine_pool import EnginePool
 from lorapar_ray.grpo.head import TokenScorer
 from lorapar_ray.grpo.packing import packed_logprobs, pad
 from lorapar_ray.grpo.samples import Sample
-from tests.e2e.conftest import FinishedRun
-from tests.e2e.faulty_engine import ADAPTER, CACHE, FAULT, MERGED, FaultyEngine
+from tests.e2e.faulty_engine import ADAPTER, CACHE, CANARIES, FAULT, MERGED, FaultyEngine
 from tests.e2e.policy_source import TOKENS, Source
-from tests.e2e.test_interruption import copy_before
 from tests.published import published
-from tests.tiny_run import ENGINE, lorapar_here, metrics, save_tiny_student
+from tests.tiny_run import ENGINE
 
 pytestmark = pytest.mark.e2e
 TOLERANCE = 1e-3
@@ -45,38 +44,39 @@ def pool_of(student: Path, fault: Path, sync: str) -> EnginePool:
     return EnginePool(lambda _: engine_of(student, fault, sync), 1, at_once=8, tolerance=TOLERANCE, time_limit_s=300)
 
 
-def test_a_policy_that_is_not_the_learners_is_caught_and_a_hanging_engine_replaced(
-    cluster: None, tmp_path: Path
+def test_a_policy_that_is_not_the_learners_is_caught_and_a_lost_engine_replaced(
+    chance: Random, thorough: bool, cluster: None, student: Path, tmp_path: Path
 ) -> None:
-    student, fault = save_tiny_student(tmp_path / "student"), tmp_path / "fault"
+    """One way to lose an engine is drawn; `--chaos all` has both."""
+    fault = tmp_path / "fault"
     source = Source(student)
 
     async def go() -> None:
         pool = pool_of(student, fault, "merged")
-        [told] = await pool.start()
+        await pool.start()
         assert (
             await published(pool.policy, *source.next("q_proj", "v_proj")) < TOLERANCE
         )  # vLLM keeps q, k and v in one tensor
         assert await published(pool.policy, *source.next()) < TOLERANCE
+        await no_gap_passes_a_tolerance_below_it(pool, source)
         await ratios_of_a_cut_distribution(pool, source)
         await every_fault_is_caught_at_once(pool, source, fault, MERGED)
-        stop_the_engine_of(told["pid"])
-        pool.supervisor.time_limit_s = 5.0
-        _, head = await pool.rollout("hangs", TOKENS, SAMPLING)
-        assert pool.supervisor.replaced == 1
-        assert head.versions == (source.version,) * 2
-        pool.supervisor.time_limit_s = 3600.0
         await many_seeded_prompts(pool)
-        await kill_while_it_loads(pool, source)
-        assert pool.supervisor.replaced == 2
-        assert await published(pool.policy, *source.next()) < TOLERANCE
+        ways = (hangs_while_it_samples, dies_while_it_loads)
+        drawn = ways if thorough else [chance.choice(ways)]
+        for lose in drawn:
+            await lose(pool, source)
+            assert await published(pool.policy, *source.next()) < TOLERANCE
+        assert pool.supervisor.replaced == len(drawn)
         await pool.stop()
 
     asyncio.run(go())
 
 
-def test_an_adapter_is_swapped_under_requests_that_go_on_with_their_own(cluster: None, tmp_path: Path) -> None:
-    student, fault = save_tiny_student(tmp_path / "student"), tmp_path / "fault"
+def test_an_adapter_is_swapped_under_requests_that_go_on_with_their_own(
+    cluster: None, student: Path, tmp_path: Path
+) -> None:
+    fault = tmp_path / "fault"
     source = Source(student)
 
     async def go() -> None:
@@ -98,13 +98,12 @@ def test_an_adapter_is_swapped_under_requests_that_go_on_with_their_own(cluster:
     asyncio.run(go())
 
 
-def test_a_policy_that_cannot_be_proved_stops_the_run(cluster: None, finished: FinishedRun, tmp_path: Path) -> None:
-    run = copy_before(finished, "grpo", tmp_path / "run")
-    stopped = lorapar_here("grpo", "-c", finished.config, "-d", run, "--set", "grpo.canary_tolerance=1e-12")
-    assert stopped.returncode == 2, stopped.stderr
-    (line,) = [line for line in stopped.stderr.splitlines() if line.startswith("lorapar:")]
-    assert "does not serve policy 0" in line and "canary" in line
-    assert metrics(run, "grpo") == []
+async def no_gap_passes_a_tolerance_below_it(pool: EnginePool, source: Source) -> None:
+    """What follows for the run is in cluster/test_learners.py."""
+    pool.policy.tolerance = 1e-12
+    with pytest.raises(PolicyMismatch, match=rf"does not serve policy {source.version + 1}: .*{CANARIES}"):
+        await published(pool.policy, *source.next())
+    pool.policy.tolerance = TOLERANCE
 
 
 async def every_fault_is_caught_at_once(
@@ -150,15 +149,30 @@ async def many_seeded_prompts(pool: EnginePool) -> None:
     assert len({tuple(tokens) for group in together for tokens in group}) == 2 * len(prompts)
 
 
-async def kill_while_it_loads(pool: EnginePool, source: Source) -> None:
+async def hangs_while_it_samples(pool: EnginePool, source: Source) -> None:
+    """An engine that neither dies nor answers."""
+    stop_the_engine_of(await pid_of_the_engine(pool))
+    pool.supervisor.time_limit_s = 5.0
+    _, head = await pool.rollout("hangs", TOKENS, SAMPLING)
+    assert head.versions == (source.version,) * 2
+    pool.supervisor.time_limit_s = 3600.0
+
+
+async def dies_while_it_loads(pool: EnginePool, source: Source) -> None:
     """An engine that dies during a call to its workers, which vLLM never answers."""
-    [told] = await asyncio.gather(*(engine.start.remote() for engine in pool.supervisor.engines))
-    stop_the_engine_of(told["pid"])
+    pid = await pid_of_the_engine(pool)
+    stop_the_engine_of(pid)
     publishing = asyncio.create_task(published(pool.policy, *source.next()))
     await asyncio.sleep(1.0)
     assert not publishing.done()
-    stop_the_engine_of(told["pid"], signal.SIGKILL)
+    stop_the_engine_of(pid, signal.SIGKILL)
     assert await publishing < TOLERANCE
+
+
+async def pid_of_the_engine(pool: EnginePool) -> int:
+    """Of its actor."""
+    [told] = await asyncio.gather(*(engine.start.remote() for engine in pool.supervisor.engines))
+    return int(told["pid"])
 
 
 async def outlasts_three_loads(pool: EnginePool, source: Source, sampling: dict[str, Any]) -> bool:
