@@ -14,7 +14,7 @@ from lorapar_ray.runs import RunDirectory
 from lorapar_ray.threads import meanwhile
 from tests.processes import below
 from tests.sft_run import ready_run, weights
-from tests.tiny_run import metrics, save_tiny_student
+from tests.tiny_run import metrics
 from tests.together import tasks_here
 
 pytestmark = pytest.mark.e2e
@@ -28,36 +28,47 @@ def ready(student: Path, folder: Path, **grpo: Any) -> tuple[Config, RunDirector
     return Config.model_validate({**config.model_dump(mode="json"), "order": ["grpo"], "grpo": settings}), run
 
 
-def test_each_arm_ends_as_it_does_alone(cluster: None, tmp_path: Path) -> None:
-    student = save_tiny_student(tmp_path / "student")
+@pytest.fixture(scope="module")
+def arms(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, RunDirectory]:
+    """Two arms with different settings, after their steps."""
+    root = tmp_path_factory.mktemp("arms")
     other = {"learning_rate": 5e-3, "masked": False, "loss": "grpo", "steps": STEPS + 2, "prompts_per_step": 3}
-    one, two = (ready(student, tmp_path / name, **own) for name, own in (("one", {}), ("two", other)))
+    one, two = (ready(student, root / name, **own) for name, own in (("one", {}), ("two", other)))
     assert why_alone(one[0]) is why_alone(two[0]) is None and shape_of(one[0]) == shape_of(two[0])
-    alone = ready(student, tmp_path / "alone")
     with tasks_here():
         notes = train_together([one, two])
-        train_stage2(*alone)
     assert [each["steps"] for each in notes] == [STEPS, STEPS + 2]
-    found, expected = metrics(one[1].root, "grpo"), metrics(alone[1].root, "grpo")
-    assert len(found) == len(expected) == STEPS and len(metrics(two[1].root, "grpo")) == STEPS + 2
-    for ours, theirs in zip(found, expected, strict=True):
+    return one[1], two[1]
+
+
+def test_each_arm_trains_on_its_own_policy_in_its_own_way(arms: tuple[RunDirectory, RunDirectory]) -> None:
+    """The engine's probabilities of what an arm trains on are those of the arm's own learner."""
+    for run, steps in zip(arms, (STEPS, STEPS + 2), strict=True):
+        lines = metrics(run.root, "grpo")
+        assert [line["policy_version"] for line in lines] == list(range(1, steps + 1))
+        for line in lines:
+            assert line["staleness"] == 0 and max(line["canary_gap"], line["logprob_gap"]) <= 1e-3
+    moves_only_its_region(arms[0])
+    before, after = weights(arms[1].adapter), weights(arms[1].grpo / "adapter")
+    assert all(not torch.equal(before[key], value) for key, value in after.items())  # without a mask
+
+
+@pytest.mark.long
+def test_an_arm_ends_as_it_does_alone(arms: tuple[RunDirectory, RunDirectory], student: Path, tmp_path: Path) -> None:
+    alone, run = ready(student, tmp_path / "alone"), arms[0]
+    with tasks_here():
+        train_stage2(*alone)
+    for ours, theirs in zip(metrics(run.root, "grpo"), metrics(alone[1].root, "grpo"), strict=True):
         for name, tolerance in (("reward", 1e-6), ("completion_length", 1e-6), ("loss", 1e-4), ("grad_norm", 1e-3)):
             assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=1e-6), (ours["step"], name)
-        assert ours["canary_gap"] < 0.01 and ours["staleness"] == 0
-    moves_only_its_region(one[1])
-    before, after, reference = (
-        weights(each) for each in (one[1].adapter, one[1].grpo / "adapter", alone[1].grpo / "adapter")
-    )
-    for key in before:
-        torch.testing.assert_close(after[key], reference[key], rtol=1e-2, atol=1e-3)
-    changed = weights(two[1].grpo / "adapter")
-    assert all(not torch.equal(before[key], value) for key, value in changed.items())
+    after, reference = weights(run.grpo / "adapter"), weights(alone[1].grpo / "adapter")
+    for key, value in reference.items():
+        torch.testing.assert_close(after[key], value, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("victim", ["ray::EngineActor", "VLLM::EngineCore", "ray::Coordinator"])
-def test_a_process_that_all_arms_use_may_die(cluster: None, tmp_path: Path, victim: str) -> None:
-    student = save_tiny_student(tmp_path / "student")
+def test_a_process_that_all_arms_use_may_die(cluster: None, student: Path, tmp_path: Path, victim: str) -> None:
     arms = [ready(student, tmp_path / name, steps=6, learning_rate=rate) for name, rate in (("a", 1e-2), ("b", 5e-3))]
     killed: list[int] = []
 
