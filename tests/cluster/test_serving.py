@@ -63,14 +63,13 @@ def test_a_serve_that_runs_already(cluster: None, tmp_path: Path, monkeypatch: p
         assert "port 8000, location Disabled instead of" in said and f"port {place.port}, location HeadOnly" in said
         assert lives("a")
         end(["a"])
-
-        start_serve(**asked | {"host": "127.0.0.2"})  # stands for 0.0.0.0, which this test opens to nobody
-        assert "with host 127.0.0.2 instead of host 127.0.0.1, and keeps that" in refusal(tmp_path, place)
         serve.shutdown()
 
         with job.serving(CONFIG, RunDirectory(tmp_path), place) as told:
             assert told["models"] == ["base"]
             assert f"runs '{job.APP}' already, from another `lorapar serve`: end" in refusal(tmp_path, place)
+            elsewhere = job.Address(host="127.0.0.2", port=place.port)
+            assert "with host 127.0.0.1 instead of host 127.0.0.2, and keeps that" in refusal(tmp_path, elsewhere)
             assert lives(job.APP)
         assert not runs_as_asked(job.APP, **asked)  # it has ended the Serve that it began
     finally:
