@@ -20,7 +20,7 @@ from lorapar_ray.sft.together import shape_of, train_together, why_alone
 from tests.chaos import Recovery
 from tests.processes import a_worker_dies
 from tests.sft_run import ready_run, weights
-from tests.tiny_run import lorapar_here, metrics, save_tiny_student, tiny_config, write_config
+from tests.tiny_run import lorapar_here, metrics, tiny_config, write_config
 from tests.together import run_together
 
 pytestmark = pytest.mark.cluster
@@ -32,11 +32,6 @@ MEASURED = {"epochs": 2, "validation": 0.2, "validate_every": 2, "keep": "last"}
 TWO_WORKERS = {"workers": 2, "resources": {"cpus": 0.5}}
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_student(tmp_path_factory.mktemp("student"))
-
-
 LAYOUTS: dict[str, dict[str, Any]] = {
     "two workers": {**TWO_WORKERS, "micro_batch_size": 2},
     "a cut base": {**TWO_WORKERS, "sharding": "fsdp2", "gradient_checkpointing": True, "micro_batch_size": 3},
@@ -46,6 +41,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "an arm": LAYOUTS["two workers"],
     "another arm": {**LAYOUTS["two workers"], "learning_rate": 3e-3, "masked": False, "schedule": "linear"},
 }
+DROPPING: dict[str, Any] = {**TWO_WORKERS, "epochs": 8, "micro_batch_size": 2, "checkpoint_every": 2, "dropout": 0.2}
+"""With dropout, so that the random generators' states matter."""
 STEADY = {"schedule": "constant", "warmup_ratio": 0.0, "validation": 0.3, "validate_every": 1}
 
 
@@ -65,14 +62,16 @@ def by_one(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def by_two(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDirectory]:
-    """The two epochs of `alone`: in each layout, and with an arm that has another rate and trains every element."""
+    """The two epochs of `alone`: in each layout, and with an arm that has another rate and trains every element. And
+    what a killed worker's run has to end as."""
     root = tmp_path_factory.mktemp("by_two")
     arms = {name: ready_run(student, root / name, **MEASURED, **how) for name, how in ARMS.items()}
     members = list(arms.values())
     assert [why_alone(config) for config, _ in members] == [None, None]
     assert len({shape_of(config) for config, _ in members}) == 1
     alone = {name: ready_run(student, root / name, **MEASURED, **how) for name, how in LAYOUTS.items()}
-    return trained(alone, arms)
+    undisturbed = {"undisturbed": ready_run(student, root / "undisturbed", **DROPPING)}
+    return trained(alone | undisturbed, arms)
 
 
 def trained(
@@ -127,41 +126,33 @@ def test_arms_at_once_leave_the_files_that_each_leaves_alone(
 
 @pytest.mark.chaos("sft", "worker")
 def test_a_killed_worker_ends_in_the_same_adapter(
-    chance: Random, recovery: Recovery, cluster: None, student: Path, tmp_path: Path
+    chance: Random, recovery: Recovery, by_two: dict[str, RunDirectory], student: Path, tmp_path: Path
 ) -> None:
-    """With dropout, so that the random generators' states matter."""
-    options = {**TWO_WORKERS, "epochs": 8, "micro_batch_size": 2, "checkpoint_every": 2}
-    undisturbed, disturbed = (ready_run(student, tmp_path / name, dropout=0.2, **options) for name in ("a", "b"))
-    train_stage1(*undisturbed)
+    config, run = ready_run(student, tmp_path / "run", **DROPPING)
 
     def trained() -> list[dict[str, Any]]:
-        return metrics(disturbed[1].root, "sft")
+        return metrics(run.root, "sft")
 
     with a_worker_dies("sft", chance.randint(1, 8), trained, chance, recovery) as before:
-        train_stage1(*disturbed)
-    ours, theirs = (metrics(run.root, "sft") for _, run in (disturbed, undisturbed))
+        train_stage1(config, run)
+    ours, theirs = trained(), metrics(by_two["undisturbed"].root, "sft")
     assert 0 < len(before) < len(theirs)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
-    for key, value in weights(undisturbed[1].sft / "adapter").items():
-        assert torch.equal(weights(disturbed[1].sft / "adapter")[key], value), key
+    for key, value in weights(by_two["undisturbed"].sft / "adapter").items():
+        assert torch.equal(weights(run.sft / "adapter")[key], value), key
 
 
 def validation_losses(run: RunDirectory) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in metrics(run.root, "sft_validation")}
 
 
-def test_a_validation_split_stops_early_and_keeps_the_best(
-    by_one: dict[str, RunDirectory], student: Path, tmp_path: Path
-) -> None:
+def test_a_validation_split_stops_early(by_one: dict[str, RunDirectory]) -> None:
+    """That it keeps the best step is tested in unit/test_sft_loop.py."""
     stopped = by_one["stopped"]
     losses = validation_losses(stopped)
     best = min(losses, key=lambda step: losses[step])
     assert max(losses) == best + 2 < 40, losses
-    config, run = ready_run(student, tmp_path, init="pissa", max_steps=best, keep="last", learning_rate=0.05, **STEADY)
-    train_stage1(config, run)
-    for key, value in weights(run.sft / "trained").items():
-        assert torch.equal(weights(stopped.sft / "trained")[key], value), key
-    assert len(list((run.metrics / "tensorboard").rglob("events.out.tfevents.*"))) == 1
+    assert len(list((stopped.metrics / "tensorboard").rglob("events.out.tfevents.*"))) == 1
 
 
 def test_the_export_leaves_the_residual_base_behind(by_one: dict[str, RunDirectory], student: Path) -> None:
