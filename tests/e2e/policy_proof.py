@@ -1,4 +1,5 @@
-"""Runs the page docs/policy-proof.md on a tiny student, with faults in between; prints what it found as JSON.
+"""Runs the page docs/policy-proof.md on a tiny student, with faults in between; prints what it found as JSON. Before
+that it loads a policy in place, without an engine.
 
 python -m tests.e2e.policy_proof STUDENT FOLDER
 """
@@ -16,6 +17,7 @@ from datasets import Dataset
 from lorapar_ray.adapters import adapter_parameters, save_adapter
 from lorapar_ray.engines.mismatch import PolicyMismatch
 from lorapar_ray.engines.proof import PolicyProof
+from tests.e2e.vllm_in_place import loaded_in_place
 from tests.tiny_run import ROOT
 
 PAGE = ROOT / "docs" / "policy-proof.md"
@@ -93,6 +95,17 @@ def main(student: str, folder: Path) -> dict[str, Any]:
     return found
 
 
+def in_a_fork(student: Path, folder: Path) -> dict[str, Any]:
+    """`loaded_in_place`, in a process that need not import vLLM again; this one then begins without its group."""
+    file = folder / "in_place.json"
+    if not (child := os.fork()):
+        file.write_text(json.dumps(loaded_in_place(student, folder / "meet")))
+        os._exit(0)
+    os.waitpid(child, 0)
+    return dict(json.loads(file.read_text()))
+
+
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]))), flush=True)
+    place = in_a_fork(Path(sys.argv[1]), Path(sys.argv[2]))
+    print(json.dumps({"in place": place, **main(sys.argv[1], Path(sys.argv[2]))}), flush=True)
     os._exit(0)

@@ -89,28 +89,21 @@ def test_a_submitted_job_finishes_the_pipeline(finished: FinishedRun, tmp_path: 
         (config.parent / part).symlink_to(ROOT / part)
     rewards = "grpo.rewards=[{name: judge}, {name: tests.e2e.rewards:letters}]"
 
-    def submit(address: str, *options: str, **changed: str) -> subprocess.CompletedProcess[str]:
+    def submit(address: str, *options: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "lorapar_ray.cli", "submit", str(config), "--run-dir", str(run)]
         command += ["--address", address, "--working-dir", str(config.parent), "--set", rewards]
         command += ["--set", "grpo.judge.teachers=[a]", "--set", "grpo.learner_resources.nodes.group=work"]
         command += ["--set", "grpo.steps=2", "--set", "evaluate.models=[grpo]", *options]
-        given = environment | changed
-        return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=1000)
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1000)
 
     with (
         tempfile.TemporaryDirectory(prefix="lorapar-job-", ignore_cleanup_errors=True) as temporary,
         cluster(environment, temporary) as (address, exporters),
         watched(exporters) as seen,
     ):
-        stranger = submit(address, RAY_AUTH_TOKEN=secrets.token_hex(32))
         elsewhere = submit(address, "--set", "model.path=/no/such/model")
         first = submit(address, "--no-check", "--no-follow")
-        other = submit(address, "--no-check", "--set", "seed=77")
         done = submit(address)  # a running job is followed, so the nodes are not checked
-    assert stranger.returncode == 2
-    assert stranger.stderr.splitlines()[-1].startswith(
-        f"lorapar: the cluster at {address} does not accept this machine's"
-    )
     assert elsewhere.returncode == 2, elsewhere.stderr
     assert "✓ nodes        2 answer, 3 CPU, 0 GPU in all" in elsewhere.stdout
     assert "✓ storage" in elsewhere.stdout and "✗ models" in elsewhere.stdout
@@ -120,7 +113,6 @@ def test_a_submitted_job_finishes_the_pipeline(finished: FinishedRun, tmp_path: 
     assert "INFO" not in elsewhere.stderr
     job = first.stdout.split()[1]
     assert first.returncode == 0 and first.stdout == f"submitted {job} at {address}\n"
-    assert other.returncode == 2 and f"lorapar: {job} works on this run already, with other settings" in other.stderr
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert done.stdout.startswith(f"following {job} at {address}\n")
     shown = {f"lorapar_grpo {figure}" for figure in figures("grpo")}

@@ -95,6 +95,7 @@ def served(finished: FinishedRun, pissa: tuple[Path, torch.Tensor]) -> dict[str,
     command = [sys.executable, script, finished.student, json.dumps(TOKENS), *adapters.values()]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process imports it, not three
+    settings["TORCHDYNAMO_DISABLE"] = "1"  # its small operators run as they are, instead of being compiled for seconds
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | settings, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])

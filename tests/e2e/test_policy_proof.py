@@ -11,7 +11,7 @@ import pytest
 
 from lorapar_ray.config import EngineConfig, Resources
 from lorapar_ray.engines.settings import engine_environment
-from tests.tiny_run import ENGINE, ROOT, save_tiny_student
+from tests.tiny_run import ENGINE, ROOT
 
 pytestmark = pytest.mark.e2e
 WEIGHTS = "modules compute with other weights, most of all"
@@ -26,8 +26,25 @@ def found_by(script: str, *arguments: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_the_page_runs_and_lost_steps_are_caught_also_in_trl(tmp_path: Path) -> None:
-    found = found_by("policy_proof", str(save_tiny_student(tmp_path / "student")), str(tmp_path))
+@pytest.fixture(scope="module")
+def found(student: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return found_by("policy_proof", str(student), str(tmp_path_factory.mktemp("proof")))
+
+
+def test_a_policy_is_written_into_the_tensors_that_cuda_graphs_captured(found: dict[str, Any]) -> None:
+    """What engines serve afterwards is tested in test_grpo_policy.py."""
+    adapted = ("mlp.down_proj", "mlp.gate_up_proj", "self_attn.qkv_proj")
+    assert found["in place"] == {
+        "plain on a GPU": True,
+        "plain on a CPU": False,
+        "same storage": True,
+        "merged": True,
+        "modules": [f"model.layers.{layer}.{name}" for layer in range(2) for name in adapted],
+        "a part is missing": "the engine's weights are not those of the policy after it was loaded",
+    }
+
+
+def test_the_page_runs_and_lost_steps_are_caught_also_in_trl(found: dict[str, Any]) -> None:
     assert found["answer"] == 16
     assert max(found["gap"], found["TRL: gap"]) < 1e-3
     assert "ranks loaded different policies" in found["a lost step of 0.1"]
@@ -42,9 +59,9 @@ def test_the_page_runs_and_lost_steps_are_caught_also_in_trl(tmp_path: Path) -> 
 
 @pytest.mark.long
 @pytest.mark.parametrize("max_lora_rank", [0, 8])
-def test_every_tensor_parallel_rank_is_verified(tmp_path: Path, max_lora_rank: int) -> None:
+def test_every_tensor_parallel_rank_is_verified(student: Path, tmp_path: Path, max_lora_rank: int) -> None:
     """Each rank holds a part of every module, of the keys and values a copy; rank 1 misses one policy."""
-    student, fault = save_tiny_student(tmp_path / "student"), tmp_path / "fault"
+    fault = tmp_path / "fault"
     found = found_by("tensor_parallel_proof", str(student), str(fault), str(max_lora_rank))
     assert len(found["gaps"]) == 3 and max(found["gaps"]) < 1e-3
     [line] = found["refused"]

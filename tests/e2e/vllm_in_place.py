@@ -1,12 +1,7 @@
-"""Loads a policy in place into vLLM's Llama in a GPU's layout (weights not repacked); prints the result as JSON.
+"""Loads a policy in place into vLLM's Llama in a GPU's layout, with weights that are not repacked."""
 
-python vllm_in_place.py MODEL
-"""
-
-import json
-import os
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from vllm.config import set_current_vllm_config
@@ -19,13 +14,20 @@ from lorapar_ray.adapters import merged_weights
 from lorapar_ray.engines.base_weights import BaseWeights
 from lorapar_ray.engines.policy_loader import lies_as_in_the_checkpoint, load_in_place, modules_of
 
-if __name__ == "__main__":
-    folder, dtype = Path(sys.argv[1]), torch.bfloat16
+
+def loaded_in_place(folder: Path, meet: Path) -> dict[str, Any]:
+    """What was found in a process that has no engine yet.
+
+    Args:
+        folder: the model.
+        meet: a file that does not exist, for vLLM's process group.
+    """
+    dtype = torch.bfloat16
     settings = EngineArgs(
         model=str(folder), dtype="bfloat16", enforce_eager=True, max_model_len=64
     ).create_engine_config()
     with set_current_vllm_config(settings), set_default_torch_dtype(dtype):
-        init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
+        init_distributed_environment(1, 0, f"file://{meet}", 0, "gloo")
         ensure_model_parallel_initialized(1, 1)
         model = initialize_model(vllm_config=settings)
         base = BaseWeights(folder)
@@ -47,7 +49,7 @@ if __name__ == "__main__":
             refused = ""
         except ValueError as error:
             refused = str(error)
-        found = {
+        return {
             "plain on a GPU": lies_as_in_the_checkpoint(model, torch.device("cuda")),
             "plain on a CPU": lies_as_in_the_checkpoint(model, torch.device("cpu")),
             "same storage": places == {name: each.data_ptr() for name, each in model.named_parameters()},
@@ -55,5 +57,3 @@ if __name__ == "__main__":
             "modules": sorted(modules_of(model, names)),
             "a part is missing": refused,
         }
-    print(json.dumps(found), flush=True)
-    os._exit(0)
