@@ -7,15 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.tiny_run import lorapar, lorapar_here, save_tiny_student, tiny_config, write_config
+from tests.tiny_run import lorapar, lorapar_here, tiny_config, write_config
 from tests.together import tasks_here
 
 pytestmark = pytest.mark.cluster
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_student(tmp_path_factory.mktemp("student"))
 
 
 @pytest.fixture
@@ -139,7 +134,11 @@ def labelled_once(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_a_model_without_the_target_modules(labelled: Path, config: dict[str, Any]) -> None:
-    refused("score", {**config, "adapter": {"targets": ["w_none"]}}, labelled, "'w_none' matches no layer", "down_proj")
+    with tasks_here():
+        refused(
+            *("score", {**config, "adapter": {"targets": ["w_none"]}}, labelled),
+            *("'w_none' matches no layer", "down_proj"),
+        )
 
 
 def test_scores_that_are_all_zero(labelled: Path, config: dict[str, Any]) -> None:

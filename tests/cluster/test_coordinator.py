@@ -1,7 +1,6 @@
 """The coordinator when its learners die and restart; its engine is a fake whose loading can be delayed."""
 
 import asyncio
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -109,13 +108,6 @@ def test_a_balanced_steps_prompts_follow_the_time_that_steps_take(cluster: None)
     asyncio.run(go())
 
 
-async def blocks(engine: Any, row: dict[str, Any]) -> Any:
-    """Blocks its worker on question 0; other questions' episodes end without a turn of the policy."""
-    if row["id"] == "0":
-        time.sleep(600)
-    return engine.begin(row["prompt_ids"])
-
-
 class Engines:
     """A pool with one engine, which gets no request."""
 
@@ -127,7 +119,7 @@ class Engines:
 def test_a_blocked_environment_worker_is_replaced(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorapar_ray.grpo.environments.actor.CRASHES", 1)
     blocking = plan()
-    blocking["settings"] |= {"environment": f"{__name__}:blocks", "environment_time_limit_s": 0.5}
+    blocking["settings"] |= {"environment": "tests.cluster.blocking:blocks", "environment_time_limit_s": 0.5}
 
     async def go() -> None:
         workers = EnvironmentWorkers(blocking)

@@ -14,7 +14,6 @@ from lorapar_ray.engines.policy import PolicyNote, PolicyReceiver, PolicySender,
 from lorapar_ray.engines.policy_transport import received, require_nixl, sent
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.engine_losses import fetch_failed, is_dead
-from lorapar_ray.workers import on_a_worker
 
 pytestmark = pytest.mark.cluster
 SIZE = 1 << 20
@@ -112,15 +111,8 @@ def test_engines_and_learners_may_die_and_start_and_the_digest_is_checked(cluste
     assert ray.get([coordinator.load.remote(each, "whole") for each in (successor, other)]) == [6, 6]
 
 
-def without_nixl() -> None:
-    sys.modules["nixl"] = None  # type: ignore[assignment]  # as if it were not installed
-    try:
-        require_nixl()
-    finally:
-        del sys.modules["nixl"]
-
-
-def test_a_machine_without_nixl_is_told_before_anything_starts(cluster: None) -> None:
-    on_a_worker(require_nixl)
+def test_a_machine_without_nixl_is_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_nixl()
+    monkeypatch.setitem(sys.modules, "nixl", None)  # as if it were not installed
     with pytest.raises(UserError, match=r"grpo.policy_transport: direct needs NIXL .*lorapar-ray\[direct\]"):
-        on_a_worker(without_nixl)
+        require_nixl()

@@ -168,7 +168,7 @@ def test_a_port_that_is_no_ray_is_one_line_in_time(
 ) -> None:
     address = scheme + request.getfixturevalue(server)
     monkeypatch.setenv("RAY_ADDRESS", address)
-    monkeypatch.setattr(session, "CONNECT_TIMEOUT_S", 2)
+    monkeypatch.setattr(session, "CONNECT_TIMEOUT_S", 0.5)
     with pytest.raises(UserError, match=f"no Ray at RAY_ADDRESS={address}.*is not a Ray c"), session.ray_session():
         pass
 
