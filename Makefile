@@ -10,7 +10,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Hundreds of processes import the package. Each would compile it where an environment forbids to write bytecode.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart test test-fast test-chaos test-cluster coverage lint docs setup lock clean
+.PHONY: quickstart test test-fast test-chaos test-cluster coverage lint types layers style docs setup lock clean
 
 quickstart: setup
 	$(BIN)/lorapar run jobs/configs/quickstart.yaml
@@ -46,11 +46,19 @@ coverage: setup
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
-lint: setup docs
+# On two cores, the longest first; each says what it has to say when it ends.
+lint: setup
+	$(MAKE) --no-print-directory --jobs=2 --output-sync types docs layers style
+
+types: setup
+	$(BIN)/mypy
+
+layers: setup
+	$(BIN)/lint-imports --no-logo --no-cache
+
+style: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports --no-logo --no-cache
 
 # site/index.html; every warning is an error, nothing is fetched.
 docs: setup
