@@ -73,6 +73,8 @@ class Grid:
     lines: tuple[Claim, ...] = ()
     """Claims of a retention grid: in one line the second stage loses less of the first stage's skill than in
     another."""
+    moved: tuple[Claim, ...] = ()
+    """Claims that one arm's mask holds the elements that training moves most in another arm, an unmasked one."""
     sequence: tuple[Claim, ...] = ()
     """Claims of a grid of Systems in sequence: one arm forgets less than another."""
 
@@ -281,6 +283,7 @@ def _mask() -> Grid:
         tuple(Claim(text, "importance", name, reaches=name == "full-lora") for name, text in said.items()),
         tuned=True,
         free=("partition.theta",),
+        moved=(Claim("the importance mask holds what training moves most", "importance", "full-lora"),),
     )
 
 

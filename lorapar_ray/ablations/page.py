@@ -12,8 +12,9 @@ from markupsafe import Markup
 from lorapar_ray.ablations import charts, tables
 from lorapar_ray.ablations.grids import Arm, Grid, sentence
 from lorapar_ray.ablations.results import Overall, Summary, Verdict
-from lorapar_ray.ablations.retention import Kept, Point, mean_of
-from lorapar_ray.ablations.sequence import Forgetting, Matrix
+from lorapar_ray.ablations.retention import Point, mean_of
+from lorapar_ray.ablations.sequence import Matrix
+from lorapar_ray.ablations.tables import Said
 from lorapar_ray.boundary import read_lines
 from lorapar_ray.files import atomic_path
 from lorapar_ray.text import shown
@@ -34,7 +35,8 @@ def write_page(
     planned: int,
     failed: Sequence[str] = (),
     overall: Sequence[Overall] = (),
-    kept: Sequence[Kept | Forgetting] = (),
+    kept: Sequence[Said] = (),
+    extra: Sequence[tables.Table] = (),
     lines: Mapping[str, Mapping[str, Sequence[Point]]] | None = None,
     matrices: Mapping[str, Matrix] | None = None,
     systems: Sequence[int] = (),
@@ -46,7 +48,8 @@ def write_page(
         folders: run directories by arm.
         planned: number of runs to evaluate.
         overall: verdicts on several of `verdicts` together.
-        kept: verdicts of a retention grid, or of Systems in sequence.
+        kept: verdicts on more than accuracy.
+        extra: tables of more than accuracy.
         lines: points of a retention grid, by line and arm.
         matrices: of Systems in sequence, the skills by arm, means over seeds.
         systems: these Systems, in the order of training.
@@ -73,6 +76,7 @@ def write_page(
         plots=[Markup(plot) for plot in plots],
         head=tables.HEAD,
         rows=tables.rows(grid, base, dict(found)),
+        extra=extra,
         arms=arms,
         finished=sum(len(each.by_seed) for each in found.values()),
         planned=planned,

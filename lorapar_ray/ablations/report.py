@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorapar_ray.ablations import sequence, tables
+from lorapar_ray.ablations import movement, retention, sequence, tables
+from lorapar_ray.ablations.grids import Claim
+from lorapar_ray.ablations.movement import Overlap
 from lorapar_ray.ablations.plan import Plan
 from lorapar_ray.ablations.results import Outcome, decide, read_outcome, sum_up, summarise, validation_loss
-from lorapar_ray.ablations.retention import Point, compare, joined, markdown, read_point
+from lorapar_ray.ablations.retention import Point, compare, joined, read_point
 from lorapar_ray.ablations.sequence import Course, read_course
 from lorapar_ray.ablations.units import Unit
 from lorapar_ray.config_file import load_config
@@ -32,6 +34,11 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
     lines, courses = _lines(plan, done), _courses(plan, done)
     kept = [each for claim in plan.grid.lines if (each := compare(claim, joined(lines))) is not None]
     forgotten = [lost for claim in plan.grid.sequence if (lost := sequence.compare(claim, courses)) is not None]
+    moved = {claim: _overlaps(done, claim) for claim in plan.grid.moved}
+    held = [found for claim, overlaps in moved.items() if (found := movement.decide(claim, overlaps)) is not None]
+    extra = [retention.table(lines, kept)] if lines else []
+    if held:
+        extra.append(movement.table({claim.worse: overlaps for claim, overlaps in moved.items()}, held))
     folders = {arm.name: [unit.folder for unit in done if unit.arm == arm.name] for arm in plan.arms}
     write_page(
         plan.out / PAGE,
@@ -45,14 +52,14 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
         planned=len(units),
         failed=failed,
         overall=overall,
-        kept=[*kept, *forgotten],
+        kept=[*kept, *forgotten, *held],
+        extra=extra,
         lines=lines,
         matrices={arm: sequence.mean_skills(each) for arm, each in courses.items()},
         systems=units[0].config.sft.systems,
     )
     texts = [tables.write(plan.out, plan.grid, first, summaries, [*overall, *known])]
-    if lines:
-        texts.append(_written(plan.out / "retention.md", markdown(lines, kept)))
+    texts += [each.write(plan.out) for each in extra]
     if courses:
         untrained = next((skills for unit in done if (skills := sequence.read_answers(unit.folder, "base"))), None)
         regions = {arm: sequence.read_regions(folders[arm][0]) for arm in courses}
@@ -95,6 +102,14 @@ def _lines(plan: Plan, units: Sequence[Unit]) -> dict[str, dict[str, list[Point]
         if point is not None:
             found.setdefault(plan.grid.arm(unit.arm).line, {}).setdefault(unit.arm, []).append(point)
     return found
+
+
+def _overlaps(units: Sequence[Unit], claim: Claim) -> list[Overlap]:
+    """Unmasked finished runs against the mask of the finished run with the same seed."""
+    masks = {unit.seed: unit.folder for unit in units if unit.arm == claim.better}
+    runs = [unit for unit in units if unit.arm == claim.worse and unit.seed in masks]
+    found = (movement.read_overlap(masks[unit.seed], unit.folder, unit.seed) for unit in runs)
+    return [each for each in found if each is not None]
 
 
 def chosen_rates(plan: Plan) -> dict[str, float]:

@@ -18,6 +18,7 @@ from typing import Literal
 
 from lorapar_ray.ablations.grids import Claim, sentence
 from lorapar_ray.ablations.results import Right
+from lorapar_ray.ablations.tables import Table, bullets
 from lorapar_ray.ablations.verdicts import Effect, Found, Groups, effect, ending, shown
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.rows import read_table
@@ -233,20 +234,16 @@ def _sentence(claim: Claim, found: Found, difference: Effect, gains: Sequence[fl
     )
 
 
-def markdown(lines: Mapping[str, Mapping[str, Sequence[Point]]], kept: Sequence[Kept]) -> str:
-    """A table of the points, means over seeds, and a line for each claim.
+def table(lines: Mapping[str, Mapping[str, Sequence[Point]]], kept: Sequence[Kept]) -> Table:
+    """The points, means over seeds, and a line for each claim.
 
     Args:
         lines: points by line and arm.
     """
-    text = [
-        "| line | arm | gained in the second skill | lost of the first | seeds |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for line, arms in lines.items():
         for arm, points in arms.items():
-            gain, cost = (100 * each for each in mean_of(points))
-            text.append(f"| {line} | {arm} | {gain:+.1f} points | {cost:+.1f} points | {len(points)} |")
-    if kept:
-        text += ["", *(f"- **{each.found}**: {each.sentence}" for each in kept)]
-    return "\n".join(text) + "\n"
+            gain, cost = (f"{100 * each:+.1f} points" for each in mean_of(points))
+            rows.append((line, arm, gain, cost, str(len(points))))
+    head = ("line", "arm", "gained in the second skill", "lost of the first", "seeds")
+    return Table("retention", head, rows, "Skills gained and lost in the second stage", bullets(kept))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from typing import Protocol
 
 from lorapar_ray.ablations.grids import Grid
-from lorapar_ray.ablations.results import Overall, Summary, Verdict
+from lorapar_ray.ablations.results import Summary
+from lorapar_ray.ablations.verdicts import Found
 from lorapar_ray.files import atomic_path
 
 HEAD = ("arm", "learning rate", "trained", "accuracy", "95 % interval", "n", "by seed", "paper (7B)")
@@ -35,41 +38,67 @@ def _cells(row: Summary, paper: str) -> tuple[str, ...]:
     )
 
 
-def markdown(cells: Sequence[Sequence[str]], verdicts: Sequence[Overall | Verdict]) -> str:
-    """The table, and a line for each claim."""
-    lines = ["| " + " | ".join(HEAD) + " |", "| " + " | ".join("---" for _ in HEAD) + " |"]
-    lines += ["| " + " | ".join(row) + " |" for row in cells]
-    if verdicts:
-        lines += ["", "Verdicts, each with its interval; the paper's figures are of another model and data set.", ""]
-        lines += [f"- **{each.found}**: {each.sentence}" for each in verdicts]
-    return "\n".join(lines) + "\n"
+@dataclass(frozen=True)
+class Table:
+    """A table of cells, and lines below it."""
+
+    name: str
+    """Of its files."""
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    title: str = ""
+    lines: Sequence[str] = ()
+
+    def markdown(self) -> str:
+        """With the lines."""
+        found = [f"| {' | '.join(row)} |" for row in (self.head, ["---"] * len(self.head), *self.rows)]
+        return "\n".join([*found, "", *self.lines] if self.lines else found) + "\n"
+
+    def comma_separated(self) -> str:
+        """As CSV."""
+        out = StringIO()
+        csv.writer(out, lineterminator="\n").writerows([self.head, *self.rows])
+        return out.getvalue()
+
+    def latex(self) -> str:
+        """As a LaTeX tabular."""
+        first, *rest = (" & ".join(each.translate(LATEX) for each in row) + r" \\" for row in (self.head, *self.rows))
+        columns = "l" + "r" * (len(self.head) - 1)
+        return "\n".join([rf"\begin{{tabular}}{{{columns}}}", first, r"\hline", *rest, r"\end{tabular}"]) + "\n"
+
+    def write(self, out: Path) -> str:
+        """Write it as Markdown, CSV and LaTeX; returns the first."""
+        text = self.markdown()
+        for ending, content in (("md", text), ("csv", self.comma_separated()), ("tex", self.latex())):
+            with atomic_path(out / f"{self.name}.{ending}") as draft:
+                draft.write_text(content)
+        return text
 
 
-def comma_separated(cells: Sequence[Sequence[str]]) -> str:
-    """The table as CSV."""
-    out = StringIO()
-    csv.writer(out, lineterminator="\n").writerows([HEAD, *cells])
-    return out.getvalue()
+class Said(Protocol):
+    """A verdict."""
+
+    @property
+    def found(self) -> Found:
+        """Whether the claim held."""
+
+    @property
+    def sentence(self) -> str:
+        """It in words."""
 
 
-def latex(cells: Sequence[Sequence[str]]) -> str:
-    """The table as a LaTeX tabular."""
-    lines = [" & ".join(each.translate(LATEX) for each in row) + r" \\" for row in (HEAD, *cells)]
-    body = [lines[0], r"\hline", *lines[1:]]
-    return "\n".join([rf"\begin{{tabular}}{{{'l' + 'r' * (len(HEAD) - 1)}}}", *body, r"\end{tabular}"]) + "\n"
+def bullets(verdicts: Iterable[Said]) -> list[str]:
+    """A line for each verdict."""
+    return [f"- **{each.found}**: {each.sentence}" for each in verdicts]
 
 
-def write(
-    out: Path, grid: Grid, base: Summary | None, found: dict[str, Summary], verdicts: Sequence[Overall | Verdict]
-) -> str:
+def write(out: Path, grid: Grid, base: Summary | None, found: dict[str, Summary], verdicts: Sequence[Said]) -> str:
     """Write `table.md`, `table.csv`, `table.tex` and `plot.svg`; returns the first."""
     from lorapar_ray.ablations.charts import accuracies
 
-    cells = rows(grid, base, found)
-    text = markdown(cells, verdicts)
-    for name, content in (("table.md", text), ("table.csv", comma_separated(cells)), ("table.tex", latex(cells))):
-        with atomic_path(out / name) as draft:
-            draft.write_text(content)
+    said = "Verdicts, each with its interval; the paper's figures are of another model and data set."
+    lines = [said, "", *bullets(verdicts)] if verdicts else []
+    text = Table("table", HEAD, rows(grid, base, found), lines=lines).write(out)
     if found:
         with atomic_path(out / "plot.svg") as draft:
             draft.write_text('<?xml version="1.0" encoding="utf-8"?>\n' + accuracies(grid, base, found))

@@ -55,8 +55,9 @@ class Effect:
         return "not held" if high < 0 or (low > -MARGIN and high < MARGIN) else "undecided"
 
 
-def effect(by_seed: Sequence[float], by_question: Groups) -> Effect:
-    """The effect from each seed's difference, and from each question's contribution (its mean over seeds).
+def effect(by_seed: Sequence[float], by_question: Groups = ()) -> Effect:
+    """The effect from each seed's difference, and from each question's contribution (its mean over seeds), if it is one
+    of answers.
 
     Raises:
         ValueError: no seeds, or a group without questions.
@@ -64,7 +65,7 @@ def effect(by_seed: Sequence[float], by_question: Groups) -> Effect:
     if not by_seed or not all(by_question):
         raise ValueError("an effect needs at least one seed, and a question in each group")
     difference = sum(by_seed) / len(by_seed)
-    below, above = question_reach(by_question)
+    below, above = question_reach(by_question) if by_question else (0.0, 0.0)
     if len(by_seed) >= FEWEST_SEEDS:
         _, (low, _) = mean_interval(by_seed)
         below, above = (hypot(each, difference - low) for each in (below, above))

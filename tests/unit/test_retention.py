@@ -133,6 +133,10 @@ def test_the_report_says_what_the_second_stage_cost(grid: str, tmp_path: Path) -
     page = (tmp_path / "index.html").read_text()
     assert "Loss of the first stage's skill in the second" in page and "✓ held" in page
     assert (tmp_path / "retention.md").read_text() in text
+    cells = (tmp_path / "retention.csv").read_text().splitlines()
+    assert cells[0].startswith("line,arm,gained") and "disjoint,disjoint-2,+30.0 points" in "\n".join(cells[1:])
+    assert r"disjoint & disjoint-2 & +30.0 points & " in (tmp_path / "retention.tex").read_text()
+    assert "Skills gained and lost in the second stage" in page and "<td>disjoint-2</td>" in page
 
 
 def test_a_run_without_a_task_of_each_system_is_no_point(tmp_path: Path) -> None:

@@ -1,0 +1,127 @@
+"""Does a mask hold the elements that training moves where nothing is masked?
+
+For each seed, the elements that moved most in an unmasked run, as many as the mask keeps, are compared with the mask
+(see `lorapar_ray.partition.movement`), with a random mask of that size, and with how far the masks of two random halves
+of the scored examples agree: a mask as noisy as those cannot agree better with anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorapar_ray.ablations.grids import Claim, sentence
+from lorapar_ray.ablations.tables import Table, bullets
+from lorapar_ray.ablations.verdicts import FEWEST_SEEDS, Effect, Found, effect, ending
+from lorapar_ray.boundary import damaged, read_object
+from lorapar_ray.runs import RunDirectory
+
+if TYPE_CHECKING:
+    from lorapar_ray.partition.movement import Movement
+
+RECUT = "remove this run's directory and run the same command again"
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """One unmasked run against the mask of the run with the same seed."""
+
+    seed: int
+    movement: Movement
+    halves: float | None
+    """Jaccard index of the masks of two random halves of System 1's examples; None without a control."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """The verdict on a claim."""
+
+    claim: Claim
+    found: Found
+    effect: Effect
+    """Jaccard index with the mask less that with a random one."""
+    sentence: str
+
+
+def read_overlap(masked: Path, unmasked: Path, seed: int) -> Overlap | None:
+    """The overlap of two finished runs of stage 1; None if the trained adapter has another shape than the one that was
+    scored (that of PiSSA and OLoRA is exported as a plain LoRA of twice the rank).
+
+    Raises:
+        UserError: a file of the two runs is missing or damaged.
+    """
+    from lorapar_ray.adapters import read_adapter_state
+    from lorapar_ray.partition.movement import movement
+    from lorapar_ray.partition.regions import load_regions, stage_mask
+
+    run, other = RunDirectory(masked), RunDirectory(unmasked)
+    before, after = (read_adapter_state(folder) for folder in (other.adapter, other.trained("sft") / "adapter"))
+    mask = stage_mask(load_regions(run.partition / "regions.safetensors")[0], 1)
+    shapes = [{key: tuple(tensor.shape) for key, tensor in each.items()} for each in (before, after, mask)]
+    if not shapes[0] == shapes[1] == shapes[2]:
+        return None
+    return Overlap(seed, movement(before, after, mask, seed), _halves(run.partition / "summary.json"))
+
+
+def _halves(file: Path) -> float | None:
+    control = read_object(file, RECUT).get("control") if file.is_file() else None
+    with damaged(file, RECUT):
+        return float(control[-1]["jaccard"]["system1"]) if control else None
+
+
+def decide(claim: Claim, overlaps: Sequence[Overlap]) -> Held | None:
+    """Whether the mask holds more of what moved than a random one; None without a run."""
+    if not overlaps:
+        return None
+    difference = effect([each.movement.mask - each.movement.random for each in overlaps])
+    found = difference.found()
+    return Held(claim, found, difference, _sentence(claim, found, difference, overlaps))
+
+
+def _sentence(claim: Claim, found: Found, difference: Effect, overlaps: Sequence[Overlap]) -> str:
+    n = len(overlaps)
+    kept, mask, random = (
+        sum(getattr(each.movement, name) for each in overlaps) / n for name in ("kept", "mask", "random")
+    )
+    halves = [each.halves for each in overlaps if each.halves is not None]
+    noise = f"; masks of two random halves of the scored examples agree by {sum(halves) / n:.3f}" if halves else ""
+    low, high = difference.interval
+    over = f", 95 % interval {low:+.3f} to {high:+.3f} over {n} seeds" if n >= FEWEST_SEEDS else ""
+    return (
+        f"{sentence(claim.text)}: the {kept:.1%} of the elements that moved most in {claim.worse} have a Jaccard index "
+        f"of {mask:.3f} with the mask of {claim.better} and {random:.3f} with a random one of its size (difference "
+        f"{difference.difference:+.3f}{over}{noise}), {ending(difference, found)}"
+    )
+
+
+def table(arms: Mapping[str, Sequence[Overlap]], verdicts: Sequence[Held]) -> Table:
+    """A row for each unmasked run, and a line for each claim.
+
+    Args:
+        arms: overlaps by unmasked arm.
+    """
+    head = (
+        "arm",
+        "seed",
+        "the mask keeps",
+        "moved at all",
+        "overlap with the mask",
+        "with a random mask",
+        "two halves",
+    )
+    rows = [
+        (
+            arm,
+            str(each.seed),
+            f"{each.movement.kept:.1%}",
+            f"{each.movement.moved:.1%}",
+            f"{each.movement.mask:.3f}",
+            f"{each.movement.random:.3f}",
+            "–" if each.halves is None else f"{each.halves:.3f}",
+        )
+        for arm, overlaps in arms.items()
+        for each in overlaps
+    ]
+    return Table("movement", head, rows, "The mask against what training moved (Jaccard index)", bullets(verdicts))
