@@ -152,12 +152,13 @@ def open_tensors(path: Path, fix: str = REDO) -> Any:
 
 
 def parquet_batches(
-    path: Path, columns: Mapping[str, type], rows: int, fix: str = REDO
+    path: Path, columns: Mapping[str, type], rows: int, fix: str = REDO, *, only_these: bool = False
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of one of our Parquet files, in chunks.
 
     Args:
         columns: required columns, with the Python type of their values.
+        only_these: do not read the others, such as long texts.
 
     Raises:
         UserError: the file is missing or damaged, or lacks a column, or a value is of another type.
@@ -168,7 +169,7 @@ def parquet_batches(
         raise UserError(f"'{path}' is missing; {fix}")
     with damaged(path, fix):
         file = pq.ParquetFile(path)
-    batches = file.iter_batches(rows)
+    batches = file.iter_batches(rows, columns=list(columns) if only_these else None)
     while True:
         with damaged(path, fix):
             found = [row for batch in islice(batches, 1) for row in batch.to_pylist()]

@@ -10,7 +10,7 @@ from pathlib import Path
 from lorapar_ray.ablations.grids import Claim, sentence
 from lorapar_ray.ablations.verdicts import ENDINGS, Effect, Found, all_of, effect, ending, shown
 from lorapar_ray.boundary import read_lines
-from lorapar_ray.datasets.rows import read_table
+from lorapar_ray.datasets.rows import read_columns
 from lorapar_ray.evaluation.statistics import mcnemar_exact, wilson_interval
 
 Right = dict[str, bool]
@@ -69,7 +69,7 @@ def read_outcome(folder: Path, seed: int, last: str, learning_rate: float) -> Ou
     file = folder / "eval" / f"{last}.parquet"
     if not (folder / "eval" / f"{last}.json").is_file():
         return None
-    right = {row["id"]: row["right"] for row in read_table(file, {"id": str, "right": bool})}
+    right = {row["id"]: row["right"] for row in read_columns(file, {"id": str, "right": bool})}
     lines = read_lines(folder / "metrics" / "sft.jsonl")
     return Outcome(seed, right, learning_rate, lines[-1].get("active_share") if lines else None)
 

@@ -21,7 +21,7 @@ from lorapar_ray.ablations.results import Right
 from lorapar_ray.ablations.tables import Table, bullets
 from lorapar_ray.ablations.verdicts import Effect, Found, Groups, effect, ending, shown
 from lorapar_ray.config import Config
-from lorapar_ray.datasets.rows import read_table
+from lorapar_ray.datasets.rows import read_columns
 from lorapar_ray.datasets.sources import task_of
 from lorapar_ray.errors import UserError
 
@@ -121,7 +121,7 @@ def require_skills_of(labels: Path, config: Config) -> None:
 def systems_of_tasks(labels: Path) -> dict[str, int]:
     """For each task, the label of most of its training questions."""
     votes: dict[str, Counter[int]] = {}
-    for row in read_table(labels, {"task": str, "system": int}):
+    for row in read_columns(labels, {"task": str, "system": int}):
         votes.setdefault(row["task"], Counter())[row["system"]] += 1
     return {task: min(found, key=lambda system: (-found[system], system)) for task, found in votes.items()}
 
@@ -133,7 +133,7 @@ def answers_in(file: Path, systems: Mapping[str, int], by: Literal["task", "id"]
         systems: the System of each task, or of each question.
     """
     right: Answers = {}
-    for row in read_table(file, {"id": str, by: str, "right": bool}):
+    for row in read_columns(file, {"id": str, by: str, "right": bool}):
         if row[by] in systems:
             right.setdefault(systems[row[by]], {})[row["id"]] = row["right"]
     return right

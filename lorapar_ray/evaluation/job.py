@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,15 @@ from lorapar_ray.models import model_reference, resolve_model
 from lorapar_ray.processes import processes_of
 from lorapar_ray.progress import console, progress
 from lorapar_ray.runs import RunDirectory, atomic_path, digest, write_json
+
+AT_ONCE = 8192
+"""Test rows whose requests and answers are in memory together."""
+ANSWERS = pa.schema(
+    [(name, pa.string()) for name in ("id", "task", "answer", "completion")] + [pa.field("right", pa.bool_())]
+)
+Rows = Sequence[dict[str, Any]]
+Answered = Iterable[tuple[Rows, list[str], float]]
+"""Some rows at a time with the texts that answer them, and the seconds that these took."""
 
 
 def evaluate_stage(config: Config, run: RunDirectory) -> dict[str, Any]:
@@ -101,7 +110,7 @@ class _Part:
     """Models that have not answered the test rows."""
     tasks: bool
     """Whether a task of lm-eval is not finished."""
-    asked: list[dict[str, Any]] = field(default_factory=list)
+    asked: Rows = ()
     catalogue: Any = None
     encoder: Encoder | None = None
 
@@ -146,12 +155,12 @@ def _encoder(config: Config) -> Encoder:
     return encoder
 
 
-def _questions(config: Config, run: RunDirectory) -> list[dict[str, Any]]:
-    """The test rows that leave room for an answer, as tokens."""
+def _questions(config: Config, run: RunDirectory) -> Questions:
+    """The test rows that leave room for an answer, as tokens, read on demand."""
     tokens, limit = evaluation_table(config, run), config.evaluate.engine.max_model_len
     chosen = Selection(str(tokens.resolve()), [UNLABELLED], "data.test", limit)
     require_room(run, TokenTable(tokens), [chosen], stage="evaluate", field="evaluate.engine.max_model_len")
-    return list(Questions(chosen))
+    return Questions(chosen)
 
 
 def _engines(config: Config, adapters: Sequence[Path | None]) -> Engines:
@@ -187,7 +196,7 @@ def _answer_rows(
     config: Config,
     run: RunDirectory,
     decoder: Decoding,
-    rows: list[dict[str, Any]],
+    rows: Rows,
     name: str,
     served: Served,
     process: RewardPool,
@@ -196,25 +205,31 @@ def _answer_rows(
     settings = config.evaluate
     ends = {"stop": list(settings.stop), "stop_token_ids": decoder.end_ids}
     sampling = {"n": 1, "temperature": 0.0, "max_tokens": settings.max_new_tokens, **ends}
-    requests = [Request("generate", row["prompt_ids"], sampling=sampling) for row in rows]
-    done = 0
+    done = before = 0
 
     def count(n: int) -> None:
         nonlocal done
-        done = n
+        done = before + n
 
-    start = time.monotonic()
+    def answered() -> Answered:
+        nonlocal before
+        for some in _parts(rows):
+            start = time.monotonic()
+            requests = [Request("generate", row["prompt_ids"], sampling=sampling) for row in some]
+            texts = decoder.texts([answer.tokens for answer in served.answers(requests, count)], settings.stop)
+            before += len(some)
+            yield some, texts, time.monotonic() - start
+
     with progress("evaluate", len(rows), lambda: (done, name)):
-        answers = served.answers(requests, count)
-    texts = decoder.texts([answer.tokens for answer in answers], settings.stop)
-    _write(run, name, rows, texts, process, time.monotonic() - start)
+        result = _write(run, name, answered(), process)
+    _say(result)
 
 
 def _answer_without_engine(
     config: Config,
     run: RunDirectory,
     decoder: Decoding,
-    rows: list[dict[str, Any]],
+    rows: Rows,
     adapters: dict[str, Path | None],
     process: RewardPool,
 ) -> None:
@@ -222,41 +237,62 @@ def _answer_without_engine(
     import ray
 
     settings = config.evaluate
-    prompts = [row["prompt_ids"] for row in rows]
     actor = start_generator(config.model, model_reference(config.model.path), settings.resources)
     done: dict[str, Any] = {"n": 0, "name": "loading the model"}
+
+    def answered() -> Answered:
+        for some in _parts(rows):
+            start = time.monotonic()
+            prompts = [row["prompt_ids"] for row in some]
+            found: list[list[int]] = [[] for _ in prompts]
+            for part in same_length(prompts, settings.engine.max_num_seqs):
+                answers = ray.get(actor.greedy.remote([prompts[row] for row in part], settings.max_new_tokens))
+                for row, ids in zip(part, answers, strict=True):
+                    found[row] = ids
+                done["n"] += len(part)
+            yield some, decoder.texts(found, settings.stop), time.monotonic() - start
+
     try:
         with progress("evaluate", len(rows) * len(adapters), lambda: (done["n"], done["name"])):
             for name, folder in adapters.items():
                 ray.get(actor.load.remote(None if folder is None else run.address(folder)))
                 done["name"] = name
-                start = time.monotonic()
-                answered: list[list[int]] = [[] for _ in prompts]
-                for part in same_length(prompts, settings.engine.max_num_seqs):
-                    answers = ray.get(actor.greedy.remote([prompts[row] for row in part], settings.max_new_tokens))
-                    for row, ids in zip(part, answers, strict=True):
-                        answered[row] = ids
-                    done["n"] += len(part)
-                texts = decoder.texts(answered, settings.stop)
-                _write(run, name, rows, texts, process, time.monotonic() - start)
+                _say(_write(run, name, answered(), process))
     finally:
         ray.kill(actor)
 
 
-def _write(
-    run: RunDirectory, name: str, rows: list[dict[str, Any]], texts: list[str], process: RewardPool, seconds: float
-) -> None:
-    right, lost = judge(process, rows, texts)
-    columns = [
-        {"id": row["id"], "task": row["task"], "answer": row["answer"], "completion": text, "right": ok}
-        for row, text, ok in zip(rows, texts, right, strict=True)
-    ]
-    with atomic_path(run.eval / f"{name}.parquet") as draft:
-        pq.write_table(pa.Table.from_pylist(columns), draft)
-    result = {"name": name, **accuracy(right, [row["task"] for row in rows]), "seconds": round(seconds, 2)}
-    if lost:
-        result["unjudged"] = lost
-        console.print(f"  {name}: {lost} answers could not be judged within the limits and count as wrong")
+def _parts(rows: Rows) -> Iterator[Rows]:
+    return (rows[first : first + AT_ONCE] for first in range(0, len(rows), AT_ONCE))
+
+
+def _write(run: RunDirectory, name: str, answered: Answered, process: RewardPool) -> dict[str, Any]:
+    """Judge a model's answers and write `<name>.parquet` and `<name>.json`; returns the latter."""
+    right: list[bool] = []
+    tasks: list[str] = []
+    unjudged, seconds = 0, 0.0
+    with atomic_path(run.eval / f"{name}.parquet") as draft, pq.ParquetWriter(draft, ANSWERS) as writer:
+        for rows, texts, took in answered:
+            verdicts, lost = judge(process, rows, texts)
+            columns = [
+                {"id": row["id"], "task": row["task"], "answer": row["answer"], "completion": text, "right": ok}
+                for row, text, ok in zip(rows, texts, verdicts, strict=True)
+            ]
+            writer.write_table(pa.Table.from_pylist(columns, ANSWERS))
+            right += verdicts
+            tasks += [row["task"] for row in rows]
+            unjudged += lost
+            seconds += took
+    result = {"name": name, **accuracy(right, tasks), "seconds": round(seconds, 2)}
+    if unjudged:
+        result["unjudged"] = unjudged
     write_json(run.eval / f"{name}.json", result)
+    return result
+
+
+def _say(result: dict[str, Any]) -> None:
+    name = result["name"]
+    if lost := result.get("unjudged"):
+        console.print(f"  {name}: {lost} answers could not be judged within the limits and count as wrong")
     low, high = result["interval"]
     console.print(f"  {name}: {result['accuracy']:.1%} [{low:.1%}, {high:.1%}] of {result['n']}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorapar_ray.boundary import read_lines, read_object, read_tensors
 from lorapar_ray.config import Config
-from lorapar_ray.datasets.rows import read_table
+from lorapar_ray.datasets.rows import read_columns
 from lorapar_ray.partition import load_regions, scatter_sample
 from lorapar_ray.result_stages import RunState, state_of_run
 from lorapar_ray.runs import RunDirectory
@@ -74,7 +74,7 @@ def _scatter(run: RunDirectory) -> dict[str, list[Any]] | None:
 
 
 def _right(path: Path) -> dict[str, bool]:
-    return {row["id"]: row["right"] for row in read_table(path, {"id": str, "right": bool})}
+    return {row["id"]: row["right"] for row in read_columns(path, {"id": str, "right": bool})}
 
 
 def _json(path: Path) -> dict[str, Any] | None:

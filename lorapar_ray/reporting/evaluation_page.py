@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 from jinja2 import Environment
 
-from lorapar_ray.boundary import damaged, read_object
+from lorapar_ray.boundary import parquet_batches, read_object
+from lorapar_ray.datasets.rows import ROWS_PER_WRITE, read_columns
 from lorapar_ray.evaluation.statistics import paired
 from lorapar_ray.files import atomic_path
 from lorapar_ray.reporting.data import MODELS
@@ -28,49 +30,66 @@ Decision = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
+class Answers(Iterable[dict[str, Any]]):
+    """A model's answers, read from the disk again in each pass, a chunk at a time."""
+
+    tasks: Sequence[tuple[str, Path]] = ()
+    """Each task of lm-eval with its table."""
+    test_rows: Path | None = None
+    """The table of a run's test rows; it has no prompts."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        kind = {"metric": "right", "filter": "", "asked": TEST_ROWS, "extracted": ""}
+        for row in () if self.test_rows is None else _rows(self.test_rows):
+            yield row | kind | {"target": row["answer"]}
+        for asked, file in self.tasks:
+            for row in _rows(file):
+                yield row | {"asked": asked}
+
+
+@dataclass(frozen=True)
 class Found:
     """One model's results in an evaluation's folder."""
 
     model: str
     shares: list[dict[str, Any]]
-    rows: list[dict[str, Any]]
+    rows: Iterable[dict[str, Any]]
+    """Its answers; read several times."""
+    questions: Path | None = None
+    """The table with the prompts of test rows."""
 
 
 def read_found(root: Path, models: Sequence[str]) -> list[Found]:
     """Each model's results in `root`, in this order (see `lorapar_ray.evaluation.tasks`)."""
     found = []
     for model in models:
-        results = sorted((root / "tasks" / model).glob("*.json"))
-        labels = [(file, read_object(file)) for file in results]
-        shares = [share | {"asked": label["task"]} for _, label in labels for share in label["results"]]
-        rows = [
-            row | {"asked": label["task"]}
-            for file, label in labels
-            for row in _table(root / "rows" / model / f"{file.stem}.parquet")
-        ]
-        found.append(Found(model, shares, rows))
+        shares, tables = _of_tasks(root, model)
+        found.append(Found(model, shares, Answers(tables)))
     return found
+
+
+def _of_tasks(root: Path, model: str) -> tuple[list[dict[str, Any]], list[tuple[str, Path]]]:
+    """A model's shares on lm-eval's tasks, and each task with the table of its answers."""
+    results = sorted((root / "tasks" / model).glob("*.json"))
+    labels = [(file, read_object(file)) for file in results]
+    shares = [share | {"asked": label["task"]} for _, label in labels for share in label["results"]]
+    return shares, [(label["task"], root / "rows" / model / f"{file.stem}.parquet") for file, label in labels]
 
 
 def read_run_found(run: RunDirectory) -> list[Found]:
     """The same of a run's models, with their answers to its test rows."""
-    prompts = {row["id"]: row["prompt"] for row in _table(run.data / "test.parquet")}
     found = []
-    for each in read_found(run.eval, list(MODELS)):
-        file = run.eval / f"{each.model}.json"
-        shares, rows = list(each.shares), list(each.rows)
+    for model, name in MODELS.items():
+        file = run.eval / f"{model}.json"
+        shares, tables = _of_tasks(run.eval, model)
+        answers = Answers(tables)
         if file.is_file():
             result = read_object(file)
             kind = {"metric": "right", "filter": "", "asked": TEST_ROWS}
             shares = [{"task": task, **kind, **share} for task, share in _by_task(result).items()] + shares
-            rows = [
-                {**kind, "value": float(row["right"]), "right": row["right"], "task": row["task"], "id": row["id"]}
-                | {"prompt": prompts.get(row["id"], ""), "completion": row["completion"], "extracted": ""}
-                | {"target": row["answer"]}
-                for row in _table(run.eval / f"{each.model}.parquet")
-            ] + rows
+            answers = Answers(tables, run.eval / f"{model}.parquet")
         if shares:
-            found.append(Found(MODELS[each.model], shares, rows))
+            found.append(Found(name, shares, answers, run.data / "test.parquet"))
     return found
 
 
@@ -79,14 +98,10 @@ def _by_task(result: Mapping[str, Any]) -> dict[str, Any]:
     return {TEST_ROWS: whole} | (result["by_task"] if len(result["by_task"]) > 1 else {})
 
 
-def _table(path: Path) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    if not path.is_file():
-        return []
-    with damaged(path):
-        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-    return rows
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Nothing if there is no file."""
+    for batch in parquet_batches(file, {}, ROWS_PER_WRITE) if file.is_file() else ():
+        yield from batch
 
 
 def write_page(root: Path, models: Sequence[str]) -> Path:
@@ -102,6 +117,7 @@ def write(page: Path, title: str, found: Sequence[Found], outdated: str = "") ->
     """
     folder = files("lorapar_ray.reporting")
     template = folder.joinpath("evaluation.html.j2").read_text()
+    wrong = [wrong_answers(each) for each in found]
     html = (
         Environment(autoescape=True, finalize=lambda value: shown(value) if isinstance(value, str) else value)
         .from_string(template)
@@ -111,9 +127,9 @@ def write(page: Path, title: str, found: Sequence[Found], outdated: str = "") ->
             css=folder.joinpath("style.css").read_text(),
             shares=[{"model": each.model} | _readable(share) for each in found for share in each.shares],
             comparisons=list(comparisons(found)),
-            failures=[row for each in found for row in failures(each)],
+            failures=[row for each, counts in zip(found, wrong, strict=True) for row in failures(each, counts)],
             models=[each.model for each in found],
-            tasks=list(dict.fromkeys(row["asked"] for each in found for row in each.rows)),
+            tasks=list(dict.fromkeys(asked for counts in wrong for asked in counts)),
         )
     )
     with atomic_path(page) as draft:
@@ -182,19 +198,48 @@ def _decisions(found: Found) -> dict[Decision, dict[str, bool]]:
     return whole
 
 
-def failures(found: Found) -> list[dict[str, Any]]:
-    """Wrong answers of one model by its first metric on each task, some of each task, spread evenly."""
+def wrong_answers(found: Found) -> Counter[str]:
+    """Everything that a model was asked, with the number of wrong answers by the first metric of each."""
+    wrong: Counter[str] = Counter()
     metrics: dict[str, Decision] = {}
-    wrong: dict[str, list[dict[str, Any]]] = {}
     for row in found.rows:
-        decision = (row["asked"], row["metric"], row["filter"])
-        if metrics.setdefault(row["asked"], decision) == decision and row["right"] is False:
-            wrong.setdefault(row["asked"], []).append(row)
-    chosen = []
-    for rows in wrong.values():
-        chosen += rows[:: max(1, -(-len(rows) // FAILURES))]
+        wrong[row["asked"]] += _is_failure(row, metrics)
+    return wrong
+
+
+def failures(found: Found, wrong: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Wrong answers of one model by its first metric on each task, some of each task, spread evenly.
+
+    Args:
+        wrong: see `wrong_answers`.
+    """
+    seen: Counter[str] = Counter()
+    metrics: dict[str, Decision] = {}
+    chosen: list[dict[str, Any]] = []
+    for row in found.rows:
+        asked = row["asked"]
+        if _is_failure(row, metrics):
+            if seen[asked] % max(1, -(-wrong[asked] // FAILURES)) == 0:
+                chosen.append(row)
+            seen[asked] += 1
+    prompts = _prompts(found, {row["id"] for row in chosen if "prompt" not in row})
     fields = ("asked", "task", "id", "prompt", "completion", "extracted", "target")
-    return [{"model": found.model} | {name: _cut(row[name]) for name in fields} for row in chosen]
+    whole = (row if "prompt" in row else row | {"prompt": prompts.get(row["id"], "")} for row in chosen)
+    return [{"model": found.model} | {name: _cut(row[name]) for name in fields} for row in whole]
+
+
+def _is_failure(row: Mapping[str, Any], metrics: dict[str, Decision]) -> bool:
+    """Whether a row is a wrong answer by its task's first metric, which `metrics` remembers."""
+    decision = (row["asked"], row["metric"], row["filter"])
+    return metrics.setdefault(row["asked"], decision) == decision and row["right"] is False
+
+
+def _prompts(found: Found, ids: set[str]) -> dict[str, str]:
+    """The prompts of some test rows."""
+    if not ids or found.questions is None or not found.questions.is_file():
+        return {}
+    rows = read_columns(found.questions, {"id": str, "prompt": str})
+    return {row["id"]: row["prompt"] for row in rows if row["id"] in ids}
 
 
 def _cut(text: Any) -> str:

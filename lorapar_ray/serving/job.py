@@ -12,6 +12,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.dataset as ds
 
 from lorapar_ray.adapters import read_adapter_state
@@ -116,11 +117,13 @@ def labelled_questions(config: Config, run: RunDirectory, adapters: Mapping[str,
         return {}
     if run.entry("label").get("status") == "started":  # they replace the labels of these adapters
         return {}
-    table = ds.dataset(run.labels, format="parquet").to_table(columns=["prompt", "system"])
+    labels = ds.dataset(run.labels, format="parquet")
+    systems = labels.to_table(columns=["system"])["system"].to_numpy()
     found: dict[int, list[str]] = {}
     for system in (1, 2):
-        own = [row["prompt"] for row in table.to_pylist() if row["system"] == system]
-        found[system] = random.Random(config.seed).sample(own, min(QUESTIONS, len(own)))
+        own = np.flatnonzero(systems == system).tolist()
+        chosen = random.Random(config.seed).sample(own, min(QUESTIONS, len(own)))
+        found[system] = labels.take(chosen, columns=["prompt"])["prompt"].to_pylist() if chosen else []
     return found if all(found.values()) else {}
 
 

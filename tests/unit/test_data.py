@@ -17,7 +17,7 @@ from lorapar_ray.config_file import load_config
 from lorapar_ray.datasets.named import NAMED
 from lorapar_ray.datasets.prepare import prepare
 from lorapar_ray.datasets.records import read_records
-from lorapar_ray.datasets.rows import read_table
+from lorapar_ray.datasets.rows import read_columns, read_table
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation import accuracy, wilson_interval
 from lorapar_ray.grpo.prompt_stream import PromptStream
@@ -154,6 +154,17 @@ def test_generated_questions_whose_difficulty_is_a_number(tmp_path: Path) -> Non
     source = {"reader": "reasoning_gym", "task": "gsm_symbolic", "rows": 3, "seed": 1}
     path.write_text(json.dumps({"name": "t", "model": {"path": "a/b"}, "data": {"train": [source]}}))
     assert prepare(load_config(path), RunDirectory(tmp_path / "run"))["train"] == 3
+
+
+def test_columns_are_read_without_the_others(tmp_path: Path) -> None:
+    rows = [{"id": f"{k}", "right": k % 3 == 0, "completion": "long " * 100} for k in range(10)]
+    for part in (0, 1):
+        pq.write_table(pa.Table.from_pylist(rows[5 * part :][:5]), tmp_path / f"{part}.parquet")
+    found = list(read_columns(tmp_path, {"id": str, "right": bool}))
+    assert found == [{"id": row["id"], "right": row["right"]} for row in rows]
+    for columns in ({"id": str, "system": int}, {"system": int}, {"right": str}):
+        with pytest.raises(UserError, match=r"0.parquet' is damaged or has another format"):
+            list(read_columns(tmp_path, columns))
 
 
 def test_any_hub_data_set_is_streamed_with_a_field_mapping(tmp_path: Path) -> None:

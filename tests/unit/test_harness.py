@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.dataset
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -32,7 +34,16 @@ from lorapar_ray.evaluation.harness.run import evaluate_task
 from lorapar_ray.evaluation.serving import NamedModel, named_model, serving
 from lorapar_ray.evaluation.standalone import _require_same, by_base, evaluate_models, evaluation_of
 from lorapar_ray.evaluation.tasks import catalogue_of, file_name, result_file, rows_file
-from lorapar_ray.reporting.evaluation_page import Found, comparisons, read_found, write_page
+from lorapar_ray.reporting.evaluation_page import (
+    Found,
+    comparisons,
+    failures,
+    read_found,
+    read_run_found,
+    write_page,
+    wrong_answers,
+)
+from lorapar_ray.runs import RunDirectory, write_json
 from tests.unit.test_sandbox_problems import DATA
 
 SPLIT = "test"
@@ -396,7 +407,30 @@ def test_the_page_compares_and_shows_failures(tmp_path: Path) -> None:
     assert "+75.0" in page and ">0.25<" in page and page.count('data-task="t@0"') == 3
     assert "&lt;b&gt;2 + 2?" in page and "<b>2 + 2?" not in page
     assert pyarrow.dataset.dataset(tmp_path / "rows").count_rows() == 8
-    assert read_found(tmp_path, ["nobody"])[0].rows == []
+    assert list(read_found(tmp_path, ["nobody"])[0].rows) == []
+
+
+def test_the_failures_of_a_run_s_test_rows_are_some_of_many_with_their_prompts(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.data.mkdir()
+    run.eval.mkdir()
+    questions = [{"id": f"{k}", "prompt": f"question {k}", "system": None} for k in range(1500)]
+    pq.write_table(pa.Table.from_pylist(questions), run.data / "test.parquet")
+    share = {"n": 1500, "correct": 1000, "accuracy": 2 / 3, "interval": [0.6, 0.7]}
+    for model, right in (("base", lambda k: k % 3 > 0), ("sft", lambda k: k >= 10)):
+        rows = [
+            {"id": f"{k}", "task": "t", "answer": f"{k}", "completion": "?", "right": right(k)} for k in range(1500)
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), run.eval / f"{model}.parquet")
+        write_json(run.eval / f"{model}.json", {**share, "by_task": {"t": share}})
+    base, sft = read_run_found(run)
+    assert (wrong_answers(base), wrong_answers(sft)) == ({"test rows": 500}, {"test rows": 10})
+    shown = failures(base, wrong_answers(base))  # every third of 500
+    assert [row["id"] for row in shown] == [f"{k}" for k in range(0, 1500, 9)]
+    assert all(row["prompt"] == f"question {row['target']}" and row["model"] == "base" for row in shown)
+    assert [row["id"] for row in failures(sft, wrong_answers(sft))] == [f"{k}" for k in range(10)]
+    (paired,) = comparisons([base, sft])
+    assert (paired["n"], paired["gained"], paired["lost"]) == (1500, 496, 6)
 
 
 def test_shares_of_several_samples_are_not_compared_as_right_or_wrong() -> None:
