@@ -8,11 +8,12 @@ import contextlib
 
 from lorapar_ray.heavy_imports import without_collecting
 
-with without_collecting(), contextlib.suppress(ImportError):
+with contextlib.suppress(ImportError):
     import setproctitle
 
     setproctitle.getproctitle()  # locates the title's memory; this fails after the environment has moved
 
+with without_collecting(), contextlib.suppress(ImportError):
     import vllm.v1.engine.core
     from vllm.platforms import current_platform
 
