@@ -48,6 +48,16 @@ def check(config: Config, stages: Sequence[str], redo: Collection[str] = ()) -> 
         PIPELINE[name].check(config)
 
 
+def check_there(config: Config, stages: Sequence[str]) -> None:
+    """The checks that need the student, on a worker; Ray runs.
+
+    Raises:
+        UserError: one of `stages` cannot work with this student.
+    """
+    for name in stages:
+        PIPELINE[name].check_there(config)
+
+
 def require_stages(config: Config, stages: Sequence[str], redo: Collection[str]) -> None:
     """Check that every stage of `redo` is among `stages`, those that a command runs, and these among the run's.
 

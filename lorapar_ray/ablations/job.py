@@ -14,7 +14,7 @@ from lorapar_ray.ablations.retention import require_skills_of
 from lorapar_ray.ablations.sharing import SHARED, borrow, borrow_sums
 from lorapar_ray.ablations.units import Unit
 from lorapar_ray.errors import UserError
-from lorapar_ray.pipeline import run_stage
+from lorapar_ray.pipeline import check_there, run_stage
 from lorapar_ray.progress import console
 from lorapar_ray.redact import redact
 from lorapar_ray.session import ray_session
@@ -48,6 +48,8 @@ def _run_all(units: Sequence[Unit], plan: Plan, failed: list[str], verbose: bool
     """Run unfinished units; yields after each batch of runs."""
     due = [unit for unit in units if not unit.finished]
     with ray_session(verbose) if due else nullcontext():
+        for unit in due:
+            check_there(unit.config, unit.stages)
         done = 0
         for group in batches(due):
             console.print(

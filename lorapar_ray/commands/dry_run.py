@@ -8,6 +8,7 @@ from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
 from lorapar_ray.gpu_memory.device import device_of
 from lorapar_ray.grpo.stage import require_shared_sequences
+from lorapar_ray.models import architecture, resolve_model
 from lorapar_ray.pipeline import require_stages, stages_of
 from lorapar_ray.plan import plan
 from lorapar_ray.progress import console
@@ -22,13 +23,25 @@ def show_plan(config: Config, run: RunDirectory, redo: Sequence[str]) -> None:
         UserError: `redo` names no stage of the run, or a process cannot fit into its GPU's memory.
     """
     require_stages(config, stages_of(config), redo)
-    if "grpo" in stages_of(config):
-        require_shared_sequences(config)
+    _require_shared_sequences(config)
     print(shown(config.to_yaml(hide_secrets=True)))
     console.print(f"run directory: {run.place}")
     for line in plan(config, run, redo):
         console.print(f"  {line}")
     _show_memory(config)
+
+
+def _require_shared_sequences(config: Config) -> None:
+    """Where this machine has the student: the run itself asks a worker."""
+    model, ranks = config.model, config.grpo.sequence_parallel
+    if "grpo" not in stages_of(config) or ranks == 1:
+        return
+    try:
+        architecture(resolve_model(model.path), model.trust_remote_code)
+    except UserError as error:
+        console.print(f"grpo.sequence_parallel: not checked here: {error}")
+    else:
+        require_shared_sequences(model.path, model.trust_remote_code, ranks)
 
 
 def _show_memory(config: Config) -> None:

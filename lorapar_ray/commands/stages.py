@@ -87,7 +87,7 @@ def run_stages(
 ) -> None:
     """Run those of `stages` that are due, and tell where the results are."""
     from lorapar_ray.engines.kept import keeping_engines
-    from lorapar_ray.pipeline import check, dependents, pending, require_leave, run_stage
+    from lorapar_ray.pipeline import check, check_there, dependents, pending, require_leave, run_stage
     from lorapar_ray.progress import console
     from lorapar_ray.session import ray_session
 
@@ -99,6 +99,7 @@ def run_stages(
         needs_ray = any(PIPELINE[name].uses_ray(config) for name in due)
         try:
             with ray_session(verbose) if needs_ray else nullcontext(), keeping_engines(due):
+                check_there(config, due)
                 for name in stages:
                     run_stage(config, run, name, "yes" if name in redo else "if_changed" if name in replaced else "no")
         except KeyboardInterrupt as interrupt:

@@ -56,7 +56,7 @@ def resources(config: Config) -> str:
 
 
 def check(config: Config) -> None:
-    """Check that rewards, the environment and trackers can be imported, and what the student must allow."""
+    """Check that rewards, the environment and trackers can be imported, and that the dtype has room for gradients."""
     from lorapar_ray.grpo.environments.registry import require_environment
     from lorapar_ray.grpo.rewards.registry import require_rewards
     from lorapar_ray.precision import require_trainable
@@ -66,21 +66,33 @@ def check(config: Config) -> None:
     require_rewards(config.grpo)
     require_environment(config.grpo)
     require_trackers(config.grpo.report_to, "grpo.report_to")
-    require_shared_sequences(config)
 
 
-def require_shared_sequences(config: Config) -> None:
-    """Check that learners can share the student's sequences, if they are to.
+def check_there(config: Config) -> None:
+    """Check on a worker that learners can share the student's sequences, if they are to."""
+    from lorapar_ray.models import model_reference
+    from lorapar_ray.workers import on_a_worker
+
+    if config.grpo.sequence_parallel > 1:
+        model = config.model
+        on_a_worker(
+            require_shared_sequences,
+            model_reference(model.path),
+            model.trust_remote_code,
+            config.grpo.sequence_parallel,
+        )
+
+
+def require_shared_sequences(model: str, trust_remote_code: bool, ranks: int) -> None:
+    """Check that `ranks` learners can share the sequences of a student that this machine has.
 
     Raises:
         UserError: they cannot, or the student's config cannot be read.
     """
-    ranks, model = config.grpo.sequence_parallel, config.model
-    if ranks > 1:
-        from lorapar_ray.models import architecture, resolve_model
-        from lorapar_ray.sequence_parallel import require_shareable
+    from lorapar_ray.models import architecture, resolve_model
+    from lorapar_ray.sequence_parallel import require_shareable
 
-        require_shareable(architecture(resolve_model(model.path), model.trust_remote_code), ranks)
+    require_shareable(architecture(resolve_model(model), trust_remote_code), ranks)
 
 
 STAGE = Stage(
@@ -95,4 +107,5 @@ STAGE = Stage(
     reads=reads,
     resources=resources,
     check=check,
+    check_there=check_there,
 )

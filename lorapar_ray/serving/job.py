@@ -23,7 +23,7 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.gpus import place
 from lorapar_ray.labeling.job import student_name
 from lorapar_ray.memory_shortage import ended_without_memory
-from lorapar_ray.models import model_reference, resolve_model
+from lorapar_ray.models import model_reference
 from lorapar_ray.pipeline import is_done
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.serve_apps import deployed, end, runs_as_asked, start_serve
@@ -141,7 +141,6 @@ def serving(config: Config, run: RunDirectory, address: Address, replicas: int =
     key, adapters = server_key(address), finished_adapters(config, run)
     if is_own_ray():
         require_free(address)
-    resolve_model(config.model.path)
     config = place(config, "evaluate", int(capacity().largest("GPU")))
     require("serve", {"replicas": (replicas, config.evaluate.resources)}, "--replicas")
     server = _server(config, run, adapters, replicas, key)

@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import ray
 
+from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
+from lorapar_ray.pipeline import check, check_there
 from lorapar_ray.workers import TASK_TRIES, on_a_worker
+from tests.tiny_run import save_tiny_student, tiny_config
 
 pytestmark = pytest.mark.cluster
 
@@ -41,3 +44,19 @@ def test_a_task_survives_a_lost_process_and_gives_up_after_some(cluster: None, t
     assert len(list(always.iterdir())) == TASK_TRIES
     with pytest.raises(UserError, match=r"^x: no such thing$"):
         on_a_worker(refuses)
+
+
+def test_the_driver_needs_no_student_to_check_a_run(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(save_tiny_student(tmp_path / "student"))
+    config["grpo"] |= {"learners": 3, "sequence_parallel": 3}
+    loaded = Config.model_validate(config)
+
+    def missing(path: str) -> str:
+        raise UserError(f"model '{path}': no such directory")
+
+    monkeypatch.setattr("lorapar_ray.models.resolve_model", missing)  # in this process alone
+    check(loaded, ("grpo",))
+    with pytest.raises(UserError, match=r"3 learners cannot divide the model's \d attention heads"):
+        check_there(loaded, ("sft", "grpo"))
