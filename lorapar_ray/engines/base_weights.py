@@ -35,7 +35,8 @@ class BaseWeights(Mapping[str, Tensor]):
         return tensor
 
     def columns(self, name: str, columns: Tensor) -> Tensor:
-        """Some columns of a matrix; one by one, which is faster than threads that wait for each other."""
+        """Some columns of a matrix; one by one, which is faster than threads that wait for each other. `columns` is in
+        host memory."""
         matrix = self[name]
         return torch.stack([matrix[:, column] for column in columns.tolist()], dim=1)
 
@@ -66,9 +67,9 @@ class KeptWeights(Mapping[str, Tensor]):
         return self._kept[name]
 
     def columns(self, name: str, columns: Tensor) -> Tensor:
-        """Some columns of a matrix, on the device; only these are copied there."""
+        """Some columns of a matrix, on the device; only these are copied there. `columns` is in host memory."""
         kept = self._keep(name)
-        return kept[:, columns.to(kept.device)].to(self.device)
+        return on_device(kept[:, on_device(columns, kept.device)], self.device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -82,6 +83,13 @@ def kept_on(files: Mapping[str, Tensor], names: Iterable[str], device: torch.dev
     size = sum(files[name].nbytes for name in names)
     free, _ = torch.cuda.mem_get_info(device)
     return KeptWeights(files, device, resident=size <= RESIDENT_SHARE * free)
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; a GPU takes it without a wait."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return _pinned(tensor).to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _pinned(tensor: Tensor) -> Tensor:

@@ -24,12 +24,15 @@ from torch import Tensor
 
 from lorapar_ray.adapters.merge import lora_scaling, merged_weights
 from lorapar_ray.cpu.engine import lighten
-from lorapar_ray.engines.base_weights import BaseWeights, KeptWeights, kept_on
+from lorapar_ray.engines.base_weights import BaseWeights, KeptWeights, kept_on, on_device
 from lorapar_ray.engines.served_adapter import unlike_in_slot
 from lorapar_ray.engines.served_weights import complaint, part_of, unlike
 from lorapar_ray.mergeable import base_name, missing_from, not_in_the_files
 
 Weights = Iterator[tuple[str, Tensor]]
+State = tuple[str, Mapping[str, Tensor]]
+"""SHA-256 of an adapter's file, and its tensors on the device."""
+NO_STATE: State = ("", {})
 
 
 class PolicyLoader:
@@ -46,6 +49,8 @@ class PolicyLoader:
     """Names of the weights that were read back before any policy changed them."""
     _lorapar_unread: set[str]
     """Those of them that cannot be read back."""
+    _lorapar_state: State
+    """The adapter that was loaded, until it has been compared."""
 
     def lorapar_prepare(self) -> None:
         """Called when the engine has started, before anything else here; does nothing the second time."""
@@ -54,6 +59,7 @@ class PolicyLoader:
         if hasattr(self, "_lorapar_touched"):
             return
         self._lorapar_touched, self._lorapar_tried, self._lorapar_unread = set(), set(), set()
+        self._lorapar_state = NO_STATE
         leave_the_head_alone(self.model_runner.model)
         if current_platform.is_cpu():
             lighten(self.model_runner)
@@ -73,7 +79,7 @@ class PolicyLoader:
         Raises:
             ValueError: the base's files lack adapted weights, or a module did not load its weights.
         """
-        before = self._lorapar_touched
+        before, self._lorapar_state = self._lorapar_touched, NO_STATE
         if adapter is None:
             if before:
                 base, dtype = self._lorapar_base(before), self.model_config.dtype
@@ -95,11 +101,12 @@ class PolicyLoader:
                 yield name, base[name].to(dtype)
 
         self._lorapar_load(touched, weights())
-        self._lorapar_touched = touched
+        self._lorapar_touched, self._lorapar_state = touched, (digest, state)
         return digest
 
     def lorapar_check_merged(self, adapter: str | None) -> tuple[str, str]:
-        """Whether the model computes with base + adapter; independent of what `lorapar_load_policy` did.
+        """Whether the model computes with base + adapter; independent of what `lorapar_load_policy` did, except that
+        a file with the same bytes is not copied to the device again.
 
         Args:
             adapter: as there.
@@ -108,10 +115,11 @@ class PolicyLoader:
             SHA-256 of the adapter file that was compared, or `base`; and a clause that says which modules compute with
             other weights, empty if none.
         """
-        state: dict[str, Tensor] = {}
+        state: Mapping[str, Tensor] = {}
         scaling, digest = 1.0, "base"
         if adapter is not None:
-            state, scaling, digest = read_adapter(Path(adapter), self.device)
+            state, scaling, digest = read_adapter(Path(adapter), self.device, self._lorapar_state)
+        self._lorapar_state = NO_STATE
         names = {base_name(key) for key in state} | self._lorapar_touched
         paths = paths_of(self.model_runner.model, names - self._lorapar_unread)
         model, dtype = self.model_runner.model, self.model_config.dtype
@@ -206,12 +214,18 @@ def bit_sums(tensor: Tensor) -> Tensor:
     return torch.stack([bits.sum(), (bits * bits).sum()])
 
 
-def read_adapter(folder: Path, device: torch.device) -> tuple[dict[str, Tensor], float, str]:
-    """(A and B by adapter key, on the device; their scaling; SHA-256 of the file) of an adapter directory."""
+def read_adapter(
+    folder: Path, device: torch.device, known: State = NO_STATE
+) -> tuple[Mapping[str, Tensor], float, str]:
+    """(A and B by adapter key, on the device; their scaling; SHA-256 of the file) of an adapter directory.
+
+    Args:
+        known: the tensors of a file with that digest are on the device already.
+    """
     blob = (folder / "adapter_model.safetensors").read_bytes()
-    state = {key: value.to(device) for key, value in load(blob).items()}
-    scaling = lora_scaling(json.loads((folder / "adapter_config.json").read_text()))
-    return state, scaling, hashlib.sha256(blob).hexdigest()
+    digest = hashlib.sha256(blob).hexdigest()
+    state = known[1] if digest == known[0] else {key: on_device(each, device) for key, each in load(blob).items()}
+    return state, lora_scaling(json.loads((folder / "adapter_config.json").read_text())), digest
 
 
 def modules_of(model: Any, names: Iterable[str]) -> dict[str, Any]:

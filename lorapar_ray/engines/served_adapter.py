@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorapar_ray.engines.rounding import beyond, scaled_exactly
+from lorapar_ray.engines.rounding import Item, beyond, scaled_exactly, worst
 
 
 @torch.no_grad()
@@ -32,17 +32,19 @@ def unlike_in_slot(
     manager.activate_adapter(lora_id)  # as before each step that uses it; does nothing if it is in a slot
     slot = manager.lora_index_to_id.index(lora_id)
     parts = by_module(state, getattr(manager.model, "hf_to_vllm_mapper", None))
+    layers = {path: manager.packed_modules.get(path) or [path] for path in manager.modules}
+    items: list[Item] = []
+    places: list[str] = []
+    for path, names in layers.items():
+        layer = manager.modules[path]
+        if comparable(layer, names):
+            items += (own := _pairs(layer, slot, [parts.get(name) for name in names], scaling))
+            places += [path] * len(own)
     found: dict[str, float] = {}
-    compared = 0
-    for path, layer in manager.modules.items():
-        names = manager.packed_modules.get(path) or [path]
-        if not comparable(layer, names):
-            continue
-        compared += 1
-        off = _off(layer, slot, [parts.get(name) for name in names], scaling)
-        if off > 1:
-            found[path] = off
-    return found, compared
+    together = bool(items) and items[0][1][0].device.type != "cpu"
+    for path, times in zip(places, worst(items, _off, together=together), strict=True):
+        found[path] = max(times, found.get(path, 0.0))
+    return {path: times for path, times in found.items() if times > 1}, len(found)
 
 
 def comparable(layer: Any, names: Sequence[str]) -> bool:
@@ -65,21 +67,25 @@ def by_module(state: Mapping[str, Tensor], mapper: Any) -> dict[str, tuple[Tenso
     }
 
 
-def _off(layer: Any, slot: int, parts: Sequence[tuple[Tensor, Tensor] | None], scaling: float) -> float:
-    """How far the worst element of a layer's slot is off."""
+def _pairs(layer: Any, slot: int, parts: Sequence[tuple[Tensor, Tensor] | None], scaling: float) -> list[Item]:
+    """The factors, and the matrices in a layer's slot with the adapter's own: A and B of each part."""
     downs: Any = [None if part is None else part[0] for part in parts]
     ups: Any = [None if part is None else part[1] for part in parts]
     if layer.tp_size > 1:
         downs, ups = _of_rank(layer.slice_lora_a, downs), _of_rank(layer.slice_lora_b, ups)
-    worst = 0.0
+    found: list[Item] = []
     for index, (down, up) in enumerate(zip(downs, ups, strict=True)):
         held_down, held_up = layer.lora_a_stacked[index][slot, 0], layer.lora_b_stacked[index][slot, 0]
         for held, own, factor in ((held_down, down, 1.0), (held_up, up, scaling)):
-            whole = torch.zeros(held.shape, dtype=torch.float64, device=held.device)
-            if own is not None:
-                whole[: own.shape[0], : own.shape[1]] = own
-            worst = max(worst, beyond(held, *scaled_exactly(whole, factor, held.dtype)))
-    return worst
+            found.append((factor, (held, held.new_zeros(0, 0) if own is None else own)))
+    return found
+
+
+def _off(factor: float, held: Tensor, own: Tensor) -> Tensor:
+    """How far the worst element of each slot is off."""
+    whole = torch.zeros(held.shape, dtype=torch.float64, device=held.device)
+    whole[:, : own.shape[1], : own.shape[2]] = own
+    return beyond(held, *scaled_exactly(whole, factor, held.dtype))
 
 
 def _of_rank(cut: Any, parts: list[Tensor | None]) -> list[Tensor | None]:

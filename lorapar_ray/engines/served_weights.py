@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorapar_ray.engines.base_weights import BaseWeights, KeptWeights
-from lorapar_ray.engines.rounding import beyond, merged_exactly
+from lorapar_ray.engines.base_weights import BaseWeights, KeptWeights, on_device
+from lorapar_ray.engines.rounding import Item, beyond, merged_exactly, worst
 from lorapar_ray.mergeable import PREFIX
 
 COLUMNS = 4
@@ -97,7 +97,7 @@ def unlike(
         digest: from which the columns are drawn.
         dtype: of the computation.
     """
-    found = {}
+    items: list[Item] = []
     held: dict[str, tuple[Tensor, Tensor]] = {}  # several weights may lie in one module
     for name, path in paths.items():
         part = part_of(model, path, name)
@@ -105,21 +105,24 @@ def unlike(
             raise ValueError(f"the module of '{name}' cannot be read")
         if path not in held:
             width = getattr(part.module, "input_size_per_partition", part.module.input_size)
-            columns = drawn(f"{digest} {path}", width).to(base.device)
-            held[path] = columns, held_columns(part.module, columns)
+            columns = drawn(f"{digest} {path}", width)
+            held[path] = columns, held_columns(part.module, on_device(columns, base.device))
         columns, answers = held[path]
         columns = columns + (part.columns.start or 0)
         own = base.columns(name, columns)[part.rows]
         key = f"{PREFIX}{name.removesuffix('.weight')}"
         if f"{key}.lora_A.weight" in state:
-            down, up = state[f"{key}.lora_A.weight"][:, columns], state[f"{key}.lora_B.weight"][part.rows]
+            down = state[f"{key}.lora_A.weight"][:, on_device(columns, base.device)]
+            up = state[f"{key}.lora_B.weight"][part.rows]
         else:
             down, up = own.new_zeros(0, len(columns)), own.new_zeros(len(own), 0)
-        exact, bound = merged_exactly(own, down, up, scaling, dtype)
-        off = beyond(answers[part.first : part.first + len(own)], exact, bound)
-        if off > 1:
-            found[name] = off
-    return found
+        items.append((None, (answers[part.first : part.first + len(own)], own, down, up)))
+
+    def off(_: None, answers: Tensor, own: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return beyond(answers, *merged_exactly(own, down, up, scaling, dtype))
+
+    found = zip(paths, worst(items, off, together=base.device.type != "cpu"), strict=True)
+    return {name: times for name, times in found if times > 1}
 
 
 def drawn(seed: str, width: int) -> Tensor:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lorapar_ray.adapters import merged_weights
-from lorapar_ray.engines.rounding import beyond, merged_exactly, scaled_exactly
+from lorapar_ray.engines import rounding
+from lorapar_ray.engines.rounding import beyond, merged_exactly, scaled_exactly, worst
 from lorapar_ray.engines.served_weights import COLUMNS, complaint, drawn
 
 NAME = "model.layers.0.self_attn.q_proj"
@@ -51,6 +52,34 @@ def test_a_module_without_an_adapter_must_be_the_bases_bit_for_bit_in_float32() 
     exact, bound = merged_exactly(base, *nothing, 2.0, torch.float32)
     assert beyond(base.float(), exact, bound) == 0
     assert beyond(base.float() * (1 + 2**-22), exact, bound) > 1
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_all_modules_are_compared_and_the_device_is_read_once(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU would be waited for at each number that is read; so many small matrices go in a few launches."""
+    monkeypatch.setattr(rounding, "AT_ONCE", 5 * 96 * 80)
+    items: list[rounding.Item] = []
+    for number in range(12):
+        base, down, up = policy(number, 4 + 4 * (number % 2), 0.1, torch.bfloat16)
+        merged = base.float() + 1.7 * up @ down
+        items.append(("", (merged * (1 + 1e-3 * (number in (3, 8))), base, down, up)))
+    base = items[0][1][1]
+    items.append(("", (base.float(), base, base.new_zeros(0, 80), base.new_zeros(96, 0))))
+    items.append(("", (base.new_zeros(0, 80).float(), base[:0], items[0][1][2], items[0][1][3][:0])))
+    launches = []
+
+    def off(kind: str, held: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+        launches.append(len(held))
+        return beyond(held, *merged_exactly(*parts, 1.7, torch.float32))
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        found = worst(items, off, together=together)
+    reads = sum(each.count for each in profiler.key_averages() if each.key == "aten::_local_scalar_dense")
+    assert reads <= 1
+    assert launches == ([5, 1, 5, 1, 1, 1] if together else [1] * 14)
+    assert [number for number, times in enumerate(found) if times > 1] == [3, 8]
+    alone = [float(beyond(held, *merged_exactly(*parts, 1.7, torch.float32))) for _, (held, *parts) in items]
+    assert found == pytest.approx(alone, rel=1e-6)
 
 
 def test_columns_differ_from_policy_to_policy() -> None:
