@@ -35,7 +35,7 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
     kept = [each for claim in plan.grid.lines if (each := compare(claim, joined(lines))) is not None]
     forgotten = [lost for claim in plan.grid.sequence if (lost := sequence.compare(claim, courses)) is not None]
     moved = {claim: _overlaps(done, claim) for claim in plan.grid.moved}
-    held = [found for claim, overlaps in moved.items() if (found := movement.decide(claim, overlaps)) is not None]
+    held = [one for claim, overlaps in moved.items() if (one := movement.decide(claim, overlaps)) is not None]
     extra = [retention.table(lines, kept)] if lines else []
     if held:
         extra.append(movement.table({claim.worse: overlaps for claim, overlaps in moved.items()}, held))
