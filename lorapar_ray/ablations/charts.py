@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from io import StringIO
-from typing import Any
+from math import isfinite
 
 from matplotlib import pyplot as plt
 
 from lorapar_ray.ablations.grids import Grid
 from lorapar_ray.ablations.results import Summary, Verdict
 from lorapar_ray.ablations.sequence import Matrix
-from lorapar_ray.reporting.charts import INK, QUIET, STYLE, SYSTEM2
+from lorapar_ray.reporting.charts import INK, QUIET, STYLE, SYSTEM2, smoothed, svg_of
 
 Line = tuple[list[int], list[float]]
 """Steps, and a value at each."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 """Okabe and Ito's palette, safe for colour-blind readers."""
 DASHES = ("-", "--", ":", "-.")
+TOGETHER = 14
+"""Most lines of one plot: so many have a colour and a dash of their own, and more cannot be told apart."""
 WIDTH = 5.4
 """Size of a plot, in inches; it fits a phone without scrolling."""
 MARKS = {"held": "o", "not held": "X", "undecided": "D"}
@@ -39,7 +40,7 @@ def accuracies(grid: Grid, base: Summary | None, found: Mapping[str, Summary]) -
             figure.legend(loc="outside lower left", ncol=3)
         axis.set(title=f"{grid.name}: accuracy", xlabel="% right (95 % interval; small dots: seeds)")
         axis.set_yticks(range(len(shown)), [row.arm for row in shown])
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def effects(verdicts: Sequence[Verdict]) -> str:
@@ -59,20 +60,38 @@ def effects(verdicts: Sequence[Verdict]) -> str:
         axis.set_yticks(range(len(shown)), [f"{each.claim.better} − {each.claim.worse}" for each in shown])
         axis.set(title="Differences", xlabel="points of accuracy (95 % interval)")
         figure.legend(loc="outside lower left", ncol=3)
-        return _svg(figure)
+        return svg_of(figure)
 
 
-def losses(lines: Mapping[str, Sequence[Line]]) -> str:
-    """Stage 1's loss by arm, the mean over seeds, smoothed; an SVG."""
-    with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(WIDTH, 3.4 + 0.2 * len(lines) / 2), layout="constrained")
-        for number, (arm, seeds) in enumerate(lines.items()):
-            steps, mean = mean_line(seeds)
-            style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
-            axis.plot(steps, smoothed(mean), linewidth=1.8, label=arm, **style)
-        axis.set(title="Stage 1: loss, mean over seeds", xlabel="step", ylabel="cross-entropy, nats/token")
-        figure.legend(loc="outside lower left", ncol=2)
-        return _svg(figure)
+def losses(lines: Mapping[str, Sequence[Line]]) -> list[str]:
+    """Stage 1's loss by arm, the mean over seeds, smoothed; SVGs with the same axes and up to `TOGETHER` arms each."""
+    shown = {arm: (steps, smoothed(mean)) for arm, (steps, mean) in ((arm, mean_line(s)) for arm, s in lines.items())}
+    arms = list(shown)
+    parts = -(-len(arms) // TOGETHER)
+    size = -(-len(arms) // parts)
+    limits = [_around([value for line in shown.values() for value in line[place]]) for place in (0, 1)]
+    found = []
+    for part in range(parts):
+        with plt.rc_context(STYLE):
+            own = arms[part * size : (part + 1) * size]
+            figure, axis = plt.subplots(figsize=(WIDTH, 3.4 + 0.2 * len(own) / 2), layout="constrained")
+            for number, arm in enumerate(own):
+                style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
+                axis.plot(*shown[arm], linewidth=1.8, label=arm, **style)
+            of = f" ({part + 1} of {parts})" if parts > 1 else ""
+            axis.set(title=f"Stage 1: loss, mean over seeds{of}", xlabel="step", ylabel="cross-entropy, nats/token")
+            axis.set(xlim=limits[0], ylim=limits[1])
+            figure.legend(loc="outside lower left", ncol=2)
+            found.append(svg_of(figure))
+    return found
+
+
+def _around(values: Sequence[float]) -> tuple[float, float]:
+    """Limits of an axis, with a margin."""
+    finite = [each for each in values if isfinite(each)] or [0.0]
+    low, high = min(finite), max(finite)
+    margin = 0.05 * (high - low) or 0.5
+    return low - margin, high + margin
 
 
 def frontier(lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
@@ -96,7 +115,7 @@ def frontier(lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
             ylabel="lost of the first stage's skill, points",
         )
         figure.legend(loc="outside lower left", ncol=2)
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def matrices(by_arm: Mapping[str, Matrix], systems: Sequence[int]) -> str:
@@ -119,27 +138,10 @@ def matrices(by_arm: Mapping[str, Matrix], systems: Sequence[int]) -> str:
             axis.set_xticks(range(len(names)), names)
             axis.set_yticks(range(len(names)), names)
         figure.suptitle("% right after training each System, mean over seeds", fontsize=10)
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def mean_line(seeds: Sequence[Line]) -> Line:
     """Means over the seeds, up to the last step that all have."""
     length = min(len(steps) for steps, _ in seeds)
     return seeds[0][0][:length], [sum(line[1][place] for line in seeds) / len(seeds) for place in range(length)]
-
-
-def smoothed(values: Sequence[float]) -> list[float]:
-    """An exponential moving average; each new value has weight 0.2."""
-    found, mean = [], values[0]
-    for value in values:
-        mean += 0.2 * (value - mean)
-        found.append(mean)
-    return found
-
-
-def _svg(figure: Any) -> str:
-    text = StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    whole = text.getvalue()
-    return whole[whole.index("<svg") :]

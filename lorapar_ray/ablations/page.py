@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment
 from markupsafe import Markup
 
 from lorapar_ray.ablations import charts, tables
@@ -17,7 +15,7 @@ from lorapar_ray.ablations.sequence import Matrix
 from lorapar_ray.ablations.tables import Said
 from lorapar_ray.boundary import read_lines
 from lorapar_ray.files import atomic_path
-from lorapar_ray.text import shown
+from lorapar_ray.reporting.html import rendered
 
 MARKS = {"held": "✓", "not held": "✗", "undecided": "?"}
 
@@ -64,13 +62,11 @@ def write_page(
     if matrices:
         plots.append(charts.matrices(matrices, systems))
     if curves := loss_lines(folders):
-        plots.append(charts.losses(curves))
-    folder = files("lorapar_ray.reporting")
-    environment = Environment(autoescape=True, finalize=_plain)
-    html = environment.from_string(folder.joinpath("grid.html.j2").read_text()).render(
+        plots += charts.losses(curves)
+    html = rendered(
+        "grid.html.j2",
         title=f"Grid {grid.name}",
         help=sentence(about),
-        css=folder.joinpath("style.css").read_text(),
         marks=MARKS,
         verdicts=[*overall, *verdicts, *kept],
         plots=[Markup(plot) for plot in plots],
@@ -96,8 +92,3 @@ def loss_lines(folders: Mapping[str, Sequence[Path]]) -> dict[str, list[charts.L
                 line = [each["step"] for each in lines], [each["loss"] for each in lines]
                 found.setdefault(arm, []).append(line)
     return found
-
-
-def _plain(value: object) -> object:
-    """Foreign text without control characters; text marked as safe is ours and stays unchanged."""
-    return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value

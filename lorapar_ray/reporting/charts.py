@@ -90,11 +90,16 @@ def _curve(axis: Any, lines: Sequence[dict[str, Any]], key: str, colour: str, la
         return
     steps, values = zip(*points, strict=True)
     axis.plot(steps, values, color=colour, alpha=0.35, linewidth=1)
-    smooth, mean = [], values[0]
+    axis.plot(steps, smoothed(values), color=colour, linewidth=2, label=label)
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """An exponential moving average; each new value has weight 0.3."""
+    found, mean = [], values[0]
     for value in values:
         mean += 0.3 * (value - mean)
-        smooth.append(mean)
-    axis.plot(steps, smooth, color=colour, linewidth=2, label=label)
+        found.append(mean)
+    return found
 
 
 def sft_loss(axis: Any, run: RunData) -> None:
@@ -186,9 +191,14 @@ def svg(draw: Draw, run: RunData, size: tuple[float, float] = (5.2, 3.4)) -> str
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=size, layout="constrained", dpi=110)
         draw(axis, run)
-        text = StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-        plt.close(figure)
+        return svg_of(figure)
+
+
+def svg_of(figure: Any) -> str:
+    """A figure as an SVG element; it is closed."""
+    text = StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    plt.close(figure)
     whole = text.getvalue()
     return whole[whole.index("<svg") :]
 

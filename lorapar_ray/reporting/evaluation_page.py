@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment
 
 from lorapar_ray.boundary import parquet_batches, read_object
 from lorapar_ray.datasets.rows import ROWS_PER_WRITE, read_columns
 from lorapar_ray.evaluation.statistics import paired
 from lorapar_ray.files import atomic_path
 from lorapar_ray.reporting.data import MODELS
+from lorapar_ray.reporting.html import rendered
 from lorapar_ray.runs import RunDirectory
-from lorapar_ray.text import shown
 
 FAILURES = 200
 """Wrong answers shown for each model and task, evenly spread."""
@@ -115,22 +112,16 @@ def write(page: Path, title: str, found: Sequence[Found], outdated: str = "") ->
     Args:
         outdated: stages of a run whose results are out of date, and why.
     """
-    folder = files("lorapar_ray.reporting")
-    template = folder.joinpath("evaluation.html.j2").read_text()
     wrong = [wrong_answers(each) for each in found]
-    html = (
-        Environment(autoescape=True, finalize=lambda value: shown(value) if isinstance(value, str) else value)
-        .from_string(template)
-        .render(
-            title=title,
-            outdated=outdated,
-            css=folder.joinpath("style.css").read_text(),
-            shares=[{"model": each.model} | _readable(share) for each in found for share in each.shares],
-            comparisons=list(comparisons(found)),
-            failures=[row for each, counts in zip(found, wrong, strict=True) for row in failures(each, counts)],
-            models=[each.model for each in found],
-            tasks=list(dict.fromkeys(asked for counts in wrong for asked in counts)),
-        )
+    html = rendered(
+        "evaluation.html.j2",
+        title=title,
+        outdated=outdated,
+        shares=[{"model": each.model} | _readable(share) for each in found for share in each.shares],
+        comparisons=list(comparisons(found)),
+        failures=[row for each, counts in zip(found, wrong, strict=True) for row in failures(each, counts)],
+        models=[each.model for each in found],
+        tasks=list(dict.fromkeys(asked for counts in wrong for asked in counts)),
     )
     with atomic_path(page) as draft:
         draft.write_text(html, encoding="utf-8")

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment
-from markupsafe import Markup
 
 from lorapar_ray.boundary import boundary
 from lorapar_ray.config import Config
@@ -18,9 +14,9 @@ from lorapar_ray.evaluation.statistics import Paired, paired
 from lorapar_ray.reporting import charts, evaluation_page, partition_charts
 from lorapar_ray.reporting.data import MODELS, RunData, read_run
 from lorapar_ray.reporting.evaluation_page import read_run_found
+from lorapar_ray.reporting.html import rendered
 from lorapar_ray.result_stages import said, shortened
 from lorapar_ray.runs import RunDirectory, atomic_path
-from lorapar_ray.text import shown
 
 SAMPLES_SHOWN = 24
 SIGNIFICANT = 0.05
@@ -61,37 +57,24 @@ def write_report(config: Config, run: RunDirectory) -> Path:
 
 def render(config: Config, data: RunData, figures: dict[str, str]) -> str:
     """The page's HTML; everything but our own plots and style is escaped."""
-    template = files("lorapar_ray.reporting").joinpath("page.html.j2").read_text()
-    style = files("lorapar_ray.reporting").joinpath("style.css").read_text()
     outdated = data.state.outdated
     versions: dict[str, str] = next((s["versions"] for s in reversed(data.stages.values()) if "versions" in s), {})
-    return (
-        Environment(autoescape=True, finalize=_shown)
-        .from_string(template)
-        .render(
-            name=config.name,
-            model=config.model.path,
-            config=config,
-            css=style,
-            figures=figures,
-            labels=data.labels,
-            partition=data.partition,
-            systems=data.systems,
-            samples=_spread(data.samples),
-            accuracy=[
-                _result(name, result) for name, result in (in_order(config, data.accuracy) | data.accuracy).items()
-            ],
-            verdicts=verdicts(in_order(config, data.accuracy), data.right),
-            outdated={name: shortened(why) for name, why in outdated.items()},
-            all_outdated=said(outdated),
-            versions=versions,
-        )
+    return rendered(
+        "page.html.j2",
+        name=config.name,
+        model=config.model.path,
+        config=config,
+        figures=figures,
+        labels=data.labels,
+        partition=data.partition,
+        systems=data.systems,
+        samples=_spread(data.samples),
+        accuracy=[_result(name, result) for name, result in (in_order(config, data.accuracy) | data.accuracy).items()],
+        verdicts=verdicts(in_order(config, data.accuracy), data.right),
+        outdated={name: shortened(why) for name, why in outdated.items()},
+        all_outdated=said(outdated),
+        versions=versions,
     )
-
-
-def _shown(value: Any) -> Any:
-    """Foreign text without control characters; what the page marks as safe is our own."""
-    return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def in_order(config: Config, accuracy: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lorapar_ray.ablations.at_once import AT_ONCE, batches, groups_of, run_at_once
+from lorapar_ray.ablations.charts import losses
 from lorapar_ray.ablations.description import described
 from lorapar_ray.ablations.grids import GRIDS, Claim, sentence
 from lorapar_ray.ablations.job import _run_part
@@ -583,3 +584,19 @@ def test_the_papers_other_tables_are_one_command_away(
     assert done.exit_code == 0, done.output
     assert "12 arms" in done.output and "pissa-rl" in done.output
     assert loaded == ([[task]] if task else [])
+
+
+def test_every_line_of_a_plot_of_losses_has_a_style_of_its_own() -> None:
+    """The grid theta has 39 arms; a plot has colours and dashes for 28, and no reader tells so many apart."""
+    arms = [arm.name for arm in GRIDS["theta"].arms]
+    assert len(arms) == 39
+    plots = losses({arm: [([1, 2, 3], [3.0, 2.0 + number / 100, float("nan")])] for number, arm in enumerate(arms)})
+    assert len(plots) == 3 and [f"({part} of 3)" in plot for part, plot in enumerate(plots, start=1)] == [True] * 3
+    shown = [[arm for arm in arms if f">{arm}<" in plot] for plot in plots]
+    assert [name for part in shown for name in part] == arms and {len(part) for part in shown} == {13}
+    for plot in plots:
+        curves = re.findall(r'<path d="[^"]*" clip-path="[^"]*" style="fill: none; ?([^"]*)"', plot)
+        assert len({style for style in curves if "stroke-width: 1.8" in style}) == 13
+    ticks = [re.findall(r">(−?[\d.]+)</text>", plot) for plot in plots]
+    assert ticks[0] and ticks[0] == ticks[1] == ticks[2]  # the same axes
+    assert len(losses({arm: [([1], [1.0])] for arm in arms[:14]})) == 1
