@@ -1,7 +1,7 @@
 """The row format of a question for all stages, and its Parquet form.
 
 Text columns: `id`, `prompt`, `response` (stage 1 trains on it), `answer` (rewards and evaluation compare with it),
-`task` and `difficulty` (the source's own words, shown as information and never trained on). `messages` is a list of
+`task` and `difficulty` (the source's own words, never trained on; charts group by `task`). `messages` is a list of
 {role, content}. `columns` has Arrow's JSON type: records of one source need not have the same columns or types.
 """
 

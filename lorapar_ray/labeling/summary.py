@@ -64,7 +64,6 @@ class Tally:
         self._teachers = {teacher.name: _Teacher() for teacher in label.teachers}
         self._split: Counter[int] = Counter()
         self._tasks: dict[str, Counter[int]] = defaultdict(Counter)
-        self._difficulties: dict[str, Counter[int]] = defaultdict(Counter)
         self._agreement = Agreement()
         self._bins = [0] * BINS
         self._random = random.Random(f"{seed}/disagreements")
@@ -88,7 +87,6 @@ class Tally:
         self.abstain(failed)
         self._split[system] += 1
         self._tasks[row.task][system] += 1
-        self._difficulties[f"{row.task}: {row.difficulty}"][system] += 1
         for vote in votes:
             self._add_vote(vote, answers[vote.teacher])
         if votes:
@@ -150,7 +148,6 @@ class Tally:
             "fleiss_kappa": self._agreement.fleiss_kappa() if votes and not label.sequential else None,
             "confidence_histogram": {"edges": edges, "counts": self._bins},
             "by_task": {name: _counts(split, systems) for name, split in sorted(self._tasks.items())},
-            "by_difficulty": {name: _counts(split, systems) for name, split in sorted(self._difficulties.items())},
             "disagreements": self._disagreements,
             "disagreeing": self._disagreeing,
             "votes": votes,

@@ -321,7 +321,7 @@ SUMMARY = {
     "strategy": "vote", "calibration": "batch", "weights": "equal", "sequential": False, "rows": 3, "rejected": 0,
     "split": {"1": 2, "2": 1}, "teachers": {"a": TEACHER}, "pairwise_agreement": {}, "fleiss_kappa": None,
     "confidence_histogram": {"edges": [0.5, 0.75, 1.0], "counts": [1, 2]}, "by_task": {"a$b$": {"1": 2, "2": 1}},
-    "by_difficulty": {}, "disagreements": [], "disagreeing": 0, "votes": 3, "votes_possible": 3, "votes_from_cache": 0,
+    "disagreements": [], "disagreeing": 0, "votes": 3, "votes_possible": 3, "votes_from_cache": 0,
     "votes_asked": 3, "tokens": 12, "cost": 0.0, "seconds_starting": 1.0, "seconds": 1.0, "votes_per_second": 3.0, "warnings": [],  # noqa: E501
 }  # fmt: skip
 SHOWN: dict[str, Any] = {
