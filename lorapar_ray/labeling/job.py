@@ -125,7 +125,8 @@ class _Voting:
             self.session.starting_s = time.monotonic() - start
             pending = self._pending([name for name in self.keys if name not in dead])
             self.left = pending.questions
-            with progress("label", self.total, lambda: (self.total - self.left, f"{self.session.votes} votes")):
+            after = " after calibration" if self.probes else ""  # which may have asked for some or all of them
+            with progress("label", self.total, lambda: (self.total - self.left, f"{self.session.votes} votes{after}")):
                 asking = time.monotonic()
                 for result in self._results(pending.blocks, apps, dead):
                     self._absorb(result)

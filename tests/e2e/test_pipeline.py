@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,7 @@ def test_every_stage_finishes(finished: FinishedRun) -> None:
     stages = json.loads((finished.run / "manifest.json").read_text())["stages"]
     assert {name: stages[name]["status"] for name in STAGES} == dict.fromkeys(STAGES, "done")
     assert "stage 2's engines answer" in finished.output
+    assert re.findall(r".*(?:\(raylet\)|Warning|it/s|%\|).*", finished.output) == []
     page = (finished.run / "report" / "index.html").read_text()
     assert "Not run yet" not in page
     assert 'src="http' not in page and 'href="http' not in page
