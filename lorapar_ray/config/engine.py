@@ -53,6 +53,8 @@ class EngineConfig(Section):
     """Settings of one vLLM engine, for teachers, rollouts and evaluation."""
 
     dtype: Result[Dtype] = "auto"
+    """Number format of weights and computation; `auto`: bfloat16 if the device supports
+    it, else float32."""
     max_model_len: Result[PositiveInt] = 1024
     """Tokens of a prompt and its completion together."""
     max_num_seqs: Operation[PositiveInt] = 64

@@ -52,6 +52,7 @@ class EvaluateConfig(Section):
     sandbox: Operation[SandboxConfig] = SandboxConfig()
     """The sandbox in which the model's programs for HumanEval and MBPP run."""
     engine: Result[EngineConfig] = EngineConfig()
+    """Settings of each engine; `max_model_len` holds a question and its answer."""
     engines: Operation[PositiveInt] = 1
     """Engines that share the questions."""
     serve: Operation[Literal["auto", "merged", "adapter"]] = "auto"

@@ -145,6 +145,7 @@ class GrpoConfig(Section):
     loss: Result[Literal["dapo", "grpo", "dr_grpo", "bnpo", "gspo", "cispo"]] = "dapo"
     """How tokens are weighted, see `lorapar_ray.grpo.loss.policy_loss`."""
     clip_low: Result[NonNegative] = 0.2
+    """The ratio to the old policy is clipped below 1 − `clip_low`; see `clip_high`."""
     clip_high: Result[NonNegative] = 0.28
     """Bounds of the ratio to the old policy (`old_policy`); `cispo` caps the ratio at `clip_high` itself, at least 1.
     With one update per batch and `old_policy: learner` that ratio is 1: nothing is clipped and `gspo` has the gradient

@@ -106,8 +106,11 @@ class VoteExample(Section):
     """One worked example in the voting prompt."""
 
     question: Result[str]
+    """The question."""
     answer: Result[str]
+    """Its answer."""
     system: Result[System]
+    """The System that it belongs to."""
 
 
 class VotePrompt(Section):
@@ -145,6 +148,7 @@ class LabelConfig(Section):
     the student. `random`: random labels, a baseline. `source`: the System that each entry of `data.train` gives its
     rows."""
     teachers: Result[list[TeacherConfig]] = []
+    """The models that vote, each by its own name; none for `random` and `source`."""
     student_name: Result[str | None] = None
     """Name of the student in the prompt; None: the last part of `model.path`."""
     definitions: Result[dict[System, str]] = {
@@ -162,6 +166,7 @@ class LabelConfig(Section):
     ]
     """Shown in the prompt before the question."""
     prompt: Result[VotePrompt] = VotePrompt()
+    """The words of the voting prompt."""
     calibration: Result[Literal["none", "content_free", "swapped_definitions", "batch"]] = "content_free"
     """How a teacher's bias is removed. `content_free` divides out its answers to questions without content.
     `swapped_definitions` asks K times, so that each definition has each number once, and averages. `batch` divides out

@@ -30,15 +30,25 @@ class Config(Section):
     order: Result[Annotated[list[Literal["sft", "grpo"]], Field(min_length=1)]] = ["sft", "grpo"]
     """The training stages; each starts from the previous stage's adapter; `[sft]` and `[grpo, sft]` are baselines."""
     model: Result[ModelConfig]
+    """The student: the model to tune."""
     data: Result[DataConfig]
+    """The questions to train and to evaluate on."""
     label: Result[LabelConfig] = LabelConfig(strategy="random")
+    """How each training question gets its System: teachers and their prompt."""
     adapter: Result[AdapterConfig] = AdapterConfig()
+    """The LoRA adapter, or another method to compare with."""
     score: Result[ScoreConfig] = ScoreConfig()
+    """How the importance of the adapter's elements is measured."""
     partition: Result[PartitionConfig] = PartitionConfig()
+    """The cut: θ, α, β, and baselines."""
     sft: Result[SftConfig] = SftConfig()
+    """Stage 1."""
     grpo: Result[GrpoConfig] = GrpoConfig()
+    """Stage 2."""
     evaluate: Result[EvaluateConfig] = EvaluateConfig()
+    """What is evaluated, and how."""
     cluster: Operation[ClusterConfig] = ClusterConfig()
+    """How much of the cluster the run may use."""
 
     @model_validator(mode="before")
     @classmethod

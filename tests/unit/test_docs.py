@@ -16,6 +16,8 @@ from lorapar_ray.pipeline import STAGES
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMANDS = typer.main.get_command(app)
+COMMANDS_OF_JOBS = {"pipeline": "run", **{stage: stage for stage in STAGES}}
+"""The command of each script that Ray runs as a job (`jobs/entry.py`)."""
 
 
 def commands(page: Path) -> list[str]:
@@ -50,9 +52,9 @@ def test_there_are_commands_to_check() -> None:
 def test_every_command_is_one_that_lorapar_takes(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for line in commands(page):
-        if "…" in line:
+        if "…the same…" in line:
             continue
-        words = [word for word in shlex.split(line, comments=True)[1:] if word != "$SET"]
+        words = [word for word in shlex.split(line, comments=True)[1:] if word != "$SET" and "…" not in word]
         command = COMMANDS.commands[words[0]]  # type: ignore[attr-defined]
         with command.make_context(words[0], words[1:]) as context:
             given = context.params
@@ -61,6 +63,26 @@ def test_every_command_is_one_that_lorapar_takes(page: Path, monkeypatch: pytest
         overrides = [each for each in given.get("set_") or [] if "FOLDER" not in each]
         if config.is_file():
             load_config(config, overrides)
+
+
+SCRIPTS = [*PAGES, ROOT / "cluster" / "README.md", ROOT / "jobs" / "benchmarks" / "README.md"]
+
+
+def test_every_script_of_a_page_exists_and_has_its_options() -> None:
+    lines = [line for page in SCRIPTS for line in re.findall(r"python (jobs/[^`|\n]*)", page.read_text())]
+    assert len(lines) > 8
+    for line in lines:
+        name, *words = [word for word in shlex.split(line, comments=True) if "…" not in word]
+        if name == "jobs/benchmarks/NAME.py":
+            continue
+        assert (ROOT / name).is_file(), line
+        if (ROOT / name).with_suffix("").name in COMMANDS_OF_JOBS:
+            command = COMMANDS_OF_JOBS[(ROOT / name).with_suffix("").name]
+            with COMMANDS.commands[command].make_context(command, words):  # type: ignore[attr-defined]
+                pass
+        else:
+            known = (ROOT / name).read_text() + (ROOT / "jobs" / "benchmarks" / "_rows.py").read_text()
+            assert [word for word in words if word.startswith("--") and f'"{word}"' not in known] == [], line
 
 
 def test_the_messages_under_troubleshooting_are_those_of_the_code() -> None:
@@ -93,6 +115,8 @@ def test_the_config_reference_has_every_field_with_its_mark(monkeypatch: pytest.
         _, _, rest = page.partition(f"## {section.__name__}\n")
         table = rest.partition("\n## ")[0]
         assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(section.model_fields)
+    cells = [line.split(" | ") for line in page.partition("## Types")[0].splitlines() if line.startswith("| `")]
+    assert len(cells) > 200 and [cell[0] for cell in cells if cell[-1].strip("| ") == ""] == []
     assert "| `learning_rate` | `PositiveFloat` | `5.0e-06` | result |" in page
     assert "| `checkpoint_every` | `PositiveInt` | `10` | operation |" in page
     sys.modules.pop("hooks")
