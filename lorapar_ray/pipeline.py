@@ -132,19 +132,28 @@ def require_leave(config: Config, run: RunDirectory, stages: Sequence[str], redo
         if name in allowed or stage.is_view or now not in ("changed", "damaged"):
             continue
         if restorable(stage, config, run, now) is None:
-            raise UserError(_refusal(config, run, name, found))
+            raise _refusal(config, run, name, found)
 
 
-def _refusal(config: Config, run: RunDirectory, name: str, found: dict[str, Standing]) -> str:
-    why = found[name].why
-    some = shortened(why)
+class NeedsRedo(UserError):
+    """A stage has results of other inputs, or damaged ones; `found` says which, without the command line's fix."""
+
+    def __init__(self, found: str, fix: str) -> None:
+        super().__init__(found + fix)
+        self.found = found
+
+
+def _refusal(config: Config, run: RunDirectory, name: str, found: dict[str, Standing], before: str = "") -> NeedsRedo:
+    some = shortened(found[name].why)
     after = [each for each in dependents(config, [name]) if found[each].state != "new" and not PIPELINE[each].is_view]
     following = f" (and, if its new results differ, those of {' and '.join(after)})" if after else ""
     if found[name].state == "damaged":
-        return f"{name}: its results in '{run.place}' are damaged ({some}); --redo {name} replaces them{following}"
-    return (
-        f"{name}: has results of other inputs ({some}). --redo {name} replaces them{following}, and the old ones stay "
-        "in trash/ until the new are finished; else restore the setting or choose another --run-dir"
+        damage = f"{before}{name}: its results in '{run.place}' are damaged ({some})"
+        return NeedsRedo(damage, f"; --redo {name} replaces them{following}")
+    return NeedsRedo(
+        f"{before}{name}: has results of other inputs ({some})",
+        f". --redo {name} replaces them{following}, and the old ones stay "
+        "in trash/ until the new are finished; else restore the setting or choose another --run-dir",
     )
 
 
@@ -231,7 +240,7 @@ def _due(stage: Stage, config: Config, run: RunDirectory, redo: Redo) -> _Due | 
         return None
     replaces = now in ("changed", "damaged")
     if replaces and redo == "no" and not stage.is_view:
-        raise UserError(_refusal(config, run, name, found))
+        raise _refusal(config, run, name, found)
     begun_again = now == "unfinished" and bool(trash.in_trash(run, name))
     anew = replaces or (redo == "yes" and not begun_again)
     entry = run.entry(name)
@@ -248,7 +257,7 @@ def _due(stage: Stage, config: Config, run: RunDirectory, redo: Redo) -> _Due | 
 def _require_needs(stage: Stage, config: Config, run: RunDirectory, found: dict[str, Standing]) -> None:
     for need in stage.needs(config) if not stage.is_view else ():
         if found[need].state in ("changed", "damaged"):
-            raise UserError(f"{stage.name} needs '{need}'. {_refusal(config, run, need, found)}")
+            raise _refusal(config, run, need, found, f"{stage.name} needs '{need}'. ")
         if found[need].state != "done":
             raise UserError(
                 f"{stage.name}: stage '{need}' has not finished in '{run.place}'; run `lorapar {need}` first"

@@ -27,7 +27,7 @@ def described(plan: Plan) -> Iterator[str]:
 
 def _arms(plan: Plan) -> Iterator[str]:
     for arm in plan.arms:
-        rank = [f"rank × {arm.rank_share:g}"] if arm.rank_share != 1 else []
+        rank = [f"a rank with as many elements as {arm.as_large_as.name} trains"] if arm.as_large_as else []
         teachers = [f"{arm.teachers} teacher"] if arm.teachers is not None else []
         yield f"  {arm.name:<22} {' '.join([*arm.changes, *rank, *teachers]) or 'the config as it is'}"
 

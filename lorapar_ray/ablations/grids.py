@@ -27,8 +27,9 @@ class Arm:
     """As for `--set`."""
     paper: str = ""
     """The paper's figure, in % on GSM8K."""
-    rank_share: float = 1.0
-    """Factor on the config's rank, with the same scaling alpha / rank."""
+    as_large_as: Arm | None = None
+    """Its rank is the one with as many elements as stage 1 of this other arm trains, with the same scaling alpha /
+    rank."""
     teachers: int | None = None
     """Number of the config's teachers, the first ones; None: all."""
     votes: bool = False
@@ -260,20 +261,21 @@ def _mask() -> Grid:
         "first-order": ("score.criterion=taylor1",),
         "swapped": ("partition.mask=swapped",),
     }
+    importance = Arm("importance", stage1)
     arms = (
-        Arm("importance", stage1),
+        importance,
         *(Arm(name, (*stage1, *changes)) for name, changes in controls.items()),
         Arm("shuffled-labels", (*stage1, "label.shuffled=true"), votes=True),
-        Arm("smaller-lora", (*stage1, "partition.theta=1"), rank_share=0.4),  # what θ = 0.9 keeps
+        Arm("smaller-lora", (*stage1, "partition.theta=1"), as_large_as=importance),
         Arm("full-lora", (*stage1, "partition.theta=1")),
     )
     said = {
         "random": "the importance mask beats a random one of its size",
-        "magnitude": "second-order importance beats magnitude",
-        "first-order": "second-order importance beats first-order",
+        "magnitude": "second-order importance beats magnitude at the same θ",
+        "first-order": "second-order importance beats first-order at the same θ",
         "shuffled-labels": "voted labels beat the same labels shuffled",
         "swapped": "a stage's own mask beats the other System's",
-        "smaller-lora": "the mask beats a LoRA of lower rank with as many parameters",
+        "smaller-lora": "the mask beats a LoRA of lower rank with about as many parameters",
         "full-lora": "the mask reaches the full LoRA",
     }
     return Grid(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from lorapar_ray.ablations.retention import require_skills_of
 from lorapar_ray.ablations.sharing import SHARED, borrow, borrow_sums
 from lorapar_ray.ablations.units import Unit
 from lorapar_ray.errors import UserError
-from lorapar_ray.pipeline import check_there, run_stage
+from lorapar_ray.pipeline import NeedsRedo, check_there, run_stage
 from lorapar_ray.progress import console
 from lorapar_ray.redact import redact
 from lorapar_ray.session import ray_session
@@ -29,23 +29,42 @@ def run_plan(plan: Plan, *, verbose: bool = False) -> list[str]:
     """
     failed: list[str] = []
     plan.out.mkdir(parents=True, exist_ok=True)
-    sweeps = plan.sweeps
-    for _ in _run_all(sweeps, plan, failed, verbose):
+    for _ in _run_all(lambda: plan.sweeps, plan, failed, verbose):
         pass
     rates = chosen_rates(plan)
-    units = [unit for unit in plan.units(rates) if not sweeps or unit.arm in rates]
     for arm in plan.arms:
-        if sweeps and arm.name not in rates:
+        if plan.swept and arm.name not in rates:
             console.print(f"{arm.name}: its sweep is not finished, so its learning rate is unknown and it is skipped")
-    for _ in _run_all(units, plan, failed, verbose):
+
+    def compared() -> list[Unit]:
+        return [unit for unit in plan.units(rates) if not plan.swept or unit.arm in rates]
+
+    for _ in _run_all(compared, plan, failed, verbose):
         report(plan, failed)
     console.print(report(plan, failed))
     console.print(f"the page: {plan.out / PAGE}")
     return failed
 
 
-def _run_all(units: Sequence[Unit], plan: Plan, failed: list[str], verbose: bool) -> Iterator[None]:
-    """Run unfinished units; yields after each batch of runs."""
+def _run_all(look: Callable[[], list[Unit]], plan: Plan, failed: list[str], verbose: bool) -> Iterator[None]:
+    """Run unfinished units, those last whose rank follows from the others' masks; yields after each batch of runs.
+
+    Args:
+        look: the units, with what is known by now.
+    """
+    units = look()
+    yield from _run_due([unit for unit in units if not unit.waits_for], plan, failed, verbose)
+    waited = {unit.title for unit in units if unit.waits_for}
+    if waited:
+        later = [unit for unit in look() if unit.title in waited]
+        for unit in (each for each in later if each.waits_for):
+            _fail(
+                unit, f"has as many elements as {unit.waits_for} trains, and that is not known: its run failed", failed
+            )
+        yield from _run_due([unit for unit in later if not unit.waits_for], plan, failed, verbose)
+
+
+def _run_due(units: Sequence[Unit], plan: Plan, failed: list[str], verbose: bool) -> Iterator[None]:
     due = [unit for unit in units if not unit.finished]
     with ray_session(verbose) if due else nullcontext():
         for unit in due:
@@ -82,8 +101,10 @@ def _run_part(unit: Unit, stages: Sequence[str], plan: Plan, failed: list[str]) 
     try:
         unit.run.open(unit.config)
         _run(unit, plan, stages)
+    except NeedsRedo as error:  # this command has no --redo
+        said = one_line(f"{error.found}; remove '{unit.folder}' to train it again, or choose another --out", 400)
     except UserError as error:
-        said = one_line(error, 300)
+        said = one_line(error, 300).replace("choose another --run-dir", "choose another --out")
     except Exception as error:  # a bug of this project or of a library
         file = plan.out / "failures" / f"{unit.folder.name}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -91,9 +112,13 @@ def _run_part(unit: Unit, stages: Sequence[str], plan: Plan, failed: list[str]) 
         said = f"{type(error).__name__}: {one_line(error, 200)} (the full error is in '{file}')"
     else:
         return True
-    failed.append(f"{unit.title}: {said}")
-    console.print(f"  {failed[-1]}")
+    _fail(unit, said, failed)
     return False
+
+
+def _fail(unit: Unit, why: str, failed: list[str]) -> None:
+    failed.append(f"{unit.title}: {why}")
+    console.print(f"  {failed[-1]}")
 
 
 def _siblings(out: Path) -> list[Path]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 from lorapar_ray.ablations.grids import GRIDS, Arm, Claim, Grid
 from lorapar_ray.ablations.retention import require_tasks
 from lorapar_ray.ablations.sequence import require_skills
-from lorapar_ray.ablations.units import Unit, main_runs, sweep
+from lorapar_ray.ablations.units import Source, Unit, main_runs, sweep
 from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
 from lorapar_ray.pipeline import check
@@ -35,38 +34,41 @@ class Plan:
     validation: float = VALIDATION
     """Share of the training rows that a sweep holds out for its loss."""
 
-    @cached_property
+    @property
+    def source(self) -> Source:
+        """Where its runs come from."""
+        return Source(self.file, self.overrides, self.out)
+
+    @property
+    def swept(self) -> bool:
+        """Whether each arm's learning rate is found by a sweep."""
+        return self.grid.tuned and len(self.rates) > 1
+
+    @property
     def sweeps(self) -> list[Unit]:
         """The sweep's runs, from which each arm's learning rate is chosen."""
-        if not self.grid.tuned or len(self.rates) < 2:
+        if not self.swept:
             return []
-        return sweep(self.arms, self.file, self.overrides, self.out, self.seeds[0], self.rates, self.validation)
+        return sweep(self.arms, self.source, self.seeds[0], self.rates, self.validation)
 
     @property
     def help(self) -> str:
         """What the grid compares, and at which learning rates if it has a sweep."""
         if not self.grid.tuned:
             return self.grid.help
-        return f"{self.grid.help}, {OWN_RATES if self.sweeps else 'all at one learning rate'}"
+        return f"{self.grid.help}, {OWN_RATES if self.swept else 'all at one learning rate'}"
 
     @property
     def claims(self) -> list[Claim]:
         """The grid's claims; after a sweep they say so."""
-        own = f", {OWN_RATES}" if self.sweeps else ""
+        own = f", {OWN_RATES}" if self.swept else ""
         return [replace(claim, text=claim.text + own) for claim in self.grid.claims]
 
     def units(self, rates: dict[str, float]) -> list[Unit]:
         """The runs that are compared."""
         fixed = dict.fromkeys((arm.name for arm in self.arms), self.rates[0]) if len(self.rates) == 1 else {}
-        return main_runs(
-            self.arms,
-            self.file,
-            self.overrides,
-            self.out,
-            self.seeds,
-            fixed or rates,
-            bool(self.grid.lines or self.grid.sequence),
-        )
+        every_stage = bool(self.grid.lines or self.grid.sequence)
+        return main_runs(self.arms, self.source, self.seeds, fixed or rates, every_stage)
 
 
 def make_plan(
@@ -108,12 +110,19 @@ def make_plan(
         if key == "seed" or any(change.startswith(f"{key}=") for arm in arms for change in arm.changes):
             raise UserError(f"--set {key}: the grid '{grid}' sets it itself; leave it out, or choose arms with --only")
     plan = Plan(chosen, arms, file, tuple(overrides), out, tuple(seeds), tuple(rates), validation)
-    units = plan.units({})
+    units, sweeps = plan.units({}), plan.sweeps
+    if missing := [
+        each for each in (*sweeps, *units) if each.waits_for and each.waits_for not in (a.name for a in arms)
+    ]:
+        arm, other = missing[0].arm, missing[0].waits_for
+        raise UserError(
+            f"--only {arm}: has as many elements as {other} trains, and no {other} is cut; add --only {other}"
+        )
     if chosen.sequence:
         require_skills(units[0].config)
     if chosen.lines:
         require_tasks(units[0].config)
-    for unit in [*plan.sweeps, *units]:
+    for unit in [*sweeps, *units]:
         try:
             check(unit.config, unit.stages)
         except UserError as error:

@@ -114,7 +114,7 @@ def _overlaps(units: Sequence[Unit], claim: Claim) -> list[Overlap]:
 
 def chosen_rates(plan: Plan) -> dict[str, float]:
     """The learning rate with the lowest validation loss, by arm; arms with an unfinished sweep are left out."""
-    if not plan.sweeps:
+    if not plan.swept:
         return {}
     best = load_config(plan.file, plan.overrides).sft.validation > 0  # no arm sets it
     losses: dict[str, dict[float, float]] = {}

@@ -8,6 +8,7 @@ from math import inf, isfinite
 from pathlib import Path
 
 from lorapar_ray.ablations.grids import Claim, sentence
+from lorapar_ray.ablations.sizes import elements_of
 from lorapar_ray.ablations.verdicts import ENDINGS, Effect, Found, all_of, effect, ending, shown
 from lorapar_ray.boundary import read_lines
 from lorapar_ray.datasets.rows import read_columns
@@ -26,6 +27,8 @@ class Outcome:
     learning_rate: float
     active_share: float | None
     """Share of the adapter's elements that stage 1 trains."""
+    elements: int | None = None
+    """Number of the elements that stage 1 trains: shares of adapters of different ranks do not compare."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Summary:
     by_seed: dict[int, float]
     learning_rate: float
     active_share: float | None
+    elements: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,9 @@ def read_outcome(folder: Path, seed: int, last: str, learning_rate: float) -> Ou
         return None
     right = {row["id"]: row["right"] for row in read_columns(file, {"id": str, "right": bool})}
     lines = read_lines(folder / "metrics" / "sft.jsonl")
-    return Outcome(seed, right, learning_rate, lines[-1].get("active_share") if lines else None)
+    share = lines[-1].get("active_share") if lines else None
+    whole = None if share is None else elements_of(folder)
+    return Outcome(seed, right, learning_rate, share, None if whole is None else round(share * whole))
 
 
 def validation_loss(folder: Path, *, best: bool) -> float:
@@ -91,7 +97,7 @@ def summarise(arm: str, outcomes: Sequence[Outcome]) -> Summary:
     n = len({question for each in outcomes for question in each.right})
     by_seed = {each.seed: sum(each.right.values()) / len(each.right) for each in outcomes}
     interval, first = wilson_interval(round(accuracy * n), n), outcomes[0]
-    return Summary(arm, accuracy, interval, n, by_seed, first.learning_rate, first.active_share)
+    return Summary(arm, accuracy, interval, n, by_seed, first.learning_rate, first.active_share, first.elements)
 
 
 def decide(claim: Claim, better: Sequence[Outcome], worse: Sequence[Outcome]) -> Verdict | None:

@@ -29,13 +29,18 @@ def _cells(row: Summary, paper: str) -> tuple[str, ...]:
     return (
         row.arm,
         f"{row.learning_rate:g}" if row.learning_rate else "–",
-        "–" if row.active_share is None else f"{row.active_share:.1%}",
+        _trained(row),
         f"{row.accuracy:.1%}",
         f"{low:.1%} – {high:.1%}",
         str(row.n),
         ", ".join(f"{each:.1%}" for _, each in sorted(row.by_seed.items())),
         paper or "–",
     )
+
+
+def _trained(row: Summary) -> str:
+    share = "–" if row.active_share is None else f"{row.active_share:.1%}"
+    return share if row.elements is None else f"{share} ({row.elements:,})"
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from lorapar_ray.ablations.grids import Arm
+from lorapar_ray.ablations.sizes import USUAL_SHARE, rank_of_size, trained_share
 from lorapar_ray.config import Config
 from lorapar_ray.config_file import load_config
+from lorapar_ray.errors import UserError
 from lorapar_ray.files import digest
 from lorapar_ray.pipeline import PIPELINE, pending, stages_of
 from lorapar_ray.runs import RunDirectory
@@ -28,6 +32,8 @@ class Unit:
     folder: Path
     rate: float | None = None
     """A sweep's learning rate, relative to the config's; None: no sweep."""
+    waits_for: str = ""
+    """The arm whose mask decides this run's rank, while that is not cut yet: the config is then a guess."""
 
     @property
     def run(self) -> RunDirectory:
@@ -37,7 +43,7 @@ class Unit:
     @property
     def finished(self) -> bool:
         """Whether the run has finished all its stages with these settings: its results may be of an earlier plan's."""
-        return bool(self.run.manifest()) and not pending(self.config, self.run, self.stages)
+        return not self.waits_for and bool(self.run.manifest()) and not pending(self.config, self.run, self.stages)
 
     @property
     def title(self) -> str:
@@ -68,56 +74,94 @@ def merged(*groups: Sequence[str]) -> list[str]:
     return list(found.values())
 
 
-def changes_of(arm: Arm, file: Path, overrides: Sequence[str], rate: float = 1.0) -> list[str]:
-    """The arm's overrides of a config, with its learning rate multiplied by `rate`.
+@dataclass(frozen=True)
+class Source:
+    """Where a grid's runs come from."""
 
-    Raises:
-        UserError: the config does not allow them.
-    """
-    teachers: list[str] = []
-    if arm.teachers is not None:
-        kept = load_config(file, overrides).label.teachers[: arm.teachers]
-        teachers = [f"label.teachers={json.dumps([each.model_dump(mode='json') for each in kept])}"]
-    changes = merged(overrides, arm.changes, teachers)
-    config = load_config(file, changes)
-    if arm.rank_share != 1:
-        rank = max(1, round(arm.rank_share * config.adapter.rank))
-        alpha = config.adapter.alpha * rank / config.adapter.rank
-        changes = merged(changes, [f"adapter.rank={rank}", f"adapter.alpha={alpha:g}"])
-    if arm.second_rate != 1:
-        last = config.order[-1]
-        own = getattr(config, last).learning_rate * arm.second_rate
-        changes = merged(changes, [f"{last}.learning_rate={own:.6g}"])
-    return changes if rate == 1 else merged(changes, [f"sft.learning_rate={config.sft.learning_rate * rate:.6g}"])
+    file: Path
+    overrides: Sequence[str]
+    out: Path
+
+    def config(self, *changes: Sequence[str]) -> Config:
+        """The config with the overrides and further changes.
+
+        Raises:
+            UserError: it does not allow them.
+        """
+        return load_config(self.file, merged(self.overrides, *changes))
+
+    def changes_of(self, arm: Arm, rate: float, own: Sequence[str]) -> tuple[list[str], str]:
+        """An arm's changes of the config, and the arm that it waits for (see `Unit.waits_for`).
+
+        Args:
+            rate: factor on the learning rate of stage 1.
+            own: the run's further changes, such as its seed.
+
+        Raises:
+            UserError: the config does not allow them.
+        """
+        teachers: list[str] = []
+        if arm.teachers is not None:
+            kept = self.config().label.teachers[: arm.teachers]
+            teachers = [f"label.teachers={json.dumps([each.model_dump(mode='json') for each in kept])}"]
+        changes = merged(arm.changes, teachers, own)
+        config, waits_for = self.config(changes), ""
+        if arm.as_large_as is not None:
+            rank, waits_for = self._rank(arm.name, arm.as_large_as, config)
+            alpha = config.adapter.alpha * rank / config.adapter.rank
+            changes = merged(changes, [f"adapter.rank={rank}", f"adapter.alpha={alpha:g}"])
+        if arm.second_rate != 1:
+            last = config.order[-1]
+            changes.append(f"{last}.learning_rate={getattr(config, last).learning_rate * arm.second_rate:.6g}")
+        if rate != 1:
+            changes = merged(changes, [f"sft.learning_rate={config.sft.learning_rate * rate:.6g}"])
+        return changes, waits_for
+
+    def _rank(self, name: str, other: Arm, config: Config) -> tuple[int, str]:
+        """The rank of an arm that is as large as `other`, and whether it waits for that."""
+        if config.adapter.rank == 1:
+            raise UserError(
+                f"arm {name}: no LoRA has a lower rank than adapter.rank 1; raise it, or choose other arms (--only)"
+            )
+        share = trained_share(self.out, other.name, self.config(other.changes, [f"seed={config.seed}"]))
+        rank = rank_of_size(config.adapter.rank, USUAL_SHARE if share is None else share)
+        return rank, other.name if share is None else ""
+
+    def unit(
+        self, arm: Arm, folder: Path, own: Sequence[str], *, factor: float = 1.0, rate: float | None = None
+    ) -> Unit:
+        """One run of an arm."""
+        changes, waits_for = self.changes_of(arm, factor, own)
+        config = _sharing_votes(self.config(changes), self.out)
+        return Unit(arm.name, config.seed, config, own_folder(folder, config), rate, waits_for)
 
 
-def sweep(
-    arms: Iterable[Arm],
-    file: Path,
-    overrides: Sequence[str],
-    out: Path,
-    seed: int,
-    rates: Sequence[float],
-    validation: float,
-) -> list[Unit]:
+NAMES = {"adapter.rank": "rank", "sft.learning_rate": "rate", "sft.validation": "validation"}
+"""Settings that may differ between two plans of one grid (by the sweep, its options, or another arm's mask), and their
+names in the name of a run directory."""
+
+
+def own_folder(folder: Path, config: Config) -> Path:
+    """`folder`; or, if it has results of other `NAMES`, one beside it with what differs in its name."""
+    recorded: dict[str, Any] = {}
+    for entry in RunDirectory(folder).manifest().get("stages", {}).values():
+        recorded |= (entry.get("inputs") or {}).get("settings", {}) if isinstance(entry.get("inputs"), dict) else {}
+    present = {path: attrgetter(path)(config) for path in NAMES}
+    other = [path for path, value in present.items() if recorded.get(path, value) != value]
+    return folder.with_name("-".join([folder.name, *(f"{NAMES[path]}-{present[path]:g}" for path in other)]))
+
+
+def sweep(arms: Iterable[Arm], source: Source, seed: int, rates: Sequence[float], validation: float) -> list[Unit]:
     """Every arm with every learning rate and one seed; `validation`, a share of the training rows, is held out."""
-    units: list[Unit] = []
     own = [f"seed={seed}", f"sft.validation={validation:g}", "order=[sft]", "evaluate.models=[sft]"]
-    for arm in arms:
-        for rate in rates:
-            config = _sharing_votes(load_config(file, merged(changes_of(arm, file, overrides, rate), own)), out)
-            units.append(Unit(arm.name, seed, config, out / f"sweep-{seed}" / f"{arm.name}-{rate:g}", rate))
-    return units
+    folder = source.out / f"sweep-{seed}"
+    return [
+        source.unit(arm, folder / f"{arm.name}-{rate:g}", own, factor=rate, rate=rate) for arm in arms for rate in rates
+    ]
 
 
 def main_runs(
-    arms: Sequence[Arm],
-    file: Path,
-    overrides: Sequence[str],
-    out: Path,
-    seeds: Sequence[int],
-    rates: dict[str, float],
-    every_stage: bool = False,
+    arms: Sequence[Arm], source: Source, seeds: Sequence[int], rates: dict[str, float], every_stage: bool = False
 ) -> list[Unit]:
     """Every arm with every seed; only one run evaluates the base, which is the same in all.
 
@@ -125,18 +169,25 @@ def main_runs(
         rates: the learning rate that each arm's sweep chose, relative to the config's.
         every_stage: evaluate every adapter that training leaves, not only the last.
     """
-    units: list[Unit] = []
-    folders = {(arm.name, seed): out / f"{arm.name}-{seed}" for arm in arms for seed in seeds}
-    with_base = [each for each, folder in folders.items() if _has_base(folder)] or list(folders)[:1]
-    for arm in arms:
-        changes = changes_of(arm, file, overrides, rates.get(arm.name, 1.0))
-        for seed in seeds:
-            plain = _sharing_votes(load_config(file, merged(changes, [f"seed={seed}", "evaluate.models=null"])), out)
-            trained = plain.trained if every_stage else [plain.order[-1]]
-            asked = ["base", *trained] if (arm.name, seed) in with_base else trained
-            config = plain.model_copy(update={"evaluate": plain.evaluate.model_copy(update={"models": asked})})
-            units.append(Unit(arm.name, seed, config, folders[arm.name, seed]))
-    return units
+    units = [
+        source.unit(
+            arm,
+            source.out / f"{arm.name}-{seed}",
+            [f"seed={seed}", "evaluate.models=null"],
+            factor=rates.get(arm.name, 1.0),
+        )
+        for arm in arms
+        for seed in seeds
+    ]
+    with_base = [unit for unit in units if _has_base(unit.folder)] or units[:1]
+    return [_evaluating(unit, every_stage, base=unit in with_base) for unit in units]
+
+
+def _evaluating(unit: Unit, every_stage: bool, *, base: bool) -> Unit:
+    """The run with the models that it evaluates."""
+    trained = unit.config.trained if every_stage else [unit.config.order[-1]]
+    evaluate = unit.config.evaluate.model_copy(update={"models": ["base", *trained] if base else trained})
+    return replace(unit, config=unit.config.model_copy(update={"evaluate": evaluate}))
 
 
 def _has_base(folder: Path) -> bool:

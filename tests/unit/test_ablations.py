@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from lorapar_ray.ablations.at_once import AT_ONCE, batches, groups_of, run_at_once
 from lorapar_ray.ablations.charts import losses
 from lorapar_ray.ablations.description import described
 from lorapar_ray.ablations.grids import GRIDS, Claim, sentence
-from lorapar_ray.ablations.job import _run_part
+from lorapar_ray.ablations.job import _run_all, _run_part
 from lorapar_ray.ablations.plan import Plan, make_plan
 from lorapar_ray.ablations.report import chosen_rates, report
 from lorapar_ray.ablations.results import Outcome, decide, sum_up, summarise
@@ -35,7 +38,7 @@ from lorapar_ray.interrupts import Terminated
 from lorapar_ray.labeling.keys import teacher_keys
 from lorapar_ray.labeling.store import VoteStore, question_key
 from lorapar_ray.pipeline import PIPELINE, is_done, run_stage, run_together, standings
-from lorapar_ray.runs import RunDirectory
+from lorapar_ray.runs import RunDirectory, write_json
 from lorapar_ray.sft.together import require_one_base
 from lorapar_ray.standing import inputs_of
 from tests.tiny_run import ROOT, lorapar_here, tiny_config, write_config
@@ -77,8 +80,87 @@ def test_what_arms_share_is_counted(tmp_path: Path) -> None:
     needed = {stage: (wanted, computed) for stage, wanted, computed in counted(units)}
     assert needed["label"] == needed["score"] == (9, 1)
     assert needed["partition"] == needed["grpo"] == (9, 9)
-    smaller = make_plan("mask", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1], only=["smaller-lora"]).units({})
-    assert (smaller[0].config.adapter.rank, smaller[0].config.adapter.alpha) == (3, 6)
+
+
+def cut(unit: Unit, share: float) -> None:
+    """As if the unit had finished, with a mask of this share of the elements for stage 1."""
+    record_finished(unit)
+    write_json(unit.run.partition / "summary.json", {"total": {"shares": {"trained_stage1": share}}})
+
+
+def test_a_smaller_lora_has_as_many_elements_as_the_mask_trains(tmp_path: Path) -> None:
+    """Which θ alone does not say, so it is planned once that arm has cut its mask, for each seed."""
+    file, both = SHIPPED / "arithmetic.yaml", ["importance", "smaller-lora"]
+    with pytest.raises(UserError, match=r"--only smaller-lora: .* no importance is cut; add --only importance"):
+        make_plan("mask", file, [], tmp_path, seeds=[1], only=both[1:])
+    with pytest.raises(UserError, match=r"no LoRA has a lower rank than adapter\.rank 1"):
+        make_plan("mask", file, ["adapter.rank=1"], tmp_path, seeds=[1])
+    plan = make_plan("mask", file, [], tmp_path, seeds=[1, 2], only=both, rates=[1])
+    assert [unit.waits_for for unit in plan.units({})] == ["", "", "importance", "importance"]
+    cut(plan.units({})[0], 0.7)
+    _, _, first, second = plan.units({})
+    assert (first.waits_for, first.config.adapter.rank, first.config.adapter.alpha) == ("", 6, 12)
+    assert second.waits_for == "importance" and not second.finished
+    alone = make_plan("mask", file, [], tmp_path, seeds=[1], only=both[1:], rates=[1]).units({})
+    assert [unit.config.adapter.rank for unit in alone] == [6]
+    other = make_plan("mask", file, ["partition.theta=0.5"], tmp_path, seeds=[1], only=both, rates=[1]).units({})
+    assert other[1].waits_for == "importance"  # that mask is of another θ
+
+
+def test_runs_whose_size_follows_from_others_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arms = ["smaller-lora", "importance"]
+    plan = make_plan("mask", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1, 2], only=arms, rates=[1])
+    ran: list[tuple[str, int]] = []
+
+    def finish(units: list[Unit], *_: Any) -> None:
+        for unit in units:
+            ran.append((unit.title, unit.config.adapter.rank))
+            if unit.title != "importance, seed 2":  # it fails
+                cut(unit, 0.7)
+
+    monkeypatch.setattr("lorapar_ray.ablations.job._run_batch", finish)
+    monkeypatch.setattr("lorapar_ray.ablations.job.ray_session", nullcontext)
+    failed: list[str] = []
+    list(_run_all(lambda: plan.units({}), plan, failed, verbose=False))
+    assert ran == [("importance, seed 1", 8), ("importance, seed 2", 8), ("smaller-lora, seed 1", 6)]
+    assert failed == [
+        "smaller-lora, seed 2: has as many elements as importance trains, and that is not known: its run failed"
+    ]
+
+
+def test_another_plan_s_rate_gets_a_run_of_its_own(tmp_path: Path) -> None:
+    """Other rates or another first seed may change the rate that a sweep chooses: the grid goes on."""
+    plan = make_plan("mask", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1, 2], only=["random"])
+    first, second = plan.units({"random": 2})
+    record_finished(first)
+    record_finished(second)
+    assert [unit.folder.name for unit in (first, second)] == ["random-1", "random-2"] and second.finished
+    assert [unit.folder.name for unit in plan.units({"random": 2}) if unit.finished] == ["random-1", "random-2"]
+    again = plan.units({"random": 0.5})
+    assert [unit.folder.name for unit in again] == ["random-1-rate-0.0005", "random-2-rate-0.0005"]
+    assert not any(unit.finished for unit in again)
+    for unit in plan.sweeps:
+        record_finished(unit)
+    assert all(unit.finished and unit.folder.name == f"random-{unit.rate:g}" for unit in plan.sweeps)
+    longer = make_plan("mask", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1], only=["random"], validation=0.2)
+    assert longer.sweeps[0].folder.name == "random-0.25-validation-0.2" and not longer.sweeps[0].finished
+
+
+def test_a_run_of_other_settings_says_how_to_go_on_with_a_grid(tmp_path: Path) -> None:
+    """This command has neither --redo nor --run-dir."""
+    tiny = tiny_config(Path("student")) | {"label": {"strategy": "random"}}
+
+    def reasons_of(**changes: Any) -> list[str]:
+        file = write_config(tmp_path / "tiny.yaml", tiny | changes)
+        plan = make_plan("mask", file, [], tmp_path / "out", seeds=[1], only=["random"], rates=[1])
+        return reasons(plan.units({})[0], plan)
+
+    assert reasons_of() == []
+    (other,) = reasons_of(label={"strategy": "random", "definitions": {1: "quick", 2: "slow"}})
+    assert "label: has results of other inputs (label.definitions.1" in other
+    assert other.endswith(f"remove '{tmp_path}/out/random-1' to train it again, or choose another --out")
+    (other,) = reasons_of(name="another")
+    assert "choose another --out" in other and "--run-dir" not in other
 
 
 def test_a_stage_of_equal_inputs_is_copied(tmp_path: Path) -> None:
@@ -426,6 +508,12 @@ def test_the_tables_hold_what_is_finished(tmp_path: Path) -> None:
         pq.write_table(table, folder / f"{name}.parquet")
         (folder / f"{name}.json").write_text("{}")
 
+    adapter = RunDirectory(tmp_path / "importance-1").adapter / "adapter_model.safetensors"
+    adapter.parent.mkdir(parents=True)
+    save_file({"a": torch.zeros(30, 50), "b": torch.zeros(500)}, adapter)
+    metrics = RunDirectory(tmp_path / "importance-1").metrics
+    metrics.mkdir()
+    (metrics / "sft.jsonl").write_text('{"step": 1, "loss": 1.0, "active_share": 0.4}\n')
     finish("importance", 1, "base", 10)
     for seed in (1, 2, 3):
         finish("importance", seed, "sft", 50 + seed)
@@ -435,14 +523,14 @@ def test_the_tables_hold_what_is_finished(tmp_path: Path) -> None:
         record_finished(unit)
     text = report(plan)
     assert re.search(r"^\| base \| – \| – \| 10\.0% \|.*\| – \|$", text, re.M)  # the paper has no such figure
-    assert "| importance | 0.001 | – | 52.0% |" in text
+    assert "| importance | 0.001 | 40.0% (800) | 52.0% |" in text
     assert "- **held**: The importance mask beats a random one of its size" in text
     table = list(csv.reader((tmp_path / "table.csv").read_text().splitlines()))
     assert [row[0] for row in table] == ["arm", "base", "importance", "random"]
     assert r"52.0\% & " in (tmp_path / "table.tex").read_text()
     assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
     page = (tmp_path / "index.html").read_text()
-    assert page.count("<svg") == 2 and "6 of 6 runs are evaluated" in page
+    assert page.count("<svg") == 3 and "6 of 6 runs are evaluated" in page
     assert "Stage 1 by mask, all at one learning rate." in page and "its own learning rate" not in page + text
     assert "✓ held" in page and "importance − random" in page and not re.search(r'(src|href)="(?!#)', page)
     assert "52.0% | 42.3% – 61.5% | 100 |" in text  # over the questions, each of which counts once
