@@ -75,9 +75,10 @@ def read_outcome(folder: Path, seed: int, last: str, learning_rate: float) -> Ou
         return None
     right = {row["id"]: row["right"] for row in read_columns(file, {"id": str, "right": bool})}
     lines = read_lines(folder / "metrics" / "sft.jsonl")
-    share = lines[-1].get("active_share") if lines else None
-    whole = None if share is None else elements_of(folder)
-    return Outcome(seed, right, learning_rate, share, None if whole is None else round(share * whole))
+    share: float | None = lines[-1].get("active_share") if lines else None
+    whole = elements_of(folder)
+    elements = None if share is None or whole is None else round(share * whole)
+    return Outcome(seed, right, learning_rate, share, elements)
 
 
 def validation_loss(folder: Path, *, best: bool) -> float:
