@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from lorapar_ray.ablations.at_once import alone_because, batches, groups_of
 from lorapar_ray.ablations.plan import Plan
 from lorapar_ray.ablations.units import Unit, counted
+from lorapar_ray.ablations.work import TRAINED, devices_of, of_rows, steps_of_all
 from lorapar_ray.boundary import read_object
 from lorapar_ray.pipeline import PIPELINE
 
@@ -47,16 +48,29 @@ def _together(sweeps: Sequence[Unit], units: Sequence[Unit]) -> Iterator[str]:
 
 
 def _work(plan: Plan, units: Sequence[Unit]) -> Iterator[str]:
-    """How often each stage is computed, and the time, where it is known."""
+    """How often each stage is computed, its steps, and the time, where it is known."""
     seconds = _seconds(plan)
-    known = 0.0
-    for stage, wanted, computed in counted(units):
-        took = seconds.get(stage)
-        known += (took or 0.0) * computed
-        each = f", about {took:.0f} s each, as measured on finished ones" if took else ""
-        yield f"  {stage:<10} {computed} of {wanted} are computed, the others are copies{each}"
-    if known:
-        yield f"  about {known / 3600:.1f} hours in all, what is finished included"
+    hours, held, unknown = 0.0, dict[str, float](), []
+    for stage, wanted, computing in counted(units):
+        line = f"  {stage:<10} {len(computing)} of {wanted} are computed, the others are copies"
+        kind, devices = devices_of(computing[0].config, stage)
+        if stage in TRAINED:
+            steps = steps_of_all(computing, stage)
+            line += f"; {of_rows(computing, stage) if steps is None else f'at most {steps:,} optimiser steps in all'}"
+        line += f"; on {devices:g} {kind}{'s' if devices != 1 else ''}"
+        if took := seconds.get(stage):
+            line += f", about {took:.0f} s each, as measured on finished ones"
+            spent = took * len(computing) / 3600
+            hours, held[kind] = hours + spent, held.get(kind, 0.0) + spent * devices
+        else:
+            unknown.append(stage)
+        yield line
+    if hours:
+        each = " and ".join(f"{amount:.1f} {kind}-hours" for kind, amount in held.items())
+        without = f"; without {', '.join(unknown)}, of which none is finished" if unknown else ""
+        yield f"  about {hours:.1f} hours in all, {each}, what is finished included{without}"
+    else:
+        yield "  its hours are not known before a first run has finished in this directory"
 
 
 def _claims(plan: Plan, unit: Unit) -> Iterator[str]:

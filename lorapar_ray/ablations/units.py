@@ -219,13 +219,17 @@ def shared_keys(unit: Unit, without: Collection[str] = ()) -> dict[str, str]:
     return keys
 
 
-def counted(units: Sequence[Unit]) -> Iterator[tuple[str, int, int]]:
-    """(stage, number of units that need it, number that compute it) over all units.
+def counted(units: Sequence[Unit]) -> Iterator[tuple[str, int, list[Unit]]]:
+    """(stage, number of units that need it, those that compute it) over all units.
 
     Scores by another criterion count as copies: they come from the same sums.
     """
     keys, sums = [shared_keys(unit) for unit in units], [shared_keys(unit, {CRITERION}) for unit in units]
     for name in PIPELINE:
-        wanted = [each[name] for each in (sums if name == "score" else keys) if name in each]
-        if wanted:
-            yield name, len(wanted), len(set(wanted))
+        found = [
+            (each[name], unit)
+            for each, unit in zip(sums if name == "score" else keys, units, strict=True)
+            if name in each
+        ]
+        if found:
+            yield name, len(found), list(dict(reversed(found)).values())[::-1]

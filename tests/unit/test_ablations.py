@@ -77,7 +77,7 @@ def test_every_arm_is_a_run_of_its_own(name: str, file: str, tmp_path: Path) -> 
 
 def test_what_arms_share_is_counted(tmp_path: Path) -> None:
     units = make_plan("activation", SHIPPED / "gsm8k-llama2-7b.yaml", [], tmp_path, seeds=[1]).units({})
-    needed = {stage: (wanted, computed) for stage, wanted, computed in counted(units)}
+    needed = {stage: (wanted, len(computing)) for stage, wanted, computing in counted(units)}
     assert needed["label"] == needed["score"] == (9, 1)
     assert needed["partition"] == needed["grpo"] == (9, 9)
 
@@ -645,6 +645,50 @@ def test_beta_decides_something_in_every_run_of_activation(tmp_path: Path) -> No
     units = make_plan("activation", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1]).units({})
     assert {tuple(unit.config.order) for unit in units} == {("sft", "grpo")}
     assert len({shared_keys(unit)["grpo"] for unit in units}) == len(units) == 9
+
+
+@pytest.mark.parametrize(
+    ("grid", "file", "said"),
+    [
+        (
+            "mask",
+            "arithmetic",
+            ["smaller-lora           order=[sft] partition.alpha=1 partition.theta=1 a rank with as"],
+        ),
+        ("theta", "gsm8k-llama2-7b", ["an optimiser step for every 32 rows, 1 epoch; on 2 GPUs"]),
+        ("methods", "gsm8k-llama2-7b", ["every 32 rows, 1 or 2 epochs; on 2 GPUs", "every 8 rows, 1 epoch; on 4 GPUs"]),
+        ("retention", "quickstart", ["grpo       12 of 12 are computed, the others are copies; at most 120 optimiser"]),
+        ("systems", "systems", ["sft        4 of 4 are computed, the others are copies; at most 520 optimiser steps"]),
+    ],
+)
+def test_a_dry_run_says_how_much_a_grid_would_train(grid: str, file: str, said: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["ablate", grid, str(SHIPPED / f"{file}.yaml"), "--seeds", "1", "--out", str(out), "--dry-run"]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0 and not out.exists()
+    assert all(line in shown.stdout for line in said), shown.stdout
+    assert "its hours are not known before a first run has finished in this directory" in shown.stdout
+
+
+def test_a_dry_run_counts_what_is_known_by_now(tmp_path: Path) -> None:
+    """The rows that are labelled, and the time that finished stages took."""
+    command = ["ablate", "order", str(SHIPPED / "gsm8k-llama2-7b.yaml"), "--seeds", "1", "--out", str(tmp_path)]
+    for unit in make_plan("order", SHIPPED / "gsm8k-llama2-7b.yaml", [], tmp_path, seeds=[1]).units({}):
+        record_finished(unit)
+        for stage, seconds in {"sft": 1800.0, "grpo": 7200.0}.items():
+            unit.run.record(stage, **unit.run.entry(stage) | {"seconds": seconds})
+        unit.run.labels.mkdir()
+        pq.write_table(pa.table({"system": [1] * 100 + [2] * 41}), unit.run.labels / "part-00000.parquet")
+    shown = CliRunner().invoke(app, [*command, "--dry-run"]).stdout
+    assert "at most 8 optimiser steps in all; on 2 GPUs, about 1800 s each" in shown  # 100 rows, 32 a step, twice
+    assert "at most 12 optimiser steps in all; on 4 GPUs, about 7200 s each" in shown
+    assert "about 5.0 hours in all, 18.0 GPU-hours, what is finished included; without" in shown
+
+
+def test_systems_are_refused_where_the_rows_have_none(tmp_path: Path) -> None:
+    command = ["ablate", "systems", str(SHIPPED / "gsm8k-llama2-7b.yaml"), "--out", str(tmp_path), "--dry-run"]
+    shown = CliRunner().invoke(app, command)
+    assert isinstance(shown.exception, UserError) and "sequence: needs several Systems" in str(shown.exception)
 
 
 def test_an_interrupted_grid_says_how_it_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
