@@ -1,14 +1,16 @@
-"""Serves policies on an engine of two tensor-parallel ranks, one of which then stays behind; prints the result as JSON.
+"""Serves policies on an engine of tensor-parallel ranks, the last of which then stays behind; prints what it found.
 
-python -m tests.e2e.tensor_parallel_proof STUDENT FAULT MAX_LORA_RANK
+python -m tests.e2e.tensor_parallel_proof STUDENT FAULT MAX_LORA_RANK RANKS DTYPE
 
-The engine merges policies if MAX_LORA_RANK is 0. FAULT is a file: while it exists, rank 1 does not do what it is told.
+The engine merges policies if MAX_LORA_RANK is 0. FAULT is a file: while it exists, the last rank does not do what it is
+told.
 """
 
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -25,12 +27,13 @@ EVERY_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 class LateRank(PolicyLoader):
-    """With the fault, rank 1 says that it loads a policy, or leaves an adapter's slot as it was, and does not."""
+    """With the fault, the last rank says that it loads a policy and does not, or leaves an adapter's slot empty."""
 
     rank: int
+    vllm_config: Any
 
     def late(self) -> bool:
-        return self.rank == 1 and Path(os.environ[FAULT]).exists()
+        return self.rank == self.vllm_config.parallel_config.world_size - 1 and Path(os.environ[FAULT]).exists()
 
     def lorapar_load_policy(self, adapter: str | None) -> str:
         if not self.late():
@@ -46,13 +49,14 @@ class LateRank(PolicyLoader):
 
 
 @torch.no_grad()
-def main(student: str, max_lora_rank: int) -> dict[str, object]:
+def main(student: str, max_lora_rank: int, ranks: int, dtype: str) -> dict[str, object]:
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(student, dtype=getattr(torch, dtype))
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=EVERY_LINEAR))
-    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    several = {"tensor_parallel_size": ranks, "distributed_executor_backend": "mp"} if ranks > 1 else {}
     extension = f"tests.e2e.tensor_parallel_proof.{LateRank.__name__}"
-    engine = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "enforce_eager": True, **ranks}
+    eager = not torch.cuda.is_available()
+    engine = {"dtype": dtype, "max_model_len": 256, "max_num_seqs": 8, "enforce_eager": eager, **several}
     arguments = proof_arguments(max_lora_rank or None, worker_extension_cls=extension, **engine)
     proof = PolicyProof(LLM(student, **arguments), [list(range(5, 45))])
     gaps, refused = [], []
@@ -70,5 +74,5 @@ def main(student: str, max_lora_rank: int) -> dict[str, object]:
 
 if __name__ == "__main__":
     os.environ[FAULT] = sys.argv[2]
-    print(json.dumps(main(sys.argv[1], int(sys.argv[3]))), flush=True)
+    print(json.dumps(main(sys.argv[1], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])), flush=True)
     os._exit(0)

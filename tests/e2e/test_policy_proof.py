@@ -17,9 +17,9 @@ pytestmark = pytest.mark.e2e
 WEIGHTS = "modules compute with other weights, most of all"
 
 
-def found_by(script: str, *arguments: str) -> dict[str, Any]:
-    """What a script of this folder prints, in the environment of an engine on a CPU."""
-    environment = engine_environment(EngineConfig(**ENGINE), Resources(threads=1))
+def found_by(script: str, *arguments: str, gpus: int = 0) -> dict[str, Any]:
+    """What a script of this folder prints, in the environment of an engine on a CPU, or on GPUs."""
+    environment = engine_environment(EngineConfig(**ENGINE), Resources(threads=1, gpus=gpus))
     command = [sys.executable, "-m", f"tests.e2e.{script}", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -62,8 +62,21 @@ def test_the_page_runs_and_lost_steps_are_caught_also_in_trl(found: dict[str, An
 def test_every_tensor_parallel_rank_is_verified(student: Path, tmp_path: Path, max_lora_rank: int) -> None:
     """Each rank holds a part of every module, of the keys and values a copy; rank 1 misses one policy."""
     fault = tmp_path / "fault"
-    found = found_by("tensor_parallel_proof", str(student), str(fault), str(max_lora_rank))
+    found = found_by("tensor_parallel_proof", str(student), str(fault), str(max_lora_rank), "2", "float32")
     assert len(found["gaps"]) == 3 and max(found["gaps"]) < 1e-3
     [line] = found["refused"]
     modules = "8 of 8" if max_lora_rank else "14 of 14"
     assert f"policy 2: on its rank 1, {modules} modules compute with other weights" in line
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("max_lora_rank", [0, 8])
+def test_an_engine_on_a_gpu_serves_each_policy_and_a_lost_one_is_caught(
+    student: Path, tmp_path: Path, max_lora_rank: int
+) -> None:
+    """Merged into the tensors that CUDA graphs captured, and as a LoRA adapter."""
+    fault = tmp_path / "fault"
+    found = found_by("tensor_parallel_proof", str(student), str(fault), str(max_lora_rank), "1", "bfloat16", gpus=1)
+    assert len(found["gaps"]) == 3 and max(found["gaps"]) < 0.2
+    [line] = found["refused"]
+    assert f"policy 2: {'8 of 8' if max_lora_rank else '14 of 14'} {WEIGHTS}" in line

@@ -269,6 +269,24 @@ def test_the_head_never_makes_all_logits(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.gpu
+def test_a_16_bit_head_computes_in_float32_on_a_gpu_too() -> None:
+    """There without a float32 copy of the weight."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden, weight = (
+        torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+        for shape in ((70, 64), (1000, 64))
+    )
+    tokens = torch.randint(1000, (70,), generator=generator, device="cuda")
+    exact = (hidden.double() @ weight.double().T).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    ours, _ = head_logprobs(hidden.requires_grad_(), weight, tokens)
+    torch.testing.assert_close(ours.double(), exact, atol=1e-4, rtol=1e-5)
+    ours.sum().backward()
+    wide = hidden.detach().double().requires_grad_()
+    (wide @ weight.double().T).log_softmax(-1).gather(-1, tokens[:, None]).sum().backward()
+    torch.testing.assert_close(hidden.grad.double(), wide.grad, atol=0.05, rtol=0.02)
+
+
+@pytest.mark.gpu
 def test_the_next_rows_do_not_wait_for_the_gpu() -> None:
     """It is still busy with the rows before, while the next ones are laid out and copied."""
     device = torch.device("cuda")

@@ -1,0 +1,80 @@
+"""The kernel of per-example sums, compared with the plain way: on a GPU directly, elsewhere in Triton's interpreter.
+
+The process that first imports Triton sets the interpreter, so these tests run in a separate process.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lorapar_ray.importance.batching import Layout, layout_of
+from lorapar_ray.importance.segments import _batched, has_triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+kernels = pytest.mark.skipif(False, reason="interpreted here") if INTERPRETED else pytest.mark.gpu
+"""On a GPU, or by `test_interpreted` in a process that interprets."""
+LENGTHS = {"uneven": [3, 40, 2, 17, 64], "even": [16, 16, 16], "one": [33]}
+
+
+@pytest.mark.slow
+def test_interpreted() -> None:
+    if INTERPRETED or not has_triton():
+        pytest.skip("this is the process that interprets" if INTERPRETED else "Triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout, done.stdout
+
+
+def layout(lengths: list[int]) -> Layout:
+    return layout_of(
+        {"labels": torch.ones(1, sum(lengths), dtype=torch.long), "lengths": torch.tensor(lengths)}, DEVICE
+    )
+
+
+@kernels
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize(("rows", "columns"), [(8, 40), (16, 100), (5, 33)])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        torch.float16,
+        pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
+    ],  # the interpreter has no bfloat16
+)
+def test_sums_are_those_of_the_products_one_by_one(
+    lengths: list[int], rows: int, columns: int, dtype: torch.dtype
+) -> None:
+    from lorapar_ray.importance.segment_kernel import launch
+
+    own, generator = layout(lengths), torch.Generator().manual_seed(0)
+    small, wide = (torch.randn(sum(lengths), size, generator=generator) for size in (rows, columns))
+    small, wide = small.to(dtype).to(DEVICE), wide.to(dtype).to(DEVICE)
+    ours, theirs = ([torch.ones(rows, columns, device=DEVICE) for _ in range(2)] for _ in range(2))
+    launch(small, wide, own.offsets, *ours, 0.5)
+    _batched(small, wide, own, *theirs, 0.5)
+    for mine, other in zip(ours, theirs, strict=True):  # products of 16-bit numbers are exact in float32
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-4)
+
+
+@kernels
+def test_sums_of_a_transposed_view_and_of_columns_of_a_wider_matrix() -> None:
+    from lorapar_ray.importance.segment_kernel import launch
+
+    own, generator = layout(LENGTHS["uneven"]), torch.Generator().manual_seed(1)
+    tokens = sum(LENGTHS["uneven"])
+    small, both = torch.randn(tokens, 8, generator=generator), torch.randn(tokens, 96, generator=generator)
+    small, wide = small.to(DEVICE), both.to(DEVICE)[:, 10:50]
+    ours, theirs = ([torch.zeros(40, 8, device=DEVICE) for _ in range(2)] for _ in range(2))
+    launch(small, wide, own.offsets, *(each.T for each in ours), 1.0)
+    _batched(small, wide, own, *(each.T for each in theirs), 1.0)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-4)
+    launch(small, wide, own.offsets, *(each.T for each in ours), 1.0)
+    torch.testing.assert_close(ours[0], 2 * theirs[0], rtol=1e-5, atol=1e-4)  # it adds
