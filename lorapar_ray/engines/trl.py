@@ -41,14 +41,12 @@ class ServePolicy(TrainerCallback):
         self.proofs.append(self._proof.serve(model))
 
     def rollout(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        """The trainer's `rollout_func`: one completion for each prompt, under the served policy."""
-        tokenizer, settings = trainer.processing_class, trainer.args
-        prompt_ids = [
-            tokenizer(prompt)["input_ids"]
-            if isinstance(prompt, str)
-            else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-            for prompt in prompts
-        ]
+        """The trainer's `rollout_func`: one completion for each prompt, under the served policy.
+
+        Chat template, tools and sampling are those of the trainer, as in TRL's own generation.
+        """
+        settings = trainer.args
+        prompt_ids = [_prompt_ids(prompt, trainer) for prompt in prompts]
         sampling = {
             "max_tokens": settings.max_completion_length,
             "temperature": settings.temperature,
@@ -56,6 +54,7 @@ class ServePolicy(TrainerCallback):
             "top_k": settings.top_k or -1,
             "min_p": settings.min_p or 0.0,
             "repetition_penalty": settings.repetition_penalty,
+            **(settings.generation_kwargs or {}),
         }
         answers = self._proof.generate(prompt_ids, sampling_params(sampling))
         choices = [answer.outputs[0] for answer in answers]
@@ -64,3 +63,20 @@ class ServePolicy(TrainerCallback):
             "completion_ids": [list(choice.token_ids) for choice in choices],
             "logprobs": [sampled_logprobs(choice) for choice in choices],
         }
+
+
+def _prompt_ids(prompt: Any, trainer: Any) -> list[int]:
+    tokenizer = trainer.processing_class
+    if isinstance(prompt, str):
+        found = tokenizer(prompt)
+    else:
+        found = tokenizer.apply_chat_template(
+            prompt,
+            tools=getattr(trainer, "tools", None) or None,  # earlier TRL has neither
+            chat_template=getattr(trainer, "chat_template", None),
+            add_generation_prompt=True,
+            return_dict=True,
+            **trainer.chat_template_kwargs,
+        )
+    ids: list[int] = found["input_ids"]
+    return ids

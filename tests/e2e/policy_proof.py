@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,18 @@ def main(student: str, folder: Path) -> dict[str, Any]:
         "TRL: gap": max(each.gap for each in proofs),
         "TRL: logged": [each["policy_gap"] for each in log if "reward" in each],
     }
+    trainer = names["trainer"]
+    chat = copy(trainer)
+    chat.chat_template = "{{ messages[0].content }}{{ kind }}{{ tools[0].function.name }}"
+    chat.chat_template_kwargs, chat.tools = {"kind": " 7 "}, [{"type": "function", "function": {"name": "add"}}]
+    chat.args = copy(trainer.args)
+    chat.args.generation_kwargs = {"max_tokens": 3, "ignore_eos": True}
+    sampled = names["callback"].rollout([[{"role": "user", "content": "5 +"}]], chat)
+    found["TRL: a chat"] = trainer.processing_class.decode(sampled["prompt_ids"][0])
+    found["TRL: tokens"] = len(sampled["completion_ids"][0])
     proof._load = lambda folder, number: []
     try:
-        names["trainer"].train()
+        trainer.train()
     except PolicyMismatch as error:
         found["TRL: a lost step"] = str(error)
     proof.close()

@@ -54,6 +54,7 @@ def test_the_page_runs_and_lost_steps_are_caught_also_in_trl(found: dict[str, An
     for name in ("the trainer moved on", "a model that came after the first policy"):
         assert "canary tokens are" in found[name], name
     assert found["TRL: digests"] == 4  # before the first step, and after each of three
+    assert (found["TRL: a chat"], found["TRL: tokens"]) == ("5 + 7 add", 3)
     assert len(found["TRL: logged"]) == 3 and max(found["TRL: logged"]) < 1e-3
 
 
