@@ -124,7 +124,11 @@ class TokenTable:
     def question(self, row: int) -> dict[str, Any]:
         """A row's id and `TEXTS`, and the token ids of its prompt (`prompt_ids`)."""
         texts = {name: column[row].as_py() or "" for name, column in self._texts.items()}
-        return {"id": self.id(row), **texts, "prompt_ids": self.tokens(row)[: self.starts[row]].tolist()}
+        return {"id": self.id(row), **texts, "prompt_ids": self.prompt_ids(row).tolist()}
+
+    def prompt_ids(self, row: int) -> NDArray[np.int32]:
+        """Tokens of a row's prompt, a view of the file."""
+        return self.tokens(row)[: self.starts[row]]
 
     def of(self, systems: Sequence[int]) -> NDArray[np.int64]:
         """Positions of the rows of some Systems, in the order they were labelled."""
@@ -218,6 +222,10 @@ class Questions(Sequence[dict[str, Any]]):
             return [self[each] for each in range(*index.indices(len(self)))]
         return self._table.question(int(self._positions[index]))
 
+    def prompt_ids(self, index: int) -> NDArray[np.int32]:
+        """Tokens of a question's prompt, a view of the file; no text is read."""
+        return self._table.prompt_ids(int(self._positions[index]))
+
     def excerpt(self, index: int, tokens: int, of_response: int) -> list[int]:
         """At most `tokens` token ids: the prompt's last ones, and at most `of_response` of the response's."""
         row = int(self._positions[index])
@@ -232,3 +240,10 @@ class Questions(Sequence[dict[str, Any]]):
     @cached_property
     def _positions(self) -> NDArray[np.int64]:
         return self.chosen.positions(self._table)
+
+
+def prompt_ids_of(questions: Sequence[dict[str, Any]], index: int) -> Sequence[int] | NDArray[np.int32]:
+    """Tokens of a question's prompt; of `Questions`, without its texts."""
+    found: Sequence[int] | NDArray[np.int32]
+    found = questions.prompt_ids(index) if isinstance(questions, Questions) else questions[index]["prompt_ids"]
+    return found

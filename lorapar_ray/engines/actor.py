@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lorapar_ray.config import EngineConfig, Resources
 from lorapar_ray.engines.adapter_files import AdapterFiles
 from lorapar_ray.engines.canaries import mean_gap
@@ -25,6 +27,8 @@ from lorapar_ray.models import resolve_model
 from lorapar_ray.workers import ray_options
 
 if TYPE_CHECKING:  # imports torch, which the fork server would wait for
+    from numpy.typing import NDArray
+
     from lorapar_ray.engines.policy import Policy, PolicyReceiver
     from lorapar_ray.engines.policy_transport import DirectPolicy
 
@@ -189,7 +193,7 @@ class EngineActor:
 
     async def rollout(
         self,
-        prompt_ids: Sequence[int],
+        prompt_ids: Sequence[int] | NDArray[Any],
         sampling: dict[str, Any],
         key: str = "",
         begun: GroupRecord | Mapping[str, GroupRecord] | None = None,
@@ -208,18 +212,19 @@ class EngineActor:
         await served.open.wait()
         earlier = begun.get(key) if isinstance(begun, Mapping) else begun
         group = growing(sampling["n"], served.version, earlier)
-        self._groups[arm, key] = (prompt_ids, group)
+        own: list[int] = np.asarray(prompt_ids).tolist()
+        self._groups[arm, key] = (own, group)
         try:
             await asyncio.gather(
                 *(
-                    self._grow(prompt_ids, each, request_of(each, sampling, index), arm)
+                    self._grow(own, each, request_of(each, sampling, index), arm)
                     for index, each in enumerate(group)
                     if not each.ended
                 )
             )
         finally:
             del self._groups[arm, key]
-        record = as_record(prompt_ids, group)
+        record = as_record(own, group)
         return record, record.head
 
     async def _grow(self, prompt_ids: Sequence[int], each: Growing, request: dict[str, Any], arm: int) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorapar_ray.config import ENVIRONMENT, GrpoConfig
+from lorapar_ray.datasets.tokens import prompt_ids_of
 from lorapar_ray.grpo.engine_pool import EnginePool
 from lorapar_ray.grpo.environments.actor import EnvironmentWorkers
 from lorapar_ray.grpo.groups import Group
@@ -67,7 +68,7 @@ class Rollouts:
 
     async def sample(self, index: int, step: int, attempt: int) -> Group:
         """Completions of prompt `index`, seeded by run, step, attempt and prompt."""
-        settings, row = self._settings, self._rows[index]
+        settings, prompt_ids = self._settings, prompt_ids_of(self._rows, index)
         sampling = {
             "n": settings.group_size,
             "temperature": settings.temperature,
@@ -81,9 +82,9 @@ class Rollouts:
         }
         key = f"{step}/{attempt}/{index}/{next(self._numbers)}"
         if self._environments is not None:
-            played = self._environments.play(self._engines, key, index, row["prompt_ids"], sampling)
+            played = self._environments.play(self._engines, key, index, prompt_ids, sampling)
             return Group(index, *await played)
-        return Group(index, *await self._engines.rollout(key, row["prompt_ids"], sampling))
+        return Group(index, *await self._engines.rollout(key, prompt_ids, sampling))
 
     async def reward(self, group: Group, step: int) -> None:
         """Fill in the group's rewards.

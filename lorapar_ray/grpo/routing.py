@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -113,8 +115,8 @@ class Router:
 
 def beginnings_of(prompt_ids: Sequence[int] | NDArray[Any]) -> list[int]:
     """Hashes of a prompt's first one, two, … blocks."""
-    found, known = [], 0
-    for start in range(0, min(len(prompt_ids), BLOCK * BLOCKS) - BLOCK + 1, BLOCK):
-        known = hash((known, *prompt_ids[start : start + BLOCK]))
+    found, known, ids = [], 0, np.asarray(prompt_ids[: BLOCK * BLOCKS], np.int32)
+    for start in range(0, len(ids) - BLOCK + 1, BLOCK):
+        known = hash((known, ids[start : start + BLOCK].tobytes()))
         found.append(known)
     return found

@@ -1,5 +1,6 @@
 """Labelled rows as tokens in one memory-mapped file."""
 
+import asyncio
 import json
 import pickle
 from pathlib import Path
@@ -9,9 +10,20 @@ import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer
 
+from lorapar_ray.config import GrpoConfig
 from lorapar_ray.datasets.chat import Encoder
-from lorapar_ray.datasets.tokens import Examples, Questions, Selection, TokenTable, key_of, write_tokens
+from lorapar_ray.datasets.tokens import (
+    Examples,
+    Questions,
+    Selection,
+    TokenTable,
+    key_of,
+    prompt_ids_of,
+    write_tokens,
+)
+from lorapar_ray.engines.record import GroupHead
 from lorapar_ray.errors import UserError
+from lorapar_ray.grpo.rollouts import Rollouts
 from lorapar_ray.models import resolve_model
 
 CHAT = [{"role": "system", "content": "You add."}, {"role": "user", "content": "6 + 6?"}]
@@ -65,6 +77,28 @@ def test_rewards_get_a_question_as_it_was_written(table: tuple[Path, list[dict[s
     whole = questions.excerpt(3, 10**6, of_response=1)
     assert whole[:-1] == chat["prompt_ids"] and questions.excerpt(3, 5, of_response=1) == whole[-5:]
     assert TokenTable(path).question(7)["messages"] == CHAT
+
+
+def test_sampling_reads_a_prompts_tokens_and_no_text(
+    table: tuple[Path, list[dict[str, object]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts are read where rewards are computed, not in the loop that serves all engines."""
+    asked = []
+
+    class Pool:  # a fake that answers at once
+        async def rollout(self, key: str, prompt_ids: object, sampling: dict[str, object]) -> tuple[str, GroupHead]:
+            asked.append(prompt_ids)
+            return "record", GroupHead(1, (1, 1), (True, True), (0, 0))
+
+    questions = Questions(Selection(str(table[0]), [1], "grpo.systems", 10**6))
+    expected = [questions[index]["prompt_ids"] for index in (0, 3)]
+    assert prompt_ids_of([{"prompt_ids": [5]}], 0) == [5]
+    monkeypatch.setattr(TokenTable, "question", None)
+    rollouts = Rollouts(GrpoConfig(group_size=2), {"rows": questions, "steps": 1, "seed": 0}, [], Pool(), None)  # type: ignore[arg-type]
+    for index in (0, 3):
+        asyncio.run(rollouts.sample(index, 0, 0))
+    assert [ids.tolist() for ids in asked] == expected
+    assert len(pickle.dumps(asked[0], 5)) < 4 * len(asked[0]) + 250
 
 
 def test_a_file_of_an_earlier_version_is_written_anew(tmp_path: Path) -> None:
