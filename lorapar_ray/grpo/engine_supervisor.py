@@ -19,7 +19,7 @@ from lorapar_ray.engines.mismatch import PolicyMismatch
 from lorapar_ray.grpo.engine_losses import is_dead, is_lost, leave
 
 LOSSES = 5
-"""Engines lost in one place between two policies before the run stops: more mean a broken setup."""
+"""Engines lost in one place between two policies at which the run stops: so many mean a broken setup."""
 REBUILD_LIMIT_S = 1800.0
 """How long the run waits while it has no engine; a cluster may have to add a node first."""
 
@@ -197,7 +197,7 @@ class EngineSupervisor:
         if not is_dead(error):
             await leave(lost)  # else it keeps its resources
         self._losses[slot] += 1
-        if self._losses[slot] > LOSSES:
+        if self._losses[slot] == LOSSES:
             raise RuntimeError(
                 f"rollout engine {slot} was lost {LOSSES} times; see the Ray logs of EngineActor, or raise "
                 f"grpo.rollout_time_limit_s ({self.time_limit_s:g}) if requests take longer than that"

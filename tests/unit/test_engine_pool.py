@@ -162,7 +162,9 @@ def test_an_engine_never_holds_more_than_its_limit() -> None:
 
 @pytest.mark.parametrize("when", ["start", "rollout"])
 def test_an_engine_that_is_lost_again_and_again_ends_the_run(when: str) -> None:
-    pool = pool_of(["rollout"] + [when] * LOSSES + ["lives"], 1)
+    fates = ["rollout"] + [when] * (LOSSES - 2)
+    assert ask(pool_of([*fates, "lives"], 1), 1) == [LOSSES - 1]
+    pool = pool_of([*fates, when, "lives"], 1)
     with pytest.raises(RuntimeError, match=f"rollout engine 0 was lost {LOSSES} times"):
         ask(pool, 1)
 
