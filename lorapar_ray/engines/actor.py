@@ -367,7 +367,7 @@ def start_engine(
     sync: str = "merged",
     max_lora_rank: int | None = None,
     arms: int = 1,
-    place: Any = None,
+    placement_group: Any = None,
     actor: type[EngineActor] = EngineActor,
     environment: Mapping[str, str] | None = None,
     restarts: int = 0,
@@ -378,7 +378,7 @@ def start_engine(
         model_path: as the config has it, or as `models.model_reference` gives it; the actor's machine resolves it.
         where: the config's field that holds `engine`, for error messages.
         arms: number of policies that it serves at once (`adapter`).
-        place: a placement group with a bundle for this engine; None: anywhere.
+        placement_group: with a bundle for this engine; None: anywhere.
         actor, environment: another kind of engine, and additional environment variables.
         restarts: how often Ray restarts the actor if its process or machine is lost; calls in flight go to the new
             actor. That has no engine and no policy, so only an actor whose calls handle this may use it.
@@ -394,8 +394,12 @@ def start_engine(
     if sync == "adapter":
         arguments |= lora_arguments(max_lora_rank or 8, adapters=2 * arms)  # each arm's current and previous one
     asked = ray_options(resources)
-    if place is not None:  # whose bundles say which nodes
-        asked = {**asked, "label_selector": None, "scheduling_strategy": PlacementGroupSchedulingStrategy(place)}
+    if placement_group is not None:  # whose bundles say which nodes
+        asked = {
+            **asked,
+            "label_selector": None,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(placement_group),
+        }
     remote = ray.remote(actor).options(
         **asked,
         max_concurrency=10_000,  # each turn of an environment is a call; verifying a policy must not wait for them

@@ -45,7 +45,7 @@ class Coordinator:
         self,
         plan: dict[str, Any],
         engine: Callable[[int], Any] | None = None,
-        place: Any = None,
+        placement_group: Any = None,
         reward_worker: type[Any] = RewardActor,
     ) -> None:
         """Take the plan, and arguments that are not plain data.
@@ -56,7 +56,7 @@ class Coordinator:
                 `judging`; None without one) and perhaps `withheld` (environment variables that rewards do not see) and
                 `arms` (runs that share the engines).
             engine: creates the engine of a place, from 0; default: from the plan.
-            place: the engines' placement group.
+            placement_group: with the engines' bundles; None: there is none.
             reward_worker: the function of a reward worker.
         """
         self._plan = plan
@@ -64,7 +64,7 @@ class Coordinator:
         self._stream = self._fresh_stream()
         asked = self._settings.canary_tolerance
         self._tolerance = None if asked == "auto" else asked
-        shards, own = shard_count(self._settings), (engine, place, reward_worker)
+        shards, own = shard_count(self._settings), (engine, placement_group, reward_worker)
         self._sampler = Sampler(plan, *own) if shards == 1 else Shards(plan, shards, *own)
         self._failures = Failures()
         self._lost = 0

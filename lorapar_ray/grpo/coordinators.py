@@ -19,10 +19,10 @@ class Coordinators:
     """Async Ray actor. Methods with `arm` are those of that run's `Coordinator`; see `ArmHandle`."""
 
     def __init__(
-        self, plans: Sequence[dict[str, Any]], engine: Callable[[int], Any] | None = None, place: Any = None
+        self, plans: Sequence[dict[str, Any]], engine: Callable[[int], Any] | None = None, placement_group: Any = None
     ) -> None:
         """Take each run's plan; the other arguments are those of `Coordinator`."""
-        shared = SharedEngines(engine or partial(new_engine, {**plans[0], "arms": len(plans)}, place))
+        shared = SharedEngines(engine or partial(new_engine, {**plans[0], "arms": len(plans)}, placement_group))
         self._arms = [
             Coordinator({**plan, "arms": len(plans)}, engine=partial(shared.engine, arm))
             for arm, plan in enumerate(plans)

@@ -170,9 +170,9 @@ def run_learners(
         console.print(f"  {few}")
     # every learner waits in a call for its batch; pings and policies must not wait behind them
     options = {"name": name, "max_concurrency": 10_000, "max_restarts": RESTARTS}
-    with nullcontext() if staying else reserved(first.config) as place:
+    with nullcontext() if staying else reserved(first.config) as placement_group:
         handed = HandedEngines(dict(enumerate(staying)), partial(new_engine, plan, None)) if staying else None
-        actor = ray.remote(coordinator).options(**beside_the_driver(), **options).remote(plan, handed, place)
+        actor = ray.remote(coordinator).options(**beside_the_driver(), **options).remote(plan, handed, placement_group)
         try:
             engines = actor.start.remote()  # in parallel with the learners, whose first policy waits
             run_workers(
@@ -183,7 +183,7 @@ def run_learners(
                 max_workers=settings.max_learners,
                 multiple=settings.sequence_parallel,
                 resources=settings.learner_resources,
-                others=Others(place, settings.rollout_resources, without_a_bundle(first.config)),
+                others=Others(placement_group, settings.rollout_resources, without_a_bundle(first.config)),
                 run=first.run,
                 writes=writes,
                 before_restart=partial(_make_room, name) if settings.extra_rollout_actors else None,

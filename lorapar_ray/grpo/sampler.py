@@ -49,7 +49,7 @@ class Sampler:
         self,
         plan: dict[str, Any],
         engine: Callable[[int], Any] | None = None,
-        place: Any = None,
+        placement_group: Any = None,
         reward_worker: type[Any] = RewardActor,
     ) -> None:
         """Start the workers; the arguments are those of `Coordinator`."""
@@ -58,7 +58,7 @@ class Sampler:
         settings = GrpoConfig.model_validate(plan["settings"])
         asked = settings.canary_tolerance
         self._pool = EnginePool(
-            engine or partial(new_engine, plan, place),
+            engine or partial(new_engine, plan, placement_group),
             settings.rollout_actors,
             extra=settings.extra_rollout_actors,
             at_once=groups_at_once(settings, plan.get("arms", 1)),
@@ -120,7 +120,7 @@ class Sampler:
         await self._pool.stop()
 
 
-def new_engine(plan: dict[str, Any], place: Any, slot: int, actor: type[EngineActor] = EngineActor) -> Any:
+def new_engine(plan: dict[str, Any], placement_group: Any, slot: int, actor: type[EngineActor] = EngineActor) -> Any:
     """Create a run's rollout engine for place `slot`, an `actor`; returns its handle."""
     settings = GrpoConfig.model_validate(plan["settings"])
     engine = settings.rollout_engine
@@ -136,7 +136,7 @@ def new_engine(plan: dict[str, Any], place: Any, slot: int, actor: type[EngineAc
         sync=sync_of(settings),
         max_lora_rank=plan["lora_rank"],
         arms=plan.get("arms", 1),
-        place=place if slot < settings.rollout_actors else None,  # only those have a bundle there
+        placement_group=placement_group if slot < settings.rollout_actors else None,  # only those have a bundle there
         actor=actor,
     )
 

@@ -38,14 +38,14 @@ class Shards:
         plan: dict[str, Any],
         count: int,
         engine: Callable[[int], Any] | None = None,
-        place: Any = None,
+        placement_group: Any = None,
         reward_worker: type[Any] = RewardActor,
     ) -> None:
         """Start `count` actors on this machine; the other arguments are those of `Coordinator`."""
         import ray
 
         actor = ray.remote(Sampler).options(**beside_the_driver(), max_concurrency=1000)
-        self._actors = [actor.remote(part, engine, place, reward_worker) for part in parts_of(plan, count)]
+        self._actors = [actor.remote(part, engine, placement_group, reward_worker) for part in parts_of(plan, count)]
 
     async def start(self) -> list[dict[str, Any]]:
         return [each for found in await self._all("start") for each in found]

@@ -53,7 +53,7 @@ def config(engines: int, gpus: float, learners: int = 1, learner_gpus: float = 0
 
 
 def engine(tree: Config, place: Any) -> Any:
-    return start_engine("m", EngineConfig(), tree.grpo.rollout_resources, seed=0, place=place, actor=Where)
+    return start_engine("m", EngineConfig(), tree.grpo.rollout_resources, seed=0, placement_group=place, actor=Where)
 
 
 def test_engines_and_learners_share_gpus_one_of_each_on_each(gpus: None) -> None:
