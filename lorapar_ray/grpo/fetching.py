@@ -47,11 +47,7 @@ def _records(share: Share) -> dict[int, GroupRecord]:
 def _any_rank(value: bool, world: int) -> bool:
     if world == 1:
         return value
-    import torch
-    import torch.distributed as dist
-
+    from lorapar_ray.collectives import most_of_any_rank
     from lorapar_ray.student import device
 
-    flag = torch.tensor(int(value), device=device() if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
+    return most_of_any_rank(int(value), device()) > 0

@@ -22,11 +22,6 @@ class LossOutput:
     figures: dict[str, Tensor]
     """Scalars that the device may still be computing: reading one waits for it."""
 
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The figures as numbers, all copied at once."""
-        return dict(zip(self.figures, torch.stack(list(self.figures.values())).tolist(), strict=True))
-
 
 def policy_loss(
     logprobs_BT: Tensor,

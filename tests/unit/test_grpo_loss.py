@@ -9,7 +9,7 @@ import torch
 
 from lorapar_ray import logprobs
 from lorapar_ray.grpo.advantages import group_advantages, overlong_penalty
-from lorapar_ray.grpo.figures import step_metrics
+from lorapar_ray.grpo.figures import as_numbers, step_metrics
 from lorapar_ray.grpo.loss import LossType, part_weight, policy_loss
 from lorapar_ray.grpo.packing import group_by_prompt, micro_batches
 from lorapar_ray.grpo.samples import Sample
@@ -106,15 +106,16 @@ def test_sampler_ratios_are_logged_raw_and_far_sequences_masked() -> None:
         sequence_mask_bounds=(0.1, 5.0),
     )
     assert out.loss.item() == pytest.approx(-(1.0 + 1.5) / 2)
-    assert out.metrics["ratio_max"] == pytest.approx(10.0)
-    assert out.metrics["sequence_masked_share"] == 0.5
+    figures = as_numbers(out.figures)
+    assert figures["ratio_max"] == pytest.approx(10.0)
+    assert figures["sequence_masked_share"] == 0.5
 
 
 def test_clip_shares_count_only_where_clipping_bites() -> None:
     old = torch.zeros(2, 2)
     new = torch.log(torch.tensor([[2.0, 0.1], [2.0, 0.1]]))
-    metrics = policy_loss(new, old, torch.tensor([1.0, -1.0]), torch.ones(2, 2)).metrics
-    assert (metrics["clip_high_share"], metrics["clip_low_share"]) == (0.25, 0.25)
+    figures = as_numbers(policy_loss(new, old, torch.tensor([1.0, -1.0]), torch.ones(2, 2)).figures)
+    assert (figures["clip_high_share"], figures["clip_low_share"]) == (0.25, 0.25)
 
 
 def test_advantages_by_hand() -> None:
