@@ -92,15 +92,8 @@ def learn(learner: Learner, coordinators: Sequence[Any], journals: Sequence[Jour
     steps = [step for step, _ in restored]
     leads = [Lead(*each) for each in zip(arms, coordinators, journals, strict=True)] if journals else []
     computes_canaries = bool(leads) or learner.forward.together
-    canaries = learner.canaries() if computes_canaries else []
-    measured = any(arm.settings.canary_tolerance == "auto" for arm in arms)
-    base_canaries = learner.base_canaries() if measured and computes_canaries else []
-    for number, lead in enumerate(leads):
-        lead.begin(*restored[number])
-    for number, lead in enumerate(leads if measured else ()):
-        lead.calibrate(base_canaries[number], learner.rounding)  # before any policy is served
-    for number, lead in enumerate(leads):
-        lead.publish(steps[number], canaries[number])
+    if computes_canaries:
+        begin_arms(learner, leads, restored)
     if world > 1:
         dist.barrier()  # no rank asks for a batch before rank 0 has told the coordinators where to begin
     while running := [number for number, arm in enumerate(arms) if steps[number] < arm.steps]:
@@ -128,18 +121,37 @@ def learn(learner: Learner, coordinators: Sequence[Any], journals: Sequence[Jour
             canaries = learner.canaries() if computes_canaries else []
         for number in running:
             steps[number] += 1
-        verified = {number: leads[number].publisher.figures for number in running if leads}
-        learning = clock.seconds["learn"] - sum(each["seconds/wait_for_proof"] for each in verified.values())
-        for number, figures in verified.items():
-            lead, step = leads[number], steps[number]
-            lead.publish(step, canaries[number])
+        own = [(number, leads[number]) for number in running if leads]
+        learning = clock.seconds["learn"] - sum(lead.publisher.figures["seconds/wait_for_proof"] for _, lead in own)
+        for number, lead in own:
+            lead.publish(steps[number], canaries[number])
+            figures = {**metrics[number], **lead.publisher.figures, "learners": float(world)}
             seconds = learning, waited, time.monotonic() - start
-            figures = {**metrics[number], **figures, "learners": float(world)}
-            lead.journal.write(step, fetched[number][0], figures, *seconds)
-            lead.checkpoint_if_due(step)
+            lead.journal.write(steps[number], fetched[number][0], figures, *seconds)
+            lead.checkpoint_if_due(steps[number])
     for number, lead in enumerate(leads):
         lead.publisher.wait()
         learner.finish(number)
+
+
+def begin_arms(learner: Learner, leads: Sequence[Lead], restored: Sequence[tuple[int, dict[str, Any] | None]]) -> None:
+    """Bring every arm's coordinator to where training resumes, and publish its first policy.
+
+    Args:
+        leads: empty on a rank that only computes along.
+        restored: each arm's steps done and prompt stream, from its checkpoint.
+    """
+    canaries = learner.canaries()
+    measured = any(arm.settings.canary_tolerance == "auto" for arm in learner.arms)
+    base_canaries = learner.base_canaries() if measured else canaries
+    if not leads:
+        return
+    for lead, (step, stream) in zip(leads, restored, strict=True):
+        lead.begin(step, stream)
+    for lead, of_base in zip(leads, base_canaries, strict=True):
+        lead.calibrate(of_base, learner.rounding)  # before any policy is served
+    for lead, (step, _), own in zip(leads, restored, canaries, strict=True):
+        lead.publish(step, own)
 
 
 class Lead:
