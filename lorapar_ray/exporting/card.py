@@ -17,11 +17,14 @@ SHOWN = {"adapter": "score", "score": "score", "partition": "partition", "sft": 
 """Config sections that describe the training, and the stage that used each."""
 
 
-def model_card(config: Config, run: RunData, stage: str, *, merged: bool) -> str:
+def model_card(config: Config, run: RunData, stage: str, *, merged: str | None) -> str:
     """Markdown with the front matter that the hub reads.
 
     Only results that belong to what is in the run now are in it, and settings only of stages that have finished with
     them.
+
+    Args:
+        merged: the dtype of a merged model's weights; None: it is an adapter.
     """
     front = {
         "base_model": config.model.path,
@@ -41,8 +44,8 @@ def model_card(config: Config, run: RunData, stage: str, *, merged: bool) -> str
     return shown("\n".join(parts))
 
 
-def _what(config: Config, stage: str, merged: bool) -> str:
-    kind = "a merged model" if merged else f"a LoRA adapter for `{config.model.path}`"
+def _what(config: Config, stage: str, merged: str | None) -> str:
+    kind = f"a merged model in {merged}" if merged else f"a LoRA adapter for `{config.model.path}`"
     return (
         f"This is {kind}, trained with LoRA-PAR ([arXiv 2507.20999](https://arxiv.org/abs/2507.20999)) by "
         f"`lorapar_ray`: stages {', '.join(config.order[: config.order.index(stage) + 1])}, seed {config.seed}.\n"  # type: ignore[arg-type]

@@ -27,7 +27,8 @@ def export(config: Config, run: RunDirectory, out: Path, stage: str | None = Non
 
     Args:
         stage: `sft` or `grpo`; None: the last of the run's order.
-        merged: the whole model, base + s·BA in the config's dtype, by stock peft, with its tokenizer.
+        merged: the whole model, base + s·BA, by stock peft, with its tokenizer. In the config's dtype; with `auto` in
+            what this machine's CPU computes in, which the card names.
 
     Raises:
         UserError: the stage is not in the run or has not finished, `out` exists, or the base cannot be loaded.
@@ -43,20 +44,22 @@ def export(config: Config, run: RunDirectory, out: Path, stage: str | None = Non
     if merged and config.adapter.method != "lora":
         raise UserError(f"--merged: adapter.method {config.adapter.method} has nothing to merge; export the adapter")
     with atomic_path(out) as draft:
+        dtype = None
         if merged:
-            _merge(config, folder, draft)
+            dtype = _merge(config, folder, draft)
         else:
             shutil.copytree(folder, draft, ignore=shutil.ignore_patterns("README.md"))
             settings = read_object(folder / "adapter_config.json")
             write_json(draft / "adapter_config.json", {**settings, "base_model_name_or_path": config.model.path})
         data = read_run(config, run)
-        (draft / "README.md").write_text(model_card(config, data, stage, merged=merged))
+        (draft / "README.md").write_text(model_card(config, data, stage, merged=dtype))
     if data.state.outdated:
         console.print(f"  the card leaves out results that are out of date: {said(data.state.outdated)}")
     return stage
 
 
-def _merge(config: Config, adapter: Path, out: Path) -> None:
+def _merge(config: Config, adapter: Path, out: Path) -> str:
+    """Write the merged model; returns the name of its dtype."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -70,3 +73,4 @@ def _merge(config: Config, adapter: Path, out: Path) -> None:
     whole = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     whole.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    return str(dtype).removeprefix("torch.")

@@ -51,7 +51,7 @@ def run() -> RunData:
 def test_the_card() -> None:
     remember_config(TREE)
     config = Config.model_validate(TREE)
-    text = model_card(config, run(), "sft", merged=False)
+    text = model_card(config, run(), "sft", merged=None)
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "owner/base" and front["library_name"] == "peft"
     for part in (
@@ -66,8 +66,8 @@ def test_the_card() -> None:
         assert part in text, part
     assert "hunter22" not in text
     cut = {"theta": 0.8, "systems": {"1": {"share": 0.2}, "2": {"share": 0.15}}}
-    of_systems = model_card(config, replace(run(), partition=None, systems=cut), "sft", merged=False)
+    of_systems = model_card(config, replace(run(), partition=None, systems=cut), "sft", merged=None)
     assert "at θ = 0.8: System 1 trains 20.0%, System 2 trains 15.0%." in of_systems
-    assert (
-        yaml.safe_load(model_card(config, run(), "grpo", merged=True).split("---")[1])["library_name"] == "transformers"
-    )
+    whole = model_card(config, run(), "grpo", merged="bfloat16")
+    assert yaml.safe_load(whole.split("---")[1])["library_name"] == "transformers"
+    assert "This is a merged model in bfloat16, trained" in whole
