@@ -88,7 +88,8 @@ class GrpoConfig(Section):
     balance: Result[Literal["off", "auto"]] = "off"
     """`auto`: the number of prompts per step changes within `balance_prompts`, starting at `prompts_per_step`. It
     becomes the smallest number that reaches 0.95 of the samples per second of large steps; see
-    `lorapar_ray/grpo/balance.py`. It depends on measured times, so two runs differ; `steps` must be set."""
+    `lorapar_ray/grpo/balance.py`. It depends on measured times, so two runs differ; `steps` must be set. It moves no
+    resources: the numbers of engines and learners stay as you set them."""
     balance_prompts: Result[tuple[PositiveInt, PositiveInt] | None] = None
     """Smallest and largest number of prompts per step with `balance: auto`; None: `prompts_per_step` to eight times as
     many."""
@@ -107,17 +108,18 @@ class GrpoConfig(Section):
     of `kl_beta`, use the distribution that was sampled from."""
     top_p: Result[Annotated[float, Field(gt=0, le=1)]] = 1.0
     """Sample from the most likely tokens that together have this probability. Below 1 `top_k` must be set: it limits
-    the number of tokens sent to the learner."""
+    the number of tokens sent to the learner, which without it may be the whole vocabulary for each sampled token."""
     min_p: Result[Fraction] = 0.0
     """Sample from tokens with at least this fraction of the most likely token's probability; above 0 `top_k` must be
-    set."""
+    set, for the same reason."""
     stop: Result[StopStrings] = []
     """Strings at which a completion ends."""
     rewards: Result[Annotated[list[RewardConfig], Field(min_length=1)]] = [RewardConfig(name="numeric_answer")]
     """A completion's reward is their weighted sum. By convention the first one rewards a right answer."""
     environment: Result[str | None] = None
     """`module:function`, an async `rollout(engine, row)` that runs one sample over several turns, optionally with
-    tools; see the tutorial. None: a completion is one answer."""
+    tools; see the tutorial. Its slow groups stay on their engine: only groups of plain completions move to an idle one.
+    None: a completion is one answer."""
     environment_workers: Operation[PositiveInt] = 1
     """Ray actors that run episodes; each runs many at once."""
     environment_time_limit_s: Operation[PositiveFloat] = 60.0
@@ -202,8 +204,8 @@ class GrpoConfig(Section):
     """Finish completions in flight before serving a new policy. False: they continue with the new policy."""
     sync: Operation[Literal["auto", "merged", "adapter"]] = "auto"
     """`merged`: engines serve base + s·BA as plain weights; `adapter`: vLLM's own LoRA. `auto`: `adapter` on GPUs
-    (loads only the adapter, does not round the base again), `merged` on CPUs (LoRA kernels slow every decoding step;
-    `jobs/benchmarks/weight_sync.py`)."""
+    (loads only the adapter, does not round the base again), `merged` on CPUs (there LoRA products add to every decoding
+    step; `jobs/benchmarks/weight_sync.py`)."""
     canary_tolerance: Operation[PositiveFloat | Literal["auto"]] = "auto"
     """Largest mean absolute log-probability gap (nats) between learner and engine on the canary tokens. `auto`: eight
     times the gap on the base without an adapter, measured before a policy is served, and at least the rounding of
@@ -223,7 +225,7 @@ class GrpoConfig(Section):
     """In a grid (`lorapar ablate`): the number of runs with equal base, rank, targets and engines whose stage 2 trains
     together, each with its own prompts, rewards and steps: on one frozen base, with engines that serve each run's
     policy as a LoRA adapter (`sync: adapter`). Each ends as it does alone, except for rounding. 1: one run after the
-    other, which is faster on a CPU (see `jobs/benchmarks/arms.py`)."""
+    other, which was faster on a CPU (see `jobs/benchmarks/arms.py`)."""
     learners: Operation[PositiveInt] = 1
     """Training workers that share each step's samples; with `max_learners` the fewest."""
     max_learners: Operation[PositiveInt | None] = None

@@ -172,7 +172,10 @@ class EnginePool:
                     rollout.seen = records, tokens[key]
 
     def _give_back_straggler(self, slot: int, engine: Any) -> None:
-        """Interrupt a slow group, so that an idle engine continues it."""
+        """Interrupt a slow group, so that an idle engine continues it.
+
+        What is slow is known only after `routing.DURATIONS` groups. Episodes of an environment are never interrupted.
+        """
         usual, load = self._router.typical, self._router.load
         others = (each for each in self.supervisor.working() if each != slot)
         if usual is None or len(self._queue) or all(load[each] for each in others):

@@ -98,7 +98,7 @@ class Router:
 
     @property
     def typical(self) -> float | None:
-        """Median seconds of the latest groups; None until there are enough."""
+        """Median seconds of the latest `DURATIONS` groups; None until there are so many."""
         return median(self._durations) if len(self._durations) == DURATIONS else None
 
     def _measure(self, slot: int) -> None:
