@@ -31,10 +31,10 @@ def write_page(
     folders: Mapping[str, Sequence[Path]],
     *,
     planned: int,
+    found_tables: Sequence[tables.Table],
     failed: Sequence[str] = (),
     overall: Sequence[Overall] = (),
     kept: Sequence[Said] = (),
-    extra: Sequence[tables.Table] = (),
     lines: Mapping[str, Mapping[str, Sequence[Point]]] | None = None,
     matrices: Mapping[str, Matrix] | None = None,
     systems: Sequence[int] = (),
@@ -45,9 +45,9 @@ def write_page(
         about: what the grid compares.
         folders: run directories by arm.
         planned: number of runs to evaluate.
+        found_tables: first the arms' accuracies.
         overall: verdicts on several of `verdicts` together.
         kept: verdicts on more than accuracy.
-        extra: tables of more than accuracy.
         lines: points of a retention grid, by line and arm.
         matrices: of Systems in sequence, the skills by arm, means over seeds.
         systems: these Systems, in the order of training.
@@ -70,9 +70,7 @@ def write_page(
         marks=MARKS,
         verdicts=[*overall, *verdicts, *kept],
         plots=[Markup(plot) for plot in plots],
-        head=tables.HEAD,
-        rows=tables.rows(grid, base, dict(found)),
-        extra=extra,
+        tables=found_tables,
         arms=arms,
         finished=sum(len(each.by_seed) for each in found.values()),
         planned=planned,

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorapar_ray.ablations import movement, retention, sequence, tables
 from lorapar_ray.ablations.grids import Claim
 from lorapar_ray.ablations.movement import Overlap
+from lorapar_ray.ablations.paper import figures_of
 from lorapar_ray.ablations.plan import Plan
-from lorapar_ray.ablations.results import Outcome, decide, read_outcome, sum_up, summarise, validation_loss
+from lorapar_ray.ablations.results import (
+    Outcome,
+    Overall,
+    Summary,
+    Verdict,
+    decide,
+    read_outcome,
+    sum_up,
+    summarise,
+    validation_loss,
+)
 from lorapar_ray.ablations.retention import Point, compare, joined, read_point
 from lorapar_ray.ablations.sequence import Course, read_course
 from lorapar_ray.ablations.units import Unit
@@ -17,26 +29,41 @@ from lorapar_ray.config_file import load_config
 from lorapar_ray.files import atomic_path
 
 PAGE = "index.html"
+XML = '<?xml version="1.0" encoding="utf-8"?>\n'
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A grid's arms on one set of questions: the test rows, or a task of lm-eval."""
+
+    base: Summary | None
+    arms: dict[str, Summary]
+    verdicts: list[Verdict]
+    overall: list[Overall]
+    """Verdicts on several of `verdicts` together."""
+    said: list[Overall]
+    """All of them, with the questions' name."""
+    table: tables.Table
 
 
 def report(plan: Plan, failed: Sequence[str] = ()) -> str:
     """Write the tables and the page of finished runs; returns the table as Markdown."""
+    from lorapar_ray.ablations import charts
     from lorapar_ray.ablations.page import write_page
 
     units = plan.units(chosen_rates(plan))
     done = [unit for unit in units if unit.finished]
-    found, base = _outcomes(done), _base(done)
-    verdicts = [decide(claim, found.get(claim.better, []), found.get(claim.worse, [])) for claim in plan.claims]
-    summaries = {arm: summarise(arm, outcomes) for arm, outcomes in found.items()}
-    first = summarise("base", [base]) if base else None
-    known = [each for each in verdicts if each is not None]
-    overall = sum_up(plan.claims, known)
+    config = units[0].config
+    asked = [""] * bool(config.data.test) + config.evaluate.tasks
+    main, *others = [_compared(plan, done, task) for task in asked]
+    table = replace(main.table, name="table")
     lines, courses = _lines(plan, done), _courses(plan, done)
     kept = [each for claim in plan.grid.lines if (each := compare(claim, joined(lines))) is not None]
     forgotten = [lost for claim in plan.grid.sequence if (lost := sequence.compare(claim, courses)) is not None]
     moved = {claim: _overlaps(done, claim) for claim in plan.grid.moved}
     held = [one for claim, overlaps in moved.items() if (one := movement.decide(claim, overlaps)) is not None]
-    extra = [retention.table(lines, kept)] if lines else []
+    extra = [each.table for each in others if each.arms]
+    extra += [retention.table(lines, kept)] if lines else []
     if held:
         extra.append(movement.table({claim.worse: overlaps for claim, overlaps in moved.items()}, held))
     folders = {arm.name: [unit.folder for unit in done if unit.arm == arm.name] for arm in plan.arms}
@@ -45,21 +72,22 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
         plan.grid,
         plan.help,
         plan.arms,
-        first,
-        summaries,
-        known,
+        main.base,
+        main.arms,
+        main.verdicts,
         folders,
         planned=len(units),
         failed=failed,
-        overall=overall,
-        kept=[*kept, *forgotten, *held],
-        extra=extra,
+        overall=main.overall,
+        kept=[*(said for each in others for said in each.said), *kept, *forgotten, *held],
+        found_tables=[table, *extra],
         lines=lines,
         matrices={arm: sequence.mean_skills(each) for arm, each in courses.items()},
-        systems=units[0].config.sft.systems,
+        systems=config.sft.systems,
     )
-    texts = [tables.write(plan.out, plan.grid, first, summaries, [*overall, *known])]
-    texts += [each.write(plan.out) for each in extra]
+    texts = [each.write(plan.out) for each in (table, *extra)]
+    if main.arms:
+        _written(plan.out / "plot.svg", XML + charts.accuracies(plan.grid, main.base, main.arms))
     if courses:
         untrained = next((skills for unit in done if (skills := sequence.read_answers(unit.folder, "base"))), None)
         regions = {arm: sequence.read_regions(folders[arm][0]) for arm in courses}
@@ -68,20 +96,30 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
     return "\n".join(texts)
 
 
-def _outcomes(units: Sequence[Unit]) -> dict[str, list[Outcome]]:
+def _compared(plan: Plan, units: Sequence[Unit], task: str) -> Compared:
+    """The finished runs on the test rows (an empty `task`), or on a task of lm-eval."""
+    found = _outcomes(units, task)
+    starts = (read_outcome(unit.folder, unit.seed, "base", 0.0, task) for unit in units)
+    start = next((Outcome(0, each.right, 0.0, None) for each in starts if each is not None), None)
+    base = summarise("base", [start]) if start else None  # the same for all runs
+    arms = {arm: summarise(arm, outcomes) for arm, outcomes in found.items()}
+    decided = [decide(claim, found.get(claim.better, []), found.get(claim.worse, [])) for claim in plan.claims]
+    verdicts = [each for each in decided if each is not None]
+    overall = sum_up(plan.claims, verdicts)
+    figures = figures_of(plan.grid, load_config(plan.file, plan.overrides), task)
+    table = tables.accuracy_table(plan.grid, base, arms, figures, [*overall, *verdicts], task)
+    said = [Overall(each.found, f"On {task}: {each.sentence}") for each in (*overall, *verdicts)]
+    return Compared(base, arms, verdicts, overall, said, table)
+
+
+def _outcomes(units: Sequence[Unit], task: str) -> dict[str, list[Outcome]]:
     """Outcomes of the finished runs, by arm."""
     found: dict[str, list[Outcome]] = {}
     for unit in units:
-        outcome = read_outcome(unit.folder, unit.seed, unit.config.order[-1], unit.config.sft.learning_rate)
+        outcome = read_outcome(unit.folder, unit.seed, unit.config.order[-1], unit.config.sft.learning_rate, task)
         if outcome is not None:
             found.setdefault(unit.arm, []).append(outcome)
     return found
-
-
-def _base(units: Sequence[Unit]) -> Outcome | None:
-    """The base's outcome, which is the same for all runs; None until one has evaluated it."""
-    starts = (read_outcome(unit.folder, unit.seed, "base", 0.0) for unit in units)
-    return next((Outcome(0, start.right, 0.0, None) for start in starts if start is not None), None)
 
 
 def _courses(plan: Plan, units: Sequence[Unit]) -> dict[str, list[Course]]:

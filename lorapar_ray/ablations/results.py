@@ -13,6 +13,7 @@ from lorapar_ray.ablations.verdicts import ENDINGS, Effect, Found, all_of, effec
 from lorapar_ray.boundary import read_lines
 from lorapar_ray.datasets.rows import read_columns
 from lorapar_ray.evaluation.statistics import mcnemar_exact, wilson_interval
+from lorapar_ray.evaluation.task_files import result_file, rows_file
 
 Right = dict[str, bool]
 """Whether each question was answered correctly."""
@@ -68,17 +69,42 @@ class Overall:
     sentence: str
 
 
-def read_outcome(folder: Path, seed: int, last: str, learning_rate: float) -> Outcome | None:
-    """A run's answers after its last stage; None if it has not been evaluated."""
-    file = folder / "eval" / f"{last}.parquet"
-    if not (folder / "eval" / f"{last}.json").is_file():
+def read_outcome(folder: Path, seed: int, last: str, learning_rate: float, task: str = "") -> Outcome | None:
+    """A run's answers after its last stage; None if it has not been evaluated.
+
+    Args:
+        task: of lm-eval; empty: the test rows.
+    """
+    right = task_answers(folder / "eval", last, task) if task else row_answers(folder / "eval", last)
+    if right is None:
         return None
-    right = {row["id"]: row["right"] for row in read_columns(file, {"id": str, "right": bool})}
     lines = read_lines(folder / "metrics" / "sft.jsonl")
     share: float | None = lines[-1].get("active_share") if lines else None
     whole = elements_of(folder)
     elements = None if share is None or whole is None else round(share * whole)
     return Outcome(seed, right, learning_rate, share, elements)
+
+
+def row_answers(root: Path, model: str) -> Right | None:
+    """Which test rows a model answered correctly."""
+    if not (root / f"{model}.json").is_file():
+        return None
+    return {row["id"]: row["right"] for row in read_columns(root / f"{model}.parquet", {"id": str, "right": bool})}
+
+
+def task_answers(root: Path, model: str, task: str) -> Right | None:
+    """Which questions of a task of lm-eval a model answered correctly, by the task's first metric that says so."""
+    if not result_file(root, model, task).is_file():
+        return None
+    columns = {"task": str, "id": str, "metric": str, "filter": str, "right": object}
+    found: Right = {}
+    first = None
+    for row in read_columns(rows_file(root, model, task), columns):
+        if row["right"] is not None:
+            first = first or (row["metric"], row["filter"])
+            if (row["metric"], row["filter"]) == first:
+                found[f"{row['task']}/{row['id']}"] = bool(row["right"])
+    return found or None
 
 
 def validation_loss(folder: Path, *, best: bool) -> float:

@@ -1,27 +1,35 @@
-"""A grid's results as Markdown, CSV, LaTeX and a plot."""
+"""A grid's results as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Protocol
 
 from lorapar_ray.ablations.grids import Grid
+from lorapar_ray.ablations.paper import Figures
 from lorapar_ray.ablations.results import Summary
 from lorapar_ray.ablations.verdicts import Found
+from lorapar_ray.evaluation.task_files import file_name
 from lorapar_ray.files import atomic_path
 
-HEAD = ("arm", "learning rate", "trained", "accuracy", "95 % interval", "n", "by seed", "paper (7B)")
+HEAD = ("arm", "learning rate", "trained", "accuracy", "95 % interval", "n", "by seed")
+"""Before the paper's figures."""
 LATEX = str.maketrans({each: f"\\{each}" for each in "%&_#$"})
 
 
-def rows(grid: Grid, base: Summary | None, found: dict[str, Summary]) -> list[tuple[str, ...]]:
+def rows(grid: Grid, base: Summary | None, found: Mapping[str, Summary], figures: Figures) -> list[tuple[str, ...]]:
     """The table's cells: first the base, then the arms in the grid's order; arms without results are left out."""
-    lines = [] if base is None else [_cells(base, grid.base)]
-    return lines + [_cells(found[arm.name], arm.paper) for arm in grid.arms if arm.name in found]
+    lines = [] if base is None else [_cells(base, figures.base)]
+    return lines + [_cells(found[arm.name], figures.arms.get(arm.name, "")) for arm in grid.arms if arm.name in found]
+
+
+def head(figures: Figures) -> tuple[str, ...]:
+    """The names of the columns."""
+    return (*HEAD, f"paper ({figures.of})")
 
 
 def _cells(row: Summary, paper: str) -> tuple[str, ...]:
@@ -97,14 +105,23 @@ def bullets(verdicts: Iterable[Said]) -> list[str]:
     return [f"- **{each.found}**: {each.sentence}" for each in verdicts]
 
 
-def write(out: Path, grid: Grid, base: Summary | None, found: dict[str, Summary], verdicts: Sequence[Said]) -> str:
-    """Write `table.md`, `table.csv`, `table.tex` and `plot.svg`; returns the first."""
-    from lorapar_ray.ablations.charts import accuracies
+def accuracy_table(
+    grid: Grid,
+    base: Summary | None,
+    found: Mapping[str, Summary],
+    figures: Figures,
+    verdicts: Sequence[Said],
+    task: str,
+) -> Table:
+    """Accuracies with a line for each verdict.
 
+    Args:
+        task: of lm-eval; empty: the test rows.
+    """
     said = "Verdicts, each with its interval; the paper's figures are of another model and data set."
-    lines = [said, "", *bullets(verdicts)] if verdicts else []
-    text = Table("table", HEAD, rows(grid, base, found), lines=lines).write(out)
-    if found:
-        with atomic_path(out / "plot.svg") as draft:
-            draft.write_text('<?xml version="1.0" encoding="utf-8"?>\n' + accuracies(grid, base, found))
-    return text
+    lines = [f"Accuracy on {task}.", ""] if task else []
+    lines += [said, "", *bullets(verdicts)] if verdicts else []
+    name, title = (
+        (f"table-{file_name(task)}", f"Accuracy on {task}") if task else ("table", "Accuracy on the test rows")
+    )
+    return Table(name, head(figures), rows(grid, base, found, figures), title, lines)

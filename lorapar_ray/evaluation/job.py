@@ -27,7 +27,8 @@ from lorapar_ray.evaluation.engines import Engines
 from lorapar_ray.evaluation.generator import same_length, start_generator
 from lorapar_ray.evaluation.judging import judge, judging_process
 from lorapar_ray.evaluation.serving import Served, require_template, serving
-from lorapar_ray.evaluation.tasks import catalogue_of, evaluate_tasks, unfinished
+from lorapar_ray.evaluation.task_files import unfinished
+from lorapar_ray.evaluation.tasks import catalogue_of, evaluate_tasks
 from lorapar_ray.grpo.rewards import RewardPool
 from lorapar_ray.models import model_reference, resolve_model
 from lorapar_ray.processes import processes_of

@@ -24,7 +24,8 @@ from lorapar_ray.datasets.chat import load_encoder
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.engines import Engines
 from lorapar_ray.evaluation.serving import NamedModel, named_model, require_template, serving
-from lorapar_ray.evaluation.tasks import catalogue_of, evaluate_tasks, unfinished
+from lorapar_ray.evaluation.task_files import unfinished
+from lorapar_ray.evaluation.tasks import catalogue_of, evaluate_tasks
 from lorapar_ray.files import write_json
 from lorapar_ray.gpus import engine_resources
 from lorapar_ray.memory_shortage import ended_without_memory

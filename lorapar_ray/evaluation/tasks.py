@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
@@ -22,6 +21,7 @@ from lorapar_ray.evaluation.answers import AnswerStore
 from lorapar_ray.evaluation.engines import Engines
 from lorapar_ray.evaluation.harness import require_lm_eval
 from lorapar_ray.evaluation.serving import Served
+from lorapar_ray.evaluation.task_files import file_name, result_file, rows_file, unfinished
 from lorapar_ray.files import write_json
 from lorapar_ray.progress import console, progress
 from lorapar_ray.text import printable
@@ -54,28 +54,6 @@ def catalogue_of(settings: EvaluateConfig) -> Catalogue:
     if loaded & SANDBOXED:
         choose(settings.sandbox.layer)
     return catalogue
-
-
-def result_file(root: Path, model: str, task: str) -> Path:
-    """Where the shares of a task are written."""
-    return root / "tasks" / model / f"{file_name(task)}.json"
-
-
-def rows_file(root: Path, model: str, task: str) -> Path:
-    """Where its rows are written."""
-    return root / "rows" / model / f"{file_name(task)}.parquet"
-
-
-def file_name(task: str) -> str:
-    """A task's name as a file name; for a task file, that file's name."""
-    name, at, shots = task.partition("@")
-    stem = Path(name).stem if name.endswith((".yaml", ".yml")) else name
-    return re.sub(r"[^\w.-]+", "_", stem) + at + shots
-
-
-def unfinished(root: Path, models: Sequence[str], tasks: Sequence[str]) -> list[tuple[str, str]]:
-    """(model, task) pairs without a result."""
-    return [(model, task) for model in models for task in tasks if not result_file(root, model, task).is_file()]
 
 
 def evaluate_tasks(

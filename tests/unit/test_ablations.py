@@ -33,7 +33,6 @@ from lorapar_ray.config_file import load_config
 from lorapar_ray.datasets.prepare import prepare
 from lorapar_ray.datasets.rows import iterate_rows
 from lorapar_ray.errors import UserError
-from lorapar_ray.evaluation.stage import _require_tasks
 from lorapar_ray.interrupts import Terminated
 from lorapar_ray.labeling.keys import teacher_keys
 from lorapar_ray.labeling.store import VoteStore, question_key
@@ -699,23 +698,6 @@ def test_an_interrupted_grid_says_how_it_resumes(tmp_path: Path, monkeypatch: py
     done = lorapar_here("ablate", "mask", SHIPPED / "arithmetic.yaml", "--out", tmp_path)
     assert done.returncode == 143
     assert done.stderr == "lorapar: interrupted; the same command continues where it stopped\n"
-
-
-@pytest.mark.parametrize(
-    ("file", "task"), [("dolly", "mmlu"), ("platypus", "mmlu"), ("codealpaca", "humaneval"), ("gsm8k-qwen2.5-7b", "")]
-)
-def test_the_papers_other_tables_are_one_command_away(
-    file: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`ablate methods … --dry-run`; lm-eval loads a task once, not for each run."""
-    loaded: list[list[str]] = []
-    _require_tasks.cache_clear()
-    monkeypatch.setattr("lorapar_ray.evaluation.tasks.catalogue_of", lambda settings: loaded.append(settings.tasks))
-    config = SHIPPED / (file if "7b" in file else f"{file}-llama2-7b")
-    done = CliRunner().invoke(app, ["ablate", "methods", f"{config}.yaml", "--dry-run", "--out", str(tmp_path)])
-    assert done.exit_code == 0, done.output
-    assert "12 arms" in done.output and "pissa-rl" in done.output
-    assert loaded == ([[task]] if task else [])
 
 
 def test_every_line_of_a_plot_of_losses_has_a_style_of_its_own() -> None:

@@ -33,7 +33,8 @@ from lorapar_ray.evaluation.harness.results import leaves, summary
 from lorapar_ray.evaluation.harness.run import evaluate_task
 from lorapar_ray.evaluation.serving import NamedModel, named_model, serving
 from lorapar_ray.evaluation.standalone import _require_same, by_base, evaluate_models, evaluation_of
-from lorapar_ray.evaluation.tasks import catalogue_of, file_name, result_file, rows_file
+from lorapar_ray.evaluation.task_files import file_name, result_file, rows_file
+from lorapar_ray.evaluation.tasks import catalogue_of
 from lorapar_ray.reporting.evaluation_page import (
     Found,
     comparisons,

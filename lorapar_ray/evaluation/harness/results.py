@@ -28,8 +28,6 @@ ROW_SCHEMA = pa.schema(
     ]
 )
 """One row for each question, metric and filter. `right`: null if the value is neither 0 nor 1."""
-MAIN_METRICS = ("exact_match", "right", "acc", "acc_norm")
-"""In order of preference for the task's decision."""
 
 
 def rows_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
