@@ -2,30 +2,83 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
+import uuid
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lorapar_ray.boundary import read_object
+from lorapar_ray.errors import UserError
+from lorapar_ray.files import write_json
 from lorapar_ray.run_metrics import report_figures
+from lorapar_ray.text import reason
 from lorapar_ray.tracking import PROJECT
 
 Write = Callable[[Mapping[str, float], int], None]
+REST_S = 300.0
+"""A tracker that has failed is left alone for so long: a client may try for a minute until it reports a dead server."""
 
 
 class Curves:
-    """Writes a step's figures to every tracker of the run."""
+    """Writes a step's figures to every tracker of the run. A tracker that fails costs its curves, not the training."""
 
-    def __init__(self, names: Sequence[str], run: str, folder: Path, stage: str = "grpo") -> None:
-        """Take the trackers' names (`tensorboard`, `wandb`, `mlflow`), the run's name and TensorBoard's folder."""
-        makers = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
-        self._writers: list[Write] = [_ray_metrics(run, stage), *(makers[name](run, folder) for name in names)]
+    def __init__(self, names: Sequence[str], run: str, folder: Path, stage: str, metrics: Path) -> None:
+        """Begin with the trackers, or go on in the runs that they have of this stage.
+
+        Args:
+            names: `tensorboard`, `wandb`, `mlflow`.
+            run: the run's name.
+            folder: TensorBoard's.
+            metrics: the stage's file of lines. Beside it, `<stage>.trackers.json` has the trackers' ids of this stage
+                in this run directory; it is removed with the lines, so that a stage which begins anew has runs of its
+                own.
+        """
+        kept = metrics.with_suffix(".trackers.json")
+        makers: dict[str, Callable[[], Write]] = {
+            "tensorboard": lambda: _tensorboard(folder),
+            "wandb": lambda: _wandb(run, kept),
+            "mlflow": lambda: _mlflow(run, kept),
+        }
+        ours = _Tracker("Ray's metrics", lambda: _ray_metrics(run, stage))
+        self._trackers = [ours, *(_Tracker(name, makers[name]) for name in names)]
 
     def write(self, line: Mapping[str, Any], step: int) -> None:
         """Write every number of `line`."""
         figures = {key: float(value) for key, value in line.items() if isinstance(value, int | float)}
-        for writer in self._writers:
-            writer(figures, step)
+        for tracker in self._trackers:
+            tracker.write(figures, step)
+
+
+class _Tracker:
+    """One of them, which may fail; its first failure is told in one line."""
+
+    def __init__(self, name: str, make: Callable[[], Write]) -> None:
+        self._name, self._make = name, make
+        self._write: Write | None = None
+        self._told, self._rests_until = False, 0.0
+        self._attempt(self._begin)
+
+    def write(self, figures: Mapping[str, float], step: int) -> None:
+        if time.monotonic() >= self._rests_until:
+            self._attempt(lambda: self._begin()(figures, step))
+
+    def _begin(self) -> Write:
+        self._write = self._write or self._make()
+        return self._write
+
+    def _attempt(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except Exception as error:  # each tracker has its own
+            self._rests_until = time.monotonic() + REST_S
+            if not self._told:
+                self._told = True
+                warnings.warn(f"{self._name} takes no curves now ({reason(error)}); training goes on", stacklevel=2)
 
 
 def _ray_metrics(run: str, stage: str) -> Write:
@@ -33,7 +86,7 @@ def _ray_metrics(run: str, stage: str) -> Write:
     return lambda figures, step: report(figures)
 
 
-def _tensorboard(run: str, folder: Path) -> Write:
+def _tensorboard(folder: Path) -> Write:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder))
@@ -46,18 +99,50 @@ def _tensorboard(run: str, folder: Path) -> Write:
     return write
 
 
-def _wandb(run: str, folder: Path) -> Write:
+def _wandb(run: str, kept: Path) -> Write:
+    """Needs wandb 0.19.10: arms that train together have a run each in one process (`create_new`)."""
     import wandb
 
-    session = wandb.init(project=os.environ.get("WANDB_PROJECT", PROJECT), name=run, id=run, resume="allow")
+    own = _kept_id(kept, "wandb", lambda: uuid.uuid4().hex)
+    project = os.environ.get("WANDB_PROJECT", PROJECT)
+    session = wandb.init(project=project, name=run, id=own, resume="allow", reinit="create_new")
     return lambda figures, step: session.log(dict(figures), step=step)
 
 
-def _mlflow(run: str, folder: Path) -> Write:
+def _mlflow(run: str, kept: Path) -> Write:
+    """By run id, not by MLflow's active run, of which a process has one."""
     import mlflow
+    from mlflow.entities import Metric
 
-    mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
-    mlflow.start_run(run_name=run)
-    return lambda figures, step: mlflow.log_metrics(
-        {name.replace("/", "."): value for name, value in figures.items()}, step
-    )
+    client = mlflow.MlflowClient()
+
+    def begun() -> str:
+        experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
+        return str(client.create_run(experiment.experiment_id, run_name=run).info.run_id)
+
+    own = _kept_id(kept, "mlflow", begun)
+    client.update_run(own, status="RUNNING")
+    atexit.register(_ended, client, own)
+
+    def write(figures: Mapping[str, float], step: int) -> None:
+        now = int(time.time() * 1000)
+        client.log_batch(own, [Metric(name.replace("/", "."), each, now, step) for name, each in figures.items()])
+
+    return write
+
+
+def _ended(client: Any, own: str) -> None:
+    with suppress(Exception):  # the process ends
+        client.set_terminated(own)
+
+
+def _kept_id(kept: Path, tracker: str, new: Callable[[], str]) -> str:
+    """A tracker's id of this stage; a new one is written down before it is used."""
+    try:
+        ids = {key: each for key, each in read_object(kept).items() if isinstance(each, str)} if kept.is_file() else {}
+    except UserError:  # damaged
+        ids = {}
+    if tracker not in ids:
+        ids[tracker] = new()
+        write_json(kept, ids)
+    return ids[tracker]

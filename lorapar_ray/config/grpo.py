@@ -241,7 +241,7 @@ class GrpoConfig(Section):
     sharding: Operation[Literal["none", "fsdp2", "hsdp"]] = "none"
     """Cut the frozen base, if it does not fit one device: `fsdp2` over all learners, `hsdp` over those of each node."""
     report_to: Operation[Distinct[Tracker]] = []
-    """Trackers that get the curves, in addition to `metrics/grpo.jsonl`."""
+    """Trackers that get the curves, in addition to `metrics/grpo.jsonl`; see `sft.report_to`."""
     policy_transport: Operation[Literal["object_store", "direct"]] = "object_store"
     """How a policy gets from the learner to the engines. `object_store`: once to each node. `direct`: each engine reads
     it from the learner's memory, over RDMA where the network has it (Ray Direct Transport, an alpha feature; every node

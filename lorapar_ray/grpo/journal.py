@@ -20,7 +20,7 @@ class Journal:
     ) -> None:
         """`text` decodes a completion, up to its first end or (False) the whole."""
         self._metrics, self._samples, self._text = metrics, samples, text
-        self._curves = Curves(report_to, run, metrics.with_name("tensorboard") / "grpo")
+        self._curves = Curves(report_to, run, metrics.with_name("tensorboard") / "grpo", "grpo", metrics)
 
     def begin(self, step: int) -> None:
         """Resume after `step`: drop the lines of later steps, which will be repeated."""

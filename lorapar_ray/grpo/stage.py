@@ -102,7 +102,10 @@ STAGE = Stage(
     settings=settings,
     run=run,
     outputs=("grpo",),
-    traces=("rejects/grpo.parquet", "metrics/grpo.jsonl", "metrics/samples.jsonl", "metrics/tensorboard/grpo"),
+    traces=(
+        *("rejects/grpo.parquet", "metrics/grpo.jsonl", "metrics/samples.jsonl", "metrics/tensorboard/grpo"),
+        "metrics/grpo.trackers.json",
+    ),
     scratch=("work/grpo",),
     reads=reads,
     resources=resources,

@@ -74,7 +74,7 @@ STAGE = Stage(
     outputs=("adapter", "scores"),
     traces=(
         *("rejects/score.parquet", "rejects/warmup.parquet"),
-        *("metrics/warmup.jsonl", "metrics/tensorboard/{name}-warmup"),
+        *("metrics/warmup.jsonl", "metrics/tensorboard/{name}-warmup", "metrics/warmup.trackers.json"),
     ),
     scratch=("work/score", "work/warmup"),
     reads=reads,

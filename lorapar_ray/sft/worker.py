@@ -133,7 +133,7 @@ def prepared(job: SftJob, settings: SftConfig, masks: dict[str, Any], worker: Wo
         for file in (metrics, metrics.with_name(f"{metrics.stem}_validation.jsonl")):
             keep_lines_until(file, 0 if found is None else found[1])
     folder = metrics.with_name("tensorboard") / job.name
-    curves = Curves(settings.report_to, job.name, folder, "sft").write if leads else None
+    curves = Curves(settings.report_to, job.name, folder, "sft", metrics).write if leads else None
     return Prepared(
         plan,
         train,

@@ -522,7 +522,7 @@ LOOPS = [
     (numeric_answer, "#### 5" + " " * 99_000 + "x"),
     (numeric_answer, "The answer is 5" + " " * 99_000 + "x"),
     (numeric_answer, "\\(" * 49_000),
-    (numeric_answer, "$" + "\\a{" * 33_000 + "$"),
+    (numeric_answer, "$" + "a" * 99_000 + "$"),
     (numeric_answer, "The answer is m^" + " " * 99_000),
     (numeric_answer, "\\text{" * 14_000 + "}" * 14_000),
     (numeric_answer, "1" + ",000" * 24_000 + "0"),

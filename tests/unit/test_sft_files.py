@@ -2,17 +2,24 @@
 
 import json
 import random
+import sys
+import warnings
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from lorapar_ray import trackers
 from lorapar_ray.boundary import last_line, read_lines
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo import job as grpo
+from lorapar_ray.grpo.stage import STAGE as GRPO
+from lorapar_ray.importance.stage import STAGE as SCORE
 from lorapar_ray.sft import job as sft
 from lorapar_ray.sft.checkpoint import OPTIMIZER, PARAMETERS, STATE, WORKERS, last_checkpoint, rng_state, set_rng_state
+from lorapar_ray.sft.stage import STAGE as SFT
 from lorapar_ray.tensortree import load_tree, save_tree
 from lorapar_ray.tracking import append_line, keep_lines_until, require_trackers
 
@@ -97,3 +104,115 @@ def test_a_missing_tracker_is_named_before_anything_starts(monkeypatch: pytest.M
     require_trackers(["tensorboard", "mlflow"], "sft.report_to")
     with pytest.raises(UserError, match=r"sft.report_to: 'wandb' is not installed; pip install wandb"):
         require_trackers(["tensorboard", "wandb"], "sft.report_to")
+
+
+class FakeWandb(ModuleType):
+    """Fake of W&B's client (wandb 0.31): records runs, and refuses a second one unless `create_new` asks for it."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.runs: dict[str, list[tuple[int, dict[str, float]]]] = {}
+        self.active = 0
+
+    def init(self, *, project: str, name: str, id: str, resume: str, reinit: str) -> SimpleNamespace:
+        assert (name, resume, reinit) == ("same", "allow", "create_new"), "one run for all of a process"
+        lines = self.runs.setdefault(id, [])
+        return SimpleNamespace(log=lambda figures, step: lines.append((step, figures)))
+
+
+class FakeMlflow(ModuleType):
+    """Fake of MLflow's client (mlflow 3.17): records runs; its server can be down."""
+
+    def __init__(self) -> None:
+        super().__init__("mlflow")
+        self.runs: dict[str, list[tuple[int, str, float]]] = {}
+        self.down, self.asked = False, 0
+        self.entities = ModuleType("mlflow.entities")
+        self.entities.Metric = lambda key, value, timestamp, step: (step, key, value)  # type: ignore[attr-defined]
+
+    def set_experiment(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(experiment_id="1")
+
+    def MlflowClient(self) -> "FakeMlflow":
+        return self
+
+    def create_run(self, experiment_id: str, run_name: str) -> SimpleNamespace:
+        own = f"run{len(self.runs)}"
+        self.runs[own] = []
+        return SimpleNamespace(info=SimpleNamespace(run_id=own))
+
+    def update_run(self, run_id: str, status: str) -> None:
+        assert run_id in self.runs
+
+    def set_terminated(self, run_id: str) -> None:
+        pass
+
+    def log_batch(self, run_id: str, metrics: list[tuple[int, str, float]]) -> None:
+        self.asked += 1
+        if self.down:
+            raise ConnectionError("Max retries exceeded\nwith url: /api")
+        self.runs[run_id] += metrics
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeWandb, FakeMlflow]:
+    wandb, mlflow = FakeWandb(), FakeMlflow()
+    for name, module in (("wandb", wandb), ("mlflow", mlflow), ("mlflow.entities", mlflow.entities)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(trackers, "report_figures", lambda run, stage: lambda figures: None)
+    return wandb, mlflow
+
+
+def curves_of(folder: Path, stage: str = "sft") -> trackers.Curves:
+    return trackers.Curves(["wandb", "mlflow"], "same", folder / "tensorboard", "sft", folder / f"{stage}.jsonl")
+
+
+def test_each_run_directory_and_stage_has_a_run_of_its_own_in_the_trackers(
+    tmp_path: Path, fakes: tuple[FakeWandb, FakeMlflow]
+) -> None:
+    """Arms and seeds of a grid have one name."""
+    arms = [curves_of(tmp_path / "a"), curves_of(tmp_path / "b"), curves_of(tmp_path / "b", "warmup")]
+    for number, arm in enumerate(arms):
+        arm.write({"train/loss": float(number)}, 1)
+    curves_of(tmp_path / "a").write({"train/loss": 7.0}, 2)  # the stage is resumed
+    for name in ("sft.jsonl", "sft.trackers.json"):
+        (tmp_path / "b" / name).unlink(missing_ok=True)  # begun anew
+    curves_of(tmp_path / "b").write({"train/loss": 8.0}, 1)
+    wandb, mlflow = fakes
+    curves = [
+        [(1, {"train/loss": 0.0}), (2, {"train/loss": 7.0})],
+        *([(1, {"train/loss": x})] for x in (1.0, 2.0, 8.0)),
+    ]
+    assert list(wandb.runs.values()) == curves
+    assert list(mlflow.runs.values()) == [
+        [(step, "train.loss", line["train/loss"]) for step, line in c] for c in curves
+    ]
+
+
+def test_a_tracker_that_fails_is_told_once_and_the_others_go_on(
+    tmp_path: Path, fakes: tuple[FakeWandb, FakeMlflow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb, mlflow = fakes
+    now = [0.0]
+    monkeypatch.setattr(trackers, "time", SimpleNamespace(monotonic=lambda: now[0], time=lambda: 0.0))
+    curves = curves_of(tmp_path)
+    mlflow.down = True
+    with pytest.warns(UserWarning, match="mlflow takes no curves now .ConnectionError: Max retries exceeded with url"):
+        curves.write({"x": 1.0}, 1)
+    with warnings.catch_warnings(action="error"):
+        curves.write({"x": 2.0}, 2)
+        assert mlflow.asked == 1, "each step waits for a dead server"
+        now[0] += trackers.REST_S
+        curves.write({"x": 3.0}, 3)
+        mlflow.down, now[0] = False, now[0] + trackers.REST_S
+        curves.write({"x": 4.0}, 4)
+    assert [[step for step, _ in lines] for lines in wandb.runs.values()] == [[1, 2, 3, 4]]
+    assert (mlflow.asked, list(mlflow.runs.values())) == (3, [[(4, "x", 4.0)]])
+    with pytest.warns(UserWarning, match="wandb takes no curves now .AssertionError"):
+        trackers.Curves(["wandb"], "another", tmp_path, "sft", tmp_path / "x.jsonl").write({"x": 1.0}, 1)
+
+
+def test_a_stage_that_is_redone_leaves_its_trackers_ids_with_its_old_results() -> None:
+    """`Stage.owned` is what is set aside."""
+    for stage, ids in ((SFT, "sft"), (GRPO, "grpo"), (SCORE, "warmup")):
+        assert f"metrics/{ids}.trackers.json" in stage.traces
