@@ -31,8 +31,12 @@ OF_A_FOLDER = (
     ".yaml",
     ".arrow",
     ".gz",
+    ".tiktoken",
 )
 """Files of a model, an adapter or a data set that change its results."""
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf")
+"""Weights that a teacher's engine computes with only if the folder has no safetensors. Beside those they do not count:
+they are a second copy, or an optimizer's state."""
 TIMES = ("seconds", "latency", "per_second")
 """A JSON key with one of these words describes speed, not the result."""
 ABOUT_VOTING = ("votes",)
@@ -75,8 +79,13 @@ class Fingerprints:
                 return self.of_file(path.resolve())
             if not path.is_dir():
                 return None
-            found = sorted(each for each in path.resolve().rglob("*") if each.suffix in OF_A_FOLDER and each.is_file())
-            return digest([[str(each.relative_to(path.resolve())), self.of_file(each)] for each in found])
+            root = path.resolve()
+            found = [
+                each for each in root.rglob("*") if each.suffix in (*OF_A_FOLDER, *OTHER_WEIGHTS) and each.is_file()
+            ]
+            safe = {each.parent for each in found if each.suffix == ".safetensors"}
+            of_it = [each for each in found if each.suffix in OF_A_FOLDER or not safe & {root, each.parent}]
+            return digest([[str(each.relative_to(root)), self.of_file(each)] for each in sorted(of_it)])
         except (OSError, RuntimeError):  # unreadable, or of an unknown user: the stage that needs it reports the error
             return None
 

@@ -528,7 +528,7 @@ LOOPS = [
     (numeric_answer, "1" + ",000" * 24_000 + "0"),
     (numeric_answer, "5" + " = x" * 24_000),  # it went as deep as there are signs
     (numeric_answer, "1 (" * 24_000 + "x)"),
-    (strict_format, "<reasoning>\n" + "\n</reasoning>\n<answer>\n" * 10_000),
+    (strict_format, "<reasoning>\n" + "\n</reasoning>\n<answer>\n" * 20_000),
     (soft_format, "<reasoning></reasoning><answer>" * 1_500),
     (_calls, "<tool_call>{" * 40_000),
 ]

@@ -17,6 +17,7 @@ import pytest
 
 from lorapar_ray import run_lock
 from lorapar_ray.errors import UserError
+from lorapar_ray.files import digest
 from lorapar_ray.fingerprints import Fingerprints, meaning
 from lorapar_ray.pipeline import STAGES
 from lorapar_ray.runs import RunDirectory
@@ -465,3 +466,31 @@ lock.acquire()
 """
     ended = subprocess.run([sys.executable, "-c", code], timeout=50, check=False, stderr=subprocess.DEVNULL)
     assert ended.returncode == -(signal.SIGTERM if ignored else signal.SIGINT)
+
+
+def test_a_folder_s_digest_is_that_of_what_is_computed_with(tmp_path: Path) -> None:
+    """Of a folder with safetensors it is what it was before other weights counted, so that finished runs stay done."""
+    (tmp_path / "config.json").write_text("{}")
+    prints = Fingerprints(tmp_path / "none")
+
+    def digests_of_two(name: str) -> set[str | None]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        found = set()
+        for content in ("one", "two "):
+            (tmp_path / name).write_text(content)
+            found.add(prints.of_input(str(tmp_path)))
+        (tmp_path / name).unlink()
+        return found
+
+    computed_with = ("pytorch_model.bin", "model.pt", "a.gguf", "qwen.tiktoken", "original/consolidated.pth")
+    assert [len(digests_of_two(name)) for name in computed_with] == [2] * 5
+    assert len(digests_of_two("notes.md")) == 1
+    (tmp_path / "model.safetensors").write_text("weights")
+    whole = digest(
+        [
+            [name, hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()]
+            for name in ("config.json", "model.safetensors")
+        ]
+    )
+    assert digests_of_two("pytorch_model.bin") == digests_of_two("original/consolidated.pth") == {whole}
+    assert len(digests_of_two("qwen.tiktoken") | {whole}) == 3
