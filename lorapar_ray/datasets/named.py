@@ -1,6 +1,7 @@
 """Known benchmarks: their hub names, and the conversion of their records to questions.
 
-Formats are those of the published files; a record is (prompt, response, answer).
+Formats are those of the published files; a record is (prompt, response, answer). A record without a question has an
+empty prompt, and is rejected.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ def gsm8k(record: Record) -> Triple:
 def boolq(record: Record) -> Triple:
     """`passage` and `question` with a boolean, or the instruction form with `answer` as text."""
     if "passage" in record:
-        answer = _truth(record["answer"])
-        return f"{record['passage']}\n\nQuestion: {str(record['question']).removesuffix('?')}?", answer, answer
+        answer, passage, question = _truth(record["answer"]), _text(record, "passage"), _text(record, "question")
+        asked = f"Question: {question.removesuffix('?')}?" if question.strip() else ""
+        return f"{passage}\n\n{asked}" if asked and passage.strip() else asked, answer, answer
     answer = record["answer"]
     return record["instruction"], answer, answer
 
@@ -49,7 +51,7 @@ def mawps(record: Record) -> Triple:
             answer = _number(record[result])
             return record[question], answer, answer
     if "Question" in record:  # numbers are replaced in the text and listed separately
-        text, answer = str(record["Question"]), _number(record["Answer"])
+        text, answer = _text(record, "Question"), _number(record["Answer"])
         for index, value in enumerate(str(record["Numbers"]).split()):
             text = re.sub(rf"\b(?:number|N_?0*){index}\b", _number(value), text)
         return text, answer, answer
@@ -59,8 +61,8 @@ def mawps(record: Record) -> Triple:
 
 def svamp(record: Record) -> Triple:
     """`Body`, `Question` and a numeric `Answer`."""
-    answer = _number(record["Answer"])
-    return f"{record['Body'].strip().removesuffix('.')}. {record['Question'].strip()}", answer, answer
+    answer, body, question = _number(record["Answer"]), _text(record, "Body"), _text(record, "Question").strip()
+    return f"{body.strip().removesuffix('.')}. {question}" if question and body.strip() else question, answer, answer
 
 
 def mmlu(record: Record) -> Triple:
@@ -71,14 +73,17 @@ def mmlu(record: Record) -> Triple:
     if not all(isinstance(each, str) for each in choices):
         raise ValueError("'choices' must be text")
     letter = LETTERS[_index(record["answer"], len(choices))]
+    question = _text(record, "question")
     options = "\n".join(f"{name}. {text}" for name, text in zip(LETTERS, choices, strict=False))
-    return f"{record['question']}\n{options}\nAnswer with the letter only.", letter, letter
+    asked = f"{question}\n{options}\nAnswer with the letter only." if question.strip() else ""
+    return asked, letter, letter
 
 
 def dolly(record: Record) -> Triple:
     """`instruction`, optional `context`, `response`."""
     context = (record.get("context") or "").strip()
-    prompt = f"{context}\n\n{record['instruction']}" if context else record["instruction"]
+    asked = _text(record, "instruction")
+    prompt = f"{context}\n\n{asked}" if context and asked.strip() else asked
     response = record["response"] if "response" in record else record["output"]
     return prompt, response, response
 
@@ -86,13 +91,24 @@ def dolly(record: Record) -> Triple:
 def alpaca(record: Record) -> Triple:
     """`instruction`, optional `input`, `output`: OpenPlatypus and CodeAlpaca."""
     extra = (record.get("input") or "").strip()
-    prompt = f"{record['instruction']}\n\n{extra}" if extra else record["instruction"]
+    asked = _text(record, "instruction")
+    prompt = f"{asked}\n\n{extra}" if extra and asked.strip() else asked
     return prompt, record["output"], record["output"]
 
 
 def codefeedback(record: Record) -> Triple:
     """`query` and `answer` of CodeFeedback-Filtered-Instruction."""
     return record["query"], record["answer"], record["answer"]
+
+
+def _text(record: Record, column: str) -> str:
+    """A part of a prompt; "" for null. Other values would enter the prompt as Python writes them."""
+    value = record[column]
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"'{column}' must be text, not of type {type(value).__name__}")
+    return str(value)
 
 
 def _truth(value: Any) -> str:

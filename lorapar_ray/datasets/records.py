@@ -36,6 +36,8 @@ def read_records(path: str, where: str) -> Iterator[dict[str, Any] | TooLong]:
         UserError: no such file, not of these forms, or a record is not an object.
     """
     file = expanded(path, where)
+    if file.is_dir():
+        raise UserError(f"{where}: '{path}' is a folder; name a file in it (one source for each)")
     if not file.is_file():
         raise UserError(f"{where}: no such file '{path}'; paths are relative to the working directory")
     if file.suffix == ".parquet":
@@ -64,12 +66,15 @@ def _parquet(file: Path, where: str) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from lorapar_ray.datasets.short_floats import shortened, shorteners
+
     try:
         opened = pq.ParquetFile(file)
     except pa.ArrowInvalid as error:
         raise UserError(f"{where}: '{file}' is not a Parquet file ({error})") from error
+    narrow = shorteners(opened.schema_arrow)
     for batch in opened.iter_batches(batch_size=1024):
-        yield from batch.to_pylist()
+        yield from (shortened(record, narrow) for record in batch.to_pylist())
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -160,15 +160,21 @@ def _named(source: NamedSource, where: str) -> Iterator[Row | Lost]:
         except UnfitError as error:
             yield Lost(made_up, str(error), json.dumps(record, default=str))
             continue
+        if not prompt:
+            yield Lost(made_up, "no question in the published data", json.dumps(record, default=str))
+            continue
         yield Row(made_up, prompt, response, answer, task_of(source), columns=columns_json(record, without="prompt"))
 
 
 def _hub_records(name: str, config: str | None, split: str, where: str) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
 
+    from lorapar_ray.datasets.short_floats import shortened, shorteners
+
     try:
         stream = load_dataset(name, config, split=split, streaming=True)
-        yield from stream
+        narrow = {} if stream.features is None else shorteners(stream.features.arrow_schema)
+        yield from (shortened(record, narrow) for record in stream)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{where}: cannot read '{name}' split '{split}' from the hub ({type(error).__name__}); "

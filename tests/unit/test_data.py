@@ -149,6 +149,38 @@ def test_missing_answers_of_benchmarks_are_rejected_and_of_users_are_an_error(tm
     assert read_table(run.rejects / "prepare.parquet")[0]["reason"] == "no answer in the published data"
 
 
+NO_QUESTION = {
+    "gsm8k": {"question": None, "answer": "1+1\n#### 2"},
+    "boolq": {"passage": "p", "question": None, "answer": True},
+    "mawps": {"Question": None, "Numbers": "1 2", "Answer": 3},
+    "svamp": {"Body": "b.", "Question": None, "Answer": 51.0},
+    "mmlu": {"question": None, "choices": ["w", "x"], "answer": 1},
+    "dolly": {"instruction": None, "context": "c", "response": "r"},
+    "openplatypus": {"instruction": None, "input": "x", "output": "o"},
+    "codealpaca": {"instruction": " ", "input": "", "output": "o"},
+    "codefeedback": {"query": None, "answer": "a"},
+}
+
+
+@pytest.mark.parametrize("reader", NAMED)
+def test_a_record_without_its_question_is_rejected_and_one_that_is_no_text_is_named(
+    reader: str, tmp_path: Path
+) -> None:
+    record = NO_QUESTION[reader]
+    blank = next(name for name in record if record[name] in (None, " "))
+    path, rows = tmp_path / "c.yaml", tmp_path / "rows.jsonl"
+    source = {"reader": reader, "path": str(rows)}
+    path.write_text(json.dumps({"name": "t", "model": {"path": "a/b"}, "data": {"train": [source]}}))
+    rows.write_text(f"{json.dumps(record)}\n{json.dumps({**record, blank: 'Is it?'})}\n")
+    run = RunDirectory(tmp_path / "run")
+    assert prepare(load_config(path), run) == {"train": 1, "test": 0, "rejected": 1}
+    [row], [rejected] = read_table(run.data / "train.parquet"), read_table(run.rejects / "prepare.parquet")
+    assert "Is it" in row["prompt"] and rejected["reason"] == "no question in the published data"
+    rows.write_text(json.dumps({**record, blank: ["Is", "it?"]}))
+    with pytest.raises(UserError, match=rf"'.*rows\.jsonl' row 0.*'?(?:{blank}|prompt)"):
+        prepare(load_config(path), RunDirectory(tmp_path / "other"))
+
+
 def test_generated_questions_whose_difficulty_is_a_number(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     source = {"reader": "reasoning_gym", "task": "gsm_symbolic", "rows": 3, "seed": 1}

@@ -156,3 +156,31 @@ def test_answers_of_benchmarks() -> None:
 def test_answers_that_a_benchmark_cannot_have_are_one_line(tmp_path: Path, reader: str, record: Any) -> None:
     with pytest.raises(UserError, match="row 0"):
         prepared(tmp_path, {**write(tmp_path / "rows.jsonl", record), "reader": reader})
+
+
+def test_short_floats_of_a_table_are_the_decimals_that_were_meant(tmp_path: Path) -> None:
+    """Of 32 bits, 0.1 is 0.10000000149011612 of 64: no answer of a model would equal it."""
+    numbers = [0.1, 2.5, 1e-7, 16777216.0, None]
+    columns = {
+        "prompt": pa.array([f"q{number}" for number in range(5)]),
+        "answer": pa.array(numbers, pa.float32()),
+        "half": pa.array([0.1] * 5, pa.float16()),
+        "more": pa.array([[0.3, None]] * 5, pa.list_(pa.float32())),
+        "deep": pa.array([{"x": 0.7}] * 5, pa.struct([("x", pa.float32())])),
+        "double": pa.array([0.1] * 5, pa.float64()),
+        "response": pa.array(["r"] * 5),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    rows, _ = prepared(tmp_path, {"path": str(tmp_path / "rows.parquet")})
+    assert [row["answer"] for row in rows] == ["0.1", "2.5", "0.0000001", "16777216.0", "r"]
+    kept = json.loads(rows[0]["columns"])
+    assert (kept["half"], kept["more"], kept["deep"], kept["double"]) == (0.1, [0.3, None], {"x": 0.7}, 0.1)
+    hub = {"reader": "hub", "name": str(tmp_path / "set")}
+    (tmp_path / "set").mkdir()
+    (tmp_path / "rows.parquet").rename(tmp_path / "set" / "train.parquet")
+    assert prepared(tmp_path / "hub", hub)[0][0]["answer"] == "0.1"
+
+
+def test_a_folder_as_a_data_path_is_called_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.train\[0\]: '.*' is a folder; name a file in it"):
+        prepared(tmp_path, {"path": str(tmp_path)})
