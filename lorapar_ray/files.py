@@ -56,10 +56,15 @@ def atomic_path(target: Path) -> Iterator[Path]:
             draft.replace(target)
     except Exception as error:
         if is_of_a_full_disk(error):
-            raise UserError(f"no space left on the disk of '{target}'; free some and run the same command") from error
+            raise no_space(target) from error
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def no_space(place: object, fix: str = "free some and run the same command again") -> UserError:
+    """The error of a full disk, or of a full quota on it."""
+    return UserError(f"no space left on the disk of '{place}'; {fix}")
 
 
 def is_of_a_full_disk(error: BaseException) -> bool:

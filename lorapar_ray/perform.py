@@ -15,7 +15,7 @@ from lorapar_ray import trash
 from lorapar_ray.capacity import capacity, growing
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
-from lorapar_ray.files import is_of_a_full_disk
+from lorapar_ray.files import is_of_a_full_disk, no_space
 from lorapar_ray.fingerprints import meaning
 from lorapar_ray.gpus import place
 from lorapar_ray.memory_shortage import ended_without_memory, out_of_memory
@@ -141,9 +141,7 @@ def of_the_machine(run: RunDirectory, stage: str) -> Iterator[None]:
     except Exception as error:
         causes = _causes(error)
         if any(map(is_of_a_full_disk, causes)):
-            raise UserError(
-                f"no space left on the disk of '{run.root}'; free some and run the same command again"
-            ) from error
+            raise no_space(run.root) from error
         if (killed := _killed(causes)) is not None:
             raise out_of_memory(stage, killed) from error
         if (lost := _lost(error, causes)) is not None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lorapar_ray.files import no_space
+
 
 class SeenTexts:
     """Digests of texts, white space aside."""
@@ -22,7 +24,12 @@ class SeenTexts:
     def add(self, text: str) -> bool:
         """Add a text; False if it was already in the set."""
         key = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
-        return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (key,)).rowcount == 1
+        try:
+            return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (key,)).rowcount == 1
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+                raise
+            raise no_space(tempfile.gettempdir(), "free some, or set TMPDIR to a folder on another disk") from error
 
     def close(self) -> None:
         self._database.close()
@@ -30,7 +37,11 @@ class SeenTexts:
 
 @contextmanager
 def seen_texts(count: int) -> Iterator[list[SeenTexts]]:
-    """Some empty sets, removed afterwards."""
+    """Some empty sets, removed afterwards.
+
+    Raises:
+        UserError: (from `add`) the disk of the temporary folder is full.
+    """
     with tempfile.TemporaryDirectory(prefix="lorapar-seen-") as folder:
         sets = [SeenTexts(Path(folder) / str(index)) for index in range(count)]
         try:

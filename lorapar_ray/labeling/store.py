@@ -17,6 +17,7 @@ from math import isfinite
 from pathlib import Path
 
 from lorapar_ray.errors import UserError
+from lorapar_ray.files import no_space
 from lorapar_ray.labeling.journal import Journal, Rows
 from lorapar_ray.text import one_line
 
@@ -139,9 +140,7 @@ class VoteStore:
             yield
         except sqlite3.OperationalError as error:
             if "full" in str(error):
-                raise UserError(
-                    f"no space left on the disk of '{self._path}'; free some and run the same command again"
-                ) from error
+                raise no_space(self._path) from error
             raise UserError(f"label.cache: '{self._path}' cannot be used ({error}); name another file") from error
         except OSError as error:
             raise UserError(

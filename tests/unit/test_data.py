@@ -18,6 +18,7 @@ from lorapar_ray.datasets.named import NAMED
 from lorapar_ray.datasets.prepare import prepare
 from lorapar_ray.datasets.records import read_records
 from lorapar_ray.datasets.rows import read_columns, read_table
+from lorapar_ray.datasets.seen import seen_texts
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation import accuracy, wilson_interval
 from lorapar_ray.grpo.prompt_stream import PromptStream
@@ -278,6 +279,16 @@ def test_reading_and_preparing_hold_a_few_rows_and_not_the_file(
 
     few = peak(2_000)
     assert peak(8_000) < 1.2 * few
+
+
+def test_a_full_temporary_folder_is_one_line() -> None:
+    with seen_texts(1) as [seen]:
+        seen._database.execute("PRAGMA max_page_count=4")
+        with pytest.raises(
+            UserError, match=r"no space left on the disk of '/.*'; free some, or set TMPDIR to a folder on"
+        ):
+            for number in range(100_000):
+                seen.add(str(number))
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path: Path) -> None:
