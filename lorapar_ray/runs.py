@@ -30,7 +30,7 @@ from lorapar_ray.files import write_json as write_json
 from lorapar_ray.fingerprints import Fingerprints
 from lorapar_ray.run_lock import NAME as LOCK
 from lorapar_ray.run_lock import living_holder, require_held, run_lock
-from lorapar_ray.storage import OF_A_MIRROR
+from lorapar_ray.storage import OF_A_MIRROR, PROBE
 from lorapar_ray.storage.uris import Uri, place_of
 
 if TYPE_CHECKING:
@@ -266,8 +266,10 @@ def is_entry(entry: Any, version: int = FORMAT) -> bool:
 
 
 def _of_opening(path: Path) -> bool:
-    """Whether a file belongs to a mirror, or is left by a command that was killed while it opened a run directory."""
-    return path.name in (LOCK, *OF_A_MIRROR) or path.name.startswith((f".{LOCK}.", ".manifest.json.", ".config.yaml."))
+    """Whether a file belongs to a mirror, or is left by a command that was killed while it checked or opened a run
+    directory."""
+    beginnings = (f".{LOCK}.", ".manifest.json.", ".config.yaml.", PROBE)
+    return path.name in (LOCK, *OF_A_MIRROR) or path.name.startswith(beginnings)
 
 
 @contextmanager

@@ -17,3 +17,5 @@ needs files. So each process works on a *mirror*, an ordinary folder on its own 
 INDEX, TOKEN, COMPLETE = OF_A_MIRROR = (".mirror.json", ".session", ".complete")
 """A mirror's own files: the stamp under which each file was copied; the token of its last session; whether that session
 copied everything."""
+PROBE = ".probe-"
+"""What the files of `probe` begin with; a check that is killed leaves them."""

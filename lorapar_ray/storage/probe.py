@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import cache_root
+from lorapar_ray.storage import PROBE
 from lorapar_ray.storage.objects import Objects
 from lorapar_ray.storage.uris import Uri, place_of
 from lorapar_ray.text import one_line
@@ -22,7 +23,7 @@ class Probe:
 
     place: str
     """The run directory's path or URI."""
-    name: str = field(default_factory=lambda: f".probe-{uuid.uuid4().hex}")
+    name: str = field(default_factory=lambda: f"{PROBE}{uuid.uuid4().hex}")
 
     def ask(self) -> None:
         """Write the question.

@@ -15,7 +15,7 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.files import cache_root
 from lorapar_ray.progress import console
 from lorapar_ray.run_lock import BEAT_S, InUse, run_lock
-from lorapar_ray.storage import COMPLETE, TOKEN
+from lorapar_ray.storage import COMPLETE, PROBE, TOKEN
 from lorapar_ray.storage.claims import FOLDER, Claim, living_claim
 from lorapar_ray.storage.mirror import MANIFEST, Mirror, Wanted, all_but, below
 from lorapar_ray.storage.objects import Objects
@@ -149,7 +149,7 @@ class RemoteRun:
             for each in self.root.iterdir():
                 if each.name != "lock.json":
                     shutil.rmtree(each) if each.is_dir() else each.unlink()
-        there = {name.partition("/")[0] for name in objects.listing()}
+        there = {name.partition("/")[0] for name in objects.listing() if not name.startswith(PROBE)}
         if there - {FOLDER, LAST, "config.yaml"} and MANIFEST not in there:
             raise UserError(f"run directory '{self.uri}' is not empty and holds no {MANIFEST}; choose another")
         complete = self.root / COMPLETE

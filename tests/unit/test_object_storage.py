@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from lorapar_ray import run_lock
+from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import cache_root
 from lorapar_ray.runs import RunDirectory, looked_at
@@ -561,6 +562,15 @@ def test_a_second_command_on_the_same_run_names_the_first(store: Uri, config: Pa
     objects.write("somebody/elses", b"data")
     foreign = lorapar_here("label", "-c", config, "-d", store)
     assert f"run directory '{store}' is not empty and holds no manifest.json; choose another" in foreign.stderr
+
+
+def test_what_a_killed_check_leaves_is_no_users_file(store: Uri, config: Path, tmp_path: Path) -> None:
+    probe = Probe(str(store))
+    probe.ask()
+    assert probe.answer("node")[0] == ""
+    run = RunDirectory(str(store), RemoteRun(store, tmp_path / "mirror"))
+    with run.at_work(load_config(config)):
+        assert run.manifest()["identity"]
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
