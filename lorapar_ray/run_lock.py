@@ -119,12 +119,21 @@ def run_lock(root: Path, wait_s: float = 0.0) -> Iterator[None]:
 
 
 def living_holder(root: Path) -> dict[str, Any] | None:
-    """The command that works in a run directory: pid, host, command, since; None if there is none."""
+    """The command that works in a run directory: pid, host, command, since; None if there is none.
+
+    If this machine's clock says that it is gone, its file system's is asked, which takes a file there for a moment.
+    """
     try:
-        text, age = (root / NAME).read_text(errors="replace"), time.time() - (root / NAME).stat().st_mtime
+        text, age = (
+            (root / NAME).read_text(encoding="utf-8", errors="replace"),
+            time.time() - (root / NAME).stat().st_mtime,
+        )
     except OSError:
         return None
     holder = parsed(text)
+    if not lives(holder, age) and not _is_here(holder):
+        with suppress(OSError):  # it may be read only, or the holder has just ended
+            age = _age(root / NAME)
     return holder if lives(holder, age) else None
 
 
@@ -175,10 +184,15 @@ def _take(file: Path, watch: Watch) -> str:
 
 def _created(file: Path, mine: str) -> bool:
     try:
-        with file.open("x") as lock:
-            lock.write(mine)
+        lock = file.open("x", encoding="utf-8")
     except FileExistsError:
         return False
+    try:
+        with lock:
+            lock.write(mine)
+    except BaseException:  # a full disk: an empty lock would be taken for one that is being written
+        file.unlink(missing_ok=True)
+        raise
     return True
 
 
@@ -196,12 +210,7 @@ def _remove_if_stale(file: Path, watch: Watch) -> None:
         return
     holder = parsed(text)
     if (alive := watch.lives(holder, changed_s, age)) is not False:
-        pid, host, command, since = (str(holder.get(key, "?"))[:80] for key in ("pid", "host", "command", "since"))
-        raise (InUse if alive else PerhapsInUse)(
-            f"run directory '{file.parent}' is in use by process {pid} on {host} ({command}, since {since}, last "
-            f"sign of life {max(0.0, age):.0f} s ago); wait for it or stop it, "
-            f"or delete '{file}' if it is gone"
-        )
+        raise (InUse if alive else PerhapsInUse)(in_use(f"run directory '{file.parent}'", holder, age, file))
     aside = file.with_name(f".{NAME}.{uuid.uuid4().hex}")
     with suppress(FileNotFoundError):
         file.rename(aside)
@@ -209,6 +218,21 @@ def _remove_if_stale(file: Path, watch: Watch) -> None:
             with suppress(FileExistsError):
                 os.link(aside, file)
         aside.unlink()
+
+
+def in_use(run: str, holder: dict[str, Any], age: float, lock: object) -> str:
+    """What is said of a run that another command holds.
+
+    Args:
+        run: names it.
+        age: seconds since the holder's last sign of life.
+        lock: what the user may delete if the holder is gone.
+    """
+    pid, host, command, since = (str(holder.get(key, "?"))[:80] for key in ("pid", "host", "command", "since"))
+    return (
+        f"{run} is in use by process {pid} on {host} ({command}, since {since}, last sign of life "
+        f"{max(0.0, age):.0f} s ago); wait for it or stop it, or delete '{lock}' if it is gone"
+    )
 
 
 def _age(file: Path) -> float:

@@ -23,7 +23,7 @@ from typing import Any
 
 from lorapar_ray.errors import UserError
 from lorapar_ray.progress import console
-from lorapar_ray.run_lock import BEAT_S, RETRY_S, STALE_S, InUse, identity, lives, parsed
+from lorapar_ray.run_lock import BEAT_S, RETRY_S, STALE_S, InUse, identity, in_use, lives, parsed
 from lorapar_ray.storage.objects import Objects
 from lorapar_ray.threads import stop_this_command
 
@@ -146,12 +146,7 @@ def living_claim(objects: Objects) -> dict[str, Any] | None:
 
 
 def _refusal(objects: Objects, holder: dict[str, Any]) -> str:
-    pid, host, command, since = (str(holder.get(key, "?"))[:80] for key in ("pid", "host", "command", "since"))
-    return (
-        f"'{objects.uri}' is in use by process {pid} on {host} ({command}, since {since}, last sign of life "
-        f"{max(0.0, holder['age']):.0f} s ago); wait for it or stop it, or delete '{objects.uri}/{holder['claim']}' if "
-        "it is gone"
-    )
+    return in_use(f"'{objects.uri}'", holder, holder["age"], f"{objects.uri}/{holder['claim']}")
 
 
 def _now() -> float:

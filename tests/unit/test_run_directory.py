@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -308,6 +310,34 @@ def test_a_holder_is_known_by_process_here_and_by_its_beat_elsewhere(
         assert not file.exists()
 
 
+def test_a_clock_ahead_of_the_file_system_s_shows_a_living_holder_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On this machine, where only `lorapar status` looks."""
+    file = tmp_path / run_lock.NAME
+    file.write_text(json.dumps(run_lock.identity() | {"host": "elsewhere"}))
+    fast = {"time": lambda: time.time() + run_lock.STALE_S}
+    monkeypatch.setattr(run_lock, "time", SimpleNamespace(**{**vars(time), **fast}))
+    found = run_lock.living_holder(tmp_path)
+    assert found is not None and found["host"] == "elsewhere"
+    os.utime(file, (time.time() - run_lock.STALE_S - 10,) * 2)
+    assert run_lock.living_holder(tmp_path) is None and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_lock_that_a_full_disk_does_not_take_is_not_left_behind(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk: the file is created, and the write fails."""
+
+    def write_nothing() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        with pytest.raises(UserError, match=r"cannot be written to .File too large"), run_lock.run_lock(tmp_path):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    in_a_child(write_nothing, signal.SIGKILL)
+    with run_lock.run_lock(tmp_path):
+        assert [each.name for each in tmp_path.iterdir()] == [run_lock.NAME]
+
+
 @pytest.mark.parametrize("clock", ["of the file system, set forwards", "of the holder, which touches it by its own"])
 def test_a_clock_that_is_set_takes_no_lock_from_a_living_holder(clock: str, tmp_path: Path, quick_watch: None) -> None:
     """A holder on another machine: only its beat is known."""
@@ -400,7 +430,8 @@ def test_a_suspended_holder_whose_lock_was_taken_writes_nothing_more(cli: Cli) -
 
 def test_leftovers_of_a_killed_new_run_are_not_taken_for_users_files(cli: Cli) -> None:
     (cli.run.root / ".manifest.json.k3ps").mkdir(parents=True)
-    (cli.run.root / f".{run_lock.NAME}.0").touch()
+    for name in (f".{run_lock.NAME}.0", ".probe-1f", ".probe-1f-node"):
+        (cli.run.root / name).touch()
     assert cli("label")[0] == 0
 
 
