@@ -144,6 +144,25 @@ def test_the_job_s_config_fits_the_cluster() -> None:
     assert sum(count for count, _ in asked["teachers"]) <= workers["teachers"]["maxReplicas"]
 
 
+def test_the_image_s_user_may_write_to_the_shared_storage() -> None:
+    user = re.search(r"--uid (\d+) ray", DOCKERFILE)
+    assert user is not None and f"USER {user[1]}\n" in DOCKERFILE
+    uid = int(user[1])
+    for name in ("kuberay/cluster.yaml", "kuberay/job.yaml"):
+        pods = [
+            node["spec"]
+            for node in walk(documents(name))
+            if isinstance(node, dict) and "containers" in node.get("spec", {})
+        ]
+        assert len(pods) == 4 and {pod["securityContext"]["fsGroup"] for pod in pods} == {uid}
+    [cluster] = documents("aws/cluster.yaml")
+    mount, owner = cluster["initialization_commands"]
+    assert mount.startswith("mountpoint -q /shared ||") and owner == f"sudo chown {uid}:{uid} /shared"
+    assert "/shared:/shared" in " ".join(cluster["docker"]["run_options"])
+    for command in (mount, owner):
+        subprocess.run(["bash", "-n", "-c", command], check=True)
+
+
 def test_images_claims_and_secrets_are_there() -> None:
     storage = documents("kuberay/storage.yaml")
     claims = {each["metadata"]["name"] for each in storage if each["kind"] == "PersistentVolumeClaim"}
