@@ -1,0 +1,46 @@
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from lorapar_ray.storage.objects import Objects
+from lorapar_ray.storage.uris import Uri
+from tests.object_store import BUCKET, SCHEMES, object_store
+
+Environment = dict[str, str]
+
+
+@pytest.fixture(scope="session")
+def stores() -> Iterator[Callable[[str], Environment]]:
+    """The environment of the clients of a scheme's store. Its server, whose imports take seconds, starts at the first
+    call and is shared by all tests of this process."""
+    running: dict[str, Environment] = {}
+    with ExitStack() as stack:
+
+        def environment(scheme: str) -> Environment:
+            if scheme not in running:
+                running[scheme] = stack.enter_context(object_store(scheme))
+            return running[scheme]
+
+        yield environment
+
+
+@pytest.fixture(scope="module", params=SCHEMES)
+def store_scheme(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def store(
+    store_scheme: str, stores: Callable[[str], Environment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Uri:
+    """An empty folder of a real bucket, and a machine with an empty cache."""
+    for name, value in {**stores(store_scheme), "LORAPAR_CACHE": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    return Uri(store_scheme, BUCKET, f"runs/{tmp_path.name}")
+
+
+@pytest.fixture
+def objects(store: Uri) -> Objects:
+    return Objects(store)
