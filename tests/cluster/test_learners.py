@@ -19,7 +19,7 @@ from lorapar_ray.grpo.batches import Batch, Share, shares_of
 from lorapar_ray.grpo.groups import Group
 from lorapar_ray.grpo.worker import GrpoJob, learn_worker
 from lorapar_ray.runs import RunDirectory
-from tests.tiny_run import metrics, save_tiny_student, tiny_config
+from tests.tiny_run import metrics, tiny_config
 from tests.together import run_in_one_group, tasks_here
 
 pytestmark = pytest.mark.cluster
@@ -62,9 +62,9 @@ class ScriptedCoordinator:
 
 
 @pytest.fixture(scope="module")
-def run(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, RunDirectory]:
+def run(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, RunDirectory]:
     root = tmp_path_factory.mktemp("learners")
-    plain = tiny_config(save_tiny_student(root / "student"))
+    plain = tiny_config(student)
     plain["adapter"] = {"rank": 4, "alpha": 8, "init": "gaussian", "init_std": 0.05}
     config, run = Config.model_validate(plain), RunDirectory(root / "run")
     with tasks_here():

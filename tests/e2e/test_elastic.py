@@ -31,6 +31,7 @@ from lorapar_ray.sft.checkpoint import last_checkpoint
 from lorapar_ray.sft.job import train_stage1
 from lorapar_ray.workers import run_workers
 from tests.chaos import Recovery
+from tests.e2e.drawing import require_each_step_and_prompt_once
 from tests.processes import below, kill_all
 from tests.sft_run import ready_run
 from tests.tiny_run import metrics, save_tiny_student
@@ -187,15 +188,6 @@ def test_stage_2_goes_on_with_the_learners_that_there_are(
     lines = stage.lines()
     require_each_step_and_prompt_once(lines)
     assert {line["engines"] for line in lines} == {1}
-
-
-def require_each_step_and_prompt_once(lines: list[dict[str, Any]]) -> None:
-    """Of stage 2: each step is there once, and each prompt once in each epoch."""
-    assert [line["policy_version"] for line in lines] == list(range(1, len(lines) + 1))
-    drawn = [prompt for line in lines for prompt in line["prompts"]]
-    epoch = len(set(drawn))
-    epochs = [drawn[start : start + epoch] for start in range(0, len(drawn) - epoch + 1, epoch)]
-    assert [len(set(each)) for each in epochs] == [epoch] * len(epochs)
 
 
 def count_workers(argument: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from lorapar_ray.grpo.together import shape_of, train_together, why_alone
 from lorapar_ray.partition import load_regions, stage_mask
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.threads import meanwhile
+from tests.e2e.drawing import require_each_step_and_prompt_once
 from tests.processes import below
 from tests.sft_run import ready_run, weights
 from tests.tiny_run import metrics
@@ -83,15 +84,11 @@ def test_a_process_that_all_arms_use_may_die(cluster: None, student: Path, tmp_p
     assert len(killed) == 1 and [each["steps"] for each in notes] == [6, 6]
     for _, run in arms:
         lines = metrics(run.root, "grpo")
-        assert [line["policy_version"] for line in lines] == list(range(1, 7))
+        assert len(lines) == 6
         assert all(line["staleness_max"] == 0 and line["canary_gap"] < 0.01 for line in lines)
         if victim != "ray::Coordinator":  # which takes its count with it
             assert lines[-1]["engines_replaced"] == 1
-        drawn = [prompt for line in lines for prompt in line["prompts"]]
-        epoch = notes[0]["prompts"]
-        for first in range(0, len(drawn), epoch):
-            each = drawn[first : first + epoch]
-            assert len(set(each)) == len(each)
+        require_each_step_and_prompt_once(lines, notes[0]["prompts"])
         moves_only_its_region(run)
 
 
