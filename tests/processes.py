@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 
 from tests.chaos import Recovery
-from tests.waiting import beside, wait_until
+from tests.waiting import LIMIT_S, beside, wait_until
 
 
 def title(process: psutil.Process) -> str:
@@ -50,12 +50,12 @@ def a_worker_dies(
     before: list[Any] = []
 
     def kill_one() -> None:
-        wait_until(f"{stage}: {after} are done", lambda: len(done()) >= after, 300, every_s=0.02)
+        wait_until(f"{stage}: {after} are done", lambda: len(done()) >= after, LIMIT_S, every_s=0.02)
         worker = chance.choice(below("RayTrainWorker"))
         before.extend(done())
         worker.kill()
         with recovery(stage, "worker"):
-            wait_until(f"{stage} goes on", lambda: len(done()) > len(before), 300)
+            wait_until(f"{stage} goes on", lambda: len(done()) > len(before), LIMIT_S)
 
     with beside(kill_one):
         yield before

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 
 LIMIT_S = 600
-"""Until work beside a block has to end after it."""
+"""Until what takes seconds on an idle machine has to be over on a busy one."""
 
 
 def wait_until(
