@@ -108,7 +108,8 @@ def _compared(plan: Plan, units: Sequence[Unit], task: str) -> Compared:
     overall = sum_up(plan.claims, verdicts)
     figures = figures_of(plan.grid, load_config(plan.file, plan.overrides), task)
     table = tables.accuracy_table(plan.grid, base, arms, figures, [*overall, *verdicts], task)
-    said = [Overall(each.found, f"On {task}: {each.sentence}") for each in (*overall, *verdicts)]
+    decisions: list[Overall | Verdict] = [*overall, *verdicts]
+    said = [Overall(each.found, f"On {task}: {each.sentence}") for each in decisions]
     return Compared(base, arms, verdicts, overall, said, table)
 
 
