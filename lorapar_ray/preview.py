@@ -50,4 +50,15 @@ def _line(summary: dict[str, Any]) -> str:
         shares = ", ".join(f"System {system} {found['share']:.2%}" for system, found in summary["systems"].items())
         return f"  θ {summary['theta']:g}, {summary['regions']}: {shares}"
     shares = ", ".join(f"{name} {share:.2%}" for name, share in summary["total"]["shares"].items())
-    return f"  θ {summary['theta']:g}: {shares}; Jaccard {summary['overlap']['jaccard']:.3f}"
+    overlap = f"Jaccard {summary['overlap']['jaccard']:.3f}{_control(summary)}"
+    return f"  θ {summary['theta']:g}: {shares}; {overlap}"
+
+
+def _control(summary: dict[str, Any]) -> str:
+    """The same index between random halves of the scored examples, without which it says little."""
+    points = summary.get("control") or []
+    if not points:
+        return ""
+    found = points[-1]["jaccard"]  # of all examples
+    within = f"{found['system1']:.3f} and {found['system2']:.3f}"
+    return f" (random halves of the examples: {found['across']:.3f} across the Systems, {within} within one)"

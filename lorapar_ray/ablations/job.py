@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from lorapar_ray.ablations.at_once import AT_ONCE, batches, run_at_once
+from lorapar_ray.ablations.at_once import AT_ONCE, alone_because, batches, run_at_once
 from lorapar_ray.ablations.plan import Plan
 from lorapar_ray.ablations.report import PAGE, chosen_rates, report
 from lorapar_ray.ablations.retention import require_skills_of
@@ -53,6 +53,9 @@ def _run_all(look: Callable[[], list[Unit]], plan: Plan, failed: list[str], verb
         look: the units, with what is known by now.
     """
     units = look()
+    if not all(unit.finished for unit in units):
+        for name, why in alone_because(units):
+            console.print(f"{name} trains alone: {why}")
     yield from _run_due([unit for unit in units if not unit.waits_for], plan, failed, verbose)
     waited = {unit.title for unit in units if unit.waits_for}
     if waited:

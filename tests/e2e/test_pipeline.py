@@ -183,6 +183,7 @@ def test_recutting_needs_no_scoring_and_nothing_of_work(finished: FinishedRun, t
     shown = lorapar_here(*command, "0.5,0.9")
     assert shown.returncode == 0, shown.stderr
     assert "θ 0.5" in shown.stdout and "θ 0.9" in shown.stdout
+    assert shown.stdout.count("(random halves of the examples: ") == 2
     assert cut == before
     unasked = lorapar_here(*command, "0.5")
     assert unasked.returncode == 2 and "partition.theta 0.9 → 0.5" in unasked.stderr, unasked.stderr

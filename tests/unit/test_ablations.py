@@ -106,7 +106,9 @@ def test_a_smaller_lora_has_as_many_elements_as_the_mask_trains(tmp_path: Path) 
     assert other[1].waits_for == "importance"  # that mask is of another θ
 
 
-def test_runs_whose_size_follows_from_others_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_whose_size_follows_from_others_come_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     arms = ["smaller-lora", "importance"]
     plan = make_plan("mask", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1, 2], only=arms, rates=[1])
     ran: list[tuple[str, int]] = []
@@ -121,10 +123,25 @@ def test_runs_whose_size_follows_from_others_come_last(tmp_path: Path, monkeypat
     monkeypatch.setattr("lorapar_ray.ablations.job.ray_session", nullcontext)
     failed: list[str] = []
     list(_run_all(lambda: plan.units({}), plan, failed, verbose=False))
+    assert "trains alone" not in capsys.readouterr().out
     assert ran == [("importance, seed 1", 8), ("importance, seed 2", 8), ("smaller-lora, seed 1", 6)]
     assert failed == [
         "smaller-lora, seed 2: has as many elements as importance trains, and that is not known: its run failed"
     ]
+
+
+def test_a_run_that_cannot_share_a_base_says_so_when_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = make_plan("peft", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1], only=["ia3-1", "lora-1"])
+    monkeypatch.setattr("lorapar_ray.ablations.job._run_batch", lambda units, *_: [record_finished(u) for u in units])
+    monkeypatch.setattr("lorapar_ray.ablations.job.ray_session", nullcontext)
+    list(_run_all(lambda: plan.units({}), plan, [], verbose=False))
+    shown = capsys.readouterr().out
+    assert "stage 1 of ia3-1 trains alone: adapter.method: ia3" in shown
+    assert "stage 1 of lora-1 trains alone: no other run has its rank, targets and batches" in shown
+    list(_run_all(lambda: plan.units({}), plan, [], verbose=False))
+    assert capsys.readouterr().out == ""  # nothing is left to run
 
 
 def test_another_plan_s_rate_gets_a_run_of_its_own(tmp_path: Path) -> None:

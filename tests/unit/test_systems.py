@@ -20,6 +20,7 @@ from lorapar_ray.ablations.report import report
 from lorapar_ray.ablations.sequence import Course, compare, mean_skills, read_course
 from lorapar_ray.ablations.units import Unit
 from lorapar_ray.config import Config
+from lorapar_ray.config_file import load_config
 from lorapar_ray.datasets.labelled import evaluation_table
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.datasets.tokens import UNLABELLED, TokenTable
@@ -210,6 +211,20 @@ def test_the_stage_cuts_every_system(tmp_path: Path) -> None:
     (run.scores / "system3.safetensors").unlink()
     with pytest.raises(UserError, match="lorapar score"):
         partition_stage(config, run)
+
+
+def test_the_overlap_of_two_systems_is_shown_beside_that_of_random_halves(tmp_path: Path) -> None:
+    config, run = load_config(ROOT / "jobs" / "configs" / "quickstart.yaml", []), RunDirectory(tmp_path / "run")
+    run.scores.mkdir(parents=True)
+    for system in (1, 2):
+        save_file(skewed(system), run.scores / f"system{system}.safetensors")
+    save_halves(run.scores / "halves", [Halves((8, 8), tuple(skewed(seed) for seed in (1, 1, 2, 2)))])
+    across = partition_stage(config, run)["overlap"]["jaccard"]
+    shown = f"; Jaccard {across:.3f} (random halves of the examples: {across:.3f} across the Systems, 1.000 and 1.000"
+    assert shown in describe(config, run)
+    summary = json.loads((run.partition / "summary.json").read_text()) | {"control": []}  # as without examples to halve
+    (run.partition / "summary.json").write_text(json.dumps(summary))
+    assert describe(config, run).endswith(f"; Jaccard {across:.3f}")
 
 
 def test_scores_of_more_systems_are_other_results() -> None:
