@@ -7,7 +7,7 @@ from math import isfinite
 
 from matplotlib import pyplot as plt
 
-from lorapar_ray.ablations.grids import Grid
+from lorapar_ray.ablations.grid import Grid
 from lorapar_ray.ablations.results import Summary, Verdict
 from lorapar_ray.ablations.sequence import Matrix
 from lorapar_ray.reporting.charts import INK, QUIET, STYLE, SYSTEM2, smoothed, svg_of

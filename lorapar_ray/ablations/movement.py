@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorapar_ray.ablations.grids import Claim, sentence
+from lorapar_ray.ablations.grid import Claim, sentence
 from lorapar_ray.ablations.tables import Table, bullets
 from lorapar_ray.ablations.verdicts import FEWEST_SEEDS, Effect, Found, effect, ending
 from lorapar_ray.boundary import damaged, read_object

@@ -8,7 +8,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from lorapar_ray.ablations import charts, tables
-from lorapar_ray.ablations.grids import Arm, Grid, sentence
+from lorapar_ray.ablations.grid import Arm, Grid, sentence
 from lorapar_ray.ablations.results import Overall, Summary, Verdict
 from lorapar_ray.ablations.retention import Point, mean_of
 from lorapar_ray.ablations.sequence import Matrix

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lorapar_ray.ablations.grids import Grid
+from lorapar_ray.ablations.grid import Grid
 from lorapar_ray.config import Config
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorapar_ray.ablations.grids import GRIDS, Arm, Claim, Grid
+from lorapar_ray.ablations.grid import RATES, VALIDATION, Arm, Claim, Grid
+from lorapar_ray.ablations.grids import GRIDS
 from lorapar_ray.ablations.retention import require_tasks
 from lorapar_ray.ablations.sequence import require_skills
 from lorapar_ray.ablations.units import Source, Unit, main_runs, sweep
@@ -14,8 +15,6 @@ from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
 from lorapar_ray.pipeline import check
 
-RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
-VALIDATION = 0.1
 OWN_RATES = "each at its own learning rate"
 
 
@@ -30,9 +29,8 @@ class Plan:
     out: Path
     seeds: tuple[int, ...]
     rates: tuple[float, ...] = RATES
-    """Learning rates of a tuned grid's sweep, relative to the config's."""
+    """Only for a tuned grid."""
     validation: float = VALIDATION
-    """Share of the training rows that a sweep holds out for its loss."""
 
     @property
     def source(self) -> Source:

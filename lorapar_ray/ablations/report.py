@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorapar_ray.ablations import movement, retention, sequence, tables
-from lorapar_ray.ablations.grids import Claim
+from lorapar_ray.ablations.grid import Claim
 from lorapar_ray.ablations.movement import Overlap
 from lorapar_ray.ablations.paper import figures_of
 from lorapar_ray.ablations.plan import Plan

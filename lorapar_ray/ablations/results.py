@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
 
-from lorapar_ray.ablations.grids import Claim, sentence
+from lorapar_ray.ablations.grid import Claim, sentence
 from lorapar_ray.ablations.sizes import elements_of
 from lorapar_ray.ablations.verdicts import ENDINGS, Effect, Found, all_of, effect, ending, shown
 from lorapar_ray.boundary import read_lines

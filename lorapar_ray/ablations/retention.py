@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from lorapar_ray.ablations.grids import Claim, sentence
+from lorapar_ray.ablations.grid import Claim, sentence
 from lorapar_ray.ablations.results import Right
 from lorapar_ray.ablations.tables import Table, bullets
 from lorapar_ray.ablations.verdicts import Effect, Found, Groups, effect, ending, shown

@@ -14,7 +14,7 @@ from functools import cached_property
 from io import StringIO
 from pathlib import Path
 
-from lorapar_ray.ablations.grids import Claim, sentence
+from lorapar_ray.ablations.grid import Claim, sentence
 from lorapar_ray.ablations.retention import Answers, answers_in, share_right
 from lorapar_ray.ablations.verdicts import Effect, Found, effect, ending, shown
 from lorapar_ray.boundary import damaged, read_object

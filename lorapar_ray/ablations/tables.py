@@ -9,7 +9,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Protocol
 
-from lorapar_ray.ablations.grids import Grid
+from lorapar_ray.ablations.grid import Grid
 from lorapar_ray.ablations.paper import Figures
 from lorapar_ray.ablations.results import Summary
 from lorapar_ray.ablations.verdicts import Found

@@ -9,7 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from lorapar_ray.ablations.grids import Arm
+from lorapar_ray.ablations.grid import Arm
 from lorapar_ray.ablations.sizes import USUAL_SHARE, rank_of_size, trained_share
 from lorapar_ray.config import Config
 from lorapar_ray.config_file import load_config

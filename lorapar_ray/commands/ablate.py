@@ -8,6 +8,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from lorapar_ray.ablations.grid import RATES, VALIDATION
 from lorapar_ray.commands.options import Overrides, Verbose
 from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
@@ -15,6 +16,7 @@ from lorapar_ray.interrupts import status_of
 from lorapar_ray.storage.uris import disk_path
 
 Number = TypeVar("Number", int, float)
+USUAL_RATES = ",".join(f"{rate:g}" for rate in RATES)
 
 
 def ablate(
@@ -25,8 +27,8 @@ def ablate(
         typer.Option("--out", "-o", help="Directory for the arms and the table (default: runs/<name>-<grid>)."),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "1,2,3,4,5",
-    rates: Annotated[str, typer.Option(help="Learning rates of a sweep, relative to the config's.")] = "0.25,0.5,1,2,4",
-    validation: Annotated[float, typer.Option(help="Share of the training rows that a sweep holds out.")] = 0.1,
+    rates: Annotated[str, typer.Option(help="Learning rates of a sweep, relative to the config's.")] = USUAL_RATES,
+    validation: Annotated[float, typer.Option(help="Share of the training rows that a sweep holds out.")] = VALIDATION,
     only: Annotated[list[str] | None, typer.Option("--only", metavar="ARM", help="Run only this arm.")] = None,
     set_: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the arms and what they share; run nothing.")] = False,

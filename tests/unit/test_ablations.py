@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 from lorapar_ray.ablations.at_once import AT_ONCE, batches, groups_of, run_at_once
 from lorapar_ray.ablations.charts import losses
 from lorapar_ray.ablations.description import described
-from lorapar_ray.ablations.grids import GRIDS, Claim, sentence
+from lorapar_ray.ablations.grid import Claim, sentence
+from lorapar_ray.ablations.grids import GRIDS
 from lorapar_ray.ablations.job import _run_all, _run_part
 from lorapar_ray.ablations.plan import Plan, make_plan
 from lorapar_ray.ablations.report import chosen_rates, report

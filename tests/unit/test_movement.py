@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lorapar_ray.ablations.grids import Claim
+from lorapar_ray.ablations.grid import Claim
 from lorapar_ray.ablations.movement import Overlap, decide, read_overlap
 from lorapar_ray.ablations.plan import make_plan
 from lorapar_ray.ablations.report import report

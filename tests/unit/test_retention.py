@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lorapar_ray.ablations.description import described
-from lorapar_ray.ablations.grids import GRIDS, Claim
+from lorapar_ray.ablations.grid import Claim
+from lorapar_ray.ablations.grids import GRIDS
 from lorapar_ray.ablations.job import _run_part
 from lorapar_ray.ablations.plan import make_plan
 from lorapar_ray.ablations.report import report

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from lorapar_ray.ablations.description import described
-from lorapar_ray.ablations.grids import Claim
+from lorapar_ray.ablations.grid import Claim
 from lorapar_ray.ablations.plan import make_plan
 from lorapar_ray.ablations.report import report
 from lorapar_ray.ablations.sequence import Course, compare, mean_skills, read_course
