@@ -3,8 +3,8 @@
 The rule, a stage at a time, since stages run one after the other:
 
 - No GPU: every process computes on the CPU.
-- Training workers (`score`, `sft`) and the engine of `evaluate`: a GPU for each, one for each rank of a tensor-parallel
-  engine. There are at most as many workers as GPUs: two on one GPU only take turns, and NCCL refuses them.
+- Training workers (`score`, `sft`) and engines of `evaluate`: a GPU for each, one for each rank of a tensor-parallel
+  engine. There are at most as many as fit: two workers on one GPU only take turns, and NCCL refuses them.
 - Hosted teachers: a GPU for each replica (for each rank); with too few GPUs they share them evenly.
 - Stage 2: engines, learners and judges get their own GPUs if there are enough. Else an engine and a learner share
   each GPU, at most one of each on it, and judges take a part of every GPU. Then the number of learners is fixed: a
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from math import ceil, floor
 from typing import Any, TypeVar
 
-from lorapar_ray.config import Config, GrpoConfig, Resources, Section, TeacherConfig
+from lorapar_ray.config import Config, EvaluateConfig, GrpoConfig, Resources, Section, TeacherConfig
 
 ENGINE_SHARE = 0.6
 """An engine's share of a GPU that a learner shares; the learner gets the rest."""
@@ -33,7 +33,7 @@ RULES = {
     "score": "auto: one each, at most as many workers as GPUs",
     "sft": "auto: one each, at most as many workers as GPUs",
     "grpo": f"auto: one each; if too few, an engine ({ENGINE_SHARE:g}) and a learner share one",
-    "evaluate": "auto: one for each rank",
+    "evaluate": "auto: one for each rank, at most as many engines as fit",
 }
 """The rule in a few words, for `--dry-run`."""
 
@@ -49,17 +49,23 @@ def place(config: Config, stage: str, gpus: int) -> Config:
         return _with(config, label=_with(label, teachers=teachers, resources=without_auto(label.resources)))
     if stage == "score":
         workers, resources = _workers(config.score.workers, config.score.resources, gpus)
-        placed = _with(config, score=_with(config.score, workers=workers, resources=resources))
-        return place(placed, "sft", gpus)  # the warm-up's are stage 1's
+        return _with(config, score=_with(config.score, workers=workers, resources=resources))
     if stage == "sft":
         workers, resources = _workers(config.sft.workers, config.sft.resources, gpus)
         return _with(config, sft=_with(config.sft, workers=workers, resources=resources))
     if stage == "grpo":
         return _stage2(config, gpus)
     if stage == "evaluate":
-        resources = engine_resources(config.evaluate.resources, config.evaluate.engine.tensor_parallel, gpus)
-        return _with(config, evaluate=_with(config.evaluate, resources=resources))
+        return _with(config, evaluate=placed_engines(config.evaluate, gpus))
     return config
+
+
+def placed_engines(settings: EvaluateConfig, gpus: int) -> EvaluateConfig:
+    """The engines of `evaluate` on a cluster with `gpus` GPUs."""
+    ranks = settings.engine.tensor_parallel
+    fits = max(1, gpus // ranks) if gpus and settings.resources.gpus == "auto" else settings.engines
+    engines = min(settings.engines, fits)
+    return _with(settings, engines=engines, resources=engine_resources(settings.resources, ranks, gpus))
 
 
 def engine_resources(resources: Resources, ranks: int, gpus: int) -> Resources:

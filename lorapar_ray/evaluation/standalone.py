@@ -27,7 +27,7 @@ from lorapar_ray.evaluation.serving import NamedModel, named_model, require_temp
 from lorapar_ray.evaluation.task_files import unfinished
 from lorapar_ray.evaluation.tasks import catalogue_of, evaluate_tasks
 from lorapar_ray.files import write_json
-from lorapar_ray.gpus import engine_resources
+from lorapar_ray.gpus import placed_engines
 from lorapar_ray.memory_shortage import ended_without_memory
 from lorapar_ray.models import resolve_model
 from lorapar_ray.progress import progress
@@ -101,16 +101,15 @@ def by_base(models: Mapping[str, NamedModel]) -> list[list[str]]:
 
 def _evaluate_on(base: str, adapters: Mapping[str, Path | None], catalogue: Any, asked: Evaluation, out: Path) -> None:
     """The models that share a base, on one set of engines."""
-    settings = asked.settings
+    settings = placed_engines(asked.settings, int(capacity().largest("GPU")))
     encoder = load_encoder(resolve_model(base), asked.options.system_prompt, asked.options.trust_remote_code)
     if settings.chat:
         require_template(encoder.tokenizer)
-    resources = engine_resources(settings.resources, settings.engine.tensor_parallel, int(capacity().largest("GPU")))
-    require("evaluate", {"engines": (settings.engines, resources)})
+    require("evaluate", {"engines": (settings.engines, settings.resources)})
     with Engines(
         base,
         settings.engine,
-        resources,
+        settings.resources,
         settings.engines,
         trust_remote_code=asked.options.trust_remote_code,
         **serving(base, adapters.values(), settings.serve),

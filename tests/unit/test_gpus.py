@@ -68,7 +68,6 @@ def test_a_training_group_has_a_gpu_for_each_worker(gpus: int, workers: int, eac
     tree = config(score={"workers": 4}, sft={"workers": 4})
     score = place(tree, "score", gpus)
     assert (score.score.workers, score.score.resources.gpus) == (workers, each)
-    assert (score.sft.workers, score.sft.resources.gpus) == (workers, each)  # the warm-up before scoring
     sft = place(tree, "sft", gpus).sft
     assert (sft.workers, sft.resources.gpus) == (workers, each)
 
@@ -168,6 +167,26 @@ def test_evaluation_takes_a_gpu_for_each_rank() -> None:
     tree = config(evaluate={"engine": {"tensor_parallel": 2}})
     assert place(tree, "evaluate", 2).evaluate.resources.gpus == 2
     assert place(tree, "evaluate", 0).evaluate.resources.gpus == 0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "asked", "engines"),
+    [
+        (0, 1, {}, 3),
+        (1, 1, {}, 1),
+        (2, 1, {}, 2),
+        (8, 1, {}, 3),
+        (5, 2, {}, 2),
+        (1, 2, {}, 1),
+        (1, 1, {"gpus": 0.3}, 3),
+    ],
+)
+def test_evaluation_has_at_most_as_many_engines_as_fit(
+    gpus: int, ranks: int, asked: dict[str, Any], engines: int
+) -> None:
+    """The cluster's check would refuse others, after the training."""
+    tree = {"engines": 3, "engine": {"tensor_parallel": ranks}, **({"resources": asked} if asked else {})}
+    assert place(config(evaluate=tree), "evaluate", gpus).evaluate.engines == engines
 
 
 def test_a_process_without_gpus_sees_none() -> None:
