@@ -205,7 +205,7 @@ class GrpoConfig(Section):
     sync: Operation[Literal["auto", "merged", "adapter"]] = "auto"
     """`merged`: engines serve base + s·BA as plain weights; `adapter`: vLLM's own LoRA. `auto`: `adapter` on GPUs
     (loads only the adapter, does not round the base again), `merged` on CPUs (there LoRA products add to every decoding
-    step; `jobs/benchmarks/weight_sync.py`)."""
+    step; `jobs/benchmarks/weight_sync.py`). The device decides: to measure both, each engine would start twice."""
     canary_tolerance: Operation[PositiveFloat | Literal["auto"]] = "auto"
     """Largest mean absolute log-probability gap (nats) between learner and engine on the canary tokens. `auto`: eight
     times the gap on the base without an adapter, measured before a policy is served, and at least the rounding of
