@@ -25,7 +25,8 @@ def attach_lora(
     seed: int = 0,
     init_std: float = 0.01,
 ) -> Any:
-    """A PeftModel of `model` with float32 LoRA weights, for any dtype of the base.
+    """A PeftModel of `model` with float32 LoRA weights, for any dtype of the base. A seed draws the same ones on every
+    device: random numbers are drawn on the CPU, as PEFT itself does for `default`.
 
     Args:
         init: `default` (B = 0), `gaussian` (A and B from N(0, init_std²), the authors' way to avoid zero scores),
@@ -51,7 +52,7 @@ def attach_lora(
             for parameter in adapter_parameters(peft_model).values():
                 parameter.data = parameter.data.float()
                 if init == "gaussian":
-                    parameter.normal_(0.0, init_std)
+                    parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(0.0, init_std))
     return peft_model
 
 

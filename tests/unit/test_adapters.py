@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
 from lorapar_ray.adapters import (
@@ -172,3 +174,29 @@ def test_training_continues_from_the_users_adapter(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace('"LORA"', '"IA3"'))
     with pytest.raises(UserError, match="holds a IA3 adapter"):
         require_lora(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("init", ["default", "gaussian"])
+def test_a_seed_draws_the_same_adapter_on_every_device(init: str) -> None:
+    """Another device's generator would give other numbers. Where they are drawn is seen on the device `meta`."""
+    drawn: list[torch.device] = []
+
+    class Draws(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if torch.Tag.nondeterministic_seeded in function.tags:
+                drawn.extend(each.device for each in args if isinstance(each, torch.Tensor))
+            return function(*args, **(kwargs or {}))
+
+    model = tiny("llama").to("meta")
+    with Draws():
+        attach_lora(model, rank=4, alpha=8, init=init)
+    assert drawn and {each.type for each in drawn} == {"cpu"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("init", ["default", "gaussian"])
+def test_a_gpu_has_the_adapter_of_a_cpu(init: str) -> None:
+    here, there = (
+        adapter_state(attach_lora(tiny("llama").to(device), rank=4, alpha=8, init=init)) for device in ("cpu", "cuda")
+    )
+    assert all(torch.equal(value, there[key].cpu()) for key, value in here.items())
