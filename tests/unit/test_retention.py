@@ -15,13 +15,12 @@ from lorapar_ray.ablations.job import _run_part
 from lorapar_ray.ablations.plan import make_plan
 from lorapar_ray.ablations.report import report
 from lorapar_ray.ablations.retention import Point, compare, cost_at, read_point, systems_of_tasks
-from lorapar_ray.ablations.units import Unit
 from lorapar_ray.config_file import load_config
 from lorapar_ray.datasets.rows import Row
 from lorapar_ray.datasets.sources import read_source, task_of
 from lorapar_ray.errors import UserError
 from tests.tiny_run import ROOT
-from tests.unit.finished_units import record_finished
+from tests.unit.finished_units import finish_skills, record_finished
 
 CONFIG = ROOT / "jobs" / "configs" / "quickstart.yaml"
 CLAIM = Claim("the first keeps more", "first", "second")
@@ -90,24 +89,6 @@ def test_lines_that_agree_in_every_seed_have_an_interval_over_questions() -> Non
     assert kept.found == "undecided" and kept.effect.interval[0] < -0.01
 
 
-def finish(unit: Unit, answers: dict[str, tuple[int, int]]) -> None:
-    """An evaluated run: for each stage the right answers of 100 sums and of 100 riddles."""
-    run = unit.run
-    for folder in (run.labels, run.eval):
-        folder.mkdir(parents=True, exist_ok=True)
-    labels = {"task": ["sum"] * 5 + ["riddle"] * 5, "system": [1, 1, 1, 2, 1, 2, 2, 1, 2, 2]}
-    pq.write_table(pa.table(labels), run.labels / "part-00000.parquet")
-    for stage, right in answers.items():
-        rows = [
-            (f"{task}{n}", task, n < count)
-            for task, count in zip(("sum", "riddle"), right, strict=True)
-            for n in range(100)
-        ]
-        table = {"id": [r[0] for r in rows], "task": [r[1] for r in rows], "right": [r[2] for r in rows]}
-        pq.write_table(pa.table(table), run.eval / f"{stage}.parquet")
-        (run.eval / f"{stage}.json").write_text("{}")
-
-
 @pytest.mark.parametrize("grid", ["retention", "retention-reversed"])
 def test_the_report_says_what_the_second_stage_cost(grid: str, tmp_path: Path) -> None:
     arms = [arm.name for arm in GRIDS[grid].arms if arm.line in ("disjoint", "unmasked")]
@@ -124,7 +105,7 @@ def test_the_report_says_what_the_second_stage_cost(grid: str, tmp_path: Path) -
         skills = {"sft": (60, 20), "grpo": (60 - cost, 20 + number)}
         if grid == "retention-reversed":
             skills = {"grpo": (20, 60), "sft": (20 + number, 60 - cost + unit.seed % 2)}
-        finish(unit, skills)
+        finish_skills(unit, skills)
         record_finished(unit)
     point = read_point(units[0].folder, units[0].config)
     assert point is not None and point.gain == pytest.approx(0.1)
@@ -143,7 +124,7 @@ def test_the_report_says_what_the_second_stage_cost(grid: str, tmp_path: Path) -
 def test_a_run_without_a_task_of_each_system_is_no_point(tmp_path: Path) -> None:
     [unit] = make_plan("retention", CONFIG, [], tmp_path, seeds=[1], only=["shared-1"]).units({})
     assert read_point(unit.folder, unit.config) is None
-    finish(unit, {"sft": (60, 20), "grpo": (50, 30)})
+    finish_skills(unit, {"sft": (60, 20), "grpo": (50, 30)})
     pq.write_table(pa.table({"task": ["sum", "riddle"], "system": [1, 1]}), unit.run.labels / "part-00000.parquet")
     assert read_point(unit.folder, unit.config) is None
 

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -18,7 +17,6 @@ from lorapar_ray.ablations.grid import Claim
 from lorapar_ray.ablations.plan import make_plan
 from lorapar_ray.ablations.report import report
 from lorapar_ray.ablations.sequence import Course, compare, mean_skills, read_course
-from lorapar_ray.ablations.units import Unit
 from lorapar_ray.config import Config
 from lorapar_ray.config_file import load_config
 from lorapar_ray.datasets.labelled import evaluation_table
@@ -47,7 +45,7 @@ from lorapar_ray.sft.together import shape_of, train_together
 from tests.sft_run import ready_sequence, weights
 from tests.tiny_run import ROOT, tiny_config
 from tests.together import tasks_here
-from tests.unit.finished_units import record_finished
+from tests.unit.finished_units import finish_sequence, record_finished
 from tests.unit.partition_scores import Scores, flat, skewed
 
 torch.set_num_threads(1)
@@ -342,24 +340,6 @@ def test_seeds_that_agree_have_an_interval_over_questions() -> None:
     assert found.found == "undecided" and found.effect.interval[0] < -0.01
 
 
-def evaluated(unit: Unit, answers: dict[str, tuple[int, ...]]) -> None:
-    """An evaluated run: for each model the right answers of 100 test rows of each System; and a row of none."""
-    run = unit.run
-    ids = [(f"{system}-{n}", system, n) for system in (1, 2, 3) for n in range(100)]
-    for folder in (run.data, run.eval, run.partition):
-        folder.mkdir(parents=True, exist_ok=True)
-    table = {"id": ["other", *(row for row, _, _ in ids)], "system": [None, *(system for _, system, _ in ids)]}
-    pq.write_table(pa.table(table), run.data / "test.parquet")
-    for name, right in answers.items():
-        found = {"id": table["id"], "right": [True, *(n < right[system - 1] for _, system, n in ids)]}
-        pq.write_table(pa.table(found), run.eval / f"{name}.parquet")
-        (run.eval / f"{name}.json").write_text("{}")
-    regions = {str(system): {"share": 0.1 * system} for system in (1, 2, 3)}
-    jaccard = {"across": 0.4, "system1": 0.6, "system2": 0.7}
-    cut = {"theta": unit.config.partition.theta, "systems": regions, "jaccard": {"1-2": 0.51}}
-    (run.partition / "systems.json").write_text(json.dumps(cut | {"control": {"1-2": {"jaccard": jaccard}}}))
-
-
 def test_the_report_shows_the_skills_after_every_system(tmp_path: Path) -> None:
     plan = make_plan("systems", SHIPPED, [], tmp_path, seeds=[1, 2, 3], only=["disjoint", "unmasked"])
     units = plan.units({})
@@ -368,7 +348,7 @@ def test_the_report_shows_the_skills_after_every_system(tmp_path: Path) -> None:
     for unit in units:
         lost = 2 if unit.arm == "disjoint" else 20 + unit.seed
         skills = {"sft-1": (60, 5, 6), "sft-2": (60 - lost, 50, 6), "sft": (60 - 2 * lost, 50 - lost, 70)}
-        evaluated(unit, skills | ({"base": (10, 11, 12)} if unit is units[0] else {}))
+        finish_sequence(unit, skills | ({"base": (10, 11, 12)} if unit is units[0] else {}))
         record_finished(unit)
     text = report(plan)
     assert "| disjoint | -3.0 points | -5.9 to +0.1 | 60.0% | 58.0% | 10.0%, 20.0%, 30.0% | 3 |" in text
