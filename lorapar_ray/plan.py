@@ -52,7 +52,7 @@ def plan(config: Config, run: RunDirectory, redo: Collection[str] = ()) -> Itera
         yield from (f"  {reason}" for reason in now.why)
         if waits and not stage.is_view:
             then = "is redone" if name in allowed else "needs --redo too"
-            yield f"  depends on a stage above that is due; if the results of that differ, this stage {then}"
+            yield f"  depends on a stage above; if the results of that change, this stage {then}"
         owned = stage.owned(run, config.name)
         if (anew or stale or (waits and name in allowed)) and owned:
             yield f"  replaces {', '.join(_described(path, run) for path in owned)}"
