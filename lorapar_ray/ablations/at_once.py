@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from math import ceil
 from pathlib import Path
 
-from lorapar_ray.ablations.sharing import SHARED, borrow
+from lorapar_ray.ablations.sharing import SHARED, borrow, read_by
 from lorapar_ray.ablations.units import Unit
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.job import engines_of, evaluate_together
@@ -96,7 +96,8 @@ def groups_of(units: Sequence[Unit], stage: str) -> list[list[Unit]]:
 def _equal(unit: Unit, stage: str) -> str:
     if stage not in SHARED:
         return unit.title
-    return str(inputs_of(PIPELINE[stage], unit.config, unit.run.manifest()["stages"], unit.run.fingerprints))
+    own = inputs_of(PIPELINE[stage], unit.config, unit.run.manifest()["stages"], unit.run.fingerprints)
+    return str(read_by(stage, unit.config, unit.run, own))
 
 
 def _run_group(units: Sequence[Unit], stage: str) -> None:

@@ -3,33 +3,78 @@
 from __future__ import annotations
 
 import shutil
+from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from lorapar_ray.ablations.units import CRITERION
+from lorapar_ray.boundary import read_tensors
 from lorapar_ray.config import Config
+from lorapar_ray.partition.regions import STAGE_1, STAGE_2
 from lorapar_ray.pipeline import PIPELINE, is_done
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.standing import inputs_of
 
 SHARED = ("label", "score", "partition", "sft", "grpo")
 """Evaluation is of one run."""
+TRAINED = {"sft": STAGE_1, "grpo": STAGE_2}
+"""The bit of the regions that says what a training stage may change; it reads no other."""
 
 
 def borrow(config: Config, run: RunDirectory, stage: str, siblings: list[Path]) -> bool:
-    """Copy `stage` from the first of `siblings` that has finished it with the same inputs; returns whether one had."""
+    """Copy `stage` from the first of `siblings` that has finished it with the same inputs; returns whether one had.
+
+    For a training stage a cut counts as the same if it lets the stage train the same elements: stage 1 is the same run
+    for every β.
+    """
     if is_done(config, run, stage):
         return False
-    wanted = inputs_of(PIPELINE[stage], config, run.manifest()["stages"], run.fingerprints)
+    own = inputs_of(PIPELINE[stage], config, run.manifest()["stages"], run.fingerprints)
+    wanted = read_by(stage, config, run, own)
     for sibling in siblings:
         other = RunDirectory(sibling)
-        entry = other.manifest().get("stages", {}).get(stage, {})
-        if other.root != run.root and entry.get("status") == "done" and entry.get("inputs") == wanted:
+        stages = other.manifest().get("stages", {})
+        entry = stages.get(stage, {})
+        if other.root == run.root or entry.get("status") != "done":
+            continue
+        if entry.get("inputs") == own or (
+            _of_its_cut(stage, entry, stages) and read_by(stage, config, other, entry["inputs"]) == wanted
+        ):
             for place in (*PIPELINE[stage].outputs, *PIPELINE[stage].traces):
                 _copy(other.root / place, run.root / place)
-            run.record(stage, **entry)
+            run.record(stage, **{**entry, "inputs": own})
             return True
     return False
+
+
+def read_by(stage: str, config: Config, run: RunDirectory, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a stage of a run with, for a training stage, only what it reads of the cut: its own mask."""
+    file = run.partition / "regions.safetensors"
+    if stage not in TRAINED or not file.is_file():
+        return inputs
+    masked = getattr(config, stage).masked
+    own = _mask(file, TRAINED[stage], file.stat().st_mtime_ns) if masked else "every element"
+    return {**inputs, "sources": {**inputs["sources"], "partition": own}}
+
+
+def _of_its_cut(stage: str, entry: dict[str, Any], stages: dict[str, Any]) -> bool:
+    """Whether a training stage was made with the cut that its run has now."""
+    if stage not in TRAINED:
+        return False
+    made_with = (entry.get("inputs") or {}).get("sources", {}).get("partition")
+    return made_with is not None and made_with == stages.get("partition", {}).get("outputs")
+
+
+@lru_cache(maxsize=256)
+def _mask(file: Path, bit: int, _written_ns: int) -> str:
+    """A digest of the elements with a bit."""
+    regions = read_tensors(file)
+    found = sha256()
+    for key in sorted(regions):
+        found.update(key.encode())
+        found.update((regions[key] & bit).numpy().tobytes())
+    return found.hexdigest()
 
 
 def borrow_sums(config: Config, run: RunDirectory, siblings: list[Path]) -> bool:

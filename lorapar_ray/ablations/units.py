@@ -21,6 +21,9 @@ from lorapar_ray.runs import RunDirectory
 CRITERION = "score.criterion"
 """The setting of `score` that does not change the sums of gradients from which scores are computed."""
 
+OTHERS_SHARE = {"sft": "partition.beta", "grpo": "partition.alpha"}
+"""The setting of the cut that changes only what the other training stage trains."""
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -211,11 +214,17 @@ def shared_keys(unit: Unit, without: Collection[str] = ()) -> dict[str, str]:
         without: settings to leave out.
     """
     keys: dict[str, str] = {}
+
+    def key(name: str, needs: dict[str, str], *left_out: str) -> str:
+        settings = PIPELINE[name].settings(unit.config).items()
+        kept = {path: each.value for path, each in settings if path not in (*without, *left_out)}
+        return digest(json.loads(json.dumps([name, kept, needs], default=str)))
+
     for name in unit.stages:
-        stage = PIPELINE[name]
-        settings = {path: each.value for path, each in stage.settings(unit.config).items() if path not in without}
-        needs = {need: keys[need] for need in stage.needs(unit.config) if need in keys}
-        keys[name] = digest(json.loads(json.dumps([name, settings, needs], default=str)))
+        needs = {need: keys[need] for need in PIPELINE[name].needs(unit.config) if need in keys}
+        if name in OTHERS_SHARE and "partition" in needs:  # it reads its own mask only
+            needs["partition"] = key("partition", {"score": keys["score"]}, OTHERS_SHARE[name])
+        keys[name] = key(name, needs)
     return keys
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from lorapar_ray.ablations.at_once import AT_ONCE, batches, groups_of, run_at_once
+from lorapar_ray.ablations.at_once import AT_ONCE, _equal, batches, groups_of, run_at_once
 from lorapar_ray.ablations.charts import losses
 from lorapar_ray.ablations.description import described
 from lorapar_ray.ablations.grid import Claim, sentence
@@ -37,6 +37,7 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.interrupts import Terminated
 from lorapar_ray.labeling.keys import teacher_keys
 from lorapar_ray.labeling.store import VoteStore, question_key
+from lorapar_ray.partition.regions import save_regions
 from lorapar_ray.pipeline import PIPELINE, is_done, run_stage, run_together, standings
 from lorapar_ray.runs import RunDirectory, write_json
 from lorapar_ray.sft.together import require_one_base
@@ -79,7 +80,7 @@ def test_what_arms_share_is_counted(tmp_path: Path) -> None:
     units = make_plan("activation", SHIPPED / "gsm8k-llama2-7b.yaml", [], tmp_path, seeds=[1]).units({})
     needed = {stage: (wanted, len(computing)) for stage, wanted, computing in counted(units)}
     assert needed["label"] == needed["score"] == (9, 1)
-    assert needed["partition"] == needed["grpo"] == (9, 9)
+    assert needed["partition"] == needed["grpo"] == (9, 9) and needed["sft"] == (9, 3)  # β is stage 2's alone
 
 
 def cut(unit: Unit, share: float) -> None:
@@ -622,6 +623,37 @@ def test_a_training_stage_that_a_sibling_has_finished_is_copied(stage: str, tmp_
     (first.folder / adapter).write_text("{}")
     run_at_once([second], stage, [first.folder, second.folder])
     assert (second.folder / adapter).is_file() and is_done(second.config, second.run, stage)
+
+
+def test_stage_1_is_copied_from_a_run_whose_cut_lets_it_train_the_same_elements(tmp_path: Path) -> None:
+    """Runs that differ in β alone have other regions, but the same stage 1."""
+    arms = ["a1-b0", "a1-b1", "a0-b1", "a0-b0"]
+    plan = make_plan("activation", SHIPPED / "quickstart.yaml", [], tmp_path, seeds=[1], only=arms)
+    units = {unit.arm: unit for unit in plan.units({})}
+    for arm, trained in {"a1-b0": 4, "a1-b1": 4 | 8, "a0-b1": 8, "a0-b0": 0}.items():
+        unit = units[arm]
+        unit.run.open(unit.config)
+        regions = {"A": torch.tensor([1, 2, 3 | trained], dtype=torch.uint8)}
+        unit.run.partition.mkdir()
+        save_regions(regions, unit.run.partition / "regions.safetensors", theta=0.9, alpha=1.0, beta=1.0)
+        for name in ("label", "score", "partition"):
+            inputs = inputs_of(PIPELINE[name], unit.config, unit.run.manifest()["stages"], unit.run.fingerprints)
+            unit.run.record(name, status="done", inputs=inputs, outputs=f"of {arm}" if name == "partition" else name)
+    first = units["a1-b0"]
+    inputs = inputs_of(PIPELINE["sft"], first.config, first.run.manifest()["stages"], first.run.fingerprints)
+    first.run.record("sft", status="done", inputs=inputs, outputs="of sft")
+    (first.run.sft / "adapter").mkdir(parents=True)
+    (first.run.sft / "adapter" / "adapter_config.json").write_text("{}")
+    siblings = [unit.folder for unit in units.values()]
+    same, other = units["a1-b1"], units["a0-b1"]
+    assert not borrow(other.config, other.run, "sft", siblings)
+    assert _equal(units["a0-b0"], "sft") == _equal(other, "sft") != _equal(same, "sft")  # one of them trains
+    assert borrow(same.config, same.run, "sft", siblings) and is_done(same.config, same.run, "sft")
+    assert (same.run.sft / "adapter" / "adapter_config.json").is_file()
+    assert not borrow(same.config, same.run, "grpo", siblings)
+    first.run.record("partition", **first.run.entry("partition") | {"outputs": "of another cut"})
+    same.run.record("sft")
+    assert not borrow(same.config, same.run, "sft", [first.folder])  # no longer the cut that its stage 1 was made with
 
 
 def test_every_arm_of_a_mask_starts_from_the_same_adapter(tmp_path: Path) -> None:
