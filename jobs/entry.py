@@ -18,23 +18,27 @@ def job(command: str) -> None:
     os.environ.setdefault("RAY_ADDRESS", "auto")
     os.environ.setdefault(WAIT, JOB_WAIT_S)
     given = sys.argv[1:]
-    place = run_dir(given)
+    option = "--out" if value_of("--model", given) is not None else "--run-dir"  # models are evaluated without a run
+    place = value_of(option, given)
     if place is None and "--help" not in given:
-        sys.exit("lorapar: --run-dir: give a directory that every node can reach; Ray deletes the job's own directory")
+        sys.exit(f"lorapar: {option}: give a directory that every node can reach; Ray deletes the job's own directory")
     if place is not None:
         try:
-            require_whole_path(place)
+            require_whole_path(place, option)
         except UserError as error:
             sys.exit(f"lorapar: {error}")
     sys.argv = [sys.argv[0], command, *given]
     main()
 
 
-def run_dir(words: list[str]) -> str | None:
-    """The value of `--run-dir`, or `-d`, on a command line; None without it."""
+SHORT = {"--run-dir": "-d", "--model": "-m", "--out": "-o"}
+
+
+def value_of(option: str, words: list[str]) -> str | None:
+    """The value of an option of `SHORT`, or of its short form, on a command line; None without it."""
     for word, after in zip(words, [*words[1:], ""], strict=True):
-        if word in ("--run-dir", "-d"):
+        if word in (option, SHORT[option]):
             return after
-        if word.startswith(("--run-dir=", "-d")):
-            return word.removeprefix("--run-dir=").removeprefix("-d")
+        if word.startswith((f"{option}=", SHORT[option])):
+            return word.removeprefix(f"{option}=").removeprefix(SHORT[option])
     return None

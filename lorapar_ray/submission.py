@@ -254,16 +254,17 @@ def in_working_dir(config: Path, given: Path | None) -> tuple[Path, Path]:
         ) from None
 
 
-def require_whole_path(run_dir: str) -> None:
-    """Check a run directory: a job begins in a copy of the working directory, and each machine has its own copy.
+def require_whole_path(place: str, option: str = "--run-dir") -> None:
+    """Check an option's directory for results: a job begins in a copy of the working directory, of which each machine
+    has its own.
 
     Raises:
-        UserError: the run directory would lie in one machine's copy, or is not in a known store.
+        UserError: it would lie in one machine's copy, or is not in a known store.
     """
-    place = place_of(run_dir)
-    if isinstance(place, Path) and not place.is_absolute():
+    where = place_of(place)
+    if isinstance(where, Path) and not where.is_absolute():
         raise UserError(
-            f"--run-dir '{run_dir}': give its whole path, on storage that every node reaches; a job's own directory "
+            f"{option} '{place}': give its whole path, on storage that every node reaches; a job's own directory "
             "is deleted when the job ends"
         )
 

@@ -250,6 +250,26 @@ def test_every_stage_has_its_job(
         runpy.run_path(str(ROOT / "jobs" / f"{command}.py"), run_name="__main__")
 
 
+@pytest.mark.parametrize("model", [["--model", "package:smollm2"], ["--model=a"], ["-m", "a"], ["-ma"]])
+def test_a_job_evaluates_models_without_a_run(model: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "jobs")
+    for name in ("RAY_ADDRESS", "LORAPAR_WAIT_S"):
+        monkeypatch.setenv(name, "0")
+    for out, said in (
+        ([], "lorapar: --out: give a directory that every node can reach"),
+        (["--out", "results"], "lorapar: --out 'results': give its whole path"),
+        (["-oresults"], "lorapar: --out 'results': give its whole path"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *model, *out])
+        with pytest.raises(SystemExit, match=said):
+            runpy.run_path(str(ROOT / "jobs" / "evaluate.py"), run_name="__main__")
+    begun: list[str] = []
+    monkeypatch.setattr("lorapar_ray.cli.main", lambda: begun.extend(sys.argv))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *model, "--out", "/shared/results"])
+    runpy.run_path(str(ROOT / "jobs" / "evaluate.py"), run_name="__main__")
+    assert begun[1:] == ["evaluate", *model, "--out", "/shared/results"]
+
+
 @pytest.mark.parametrize("words", [["--run-dir", "runs/x"], ["--run-dir=runs/x"], ["-d", "runs/x"], ["-druns/x"]])
 def test_a_job_s_run_directory_is_a_whole_path(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "jobs")
