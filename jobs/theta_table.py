@@ -22,7 +22,7 @@ def main() -> None:
     if not sys.argv[1:]:
         raise SystemExit(__doc__)
     for run in map(Path, sys.argv[1:]):
-        summary = json.loads((run / "partition" / "summary.json").read_text())
+        summary = json.loads((run / "partition" / "summary.json").read_text(encoding="utf-8"))
         print(f"\n**{run.name}**: {summary['total']['elements']:,} elements\n")
         print("\n".join(table(summary["curves"])))
         print("\n".join(control(summary["control"])))

@@ -52,7 +52,7 @@ class Fingerprints:
         self._known: dict[str, list[Any]] = {}
         self._changed = False
         try:
-            loaded = json.loads(memory.read_text())
+            loaded = json.loads(memory.read_text(encoding="utf-8"))
             self._known = {path: entry for path, entry in loaded.items() if len(entry) == STAMPS + 1}
         except (OSError, ValueError, AttributeError, TypeError, RecursionError):
             self._known = {}
@@ -103,7 +103,7 @@ def meaning(files: Iterable[Path], root: Path, prints: Fingerprints) -> str:
 
 def _meaning_of(path: Path, prints: Fingerprints) -> str:
     if path.suffix == ".json":
-        return digest(_without_times(json.loads(path.read_text())))
+        return digest(_without_times(json.loads(path.read_text(encoding="utf-8"))))
     return _table(path) if path.suffix == ".parquet" else prints.of_file(path)
 
 

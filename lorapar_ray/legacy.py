@@ -74,7 +74,7 @@ def _migrated(
 def _tree(run: RunDirectory) -> dict[str, Any]:
     """The settings that the run used last, as written then."""
     try:
-        tree = parse_yaml((run.root / "config.yaml").read_text())
+        tree = parse_yaml((run.root / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, *NOT_YAML):
         return {}
     return tree if isinstance(tree, dict) else {}

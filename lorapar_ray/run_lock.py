@@ -125,7 +125,7 @@ def living_holder(root: Path) -> dict[str, Any] | None:
     """
     try:
         text, age = (
-            (root / NAME).read_text(encoding="utf-8", errors="replace"),
+            _text_of(root / NAME),
             time.time() - (root / NAME).stat().st_mtime,
         )
     except OSError:
@@ -150,7 +150,7 @@ def require_held(root: Path) -> None:
 
 def _taken_over(root: Path, mine: str) -> bool:
     try:
-        return (root / NAME).read_text(errors="replace") != mine
+        return _text_of(root / NAME) != mine
     except OSError:  # deleted, or temporarily unreadable: no other process holds it
         return False
 
@@ -203,7 +203,7 @@ def _remove_if_stale(file: Path, watch: Watch) -> None:
         InUse: the holder is alive, or may be.
     """
     try:
-        text, changed_s, age = file.read_text(errors="replace"), file.stat().st_mtime, _age(file)
+        text, changed_s, age = _text_of(file), file.stat().st_mtime, _age(file)
     except FileNotFoundError:
         if file.is_symlink():
             raise UserError(f"'{file}' is a broken link; delete it") from None
@@ -214,7 +214,7 @@ def _remove_if_stale(file: Path, watch: Watch) -> None:
     aside = file.with_name(f".{NAME}.{uuid.uuid4().hex}")
     with suppress(FileNotFoundError):
         file.rename(aside)
-        if aside.read_text(errors="replace") != text:  # not the lock that was read: another process was faster
+        if _text_of(aside) != text:  # not the lock that was read: another process was faster
             with suppress(FileExistsError):
                 os.link(aside, file)
         aside.unlink()
@@ -243,6 +243,10 @@ def _age(file: Path) -> float:
         return now.stat().st_mtime - file.stat().st_mtime
     finally:
         now.unlink()
+
+
+def _text_of(lock: Path) -> str:
+    return lock.read_text(encoding="utf-8", errors="replace")
 
 
 def parsed(text: str) -> dict[str, Any]:
@@ -291,7 +295,7 @@ def _started(pid: int) -> int | None:
     """A process's start time, in clock ticks since boot; it detects reused pids. None if there is no such process, or
     only a zombie."""
     try:
-        state, *rest = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
+        state, *rest = Path(f"/proc/{int(pid)}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except (OSError, ValueError, TypeError, OverflowError):
         return None
     return None if state in ("Z", "X") else int(rest[18])
@@ -306,7 +310,7 @@ def _pid_namespace() -> str:
 
 def _first_line(path: str) -> str:
     try:
-        return Path(path).read_text().strip()
+        return Path(path).read_text(encoding="utf-8").strip()
     except OSError:
         return ""
 

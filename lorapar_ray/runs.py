@@ -192,7 +192,7 @@ class RunDirectory:
     def keep_config(self, config: Config) -> None:
         """Write the settings that a stage is about to use, as `config.yaml`."""
         with atomic_path(self.root / "config.yaml") as draft:
-            draft.write_text(config.to_yaml(hide_secrets=True))
+            draft.write_text(config.to_yaml(hide_secrets=True), encoding="utf-8")
 
     def manifest(self) -> dict[str, Any]:
         """The present manifest; empty before the first `open`.
@@ -206,7 +206,7 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"run directory '{self.root}' cannot be read: {error.strerror}") from error
         try:
-            loaded = json.loads(self.manifest_path.read_text())
+            loaded = json.loads(self.manifest_path.read_text(encoding="utf-8"))
             version = loaded.get("format", 1)
             whole = version in (1, FORMAT) and isinstance(loaded["identity"], dict)
             whole = whole and all(is_entry(entry, version) for entry in loaded["stages"].values())

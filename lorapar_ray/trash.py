@@ -36,7 +36,7 @@ def set_aside(run: RunDirectory, stage: str, paths: Iterable[Path], entry: dict[
 
 def put_back(run: RunDirectory, stage: str, folder: Path) -> None:
     """Undo `set_aside`; the target must not exist."""
-    entry = json.loads((folder / ENTRY).read_text())
+    entry = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
     (folder / ENTRY).unlink()
     _move_back(folder, folder, run.root)
     shutil.rmtree(folder)
@@ -49,7 +49,7 @@ def in_trash(run: RunDirectory, stage: str) -> dict[Path, dict[str, Any]]:
     found = {}
     for folder in sorted(run.trash.glob(f"*-{stage}"), reverse=True):
         with suppress(OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            entry = json.loads((folder / ENTRY).read_text())
+            entry = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
             if is_entry(entry):
                 found[folder] = entry
     return found

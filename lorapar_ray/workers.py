@@ -79,7 +79,7 @@ def run_workers(
                 in_a_thread(trainer.fit, name="ray-train")
     finally:
         if refusal.is_file():
-            said = json.loads(refusal.read_text())
+            said = json.loads(refusal.read_text(encoding="utf-8"))
             refusal.unlink()
             raise UserError(said)
 

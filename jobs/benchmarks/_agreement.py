@@ -78,9 +78,9 @@ def _kept(file: Path, work: Callable[[], Any]) -> Any:
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = file.with_suffix(".draft")
-        draft.write_text(json.dumps(work()))
+        draft.write_text(json.dumps(work()), encoding="utf-8")
         draft.rename(file)
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _ours(catalogue: Any, tasks: Mapping[str, int], device: str, keep: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     from vllm import LLM, SamplingParams
 
     from lorapar_ray.engines.settings import platform_arguments

@@ -33,7 +33,7 @@ def print_table(rows: Sequence[Row]) -> None:
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write {"rows": [...]} as JSON."""
-    path.write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+    path.write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=2) + "\n", encoding="utf-8")
 
 
 def _cell(value: object) -> str:

@@ -180,7 +180,7 @@ class Bench:
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def steady(lines: Sequence[dict[str, Any]]) -> float:

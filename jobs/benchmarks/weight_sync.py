@@ -70,7 +70,7 @@ def main() -> None:
         base = AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype("auto", torch.device("cpu")))
         peft_model = attach_lora(base, rank=8, alpha=16, init="gaussian")
         save_adapter(peft_model, adapter)
-        config, state = (adapter / "adapter_config.json").read_text(), adapter_state(peft_model)
+        config, state = (adapter / "adapter_config.json").read_text(encoding="utf-8"), adapter_state(peft_model)
         del base, peft_model
         measured = {
             sync: measure(start(model, sync, engine, resources), sync, config, state, rounds)
@@ -119,7 +119,7 @@ def share_row(name: str, share: float) -> Row:
 def share_in(metrics: Path) -> float:
     """Share of a run's steps, without the first, in which engines loaded a policy or the learner waited for its
     check."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()][1:]
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()][1:]
     spent = sum(line["seconds/sync"] + line["seconds/wait_for_proof"] for line in lines)
     return float(spent / sum(line["seconds"] for line in lines))
 

@@ -111,7 +111,7 @@ def _run_part(unit: Unit, stages: Sequence[str], plan: Plan, failed: list[str]) 
     except Exception as error:  # a bug of this project or of a library
         file = plan.out / "failures" / f"{unit.folder.name}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(redact(traceback.format_exc()))
+        file.write_text(redact(traceback.format_exc()), encoding="utf-8")
         said = f"{type(error).__name__}: {one_line(error, 200)} (the full error is in '{file}')"
     else:
         return True

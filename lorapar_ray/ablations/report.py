@@ -167,5 +167,5 @@ def chosen_rates(plan: Plan) -> dict[str, float]:
 
 def _written(file: Path, text: str) -> str:
     with atomic_path(file) as draft:
-        draft.write_text(text)
+        draft.write_text(text, encoding="utf-8")
     return text

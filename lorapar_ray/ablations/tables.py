@@ -84,7 +84,7 @@ class Table:
         text = self.markdown()
         for ending, content in (("md", text), ("csv", self.comma_separated()), ("tex", self.latex())):
             with atomic_path(out / f"{self.name}.{ending}") as draft:
-                draft.write_text(content)
+                draft.write_text(content, encoding="utf-8")
         return text
 
 

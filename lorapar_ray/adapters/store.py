@@ -33,7 +33,7 @@ def write_adapter_state(folder: Path, settings: Mapping[str, Any], state: Mappin
         draft.mkdir()
         save_file({key: state[key].contiguous() for key in sorted(state)}, draft / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps({**settings, "init_lora_weights": True, "inference_mode": True}, indent=2, sort_keys=True)
-        (draft / CONFIG).write_text(text + "\n")
+        (draft / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 def read_adapter_state(folder: Path) -> dict[str, Tensor]:

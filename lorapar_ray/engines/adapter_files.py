@@ -32,7 +32,7 @@ class AdapterFiles:
         """
         folder = self.folder(len(adapter))
         (folder / "adapter_model.safetensors").write_bytes(adapter)
-        (folder / "adapter_config.json").write_text(config)
+        (folder / "adapter_config.json").write_text(config, encoding="utf-8")
         return folder
 
     def folder(self, size: int) -> Path:

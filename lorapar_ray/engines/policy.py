@@ -124,7 +124,7 @@ def adapter_bytes(state: Mapping[str, Tensor]) -> bytes:
 def read_policy(adapter: Path, version: int) -> Policy:
     """An adapter directory as a whole policy."""
     state = load((adapter / "adapter_model.safetensors").read_bytes())
-    return PolicySender((adapter / "adapter_config.json").read_text()).policy(version, state)
+    return PolicySender((adapter / "adapter_config.json").read_text(encoding="utf-8")).policy(version, state)
 
 
 def pack_bits(mask: Tensor) -> Tensor:

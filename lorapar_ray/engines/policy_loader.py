@@ -225,7 +225,7 @@ def read_adapter(
     blob = (folder / "adapter_model.safetensors").read_bytes()
     digest = hashlib.sha256(blob).hexdigest()
     state = known[1] if digest == known[0] else {key: on_device(each, device) for key, each in load(blob).items()}
-    return state, lora_scaling(json.loads((folder / "adapter_config.json").read_text())), digest
+    return state, lora_scaling(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))), digest
 
 
 def modules_of(model: Any, names: Iterable[str]) -> dict[str, Any]:

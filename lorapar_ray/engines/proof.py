@@ -155,7 +155,7 @@ class PolicyProof:
     def _folder_of(self, policy: Any) -> Path:
         """A copy of the adapter that no one else changes."""
         if isinstance(policy, str | Path):
-            blob, config = (Path(policy) / WEIGHTS).read_bytes(), (Path(policy) / CONFIG).read_text()
+            blob, config = (Path(policy) / WEIGHTS).read_bytes(), (Path(policy) / CONFIG).read_text(encoding="utf-8")
             return self._files.write(blob, config)
         folder = self._files.folder(sum(each.numel() * 4 for each in adapter_parameters(policy).values()))
         save_adapter(policy, folder)

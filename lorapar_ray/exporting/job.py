@@ -52,7 +52,7 @@ def export(config: Config, run: RunDirectory, out: Path, stage: str | None = Non
             settings = read_object(folder / "adapter_config.json")
             write_json(draft / "adapter_config.json", {**settings, "base_model_name_or_path": config.model.path})
         data = read_run(config, run)
-        (draft / "README.md").write_text(model_card(config, data, stage, merged=dtype))
+        (draft / "README.md").write_text(model_card(config, data, stage, merged=dtype), encoding="utf-8")
     if data.state.outdated:
         console.print(f"  the card leaves out results that are out of date: {said(data.state.outdated)}")
     return stage

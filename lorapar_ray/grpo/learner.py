@@ -178,7 +178,7 @@ def _arm(job: GrpoJob, parameters: Mapping[str, Any]) -> Arm:
         GrpoConfig.model_validate(job.settings),
         steps=job.steps,
         masks=None if job.regions is None else stage_mask(load_regions(Path(job.regions))[0], stage=2),
-        config=(Path(job.adapter_in) / "adapter_config.json").read_text(),
+        config=(Path(job.adapter_in) / "adapter_config.json").read_text(encoding="utf-8"),
         checkpoints=Path(job.checkpoints),
     )
 

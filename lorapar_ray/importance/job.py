@@ -112,7 +112,7 @@ def _run(config: Config, run: RunDirectory, job: ScoreJob, plan: Plan, folder: P
     phase.unlink(missing_ok=True)
 
     def poll() -> tuple[int, str]:
-        saying = phase.read_text() if phase.is_file() else "starting workers"
+        saying = phase.read_text(encoding="utf-8") if phase.is_file() else "starting workers"
         if saying == "warm-up" and job.warm_up is not None:
             done, remark = steps_done(job.warm_up["metrics"])
             return 0, f"warm-up step {done} · {remark}" if done else "warm-up"

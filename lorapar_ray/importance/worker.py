@@ -99,7 +99,7 @@ def _warm_up(job: ScoreJob, rank: int, world: int) -> None:
 def _say(job: ScoreJob, rank: int, phase: str) -> None:
     if rank == 0:
         with atomic_path(Path(job.phase)) as draft:
-            draft.write_text(phase)
+            draft.write_text(phase, encoding="utf-8")
 
 
 def _share(plan: Plan, folder: Path, rank: int, world: int) -> Iterator[tuple[Part, list[int]]]:

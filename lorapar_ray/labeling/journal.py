@@ -63,7 +63,7 @@ def is_networked(path: Path, mounts: str | None = None) -> bool:
     """
     if mounts is None:
         try:
-            mounts = MOUNTS.read_text()
+            mounts = MOUNTS.read_text(encoding="utf-8")
         except OSError:
             return False
     found = ""

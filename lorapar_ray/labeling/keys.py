@@ -68,4 +68,4 @@ def hub_commit(model: str, wanted: str) -> str:
         return str(HfApi().model_info(model, revision=wanted, timeout=10).sha)
     except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError):
         reference = Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}" / "refs" / wanted
-        return reference.read_text().strip() if reference.is_file() else wanted
+        return reference.read_text(encoding="utf-8").strip() if reference.is_file() else wanted

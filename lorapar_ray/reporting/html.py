@@ -15,8 +15,8 @@ def rendered(template: str, **values: Any) -> str:
     """The HTML of a template of this folder, with the pages' style as `css`."""
     folder = files("lorapar_ray.reporting")
     environment = Environment(autoescape=True, finalize=_plain)
-    css = folder.joinpath("style.css").read_text()
-    return environment.from_string(folder.joinpath(template).read_text()).render(css=css, **values)
+    css = folder.joinpath("style.css").read_text(encoding="utf-8")
+    return environment.from_string(folder.joinpath(template).read_text(encoding="utf-8")).render(css=css, **values)
 
 
 def _plain(value: Any) -> Any:

@@ -41,7 +41,7 @@ def write_report(config: Config, run: RunDirectory) -> Path:
             figures[name] = charts.svg(draw, data)
     for name, text in figures.items():
         with atomic_path(run.report / "plots" / f"{name}.svg") as draft:
-            draft.write_text(text)
+            draft.write_text(text, encoding="utf-8")
     panels = [drawable[name] for name in OVERVIEW if name in drawable]
     if panels:
         with atomic_path(run.report / "overview.png") as draft:

@@ -32,7 +32,7 @@ class Cgroup:
                 folder.mkdir()
                 self.folders.append(folder)
                 for file, value in files.items():
-                    (folder / file).write_text(value)
+                    (folder / file).write_text(value, encoding="utf-8")
             except OSError:
                 with suppress(OSError):
                     folder.rmdir()
@@ -57,11 +57,11 @@ def _parents(memory: str, tasks: str) -> list[tuple[Path, dict[str, str]]]:
     """Folders in which groups can be created, and the values to write there."""
     found = []
     with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers == "" and (ROOT / "cgroup.controllers").is_file():
                 parent = ROOT / path.lstrip("/")
-                enabled = (parent / "cgroup.subtree_control").read_text().split()
+                enabled = (parent / "cgroup.subtree_control").read_text(encoding="utf-8").split()
                 if {"memory", "pids"} <= set(enabled):
                     files = {"memory.max": memory, "memory.swap.max": "0", "pids.max": tasks}
                     found.append((parent, files))

@@ -153,7 +153,7 @@ class Confined(subprocess.Popen[bytes]):
         try:
             if select.select([self._told], [], [], 0)[0]:
                 child = int(json.loads(os.read(self._told, 4096) or b"{}").get("child-pid", 0))
-                parent = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1]
+                parent = Path(f"/proc/{child}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
                 return child if int(parent) == self.pid else None
         except (OSError, ValueError):
             pass  # it has ended

@@ -17,4 +17,4 @@ from lorapar_ray.adapters.store import read_adapter_state, write_adapter_state
 def write_neutral(folder: Path, like: Path) -> None:
     """Write an adapter of the same shape, all zeros."""
     state = {key: torch.zeros_like(value) for key, value in read_adapter_state(like).items()}
-    write_adapter_state(folder, json.loads((like / "adapter_config.json").read_text()), state)
+    write_adapter_state(folder, json.loads((like / "adapter_config.json").read_text(encoding="utf-8")), state)

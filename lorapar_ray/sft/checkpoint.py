@@ -64,7 +64,7 @@ def common_checkpoint(folder: Path, rank: int, world: int) -> tuple[str, int] | 
 
 def _steps_of(path: Path, workers: int) -> int | None:
     try:
-        state = json.loads((path / STATE).read_text())
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
         step = int(state["global_step"])
     except (OSError, ValueError, OverflowError, RecursionError, KeyError, TypeError):  # half written
         return None

@@ -37,7 +37,7 @@ class Cache:
         tag = objects.tag(name)
         key = _key(objects, name, tag)
         kept, draft = self._root / key, self._root / f".{key}.{os.getpid()}"
-        with (self._root / f".{key}.lock").open("w") as turn:
+        with (self._root / f".{key}.lock").open("w", encoding="utf-8") as turn:
             fcntl.flock(turn, fcntl.LOCK_EX)  # on this machine's own disk
             if not kept.is_file():
                 try:

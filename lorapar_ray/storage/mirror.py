@@ -148,7 +148,7 @@ class Mirror:
 
     def _read_index(self) -> dict[str, _Copy]:
         try:
-            loaded = json.loads((self.root / INDEX).read_text())
+            loaded = json.loads((self.root / INDEX).read_text(encoding="utf-8"))
             return {name: _Copy(tuple(local), Stamp(*remote), tag) for name, (local, remote, tag) in loaded.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             return {}

@@ -39,7 +39,7 @@ class Probe:
             return
         try:
             where.mkdir(parents=True, exist_ok=True)
-            (where / self.name).write_text(self.name)
+            (where / self.name).write_text(self.name, encoding="utf-8")
         except OSError as error:
             raise UserError(f"run directory '{where}' cannot be written to ({error.strerror})") from error
 
@@ -59,8 +59,8 @@ class Probe:
                 own = cache_root()
                 own.mkdir(parents=True, exist_ok=True)
             else:
-                found = (where / self.name).read_text()
-                (where / f"{self.name}-{node}").write_text(node)
+                found = (where / self.name).read_text(encoding="utf-8")
+                (where / f"{self.name}-{node}").write_text(node, encoding="utf-8")
                 own = where
             return ("" if found == self.name else "reads different content"), shutil.disk_usage(own).free / GIB
         except UserError as error:

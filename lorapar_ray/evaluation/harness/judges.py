@@ -80,7 +80,9 @@ def mbpp_shots() -> list[dict[str, Any]]:
     import lm_eval.tasks
 
     source = Path(lm_eval.tasks.__file__).parent / "mbpp" / "utils.py"
-    functions = [node for node in ast.parse(source.read_text()).body if isinstance(node, ast.FunctionDef)]
+    functions = [
+        node for node in ast.parse(source.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)
+    ]
     [body] = [node.body for node in functions if node.name == "list_fewshot_samples"]
     [returned] = [node.value for node in body if isinstance(node, ast.Return) and node.value is not None]
     shots: list[dict[str, Any]] = ast.literal_eval(returned)

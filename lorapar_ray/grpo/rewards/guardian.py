@@ -58,6 +58,8 @@ def _children(process: int) -> list[int]:
     """Direct children; the orphans of killed ones become children in turn."""
     tasks = Path(f"/proc/{process}/task")
     try:
-        return [int(each) for task in tasks.iterdir() for each in (task / "children").read_text().split()]
+        return [
+            int(each) for task in tasks.iterdir() for each in (task / "children").read_text(encoding="utf-8").split()
+        ]
     except OSError:
         return []

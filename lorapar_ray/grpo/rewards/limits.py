@@ -20,7 +20,7 @@ def set_limits(memory_mb: int, programs_mb: int = 0) -> None:
     """
     global _in_force
     try:
-        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        held = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
     except OSError:
         held = ASSUMED_MB * 2**20
     limit = held + memory_mb * 2**20
