@@ -24,9 +24,7 @@ from pydantic import ValidationError
 
 from lorapar_ray.config import Config, DataConfig
 from lorapar_ray.errors import UserError
-from lorapar_ray.files import atomic_path as atomic_path
-from lorapar_ray.files import digest as digest
-from lorapar_ray.files import write_json as write_json
+from lorapar_ray.files import atomic_path, write_json
 from lorapar_ray.fingerprints import Fingerprints
 from lorapar_ray.run_lock import NAME as LOCK
 from lorapar_ray.run_lock import living_holder, require_held, run_lock

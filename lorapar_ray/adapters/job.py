@@ -9,9 +9,9 @@ from lorapar_ray.adapters.given import require_lora, take_over
 from lorapar_ray.boundary import boundary
 from lorapar_ray.capacity import require
 from lorapar_ray.config import AdapterConfig, Config, ModelConfig
-from lorapar_ray.files import expanded
+from lorapar_ray.files import atomic_path, expanded
 from lorapar_ray.models import resolve_model
-from lorapar_ray.runs import RunDirectory, atomic_path
+from lorapar_ray.runs import RunDirectory
 from lorapar_ray.student import RESIDUAL_INITS, base_reference, load_base
 from lorapar_ray.workers import on_a_worker
 

@@ -13,10 +13,11 @@ from lorapar_ray.datasets.rows import COLUMNS
 from lorapar_ray.datasets.tables import reject, reject_table
 from lorapar_ray.datasets.tokens import ROWS_PER_BATCH, Selection, TokenTable, key_of, write_tokens
 from lorapar_ray.errors import UserError
+from lorapar_ray.files import digest, write_json
 from lorapar_ray.fingerprints import Fingerprints
 from lorapar_ray.models import model_reference, resolve_model
 from lorapar_ray.progress import console
-from lorapar_ray.runs import RunDirectory, digest, write_json
+from lorapar_ray.runs import RunDirectory
 from lorapar_ray.stages import model_files
 from lorapar_ray.text import markup
 from lorapar_ray.workers import on_a_worker

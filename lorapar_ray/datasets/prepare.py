@@ -12,7 +12,8 @@ from lorapar_ray.datasets.seen import SeenTexts, seen_texts
 from lorapar_ray.datasets.sources import read_source
 from lorapar_ray.datasets.tables import reject, reject_table
 from lorapar_ray.errors import UserError
-from lorapar_ray.runs import RunDirectory, atomic_path
+from lorapar_ray.files import atomic_path
+from lorapar_ray.runs import RunDirectory
 
 
 def prepare(config: Config, run: RunDirectory) -> dict[str, int]:

@@ -29,11 +29,12 @@ from lorapar_ray.evaluation.judging import judge, judging_process
 from lorapar_ray.evaluation.serving import Served, require_template, serving
 from lorapar_ray.evaluation.task_files import unfinished
 from lorapar_ray.evaluation.tasks import catalogue_of, evaluate_tasks
+from lorapar_ray.files import atomic_path, digest, write_json
 from lorapar_ray.grpo.rewards import RewardPool
 from lorapar_ray.models import model_reference, resolve_model
 from lorapar_ray.processes import processes_of
 from lorapar_ray.progress import console, progress
-from lorapar_ray.runs import RunDirectory, atomic_path, digest, write_json
+from lorapar_ray.runs import RunDirectory
 
 AT_ONCE = 8192
 """Test rows whose requests and answers are in memory together."""

@@ -19,13 +19,14 @@ from lorapar_ray.config import Config
 from lorapar_ray.datasets.labelled import require_room, token_table
 from lorapar_ray.datasets.tokens import Selection, TokenTable, key_of
 from lorapar_ray.errors import UserError
+from lorapar_ray.files import atomic_path, digest
 from lorapar_ray.importance.halves import Halves, half_scores, halves_of_parts, save_halves
 from lorapar_ray.importance.parts import UNRECORDED, Plan, done_units, settled_unit_size, sums_of
 from lorapar_ray.importance.sums import GradSums
 from lorapar_ray.importance.units import finished_units
 from lorapar_ray.importance.worker import ScoreJob, score_worker
 from lorapar_ray.progress import progress
-from lorapar_ray.runs import RunDirectory, atomic_path, digest
+from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.job import steps_done
 from lorapar_ray.sft.worker import SftJob
 from lorapar_ray.student import base_reference

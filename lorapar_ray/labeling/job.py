@@ -23,7 +23,7 @@ from lorapar_ray.boundary import read_object
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.rows import count_rows
 from lorapar_ray.errors import UserError
-from lorapar_ray.files import cache_root, expanded
+from lorapar_ray.files import cache_root, digest, expanded, write_json
 from lorapar_ray.labeling.asker import asked, read_result
 from lorapar_ray.labeling.calibration import ask_probes, measured_bias, probes, unanswered
 from lorapar_ray.labeling.journal import is_networked
@@ -40,7 +40,7 @@ from lorapar_ray.labeling.teachers import python_class
 from lorapar_ray.labeling.voting import Keys
 from lorapar_ray.progress import console, progress
 from lorapar_ray.redact import redacted
-from lorapar_ray.runs import RunDirectory, digest, write_json
+from lorapar_ray.runs import RunDirectory
 from lorapar_ray.text import markup
 
 DELETE = "delete it and run the same command again; votes are kept"

@@ -13,12 +13,13 @@ from lorapar_ray.config import Config
 from lorapar_ray.datasets.rows import ROW_SCHEMA, ROWS_PER_WRITE, SYSTEM, Row, as_record, iterate_rows
 from lorapar_ray.datasets.tables import TableWriter, reject, reject_table
 from lorapar_ray.errors import UserError
+from lorapar_ray.files import atomic_path
 from lorapar_ray.labeling.pending import answered_rows
 from lorapar_ray.labeling.store import Answer, VoteStore, question_key
 from lorapar_ray.labeling.summary import Session, Tally
 from lorapar_ray.labeling.votes import Decision, Vote, majority
 from lorapar_ray.labeling.voting import Keys, votes_of
-from lorapar_ray.runs import RunDirectory, atomic_path
+from lorapar_ray.runs import RunDirectory
 
 LABELS = "part-00000.parquet"
 VOTE = pa.struct(

@@ -10,6 +10,7 @@ from typing import Any
 from lorapar_ray.adapters.targets import layer_index, module_type
 from lorapar_ray.boundary import boundary, read_tensors
 from lorapar_ray.config import Config
+from lorapar_ray.files import write_json
 from lorapar_ray.importance.halves import load_halves
 from lorapar_ray.importance.job import halves_of_units
 from lorapar_ray.partition.control import control_curve, control_of_systems
@@ -18,7 +19,7 @@ from lorapar_ray.partition.regions import assign_regions, save_regions
 from lorapar_ray.partition.select import keep_top, random_kept
 from lorapar_ray.partition.summary import summarise
 from lorapar_ray.partition.systems import FILE, SUMMARY, cut_systems, save_systems
-from lorapar_ray.runs import RunDirectory, write_json
+from lorapar_ray.runs import RunDirectory
 
 RESCORE = "run `lorapar score` again"
 GROUPS: dict[str, Callable[[str], str]] = {

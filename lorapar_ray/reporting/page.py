@@ -11,12 +11,13 @@ from typing import Any
 from lorapar_ray.boundary import boundary
 from lorapar_ray.config import Config
 from lorapar_ray.evaluation.statistics import Paired, paired
+from lorapar_ray.files import atomic_path
 from lorapar_ray.reporting import charts, evaluation_page, partition_charts
 from lorapar_ray.reporting.data import MODELS, RunData, read_run
 from lorapar_ray.reporting.evaluation_page import read_run_found
 from lorapar_ray.reporting.html import rendered
 from lorapar_ray.result_stages import said, shortened
-from lorapar_ray.runs import RunDirectory, atomic_path
+from lorapar_ray.runs import RunDirectory
 
 SAMPLES_SHOWN = 24
 SIGNIFICANT = 0.05

@@ -34,12 +34,13 @@ from lorapar_ray.config_file import load_config
 from lorapar_ray.datasets.prepare import prepare
 from lorapar_ray.datasets.rows import iterate_rows
 from lorapar_ray.errors import UserError
+from lorapar_ray.files import write_json
 from lorapar_ray.interrupts import Terminated
 from lorapar_ray.labeling.keys import teacher_keys
 from lorapar_ray.labeling.store import VoteStore, question_key
 from lorapar_ray.partition.regions import save_regions
 from lorapar_ray.pipeline import PIPELINE, is_done, run_stage, run_together, standings
-from lorapar_ray.runs import RunDirectory, write_json
+from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.together import require_one_base
 from lorapar_ray.standing import inputs_of
 from tests.tiny_run import ROOT, lorapar_here, tiny_config, write_config

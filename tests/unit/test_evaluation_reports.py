@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from lorapar_ray.evaluation.harness.results import summary
 from lorapar_ray.evaluation.task_files import result_file, rows_file
+from lorapar_ray.files import write_json
 from lorapar_ray.reporting.evaluation_page import (
     Found,
     comparisons,
@@ -20,7 +21,7 @@ from lorapar_ray.reporting.evaluation_page import (
     write_page,
     wrong_answers,
 )
-from lorapar_ray.runs import RunDirectory, write_json
+from lorapar_ray.runs import RunDirectory
 
 
 def test_a_group_weights_its_questions_equally() -> None:

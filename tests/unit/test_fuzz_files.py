@@ -30,6 +30,7 @@ from lorapar_ray.datasets.rows import COLUMNS, Row, count_rows, iterate_rows, re
 from lorapar_ray.datasets.sources import read_source
 from lorapar_ray.datasets.tokens import prompt_of
 from lorapar_ray.errors import UserError
+from lorapar_ray.files import write_json
 from lorapar_ray.importance import GradSums
 from lorapar_ray.labeling.job import _known_bias, _run_id
 from lorapar_ray.labeling.output import LABEL_SCHEMA
@@ -41,7 +42,7 @@ from lorapar_ray.pipeline import require_leave, standings
 from lorapar_ray.plan import plan
 from lorapar_ray.reporting.data import read_run
 from lorapar_ray.reporting.page import _drawable, write_report
-from lorapar_ray.runs import RunDirectory, write_json
+from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.checkpoint import (
     OPTIMIZER,
     PARAMETERS,

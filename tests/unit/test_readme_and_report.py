@@ -7,13 +7,14 @@ from pathlib import Path
 from lorapar_ray.config import LabelConfig
 from lorapar_ray.config_file import load_config
 from lorapar_ray.datasets.rows import Row
+from lorapar_ray.files import write_json
 from lorapar_ray.importance import TokenizedExample, collate
 from lorapar_ray.labeling.store import Answer
 from lorapar_ray.labeling.summary import Session, Tally
 from lorapar_ray.labeling.votes import Vote
 from lorapar_ray.partition.systems import cut_systems
 from lorapar_ray.reporting.page import verdicts, write_report
-from lorapar_ray.runs import RunDirectory, write_json
+from lorapar_ray.runs import RunDirectory
 from tests.unit.partition_scores import skewed
 from tests.unit.tiny_models import tiny
 

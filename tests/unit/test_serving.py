@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from lorapar_ray.cli import app
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
-from lorapar_ray.runs import RunDirectory, write_json
+from lorapar_ray.files import write_json
+from lorapar_ray.runs import RunDirectory
 from lorapar_ray.serving.job import KEY, Address, finished_adapters, labelled_questions, require_free, server_key
 from lorapar_ray.serving.requests import (
     MOST_BYTES,
