@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,6 +34,9 @@ NO_AGENT = "No available agent"
 """How the server says so."""
 NOT_SENT = [".git", ".venv", ".hypothesis", "runs", "site", "**/__pycache__"]
 """Files of the working directory that are not sent."""
+REFUSED = re.compile(r"Request failed with status code 40[13]\b|40[13] Client Error\b")
+"""How a client says that the server wants another token, where it has no `AuthenticationError`. An address may have any
+of these words and numbers."""
 SETTINGS, REDO = "settings", "redo"
 """Names in a job's metadata."""
 CHATTY = (
@@ -114,8 +118,7 @@ class Jobs:
             return in_a_thread(call, name="asking the job server", timeout_s=CONNECT_TIMEOUT_S)
         except Exception as error:  # requests, aiohttp and Ray each have their own, and a proxy any answer
             said = one_line(error, 160) or type(error).__name__
-            lower = f"{type(error).__name__} {said}".lower()
-            if "auth" in lower or "401" in lower or "403" in lower:
+            if type(error).__name__ == "AuthenticationError" or REFUSED.match(str(error)):
                 raise UserError(
                     f"the cluster at {self.address} does not accept this machine's token; set RAY_AUTH_MODE=token and "
                     "RAY_AUTH_TOKEN (or ~/.ray/auth_token) to the cluster's"

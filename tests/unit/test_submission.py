@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -165,6 +167,30 @@ def test_a_job_that_tells_nothing_of_its_settings_is_followed() -> None:
 def test_an_address_that_is_no_job_server_is_one_line(address: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         Jobs(address)
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:40100", "http://authority.invalid:9", "http://localhost:4030"])
+def test_an_address_that_reads_like_a_refused_token_blames_no_token(address: str) -> None:
+    with pytest.raises(UserError, match=f"no Ray job server at {address}"):
+        Jobs(address)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_token_is_called_one(status: int) -> None:
+    class Refusing(BaseHTTPRequestHandler):
+        """Fault injection: a dashboard that wants another token."""
+
+        def do_GET(self) -> None:
+            self.send_error(status)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match="does not accept this machine's token; set RAY_AUTH_MODE=token"):
+            Jobs(f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
 
 
 def test_nodes_that_differ_are_named() -> None:
