@@ -75,7 +75,8 @@ def _work(plan: Plan, units: Sequence[Unit]) -> Iterator[str]:
 
 def _claims(plan: Plan, unit: Unit) -> Iterator[str]:
     names = {arm.name for arm in plan.arms}
-    for claim in (each for each in plan.claims if {each.better, each.worse} <= names):
+    claims = (*plan.claims, *plan.grid.stronger, *plan.grid.moved)
+    for claim in (each for each in claims if {each.better, each.worse} <= names):
         yield f"  decides whether {claim.text} ({claim.better} against {claim.worse})"
     if plan.grid.sequence:
         systems = ", ".join(map(str, unit.config.sft.systems))

@@ -66,10 +66,17 @@ class Grid:
     lines: tuple[Claim, ...] = ()
     """Claims of a retention grid: in one line the second stage loses less of the first stage's skill than in
     another."""
+    stronger: tuple[Claim, ...] = ()
+    """Claims that an arm ends above another because its first stage does."""
     moved: tuple[Claim, ...] = ()
     """Claims that one arm's mask holds the elements that training moves most in another arm, an unmasked one."""
     sequence: tuple[Claim, ...] = ()
     """Claims of a grid of Systems in sequence: one arm forgets less than another."""
+
+    @property
+    def every_stage(self) -> bool:
+        """Whether the adapter that each training stage leaves is evaluated, not only the last."""
+        return bool(self.lines or self.sequence or self.stronger)
 
     def arm(self, name: str) -> Arm:
         """The arm with this name."""

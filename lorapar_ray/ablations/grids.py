@@ -60,6 +60,10 @@ def _activation() -> Grid:
         arms,
         tuple(Claim("α = β = 1 ends highest", "a1-b1", arm.name) for arm in arms if arm.name != "a1-b1"),
         base=UNTRAINED,
+        stronger=tuple(
+            Claim("RL after a stronger SFT stage ends higher", f"a1-b{beta}", f"a0-b{beta}")
+            for beta in ("0", "0.5", "1")
+        ),
     )
 
 

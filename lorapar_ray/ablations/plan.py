@@ -65,8 +65,7 @@ class Plan:
     def units(self, rates: dict[str, float]) -> list[Unit]:
         """The runs that are compared."""
         fixed = dict.fromkeys((arm.name for arm in self.arms), self.rates[0]) if len(self.rates) == 1 else {}
-        every_stage = bool(self.grid.lines or self.grid.sequence)
-        return main_runs(self.arms, self.source, self.seeds, fixed or rates, every_stage)
+        return main_runs(self.arms, self.source, self.seeds, fixed or rates, self.grid.every_stage)
 
 
 def make_plan(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorapar_ray.ablations import movement, retention, sequence, tables
+from lorapar_ray.ablations import movement, retention, sequence, stronger, tables
 from lorapar_ray.ablations.grid import Claim
 from lorapar_ray.ablations.movement import Overlap
 from lorapar_ray.ablations.paper import figures_of
@@ -24,6 +24,7 @@ from lorapar_ray.ablations.results import (
 )
 from lorapar_ray.ablations.retention import Point, compare, joined, read_point
 from lorapar_ray.ablations.sequence import Course, read_course
+from lorapar_ray.ablations.stronger import Stronger
 from lorapar_ray.ablations.units import Unit
 from lorapar_ray.config_file import load_config
 from lorapar_ray.files import atomic_path
@@ -60,10 +61,13 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
     lines, courses = _lines(plan, done), _courses(plan, done)
     kept = [each for claim in plan.grid.lines if (each := compare(claim, joined(lines))) is not None]
     forgotten = [lost for claim in plan.grid.sequence if (lost := sequence.compare(claim, courses)) is not None]
+    after = _stronger(plan, done, asked[0])
     moved = {claim: _overlaps(done, claim) for claim in plan.grid.moved}
     held = [one for claim, overlaps in moved.items() if (one := movement.decide(claim, overlaps)) is not None]
     extra = [each.table for each in others if each.arms]
     extra += [retention.table(lines, kept)] if lines else []
+    if after:
+        extra.append(stronger.table(config.order, [_outcomes(done, asked[0], place) for place in (0, -1)], after))
     if held:
         extra.append(movement.table({claim.worse: overlaps for claim, overlaps in moved.items()}, held))
     folders = {arm.name: [unit.folder for unit in done if unit.arm == arm.name] for arm in plan.arms}
@@ -79,7 +83,7 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
         planned=len(units),
         failed=failed,
         overall=main.overall,
-        kept=[*(said for each in others for said in each.said), *kept, *forgotten, *held],
+        kept=[*(said for each in others for said in each.said), *after, *kept, *forgotten, *held],
         found_tables=[table, *extra],
         lines=lines,
         matrices={arm: sequence.mean_skills(each) for arm, each in courses.items()},
@@ -113,11 +117,18 @@ def _compared(plan: Plan, units: Sequence[Unit], task: str) -> Compared:
     return Compared(base, arms, verdicts, overall, said, table)
 
 
-def _outcomes(units: Sequence[Unit], task: str) -> dict[str, list[Outcome]]:
-    """Outcomes of the finished runs, by arm."""
+def _stronger(plan: Plan, units: Sequence[Unit], task: str) -> list[Stronger | Overall]:
+    """Verdicts on arms whose first stage is the stronger one, all together first."""
+    first, last = (_outcomes(units, task, place) if plan.grid.stronger else {} for place in (0, -1))
+    found = [each for claim in plan.grid.stronger if (each := stronger.compare(claim, first, last)) is not None]
+    return [*sum_up(plan.grid.stronger, found), *found]
+
+
+def _outcomes(units: Sequence[Unit], task: str, place: int = -1) -> dict[str, list[Outcome]]:
+    """Outcomes of the finished runs, by arm, after the stage at this place of their order."""
     found: dict[str, list[Outcome]] = {}
     for unit in units:
-        outcome = read_outcome(unit.folder, unit.seed, unit.config.order[-1], unit.config.sft.learning_rate, task)
+        outcome = read_outcome(unit.folder, unit.seed, unit.config.order[place], unit.config.sft.learning_rate, task)
         if outcome is not None:
             found.setdefault(unit.arm, []).append(outcome)
     return found

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
+from typing import Protocol
 
 from lorapar_ray.ablations.grid import Claim, sentence
 from lorapar_ray.ablations.sizes import elements_of
@@ -54,11 +55,25 @@ class Verdict:
 
     claim: Claim
     found: Found
+    reached: tuple[float, float]
+    """The accuracies of the two arms."""
     effect: Effect
     """The difference in accuracy."""
     p: float
     """Exact sign test over the questions that differ in the mean over seeds; for one seed that is McNemar's."""
     sentence: str
+
+
+class Decided(Protocol):
+    """A verdict on a claim."""
+
+    @property
+    def claim(self) -> Claim:
+        """What it is on."""
+
+    @property
+    def found(self) -> Found:
+        """Whether it held."""
 
 
 @dataclass(frozen=True)
@@ -141,12 +156,12 @@ def decide(claim: Claim, better: Sequence[Outcome], worse: Sequence[Outcome]) ->
     p = mcnemar_exact(sum(each > 0 for each in by_question), sum(each < 0 for each in by_question))
     by_seed = [sum(ours - theirs for _, ours, theirs in seed) / len(seed) for seed in seeds]
     found = effect(by_seed, [by_question])
-    reached = [sum(each) / len(answers) for each in zip(*(each[1:] for each in answers), strict=True)]
     verdict = found.found(reaches=claim.reaches)
-    return Verdict(claim, verdict, found, p, _sentence(claim, verdict, reached, found, p))
+    reached = (sum(ours for _, ours, _ in answers) / len(answers), sum(other for *_, other in answers) / len(answers))
+    return Verdict(claim, verdict, reached, found, p, _sentence(claim, verdict, reached, found, p))
 
 
-def sum_up(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> list[Overall]:
+def sum_up(claims: Sequence[Claim], verdicts: Sequence[Decided]) -> list[Overall]:
     """One verdict for each text that several claims share and of which a line is known (see `all_of`)."""
     found = []
     for text in dict.fromkeys(claim.text for claim in claims):

@@ -71,7 +71,7 @@ def test_every_arm_is_a_run_of_its_own(name: str, file: str, tmp_path: Path) -> 
     }
     assert len(plan.sweeps) == (5 * len(plan.arms) if grid.tuned else 0)
     assert {unit.config.sft.validation for unit in plan.sweeps} <= {0.25}
-    trained = units[1].config.trained if grid.lines or grid.sequence else units[1].config.order[-1:]
+    trained = units[1].config.trained if grid.every_stage else units[1].config.order[-1:]
     assert units[0].config.evaluated[0] == "base" and units[1].config.evaluated == trained
     shown = "\n".join(described(plan))
     assert all(arm.name in shown for arm in plan.arms) and "are computed, the others are copies" in shown
@@ -765,3 +765,35 @@ def test_every_line_of_a_plot_of_losses_has_a_style_of_its_own() -> None:
     ticks = [re.findall(r">(−?[\d.]+)</text>", plot) for plot in plots]
     assert ticks[0] and ticks[0] == ticks[1] == ticks[2]  # the same axes
     assert len(losses({arm: [([1], [1.0])] for arm in arms[:14]})) == 1
+
+
+def test_rl_after_a_stronger_stage_is_decided_only_where_the_stage_is_stronger(tmp_path: Path) -> None:
+    arms = {"a0-b0.5": (300, 500), "a1-b0.5": (400, 700), "a0-b1": (300, 500), "a1-b1": (301, 800)}
+    plan = make_plan(
+        "activation", SHIPPED / "arithmetic-grpo.yaml", [], tmp_path, seeds=[1, 2, 3], only=[*arms, "a0-b0"]
+    )
+    assert all(unit.config.evaluated[-2:] == ["sft", "grpo"] for unit in plan.units({}))
+    shown = "\n".join(described(plan))
+    assert "decides whether RL after a stronger SFT stage ends higher (a1-b0.5 against a0-b0.5)" in shown
+    for unit in plan.units({}):
+        if unit.arm in arms:
+            unit.run.eval.mkdir(parents=True)
+            for stage, right in zip(("sft", "grpo"), arms[unit.arm], strict=True):
+                table = {"id": [str(q) for q in range(1000)], "right": [q < right for q in range(1000)]}
+                pq.write_table(pa.table(table), unit.run.eval / f"{stage}.parquet")
+                (unit.run.eval / f"{stage}.json").write_text("{}")
+            record_finished(unit)
+    text = report(plan)
+    claim = "RL after a stronger SFT stage ends higher"
+    assert f"- **held**: {claim}: a1-b0.5 is +10.0 points (40.0% and 30.0%; 95 % interval" in text
+    assert "and +20.0 points (70.0% and 50.0%; 95 % interval" in text
+    assert re.search(
+        rf"- \*\*undecided\*\*: {claim}: a1-b1 .*but its first stage is not shown to be the stronger", text
+    )
+    assert f"{claim}, in each of 3 comparisons: 1 held, 1 undecided, 1 not finished, so it is undecided." in text
+    assert (tmp_path / "stages.csv").read_text().splitlines()[:3] == [
+        "arm,after sft,after grpo,seeds",
+        "a0-b0.5,30.0%,50.0%,3",
+        "a0-b1,30.0%,50.0%,3",
+    ]
+    assert "Accuracy after each stage" in (tmp_path / "index.html").read_text()

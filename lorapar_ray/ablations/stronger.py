@@ -1,0 +1,67 @@
+"""Does RL that starts from a stronger SFT stage end higher? Accuracies after both stages.
+
+Two arms differ in how much their first stage trains. The claim is about them only if the first stage of the one is
+shown to be the better one; then it is decided by the accuracies at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lorapar_ray.ablations.grid import Claim, sentence
+from lorapar_ray.ablations.results import Outcome, Verdict, decide
+from lorapar_ray.ablations.tables import Said, Table, bullets
+from lorapar_ray.ablations.verdicts import ENDINGS, Found, ending, shown
+
+By = Mapping[str, Sequence[Outcome]]
+"""Outcomes after one stage, by arm."""
+
+
+@dataclass(frozen=True)
+class Stronger:
+    """The verdict on a claim."""
+
+    claim: Claim
+    found: Found
+    first: Verdict
+    """On the accuracies after the first stage."""
+    last: Verdict
+    """On those at the end."""
+
+    @property
+    def sentence(self) -> str:
+        """It in words."""
+        steps = [
+            f"{100 * each.effect.difference:+.1f} points ({each.reached[0]:.1%} and {each.reached[1]:.1%}; "
+            f"{shown(each.effect)})"
+            for each in (self.first, self.last)
+        ]
+        named = f"{self.claim.better} is {steps[0]} above {self.claim.worse} after the first stage"
+        end = ending(self.last.effect, self.found)
+        if self.last.found != self.found:
+            end = f"but its first stage is not shown to be the stronger one, {ENDINGS[self.found]}."
+        return f"{sentence(self.claim.text)}: {named} and {steps[1]} at the end, {end}"
+
+
+def compare(claim: Claim, first: By, last: By) -> Stronger | None:
+    """The verdict on a claim about two arms; None if they have no evaluated seed in common."""
+    before, after = (decide(claim, each.get(claim.better, ()), each.get(claim.worse, ())) for each in (first, last))
+    if before is None or after is None:
+        return None
+    return Stronger(claim, after.found if before.found == "held" else "undecided", before, after)
+
+
+def table(stages: Sequence[str], outcomes: Sequence[By], verdicts: Sequence[Said]) -> Table:
+    """Each arm's accuracy after each stage, means over seeds, and a line for each verdict.
+
+    Arms without an accuracy after one of the stages are left out.
+    """
+    arms = [arm for arm in outcomes[-1] if all(arm in each for each in outcomes)]
+    rows = [(arm, *(f"{_mean(each[arm]):.1%}" for each in outcomes), str(len(outcomes[-1][arm]))) for arm in arms]
+    head = ("arm", *(f"after {stage}" for stage in stages), "seeds")
+    return Table("stages", head, rows, "Accuracy after each stage", bullets(verdicts))
+
+
+def _mean(outcomes: Sequence[Outcome]) -> float:
+    return sum(sum(each.right.values()) / len(each.right) for each in outcomes) / len(outcomes)
