@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from lorapar_ray.ablations.at_once import alone_because, batches, groups_of
 from lorapar_ray.ablations.plan import Plan
-from lorapar_ray.ablations.units import Unit, counted
+from lorapar_ray.ablations.units import Unit, counted, teachers_of
 from lorapar_ray.ablations.work import TRAINED, devices_of, of_rows, steps_of_all
 from lorapar_ray.boundary import read_object
 from lorapar_ray.pipeline import PIPELINE
@@ -27,9 +27,11 @@ def described(plan: Plan) -> Iterator[str]:
 
 
 def _arms(plan: Plan) -> Iterator[str]:
+    known = plan.source.config().label.teachers
     for arm in plan.arms:
         rank = [f"a rank with as many elements as {arm.as_large_as.name} trains"] if arm.as_large_as else []
-        teachers = [f"{arm.teachers} teacher"] if arm.teachers is not None else []
+        asked = [each.name for each in teachers_of(arm, known)] if arm.teachers is not None else []
+        teachers = [f"teachers {', '.join(asked)}"] if asked else []
         yield f"  {arm.name:<22} {' '.join([*arm.changes, *rank, *teachers]) or 'the config as it is'}"
 
 

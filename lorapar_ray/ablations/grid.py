@@ -23,7 +23,11 @@ class Arm:
     """Its rank is the one with as many elements as stage 1 of this other arm trains, with the same scaling alpha /
     rank."""
     teachers: int | None = None
-    """Number of the config's teachers, the first ones; None: all."""
+    """At most so many of the config's teachers, the first ones; None: all."""
+    after: int = 0
+    """Leaves out so many before these, and those that use their engines."""
+    needs: int = 0
+    """Only if the config has so many teachers."""
     votes: bool = False
     """Only if teachers vote."""
     second_rate: float = 1.0

@@ -22,15 +22,19 @@ def _strategies() -> Grid:
     one = "label.quorum=1"
     return Grid(
         "strategies",
-        "how the questions are split (table 1)",
+        "how the questions are split, with one, three and five teachers of the config (table 1)",
         (
             Arm("single", ("label.strategy=single", one), "25.32", teachers=1),
             Arm("single-role-play", ("label.strategy=single_roleplay", one), "26.23", teachers=1),
+            Arm("second-role-play", ("label.strategy=single_roleplay", one), "26.84", teachers=1, after=1, needs=2),
             Arm("random", ("label.strategy=random",), "25.85"),
-            Arm("vote", ("label.strategy=vote",), "27.07"),
+            Arm("vote", ("label.strategy=vote",), "27.07", teachers=3),
+            Arm("vote-5", ("label.strategy=vote",), "27.60", teachers=5, needs=5),
         ),
         (
             Claim("voting beats one teacher", "vote", "single-role-play"),
+            Claim("voting beats one teacher", "vote", "second-role-play"),
+            Claim("five teachers beat three", "vote-5", "vote"),
             Claim("role-play beats none", "single-role-play", "single"),
             Claim("voted labels beat random ones", "vote", "random"),
         ),

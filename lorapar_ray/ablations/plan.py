@@ -10,7 +10,8 @@ from lorapar_ray.ablations.grid import RATES, VALIDATION, Arm, Claim, Grid
 from lorapar_ray.ablations.grids import GRIDS
 from lorapar_ray.ablations.retention import require_tasks
 from lorapar_ray.ablations.sequence import require_skills
-from lorapar_ray.ablations.units import Source, Unit, main_runs, sweep
+from lorapar_ray.ablations.units import Source, Unit, main_runs, sweep, teachers_of
+from lorapar_ray.config import LabelConfig
 from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
 from lorapar_ray.pipeline import check
@@ -98,11 +99,7 @@ def make_plan(
     if not 0 < validation < 1:
         raise UserError(f"--validation {validation:g}: give a share of the training rows between 0 and 1, such as 0.1")
     arms = tuple(arm for arm in chosen.arms if not only or arm.name in only)
-    label = load_config(file, overrides).label
-    if not label.voted:
-        if without := [arm.name for arm in arms if arm.votes and arm.name in only]:
-            raise UserError(f"--only {without[0]}: needs teachers that vote, and label.strategy is {label.strategy}")
-        arms = tuple(arm for arm in arms if not arm.votes)
+    arms = _possible(arms, load_config(file, overrides).label, only)
     for key in {each.partition("=")[0] for each in overrides} - set(chosen.free):
         if key == "seed" or any(change.startswith(f"{key}=") for arm in arms for change in arm.changes):
             raise UserError(f"--set {key}: the grid '{grid}' sets it itself; leave it out, or choose arms with --only")
@@ -125,3 +122,23 @@ def make_plan(
         except UserError as error:
             raise UserError(f"arm {unit.arm}: {error}") from error
     return plan
+
+
+def _possible(arms: Sequence[Arm], label: LabelConfig, only: Sequence[str]) -> tuple[Arm, ...]:
+    """The arms that the config's teachers allow.
+
+    Raises:
+        UserError: another one was asked for by name.
+    """
+    possible = []
+    for arm in arms:
+        why = ""
+        if arm.votes and not label.voted:
+            why = f"teachers that vote, and label.strategy is {label.strategy}"
+        if len(label.teachers) < arm.needs or (arm.after and not teachers_of(arm, label.teachers)):
+            why = f"{arm.needs} teachers with engines of their own, and label.teachers has {len(label.teachers)}"
+        if why and arm.name in only:
+            raise UserError(f"--only {arm.name}: needs {why}")
+        if not why:
+            possible.append(arm)
+    return tuple(possible)

@@ -11,7 +11,7 @@ from typing import Any
 
 from lorapar_ray.ablations.grid import Arm
 from lorapar_ray.ablations.sizes import USUAL_SHARE, rank_of_size, trained_share
-from lorapar_ray.config import Config
+from lorapar_ray.config import Config, TeacherConfig
 from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import digest
@@ -77,6 +77,12 @@ def merged(*groups: Sequence[str]) -> list[str]:
     return list(found.values())
 
 
+def teachers_of(arm: Arm, teachers: Sequence[TeacherConfig]) -> list[TeacherConfig]:
+    """The config's teachers that an arm asks."""
+    before = {each.name for each in teachers[: arm.after]}
+    return [each for each in teachers[arm.after :] if each.engine_of not in before][: arm.teachers]
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a grid's runs come from."""
@@ -105,7 +111,7 @@ class Source:
         """
         teachers: list[str] = []
         if arm.teachers is not None:
-            kept = self.config().label.teachers[: arm.teachers]
+            kept = teachers_of(arm, self.config().label.teachers)
             teachers = [f"label.teachers={json.dumps([each.model_dump(mode='json') for each in kept])}"]
         changes = merged(arm.changes, teachers, own)
         config, waits_for = self.config(changes), ""

@@ -64,7 +64,7 @@ def test_every_arm_is_a_run_of_its_own(name: str, file: str, tmp_path: Path) -> 
     plan = make_plan(name, SHIPPED / file, [], tmp_path, seeds=[1], validation=0.25)
     units = plan.units({})
     voted = file in ("gsm8k-llama2-7b.yaml", "quickstart.yaml")
-    assert len(units) == len(plan.arms) == sum(voted or not arm.votes for arm in grid.arms)
+    assert len(units) == len(plan.arms) == sum((voted or not arm.votes) and arm.needs <= 3 for arm in grid.arms)
     assert len({json.dumps(shared_keys(unit), sort_keys=True) for unit in units}) == len(units)
     assert {claim.better for claim in grid.claims} | {claim.worse for claim in grid.claims} <= {
         a.name for a in grid.arms
@@ -663,6 +663,23 @@ def test_every_arm_of_a_mask_starts_from_the_same_adapter(tmp_path: Path) -> Non
         file = "systems.yaml" if grid == "systems" else "quickstart.yaml"
         units = make_plan(grid, SHIPPED / file, [], tmp_path, seeds=[1]).units({})
         assert all(unit.config.warms_up for unit in units if unit.config.adapter.init == "default"), grid
+
+
+def test_the_strategies_ask_the_teachers_of_table_1(tmp_path: Path) -> None:
+    def asked(*overrides: str) -> dict[str, list[str]]:
+        plan = make_plan("strategies", SHIPPED / "quickstart.yaml", overrides, tmp_path, seeds=[1])
+        return {unit.arm: [each.name for each in unit.config.label.teachers] for unit in plan.units({})}
+
+    found = asked()
+    assert found["single"] == found["single-role-play"] == ["smollm2-chat"]
+    assert found["second-role-play"] == ["gemma3"]  # the second has the engine of the first
+    assert found["vote"] == ["smollm2-chat", "smollm2-plain", "gemma3"] and "vote-5" not in found
+    own = [f"{{name: t{n}, kind: python, model: 'lorapar_ray.labeling.simulated:SimulatedTeacher'}}" for n in range(6)]
+    found = asked(f"label.teachers=[{', '.join(own)}]", "label.calibration=none")
+    assert found["second-role-play"] == ["t1"] and found["vote"] == ["t0", "t1", "t2"]
+    assert found["vote-5"] == ["t0", "t1", "t2", "t3", "t4"]
+    with pytest.raises(UserError, match=r"--only vote-5: needs 5 teachers .*, and label.teachers has 3"):
+        make_plan("strategies", SHIPPED / "quickstart.yaml", [], tmp_path, seeds=[1], only=["vote-5"])
 
 
 def test_methods_without_rl_train_on_all_questions(tmp_path: Path) -> None:
