@@ -138,7 +138,7 @@ def make_layout(
     offset = 0
     for causal in (True, False):
         chosen = [span for span in spans if (span.queries == len(span.keys)) == causal]
-        for part in by_length(chosen, causal, BATCH_COST.get(device.type, BATCH_COST["cuda"])):
+        for part in by_length(chosen, BATCH_COST.get(device.type, BATCH_COST["cuda"])):
             Q, K = max(span.queries for span in part), max(len(span.keys) for span in part)
             for span in part:
                 columns = torch.as_tensor(span.keys)
@@ -170,7 +170,7 @@ def move(value: Tensor, device: torch.device) -> Tensor:
     return value.to(device)
 
 
-def by_length(spans: Sequence[Span], causal: bool, batch_cost: float) -> list[list[Span]]:
+def by_length(spans: Sequence[Span], batch_cost: float) -> list[list[Span]]:
     """Spans from long to short in batches, a new batch if padding would cost more."""
     parts: list[list[Span]] = []
     for span in sorted(spans, key=lambda span: (-len(span.keys), -span.queries)):

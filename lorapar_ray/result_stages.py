@@ -84,9 +84,9 @@ def outdated_results(
     return reasons
 
 
-def said(reasons: Mapping[str, tuple[str, ...]], most: int = 4) -> str:
+def said(reasons: Mapping[str, tuple[str, ...]]) -> str:
     """Stages and the reasons why each is out of date, as a list in words."""
-    return ", ".join(f"{name} ({shortened(why, most)})" for name, why in reasons.items())
+    return ", ".join(f"{name} ({shortened(why)})" for name, why in reasons.items())
 
 
 def shortened(why: tuple[str, ...], most: int = 4) -> str:

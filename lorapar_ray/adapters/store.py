@@ -47,7 +47,7 @@ def read_adapter_state(folder: Path) -> dict[str, Tensor]:
     return read_tensors(folder / WEIGHTS)
 
 
-def load_adapter(base_model: Any, folder: Path, trainable: bool = True) -> Any:
+def load_adapter(base_model: Any, folder: Path) -> Any:
     """`base_model` as a PeftModel with the adapter of `folder`, weights in float32.
 
     Raises:
@@ -57,7 +57,7 @@ def load_adapter(base_model: Any, folder: Path, trainable: bool = True) -> Any:
 
     state = read_adapter_state(folder)
     with boundary(f"adapter '{folder}' cannot be put on this model", "check that it was made for it"):
-        peft_model = PeftModel.from_pretrained(base_model, str(folder), is_trainable=trainable)
+        peft_model = PeftModel.from_pretrained(base_model, str(folder), is_trainable=True)
     parameters = adapter_parameters(peft_model)
     missing = [key for key in parameters if key not in state]
     if missing:

@@ -46,18 +46,6 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - prod(1.0 - k / each for each in range(n - correct + 1, n + 1))
 
 
-def mean_pass_at_k(samples: Sequence[Sequence[bool]], k: int) -> float:
-    """pass@k over questions, each given as whether each of its samples passed.
-
-    Raises:
-        UserError: a question has fewer than k samples.
-        ValueError: no questions.
-    """
-    if not samples:
-        raise ValueError("pass@k of no questions")
-    return sum(pass_at_k(len(passed), sum(passed), k) for passed in samples) / len(samples)
-
-
 @dataclass(frozen=True)
 class Paired:
     """Two models on the same questions, the second against the first."""
@@ -104,7 +92,7 @@ def mcnemar_exact(gained: int, lost: int) -> float:
     return min(1.0, 2 * total / 2**changed)
 
 
-def newcombe_interval(both: int, gained: int, lost: int, n: int, z: float = Z_95) -> tuple[float, float]:
+def newcombe_interval(both: int, gained: int, lost: int, n: int) -> tuple[float, float]:
     """Interval of the difference of two paired proportions (Newcombe 1998, method 10): from Wilson's of each.
 
     Args:
@@ -112,7 +100,7 @@ def newcombe_interval(both: int, gained: int, lost: int, n: int, z: float = Z_95
     """
     neither = n - both - gained - lost
     ours, theirs = (both + gained) / n, (both + lost) / n
-    (low, high), (their_low, their_high) = wilson_interval(both + gained, n, z), wilson_interval(both + lost, n, z)
+    (low, high), (their_low, their_high) = wilson_interval(both + gained, n), wilson_interval(both + lost, n)
     product = (both + gained) * (neither + lost) * (both + lost) * (neither + gained)
     excess = float(both * neither - gained * lost)
     if excess > 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +26,7 @@ class TokenizedExample:
     response_start: int
 
 
-def collate(
-    examples: Sequence[TokenizedExample], pad_id: int, padding_side: Literal["left", "right"] = "right"
-) -> dict[str, Tensor]:
+def collate(examples: Sequence[TokenizedExample], pad_id: int) -> dict[str, Tensor]:
     """`input_ids`, `attention_mask`, `position_ids` and `labels`, each [B, T]; prompt tokens have no label."""
     width = max(len(example.input_ids) for example in examples)
     shape = (len(examples), width)
@@ -40,12 +38,11 @@ def collate(
     }
     for row, example in enumerate(examples):
         length = len(example.input_ids)
-        start = width - length if padding_side == "left" else 0
         ids = torch.as_tensor(example.input_ids, dtype=torch.long)
-        batch["input_ids"][row, start : start + length] = ids
-        batch["attention_mask"][row, start : start + length] = 1
-        batch["position_ids"][row, start : start + length] = torch.arange(length)
-        batch["labels"][row, start + example.response_start : start + length] = ids[example.response_start :]
+        batch["input_ids"][row, :length] = ids
+        batch["attention_mask"][row, :length] = 1
+        batch["position_ids"][row, :length] = torch.arange(length)
+        batch["labels"][row, example.response_start : length] = ids[example.response_start :]
     return batch
 
 

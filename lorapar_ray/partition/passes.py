@@ -1,6 +1,4 @@
-"""The passes over the scores that find a cut. Each returns counts that merge, so any part of the scores may be counted
-anywhere: by threads here, by tasks elsewhere (see `distributed`).
-"""
+"""The passes over the scores that find a cut. Each returns counts that merge, so threads count parts of the scores."""
 
 from __future__ import annotations
 

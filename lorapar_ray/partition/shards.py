@@ -20,13 +20,11 @@ from lorapar_ray.files import atomic_path
 class ShardedScores(Mapping[str, Tensor]):
     """The tensors of several safetensors files as one read-only mapping; a tensor is a view of the mapped file.
 
-    With `keys`, only those.
-
     Raises:
         UserError: a file is missing or unreadable, or two files hold the same key.
     """
 
-    def __init__(self, paths: Sequence[Path], keys: Sequence[str] | None = None) -> None:
+    def __init__(self, paths: Sequence[Path]) -> None:
         self._files: dict[str, Any] = {}
         for path in paths:
             file = open_safetensors(path)
@@ -34,8 +32,6 @@ class ShardedScores(Mapping[str, Tensor]):
                 if key in self._files:
                     raise UserError(f"scores '{path}': another shard already holds '{key}'; pass each shard once")
                 self._files[key] = file
-        if keys is not None:
-            self._files = {key: self._files[key] for key in keys}
 
     def __getitem__(self, key: str) -> Tensor:
         tensor: Tensor = self._files[key].get_tensor(key)

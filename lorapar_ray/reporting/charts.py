@@ -186,10 +186,10 @@ def seconds(axis: Any, run: RunData) -> None:
     axis.set(title="Time by stage", xlabel="s")
 
 
-def svg(draw: Draw, run: RunData, size: tuple[float, float] = (5.2, 3.4)) -> str:
+def svg(draw: Draw, run: RunData) -> str:
     """One plot as an SVG element."""
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=size, layout="constrained", dpi=110)
+        figure, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained", dpi=110)
         draw(axis, run)
         return svg_of(figure)
 

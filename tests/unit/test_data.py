@@ -20,7 +20,8 @@ from lorapar_ray.datasets.records import read_records
 from lorapar_ray.datasets.rows import read_columns, read_table
 from lorapar_ray.datasets.seen import seen_texts
 from lorapar_ray.errors import UserError
-from lorapar_ray.evaluation import accuracy, wilson_interval
+from lorapar_ray.evaluation.accuracy import accuracy
+from lorapar_ray.evaluation.statistics import wilson_interval
 from lorapar_ray.files import atomic_path, write_json
 from lorapar_ray.grpo.prompt_stream import PromptStream
 from lorapar_ray.runs import RunDirectory
