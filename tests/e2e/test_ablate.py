@@ -1,15 +1,19 @@
-"""A grid for real: three Systems one after the other, in disjoint regions and without a mask."""
+"""Grids for real: three Systems one after the other, in disjoint regions and without a mask; and one that is killed."""
 
 import json
+import signal
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 
 from lorapar_ray.partition.systems import mask_of_systems
 from lorapar_ray.runs import RunDirectory
+from tests.chaos import Recovery
+from tests.e2e.test_interruption import stop_when
 from tests.sft_run import weights
-from tests.tiny_run import lorapar_here, save_tiny_student, tiny_config, write_config
+from tests.tiny_run import lorapar_here, metrics, save_tiny_student, tiny_config, write_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long]
 TASKS = {1: "chain_sum", 2: "letter_counting", 3: "gcd"}
@@ -70,3 +74,44 @@ def test_a_system_moves_no_element_of_another_ones_region(cluster: None, tmp_pat
     again = lorapar_here(*command)
     assert again.returncode == 0 and "at once" not in again.stdout
     assert disjoint.manifest_path.read_bytes() == finished
+
+
+@pytest.mark.chaos("sft", "driver")
+@pytest.mark.chaos("evaluate", "driver")
+def test_a_killed_grid_goes_on_and_ends_as_one_that_was_not(
+    cluster: None, chance: Random, recovery: Recovery, tmp_path: Path
+) -> None:
+    """Killed while several runs train on one base, and again at a drawn moment of what follows."""
+    plain = tiny_config(save_tiny_student(tmp_path / "student")) | {"label": {"strategy": "random"}, "order": ["sft"]}
+    file, arms = write_config(tmp_path / "tiny.yaml", plain), ("importance", "random", "smaller-lora")
+
+    def grid(out: Path) -> list[str | Path]:
+        only = [each for arm in arms for each in ("--only", arm)]
+        return ["ablate", "mask", file, "--out", out, "--seeds", "1", "--rates", "1", *only]
+
+    def steps(folder: Path) -> list[int]:
+        return [line["step"] for line in metrics(folder, "sft")]
+
+    twin, killed = tmp_path / "twin", tmp_path / "killed"
+    done = lorapar_here(*grid(twin))
+    assert done.returncode == 0 and "sft of 2 runs at once" in done.stdout, done.stdout + done.stderr
+    total = len(steps(twin / "importance-1"))
+    step, last = chance.randint(1, total - 1), chance.choice(["importance-1", "smaller-lora-1"])
+    stop_when(lambda: len(steps(killed / "importance-1")) >= step, signal.SIGKILL, *grid(killed))
+    assert len(steps(killed / "importance-1")) < total, "stage 1 was over before anything could be killed"
+    stop_when(lambda: RunDirectory(killed / last).entry("sft").get("status") == "done", signal.SIGKILL, *grid(killed))
+    assert not (killed / last / "eval" / "sft.json").exists()
+    finished = RunDirectory(killed / "importance-1").entry("sft")
+    with recovery("evaluate", "driver"):
+        again = lorapar_here(*grid(killed))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert RunDirectory(killed / "importance-1").entry("sft") == finished, "a finished stage ran again"
+    for arm in arms:
+        ours, theirs = killed / f"{arm}-1", twin / f"{arm}-1"
+        assert steps(ours) == steps(theirs) == list(range(1, total + 1))
+        ranks = [json.loads((run / "adapter" / "adapter_config.json").read_text())["r"] for run in (ours, theirs)]
+        assert ranks[0] == ranks[1] and (ranks[0] < 4) == (arm == "smaller-lora")
+        expected = weights(theirs / "sft" / "adapter")
+        for key, value in weights(ours / "sft" / "adapter").items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6)
+    assert (killed / "table.md").read_text() == (twin / "table.md").read_text()
