@@ -185,11 +185,17 @@ Member = tuple[Config, RunDirectory]
 """A run and its config."""
 
 
-def run_together(name: str, members: Sequence[Member], work: Callable[[list[Member]], list[dict[str, Any]]]) -> None:
+def run_together(
+    name: str,
+    members: Sequence[Member],
+    work: Callable[[list[Member]], list[dict[str, Any]]],
+    redo: Redo = "no",
+) -> None:
     """Run one stage of several runs at once, and record it in each; runs in which it is done are left out.
 
     Args:
         work: does the work of all, from the partial results of each; returns notes for each one's manifest.
+        redo: as for `run_stage`.
 
     Raises:
         UserError: as `run_stage`, for any of them, before anything starts; or as `work` raises.
@@ -202,7 +208,7 @@ def run_together(name: str, members: Sequence[Member], work: Callable[[list[Memb
             held.enter_context(run_lock(run.root))
             held.callback(run.fingerprints.save)
             legacy.adopt(config, run, PIPELINE)
-            found = _due(stage, config, run, "no")
+            found = _due(stage, config, run, redo)
             if found is not None:
                 due.append(((config, run), found))
         if not due:

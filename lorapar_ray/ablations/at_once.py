@@ -12,7 +12,7 @@ from lorapar_ray.ablations.units import Unit
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.job import engines_of, evaluate_together
 from lorapar_ray.grpo import together as stage2
-from lorapar_ray.pipeline import PIPELINE, is_done, run_together
+from lorapar_ray.pipeline import PIPELINE, Redo, is_done, run_together
 from lorapar_ray.progress import console
 from lorapar_ray.sft import together as stage1
 from lorapar_ray.standing import inputs_of
@@ -100,11 +100,17 @@ def _equal(unit: Unit, stage: str) -> str:
     return str(read_by(stage, unit.config, unit.run, own))
 
 
+def redo_of(stage: str) -> Redo:
+    """What may be replaced: an evaluation of other models or tasks, as an earlier version or plan asked for, but never
+    what was trained."""
+    return "if_changed" if stage == "evaluate" else "no"
+
+
 def _run_group(units: Sequence[Unit], stage: str) -> None:
     console.print(f"{stage} of {len(units)} runs at once: " + "; ".join(unit.title for unit in units))
     members = [(unit.config, unit.run) for unit in units]
     try:
-        run_together(stage, members, _WORK[stage])
+        run_together(stage, members, _WORK[stage], redo_of(stage))
     except Exception as error:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         console.print(f"  not together, but one after the other: {kind}{one_line(error, 300)}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from lorapar_ray.ablations.at_once import AT_ONCE, alone_because, batches, run_at_once
+from lorapar_ray.ablations.at_once import AT_ONCE, alone_because, batches, redo_of, run_at_once
 from lorapar_ray.ablations.plan import Plan
 from lorapar_ray.ablations.report import PAGE, chosen_rates, report
 from lorapar_ray.ablations.retention import require_skills_of
@@ -144,4 +144,4 @@ def _run_stage(unit: Unit, name: str, siblings: list[Path]) -> None:
         return
     if name == "score" and borrow_sums(unit.config, run, siblings):
         console.print("  score uses the sums of a run with another criterion")
-    run_stage(unit.config, run, name)
+    run_stage(unit.config, run, name, redo_of(name))

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from lorapar_ray.ablations.at_once import AT_ONCE, _equal, batches, groups_of, run_at_once
+from lorapar_ray.ablations.at_once import _WORK, AT_ONCE, _equal, batches, groups_of, run_at_once
 from lorapar_ray.ablations.charts import losses
 from lorapar_ray.ablations.description import described
 from lorapar_ray.ablations.grid import Claim, sentence
@@ -182,6 +182,40 @@ def test_a_run_of_other_settings_says_how_to_go_on_with_a_grid(tmp_path: Path) -
     assert "choose another --out" in other and "--run-dir" not in other
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_finished_run_that_evaluated_other_models_is_evaluated_again(
+    alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an earlier version's was: after its last stage only. Nothing is trained again."""
+    tiny = tiny_config(Path("student")) | {"label": {"strategy": "random"}, "grpo": {"steps": 1}}
+    file = write_config(tmp_path / "tiny.yaml", tiny)
+    plan = make_plan("activation", file, [], tmp_path / "out", seeds=[1, 2], only=["a1-b1"])
+    units = plan.units({})
+    for unit in units:
+        unit.run.open(unit.config)
+        earlier = unit.config.model_copy(
+            update={"evaluate": unit.config.evaluate.model_copy(update={"models": ["grpo"]})}
+        )
+        record_finished(replace(unit, config=earlier))
+    assert not any(unit.finished for unit in plan.units({}))
+    asked: list[tuple[str, list[str]]] = []
+
+    def evaluate(config: Any, run: RunDirectory) -> dict[str, Any]:
+        asked.append((run.root.name, config.evaluated))
+        return {}
+
+    monkeypatch.setitem(PIPELINE, "evaluate", replace(PIPELINE["evaluate"], run=evaluate))
+    monkeypatch.setitem(_WORK, "evaluate", lambda members: [evaluate(*member) for member in members])
+    failed: list[str] = []
+    if alone:
+        for unit in units:
+            assert _run_part(unit, unit.stages, plan, failed), failed
+    else:
+        run_at_once(units, "evaluate", [])
+    assert failed == [] and all(unit.finished for unit in plan.units({}))
+    assert asked == [("a1-b1-1", ["base", "sft", "grpo"]), ("a1-b1-2", ["sft", "grpo"])]
+
+
 def test_a_stage_of_equal_inputs_is_copied(tmp_path: Path) -> None:
     plain = tiny_config(Path("student")) | {"label": {"strategy": "random"}}
     file = write_config(tmp_path / "tiny.yaml", plain)
@@ -319,7 +353,7 @@ def test_runs_of_a_failed_group_continue_alone(
     assert not any(unit.run.entry("sft") for unit in units)
     asked: list[str] = []
 
-    def defect(config: Any, run: RunDirectory, name: str) -> None:
+    def defect(config: Any, run: RunDirectory, name: str, redo: str) -> None:
         asked.append(run.root.name)
         if run.root.name == "importance-1":
             raise RuntimeError("a defect")
