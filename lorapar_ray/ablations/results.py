@@ -13,6 +13,7 @@ from lorapar_ray.ablations.sizes import elements_of
 from lorapar_ray.ablations.verdicts import ENDINGS, Effect, Found, all_of, effect, ending, shown
 from lorapar_ray.boundary import read_lines
 from lorapar_ray.datasets.rows import read_columns
+from lorapar_ray.evaluation.decisions import decisions
 from lorapar_ray.evaluation.statistics import mcnemar_exact, wilson_interval
 from lorapar_ray.evaluation.task_files import result_file, rows_file
 
@@ -108,18 +109,18 @@ def row_answers(root: Path, model: str) -> Right | None:
 
 
 def task_answers(root: Path, model: str, task: str) -> Right | None:
-    """Which questions of a task of lm-eval a model answered correctly, by the task's first metric that says so."""
+    """Which questions of a task of lm-eval a model answered correctly, by the task's first metric that says so of all.
+
+    None if no metric does, or the task has no result yet. A question's key has the metric in it, so that runs of
+    different metrics have no question in common.
+    """
     if not result_file(root, model, task).is_file():
         return None
     columns = {"task": str, "id": str, "metric": str, "filter": str, "right": object}
-    found: Right = {}
-    first = None
-    for row in read_columns(rows_file(root, model, task), columns):
-        if row["right"] is not None:
-            first = first or (row["metric"], row["filter"])
-            if (row["metric"], row["filter"]) == first:
-                found[f"{row['task']}/{row['id']}"] = bool(row["right"])
-    return found or None
+    rows = (row | {"asked": task} for row in read_columns(rows_file(root, model, task), columns))
+    for (_, metric, kind), right in decisions(rows).items():
+        return {f"{metric}, {kind}: {question}": each for question, each in right.items()}
+    return None
 
 
 def validation_loss(folder: Path, *, best: bool) -> float:

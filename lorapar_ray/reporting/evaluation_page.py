@@ -10,6 +10,7 @@ from typing import Any
 
 from lorapar_ray.boundary import parquet_batches, read_object
 from lorapar_ray.datasets.rows import ROWS_PER_WRITE, read_columns
+from lorapar_ray.evaluation.decisions import Decision, decisions
 from lorapar_ray.evaluation.statistics import paired
 from lorapar_ray.files import atomic_path
 from lorapar_ray.reporting.data import MODELS
@@ -22,8 +23,6 @@ TEST_ROWS = "test rows"
 LONGEST = 4000
 """Most characters of a shown text."""
 NEXT_TO_NOTHING = ("none", "")
-Decision = tuple[str, str, str]
-"""Task, metric and filter."""
 
 
 @dataclass(frozen=True)
@@ -150,9 +149,9 @@ def comparisons(found: Sequence[Found]) -> Iterator[dict[str, Any]]:
     if not found:
         return
     first, *others = found
-    known = _decisions(first)
+    known = decisions(first.rows)
     for other in others:
-        theirs = _decisions(other)
+        theirs = decisions(other.rows)
         for key in known:
             ids = [each for each in known[key] if each in theirs.get(key, {})]
             if not ids:
@@ -171,22 +170,6 @@ def comparisons(found: Sequence[Found]) -> Iterator[dict[str, Any]]:
                 "interval": f"{100 * low:+.1f} … {100 * high:+.1f}",
                 "p": f"{result.p:.2g}",
             }
-
-
-def _decisions(found: Found) -> dict[Decision, dict[str, bool]]:
-    """Right or wrong by decision and question, for decisions whose values are all 0 or 1.
-
-    Of another decision, such as a share of ten samples, the questions at 0 or 1 alone would be a biased choice.
-    """
-    by: dict[Decision, dict[str, bool | None]] = {}
-    for row in found.rows:
-        by.setdefault((row["asked"], row["metric"], row["filter"]), {})[f"{row['task']}/{row['id']}"] = row["right"]
-    whole = {}
-    for decision, rights in by.items():
-        decided = {question: right for question, right in rights.items() if right is not None}
-        if len(decided) == len(rights):
-            whole[decision] = decided
-    return whole
 
 
 def wrong_answers(found: Found) -> Counter[str]:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from lorapar_ray.ablations.plan import make_plan
 from lorapar_ray.ablations.report import report
+from lorapar_ray.ablations.results import task_answers
 from lorapar_ray.cli import app
 from lorapar_ray.evaluation.stage import _require_tasks
 from lorapar_ray.evaluation.task_files import result_file, rows_file
@@ -73,3 +74,24 @@ def test_arms_are_compared_on_tasks_of_lm_eval_too(tmp_path: Path, monkeypatch: 
     assert "| 70.0% |" in other and "46.48" not in other and "**held**" in other
     page = (tmp_path / "index.html").read_text()
     assert "Accuracy on mmlu" in page and "Accuracy on arc_easy" in page and "On arc_easy: LoRA-PAR ends above" in page
+
+
+def test_a_metric_with_values_between_wrong_and_right_compares_no_arms(tmp_path: Path) -> None:
+    """The questions at 0 or 1 alone would be a biased choice."""
+
+    def answers(**metrics: list[bool | None]) -> dict[str, bool] | None:
+        rows = [
+            {"task": "code", "id": str(place), "metric": metric, "filter": "none", "right": right}
+            for metric, values in metrics.items()
+            for place, right in enumerate(values)
+        ]
+        for path in (result_file(tmp_path, "sft", "code"), rows_file(tmp_path, "sft", "code")):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), rows_file(tmp_path, "sft", "code"))
+        result_file(tmp_path, "sft", "code").write_text("{}")
+        return task_answers(tmp_path, "sft", "code")
+
+    assert answers(f1=[None, True, False]) is None
+    both, one = answers(f1=[None, True], exact=[False, True]), answers(f1=[False, True], exact=[False, True])
+    assert both is not None and list(both.values()) == [False, True]
+    assert one is not None and not both.keys() & one.keys()  # another metric: nothing to compare
