@@ -36,10 +36,7 @@ def run_plan(plan: Plan, *, verbose: bool = False) -> list[str]:
         if plan.swept and arm.name not in rates:
             console.print(f"{arm.name}: its sweep is not finished, so its learning rate is unknown and it is skipped")
 
-    def compared() -> list[Unit]:
-        return [unit for unit in plan.units(rates) if not plan.swept or unit.arm in rates]
-
-    for _ in _run_all(compared, plan, failed, verbose):
+    for _ in _run_all(lambda: plan.compared(rates), plan, failed, verbose):
         report(plan, failed)
     console.print(report(plan, failed))
     console.print(f"the page: {plan.out / PAGE}")

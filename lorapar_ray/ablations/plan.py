@@ -64,9 +64,17 @@ class Plan:
         return [replace(claim, text=claim.text + own) for claim in self.grid.claims]
 
     def units(self, rates: dict[str, float]) -> list[Unit]:
-        """The runs that are compared."""
-        fixed = dict.fromkeys((arm.name for arm in self.arms), self.rates[0]) if len(self.rates) == 1 else {}
-        return main_runs(self.arms, self.source, self.seeds, fixed or rates, self.grid.every_stage)
+        """The runs of all arms; an arm whose sweep has not finished is at the config's own rate."""
+        return self._runs(self.arms, rates)
+
+    def compared(self, rates: dict[str, float]) -> list[Unit]:
+        """The runs that are compared: without the arms whose sweep has not finished, so one of the others evaluates the
+        base."""
+        return self._runs([arm for arm in self.arms if not self.swept or arm.name in rates], rates)
+
+    def _runs(self, arms: Sequence[Arm], rates: dict[str, float]) -> list[Unit]:
+        fixed = dict.fromkeys((arm.name for arm in arms), self.rates[0]) if len(self.rates) == 1 else {}
+        return main_runs(arms, self.source, self.seeds, fixed or rates, self.grid.every_stage)
 
 
 def make_plan(

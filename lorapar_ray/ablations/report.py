@@ -52,9 +52,9 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
     from lorapar_ray.ablations import charts
     from lorapar_ray.ablations.page import write_page
 
-    units = plan.units(chosen_rates(plan))
-    done = [unit for unit in units if unit.finished]
-    config = units[0].config
+    done = [unit for unit in plan.compared(chosen_rates(plan)) if unit.finished]
+    every = plan.units({})
+    config = every[0].config
     asked = [""] * bool(config.data.test) + config.evaluate.tasks
     main, *others = [_compared(plan, done, task) for task in asked]
     table = replace(main.table, name="table")
@@ -80,7 +80,7 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
         main.arms,
         main.verdicts,
         folders,
-        planned=len(units),
+        planned=len(every),
         failed=failed,
         overall=main.overall,
         kept=[*(said for each in others for said in each.said), *after, *kept, *forgotten, *held],

@@ -618,6 +618,33 @@ def test_the_rate_is_chosen_by_what_the_compared_runs_keep(tmp_path: Path) -> No
     assert chosen(tmp_path / "best", "sft.validation=0.2") == {"random": 1}
 
 
+def test_an_arm_without_a_finished_sweep_is_not_compared(tmp_path: Path) -> None:
+    """Its finished runs are at the config's own rate; and another arm's run evaluates the base."""
+    two = ["importance", "random"]
+    plan = make_plan("mask", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1, 2, 3], only=two)
+    for unit in plan.sweeps:
+        if unit.arm == "random":
+            unit.run.metrics.mkdir(parents=True)
+            (unit.run.metrics / "sft_validation.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+            record_finished(unit)
+    rates = chosen_rates(plan)
+    assert rates.keys() == {"random"}
+    for unit in [*(each for each in plan.units({}) if each.arm == "importance"), *plan.compared(rates)]:
+        unit.run.eval.mkdir(parents=True)
+        for name in unit.config.evaluated:
+            pq.write_table(pa.table({"id": ["a", "b"], "right": [True, False]}), unit.run.eval / f"{name}.parquet")
+            (unit.run.eval / f"{name}.json").write_text("{}")
+        record_finished(unit)
+    assert [unit.title for unit in plan.compared(rates)] == [f"random, seed {seed}" for seed in (1, 2, 3)]
+    text = report(plan)
+    assert "| random |" in text and "| base |" in text and "importance" not in text
+    assert "3 of 6 runs are evaluated" in (tmp_path / "index.html").read_text()
+    fresh = make_plan("mask", SHIPPED / "arithmetic.yaml", [], tmp_path / "fresh", seeds=[1, 2, 3], only=two)
+    evaluating = [unit.title for unit in fresh.compared({"random": 1}) if "base" in unit.config.evaluated]
+    assert evaluating == ["random, seed 1"]
+    assert report(fresh).count("\n") == 2  # nothing is finished
+
+
 def test_one_rate_is_every_arms(tmp_path: Path) -> None:
     plan = make_plan("mask", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1], rates=[0.5])
     usual = load_config(SHIPPED / "arithmetic.yaml", []).sft.learning_rate
