@@ -21,7 +21,7 @@ from lorapar_ray.datasets.tokens import Selection, TokenTable, key_of
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import atomic_path, digest
 from lorapar_ray.importance.halves import Halves, half_scores, halves_of_parts, save_halves
-from lorapar_ray.importance.parts import UNRECORDED, Plan, done_units, settled_unit_size, sums_of
+from lorapar_ray.importance.parts import Plan, done_units, settled, sums_of
 from lorapar_ray.importance.sums import GradSums
 from lorapar_ray.importance.units import finished_units
 from lorapar_ray.importance.worker import ScoreJob, score_worker
@@ -51,9 +51,10 @@ def score_stage(config: Config, run: RunDirectory, initial: Path | None = None) 
     every = list(samples.values())
     counts = require_room(run, table, every, stage="score", field="score.max_length")
     fields = {str(system): asdict(chosen) for system, chosen in samples.items()}
-    key = digest([key_of(tokens), {k: {**v, "path": ""} for k, v in fields.items()}, UNRECORDED])
-    folder = run.work / "score" / f"sums-{key[:12]}"
-    unit_size = settled_unit_size(folder, config.score.unit_size)
+    what = [key_of(tokens), {k: {**v, "path": ""} for k, v in fields.items()}]
+    folder, unit_size = settled(
+        lambda size: run.work / "score" / f"sums-{digest([*what, size])[:12]}", config.score.unit_size
+    )
     plan = Plan(dict(zip(samples, counts, strict=True)), unit_size)
     warm_up = None if initial is None else _warm_up(config, run, initial, samples)
     job = ScoreJob(

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -29,9 +29,9 @@ from lorapar_ray.files import write_json
 from lorapar_ray.importance.sums import GradSums
 
 UNIT_SIZE = "unit_size.json"
-UNRECORDED = 16
-"""Examples per unit of sums without a record: earlier versions put the size into the folder's key, and this default is
-still there."""
+KEYED = 16
+"""The size in the key of every folder of sums: the default of earlier versions, which put theirs there and recorded
+none."""
 
 
 @dataclass(frozen=True, order=True)
@@ -77,18 +77,25 @@ class Plan:
             yield from sorted(found.items())
 
 
-def settled_unit_size(folder: Path, wanted: int) -> int:
-    """Examples per unit of the sums in `folder`: as when they were begun; for new sums `wanted`, which is recorded.
+def settled(folder_of: Callable[[int], Path], wanted: int) -> tuple[Path, int]:
+    """(folder of the sums, examples per unit): as when they were begun; for new sums `wanted`, which is recorded.
 
     So sums that were begun are continued even if `score.unit_size` is now another.
+
+    Args:
+        folder_of: the folder by the size in its key: `KEYED`, or for sums that an earlier version began with `wanted`,
+            that.
 
     Raises:
         UserError: the record is damaged.
     """
+    folder, earlier = folder_of(KEYED), folder_of(wanted)
     record = folder / UNIT_SIZE
     if not record.is_file():
         if folder.is_dir():
-            return UNRECORDED
+            return folder, KEYED
+        if earlier.is_dir():
+            return earlier, wanted
         write_json(record, {"unit_size": wanted})
     fix = f"delete '{folder}' and run `lorapar score` again: it begins anew"
     found = read_object(record, fix)
@@ -96,7 +103,7 @@ def settled_unit_size(folder: Path, wanted: int) -> int:
         size = found["unit_size"]
         if type(size) is not int or size < 1:
             raise ValueError("no size of a unit")
-    return size
+    return folder, size
 
 
 def finished(folder: Path, part: Part) -> dict[Path, list[int]]:

@@ -1,7 +1,7 @@
 """Scores do not depend on the number of workers, a sharded base, or a killed worker."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -14,8 +14,12 @@ from safetensors.torch import load_file
 from lorapar_ray.adapters.job import make_adapter
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.labelled import token_table
+from lorapar_ray.datasets.tokens import key_of
+from lorapar_ray.files import digest
+from lorapar_ray.importance import job
 from lorapar_ray.importance.halves import load_halves
 from lorapar_ray.importance.job import score_stage
+from lorapar_ray.importance.parts import UNIT_SIZE
 from lorapar_ray.pipeline import run_stage
 from lorapar_ray.runs import RunDirectory
 from tests.chaos import Recovery
@@ -119,6 +123,24 @@ def by_two(finished: RunDirectory, student: Path, tmp_path_factory: pytest.TempP
 def test_the_layout_changes_nothing(layout: str, by_two: ByTwo, alone: list[Scores]) -> None:
     same(scores_of(by_two.layouts[layout]), alone)
     require_halves(by_two.layouts[layout])
+
+
+def test_sums_that_an_earlier_version_began_are_continued(
+    finished: RunDirectory, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had the size of a unit in the folder's key, and no record of it."""
+    config, run = make_run(student, tmp_path / "run")
+    tokens = token_table(config, run)
+    samples = {str(system): {**asdict(each), "path": ""} for system, each in job.samples_of(config, tokens).items()}
+    [sums] = (finished.work / "score").glob("sums-*")
+    folder = run.work / "score" / f"sums-{digest([key_of(tokens), samples, 3])[:12]}"
+    shutil.copytree(sums, folder)
+    (folder / UNIT_SIZE).unlink()
+    monkeypatch.setattr(job, "run_workers", None)  # every unit is done
+    with tasks_here():
+        score_stage(config, run)
+    assert list((run.work / "score").glob("sums-*")) == [folder]
+    same(scores_of(run), scores_of(finished))
 
 
 def require_halves(run: RunDirectory) -> None:

@@ -16,7 +16,7 @@ from lorapar_ray.importance.parts import (
     Plan,
     done_units,
     finished,
-    settled_unit_size,
+    settled,
     sums_of,
 )
 from lorapar_ray.importance.worker import _share, windows
@@ -112,14 +112,21 @@ def test_windows_keep_the_units_and_their_order() -> None:
 
 
 def test_sums_keep_the_units_that_they_were_begun_with(tmp_path: Path) -> None:
-    assert settled_unit_size(tmp_path / "new", 3) == 3
-    assert settled_unit_size(tmp_path / "new", 5) == 3
-    write(tmp_path / "earlier", Part(1, 0, 0), [0])
-    assert settled_unit_size(tmp_path / "earlier", 5) == 16  # as the key of an earlier version's sums says
+    new, earlier, keyed = (
+        (lambda size, name=name: tmp_path / f"{name}-{size}") for name in ("new", "earlier", "keyed")
+    )
+    assert settled(new, 3) == (tmp_path / "new-16", 3)
+    assert settled(new, 5) == (tmp_path / "new-16", 3)
+    write(tmp_path / "earlier-16", Part(1, 0, 0), [0])
+    assert settled(earlier, 5) == (tmp_path / "earlier-16", 16)  # as the key of an earlier version's sums says
+    write(tmp_path / "keyed-8", Part(1, 0, 0), [0])
+    for _ in range(2):
+        folder, size = settled(keyed, 8)
+        assert (folder, size) == (tmp_path / "keyed-8", 8) and done_units(folder, Part(1, 0, 0)) == {0}
     for damage in ("", "{}", '{"unit_size": 0}', '{"unit_size": "3"}'):
-        (tmp_path / "new" / UNIT_SIZE).write_text(damage)
+        (tmp_path / "new-16" / UNIT_SIZE).write_text(damage)
         with pytest.raises(UserError, match=r"unit_size.json.*begins anew"):
-            settled_unit_size(tmp_path / "new", 3)
+            settled(new, 3)
 
 
 @pytest.mark.parametrize("units", ["3", '["a"]', "[true]", "{}", "null", "[" * 100_000, "", None])
