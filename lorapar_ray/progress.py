@@ -57,19 +57,26 @@ def noted_in(file: Path, report: Report) -> Iterator[None]:
 
 
 @contextmanager
-def progress(what: str, total: int, poll: Callable[[], tuple[int, str]]) -> Iterator[None]:
+def progress(
+    what: str, total: int, poll: Callable[[], tuple[int, str]], notices: Sequence[Path] = ()
+) -> Iterator[None]:
     """Show `what` while the block runs.
 
     Args:
         what: name of the work, e.g. `score system 1`.
         total: count at which it is done.
         poll: cheap and safe to call from another thread; gives the count so far and a short remark (a loss, a rate).
+        notices: files to which workers add lines for the user; each line is printed once.
     """
     stop = threading.Event()
     draw = _bar if console.is_terminal else _lines
     threads = [threading.Thread(target=draw, args=(what, total, poll, stop), daemon=True)]
     if (note := _note.get()) is not None:
         threads.append(threading.Thread(target=_note_down, args=(*note, what, total, poll, stop), daemon=True))
+    if notices:
+        threads.append(
+            threading.Thread(target=_pass_on, args=({file: _length(file) for file in notices}, stop), daemon=True)
+        )
     for thread in threads:
         thread.start()
     try:
@@ -91,6 +98,28 @@ def _note_down(
         with suppress(OSError, UserError):  # a full disk ends the stage with its own message
             write_json(file, {**note, "now": time.time()})
         stop.wait(NOTE_EVERY_S)
+
+
+def _pass_on(read: dict[Path, int], stop: threading.Event) -> None:
+    """Print the new lines of files, which are read from these bytes on; one that is in several files, once."""
+    told: set[str] = set()
+    finished = False
+    while not finished:
+        finished = stop.wait(NOTE_EVERY_S)
+        for file, before in read.items():
+            with suppress(OSError), file.open("rb") as lines:
+                lines.seek(before)
+                new = lines.read()
+                new = new[: new.rfind(b"\n") + 1]  # the rest is still being written
+                read[file] += len(new)
+                for line in new.decode(errors="replace").splitlines():
+                    if line not in told:
+                        told.add(line)
+                        console.print(f"  {line}")
+
+
+def _length(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
 
 
 def _bar(what: str, total: int, poll: Callable[[], tuple[int, str]], stop: threading.Event) -> None:

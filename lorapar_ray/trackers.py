@@ -6,9 +6,9 @@ import atexit
 import os
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.files import write_json
 from lorapar_ray.run_metrics import report_figures
 from lorapar_ray.text import reason
-from lorapar_ray.tracking import PROJECT
+from lorapar_ray.tracking import PROJECT, notices_of
 
 Write = Callable[[Mapping[str, float], int], None]
 REST_S = 300.0
@@ -36,16 +36,17 @@ class Curves:
             folder: TensorBoard's.
             metrics: the stage's file of lines. Beside it, `<stage>.trackers.json` has the trackers' ids of this stage
                 in this run directory; it is removed with the lines, so that a stage which begins anew has runs of its
-                own.
+                own. A tracker's failure goes to `notices_of` them.
         """
+        tell = partial(_tell, notices_of(metrics))
         kept = metrics.with_suffix(".trackers.json")
         makers: dict[str, Callable[[], Write]] = {
             "tensorboard": lambda: _tensorboard(folder),
             "wandb": lambda: _wandb(run, kept),
             "mlflow": lambda: _mlflow(run, kept),
         }
-        ours = _Tracker("Ray's metrics", lambda: _ray_metrics(run, stage))
-        self._trackers = [ours, *(_Tracker(name, makers[name]) for name in names)]
+        ours = _Tracker("Ray's metrics", lambda: _ray_metrics(run, stage), tell)
+        self._trackers = [ours, *(_Tracker(name, makers[name], tell) for name in names)]
 
     def write(self, line: Mapping[str, Any], step: int) -> None:
         """Write every number of `line`."""
@@ -57,8 +58,8 @@ class Curves:
 class _Tracker:
     """One of them, which may fail; its first failure is told in one line."""
 
-    def __init__(self, name: str, make: Callable[[], Write]) -> None:
-        self._name, self._make = name, make
+    def __init__(self, name: str, make: Callable[[], Write], tell: Callable[[str], None]) -> None:
+        self._name, self._make, self._tell = name, make, tell
         self._write: Write | None = None
         self._told, self._rests_until = False, 0.0
         self._attempt(self._begin)
@@ -78,7 +79,15 @@ class _Tracker:
             self._rests_until = time.monotonic() + REST_S
             if not self._told:
                 self._told = True
-                warnings.warn(f"{self._name} takes no curves now ({reason(error)}); training goes on", stacklevel=2)
+                self._tell(f"{self._name} takes no curves now ({reason(error)}); training goes on")
+
+
+def _tell(notices: Path, line: str) -> None:
+    """Leave a line for the driver: what a worker prints is not shown."""
+    with suppress(OSError):  # a full disk ends the stage with its own message
+        notices.parent.mkdir(parents=True, exist_ok=True)
+        with notices.open("a", encoding="utf-8", errors="backslashreplace") as lines:
+            lines.write(line + "\n")
 
 
 def _ray_metrics(run: str, stage: str) -> Write:

@@ -1,4 +1,4 @@
-"""The metrics file of a stage, one JSON line per step, and a check that the configured trackers are installed."""
+"""The metrics file of a stage, one JSON line per step; which trackers are installed, and what they report."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ def require_trackers(names: Sequence[str], field: str) -> None:
     for name in names:
         if find_spec(name) is None:
             raise UserError(f"{field}: '{name}' is not installed; pip install {name}, or remove it from the list")
+
+
+def notices_of(metrics: str | Path) -> Path:
+    """The file beside a stage's metrics in which a worker writes lines for the user, which the driver prints."""
+    return Path(metrics).with_suffix(".notices.txt")
 
 
 def memory_mib() -> float:

@@ -98,7 +98,7 @@ class SftConfig(Section):
     report_to: Operation[Distinct[Tracker]] = ["tensorboard"]
     """Trackers that get the curves; TensorBoard's files are in `metrics/tensorboard`. In W&B (wandb 0.19.10 or newer)
     and MLflow each stage of each run directory has a run of its own: a resumed stage goes on in it, and `--redo` begins
-    another. A tracker that fails is reported once; training goes on without its curves."""
+    another. A tracker that fails is reported once, in a line of the command's; training goes on without its curves."""
 
     @property
     def parts(self) -> list[list[int]]:

@@ -38,7 +38,7 @@ from lorapar_ray.room import Others
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.job import residual
 from lorapar_ray.student import base_reference, starting_adapter
-from lorapar_ray.tracking import require_trackers
+from lorapar_ray.tracking import notices_of, require_trackers
 from lorapar_ray.workers import RESTARTS, beside_the_driver, on_a_worker, run_workers
 
 CANARIES = 4
@@ -89,7 +89,8 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
     stage = stage2(config, run)
     _require_servable(sync_of(config.grpo), stage.job.base, Path(stage.job.adapter_in))
     judges = judging(config, shard_count(config.grpo))
-    with progress("grpo", stage.job.steps, lambda: steps_done(stage.job.metrics)), judges as judge:
+    metrics = stage.job.metrics
+    with progress("grpo", stage.job.steps, lambda: steps_done(metrics), [notices_of(metrics)]), judges as judge:
         plan = {**stage.plan, "judge": judge}
         staying = staying_engines(config, plan)
         run_learners(stage, Coordinator, plan, learn_worker, stage.job.payload(), stage.writes, staying)

@@ -104,7 +104,7 @@ STAGE = Stage(
     outputs=("grpo",),
     traces=(
         *("rejects/grpo.parquet", "metrics/grpo.jsonl", "metrics/samples.jsonl", "metrics/tensorboard/grpo"),
-        "metrics/grpo.trackers.json",
+        *("metrics/grpo.trackers.json", "metrics/grpo.notices.txt"),
     ),
     scratch=("work/grpo",),
     reads=reads,

@@ -14,6 +14,7 @@ from lorapar_ray.grpo.worker import learn_arms_worker
 from lorapar_ray.progress import progress
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.together import adapter_alone, require_one_base, stage_shape
+from lorapar_ray.tracking import notices_of
 
 OWN = {
     *("systems", "masked", "steps", "prompts_per_step", "balance", "balance_prompts", "group_size", "rewards"),
@@ -71,7 +72,7 @@ def train_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[dict[
     require_one_base([(stage.run, stage.job.base) for stage in stages])
     jobs = [stage.job for stage in stages]
     steps, metrics = sum(job.steps for job in jobs), [job.metrics for job in jobs]
-    with progress(f"grpo × {len(jobs)}", steps, lambda: steps_done(*metrics)):
+    with progress(f"grpo × {len(jobs)}", steps, lambda: steps_done(*metrics), [*map(notices_of, metrics)]):
         run_learners(
             stages[0],
             Coordinators,

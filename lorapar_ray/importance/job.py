@@ -30,6 +30,7 @@ from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.job import steps_done
 from lorapar_ray.sft.worker import SftJob
 from lorapar_ray.student import base_reference
+from lorapar_ray.tracking import notices_of
 from lorapar_ray.workers import run_workers
 
 ROUNDS = 3
@@ -120,7 +121,8 @@ def _run(config: Config, run: RunDirectory, job: ScoreJob, plan: Plan, folder: P
             return 0, f"warm-up step {done} · {remark}" if done else "warm-up"
         return every - _left(plan, folder), saying
 
-    with progress("score", every, poll):
+    notices = [] if job.warm_up is None else [notices_of(job.warm_up["metrics"])]
+    with progress("score", every, poll, notices):
         run_workers(
             score_worker,
             job.payload(),

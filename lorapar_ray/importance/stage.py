@@ -75,6 +75,7 @@ STAGE = Stage(
     traces=(
         *("rejects/score.parquet", "rejects/warmup.parquet"),
         *("metrics/warmup.jsonl", "metrics/tensorboard/{name}-warmup", "metrics/warmup.trackers.json"),
+        "metrics/warmup.notices.txt",
     ),
     scratch=("work/score", "work/warmup"),
     reads=reads,

@@ -17,7 +17,7 @@ from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.batches import steps_in, validation_rows
 from lorapar_ray.sft.worker import SftJob, train_worker
 from lorapar_ray.student import RESIDUAL_INITS, base_reference, starting_adapter
-from lorapar_ray.tracking import require_trackers
+from lorapar_ray.tracking import notices_of, require_trackers
 from lorapar_ray.workers import run_workers
 
 
@@ -146,7 +146,7 @@ def _job(
 
 
 def _run(job: SftJob, settings: SftConfig, steps: int, title: str, run: RunDirectory) -> None:
-    with progress(title, steps, lambda: steps_done(job.metrics)):
+    with progress(title, steps, lambda: steps_done(job.metrics), [notices_of(job.metrics)]):
         run_workers(
             train_worker,
             job.payload(),

@@ -35,7 +35,7 @@ STAGE = Stage(
     outputs=("sft",),
     traces=(
         *("rejects/sft.parquet", "metrics/sft.jsonl", "metrics/sft_validation.jsonl", "metrics/sft"),
-        *("metrics/tensorboard/{name}-sft", "metrics/sft.trackers.json"),
+        *("metrics/tensorboard/{name}-sft", "metrics/sft.trackers.json", "metrics/sft.notices.txt"),
     ),
     scratch=("work/sft",),
     reads=lambda config: model_files(config.model.path),

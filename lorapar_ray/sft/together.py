@@ -16,6 +16,7 @@ from lorapar_ray.progress import progress
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.arms_worker import train_arms_worker
 from lorapar_ray.sft.job import Part, export_if_residual, notes_of, residual, stage1_parts, steps_done, train_part
+from lorapar_ray.tracking import notices_of
 from lorapar_ray.workers import run_workers
 
 SHARED_ADAPTER = ("rank", "dropout", "targets")
@@ -97,7 +98,7 @@ def _train_parts(due: Sequence[tuple[Part, Config, RunDirectory]]) -> None:
     jobs = [part.job for part in parts]
     _, config, run = due[0]
     steps, metrics = sum(part.steps for part in parts), [job.metrics for job in jobs]
-    with progress(f"{parts[0].title} × {len(due)}", steps, lambda: steps_done(*metrics)):
+    with progress(f"{parts[0].title} × {len(due)}", steps, lambda: steps_done(*metrics), [*map(notices_of, metrics)]):
         run_workers(
             train_arms_worker,
             {"jobs": [job.payload() for job in jobs]},

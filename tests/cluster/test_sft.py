@@ -21,7 +21,7 @@ from tests.chaos import Recovery
 from tests.processes import a_worker_dies
 from tests.sft_run import ready_run, weights
 from tests.tiny_run import lorapar_here, metrics, tiny_config, write_config
-from tests.together import run_together
+from tests.together import run_together, tasks_here
 
 pytestmark = pytest.mark.cluster
 LOSS_TOLERANCE = 2e-5
@@ -72,6 +72,18 @@ def by_two(cluster: None, student: Path, tmp_path_factory: pytest.TempPathFactor
     alone = {name: ready_run(student, root / name, **MEASURED, **how) for name, how in LAYOUTS.items()}
     undisturbed = {"undisturbed": ready_run(student, root / "undisturbed", **DROPPING)}
     return trained(alone | undisturbed, arms)
+
+
+def test_the_command_shows_that_a_workers_tracker_fails(
+    cluster: None, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = ready_run(student, tmp_path, max_steps=2)
+    run.metrics.mkdir(exist_ok=True)
+    (run.metrics / "tensorboard").write_text("no folder")
+    with tasks_here():
+        train_stage1(config, run)
+    assert capsys.readouterr().out.count("tensorboard takes no curves now") == 1
+    assert [line["step"] for line in metrics(run.root, "sft")] == [1, 2]
 
 
 def trained(

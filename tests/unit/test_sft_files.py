@@ -3,7 +3,6 @@
 import json
 import random
 import sys
-import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -17,11 +16,12 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.grpo import job as grpo
 from lorapar_ray.grpo.stage import STAGE as GRPO
 from lorapar_ray.importance.stage import STAGE as SCORE
+from lorapar_ray.progress import progress
 from lorapar_ray.sft import job as sft
 from lorapar_ray.sft.checkpoint import OPTIMIZER, PARAMETERS, STATE, WORKERS, last_checkpoint, rng_state, set_rng_state
 from lorapar_ray.sft.stage import STAGE as SFT
 from lorapar_ray.tensortree import load_tree, save_tree
-from lorapar_ray.tracking import append_line, keep_lines_until, require_trackers
+from lorapar_ray.tracking import append_line, keep_lines_until, notices_of, require_trackers
 
 
 def draw() -> tuple[float, float, float]:
@@ -197,22 +197,36 @@ def test_a_tracker_that_fails_is_told_once_and_the_others_go_on(
     monkeypatch.setattr(trackers, "time", SimpleNamespace(monotonic=lambda: now[0], time=lambda: 0.0))
     curves = curves_of(tmp_path)
     mlflow.down = True
-    with pytest.warns(UserWarning, match="mlflow takes no curves now .ConnectionError: Max retries exceeded with url"):
-        curves.write({"x": 1.0}, 1)
-    with warnings.catch_warnings(action="error"):
-        curves.write({"x": 2.0}, 2)
-        assert mlflow.asked == 1, "each step waits for a dead server"
-        now[0] += trackers.REST_S
-        curves.write({"x": 3.0}, 3)
-        mlflow.down, now[0] = False, now[0] + trackers.REST_S
-        curves.write({"x": 4.0}, 4)
+    curves.write({"x": 1.0}, 1)
+    curves.write({"x": 2.0}, 2)
+    assert mlflow.asked == 1, "each step waits for a dead server"
+    now[0] += trackers.REST_S
+    curves.write({"x": 3.0}, 3)
+    mlflow.down, now[0] = False, now[0] + trackers.REST_S
+    curves.write({"x": 4.0}, 4)
+    [told] = notices_of(tmp_path / "sft.jsonl").read_text().splitlines()
+    assert told.startswith("mlflow takes no curves now (ConnectionError: Max retries exceeded with url")
     assert [[step for step, _ in lines] for lines in wandb.runs.values()] == [[1, 2, 3, 4]]
     assert (mlflow.asked, list(mlflow.runs.values())) == (3, [[(4, "x", 4.0)]])
-    with pytest.warns(UserWarning, match="wandb takes no curves now .AssertionError"):
-        trackers.Curves(["wandb"], "another", tmp_path, "sft", tmp_path / "x.jsonl").write({"x": 1.0}, 1)
+    trackers.Curves(["wandb"], "another", tmp_path, "sft", tmp_path / "x.jsonl").write({"x": 1.0}, 1)
+    assert "wandb takes no curves now (AssertionError" in notices_of(tmp_path / "x.jsonl").read_text()
+
+
+def test_the_driver_prints_what_its_workers_trackers_report(
+    tmp_path: Path, fakes: tuple[FakeWandb, FakeMlflow], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once for runs that train together, and not again what was reported before this start."""
+    fakes[1].down = True
+    folders = [tmp_path / "a", tmp_path / "b"]
+    notices = [notices_of(folder / "sft.jsonl") for folder in folders]
+    for _ in range(2):
+        with progress("sft", 1, lambda: (0, ""), notices):
+            for folder in folders:
+                curves_of(folder).write({"x": 1.0}, 1)
+        assert capsys.readouterr().out.count("mlflow takes no curves now (ConnectionError: Max retries exceeded") == 1
 
 
 def test_a_stage_that_is_redone_leaves_its_trackers_ids_with_its_old_results() -> None:
     """`Stage.owned` is what is set aside."""
     for stage, ids in ((SFT, "sft"), (GRPO, "grpo"), (SCORE, "warmup")):
-        assert f"metrics/{ids}.trackers.json" in stage.traces
+        assert {f"metrics/{ids}.trackers.json", f"metrics/{ids}.notices.txt"} <= set(stage.traces)
