@@ -37,7 +37,7 @@ class TokenScorer:
         self._head = head if frozen else None  # a trained or wrapped head takes the slow path
         self._transform = logit_transform(model)
         self._known = False
-        """Whether the model was seen to do nothing else after its head."""
+        """Whether the model was seen to do that after its head, and nothing else."""
         self._wide: Tensor | None = None
 
     def __call__(
@@ -56,12 +56,16 @@ class TokenScorer:
             tokens_N: the tokens.
             kept_NK: the distribution is over these tokens, padded with −1; None: over the whole vocabulary.
         """
-        if self._head is not None:
+        while self._head is not None:
             with self._scoring(at, tokens_N, temperature, kept_NK, inputs["input_ids"].shape) as scores:
                 output = self._model(**inputs, use_cache=False).logits
-            if scores and output.shape == scores[0].shape and self._explained(output):
+            seen = self._seen(output) if scores and output.shape == scores[0].shape else None
+            if seen is None:
+                self._head = None  # the model changes its logits after the head, in a way that is not known here
+            elif seen == self._transform:
                 return _Through.apply(scores[0], output)[0, :, :2].unbind(-1)
-            self._head = None  # the model changes its logits after the head, in a way that is not known here
+            else:
+                self._transform = seen  # the scores are of what the config says, so the pass is repeated
         logits_NV = logits_at(at, self._model, inputs)
         if kept_NK is not None:
             chosen_NK = logits_NV.gather(-1, kept_NK.clamp(min=0)).float() / temperature
@@ -80,12 +84,16 @@ class TokenScorer:
                 self(inputs, (first, first), first)
         return self._head is None
 
-    def _explained(self, output: Tensor) -> bool:
-        """Whether the model does what its config says to its logits; seen in the first pass."""
-        if not self._known and output.numel():
-            self._known = self._transform.explains(output[..., 2:].detach())
-            return self._known
-        return True
+    def _seen(self, output: Tensor) -> LogitTransform | None:
+        """What the model does to its logits: what its config says, or another that explains the first pass; None if
+        none is known."""
+        if self._known or not output.numel():
+            return self._transform
+        probed = output[..., 2:].detach()
+        candidates = (self._transform, *self._transform.alternatives())
+        found = next((each for each in candidates if each.explains(probed)), None)
+        self._known = found is not None
+        return found
 
     @contextmanager
     def _scoring(

@@ -6,14 +6,15 @@ The head can then apply it to a slice of the logits at a time, with its derivati
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 SCALES: Mapping[str, int] = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
-"""Fields of model configs whose value, to this power, the logits are multiplied by."""
+"""Fields of model configs whose value, to this power, the logits are multiplied by. Not in every model: MiniCPM3 scales
+the head's input by `logits_scaling`, and HyperCLOVA X multiplies by it."""
 CAP = "final_logit_softcapping"
 PROBES = (-300.0, -60.0, -9.0, -1.0, -0.01, 0.0, 0.3, 4.0, 25.0, 100.0)
 """Logits that show what a model does to all logits."""
@@ -41,6 +42,10 @@ class LogitTransform:
     def relative_slope_(self, logits: Tensor) -> Tensor | None:
         """Their derivative over `slope`, in place of the result of `apply_`; None: 1 everywhere."""
         return None if self.cap is None else logits.mul_(self.temperature / self.cap).square_().neg_().add_(1.0)
+
+    def alternatives(self) -> tuple[LogitTransform, ...]:
+        """What a model may do instead that has this in its config: nothing, or the inverse scale."""
+        return NO_CHANGE, replace(self, scale=1.0), replace(self, scale=1.0 / self.scale)
 
     def explains(self, found: Tensor) -> bool:
         """Whether a model that made `found` [..., PROBES] of the logits `PROBES` applies this, at temperature 1."""

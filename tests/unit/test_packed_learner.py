@@ -218,19 +218,34 @@ def test_known_changes_of_the_logits_need_no_stored_logits(
         torch.testing.assert_close(ours, gradient, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("done", ["nothing", "the inverse"])
+def test_a_model_that_does_not_do_what_its_config_says_needs_no_stored_logits(done: str) -> None:
+    """As MiniCPM3, which scales the head's input instead, and HyperCLOVA X, which multiplies where Granite divides."""
+    model = frozen_head(tiny())
+    model.config.logits_scaling = 2.0
+    if done == "the inverse":
+        model.register_forward_hook(lambda _, __, output: CausalLMOutput(logits=output.logits * 2.0))
+    expected = plain_logprobs(model, samples()[0], 0.9)[0]
+    rows = pad(samples()[:1], 0, CPU)
+    direct, asked = TokenScorer(model), TokenScorer(model)
+    assert not asked.stores_logits(rows.inputs)
+    for scorer in (direct, asked):
+        found, _ = packed_logprobs(scorer, rows, temperature=0.9)
+        torch.testing.assert_close(found[0], expected, atol=2e-5, rtol=1e-4)
+        assert not scorer.stores_logits(rows.inputs)
+
+
 def everything_kept(sample: Sample) -> Sample:
     """From a sampler that kept the whole vocabulary."""
     count = len(sample.token_ids)
     return replace(sample, kept=KeptSets(np.tile(np.arange(96, dtype=np.int32), count), np.full(count, 96, np.int32)))
 
 
-@pytest.mark.parametrize("why", ["unknown change", "config says too much", "trained head"])
+@pytest.mark.parametrize("why", ["unknown change", "trained head"])
 def test_another_head_gets_its_logits_and_the_room_for_them(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = frozen_head(tiny())
     if why == "unknown change":
         model.register_forward_hook(lambda _, __, output: CausalLMOutput(logits=output.logits.sin()))
-    elif why == "config says too much":
-        model.config.logits_scaling = 2.0
     else:
         model.get_output_embeddings().requires_grad_(True)
     rows, scorer = pad(samples()[:1], 0, CPU), TokenScorer(model)
