@@ -21,7 +21,9 @@ from lorapar_ray.tracking import PROJECT, notices_of
 
 Write = Callable[[Mapping[str, float], int], None]
 REST_S = 300.0
-"""A tracker that has failed is left alone for so long: a client may try for a minute until it reports a dead server."""
+REST_TIMES = 20.0
+"""A tracker that has failed is left alone for `REST_S`, and at least for so many times as long as the attempt took: a
+client may try for minutes until it reports a dead server (MLflow: four), and the training waits for it."""
 
 
 class Curves:
@@ -73,10 +75,12 @@ class _Tracker:
         return self._write
 
     def _attempt(self, work: Callable[[], object]) -> None:
+        began = time.monotonic()
         try:
             work()
         except Exception as error:  # each tracker has its own
-            self._rests_until = time.monotonic() + REST_S
+            now = time.monotonic()
+            self._rests_until = now + max(REST_S, REST_TIMES * (now - began))
             if not self._told:
                 self._told = True
                 self._tell(f"{self._name} takes no curves now ({reason(error)}); training goes on")

@@ -212,6 +212,26 @@ def test_a_tracker_that_fails_is_told_once_and_the_others_go_on(
     assert "wandb takes no curves now (AssertionError" in notices_of(tmp_path / "x.jsonl").read_text()
 
 
+def test_training_waits_little_for_a_tracker_that_takes_minutes_to_fail(
+    tmp_path: Path, fakes: tuple[FakeWandb, FakeMlflow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, mlflow = fakes
+    now, waited = [0.0], [0.0]
+
+    def fail(run_id: str, metrics: object) -> None:
+        now[0] += 240.0
+        waited[0] += 240.0
+        raise ConnectionError
+
+    monkeypatch.setattr(trackers, "time", SimpleNamespace(monotonic=lambda: now[0], time=lambda: 0.0))
+    monkeypatch.setattr(mlflow, "log_batch", fail)
+    curves = curves_of(tmp_path)
+    for step in range(2_000):
+        curves.write({"x": 1.0}, step)
+        now[0] += 20.0
+    assert 480 <= waited[0] <= 0.06 * now[0]
+
+
 def test_the_driver_prints_what_its_workers_trackers_report(
     tmp_path: Path, fakes: tuple[FakeWandb, FakeMlflow], capsys: pytest.CaptureFixture[str]
 ) -> None:
