@@ -112,6 +112,7 @@ def make_plan(
         if key == "seed" or any(change.startswith(f"{key}=") for arm in arms for change in arm.changes):
             raise UserError(f"--set {key}: the grid '{grid}' sets it itself; leave it out, or choose arms with --only")
     plan = Plan(chosen, arms, file, tuple(overrides), out, tuple(seeds), tuple(rates), validation)
+    _require_cut(plan)
     units, sweeps = plan.units({}), plan.sweeps
     if missing := [
         each for each in (*sweeps, *units) if each.waits_for and each.waits_for not in (a.name for a in arms)
@@ -130,6 +131,24 @@ def make_plan(
         except UserError as error:
             raise UserError(f"arm {unit.arm}: {error}") from error
     return plan
+
+
+def _require_cut(plan: Plan) -> None:
+    """Check that arms whose mask others are compared with cut one.
+
+    Raises:
+        UserError: the config trains every element, or gives each System a region of its own.
+    """
+    names = {arm.name for arm in plan.arms}
+    cutting = [arm.as_large_as for arm in plan.arms if arm.as_large_as is not None]
+    cutting += [plan.grid.arm(claim.better) for claim in plan.grid.moved if {claim.better, claim.worse} <= names]
+    for arm in cutting:
+        config = plan.source.config(arm.changes)
+        if not config.partitioned or config.partition.regions != "stages":
+            raise UserError(
+                f"arm {arm.name}: other arms are compared with its mask, and this config cuts none for stage 1; set "
+                "sft.masked: true and partition.regions: stages, or choose other arms (--only)"
+            )
 
 
 def _possible(arms: Sequence[Arm], label: LabelConfig, only: Sequence[str]) -> tuple[Arm, ...]:

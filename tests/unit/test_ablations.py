@@ -423,6 +423,8 @@ def test_shuffled_labels_permute_the_votes_without_new_requests(tmp_path: Path) 
         ({"only": ["shuffled-labels"]}, "needs teachers that vote, and label.strategy is random"),
         ({"seeds": [1, 1]}, "--seeds: give different"),
         ({"overrides": ["order=[sft]"]}, "--set order: the grid 'mask' sets it itself"),
+        ({"overrides": ["sft.masked=false"]}, r"arm importance: .* cuts none for stage 1; set sft\.masked: true and"),
+        ({"overrides": ["partition.regions=own"], "only": ["importance", "full-lora"]}, "arm importance: .* cuts none"),
     ],
 )
 def test_bad_input_is_one_line(arguments: dict[str, Any], said: str, tmp_path: Path) -> None:
