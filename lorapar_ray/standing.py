@@ -44,6 +44,12 @@ def inputs_of(stage: Stage, config: Config, entries: Mapping[str, Any], prints: 
     return {**_inputs_without_files(stage, config, entries), "files": files}
 
 
+def recorded_inputs(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs in a manifest's entry; empty if an earlier version recorded one digest of them, or none are known."""
+    found = entry.get("inputs")
+    return found if isinstance(found, dict) else {}
+
+
 def _inputs_without_files(stage: Stage, config: Config, entries: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "settings": _recorded(stage.settings(config)),
@@ -63,7 +69,7 @@ def standing_of(
     entry = entries.get(stage.name)
     if entry is None:
         return Standing("new")
-    why = tuple(changes(stage, config, entry.get("inputs") or {}, inputs_of(stage, config, entries, prints)))
+    why = tuple(changes(stage, config, recorded_inputs(entry), inputs_of(stage, config, entries, prints)))
     if why:
         return Standing("changed", why) if stage.owned(run, config.name) else Standing("new")
     if entry["status"] != "done":
@@ -77,7 +83,7 @@ def recorded_standing(stage: Stage, config: Config, entries: Mapping[str, Any]) 
     entry = entries.get(stage.name)
     if entry is None:
         return Standing("new")
-    why = tuple(changes(stage, config, entry.get("inputs") or {}, _inputs_without_files(stage, config, entries)))
+    why = tuple(changes(stage, config, recorded_inputs(entry), _inputs_without_files(stage, config, entries)))
     if why:
         return Standing("changed", why)
     return Standing("done" if entry["status"] == "done" else "unfinished")

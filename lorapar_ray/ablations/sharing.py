@@ -14,7 +14,7 @@ from lorapar_ray.config import Config
 from lorapar_ray.partition.regions import STAGE_1, STAGE_2
 from lorapar_ray.pipeline import PIPELINE, is_done
 from lorapar_ray.runs import RunDirectory
-from lorapar_ray.standing import inputs_of
+from lorapar_ray.standing import inputs_of, recorded_inputs
 
 SHARED = ("label", "score", "partition", "sft", "grpo")
 """Evaluation is of one run."""
@@ -62,7 +62,7 @@ def _of_its_cut(stage: str, entry: dict[str, Any], stages: dict[str, Any]) -> bo
     """Whether a training stage was made with the cut that its run has now."""
     if stage not in TRAINED:
         return False
-    made_with = (entry.get("inputs") or {}).get("sources", {}).get("partition")
+    made_with = recorded_inputs(entry).get("sources", {}).get("partition")
     return made_with is not None and made_with == stages.get("partition", {}).get("outputs")
 
 
@@ -89,7 +89,7 @@ def borrow_sums(config: Config, run: RunDirectory, siblings: list[Path]) -> bool
     for sibling in siblings:
         other = RunDirectory(sibling)
         entry = other.manifest().get("stages", {}).get(stage.name, {})
-        if entry.get("status") == "done" and _summed(entry["inputs"]) == _summed(wanted) and _has_sums(other):
+        if entry.get("status") == "done" and _summed(recorded_inputs(entry)) == _summed(wanted) and _has_sums(other):
             for place in ("adapter", *stage.scratch):
                 _copy(other.root / place, run.root / place)
             run.record(stage.name, status="started", inputs=wanted, seconds=0.0)
@@ -99,7 +99,7 @@ def borrow_sums(config: Config, run: RunDirectory, siblings: list[Path]) -> bool
 
 def _summed(inputs: dict[str, Any]) -> dict[str, Any]:
     """What decides the sums: everything but the criterion."""
-    return {**inputs, "settings": {**inputs["settings"], CRITERION: None}}
+    return {**inputs, "settings": {**inputs.get("settings", {}), CRITERION: None}}
 
 
 def _has_sums(run: RunDirectory) -> bool:

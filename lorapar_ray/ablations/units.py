@@ -17,6 +17,7 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.files import digest
 from lorapar_ray.pipeline import PIPELINE, pending, stages_of
 from lorapar_ray.runs import RunDirectory
+from lorapar_ray.standing import recorded_inputs
 
 CRITERION = "score.criterion"
 """The setting of `score` that does not change the sums of gradients from which scores are computed."""
@@ -154,7 +155,7 @@ def own_folder(folder: Path, config: Config) -> Path:
     """`folder`; or, if it has results of other `NAMES`, one beside it with what differs in its name."""
     recorded: dict[str, Any] = {}
     for entry in RunDirectory(folder).manifest().get("stages", {}).values():
-        recorded |= (entry.get("inputs") or {}).get("settings", {}) if isinstance(entry.get("inputs"), dict) else {}
+        recorded |= recorded_inputs(entry).get("settings", {})
     present = {path: attrgetter(path)(config) for path in NAMES}
     other = [path for path, value in present.items() if recorded.get(path, value) != value]
     return folder.with_name("-".join([folder.name, *(f"{NAMES[path]}-{present[path]:g}" for path in other)]))
@@ -202,7 +203,7 @@ def _evaluating(unit: Unit, every_stage: bool, *, base: bool) -> Unit:
 def _has_base(folder: Path) -> bool:
     """Whether a run has evaluated the base, with this choice of arms and seeds or an earlier one."""
     entry = RunDirectory(folder).entry("evaluate") if (folder / "manifest.json").is_file() else {}
-    return "base" in (entry.get("inputs", {}).get("settings", {}).get("evaluate.models") or ())
+    return "base" in (recorded_inputs(entry).get("settings", {}).get("evaluate.models") or ())
 
 
 def _sharing_votes(config: Config, out: Path) -> Config:

@@ -720,6 +720,26 @@ def test_stage_1_is_copied_from_a_run_whose_cut_lets_it_train_the_same_elements(
     assert not borrow(same.config, same.run, "sft", [first.folder])  # no longer the cut that its stage 1 was made with
 
 
+@pytest.mark.parametrize("inputs", ["a digest", {}, None])
+def test_a_sibling_of_an_earlier_format_is_no_copy_and_no_crash(inputs: Any, tmp_path: Path) -> None:
+    """Manifests recorded one digest of a stage's inputs; converted ones may not know them."""
+    plan = make_plan("activation", SHIPPED / "quickstart.yaml", [], tmp_path, seeds=[1], only=["a1-b0", "a1-b1"])
+    earlier, own = plan.units({})
+    record_finished(earlier)
+    manifest = earlier.run.manifest()
+    manifest["format"] = 1 if isinstance(inputs, str) else manifest["format"]
+    for entry in manifest["stages"].values():
+        entry["inputs"] = inputs
+    write_json(earlier.run.manifest_path, manifest)
+    sums = earlier.folder / "work" / "score" / "sums-a"
+    sums.mkdir(parents=True)
+    own.run.open(own.config)
+    for name in ("label", "score", "partition", "sft", "grpo"):
+        assert not borrow(own.config, own.run, name, [earlier.folder])
+    assert not borrow_sums(own.config, own.run, [earlier.folder])
+    assert not plan.units({})[0].finished
+
+
 def test_every_arm_of_a_mask_starts_from_the_same_adapter(tmp_path: Path) -> None:
     """Only a scored run is warmed up, so a control that trains every element has a mask that keeps all."""
     for grid in ("mask", "stage1", "retention", "retention-reversed", "theta", "systems"):
