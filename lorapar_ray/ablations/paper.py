@@ -86,7 +86,7 @@ HUMANEVAL = Figures(
         "lora-par-pissa-0.95": "23.17/27.43",
     },
 )
-TRAINED_ON = {
+LLAMA_ON = {
     ("dolly", "mmlu"): DOLLY,
     ("openplatypus", "mmlu"): PLATYPUS,
     ("codealpaca", "humaneval"): HUMANEVAL,
@@ -95,18 +95,18 @@ TRAINED_ON = {
 
 
 def figures_of(grid: Grid, config: Config, task: str) -> Figures:
-    """The figures of table 4 for a config's training data and model; for other data the grid's own, of GSM8K.
+    """The figures of table 4 for a config's training data and model; else the grid's own, of GSM8K.
 
     Args:
         task: of lm-eval, by which the arms are compared; empty: the config's test rows.
     """
     readers = {source.reader for source in config.data.train}
-    name = task.partition("@")[0]
+    name, model = task.partition("@")[0], config.model.path.lower()
     if grid.name == "methods":
-        found = [figures for known, figures in TRAINED_ON.items() if (readers, name) == ({known[0]}, known[1])]
-        if found:
+        found = [figures for known, figures in LLAMA_ON.items() if (readers, name) == ({known[0]}, known[1])]
+        if found and "llama" in model:
             return found[0]
-        if readers == {"gsm8k"} and name in ("", "gsm8k") and "qwen" in config.model.path.lower():
+        if readers == {"gsm8k"} and name in ("", "gsm8k") and "qwen" in model:
             return QWEN
     if name not in ("", "gsm8k"):
         return Figures("7B")

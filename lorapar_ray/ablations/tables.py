@@ -118,7 +118,7 @@ def accuracy_table(
     Args:
         task: of lm-eval; empty: the test rows.
     """
-    said = "Verdicts, each with its interval; the paper's figures are of another model and data set."
+    said = "Verdicts, each with its interval."
     lines = [f"Accuracy on {task}.", ""] if task else []
     lines += [said, "", *bullets(verdicts)] if verdicts else []
     name, title = (

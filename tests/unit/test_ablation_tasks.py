@@ -9,10 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from lorapar_ray.ablations.grids import GRIDS
+from lorapar_ray.ablations.paper import figures_of
 from lorapar_ray.ablations.plan import make_plan
 from lorapar_ray.ablations.report import report
 from lorapar_ray.ablations.results import task_answers
 from lorapar_ray.cli import app
+from lorapar_ray.config_file import load_config
 from lorapar_ray.evaluation.stage import _require_tasks
 from lorapar_ray.evaluation.task_files import result_file, rows_file
 from tests.tiny_run import ROOT
@@ -36,6 +39,15 @@ def test_the_papers_other_tables_are_one_command_away(
     assert done.exit_code == 0, done.output
     assert "12 arms" in done.output and "pissa-rl" in done.output
     assert loaded == ([[task]] if task else [])
+
+
+def test_the_papers_figures_are_of_the_same_data_and_model(tmp_path: Path) -> None:
+    def column(*overrides: str) -> str:
+        config = load_config(SHIPPED / "dolly-llama2-7b.yaml", overrides)
+        return figures_of(GRIDS["methods"], config, "mmlu").of
+
+    assert column() == "LLaMA2-7B, MMLU after Dolly"
+    assert column("model.path=Qwen/Qwen2.5-7B") == "7B"
 
 
 def test_arms_are_compared_on_tasks_of_lm_eval_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +81,7 @@ def test_arms_are_compared_on_tasks_of_lm_eval_too(tmp_path: Path, monkeypatch: 
     (lora_par,) = [line for line in text.splitlines() if line.startswith("| lora-par |")][:1]
     assert "| 70.0% |" in lora_par and "| 46.34/47.09 |" in lora_par
     assert "paper (LLaMA2-7B, MMLU after Dolly)" in text and "Accuracy on mmlu." in text
+    assert "another model" not in text  # the column names its model
     assert "- **held**: LoRA-PAR ends above two epochs of LoRA" in text
     other = (tmp_path / "table-arc_easy.md").read_text()
     assert "| 70.0% |" in other and "46.48" not in other and "**held**" in other
