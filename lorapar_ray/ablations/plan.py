@@ -59,9 +59,22 @@ class Plan:
 
     @property
     def claims(self) -> list[Claim]:
-        """The grid's claims; after a sweep they say so."""
+        """The grid's claims about arms that the config allows; after a sweep they say so."""
         own = f", {OWN_RATES}" if self.swept else ""
-        return [replace(claim, text=claim.text + own) for claim in self.grid.claims]
+        return [replace(claim, text=claim.text + own) for claim in self._allowed(self.grid.claims)]
+
+    @property
+    def stronger(self) -> list[Claim]:
+        """Those of the grid's claims about a stronger first stage whose arms the config allows."""
+        return self._allowed(self.grid.stronger)
+
+    def compares(self, claim: Claim) -> bool:
+        """Whether both arms of a claim are in this run."""
+        return {claim.better, claim.worse} <= {arm.name for arm in self.arms}
+
+    def _allowed(self, claims: Sequence[Claim]) -> list[Claim]:
+        names = {arm.name for arm in _possible(self.grid.arms, self.source.config().label, ())}
+        return [claim for claim in claims if {claim.better, claim.worse} <= names]
 
     def units(self, rates: dict[str, float]) -> list[Unit]:
         """The runs of all arms; an arm whose sweep has not finished is at the config's own rate."""
@@ -139,9 +152,8 @@ def _require_cut(plan: Plan) -> None:
     Raises:
         UserError: the config trains every element, or gives each System a region of its own.
     """
-    names = {arm.name for arm in plan.arms}
     cutting = [arm.as_large_as for arm in plan.arms if arm.as_large_as is not None]
-    cutting += [plan.grid.arm(claim.better) for claim in plan.grid.moved if {claim.better, claim.worse} <= names]
+    cutting += [plan.grid.arm(claim.better) for claim in plan.grid.moved if plan.compares(claim)]
     for arm in cutting:
         config = plan.source.config(arm.changes)
         if not config.partitioned or config.partition.regions != "stages":

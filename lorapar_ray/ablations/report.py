@@ -109,7 +109,7 @@ def _compared(plan: Plan, units: Sequence[Unit], task: str) -> Compared:
     arms = {arm: summarise(arm, outcomes) for arm, outcomes in found.items()}
     decided = [decide(claim, found.get(claim.better, []), found.get(claim.worse, [])) for claim in plan.claims]
     verdicts = [each for each in decided if each is not None]
-    overall = sum_up(plan.claims, verdicts)
+    overall = sum_up(plan.claims, verdicts, plan.compares)
     figures = figures_of(plan.grid, load_config(plan.file, plan.overrides), task)
     table = tables.accuracy_table(plan.grid, base, arms, figures, [*overall, *verdicts], task)
     decisions: list[Overall | Verdict] = [*overall, *verdicts]
@@ -120,8 +120,8 @@ def _compared(plan: Plan, units: Sequence[Unit], task: str) -> Compared:
 def _stronger(plan: Plan, units: Sequence[Unit], task: str) -> list[Stronger | Overall]:
     """Verdicts on arms whose first stage is the stronger one, all together first."""
     first, last = (_outcomes(units, task, place) if plan.grid.stronger else {} for place in (0, -1))
-    found = [each for claim in plan.grid.stronger if (each := stronger.compare(claim, first, last)) is not None]
-    return [*sum_up(plan.grid.stronger, found), *found]
+    found = [each for claim in plan.stronger if (each := stronger.compare(claim, first, last)) is not None]
+    return [*sum_up(plan.stronger, found, plan.compares), *found]
 
 
 def _outcomes(units: Sequence[Unit], task: str, place: int = -1) -> dict[str, list[Outcome]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
@@ -162,14 +162,22 @@ def decide(claim: Claim, better: Sequence[Outcome], worse: Sequence[Outcome]) ->
     return Verdict(claim, verdict, reached, found, p, _sentence(claim, verdict, reached, found, p))
 
 
-def sum_up(claims: Sequence[Claim], verdicts: Sequence[Decided]) -> list[Overall]:
-    """One verdict for each text that several claims share and of which a line is known (see `all_of`)."""
+def sum_up(
+    claims: Sequence[Claim], verdicts: Sequence[Decided], compares: Callable[[Claim], bool] = lambda _: True
+) -> list[Overall]:
+    """One verdict for each text that several claims share and of which a line is known (see `all_of`).
+
+    Args:
+        compares: whether both arms of a claim are in this run.
+    """
     found = []
     for text in dict.fromkeys(claim.text for claim in claims):
-        lines = sum(claim.text == text for claim in claims)
+        same = [claim for claim in claims if claim.text == text]
+        lines, dropped = len(same), sum(not compares(claim) for claim in same)
         known = [each.found for each in verdicts if each.claim.text == text]
         if lines > 1 and known:
-            counts = {"held": 0, "did not hold": 0, "undecided": 0, "not finished": lines - len(known)}
+            counts = {"held": 0, "did not hold": 0, "undecided": 0, "not finished": lines - dropped - len(known)}
+            counts["not in this run"] = dropped
             for each in known:
                 counts["did not hold" if each == "not held" else each] += 1
             whole = all_of(known, lines)

@@ -765,6 +765,19 @@ def test_the_strategies_ask_the_teachers_of_table_1(tmp_path: Path) -> None:
         make_plan("strategies", SHIPPED / "quickstart.yaml", [], tmp_path, seeds=[1], only=["vote-5"])
 
 
+def test_a_claim_counts_no_comparison_that_the_config_does_not_allow(tmp_path: Path) -> None:
+    """A vote of five needs five teachers: its line would stay unfinished for ever."""
+
+    def arms(*overrides: str) -> set[str]:
+        plan = make_plan("strategies", SHIPPED / "quickstart.yaml", overrides, tmp_path, seeds=[1], only=["vote"])
+        return {name for claim in plan.claims for name in (claim.better, claim.worse)}
+
+    own = [f"{{name: t{n}, kind: python, model: 'lorapar_ray.labeling.simulated:SimulatedTeacher'}}" for n in range(5)]
+    everything = {name for claim in GRIDS["strategies"].claims for name in (claim.better, claim.worse)}
+    assert arms(f"label.teachers=[{', '.join(own)}]", "label.calibration=none") == everything
+    assert "vote-5" in everything and arms() == everything - {"vote-5"}
+
+
 def test_methods_without_rl_train_on_all_questions(tmp_path: Path) -> None:
     for grid in ("methods", "peft"):
         units = make_plan(grid, SHIPPED / "gsm8k-llama2-7b.yaml", [], tmp_path, seeds=[1]).units({})
@@ -890,7 +903,10 @@ def test_rl_after_a_stronger_stage_is_decided_only_where_the_stage_is_stronger(t
     assert re.search(
         rf"- \*\*undecided\*\*: {claim}: a1-b1 .*but its first stage is not shown to be the stronger", text
     )
-    assert f"{claim}, in each of 3 comparisons: 1 held, 1 undecided, 1 not finished, so it is undecided." in text
+    assert f"{claim}, in each of 3 comparisons: 1 held, 1 undecided, 1 not in this run, so it is undecided." in text
+    few = make_plan("activation", SHIPPED / "arithmetic-grpo.yaml", [], tmp_path, seeds=[1, 2])
+    shown = "\n".join(described(few))
+    assert "decides whether" not in shown and "decides no claim: that needs 3 seeds, and --seeds gives 2" in shown
     assert (tmp_path / "stages.csv").read_text().splitlines()[:3] == [
         "arm,after sft,after grpo,seeds",
         "a0-b0.5,30.0%,50.0%,3",
