@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from lorapar_ray.ablations.at_once import alone_because, batches, groups_of
 from lorapar_ray.ablations.plan import Plan
 from lorapar_ray.ablations.units import Unit, counted, teachers_of
+from lorapar_ray.ablations.verdicts import FEWEST_SEEDS
 from lorapar_ray.ablations.work import TRAINED, devices_of, of_rows, steps_of_all
 from lorapar_ray.boundary import read_object
 from lorapar_ray.pipeline import PIPELINE
@@ -76,14 +77,14 @@ def _work(plan: Plan, units: Sequence[Unit]) -> Iterator[str]:
 
 
 def _claims(plan: Plan, unit: Unit) -> Iterator[str]:
-    names = {arm.name for arm in plan.arms}
-    claims = (*plan.claims, *plan.grid.stronger, *plan.grid.moved)
-    for claim in (each for each in claims if {each.better, each.worse} <= names):
-        yield f"  decides whether {claim.text} ({claim.better} against {claim.worse})"
     if plan.grid.sequence:
         systems = ", ".join(map(str, unit.config.sft.systems))
         yield f"  each run trains System {systems} one after the other and answers the test rows after each"
-    for claim in (each for each in plan.grid.sequence if {each.better, each.worse} <= names):
+    if len(plan.seeds) < FEWEST_SEEDS:
+        yield f"  decides no claim: that needs {FEWEST_SEEDS} seeds, and --seeds gives {len(plan.seeds)}"
+        return
+    claims = [*plan.claims, *plan.stronger, *plan.grid.moved, *plan.grid.sequence]
+    for claim in filter(plan.compares, claims):
         yield f"  decides whether {claim.text} ({claim.better} against {claim.worse})"
     for claim in plan.grid.lines:
         yield f"  decides whether {claim.text}, at equal gain ({claim.better} against {claim.worse})"
