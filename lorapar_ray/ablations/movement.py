@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from lorapar_ray.ablations.grid import Claim, sentence
 from lorapar_ray.ablations.tables import Table, bullets
-from lorapar_ray.ablations.verdicts import FEWEST_SEEDS, Effect, Found, effect, ending
+from lorapar_ray.ablations.verdicts import FEWEST_SEEDS, MARGIN, Effect, Found, effect, ending
 from lorapar_ray.boundary import damaged, read_object
 from lorapar_ray.runs import RunDirectory
 
@@ -92,7 +92,7 @@ def _sentence(claim: Claim, found: Found, difference: Effect, overlaps: Sequence
     return (
         f"{sentence(claim.text)}: the {kept:.1%} of the elements that moved most in {claim.worse} have a Jaccard index "
         f"of {mask:.3f} with the mask of {claim.better} and {random:.3f} with a random one of its size (difference "
-        f"{difference.difference:+.3f}{over}{noise}), {ending(difference, found)}"
+        f"{difference.difference:+.3f}{over}{noise}), {ending(difference, found, within=f'{MARGIN:g}')}"
     )
 
 

@@ -119,13 +119,16 @@ def shown(effect: Effect) -> str:
     return f"95 % interval {low:+.1f} to {high:+.1f} {over}"
 
 
-def ending(effect: Effect, found: Found, *, reaches: bool = False) -> str:
-    """The end of a claim's sentence: the margin where it decides, and the verdict."""
+def ending(effect: Effect, found: Found, *, reaches: bool = False, within: str = f"{100 * MARGIN:g} point") -> str:
+    """The end of a claim's sentence: the margin where it decides, and the verdict.
+
+    Args:
+        within: `MARGIN` in words.
+    """
     if effect.seeds < FEWEST_SEEDS:
         few = "one seed does" if effect.seeds == 1 else f"{effect.seeds} seeds do"
         return f"but {few} not tell an arm from its seeds, so it is undecided (a verdict needs {FEWEST_SEEDS} seeds)."
-    point = f"{100 * MARGIN:g} point"
-    margin = f"less than {point} below counts as reached, " if reaches else ""
+    margin = f"less than {within} below counts as reached, " if reaches else ""
     if found == "not held" and not reaches and effect.interval[1] >= 0:
-        margin = f"a difference within {point} counts as none, "
+        margin = f"a difference within {within} counts as none, "
     return f"{margin}{ENDINGS[found]}" + (" at this size." if found == "undecided" else ".")

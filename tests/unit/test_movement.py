@@ -81,6 +81,9 @@ def test_a_claim_about_movement_is_decided_over_seeds() -> None:
     few = decide(claim, [Overlap(1, Movement(0.4, 1.0, 0.9, 0.25), None)])
     assert few is not None and few.found == "undecided" and "interval" not in few.sentence
     assert decide(claim, []) is None
+    null = decide(claim, [Overlap(seed, Movement(0.4, 1.0, 0.25 + 0.001 * seed, 0.252), None) for seed in (1, 2, 3)])
+    assert null is not None and null.found == "not held" and null.effect.difference == pytest.approx(0)
+    assert null.sentence.endswith("a difference within 0.01 counts as none, so the claim did not hold here.")
 
 
 @pytest.mark.slow
