@@ -200,7 +200,7 @@ def compare(claim: Claim, lines: Mapping[str, Sequence[Point]]) -> Kept | None:
             differences.append(difference)
     if not pairs:
         return None
-    found = effect(differences, _by_question(pairs, sum(differences) / len(differences)))
+    found = effect(differences, _by_question(pairs, sum(differences) / len(differences)), size=1, largest=2)
     verdict = found.found()
     return Kept(claim, verdict, found, tuple(gains), _sentence(claim, verdict, found, gains))
 

@@ -170,7 +170,7 @@ def difference_of(arm: Sequence[Course], other: Sequence[Course] = ()) -> Effect
             for question, change in own.items():
                 found[question] = found.get(question, 0.0) + sign * change / len(arm) / len(each.changes)
         groups.append(list(found.values()))
-    return effect(by_seed, groups)
+    return effect(by_seed, groups, largest=2 if other else 1)
 
 
 def _sentence(claim: Claim, found: Found, difference: Effect, better: Sequence[Course], worse: Sequence[Course]) -> str:

@@ -55,9 +55,16 @@ class Effect:
         return "not held" if high < 0 or (low > -MARGIN and high < MARGIN) else "undecided"
 
 
-def effect(by_seed: Sequence[float], by_question: Groups = ()) -> Effect:
+def effect(
+    by_seed: Sequence[float], by_question: Groups = (), *, size: float | None = None, largest: float = 1.0
+) -> Effect:
     """The effect from each seed's difference, and from each question's contribution (its mean over seeds), if it is one
     of answers.
+
+    Args:
+        size: of a question (see `question_reach`).
+        largest: the largest possible difference, at which the interval ends: 1 of two shares, 2 of two changes of
+            shares.
 
     Raises:
         ValueError: no seeds, or a group without questions.
@@ -65,20 +72,25 @@ def effect(by_seed: Sequence[float], by_question: Groups = ()) -> Effect:
     if not by_seed or not all(by_question):
         raise ValueError("an effect needs at least one seed, and a question in each group")
     difference = sum(by_seed) / len(by_seed)
-    below, above = question_reach(by_question) if by_question else (0.0, 0.0)
+    below, above = question_reach(by_question, size) if by_question else (0.0, 0.0)
     if len(by_seed) >= FEWEST_SEEDS:
         _, (low, _) = mean_interval(by_seed)
         below, above = (hypot(each, difference - low) for each in (below, above))
-    return Effect(difference, (difference - below, difference + above), len(by_seed), sum(map(len, by_question)))
+    interval = max(-largest, difference - below), min(largest, difference + above)
+    return Effect(difference, interval, len(by_seed), sum(map(len, by_question)))
 
 
-def question_reach(groups: Groups) -> tuple[float, float]:
+def question_reach(groups: Groups, size: float | None = None) -> tuple[float, float]:
     """How far the 95 % interval over questions reaches below and above the sum of the groups' means.
 
     Each group gets two more questions, one for either side. So the interval has a width even if all questions agree.
     For one group of values −1, 0 and 1, which are two models' differences, this is Bonett and Price's interval.
+
+    Args:
+        size: how much one answer changes a question's contribution; None: groups have equal parts of the difference, so
+            1 / their number.
     """
-    size, plain, centre, variance = 1 / len(groups), 0.0, 0.0, 0.0
+    size, plain, centre, variance = size or 1 / len(groups), 0.0, 0.0, 0.0
     for group in groups:
         more = [*group, size, -size]
         mean = sum(more) / len(more)

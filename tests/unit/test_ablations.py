@@ -518,6 +518,12 @@ def test_the_interval_over_questions_is_bonett_and_prices() -> None:
     assert apart == pytest.approx(question_reach([values])[0] / 2**0.5, rel=0.01)
 
 
+def test_an_interval_ends_at_the_largest_possible_difference() -> None:
+    most = decide(CLAIM, outcomes(*[3] * 3, n=3), outcomes(0, 0, 0, n=3))
+    assert most is not None and most.effect.interval[1] == 1 and "to +100.0 over" in most.sentence
+    assert effect([0.9, 1.0, 0.2]).interval[1] == 1 < effect([0.9, 1.0, 0.2], largest=2).interval[1]
+
+
 def test_two_seeds_answer_the_same_questions() -> None:
     """A question counts once: n runs with the same answers say no more about questions than one does."""
     one, two = (decide(CLAIM, outcomes(*[112] * n), outcomes(*[100] * n)) for n in (1, 2))

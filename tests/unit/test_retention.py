@@ -15,6 +15,7 @@ from lorapar_ray.ablations.job import _run_part
 from lorapar_ray.ablations.plan import make_plan
 from lorapar_ray.ablations.report import report
 from lorapar_ray.ablations.retention import Point, compare, cost_at, read_point, systems_of_tasks
+from lorapar_ray.ablations.verdicts import question_reach
 from lorapar_ray.config_file import load_config
 from lorapar_ray.datasets.rows import Row
 from lorapar_ray.datasets.sources import read_source, task_of
@@ -71,8 +72,9 @@ def test_a_question_of_each_skill_moves_the_difference() -> None:
     kept = compare(CLAIM, {"first": flat, "second": steep})
     assert kept is not None and kept.effect.difference == pytest.approx(0.1)
     # steep costs 0.2 / 0.4 · 0.2 there: d = cost · gain' / gain, of whose parts each has its share of the questions
-    costs = [0.5 * (q < 0.2 * n) for q in range(n)]
-    gains = [0.5 * (q < 0.2 * n) - 0.25 * (q < 0.4 * n) for q in range(n)]
+    more = [1.0, -1.0]  # a question for either side, of each skill
+    costs = [0.5 * (q < 0.2 * n) for q in range(n)] + more
+    gains = [0.5 * (q < 0.2 * n) - 0.25 * (q < 0.4 * n) for q in range(n)] + more
     means = [sum(each) / n for each in (costs, gains)]
     variance = sum(
         sum((each - mean) ** 2 for each in group) / n**2 for group, mean in zip((costs, gains), means, strict=True)
@@ -87,6 +89,16 @@ def test_lines_that_agree_in_every_seed_have_an_interval_over_questions() -> Non
     kept = compare(CLAIM, one_of_a_hundred)
     assert kept is not None and kept.effect.difference == pytest.approx(0.01)
     assert kept.found == "undecided" and kept.effect.interval[0] < -0.01
+
+
+def test_a_question_more_of_either_skill_counts_whole() -> None:
+    """Bonett and Price's interval of the first skill's change alone lies within: 1 of 20 questions lost more."""
+    arms = {"first": [point(seed, 0.1, 0.0, 20) for seed in (1, 2, 3)]}
+    arms["second"] = [point(seed, 0.1, 0.05, 20) for seed in (1, 2, 3)]
+    kept = compare(CLAIM, arms)
+    below, above = question_reach([[1.0] + [0.0] * 19])
+    assert kept is not None and kept.effect.difference == pytest.approx(0.05)
+    assert kept.effect.interval[0] < 0.05 - below and kept.effect.interval[1] > 0.05 + above
 
 
 @pytest.mark.parametrize("grid", ["retention", "retention-reversed"])
