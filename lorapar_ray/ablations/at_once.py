@@ -8,7 +8,7 @@ from math import ceil
 from pathlib import Path
 
 from lorapar_ray.ablations.sharing import SHARED, borrow, read_by
-from lorapar_ray.ablations.units import Unit
+from lorapar_ray.ablations.units import Unit, shared_keys
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.job import engines_of, evaluate_together
 from lorapar_ray.grpo import together as stage2
@@ -20,23 +20,29 @@ from lorapar_ray.text import one_line
 
 
 def batches(units: Sequence[Unit]) -> list[list[Unit]]:
-    """The units in the order of their runs; units whose stage 1 trains together are in one list.
+    """The units in the order of their runs; units whose stage 1 trains together, or is the same, are in one list.
 
-    Units of one shape are spread evenly over as few lists as `sft.arms_at_once` allows.
+    Stages 1 of one shape are spread evenly over as few lists as `sft.arms_at_once` allows.
     """
-    shapes = [_shape(unit) for unit in units]
-    count = Counter(shapes)
+    shapes, keys = [_shape(unit) for unit in units], [stage1_key(unit) for unit in units]
+    count = Counter(shape for shape, _ in set(zip(shapes, keys, strict=True)))
     made: list[list[Unit]] = []
-    filling: dict[str, list[Unit]] = {}
-    for unit, shape in zip(units, shapes, strict=True):
+    filling: dict[str, tuple[list[Unit], set[str]]] = {}
+    """By shape, the list that is filling, and its stages 1."""
+    of_key: dict[str, list[Unit]] = {}
+    for unit, shape, key in zip(units, shapes, keys, strict=True):
         if shape is None:
             made.append([unit])
-            continue
-        lists = ceil(count[shape] / unit.config.sft.arms_at_once)
-        if shape not in filling or len(filling[shape]) == ceil(count[shape] / lists):
-            filling[shape] = []
-            made.append(filling[shape])
-        filling[shape].append(unit)
+        elif key in of_key:
+            of_key[key].append(unit)
+        else:
+            lists = ceil(count[shape] / unit.config.sft.arms_at_once)
+            if shape not in filling or len(filling[shape][1]) == ceil(count[shape] / lists):
+                made.append([])
+                filling[shape] = made[-1], set()
+            filling[shape][0].append(unit)
+            filling[shape][1].add(key)
+            of_key[key] = filling[shape][0]
     return made
 
 
@@ -54,6 +60,11 @@ def alone_because(units: Sequence[Unit]) -> Iterator[tuple[str, str]]:
         if "grpo" in unit.stages and unit.config.grpo.arms_at_once > 1 and (why := stage2.why_alone(unit.config)):
             whys.setdefault(f"stage 2 of {unit.arm}", why)
     yield from whys.items()
+
+
+def stage1_key(unit: Unit) -> str:
+    """Equal for units that share stage 1."""
+    return shared_keys(unit).get("sft", unit.title)
 
 
 def _shape(unit: Unit) -> str | None:
@@ -87,7 +98,7 @@ def groups_of(units: Sequence[Unit], stage: str) -> list[list[Unit]]:
             alike.setdefault(_ALIKE[stage](unit.config), []).append(unit)
     groups = []
     for same in alike.values():
-        most = same[0].config.grpo.arms_at_once if stage == "grpo" else len(same)  # `batches` knows stage 1's limit
+        most = len(same) if stage == "evaluate" else getattr(same[0].config, stage).arms_at_once
         size = ceil(len(same) / ceil(len(same) / most))
         groups += [same[start : start + size] for start in range(0, len(same), size)]
     return groups

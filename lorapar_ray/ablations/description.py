@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from lorapar_ray.ablations.at_once import alone_because, batches, groups_of
+from lorapar_ray.ablations.at_once import alone_because, batches, groups_of, stage1_key
 from lorapar_ray.ablations.plan import Plan
 from lorapar_ray.ablations.units import Unit, counted, teachers_of
 from lorapar_ray.ablations.verdicts import FEWEST_SEEDS
@@ -38,7 +38,8 @@ def _arms(plan: Plan) -> Iterator[str]:
 
 def _together(sweeps: Sequence[Unit], units: Sequence[Unit]) -> Iterator[str]:
     """Which runs train on one base, and why others do not."""
-    groups = [group for group in (*batches(sweeps), *batches(units)) if len(group) > 1]
+    trains = ({stage1_key(unit) for unit in group} for group in (*batches(sweeps), *batches(units)))
+    groups = [group for group in trains if len(group) > 1]
     if groups:
         trained, most = sum(map(len, groups)), max(map(len, groups))
         together = f"stage 1 of {trained} runs trains together, up to {most} adapters on one frozen base"

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from lorapar_ray.ablations.at_once import _WORK, AT_ONCE, _equal, batches, groups_of, run_at_once
+from lorapar_ray.ablations.at_once import _WORK, AT_ONCE, _equal, batches, groups_of, run_at_once, stage1_key
 from lorapar_ray.ablations.charts import losses
 from lorapar_ray.ablations.description import described
 from lorapar_ray.ablations.grid import Claim, sentence
@@ -305,6 +305,13 @@ def test_runs_of_one_shape_train_at_once(tmp_path: Path) -> None:
     lora, pissa = ["lora", "lora-par", "random-mask"], ["pissa", "lora-par-pissa", "random-mask-pissa"]
     assert sizes("stage1") == [lora, pissa]
     assert sizes("stage1", "sft.sharding=fsdp2") == [[name] for name in (*lora, *pissa)]
+    own = make_plan("activation", SHIPPED / "arithmetic.yaml", ["sft.arms_at_once=2"], tmp_path, seeds=[1, 2])
+    made = batches(own.units({}))  # β is not stage 1's: three stages 1 for each seed, each of three runs
+    assert [len(group) for group in made] == [6, 6, 6]
+    assert [len({stage1_key(unit) for unit in group}) for group in made] == [2, 2, 2]
+    shown = "\n".join(described(own))
+    assert "stage 1 of 6 runs trains together, up to 2 adapters on one frozen base" in shown
+    assert "sft        6 of 18 are computed" in shown
     plan = make_plan("peft", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1, 2])
     shown = "\n".join(described(plan))
     assert "stage 1 of 8 runs trains together, up to 2 adapters on one frozen base" in shown
