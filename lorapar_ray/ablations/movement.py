@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorapar_ray.ablations.grid import Claim, sentence
+from lorapar_ray.ablations.sizes import RECUT
 from lorapar_ray.ablations.tables import Table, bullets
 from lorapar_ray.ablations.verdicts import FEWEST_SEEDS, MARGIN, Effect, Found, effect, ending
 from lorapar_ray.boundary import damaged, read_object
@@ -20,8 +21,6 @@ from lorapar_ray.runs import RunDirectory
 
 if TYPE_CHECKING:
     from lorapar_ray.partition.movement import Movement
-
-RECUT = "remove this run's directory and run the same command again"
 
 
 @dataclass(frozen=True)

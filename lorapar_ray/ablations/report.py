@@ -111,8 +111,8 @@ def _compared(plan: Plan, units: Sequence[Unit], task: str) -> Compared:
     verdicts = [each for each in decided if each is not None]
     overall = sum_up(plan.claims, verdicts, plan.compares)
     figures = figures_of(plan.grid, load_config(plan.file, plan.overrides), task)
-    table = tables.accuracy_table(plan.grid, base, arms, figures, [*overall, *verdicts], task)
     decisions: list[Overall | Verdict] = [*overall, *verdicts]
+    table = tables.accuracy_table(plan.grid, base, arms, figures, decisions, task)
     said = [Overall(each.found, f"On {task}: {each.sentence}") for each in decisions]
     return Compared(base, arms, verdicts, overall, said, table)
 

@@ -7,22 +7,21 @@ Memory, arXiv 1706.08840, section 2): below 0, what was forgotten.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from io import StringIO
 from pathlib import Path
 
 from lorapar_ray.ablations.grid import Claim, sentence
 from lorapar_ray.ablations.retention import Answers, answers_in, share_right
+from lorapar_ray.ablations.sizes import RECUT
+from lorapar_ray.ablations.tables import Table, bullets
 from lorapar_ray.ablations.verdicts import Effect, Found, effect, ending, shown
 from lorapar_ray.boundary import damaged, read_object
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.errors import UserError
 
-RECUT = "remove this run's directory and run the same command again"
 Matrix = tuple[tuple[float, ...], ...]
 """K × K accuracies R[k][j], in the order of training."""
 
@@ -196,24 +195,26 @@ def markdown(
         regions: by arm, what `read_regions` found.
     """
     head = ("arm", "backward transfer", "95 % interval", "reached", "at the end", "each System trains", "seeds")
-    text = [_line(head), _line(["---"] * len(head))]
-    text += [_line([arm, *_summary(courses, regions.get(arm))]) for arm, courses in arms.items()]
+    rows = [(arm, *_summary(courses, regions.get(arm))) for arm, courses in arms.items()]
+    parts = [Table("systems", head, rows).markdown()]
     for arm, courses in arms.items():
         systems = courses[0].systems
-        text += ["", f"Accuracy of {arm}, means over seeds:", ""]
-        text += [_line(["after", *(f"System {system}" for system in systems)]), _line(["---"] * (1 + len(systems)))]
+        rows = [
+            (f"System {system}", *map(_percent, row)) for system, row in zip(systems, mean_skills(courses), strict=True)
+        ]
         if base is not None:
-            text.append(
-                _line(
-                    ["nothing", *(f"{share_right(base[system]):.1%}" if system in base else "–" for system in systems)]
-                )
-            )
-        for system, row in zip(systems, mean_skills(courses), strict=True):
-            text.append(_line([f"System {system}", *(f"{each:.1%}" for each in row)]))
-    text += _overlap(regions)
+            untrained = (_percent(share_right(base[system])) if system in base else "–" for system in systems)
+            rows.insert(0, ("nothing", *untrained))
+        matrix = Table("skills", ("after", *(f"System {system}" for system in systems)), rows)
+        parts += [f"Accuracy of {arm}, means over seeds:\n", matrix.markdown()]
+    parts += _overlap(regions)
     if verdicts:
-        text += ["", *(f"- **{each.found}**: {each.sentence}" for each in verdicts)]
-    return "\n".join(text) + "\n"
+        parts.append("\n".join(bullets(verdicts)) + "\n")
+    return "\n".join(parts)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
 
 
 def _summary(courses: Sequence[Course], regions: Regions | None) -> list[str]:
@@ -235,25 +236,21 @@ def _overlap(regions: Mapping[str, Regions | None]) -> list[str]:
     if found is None:
         return []
     head = ("Systems", "overlap", "half of one and half of the other", "two halves of the first", "of the second")
-    text = ["", f"Overlap (Jaccard index) of what θ = {found.theta:g} keeps, in the first run of {arm}. The halves are"]
-    text += ["random halves of a System's scored examples.", "", _line(head), _line(["---"] * len(head))]
-    for pair, values in found.overlap.items():
-        cells = [f"{value:.3f}" for value in values] + ["–"] * (4 - len(values))
-        text.append(_line([pair.replace("-", " and "), *cells]))
-    return text
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    said = f"Overlap (Jaccard index) of what θ = {found.theta:g} keeps, in the first run of {arm}. The halves are"
+    rows = [
+        (pair.replace("-", " and "), *(f"{value:.3f}" for value in values), *["–"] * (4 - len(values)))
+        for pair, values in found.overlap.items()
+    ]
+    return [f"{said}\nrandom halves of a System's scored examples.\n", Table("overlap", head, rows).markdown()]
 
 
 def comma_separated(arms: Mapping[str, Sequence[Course]]) -> str:
     """Every accuracy: arm, seed, the System trained last, the System tested."""
-    out = StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("arm", "seed", "after_system", "system", "accuracy"))
-    for arm, courses in arms.items():
-        for each in courses:
-            for after, row in zip(each.systems, each.skills, strict=True):
-                writer.writerows((arm, each.seed, after, j, value) for j, value in zip(each.systems, row, strict=True))
-    return out.getvalue()
+    rows = [
+        (arm, *map(str, (each.seed, after, system, value)))
+        for arm, courses in arms.items()
+        for each in courses
+        for after, row in zip(each.systems, each.skills, strict=True)
+        for system, value in zip(each.systems, row, strict=True)
+    ]
+    return Table("systems", ("arm", "seed", "after_system", "system", "accuracy"), rows).comma_separated()

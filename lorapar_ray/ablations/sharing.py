@@ -8,18 +8,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from lorapar_ray.ablations.units import CRITERION
+from lorapar_ray.ablations.units import CRITERION, OWN_CUT
 from lorapar_ray.boundary import read_tensors
 from lorapar_ray.config import Config
-from lorapar_ray.partition.regions import STAGE_1, STAGE_2
 from lorapar_ray.pipeline import PIPELINE, is_done
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.standing import inputs_of, recorded_inputs
 
 SHARED = ("label", "score", "partition", "sft", "grpo")
 """Evaluation is of one run."""
-TRAINED = {"sft": STAGE_1, "grpo": STAGE_2}
-"""The bit of the regions that says what a training stage may change; it reads no other."""
 
 
 def borrow(config: Config, run: RunDirectory, stage: str, siblings: list[Path]) -> bool:
@@ -51,16 +48,16 @@ def borrow(config: Config, run: RunDirectory, stage: str, siblings: list[Path]) 
 def read_by(stage: str, config: Config, run: RunDirectory, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs of a stage of a run with, for a training stage, only what it reads of the cut: its own mask."""
     file = run.partition / "regions.safetensors"
-    if stage not in TRAINED or not file.is_file():
+    if stage not in OWN_CUT or not file.is_file():
         return inputs
     masked = getattr(config, stage).masked
-    own = _mask(file, TRAINED[stage], file.stat().st_mtime_ns) if masked else "every element"
+    own = _mask(file, OWN_CUT[stage].bit, file.stat().st_mtime_ns) if masked else "every element"
     return {**inputs, "sources": {**inputs["sources"], "partition": own}}
 
 
 def _of_its_cut(stage: str, entry: dict[str, Any], stages: dict[str, Any]) -> bool:
     """Whether a training stage was made with the cut that its run has now."""
-    if stage not in TRAINED:
+    if stage not in OWN_CUT:
         return False
     made_with = recorded_inputs(entry).get("sources", {}).get("partition")
     return made_with is not None and made_with == stages.get("partition", {}).get("outputs")

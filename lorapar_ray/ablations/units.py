@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorapar_ray.ablations.grid import Arm
 from lorapar_ray.ablations.sizes import USUAL_SHARE, rank_of_size, trained_share
@@ -15,6 +15,7 @@ from lorapar_ray.config import Config, TeacherConfig
 from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import digest
+from lorapar_ray.partition.regions import STAGE_1, STAGE_2
 from lorapar_ray.pipeline import PIPELINE, pending, stages_of
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.standing import recorded_inputs
@@ -22,8 +23,17 @@ from lorapar_ray.standing import recorded_inputs
 CRITERION = "score.criterion"
 """The setting of `score` that does not change the sums of gradients from which scores are computed."""
 
-OTHERS_SHARE = {"sft": "partition.beta", "grpo": "partition.alpha"}
-"""The setting of the cut that changes only what the other training stage trains."""
+
+class OwnCut(NamedTuple):
+    """What a training stage reads of the cut."""
+
+    bit: int
+    """The bit of the regions that says what the stage may change; it reads no other."""
+    others_share: str
+    """The setting of the cut that changes only what the other training stage trains."""
+
+
+OWN_CUT = {"sft": OwnCut(STAGE_1, "partition.beta"), "grpo": OwnCut(STAGE_2, "partition.alpha")}
 
 
 @dataclass(frozen=True)
@@ -229,8 +239,8 @@ def shared_keys(unit: Unit, without: Collection[str] = ()) -> dict[str, str]:
 
     for name in unit.stages:
         needs = {need: keys[need] for need in PIPELINE[name].needs(unit.config) if need in keys}
-        if name in OTHERS_SHARE and "partition" in needs:  # it reads its own mask only
-            needs["partition"] = key("partition", {"score": keys["score"]}, OTHERS_SHARE[name])
+        if name in OWN_CUT and "partition" in needs:  # it reads its own mask only
+            needs["partition"] = key("partition", {"score": keys["score"]}, OWN_CUT[name].others_share)
         keys[name] = key(name, needs)
     return keys
 
