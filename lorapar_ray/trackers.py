@@ -134,6 +134,8 @@ def _mlflow(run: str, kept: Path) -> Write:
         return str(client.create_run(experiment.experiment_id, run_name=run).info.run_id)
 
     own = _kept_id(kept, "mlflow", begun)
+    if not _has_run(client, own):
+        own = _kept_id(kept, "mlflow", begun, anew=True)
     client.update_run(own, status="RUNNING")
     atexit.register(_ended, client, own)
 
@@ -144,18 +146,30 @@ def _mlflow(run: str, kept: Path) -> Write:
     return write
 
 
+def _has_run(client: Any, own: str) -> bool:
+    """False if the server has deleted the run, or is another than the one that made it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(own).info.lifecycle_stage != "deleted")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+
+
 def _ended(client: Any, own: str) -> None:
     with suppress(Exception):  # the process ends
         client.set_terminated(own)
 
 
-def _kept_id(kept: Path, tracker: str, new: Callable[[], str]) -> str:
-    """A tracker's id of this stage; a new one is written down before it is used."""
+def _kept_id(kept: Path, tracker: str, new: Callable[[], str], anew: bool = False) -> str:
+    """A tracker's id of this stage; a new one (always if `anew`) is written down before it is used."""
     try:
         ids = {key: each for key, each in read_object(kept).items() if isinstance(each, str)} if kept.is_file() else {}
     except UserError:  # damaged
         ids = {}
-    if tracker not in ids:
+    if anew or tracker not in ids:
         ids[tracker] = new()
         write_json(kept, ids)
     return ids[tracker]

@@ -127,6 +127,10 @@ class FakeMlflow(ModuleType):
         super().__init__("mlflow")
         self.runs: dict[str, list[tuple[int, str, float]]] = {}
         self.down, self.asked = False, 0
+        self.deleted: set[str] = set()
+        self.refuses = ""
+        self.exceptions = ModuleType("mlflow.exceptions")
+        self.exceptions.MlflowException = type("MlflowException", (Exception,), {})  # type: ignore[attr-defined]
         self.entities = ModuleType("mlflow.entities")
         self.entities.Metric = lambda key, value, timestamp, step: (step, key, value)  # type: ignore[attr-defined]
 
@@ -140,6 +144,14 @@ class FakeMlflow(ModuleType):
         own = f"run{len(self.runs)}"
         self.runs[own] = []
         return SimpleNamespace(info=SimpleNamespace(run_id=own))
+
+    def get_run(self, run_id: str) -> SimpleNamespace:
+        if self.refuses or run_id not in self.runs:
+            error = self.exceptions.MlflowException("no such run")  # type: ignore[attr-defined]
+            error.error_code = self.refuses or "RESOURCE_DOES_NOT_EXIST"
+            raise error
+        stage = "deleted" if run_id in self.deleted else "active"
+        return SimpleNamespace(info=SimpleNamespace(lifecycle_stage=stage))
 
     def update_run(self, run_id: str, status: str) -> None:
         assert run_id in self.runs
@@ -157,8 +169,8 @@ class FakeMlflow(ModuleType):
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeWandb, FakeMlflow]:
     wandb, mlflow = FakeWandb(), FakeMlflow()
-    for name, module in (("wandb", wandb), ("mlflow", mlflow), ("mlflow.entities", mlflow.entities)):
-        monkeypatch.setitem(sys.modules, name, module)
+    for module in (wandb, mlflow, mlflow.entities, mlflow.exceptions):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(trackers, "report_figures", lambda run, stage: lambda figures: None)
     return wandb, mlflow
 
@@ -210,6 +222,24 @@ def test_a_tracker_that_fails_is_told_once_and_the_others_go_on(
     assert (mlflow.asked, list(mlflow.runs.values())) == (3, [[(4, "x", 4.0)]])
     trackers.Curves(["wandb"], "another", tmp_path, "sft", tmp_path / "x.jsonl").write({"x": 1.0}, 1)
     assert "wandb takes no curves now (AssertionError" in notices_of(tmp_path / "x.jsonl").read_text()
+
+
+def test_a_run_that_mlflows_server_does_not_have_is_made_again(
+    tmp_path: Path, fakes: tuple[FakeWandb, FakeMlflow]
+) -> None:
+    """It was deleted, for good or in MLflow's bin, or the server is another now."""
+    _, mlflow = fakes
+    curves_of(tmp_path).write({"x": 1.0}, 1)
+    mlflow.runs = {"of others": []}
+    curves_of(tmp_path).write({"x": 2.0}, 2)
+    assert mlflow.runs == {"of others": [], "run1": [(2, "x", 2.0)]}
+    mlflow.deleted = {"run1"}
+    curves_of(tmp_path).write({"x": 3.0}, 3)
+    mlflow.refuses = "PERMISSION_DENIED"
+    curves_of(tmp_path).write({"x": 4.0}, 4)  # may pass: the run stays
+    mlflow.refuses = ""
+    curves_of(tmp_path).write({"x": 5.0}, 5)
+    assert mlflow.runs["run2"] == [(3, "x", 3.0), (5, "x", 5.0)] and len(mlflow.runs) == 3
 
 
 def test_training_waits_little_for_a_tracker_that_takes_minutes_to_fail(
