@@ -37,6 +37,8 @@ OF_A_FOLDER = (
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf")
 """Weights that a teacher's engine computes with only if the folder has no safetensors. Beside those they do not count:
 they are a second copy, or an optimizer's state."""
+COUNTED_LATER = (".tiktoken", *OTHER_WEIGHTS)
+"""Those that earlier versions did not count."""
 TIMES = ("seconds", "latency", "per_second")
 """A JSON key with one of these words describes speed, not the result."""
 ABOUT_VOTING = ("votes",)
@@ -71,8 +73,12 @@ class Fingerprints:
             self._changed = True
         return found
 
-    def of_input(self, name: str) -> str | None:
-        """What a user's path holds: a file, or the folder of a model, adapter or data set; None if there is neither."""
+    def of_input(self, name: str, *, earlier: bool = False) -> str | None:
+        """What a user's path holds: a file, or the folder of a model, adapter or data set; None if there is neither.
+
+        Args:
+            earlier: as versions recorded it that did not count `COUNTED_LATER`.
+        """
         try:
             path = Path(name).expanduser()
             if path.is_file():
@@ -85,6 +91,7 @@ class Fingerprints:
             ]
             safe = {each.parent for each in found if each.suffix == ".safetensors"}
             of_it = [each for each in found if each.suffix in OF_A_FOLDER or not safe & {root, each.parent}]
+            of_it = [each for each in of_it if not earlier or each.suffix not in COUNTED_LATER]
             return digest([[str(each.relative_to(root)), self.of_file(each)] for each in sorted(of_it)])
         except (OSError, RuntimeError):  # unreadable, or of an unknown user: the stage that needs it reports the error
             return None

@@ -69,7 +69,11 @@ def standing_of(
     entry = entries.get(stage.name)
     if entry is None:
         return Standing("new")
-    why = tuple(changes(stage, config, recorded_inputs(entry), inputs_of(stage, config, entries, prints)))
+    recorded, now = recorded_inputs(entry), inputs_of(stage, config, entries, prints)
+    for name, known in recorded.get("files", {}).items():
+        if known != now["files"].get(name, known) and known == prints.of_input(name, earlier=True):
+            now["files"][name] = known  # an earlier version recorded it, and of what it counted nothing has changed
+    why = tuple(changes(stage, config, recorded, now))
     if why:
         return Standing("changed", why) if stage.owned(run, config.name) else Standing("new")
     if entry["status"] != "done":

@@ -6,6 +6,7 @@ real. The fakes' cut is replaced by a real one, and accuracies are written by ha
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -21,7 +22,7 @@ from lorapar_ray.ablations.plan import Plan, make_plan
 from lorapar_ray.ablations.report import chosen_rates, report
 from lorapar_ray.config import Config
 from lorapar_ray.config_file import load_config
-from lorapar_ray.files import write_json
+from lorapar_ray.files import digest, write_json
 from lorapar_ray.pipeline import PIPELINE, is_done, run_stage, standings
 from lorapar_ray.reporting.page import write_report
 from lorapar_ray.reporting.stage import STAGE as REPORT
@@ -38,13 +39,13 @@ THETA = "partition.theta=0.5"
 class Cli:
     """A finished run, with the accuracies 20 % (base), 50 % (sft) and 70 % (grpo)."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, student: str = "no/such/student") -> None:
         use_fakes(monkeypatch)
         monkeypatch.setitem(PIPELINE, "report", replace(PIPELINE["report"], run=REPORT.run))
         monkeypatch.setitem(PIPELINE, "partition", replace(PIPELINE["partition"], run=self.cut))
         (folder / "rows.jsonl").write_text('{"prompt": "q", "answer": "1"}\n')
         tree: dict[str, Any] = {
-            **tiny_config(Path("no/such/student")),
+            **tiny_config(Path(student)),
             "label": {"strategy": "random"},
             "data": {name: [{"reader": "file", "path": str(folder / "rows.jsonl")}] for name in ("train", "test")},
         }
@@ -214,3 +215,30 @@ def test_a_grid_leaves_out_results_of_other_settings(tmp_path: Path, monkeypatch
     assert chosen_rates(plan("sft.epochs=2")) == {}
     assert "50.0%" not in report(plan("sft.epochs=2"))
     assert "0 of 1 runs are evaluated" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_a_run_is_done_whose_models_files_an_earlier_version_did_not_all_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = tmp_path / "student"
+    student.mkdir()
+    for name in ("config.json", "qwen.tiktoken", "pytorch_model.bin"):
+        (student / name).write_text("{}")
+    cli = Cli(tmp_path, monkeypatch, str(student))
+    config = load_config(cli.config)
+    counted = [["config.json", hashlib.sha256(b"{}").hexdigest()]]
+    manifest = cli.run.manifest()
+    recorded = [entry["inputs"]["files"] for entry in manifest["stages"].values() if "inputs" in entry]
+    assert sum(str(student) in files for files in recorded) > 2
+    for files in recorded:
+        if str(student) in files:
+            assert files[str(student)] != digest(counted)
+            files[str(student)] = digest(counted)
+    write_json(cli.run.root / "manifest.json", manifest)
+
+    def states() -> set[str]:
+        return {found.state for found in standings(config, RunDirectory(cli.run.root)).values()}
+
+    assert states() == {"done"}
+    (student / "config.json").write_text("{ }")
+    assert "changed" in states()
