@@ -6,10 +6,10 @@ import hashlib
 import sqlite3
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
-from lorapar_ray.files import no_space
+from lorapar_ray.files import is_of_a_full_disk, no_space
 
 
 class SeenTexts:
@@ -24,12 +24,8 @@ class SeenTexts:
     def add(self, text: str) -> bool:
         """Add a text; False if it was already in the set."""
         key = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
-        try:
+        with _temporary_space():
             return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (key,)).rowcount == 1
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
-                raise
-            raise no_space(tempfile.gettempdir(), "free some, or set TMPDIR to a folder on another disk") from error
 
     def close(self) -> None:
         self._database.close()
@@ -40,12 +36,20 @@ def seen_texts(count: int) -> Iterator[list[SeenTexts]]:
     """Some empty sets, removed afterwards.
 
     Raises:
-        UserError: (from `add`) the disk of the temporary folder is full.
+        UserError: (also from `add`) the disk of the temporary folder is full.
     """
-    with tempfile.TemporaryDirectory(prefix="lorapar-seen-") as folder:
-        sets = [SeenTexts(Path(folder) / str(index)) for index in range(count)]
-        try:
-            yield sets
-        finally:
-            for each in sets:
-                each.close()
+    with ExitStack() as stack:
+        with _temporary_space():
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorapar-seen-")))
+            sets = [stack.enter_context(closing(SeenTexts(folder / str(index)))) for index in range(count)]
+        yield sets
+
+
+@contextmanager
+def _temporary_space() -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.OperationalError, OSError) as error:
+        if is_of_a_full_disk(error) or getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+            raise no_space(tempfile.gettempdir(), "free some, or set TMPDIR to a folder on another disk") from error
+        raise

@@ -2,8 +2,11 @@
 
 import errno
 import json
+import os
+import sqlite3
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -283,14 +286,37 @@ def test_reading_and_preparing_hold_a_few_rows_and_not_the_file(
     assert peak(8_000) < 1.2 * few
 
 
+TEMPORARY_FULL = r"no space left on the disk of '/.*'; free some, or set TMPDIR to a folder on"
+
+
 def test_a_full_temporary_folder_is_one_line() -> None:
     with seen_texts(1) as [seen]:
         seen._database.execute("PRAGMA max_page_count=4")
-        with pytest.raises(
-            UserError, match=r"no space left on the disk of '/.*'; free some, or set TMPDIR to a folder on"
-        ):
+        with pytest.raises(UserError, match=TEMPORARY_FULL):
             for number in range(100_000):
                 seen.add(str(number))
+
+
+def test_a_temporary_folder_that_is_full_from_the_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = sqlite3.connect
+
+    def without_room(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        database = connect(*arguments, **options)
+        database.execute("PRAGMA max_page_count=1")
+        return database
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=TEMPORARY_FULL):
+        patch.setattr(sqlite3, "connect", without_room)
+        with seen_texts(1):
+            pass
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=TEMPORARY_FULL):
+        patch.setattr(os, "mkdir", full)
+        with seen_texts(1):
+            pass
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path: Path) -> None:
