@@ -122,7 +122,7 @@ def _grpo(config: Config, size: StudentSize) -> list[Need]:
     more = {
         **(moments if settings.masked else {}),
         "activations": stored * max(0, longest - shortest),
-        "logits": 2.0 * 4 * SLICE["cuda"],
+        "logits": _stored_logits(size, longest) if size.stores_logits else 2.0 * 4 * SLICE["cuda"],
     }
     merged = sync_of(settings) == "merged"
     engine = _engine(settings.rollout_engine, settings.rollout_resources, size, merged=merged)

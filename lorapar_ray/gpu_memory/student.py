@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lorapar_ray.config import AdapterConfig, ModelConfig
+from lorapar_ray.grpo.logit_transform import names_a_transform
 from lorapar_ray.grpo.memory import saved_bytes
 
 PROBE_TOKENS = 128
@@ -48,6 +49,10 @@ class StudentSize:
     """Bytes of each."""
     ends_with_head: bool
     """Whether the logits are the output of a linear head, unchanged: then scoring never stores them."""
+    stores_logits: bool
+    """Whether stage 2 stores them, as far as shapes and the config tell: the head is not a plain linear one, or
+    something that the config does not name follows it. What that does to the logits is seen only with the weights
+    (`grpo.head`), as is whether the model does what its config says."""
 
 
 def student_size(model: ModelConfig, adapter: AdapterConfig) -> StudentSize:
@@ -83,6 +88,7 @@ def student_size(model: ModelConfig, adapter: AdapterConfig) -> StudentSize:
     inputs = float(len(layers) * text.hidden_size * dtype.itemsize)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     key_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    ends_with_head = _ends_with_head(trained)
     return StudentSize(
         base=in_layers * linear + outside * dtype.itemsize,
         served=2.0 * (in_layers + outside),
@@ -96,7 +102,8 @@ def student_size(model: ModelConfig, adapter: AdapterConfig) -> StudentSize:
         cache=2.0 * 2 * len(layers) * key_heads * head_dim,
         vocabulary=text.vocab_size,
         logit=dtype.itemsize,
-        ends_with_head=_ends_with_head(trained),
+        ends_with_head=ends_with_head,
+        stores_logits=not (_linear_head(trained) and (ends_with_head or names_a_transform(trained))),
     )
 
 
@@ -114,10 +121,14 @@ def _kept_per_token(model: Any) -> float:
     return sum(kept.values()) / PROBE_TOKENS
 
 
+def _linear_head(model: Any) -> bool:
+    return type(model.get_output_embeddings()) is torch.nn.Linear
+
+
 def _ends_with_head(model: Any) -> bool:
-    head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear:
+    if not _linear_head(model):
         return False
+    head = model.get_output_embeddings()
     seen: list[Any] = []
     handle = head.register_forward_hook(lambda _, __, output: seen.append(output))
     try:

@@ -67,6 +67,13 @@ def logit_transform(model: Any) -> LogitTransform:
     return LogitTransform(scale, _number(config, CAP))
 
 
+def names_a_transform(model: Any) -> bool:
+    """Whether the model's config has such a field, even one that changes nothing."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config.get_text_config()
+    return any(_number(config, name) is not None for name in (*SCALES, CAP))
+
+
 def _number(config: Any, name: str) -> float | None:
     value = getattr(config, name, None)
     return float(value) if isinstance(value, int | float) and value else None

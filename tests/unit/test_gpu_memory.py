@@ -145,6 +145,32 @@ def test_scoring_stores_logits_only_of_a_model_that_changes_them_after_its_head(
     assert (need.more["logits"] > 2 * 2 * 256_000 * 4096) == stored
 
 
+@pytest.mark.parametrize("why", ["plain head", "the config says what follows", "something follows"])
+def test_stage_2_stores_logits_only_behind_a_head_that_it_cannot_compute(
+    tmp_path: Path, one_gpu: Config, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = GraniteConfig if why == "the config says what follows" else LlamaConfig
+    config = family(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, vocab_size=256_000
+    )
+    config.save_pretrained(tmp_path)
+    if why == "something follows":
+        forward = LlamaForCausalLM.forward
+
+        def doubled(*arguments: Any, **options: Any) -> Any:
+            output = forward(*arguments, **options)
+            output.logits = output.logits * 2
+            return output
+
+        monkeypatch.setattr(LlamaForCausalLM, "forward", doubled)
+    told = student_size(ModelConfig(path=str(tmp_path), dtype="bfloat16"), AdapterConfig(rank=4, alpha=8))
+    learner = next(each for each in needs_of(place(one_gpu, "grpo", 1), "grpo", told) if each.process == "learner")
+    grpo = one_gpu.grpo
+    tokens = grpo.max_prompt_length + grpo.max_completion_length
+    stored = why == "something follows"
+    assert learner.more["logits"] - 2 * 4 * 2**26 == (2 * 2 * 256_000 * tokens if stored else 0)
+
+
 SMALLER: list[tuple[str, str, Callable[[Any], float]]] = [
     ("model.quantization=nf4", "grpo", lambda needs: needs[1].parts["base"]),
     ("score.gradient_checkpointing=true", "score", lambda needs: needs[0].more["activations"]),
