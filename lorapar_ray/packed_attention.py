@@ -31,6 +31,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lorapar_ray.cpu import short_attention
 from lorapar_ray.sequence_parallel import SequenceGroup
+from lorapar_ray.transfer import on_device
 
 NAME = "lorapar_packed"
 MASKED_COST = 2.0
@@ -155,19 +156,12 @@ def make_layout(
     plain = torch.equal(flat_queries, as_it_is)  # the outputs then lie where the columns do
     return Layout(
         batches,
-        queries_M=None if plain else move(flat_queries, device),
-        keys_M=None if torch.equal(flat_keys, as_it_is) else move(flat_keys, device),
-        source_W=None if plain else move(source, device),
+        queries_M=None if plain else on_device(flat_queries, device),
+        keys_M=None if torch.equal(flat_keys, as_it_is) else on_device(flat_keys, device),
+        source_W=None if plain else on_device(source, device),
         shared=sum(len(span.keys) for span in spans) > width,
         sequence=sequence,
     )
-
-
-def move(value: Tensor, device: torch.device) -> Tensor:
-    """`value` on `device`, without waiting for a GPU."""
-    if device.type == "cuda" and value.device.type == "cpu":
-        return value.pin_memory().to(device, non_blocking=True)
-    return value.to(device)
 
 
 def by_length(spans: Sequence[Span], batch_cost: float) -> list[list[Span]]:
@@ -338,7 +332,7 @@ def _mask(batch: SpanBatch, window: int | None, dtype: torch.dtype, device: torc
     """[n or 1, 1, Q, K], additive: a query sees itself and, of its sequence, the `window` - 1 keys before it, or all
     (None)."""
     if (window, dtype) not in batch.masks:
-        start_n, position_nK, owner_nK = (move(each, device) for each in batch.places())
+        start_n, position_nK, owner_nK = (on_device(each, device) for each in batch.places())
         index_nQ = start_n[:, None] + torch.arange(batch.queries, device=device)
         index_nQ.clamp_(max=batch.keys - 1)  # of padding, whose output nobody reads
         at_nQ1, own_nQ1 = (each.gather(1, index_nQ)[:, :, None] for each in (position_nK, owner_nK))

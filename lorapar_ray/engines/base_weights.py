@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lorapar_ray.models import model_folder
+from lorapar_ray.transfer import on_device
 
 RESIDENT_SHARE = 0.1
 """Share of a GPU's free memory for a resident copy of the adapted weights; larger copies are pinned."""
@@ -63,7 +64,7 @@ class KeptWeights(Mapping[str, Tensor]):
     def _keep(self, name: str) -> Tensor:
         if name not in self._kept:
             read = self._files[name]
-            self._kept[name] = read.to(self.device) if self._resident else _pinned(read)
+            self._kept[name] = read.to(self.device) if self._resident else read.pin_memory()
         return self._kept[name]
 
     def columns(self, name: str, columns: Tensor) -> Tensor:
@@ -83,14 +84,3 @@ def kept_on(files: Mapping[str, Tensor], names: Iterable[str], device: torch.dev
     size = sum(files[name].nbytes for name in names)
     free, _ = torch.cuda.mem_get_info(device)
     return KeptWeights(files, device, resident=size <= RESIDENT_SHARE * free)
-
-
-def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`; a GPU takes it without a wait."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        return _pinned(tensor).to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-def _pinned(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, pin_memory=True).copy_(tensor)

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from lorapar_ray.adapters.merge import lora_scaling, merged_weights
 from lorapar_ray.cpu.engine import lighten
-from lorapar_ray.engines.base_weights import BaseWeights, KeptWeights, kept_on, on_device
+from lorapar_ray.engines.base_weights import BaseWeights, KeptWeights, kept_on
 from lorapar_ray.engines.served_adapter import unlike_in_slot
 from lorapar_ray.engines.served_weights import complaint, part_of, unlike
 from lorapar_ray.mergeable import base_name, missing_from, not_in_the_files
+from lorapar_ray.transfer import on_device
 
 Weights = Iterator[tuple[str, Tensor]]
 State = tuple[str, Mapping[str, Tensor]]

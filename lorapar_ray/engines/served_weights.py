@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorapar_ray.engines.base_weights import BaseWeights, KeptWeights, on_device
+from lorapar_ray.engines.base_weights import BaseWeights, KeptWeights
 from lorapar_ray.engines.rounding import Item, beyond, merged_exactly, worst
 from lorapar_ray.mergeable import PREFIX
+from lorapar_ray.transfer import on_device
 
 COLUMNS = 4
 """Columns of each module that are compared at a sync: together they cost one or two decoding steps."""

@@ -27,8 +27,9 @@ from torch import Tensor
 
 from lorapar_ray.grpo.head import TokenScorer
 from lorapar_ray.grpo.samples import Sample
-from lorapar_ray.packed_attention import make_layout, move, packed_inputs, spans_of_group
+from lorapar_ray.packed_attention import make_layout, packed_inputs, spans_of_group
 from lorapar_ray.sequence_parallel import SequenceGroup
+from lorapar_ray.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -175,8 +176,8 @@ def pad(samples: Sequence[Sample], pad_id: int, device: torch.device) -> PackedR
         columns.append(_sampled(sample, np.arange(start - 1, widths[row] - 1)))
     attention = np.arange(max(widths)) < np.array(widths)[:, None]
     inputs = {
-        "input_ids": move(torch.from_numpy(ids), device),
-        "attention_mask": move(torch.from_numpy(attention.astype(np.int64)), device),
+        "input_ids": on_device(torch.from_numpy(ids), device),
+        "attention_mask": on_device(torch.from_numpy(attention.astype(np.int64)), device),
     }
     return _rows(samples, inputs, _ids(rows, device), _ids(columns, device))
 
@@ -194,9 +195,9 @@ def _rows(
         row_N=row_N,
         column_N=column_N,
         tokens_N=_ids([_sampled(sample, sample.token_ids) for sample in samples], device),
-        mask_BT=move(torch.from_numpy(real_BT.astype(np.float32)), device),
-        sampling_logprobs_BT=move(torch.from_numpy(sampling_BT), device),
-        advantages_B=move(torch.tensor([float(sample.advantage) for sample in samples]), device),
+        mask_BT=on_device(torch.from_numpy(real_BT.astype(np.float32)), device),
+        sampling_logprobs_BT=on_device(torch.from_numpy(sampling_BT), device),
+        advantages_B=on_device(torch.tensor([float(sample.advantage) for sample in samples]), device),
         kept_NK=_kept(samples, device),
         own=own,
     )
@@ -211,7 +212,7 @@ def _kept(samples: Sequence[Sample], device: torch.device) -> Tensor | None:
     real_NK = np.arange(counts_N.max()) < counts_N[:, None]
     kept_NK = np.full(real_NK.shape, -1, dtype=np.int64)
     kept_NK[real_NK] = np.concatenate([kept.token_ids for kept in found])
-    return move(torch.from_numpy(kept_NK), device)
+    return on_device(torch.from_numpy(kept_NK), device)
 
 
 def _sampled(sample: Sample, values: Any) -> Any:
@@ -274,4 +275,4 @@ def _over(used: int, count: int, tokens: int, sequences: int | None) -> bool:
 
 
 def _ids(parts: Sequence[Any], device: torch.device) -> Tensor:
-    return move(torch.from_numpy(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])), device)
+    return on_device(torch.from_numpy(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])), device)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lorapar_ray import packed_attention
 from lorapar_ray.datasets.chat import NO_LOSS
-from lorapar_ray.packed_attention import make_layout, move, spans_of_examples
+from lorapar_ray.packed_attention import make_layout, spans_of_examples
+from lorapar_ray.transfer import on_device
 
 TOKENS = {"cpu": 2048, "cuda": 4096}
 """Tokens per batch by device: on a GPU enough to hide kernel launches, within 40 GB of activations at 7B."""
@@ -147,8 +148,8 @@ def layout_of(batch: dict[str, Any], device: torch.device) -> Layout:
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), ends]).int()
     tensors = (offsets, predicting, successor[predicting], owner, 1 / counts[owner])
     attention = make_layout(spans_of_examples(lengths), width, device) if packed else None
-    offsets, predicting, targets, owner, weights = (move(each, device) for each in tensors)
-    slots, home = (None if each is None else move(each, device) for each in (slots, home))
+    offsets, predicting, targets, owner, weights = (on_device(each, device) for each in tensors)
+    slots, home = (None if each is None else on_device(each, device) for each in (slots, home))
     return Layout(
         (rows, width),
         lengths,

@@ -28,7 +28,8 @@ from lorapar_ray.importance.batching import Layout, layout_of
 from lorapar_ray.importance.losses import losses_of
 from lorapar_ray.importance.segments import add_segment_products
 from lorapar_ray.importance.sums import GradSums
-from lorapar_ray.packed_attention import move, packed_attention_of
+from lorapar_ray.packed_attention import packed_attention_of
+from lorapar_ray.transfer import on_device
 
 LOSS_ONLY = ("labels", "lengths")
 """Keys of a batch that are not passed to the model."""
@@ -300,7 +301,7 @@ def _block(sums: Mapping[str, Tensor], group: _Group) -> Tensor:
 
 def inputs_of(batch: Mapping[str, Tensor], layout: Layout, device: torch.device) -> dict[str, Any]:
     """The model's keyword arguments for a batch."""
-    inputs = {key: move(value, device) for key, value in batch.items() if key not in LOSS_ONLY}
+    inputs = {key: on_device(value, device) for key, value in batch.items() if key not in LOSS_ONLY}
     return inputs if layout.attention is None else {**inputs, "packed_layout": layout.attention}
 
 

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lorapar_ray.packed_attention import move
 from lorapar_ray.sft.loss import arm_losses
 from lorapar_ray.sft.rows import Rows, Shape, rows_in
+from lorapar_ray.transfer import on_device
 
 GRAPHS = 32
 """Most shapes with a graph; later shapes run without."""
@@ -232,7 +232,7 @@ def flat_gradients(parameters: Sequence[nn.Parameter], device: torch.device) -> 
 def _inverse(tokens: Sequence[int], arms: int, device: torch.device) -> Tensor:
     """[arms]: what each adapter's summed loss is multiplied by; 0 for those that take no step."""
     factors = [1.0 / max(1, count) for count in tokens]
-    return move(torch.tensor(factors + [0.0] * (arms - len(factors))), device)
+    return on_device(torch.tensor(factors + [0.0] * (arms - len(factors))), device)
 
 
 def _flat(rows: Rows) -> Tensor:

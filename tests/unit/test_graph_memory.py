@@ -122,7 +122,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SmallGpu:
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(passes, "arm_losses", gpu.losses)
-    monkeypatch.setattr(passes, "move", lambda tensor, _: tensor)
+    monkeypatch.setattr(passes, "on_device", lambda tensor, _: tensor)
     return gpu
 
 
