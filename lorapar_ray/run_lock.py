@@ -124,10 +124,7 @@ def living_holder(root: Path) -> dict[str, Any] | None:
     If this machine's clock says that it is gone, its file system's is asked, which takes a file there for a moment.
     """
     try:
-        text, age = (
-            _text_of(root / NAME),
-            time.time() - (root / NAME).stat().st_mtime,
-        )
+        text, age = _text_of(root / NAME), time.time() - (root / NAME).stat().st_mtime
     except OSError:
         return None
     holder = parsed(text)

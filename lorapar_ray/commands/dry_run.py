@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
 from lorapar_ray.gpu_memory.device import device_of
-from lorapar_ray.grpo.stage import require_shared_sequences
 from lorapar_ray.models import architecture, resolve_model
 from lorapar_ray.pipeline import require_stages, stages_of
 from lorapar_ray.plan import plan
@@ -36,12 +35,14 @@ def _require_shared_sequences(config: Config) -> None:
     model, ranks = config.model, config.grpo.sequence_parallel
     if "grpo" not in stages_of(config) or ranks == 1:
         return
+    from lorapar_ray.sequence_parallel import require_shareable  # imports torch
+
     try:
-        architecture(resolve_model(model.path), model.trust_remote_code)
+        found = architecture(resolve_model(model.path), model.trust_remote_code)
     except UserError as error:
         console.print(f"grpo.sequence_parallel: not checked here: {error}")
     else:
-        require_shared_sequences(model.path, model.trust_remote_code, ranks)
+        require_shareable(found, ranks)
 
 
 def _show_memory(config: Config) -> None:
