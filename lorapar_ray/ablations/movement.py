@@ -85,7 +85,11 @@ def _sentence(claim: Claim, found: Found, difference: Effect, overlaps: Sequence
         sum(getattr(each.movement, name) for each in overlaps) / n for name in ("kept", "mask", "random")
     )
     halves = [each.halves for each in overlaps if each.halves is not None]
-    noise = f"; masks of two random halves of the scored examples agree by {sum(halves) / n:.3f}" if halves else ""
+    noise = (
+        f"; masks of two random halves of the scored examples agree by {sum(halves) / len(halves):.3f}"
+        if halves
+        else ""
+    )
     low, high = difference.interval
     over = f", 95 % interval {low:+.3f} to {high:+.3f} over {n} seeds" if n >= FEWEST_SEEDS else ""
     return (

@@ -78,6 +78,9 @@ def test_a_claim_about_movement_is_decided_over_seeds() -> None:
     assert found is not None and found.found == "held" and found.effect.difference == pytest.approx(0.07)
     assert "index of 0.320 with the mask of importance and 0.250 with a random one of its size" in found.sentence
     assert "difference +0.070, 95 % interval +0.045 to +0.095 over 3 seeds; masks of two random" in found.sentence
+    halves = (0.5, None, 0.7)
+    some = decide(claim, [Overlap(seed, Movement(0.4, 1.0, 0.3, 0.2), each) for seed, each in enumerate(halves)])
+    assert some is not None and "random halves of the scored examples agree by 0.600" in some.sentence
     few = decide(claim, [Overlap(1, Movement(0.4, 1.0, 0.9, 0.25), None)])
     assert few is not None and few.found == "undecided" and "interval" not in few.sentence
     assert decide(claim, []) is None
