@@ -26,7 +26,6 @@ from lorapar_ray.ablations.retention import Point, compare, joined, read_point
 from lorapar_ray.ablations.sequence import Course, read_course
 from lorapar_ray.ablations.stronger import Stronger
 from lorapar_ray.ablations.units import Unit
-from lorapar_ray.config_file import load_config
 from lorapar_ray.files import atomic_path
 
 PAGE = "index.html"
@@ -107,10 +106,11 @@ def _compared(plan: Plan, units: Sequence[Unit], task: str) -> Compared:
     start = next((Outcome(0, each.right, 0.0, None) for each in starts if each is not None), None)
     base = summarise("base", [start]) if start else None  # the same for all runs
     arms = {arm: summarise(arm, outcomes) for arm, outcomes in found.items()}
-    decided = [decide(claim, found.get(claim.better, []), found.get(claim.worse, [])) for claim in plan.claims]
+    claims = plan.claims
+    decided = [decide(claim, found.get(claim.better, []), found.get(claim.worse, [])) for claim in claims]
     verdicts = [each for each in decided if each is not None]
-    overall = sum_up(plan.claims, verdicts, plan.compares)
-    figures = figures_of(plan.grid, load_config(plan.file, plan.overrides), task)
+    overall = sum_up(claims, verdicts, plan.compares)
+    figures = figures_of(plan.grid, plan.source.config(), task)
     decisions: list[Overall | Verdict] = [*overall, *verdicts]
     table = tables.accuracy_table(plan.grid, base, arms, figures, decisions, task)
     said = [Overall(each.found, f"On {task}: {each.sentence}") for each in decisions]
@@ -120,8 +120,9 @@ def _compared(plan: Plan, units: Sequence[Unit], task: str) -> Compared:
 def _stronger(plan: Plan, units: Sequence[Unit], task: str) -> list[Stronger | Overall]:
     """Verdicts on arms whose first stage is the stronger one, all together first."""
     first, last = (_outcomes(units, task, place) if plan.grid.stronger else {} for place in (0, -1))
-    found = [each for claim in plan.stronger if (each := stronger.compare(claim, first, last)) is not None]
-    return [*sum_up(plan.stronger, found, plan.compares), *found]
+    claims = plan.stronger
+    found = [each for claim in claims if (each := stronger.compare(claim, first, last)) is not None]
+    return [*sum_up(claims, found, plan.compares), *found]
 
 
 def _outcomes(units: Sequence[Unit], task: str, place: int = -1) -> dict[str, list[Outcome]]:
@@ -166,7 +167,7 @@ def chosen_rates(plan: Plan) -> dict[str, float]:
     """The learning rate with the lowest validation loss, by arm; arms with an unfinished sweep are left out."""
     if not plan.swept:
         return {}
-    best = load_config(plan.file, plan.overrides).sft.validation > 0  # no arm sets it
+    best = plan.source.config().sft.validation > 0  # no arm sets it
     losses: dict[str, dict[float, float]] = {}
     for unit in plan.sweeps:
         assert unit.rate is not None
