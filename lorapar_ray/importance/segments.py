@@ -6,13 +6,11 @@ running sums before the next example (`segment_kernel`). Elsewhere each product 
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from lorapar_ray.importance.batching import Layout
+from lorapar_ray.optim.triton_step import has_triton
 
 
 def add_segment_products(
@@ -33,11 +31,6 @@ def add_segment_products(
         _batched(small, wide, layout, first, second, scale)
     else:
         _one_after_another(small, wide, layout, first, second, scale)
-
-
-@cache
-def has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _batched(small: Tensor, wide: Tensor, layout: Layout, first: Tensor, second: Tensor, scale: float) -> None:

@@ -34,6 +34,7 @@ SETTINGS = 8
 """Doubles per group: lr·decay, β1, 1-β1, β2, 1-β2, lr over the first bias correction, root of the second, ε."""
 
 
+@cache
 def has_triton() -> bool:
     """Whether Triton can be imported."""
     try:

@@ -1,34 +1,18 @@
-"""The kernel of per-example sums, compared with the plain way: on a GPU directly, elsewhere in Triton's interpreter.
-
-The process that first imports Triton sets the interpreter, so these tests run in a separate process.
-"""
-
-import os
-import subprocess
-import sys
+"""The kernel of per-example sums, compared with the plain way: on a GPU directly, elsewhere in Triton's interpreter."""
 
 import pytest
 import torch
 
 from lorapar_ray.importance.batching import Layout, layout_of
-from lorapar_ray.importance.segments import _batched, has_triton
+from lorapar_ray.importance.segments import _batched
+from tests.unit.interpreted import DEVICE, kernels, run_interpreted
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
-kernels = pytest.mark.skipif(False, reason="interpreted here") if INTERPRETED else pytest.mark.gpu
-"""On a GPU, or by `test_interpreted` in a process that interprets."""
 LENGTHS = {"uneven": [3, 40, 2, 17, 64], "even": [16, 16, 16], "one": [33]}
 
 
 @pytest.mark.slow
 def test_interpreted() -> None:
-    if INTERPRETED or not has_triton():
-        pytest.skip("this is the process that interprets" if INTERPRETED else "Triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout, done.stdout
+    run_interpreted(__file__)
 
 
 def layout(lengths: list[int]) -> Layout:

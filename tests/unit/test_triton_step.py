@@ -1,11 +1,5 @@
-"""The one-launch step, compared with torch's AdamW: on a GPU directly, elsewhere in Triton's interpreter.
+"""The one-launch step, compared with torch's AdamW: on a GPU directly, elsewhere in Triton's interpreter."""
 
-The process that first imports Triton sets the interpreter, so these tests run in a separate process.
-"""
-
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,12 +7,9 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from lorapar_ray.optim import MaskedAdamW
-from lorapar_ray.optim.triton_step import BLOCK, blocks_of, has_triton
+from lorapar_ray.optim.triton_step import BLOCK, blocks_of
+from tests.unit.interpreted import DEVICE, INTERPRETED, kernels, run_interpreted
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-kernels = pytest.mark.skipif(False, reason="interpreted here") if INTERPRETED else pytest.mark.gpu
-"""On a GPU, or by `test_interpreted` in a process that interprets."""
 OF_RATE = 1e-4
 """Allowed difference of a value after a step from the same state, as a share of the learning rate, besides one unit in
 the last place: torch's CUDA kernel rounds β and the corrections to float32 (emulated: 2.4e-5 of the rate)."""
@@ -28,13 +19,7 @@ SHARES = [0.4, 1.0, 0.1, 1.0, 0.0]
 
 @pytest.mark.slow
 def test_interpreted() -> None:
-    if INTERPRETED or not has_triton():
-        pytest.skip("this is the process that interprets" if INTERPRETED else "Triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout, done.stdout
+    run_interpreted(__file__)
 
 
 def problem(dtype: torch.dtype = torch.float32) -> tuple[list[torch.nn.Parameter], list[torch.Tensor]]:
