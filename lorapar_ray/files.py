@@ -85,6 +85,18 @@ def _swap(draft: Path, target: Path, aside: Path) -> None:
         raise
 
 
+def finished_files(root: Path) -> list[Path]:
+    """All files of a directory and of those in it, sorted, also while a process writes there.
+
+    `Path.glob` raises an error when a directory, as `atomic_path` makes them, is removed while it looks.
+    """
+    found: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.is_file())
+
+
 def write_json(target: Path, value: Any) -> None:
     """Write JSON atomically, keys in the order given."""
     with atomic_path(target) as draft:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lorapar_ray import trash
 from lorapar_ray.config import Config
+from lorapar_ray.files import finished_files
 from lorapar_ray.pipeline import PIPELINE, dependents, restorable, stages_of, standings
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.standing import Standing
@@ -65,8 +66,8 @@ def _in_trash(config: Config, run: RunDirectory, name: str, found: Mapping[str, 
 
 
 def _described(path: Path, run: RunDirectory) -> str:
-    files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
-    size = sum(each.stat().st_size for each in files)
+    files = finished_files(path) if path.is_dir() else [path]
+    size = sum(each.stat().st_size for each in files if each.exists())
     count = f"{len(files)} files, " if path.is_dir() else ""
     return f"{path.relative_to(run.root)} ({count}{_bytes(size)})"
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from lorapar_ray.config import Config, Section
 from lorapar_ray.config.marks import Setting, deciding
+from lorapar_ray.files import finished_files
 from lorapar_ray.runs import RunDirectory
 
 Settings = dict[str, Setting]
@@ -65,12 +66,8 @@ class Stage:
         found: list[Path] = []
         for place in self.outputs if places is None else places:
             path = run.root / place
-            found += [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
-        return sorted(each for each in found if not _hidden(each.relative_to(run.root)))
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+            found += [path] if path.is_file() else finished_files(path)
+        return sorted(found)
 
 
 def settings_of(config: Config, *names: str) -> Settings:

@@ -14,6 +14,7 @@ import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lorapar_ray.cli import main
+from lorapar_ray.files import finished_files
 from lorapar_ray.models import resolve_model
 
 ROOT = Path(__file__).parents[1]
@@ -136,6 +137,11 @@ def lorapar(*arguments: str | Path, timeout: float = 1000, **environment: str) -
 def command(*arguments: str | Path) -> list[str]:
     """The CLI's command line."""
     return [sys.executable, "-m", "lorapar_ray.cli", *map(str, arguments)]
+
+
+def sums_in(run: Path) -> list[Path]:
+    """The sums of gradients that scoring has saved."""
+    return [file for file in finished_files(run / "work" / "score") if file.suffix == ".safetensors"]
 
 
 def metrics(run: Path, name: str) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from lorapar_ray.ablations.plan import Plan
 from lorapar_ray.ablations.report import PAGE, chosen_rates, report
 from lorapar_ray.ablations.retention import require_skills_of
 from lorapar_ray.ablations.sharing import SHARED, borrow, borrow_sums
-from lorapar_ray.ablations.units import Unit
+from lorapar_ray.ablations.units import Unit, run_folders
 from lorapar_ray.errors import UserError
 from lorapar_ray.pipeline import NeedsRedo, check_there, run_stage
 from lorapar_ray.progress import console
@@ -88,7 +88,7 @@ def _run_batch(units: Sequence[Unit], plan: Plan, failed: list[str]) -> None:
         if number:
             firsts = {unit.title: parts[unit.title][number][0] for unit in due}
             for stage in dict.fromkeys(firsts.values()):
-                run_at_once([unit for unit in due if firsts[unit.title] == stage], stage, _siblings(plan.out))
+                run_at_once([unit for unit in due if firsts[unit.title] == stage], stage, run_folders(plan.out))
         lost = [unit for unit in due if not _run_part(unit, parts[unit.title][number], plan, failed)]
         going = [unit for unit in going if unit not in lost]
 
@@ -121,13 +121,8 @@ def _fail(unit: Unit, why: str, failed: list[str]) -> None:
     console.print(f"  {failed[-1]}")
 
 
-def _siblings(out: Path) -> list[Path]:
-    """All runs of the grid."""
-    return sorted(each.parent for each in out.glob("**/manifest.json"))
-
-
 def _run(unit: Unit, plan: Plan, stages: Sequence[str]) -> None:
-    siblings = _siblings(plan.out)
+    siblings = run_folders(plan.out)
     for name in stages:
         _run_stage(unit, name, siblings)
         if name == "label" and plan.grid.lines:

@@ -14,7 +14,7 @@ from lorapar_ray.ablations.sizes import USUAL_SHARE, rank_of_size, trained_share
 from lorapar_ray.config import Config, TeacherConfig
 from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
-from lorapar_ray.files import digest
+from lorapar_ray.files import digest, finished_files
 from lorapar_ray.partition.regions import STAGE_1, STAGE_2
 from lorapar_ray.pipeline import PIPELINE, pending, stages_of
 from lorapar_ray.runs import RunDirectory
@@ -208,6 +208,11 @@ def _evaluating(unit: Unit, every_stage: bool, *, base: bool) -> Unit:
     trained = unit.config.trained if every_stage else [unit.config.order[-1]]
     evaluate = unit.config.evaluate.model_copy(update={"models": ["base", *trained] if base else trained})
     return replace(unit, config=unit.config.model_copy(update={"evaluate": evaluate}))
+
+
+def run_folders(out: Path) -> list[Path]:
+    """The folders of a grid's runs that have begun, sorted: those that are compared, and the sweeps'."""
+    return [file.parent for file in finished_files(out) if file.name == "manifest.json"]
 
 
 def _has_base(folder: Path) -> bool:

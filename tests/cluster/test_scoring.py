@@ -24,7 +24,7 @@ from lorapar_ray.pipeline import run_stage
 from lorapar_ray.runs import RunDirectory
 from tests.chaos import Recovery
 from tests.processes import a_worker_dies
-from tests.tiny_run import tiny_config
+from tests.tiny_run import sums_in, tiny_config
 from tests.together import run_together, tasks_here
 
 pytestmark = pytest.mark.cluster
@@ -47,10 +47,6 @@ def make_run(student: Path, folder: Path, **score: Any) -> tuple[Config, RunDire
         make_adapter(config, run, run.adapter)
         token_table(config, run)
     return config, run
-
-
-def sums_in(run: RunDirectory) -> list[Path]:
-    return sorted((run.work / "score").glob("sums-*/*/*.safetensors"))
 
 
 def scores_of(run: RunDirectory) -> list[Scores]:
@@ -110,7 +106,7 @@ def by_two(finished: RunDirectory, student: Path, tmp_path_factory: pytest.TempP
     runs = {name: make_run(student, root / name, **how) for name, how in LAYOUTS.items()}
     config, run = make_run(student, root / "rest", **TWO, unit_size=5)
     shutil.copytree(finished.work / "score", run.work / "score")
-    kept, lost = sums_in(run)[::2], sums_in(run)[1::2]
+    kept, lost = sums_in(run.root)[::2], sums_in(run.root)[1::2]
     for file in lost:
         file.unlink()
     rest = Rest(run, {file: file.stat().st_mtime_ns for file in kept})
@@ -151,7 +147,7 @@ def test_other_workers_and_units_go_on_with_what_is_done(by_two: ByTwo, alone: l
     rest = by_two.rest
     same(scores_of(rest.run), alone)
     require_halves(rest.run)
-    assert len(sums_in(rest.run)) > len(rest.kept)
+    assert len(sums_in(rest.run.root)) > len(rest.kept)
     assert rest.kept == {file: file.stat().st_mtime_ns for file in rest.kept}
 
 
@@ -160,7 +156,7 @@ def test_a_killed_worker_is_replaced_and_counts_nothing_twice(
     chance: Random, recovery: Recovery, alone: list[Scores], student: Path, tmp_path: Path
 ) -> None:
     config, run = make_run(student, tmp_path / "run", workers=2, batch_tokens=32, unit_size=1, checkpoint_every_s=0)
-    with a_worker_dies("score", 1, lambda: sums_in(run), chance, recovery) as before:
+    with a_worker_dies("score", 1, lambda: sums_in(run.root), chance, recovery) as before:
         score_stage(config, run)
-    assert before and set(before) < set(sums_in(run))
+    assert before and set(before) < set(sums_in(run.root))
     same(scores_of(run), alone)

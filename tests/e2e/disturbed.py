@@ -14,7 +14,7 @@ from lorapar_ray.pipeline import STAGES
 from tests.chaos import Recovery
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.twin import ends_as_its_twin, entry, is_done
-from tests.tiny_run import GRPO_STEPS, ROOT, command, metrics
+from tests.tiny_run import GRPO_STEPS, ROOT, command, metrics, sums_in
 from tests.waiting import wait_until
 
 LIMIT_S = 900
@@ -22,10 +22,10 @@ LIMIT_S = 900
 
 def moments(run: Path, chance: Random) -> dict[str, Callable[[], bool]]:
     """Of each stage, whether it has got as far as it shall be disturbed."""
-    units, steps, versions = run / "work" / "score", chance.randint(1, 4), chance.randint(1, GRPO_STEPS - 3)
+    steps, versions = chance.randint(1, 4), chance.randint(1, GRPO_STEPS - 3)
     return {
         "label": lambda: (run / "work" / "votes.sqlite").is_file(),
-        "score": lambda: any(units.glob("sums-*/*/*.safetensors")),
+        "score": lambda: bool(sums_in(run)),
         "sft": lambda: len(metrics(run, "sft")) >= steps,
         "grpo": lambda: len(metrics(run, "grpo")) >= versions,
         "evaluate": lambda: bool(entry(run, "evaluate")),

@@ -21,7 +21,7 @@ from tests.chaos import Recovery
 from tests.e2e.conftest import FinishedRun
 from tests.processes import below, engines_of
 from tests.sft_run import weights
-from tests.tiny_run import ROOT, command, lorapar, metrics, save_tiny_student, tiny_config, write_config
+from tests.tiny_run import ROOT, command, lorapar, metrics, save_tiny_student, sums_in, tiny_config, write_config
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.e2e
@@ -109,11 +109,8 @@ def test_scoring_goes_on_with_the_units_that_are_there(
     chaos_round: int, recovery: Recovery, finished: FinishedRun, tmp_path: Path
 ) -> None:
     run = copy_before(finished, "score", tmp_path / "run")
-    units = run / "work" / "score"
-    stop_when(
-        lambda: any(units.glob("sums-*/*/*.safetensors")), signal.SIGKILL, "score", "-c", finished.config, "-d", run
-    )
-    there = {path: path.stat().st_mtime_ns for path in units.glob("sums-*/*/*.safetensors")}
+    stop_when(lambda: bool(sums_in(run)), signal.SIGKILL, "score", "-c", finished.config, "-d", run)
+    there = {path: path.stat().st_mtime_ns for path in sums_in(run)}
     with recovery("score", "driver"):
         again = lorapar("score", "-c", finished.config, "-d", run)
     assert again.returncode == 0, again.stderr

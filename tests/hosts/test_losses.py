@@ -15,7 +15,7 @@ from tests.e2e.twin import ends_as_its_twin, is_done
 from tests.hosts.conftest import FarRun
 from tests.hosts.machines import Machine
 from tests.hosts.run import Sent
-from tests.tiny_run import metrics
+from tests.tiny_run import metrics, sums_in
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.hosts
@@ -85,7 +85,7 @@ def under_way(run: Path, steps: int) -> dict[str, Callable[[], bool]]:
     """By stage, whether it has done a part of its work; of training, so many steps."""
     return {
         "label": lambda: len(stored_votes(run)) >= 8 * steps,
-        "score": lambda: any((run / "work" / "score").glob("sums-*/*/*.safetensors")),
+        "score": lambda: bool(sums_in(run)),
         "sft": lambda: len(metrics(run, "sft")) >= steps,
         "grpo": lambda: len(metrics(run, "grpo")) >= steps,
         "evaluate": lambda: (run / "eval" / "base.json").is_file(),

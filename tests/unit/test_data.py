@@ -25,7 +25,7 @@ from lorapar_ray.datasets.seen import seen_texts
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.accuracy import accuracy
 from lorapar_ray.evaluation.statistics import wilson_interval
-from lorapar_ray.files import atomic_path, write_json
+from lorapar_ray.files import atomic_path, finished_files, write_json
 from lorapar_ray.grpo.prompt_stream import PromptStream
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.tensortree import load_tree, save_tree
@@ -329,6 +329,24 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path: Path) -> Non
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert json.loads(target.read_text()) == {"kept": 1}
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_files_are_found_while_a_process_removes_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        write_json(tmp_path / name / "file.json", {})
+    (tmp_path / "a" / "gone").mkdir()
+    look = os.scandir
+
+    def remove_first(path: str | int) -> Any:
+        if path == str(tmp_path / "a" / "gone"):
+            Path(path).rmdir()
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", remove_first)
+    with atomic_path(tmp_path / "b" / "draft") as draft:
+        draft.write_text("half")
+        assert finished_files(tmp_path) == [tmp_path / "a" / "file.json", tmp_path / "b" / "file.json"]
+    assert not (tmp_path / "a" / "gone").exists()
 
 
 @given(takes=st.lists(st.integers(1, 5), min_size=1, max_size=12), untrained=st.integers(0, 3), count=st.integers(1, 9))
