@@ -141,7 +141,8 @@ def command(*arguments: str | Path) -> list[str]:
 
 def sums_in(run: Path) -> list[Path]:
     """The sums of gradients that scoring has saved."""
-    return [file for file in finished_files(run / "work" / "score") if file.suffix == ".safetensors"]
+    folders = (run / "work" / "score").glob("sums-*")
+    return sorted(file for folder in folders for file in finished_files(folder) if file.suffix == ".safetensors")
 
 
 def metrics(run: Path, name: str) -> list[dict[str, Any]]:
