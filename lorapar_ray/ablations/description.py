@@ -95,7 +95,7 @@ def _seconds(plan: Plan) -> dict[str, float]:
     """Mean seconds of each finished stage."""
     spent: dict[str, list[float]] = {}
     for folder in run_folders(plan.out):
-        for name, entry in RunDirectory(folder).manifest()["stages"].items():
+        for name, entry in RunDirectory(folder).manifest().get("stages", {}).items():
             if entry.get("status") == "done" and name in PIPELINE:
                 spent.setdefault(name, []).append(float(entry.get("seconds", 0.0)))
     return {name: sum(each) / len(each) for name, each in spent.items()}
