@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from lorapar_ray.files import write_json
+from lorapar_ray.files import finished_files, write_json
 from lorapar_ray.storage import INDEX
 from lorapar_ray.storage.cache import Cache
 from lorapar_ray.storage.claims import FOLDER
@@ -134,16 +134,11 @@ class Mirror:
     def _files(self) -> dict[str, tuple[int, int]]:
         """Finished files, by name; unfinished files begin with a dot."""
         found: dict[str, tuple[int, int]] = {}
-        for folder, folders, files in os.walk(self.root):
-            folders[:] = [each for each in folders if not each.startswith(".")]
-            for each in files:
-                path = Path(folder) / each
-                name = str(path.relative_to(self.root))
-                if not _own(name):
-                    try:
-                        found[name] = _local(path)
-                    except FileNotFoundError:
-                        continue
+        for path in finished_files(self.root):
+            name = str(path.relative_to(self.root))
+            if not _own(name):
+                with suppress(FileNotFoundError):
+                    found[name] = _local(path)
         return found
 
     def _read_index(self) -> dict[str, _Copy]:
