@@ -7,7 +7,8 @@ TRL's trainer, on a CPU with transformers' generation (its only way there), on a
 dtype, same rank 8 adapter on QKVGUD, same prompts, 8 prompts × 8 completions of 48 tokens a step (32 × 8 of 256 on a
 GPU), strictly on-policy. The reward is overlap with a sentence, so that nearly every group has different rewards and
 both sides learn from it. Start-up and the first step are left out on both sides; mean lengths are printed, since
-samples differ in length. Tokens per second: the engine inside its Ray actor, with stage 2's requests, compared with
+samples differ in length. TRL's `AsyncGRPOTrainer` is not compared: it attends with FlashAttention 3's kernels only, so
+it does not run on a CPU. Tokens per second: the engine inside its Ray actor, with stage 2's requests, compared with
 `vllm.LLM` with the same settings and seeds.
 """
 
