@@ -154,6 +154,7 @@ def missing_for(stage: str, has: Capacity, groups: dict[str, tuple[int, Resource
 
 def require_fit(stage: str, has: Capacity, groups: dict[str, tuple[int, Resources]], hint: str) -> None:
     """See `require`; on a known cluster."""
+    said = False
     for kind, each in (("CPU", "cpus"), ("GPU", "gpu_count")):
         wanted = {name: (count, float(getattr(resources, each))) for name, (count, resources) in groups.items()}
         amount = sum(count * size for count, size in wanted.values())
@@ -166,24 +167,25 @@ def require_fit(stage: str, has: Capacity, groups: dict[str, tuple[int, Resource
                 f"lower {hint} or the resources, or add nodes (cluster.max_{kind.lower()}s if it grows on demand)"
             )
         if amount > now + 1e-9:
+            said = True
             console.print(f"  {stage} waits for nodes: {amount:g} {kind} ({parts}), the cluster has {now:g} so far")
-    if has.most or not has.nodes:
-        return  # the future nodes are unknown
-    for name, (count, resources) in groups.items():
+    for name, (count, resources) in groups.items() if has.nodes else ():
         if missing := _missing(resources.nodes, has.nodes):
-            raise UserError(
-                f"{stage}: {name} asks for nodes with the label {missing}, which no node of this cluster has; correct "
-                "the `nodes` of its resources, or start nodes with `ray start --labels`"
-            )
-        room = room_for(resources, has.nodes)
-        if count > room:
+            fault = f"{name} asks for nodes with the label {missing}, which no node of this cluster has"
+            fix = "correct the `nodes` of its resources, or start nodes with `ray start --labels`"
+        elif count > (room := room_for(resources, has.nodes)) and not said:
             labels = ", ".join(f"{key}={value}" for key, value in resources.nodes.items())
             gpus = f" and {resources.gpu_count:g} GPU" if resources.gpu_count else ""
-            raise UserError(
-                f"{stage}: asks for {name} {count} × {resources.cpus:g} CPU{gpus}, each on a single node"
-                f"{f' with {labels}' if labels else ''}, but the nodes have room for {room:g}; lower {hint} or the "
-                "resources, or add nodes (cluster.max_cpus if it grows on demand)"
+            fault = (
+                f"asks for {name} {count} × {resources.cpus:g} CPU{gpus}, each on a single node"
+                f"{f' with {labels}' if labels else ''}, but the nodes have room for {room:g}"
             )
+            fix = f"lower {hint} or the resources, or add nodes (cluster.max_cpus if it grows on demand)"
+        else:
+            continue
+        if not has.most:
+            raise UserError(f"{stage}: {fault}; {fix}")
+        console.print(f"  {stage} waits for nodes: {fault} so far")  # what may still join is unknown
 
 
 def room_for(resources: Resources, nodes: Iterable[Node]) -> float:

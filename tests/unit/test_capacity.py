@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from threading import Event
 
 import pytest
@@ -45,6 +46,28 @@ def test_an_autoscaling_cluster_without_nodes_is_waited_for(capsys: pytest.Captu
     said = " ".join(capsys.readouterr().out.split())
     assert "sft waits for nodes: 8 CPU (workers 4 × 2), the cluster has 0 so far" in said
     assert "4 GPU (workers 4 × 1), the cluster has 0 so far" in said
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        (
+            {"group": "learners"},
+            "workers asks for nodes with the label group=learners, which no node of this cluster has",
+        ),
+        ({}, "asks for workers 4 × 2 CPU and 1 GPU, each on a single node, but the nodes have room for 0"),
+    ],
+)
+def test_a_cluster_that_may_grow_by_other_nodes_is_waited_for_aloud(
+    nodes: dict[str, str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Enough in total is there, but not on nodes that these processes can use."""
+    amounts = {"CPU": 1.0, "GPU": 1.0}
+    has = Capacity({"CPU": 8, "GPU": 8}, {"CPU": 64, "GPU": 8}, (Node({"group": "teachers"}, amounts),) * 8)
+    room(has, **nodes)
+    assert " ".join(capsys.readouterr().out.split()) == f"sft waits for nodes: {said} so far"
+    room(replace(has, now={"CPU": 1.0, "GPU": 8}), **nodes)  # the label says more than the amount, the room does not
+    assert len(capsys.readouterr().out.split("sft waits for nodes: ")) - 1 == 1 + bool(nodes)
 
 
 def test_a_label_that_no_node_has_is_named() -> None:
