@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lorapar_ray.boundary import read_object
 from lorapar_ray.config import Config
+from lorapar_ray.datasets.chat import load_encoder
 from lorapar_ray.errors import UserError
 from lorapar_ray.exporting.card import model_card
 from lorapar_ray.files import atomic_path, write_json
@@ -65,12 +66,14 @@ def _merge(config: Config, adapter: Path, out: Path) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     base = resolve_model(config.model.path)
+    ends = load_encoder(base, None, config.model.trust_remote_code).end_ids
     trusted = {"trust_remote_code": config.model.trust_remote_code}
     with loading(base):
         dtype = torch_dtype(config.model.dtype, torch.device("cpu"))
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, **trusted)
         tokenizer = AutoTokenizer.from_pretrained(base, **trusted)
     whole = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    whole.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]  # any engine stops where training ended
     whole.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return str(dtype).removeprefix("torch.")

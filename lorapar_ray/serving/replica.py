@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 
 from lorapar_ray.config import Config
+from lorapar_ray.datasets.chat import load_encoder
 from lorapar_ray.engines.phases import Phases
 from lorapar_ray.engines.processes import start_async_llm
 from lorapar_ray.engines.settings import engine_arguments, lora_arguments, memory_share
@@ -32,11 +33,12 @@ from lorapar_ray.serving.openai_side import BASE, openai_state
 from lorapar_ray.serving.requests import (
     AUTO,
     BadRequest,
+    ending_as_trained,
     error_body,
     parsed,
     question_in,
     require_key,
-    with_system_prompt,
+    with_training_prompt,
     within_limits,
 )
 from lorapar_ray.serving.routing import Threshold, fit_threshold, routing_prompt, stages_by_system
@@ -86,6 +88,7 @@ class Replica:
         self._key, self._student, settings = key_digest, student, self._config.evaluate
         self._path = resolve_model(self._config.model.path)
         trusted = self._config.model.trust_remote_code
+        self._encoder = load_encoder(self._path, self._config.model.system_prompt, trusted)
         arguments = {
             **memory_share(settings.resources),
             **engine_arguments(self._path, settings.engine, seed=self._config.seed, trust_remote_code=trusted),
@@ -166,8 +169,8 @@ class Replica:
         headers: dict[str, str] = {}
         try:
             require_key(request.headers, self._key)
-            asked = with_system_prompt(parsed(await request.body()), self._config.model.system_prompt)
-            wanted = within_limits(kind.model_validate(asked))
+            asked = with_training_prompt(parsed(await request.body()), self._encoder)
+            wanted = ending_as_trained(within_limits(kind.model_validate(asked)), self._encoder.end_ids)
             if wanted.model == AUTO and self._threshold is not None:
                 system = await self._system(question_in(asked))
                 wanted.model, headers = stages_by_system(self._config)[system], {SYSTEM_HEADER: str(system)}

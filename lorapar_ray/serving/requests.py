@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from lorapar_ray.datasets.chat import Encoder
 
 MOST_BYTES = 2**20
 MOST_COMPLETIONS = 8
@@ -94,14 +96,31 @@ def within_limits(request: Any) -> Any:
     return request
 
 
-def with_system_prompt(asked: dict[str, Any], text: str | None) -> dict[str, Any]:
-    """The request with the run's system prompt, if it has messages but no system prompt."""
+def with_training_prompt(asked: dict[str, Any], encoder: Encoder) -> dict[str, Any]:
+    """The request, so that a chat's prompt has the token ids that `encoder` gives it in training.
+
+    With a chat template it gets the run's system prompt, if it has messages but no system prompt. Without one there is
+    no system prompt in training, but the tokenizer's usual special tokens; vLLM leaves these out of a chat by default.
+    """
     messages = asked.get("messages")
-    if text is None or not isinstance(messages, list) or not messages:
+    if not isinstance(messages, list) or not messages:
         return asked
-    if any(isinstance(each, dict) and each.get("role") == "system" for each in messages):
+    if encoder.tokenizer.chat_template is None:
+        return {"add_special_tokens": True, **asked}
+    if encoder.system_prompt is None or any(
+        isinstance(each, dict) and each.get("role") == "system" for each in messages
+    ):
         return asked
-    return {**asked, "messages": [{"role": "system", "content": text}, *messages]}
+    return {**asked, "messages": [{"role": "system", "content": encoder.system_prompt}, *messages]}
+
+
+def ending_as_trained(request: Any, end_ids: Sequence[int]) -> Any:
+    """A request that vLLM has read, whose answer also ends at `end_ids`: training may end answers with another token
+    than the model's files name. A client that sets `ignore_eos` wants none of them.
+    """
+    if not request.ignore_eos:
+        request.stop_token_ids = list(dict.fromkeys([*(request.stop_token_ids or []), *end_ids]))
+    return request
 
 
 def question_in(asked: Mapping[str, Any]) -> str:

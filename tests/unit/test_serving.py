@@ -1,5 +1,6 @@
 """What `lorapar serve` checks before a request reaches the engine, and how `auto` chooses."""
 
+import asyncio
 import json
 import socket
 from pathlib import Path
@@ -9,22 +10,28 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, LlamaConfig
 from typer.testing import CliRunner
 
 from lorapar_ray.cli import app
 from lorapar_ray.config import Config
+from lorapar_ray.datasets.chat import load_encoder
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import write_json
+from lorapar_ray.models import resolve_model
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.serving.job import KEY, Address, finished_adapters, labelled_questions, require_free, server_key
+from lorapar_ray.serving.openai_side import PLAIN
 from lorapar_ray.serving.requests import (
     MOST_BYTES,
     BadRequest,
     digest_of,
+    ending_as_trained,
     parsed,
     question_in,
     require_key,
-    with_system_prompt,
+    with_training_prompt,
     within_limits,
 )
 from lorapar_ray.serving.routing import fit_threshold, routing_prompt, stages_by_system
@@ -144,12 +151,65 @@ def test_the_key_is_compared_and_not_kept() -> None:
         assert refused.value.status == 401
 
 
-def test_the_run_s_system_prompt_is_added_where_the_client_has_none() -> None:
+@pytest.fixture
+def student(tmp_path: Path) -> Path:
+    """Files of a base model like Qwen2.5's: its documents end with one token, and the turns of its template with
+    another. Its plain text begins with a token of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("package:smollm2-135m-instruct"))
+    tokenizer.bos_token, tokenizer.eos_token = "<|im_start|>", "<|endoftext|>"
+    begin = ("<|im_start|>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[begin])
+    tokenizer.save_pretrained(tmp_path / "student")
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_attention_heads=2, num_hidden_layers=1, **ends
+    ).save_pretrained(tmp_path / "student")
+    return tmp_path / "student"
+
+
+def test_the_run_s_system_prompt_is_added_where_the_client_has_none(student: Path) -> None:
     mine, theirs = {"role": "user", "content": "q"}, {"role": "system", "content": "s"}
-    assert with_system_prompt({"messages": [mine]}, "")["messages"] == [{"role": "system", "content": ""}, mine]
-    assert with_system_prompt({"messages": [theirs, mine]}, "")["messages"] == [theirs, mine]
-    assert with_system_prompt({"messages": [mine]}, None)["messages"] == [mine]
-    assert with_system_prompt({"prompt": "p"}, "x") == {"prompt": "p"}
+    encoder = load_encoder(str(student), "")
+    assert with_training_prompt({"messages": [mine]}, encoder) == {
+        "messages": [{"role": "system", "content": ""}, mine]
+    }
+    assert with_training_prompt({"messages": [theirs, mine]}, encoder) == {"messages": [theirs, mine]}
+    assert with_training_prompt({"messages": [mine]}, load_encoder(str(student), None)) == {"messages": [mine]}
+    assert with_training_prompt({"prompt": "p"}, encoder) == {"prompt": "p"}
+
+
+@pytest.mark.slow  # imports vLLM
+@pytest.mark.parametrize("template", [True, False])
+def test_a_chat_gets_the_prompt_and_the_ends_of_training(student: Path, template: bool) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.renderers.online_renderer import OnlineRenderer
+    from vllm.renderers.registry import renderer_from_config
+
+    if not template:
+        (student / "chat_template.jinja").unlink()
+    encoder = load_encoder(str(student), "Answer with a number.")
+    assert (encoder.tokenizer.chat_template is None) is not template
+    settings = EngineArgs(model=str(student), max_model_len=64).create_engine_config()
+    plain = None if template else PLAIN
+    renderer = OnlineRenderer(
+        settings.model_config,
+        renderer_from_config(settings),
+        request_logger=None,
+        chat_template=plain,
+        chat_template_content_format="auto",
+    )
+    asked = {"model": "sft", "messages": [{"role": "user", "content": "What is 4 + 5?"}], "stop_token_ids": [7]}
+    wanted = ending_as_trained(
+        ChatCompletionRequest.model_validate(with_training_prompt(asked, encoder)), encoder.end_ids
+    )
+    _, [prompt] = asyncio.run(renderer.render_chat(wanted))
+    assert prompt["prompt_token_ids"] == encoder.prompt_ids("What is 4 + 5?")
+    assert encoder.tokenizer.decode(prompt["prompt_token_ids"]).startswith("<|im_start|>")
+    ends = encoder.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert wanted.to_sampling_params(8, {}).stop_token_ids == [7, *(ends if template else ends[1:])]
+    endless = ending_as_trained(ChatCompletionRequest.model_validate({**asked, "ignore_eos": True}), encoder.end_ids)
+    assert endless.to_sampling_params(8, {}).stop_token_ids == [7]
 
 
 def test_other_machines_need_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
