@@ -19,5 +19,11 @@ class ClusterConfig(Section):
     gpu_memory_gib: Operation[PositiveFloat | None] = None
     """Memory of one GPU, for the estimate of `lorapar run --dry-run`; None: of this machine's GPUs, if it has any."""
     wait_s: Operation[PositiveFloat] = 600.0
-    """Longest wait for free resources for stage 2's engines: give new nodes time to start, or other jobs time to end. A
-    stage that needs a lost node waits equally long for it, or for a replacement."""
+    """On a cluster that does not grow: longest wait for free resources for stage 2's engines, so that other jobs have
+    time to end, and for a lost node without which a stage cannot begin, or its replacement. With `max_cpus` or
+    `max_gpus` there is no limit."""
+
+    @property
+    def grows(self) -> bool:
+        """Whether nodes may join on demand."""
+        return self.max_cpus is not None or self.max_gpus is not None

@@ -11,6 +11,7 @@ refuses.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,11 @@ from lorapar_ray.capacity import require
 from lorapar_ray.config import Config, GrpoConfig, Resources
 from lorapar_ray.errors import UserError
 from lorapar_ray.processes import processes_of
+from lorapar_ray.progress import console
 from lorapar_ray.workers import bundle
+
+LOOK_S = 5
+"""Seconds until a wait is reported."""
 
 
 @contextmanager
@@ -30,12 +35,12 @@ def reserved(config: Config) -> Iterator[Any]:
 
     Raises:
         UserError: the cluster can never hold engines, learners, reward workers and judges together, or the resources
-            were not free in time (a bundle may also be larger than every node).
+            were not free in time (on a cluster that does not grow).
     """
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    settings, limit_s = config.grpo, config.cluster.wait_s
+    settings = config.grpo
     engines, resources = settings.rollout_actors, settings.rollout_resources
     require("grpo", processes_of(config, "grpo"))
     if not any(bundle(resources).values()):
@@ -47,17 +52,28 @@ def reserved(config: Config) -> Iterator[Any]:
         strategy=settings.rollout_placement.upper(),
         bundle_label_selector=[dict(resources.nodes)] * (engines + empty) if resources.nodes else None,
     )
-    deadline = time.monotonic() + limit_s
     try:
-        while not group.wait(min(limit_s, 5)):
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"grpo: no room for {engines} rollout engines of {bundle(resources)}, each on a single node, "
-                    f"within {limit_s:g} s; lower grpo.rollout_actors or grpo.rollout_resources, or see `ray status`"
-                )
+        wait_for_places(group, config)
         yield group
     finally:
         remove_placement_group(group)
+
+
+def wait_for_places(group: Any, config: Config) -> None:
+    """Until the engines' bundles have their places; on a cluster that does not grow for at most `cluster.wait_s`."""
+    limit_s = math.inf if config.cluster.grows else config.cluster.wait_s
+    deadline, said = time.monotonic() + limit_s, False
+    asked = f"room for {config.grpo.rollout_actors} rollout engines of {bundle(config.grpo.rollout_resources)}, each"
+    while not group.wait(min(limit_s, LOOK_S)):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"grpo: no {asked} on a single node, within {limit_s:g} s; lower grpo.rollout_actors or "
+                "grpo.rollout_resources, or see `ray status`"
+            )
+        if not said:
+            limit = "" if config.cluster.grows else f"up to {limit_s:g} s "
+            console.print(f"  grpo waits {limit}for {asked} on a single node")
+        said = True
 
 
 def empty_places(settings: GrpoConfig, free: int) -> int:
