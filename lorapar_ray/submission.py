@@ -11,11 +11,13 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lorapar_ray.cluster_token import NOT_ACCEPTED, refused
 from lorapar_ray.errors import UserError
 from lorapar_ray.job_log import FINAL, JobLog, followed
 from lorapar_ray.redact import redact
@@ -25,6 +27,8 @@ from lorapar_ray.text import one_line
 from lorapar_ray.threads import in_a_thread
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+SERVER, CLUSTER = "RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"
+"""Variables by which Ray's client finds the job server; the first one wins, also over an address that it is given."""
 CONNECT_TIMEOUT_S = 30.0
 SUBMIT_TIMEOUT_S = 600.0
 AGENT_LIMIT_S = 120.0
@@ -37,6 +41,7 @@ NOT_SENT = [".git", ".venv", ".hypothesis", "runs", "site", "**/__pycache__"]
 REFUSED = re.compile(r"Request failed with status code 40[13]\b|40[13] Client Error\b")
 """How a client says that the server wants another token, where it has no `AuthenticationError`. An address may have any
 of these words and numbers."""
+URL = ("http://", "https://")
 SETTINGS, REDO = "settings", "redo"
 """Names in a job's metadata."""
 CHATTY = (
@@ -94,35 +99,35 @@ class Jobs:
         """Connect.
 
         Args:
-            address: URL of the cluster's dashboard; None: `RAY_API_SERVER_ADDRESS`, or this machine.
+            address: URL of the cluster's dashboard; None: `RAY_API_SERVER_ADDRESS`, the dashboard of the cluster that
+                `RAY_ADDRESS` names, or this machine's.
 
         Raises:
             UserError: nothing answers, it is not Ray, or it requires another token.
         """
-        self.address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
-        if not self.address.startswith(("http://", "https://")):
-            raise UserError(
-                f"--address {self.address}: give the URL of the cluster's dashboard, such as {DEFAULT_ADDRESS}"
-            )
+        given = address or os.environ.get(SERVER)
+        if given and not given.startswith(URL):
+            raise UserError(f"--address {given}: give the URL of the cluster's dashboard, such as {DEFAULT_ADDRESS}")
+        self.address = given or os.environ.get(CLUSTER, "").strip() or DEFAULT_ADDRESS
         self._client = self._ask(self._connect)
+        if not self.address.startswith(URL):
+            self.address = str(self._client.get_address())
 
     def _connect(self) -> Any:
         from ray.job_submission import JobSubmissionClient
 
         for name in CHATTY:
             logging.getLogger(name).setLevel(logging.WARNING)
-        return JobSubmissionClient(self.address)
+        with _variable(SERVER, self.address):
+            return JobSubmissionClient(self.address)
 
     def _ask(self, call: Callable[[], T]) -> T:
         try:
             return in_a_thread(call, name="asking the job server", timeout_s=CONNECT_TIMEOUT_S)
         except Exception as error:  # requests, aiohttp and Ray each have their own, and a proxy any answer
             said = one_line(error, 160) or type(error).__name__
-            if type(error).__name__ == "AuthenticationError" or REFUSED.match(str(error)):
-                raise UserError(
-                    f"the cluster at {self.address} does not accept this machine's token; set RAY_AUTH_MODE=token and "
-                    "RAY_AUTH_TOKEN (or ~/.ray/auth_token) to the cluster's"
-                ) from error
+            if refused(error) or REFUSED.match(str(error)):
+                raise UserError(f"the cluster at {self.address} {NOT_ACCEPTED}") from error
             raise UserError(
                 f"no Ray job server at {self.address} ({said}); --address takes the URL of the cluster's dashboard"
             ) from error
@@ -224,6 +229,20 @@ class Jobs:
         log = JobLog(lambda line: print(line, flush=True))
         ended = followed(self._client, job, log)
         return ended.status.value, log.cause or redact(one_line(ended.message or "", 300))
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Another value of an environment variable of this process, for a while."""
+    usual = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if usual is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = usual
 
 
 def _attempts(key: str, known: Iterable[str]) -> list[str]:

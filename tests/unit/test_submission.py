@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from click.testing import Result
@@ -175,22 +179,56 @@ def test_an_address_that_reads_like_a_refused_token_blames_no_token(address: str
         Jobs(address)
 
 
+class Dashboard(BaseHTTPRequestHandler):
+    """Simulated job server: its status, and what it answers."""
+
+    status = 200
+    answers: ClassVar[dict[str, Any]] = {}
+
+    def do_GET(self) -> None:
+        answer = json.dumps(self.answers.get(self.path, {"ray_version": "2.60.0"})).encode()
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def dashboard(answering: type[Dashboard]) -> Iterator[str]:
+    """Yields its URL."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), answering) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_refused_token_is_called_one(status: int) -> None:
-    class Refusing(BaseHTTPRequestHandler):
-        """Fault injection: a dashboard that wants another token."""
+    refusing = type("Refusing", (Dashboard,), {"status": status})
+    said = "does not accept this machine's token; set RAY_AUTH_MODE=token"
+    with dashboard(refusing) as address, pytest.raises(UserError, match=said):
+        Jobs(address)
 
-        def do_GET(self) -> None:
-            self.send_error(status)
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(UserError, match="does not accept this machine's token; set RAY_AUTH_MODE=token"):
-            Jobs(f"http://127.0.0.1:{server.server_port}")
-        server.shutdown()
+@pytest.mark.parametrize("variable", ["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"])
+def test_a_given_address_wins_over_the_environment(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own client takes the environment's."""
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    elsewhere = "http://127.0.0.1:9"
+    with dashboard(Dashboard) as address:
+        monkeypatch.setenv(variable, elsewhere)
+        jobs = Jobs(f"{address}/")
+        assert (jobs.address, jobs._client.get_address()) == (f"{address}/", address)
+        assert os.environ[variable] == elsewhere
+        monkeypatch.setenv(variable, address)
+        assert Jobs(None).address == address
+    monkeypatch.delenv(variable)
+    with pytest.raises(UserError, match=f"no Ray job server at {elsewhere} "):
+        Jobs(elsewhere)
+    assert "RAY_API_SERVER_ADDRESS" not in os.environ
 
 
 def test_nodes_that_differ_are_named() -> None:

@@ -1,0 +1,14 @@
+"""What to do about the token that a cluster asks everyone for who connects to it."""
+
+from __future__ import annotations
+
+NOT_ACCEPTED = (
+    "does not accept this machine's token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or ~/.ray/auth_token) to the "
+    "cluster's"
+)
+"""Follows the cluster's name."""
+
+
+def refused(error: BaseException) -> bool:
+    """Whether an error of Ray's says so: the token is missing or wrong."""
+    return type(error).__name__ == "AuthenticationError"
