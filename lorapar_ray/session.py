@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+from lorapar_ray.cluster_token import NOT_ACCEPTED, refused
 from lorapar_ray.errors import UserError
 from lorapar_ray.interrupts import terminable
 from lorapar_ray.ray_files import ENGINE_FILES, RayFiles, local_files
@@ -82,7 +83,11 @@ def _cluster(address: str, logs: dict[str, Any]) -> Iterator[None]:
         require_ray_at(address)
         with _quiet(logs):
             in_a_thread(lambda: ray.init(address=address, **logs), name="connecting to Ray", timeout_s=JOIN_TIMEOUT_S)
-    except _NO_RAY as error:
+    except Exception as error:
+        if refused(error):
+            raise UserError(f"the cluster at RAY_ADDRESS={address} {NOT_ACCEPTED}") from error
+        if not isinstance(error, _NO_RAY):
+            raise
         why = one_line(error, 120) or type(error).__name__
         raise UserError(
             f"no Ray at RAY_ADDRESS={address} ({why}); start it with `ray start --head` or unset RAY_ADDRESS"
@@ -221,6 +226,7 @@ def require_ray_at(address: str) -> None:
 
     Raises:
         OSError: nothing answers within `CONNECT_TIMEOUT_S`, or the server is not Ray.
+        UserError: it is Ray and wants another token.
     """
     place = address.removeprefix("ray://")
     host, _, port = place.rpartition(":")
@@ -241,7 +247,8 @@ def require_ray_at(address: str) -> None:
     except grpc.FutureTimeoutError as error:
         raise OSError("the server there is not a Ray client server") from error
     except grpc.RpcError as error:
-        if error.code() is not grpc.StatusCode.UNAUTHENTICATED:  # a Ray that wants a token: `ray.init` says how
-            raise OSError(f"the server there is not a Ray cluster: {error.code().name}") from error
+        if error.code() is grpc.StatusCode.UNAUTHENTICATED:  # Ray itself would only say that it cannot connect
+            raise UserError(f"the cluster at RAY_ADDRESS={address} {NOT_ACCEPTED}") from error
+        raise OSError(f"the server there is not a Ray cluster: {error.code().name}") from error
     finally:
         channel.close()

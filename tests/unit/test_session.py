@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -171,6 +172,35 @@ def test_a_port_that_is_no_ray_is_one_line_in_time(
     monkeypatch.setattr(session, "CONNECT_TIMEOUT_S", 0.5)
     with pytest.raises(UserError, match=f"no Ray at RAY_ADDRESS={address}.*is not a Ray c"), session.ray_session():
         pass
+
+
+def test_a_cluster_that_wants_another_token_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault injection: a server that refuses every call as Ray's does. `ray.init` would only say "failed to connect"."""
+    import grpc
+
+    class Refusing(grpc.GenericRpcHandler):  # type: ignore[misc]
+        def service(self, _: Any) -> Any:
+            return grpc.unary_unary_rpc_method_handler(
+                lambda _, context: context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+            )
+
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Refusing()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    said = f"the cluster at RAY_ADDRESS=127.0.0.1:{port} does not accept this machine's token; set RAY_AUTH_MODE=token"
+    with pytest.raises(UserError, match=said), session.ray_session():
+        pass
+    server.stop(None)
+
+
+def test_a_token_that_is_to_be_used_and_is_not_there_is_one_line(silent_server: str, tmp_path: Path) -> None:
+    """Ray reads these settings once in a process."""
+    code = "from lorapar_ray.session import ray_session\nwith ray_session():\n  pass"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {"RAY_ADDRESS": silent_server, "RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert f"UserError: the cluster at RAY_ADDRESS={silent_server} does not accept this machine's token" in done.stderr
 
 
 def test_ray_is_started_again_once_and_then_the_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
