@@ -28,6 +28,7 @@ ONE_MACHINE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_HEALTH_CHE
 second is cheap."""
 START_TRIES = 2
 """Ray waits half a minute for its raylet, and takes ports that another Ray may take at the same moment."""
+AWAY = "run this on a machine of the cluster, or set RAY_ADDRESS to the cluster's host:port"
 LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 QUIET = {LOG_LEVEL: "fatal"}
 """Ray's C++ code prints its errors directly to the terminal, such as a warning about any actor pool of Ray Data. Errors
@@ -37,7 +38,7 @@ _started_here = False
 
 
 @contextmanager
-def ray_session(verbose: bool = False) -> Iterator[None]:
+def ray_session(verbose: bool = False, *, running: bool = False) -> Iterator[None]:
     """Be connected to Ray while the block runs; SIGTERM raises `Terminated` in it.
 
     Inside a submitted job, or with RAY_ADDRESS set, that is the running cluster. Otherwise a Ray is started on this
@@ -45,9 +46,10 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
 
     Args:
         verbose: forward the workers' own output to this terminal.
+        running: start none; without RAY_ADDRESS connect to the Ray that runs on this machine.
 
     Raises:
-        UserError: RAY_ADDRESS names a cluster that does not answer, or a local Ray cannot start.
+        UserError: RAY_ADDRESS names a cluster that does not answer, none runs here, or a local Ray cannot start.
     """
     import logging
 
@@ -61,7 +63,9 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
         os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     logs = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     address = os.environ.get("RAY_ADDRESS", "").strip()
-    with _cluster(address, logs) if address and address != "local" else _local(logs), terminable():
+    if running and address == "local":
+        raise UserError("RAY_ADDRESS=local names no cluster; unset it on a machine of the cluster")
+    with _cluster(address, logs) if running or address not in ("", "local") else _local(logs), terminable():
         yield
 
 
@@ -72,7 +76,10 @@ def is_own_ray() -> bool:
 
 @contextmanager
 def _cluster(address: str, logs: dict[str, Any]) -> Iterator[None]:
+    """Connect to the Ray at an address, or to the one on this machine ("")."""
     import ray
+
+    where = f"at RAY_ADDRESS={address}" if address else "on this machine"
 
     if address.startswith(("http://", "https://")):
         raise UserError(
@@ -81,17 +88,17 @@ def _cluster(address: str, logs: dict[str, Any]) -> Iterator[None]:
         )
     try:
         require_ray_at(address)
+        found = address or "auto"
         with _quiet(logs):
-            in_a_thread(lambda: ray.init(address=address, **logs), name="connecting to Ray", timeout_s=JOIN_TIMEOUT_S)
+            in_a_thread(lambda: ray.init(address=found, **logs), name="connecting to Ray", timeout_s=JOIN_TIMEOUT_S)
     except Exception as error:
         if refused(error):
-            raise UserError(f"the cluster at RAY_ADDRESS={address} {NOT_ACCEPTED}") from error
+            raise UserError(f"the cluster {where} {NOT_ACCEPTED}") from error
         if not isinstance(error, _NO_RAY):
             raise
         why = one_line(error, 120) or type(error).__name__
-        raise UserError(
-            f"no Ray at RAY_ADDRESS={address} ({why}); start it with `ray start --head` or unset RAY_ADDRESS"
-        ) from error
+        fix = "start it with `ray start --head` or unset RAY_ADDRESS" if address else AWAY
+        raise UserError(f"no Ray {where} ({why}); {fix}") from error
     try:
         yield
     finally:

@@ -26,22 +26,30 @@ def status(run_dir: ExistingRun, once: Annotated[bool, typer.Option("--once", he
 
 
 def doctor(
-    cluster: Annotated[bool, typer.Option("--cluster", help="Check every node of RAY_ADDRESS instead.")] = False,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Check every node of the cluster instead.")] = False,
     config: Annotated[list[Path] | None, typer.Option("--config", "-c", help="With --cluster.")] = None,
     run_dir: RunDir = None,
     set_: Overrides = None,
 ) -> None:
-    """Check versions, engines, cores, memory, disk and Ray, one line each."""
+    """Check versions, engines, cores, memory, disk and Ray, one line each.
+
+    --cluster asks the cluster of this machine, or of RAY_ADDRESS.
+    """
     from lorapar_ray.doctor import examine
     from lorapar_ray.progress import console
     from lorapar_ray.text import markup
 
+    for option, given in (("--config", config), ("--run-dir", run_dir), ("--set", set_)):
+        if given and not cluster:
+            raise UserError(f"{option}: needs --cluster; without it only this machine is checked, not a run")
+    if set_ and not config:
+        raise UserError("--set: changes a config; give that with --config")
     if cluster:
         from lorapar_ray.cluster_check import examine_cluster
         from lorapar_ray.session import ray_session
 
         loaded = load_config(one("--config", config), set_ or []) if config else None
-        with ray_session():
+        with ray_session(running=True):
             findings = examine_cluster(loaded, one("--run-dir", run_dir) if run_dir else None)
     else:
         findings = examine()

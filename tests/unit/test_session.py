@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from lorapar_ray import ray_files, session
+from lorapar_ray.cli import app
 from lorapar_ray.errors import UserError
 from lorapar_ray.private_directory import LOCK, PREFIX, private_directory, remove_abandoned
 from lorapar_ray.ray_files import LONGEST_ROOT, SOCKET_BYTES, local_files
@@ -201,6 +203,26 @@ def test_a_token_that_is_to_be_used_and_is_not_there_is_one_line(silent_server: 
     environment |= {"RAY_ADDRESS": silent_server, "RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert f"UserError: the cluster at RAY_ADDRESS={silent_server} does not accept this machine's token" in done.stderr
+
+
+def test_the_nodes_of_a_cluster_are_never_those_of_a_ray_started_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault injection: no Ray is found, as on a machine where none runs; other tests' Rays run here."""
+    asked: list[str] = []
+
+    def init(address: str, **_: Any) -> None:
+        asked.append(address)
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr("ray.init", init)
+    refused = CliRunner().invoke(app, ["doctor", "--cluster"]).exception
+    assert isinstance(refused, UserError) and asked == ["auto"]
+    assert str(refused) == (
+        "no Ray on this machine (Could not find any running Ray instance.); run this on a machine of the cluster, or "
+        "set RAY_ADDRESS to the cluster's host:port"
+    )
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    with pytest.raises(UserError, match="RAY_ADDRESS=local names no cluster"), session.ray_session(running=True):
+        pass
 
 
 def test_ray_is_started_again_once_and_then_the_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
