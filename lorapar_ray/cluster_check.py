@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from lorapar_ray.capacity import Capacity, capacity, growing, require_fit
@@ -22,10 +23,13 @@ from lorapar_ray.pipeline import PIPELINE, stages_of
 from lorapar_ray.processes import HINTS, processes_of
 from lorapar_ray.storage.probe import Probe
 from lorapar_ray.storage.uris import is_uri
+from lorapar_ray.text import REASON_LENGTH, final_line
 from lorapar_ray.versions import installed_versions
 
 ANSWER_LIMIT_S = 120
 """For a node to start a worker and to import torch."""
+SILENT = "no answer"
+"""The reason of a node that is still at it."""
 LEAST_FREE_GIB = 2
 
 
@@ -59,8 +63,8 @@ def examine_cluster(config: Config | None, run_dir: str | None) -> list[Finding]
         if probe is not None:
             probe.ask()
         models = sorted(set(_models(config))) if config is not None else []
-        reports, silent = _ask(nodes, probe, models)
-        found = [_nodes(nodes, silent), _versions(nodes, reports), _gpus(nodes, reports)]
+        reports, failed = _ask(nodes, probe, models)
+        found = [_nodes(nodes, failed), _versions(nodes, reports), _gpus(nodes, reports)]
         if probe is not None:
             found.append(_storage(nodes, reports, probe))
         if config is not None:
@@ -75,8 +79,8 @@ def examine_cluster(config: Config | None, run_dir: str | None) -> list[Finding]
                 probe.remove()
 
 
-def _ask(nodes: dict[str, Any], probe: Probe | None, models: list[str]) -> tuple[dict[str, NodeReport], list[str]]:
-    """Every node's report, and the nodes that sent none in time."""
+def _ask(nodes: dict[str, Any], probe: Probe | None, models: list[str]) -> tuple[dict[str, NodeReport], dict[str, str]]:
+    """Every node's report, and the reason of each node that sent none."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -86,19 +90,19 @@ def _ask(nodes: dict[str, Any], probe: Probe | None, models: list[str]) -> tuple
 
     asked = {there(node).remote(node, probe, models): node for node in nodes}
     answered, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_LIMIT_S)
-    reports, silent = {}, [asked[call] for call in late]
+    reports, failed = {}, dict.fromkeys((asked[call] for call in late), SILENT)
     for call in answered:
         try:
             reports[asked[call]] = NodeReport(**ray.get(call))
-        except ray.exceptions.RayError:
-            silent.append(asked[call])
-    return reports, silent
+        except ray.exceptions.RayError as error:  # ends with the line of the error on the node
+            failed[asked[call]] = final_line(error, REASON_LENGTH) or type(error).__name__
+    return reports, failed
 
 
 def report(node: str, probe: Probe | None, models: list[str]) -> dict[str, Any]:
     """One node's report, as a dict (a Ray task)."""
     gpus = 0
-    with suppress(ImportError):
+    if find_spec("torch") is not None:  # one that is there and cannot be imported is an error
         import torch
 
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -123,11 +127,13 @@ def _named(nodes: dict[str, Any], which: list[str]) -> str:
     return ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
 
 
-def _nodes(nodes: dict[str, Any], silent: list[str]) -> Finding:
-    if silent:
-        return Finding(
-            "nodes", False, f"no answer from {_named(nodes, silent)} within {ANSWER_LIMIT_S} s; see their Ray logs"
-        )
+def _nodes(nodes: dict[str, Any], failed: dict[str, str]) -> Finding:
+    """The first node's reason, and the nodes that share it."""
+    for why in failed.values():
+        which = _named(nodes, [node for node, each in failed.items() if each == why])
+        if why == SILENT:
+            return Finding("nodes", False, f"no answer from {which} within {ANSWER_LIMIT_S} s; see their Ray logs")
+        return Finding("nodes", False, f"no report from {which} ({why}); install the same lock on every node")
     total = [sum(node["Resources"].get(kind, 0) for node in nodes.values()) for kind in ("CPU", "GPU")]
     return Finding("nodes", True, f"{len(nodes)} answer, {total[0]:g} CPU, {total[1]:g} GPU in all")
 

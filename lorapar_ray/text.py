@@ -42,6 +42,11 @@ def one_line(value: Any, limit: int | None = None) -> str:
     return line if limit is None or len(line) <= limit else line[: limit - 1] + "…"
 
 
+def final_line(value: Any, limit: int | None = None) -> str:
+    """The last line that is not empty, as `one_line`: a traceback ends in its error."""
+    return one_line(next((line for line in reversed(str(value).splitlines()) if line.strip()), ""), limit)
+
+
 def reason(error: BaseException, limit: int = REASON_LENGTH) -> str:
     """An error in one short line; an error from a Ray task contains a whole remote traceback."""
     cause = getattr(error, "cause", None) or error

@@ -1,11 +1,16 @@
 """Work that runs once, as a task on some machine: a process that is lost is replaced, but not without end."""
 
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import ray
 
+from lorapar_ray import cluster_check
+from lorapar_ray.cluster_check import examine_cluster
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
 from lorapar_ray.pipeline import check, check_there
@@ -60,3 +65,24 @@ def test_the_driver_needs_no_student_to_check_a_run(
     check(loaded, ("grpo",))
     with pytest.raises(UserError, match=r"3 learners cannot divide the model's \d attention heads"):
         check_there(loaded, ("sft", "grpo"))
+
+
+def test_a_node_that_cannot_report_says_why(cluster: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A node without our package, and one whose torch cannot be loaded (fault injection)."""
+    found = examine_cluster(Config.model_validate(tiny_config(save_tiny_student(tmp_path))), str(tmp_path / "run"))
+    assert [each.what for each in found if not each.ok] == []
+    assert found[0].detail.startswith("1 answer, ")
+    elsewhere = ModuleType("only_here")
+    exec("def report(*_): return {}", elsewhere.__dict__)
+    monkeypatch.setitem(sys.modules, "only_here", elsewhere)
+
+    def broken(*_: Any) -> None:
+        raise OSError("libcudart.so.13: cannot open shared object file")
+
+    for report, why in (
+        (elsewhere.report, "ModuleNotFoundError: No module named 'only_here'"),
+        (broken, "OSError: libcudart.so.13: cannot open shared object file"),
+    ):
+        monkeypatch.setattr(cluster_check, "report", report)
+        [(node, said)] = cluster_check._ask({each["NodeID"]: each for each in ray.nodes()}, None, [])[1].items()
+        assert said == why, node

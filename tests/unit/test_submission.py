@@ -20,7 +20,17 @@ from typer.testing import CliRunner
 from lorapar_ray import submission
 from lorapar_ray.capacity import Capacity
 from lorapar_ray.cli import app
-from lorapar_ray.cluster_check import NodeReport, _gpus, _keys, _models_found, _nodes, _room, _storage, _versions
+from lorapar_ray.cluster_check import (
+    SILENT,
+    NodeReport,
+    _gpus,
+    _keys,
+    _models_found,
+    _nodes,
+    _room,
+    _storage,
+    _versions,
+)
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
 from lorapar_ray.redact import remember
@@ -238,8 +248,24 @@ def test_nodes_that_differ_are_named() -> None:
     assert not found.ok and "torch is" in found.detail and "but 2.0.0 on 10.0.0.1" in found.detail
     missing = _versions(NODES, {"a": report(versions={**report().versions, "peft": None})})
     assert not missing.ok and "but none on 10.0.0.0" in missing.detail
-    assert _nodes(NODES, []).detail == "2 answer, 8 CPU, 0 GPU in all"
-    assert "no answer from 10.0.0.1 within" in _nodes(NODES, ["b"]).detail
+    assert _nodes(NODES, {}).detail == "2 answer, 8 CPU, 0 GPU in all"
+    assert "no answer from 10.0.0.1 within" in _nodes(NODES, {"b": SILENT}).detail
+    both = _nodes(NODES, {"a": "OSError: libcudart.so.13", "b": "OSError: libcudart.so.13"}).detail
+    assert both.startswith("no report from 10.0.0.0, 10.0.0.1 (OSError: libcudart.so.13); install the same lock")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--config", "run.yaml"], "--config: needs --cluster"),
+        (["-d", "/shared/x"], "--run-dir: needs --cluster"),
+        (["--set", "seed=3"], "--set: needs --cluster"),
+        (["--cluster", "--set", "seed=3"], "--set: changes a config; give that with --config"),
+    ],
+)
+def test_the_doctor_ignores_no_option(options: list[str], said: str) -> None:
+    refused = CliRunner().invoke(app, ["doctor", *options]).exception
+    assert isinstance(refused, UserError) and str(refused).startswith(said)
 
 
 def test_a_gpu_that_torch_cannot_use_is_named() -> None:
