@@ -177,7 +177,7 @@ def test_a_port_that_is_no_ray_is_one_line_in_time(
 
 
 def test_a_cluster_that_wants_another_token_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fault injection: a server that refuses every call as Ray's does. `ray.init` would only say "failed to connect"."""
+    """Fault injection: a server that refuses every call as Ray does. `ray.init` would only say "failed to connect"."""
     import grpc
 
     class Refusing(grpc.GenericRpcHandler):  # type: ignore[misc]
