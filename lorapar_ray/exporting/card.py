@@ -13,8 +13,19 @@ from lorapar_ray.reporting.data import MODELS, RunData
 from lorapar_ray.reporting.page import in_order, verdicts
 from lorapar_ray.text import shown
 
-SHOWN = {"adapter": "score", "score": "score", "partition": "partition", "sft": "sft", "grpo": "grpo"}
-"""Config sections that describe the training, and the stage that used each."""
+SHOWN = {
+    "model": "score",
+    "label": "label",
+    "adapter": "score",
+    "score": "score",
+    "partition": "partition",
+    "sft": "sft",
+    "grpo": "grpo",
+    "evaluate": "evaluate",
+}
+"""Config sections that describe the training and its results, and the stage that used each."""
+MOST_SHARES = 12
+"""Rows of a model on one task: lm-eval's groups come first, and MMLU has 57 subjects."""
 
 
 def model_card(config: Config, run: RunData, stage: str, *, merged: str | None) -> str:
@@ -79,9 +90,14 @@ def _regions(run: RunData) -> Iterator[str]:
 
 
 def _results(config: Config, run: RunData) -> Iterator[str]:
-    if not run.accuracy or not run.state.stands("evaluate"):
+    if not (run.accuracy or run.shares) or not run.state.stands("evaluate"):
         return
     yield "## Results\n"
+    yield from _on_test_rows(config, run) if run.accuracy else ()
+    yield from _on_tasks(run) if run.shares else ()
+
+
+def _on_test_rows(config: Config, run: RunData) -> Iterator[str]:
     yield "Greedy answers to held-out questions, with 95 % Wilson intervals.\n"
     yield "| | accuracy | 95 % interval | n |"
     yield "| --- | --- | --- | --- |"
@@ -90,6 +106,20 @@ def _results(config: Config, run: RunData) -> Iterator[str]:
         yield f"| {MODELS[name]} | {found['accuracy']:.1%} | {low:.1%} – {high:.1%} | {found['n']} |"
     yield ""
     yield from (f"- {each}" for each in verdicts(in_order(config, run.accuracy), run.right))
+    yield ""
+
+
+def _on_tasks(run: RunData) -> Iterator[str]:
+    yield "Tasks of lm-eval, with 95 % intervals.\n"
+    yield "| task | metric | | accuracy | 95 % interval | n |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for model, shares in run.shares.items():
+        for asked in dict.fromkeys(share["asked"] for share in shares):
+            for share in [each for each in shares if each["asked"] == asked][:MOST_SHARES]:
+                low, high = share["interval"]
+                metric = share["metric"] + ("" if share["filter"] in ("none", "") else f" ({share['filter']})")
+                names = " | ".join(name.replace("|", "\\|") for name in (share["task"], metric, MODELS[model]))
+                yield f"| {names} | {share['accuracy']:.1%} | {low:.1%} – {high:.1%} | {share['n']} |"
     yield ""
 
 

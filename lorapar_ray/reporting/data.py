@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class RunData:
     """By model name, in the order of `MODELS`."""
     right: dict[str, dict[str, bool]]
     """By model name, whether each question, by its id, was answered correctly."""
+    shares: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """By model name, its shares on lm-eval's tasks."""
 
 
 def read_run(config: Config, run: RunDirectory) -> RunData:
@@ -61,7 +63,16 @@ def read_run(config: Config, run: RunDirectory) -> RunData:
         samples=read_lines(run.metrics / "samples.jsonl"),
         accuracy={name: found for name, found in accuracy.items() if found is not None},
         right={name: _right(path) for name in MODELS if (path := run.eval / f"{name}.parquet").is_file()},
+        shares={name: found for name in MODELS if (found := of_tasks(run.eval, name)[0])},
     )
+
+
+def of_tasks(root: Path, model: str) -> tuple[list[dict[str, Any]], list[tuple[str, Path]]]:
+    """A model's shares on lm-eval's tasks, and each task with the table of its answers, in an evaluation's folder."""
+    results = sorted((root / "tasks" / model).glob("*.json"))
+    labels = [(file, read_object(file)) for file in results]
+    shares = [share | {"asked": label["task"]} for _, label in labels for share in label["results"]]
+    return shares, [(label["task"], root / "rows" / model / f"{file.stem}.parquet") for file, label in labels]
 
 
 def _scatter(run: RunDirectory) -> dict[str, list[Any]] | None:

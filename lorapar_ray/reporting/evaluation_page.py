@@ -13,7 +13,7 @@ from lorapar_ray.datasets.rows import ROWS_PER_WRITE, read_columns
 from lorapar_ray.evaluation.decisions import Decision, decisions
 from lorapar_ray.evaluation.statistics import paired
 from lorapar_ray.files import atomic_path
-from lorapar_ray.reporting.data import MODELS
+from lorapar_ray.reporting.data import MODELS, of_tasks
 from lorapar_ray.reporting.html import rendered
 from lorapar_ray.runs import RunDirectory
 
@@ -59,17 +59,9 @@ def read_found(root: Path, models: Sequence[str]) -> list[Found]:
     """Each model's results in `root`, in this order (see `lorapar_ray.evaluation.tasks`)."""
     found = []
     for model in models:
-        shares, tables = _of_tasks(root, model)
+        shares, tables = of_tasks(root, model)
         found.append(Found(model, shares, Answers(tables)))
     return found
-
-
-def _of_tasks(root: Path, model: str) -> tuple[list[dict[str, Any]], list[tuple[str, Path]]]:
-    """A model's shares on lm-eval's tasks, and each task with the table of its answers."""
-    results = sorted((root / "tasks" / model).glob("*.json"))
-    labels = [(file, read_object(file)) for file in results]
-    shares = [share | {"asked": label["task"]} for _, label in labels for share in label["results"]]
-    return shares, [(label["task"], root / "rows" / model / f"{file.stem}.parquet") for file, label in labels]
 
 
 def read_run_found(run: RunDirectory) -> list[Found]:
@@ -77,7 +69,7 @@ def read_run_found(run: RunDirectory) -> list[Found]:
     found = []
     for model, name in MODELS.items():
         file = run.eval / f"{model}.json"
-        shares, tables = _of_tasks(run.eval, model)
+        shares, tables = of_tasks(run.eval, model)
         answers = Answers(tables)
         if file.is_file():
             result = read_object(file)

@@ -16,13 +16,15 @@ from lorapar_ray.standing import Standing
 TREE = {
     "name": "sums",
     "seed": 3,
-    "model": {"path": "owner/base"},
+    "model": {"path": "owner/base", "system_prompt": "Say one number.", "quantization": "nf4", "dtype": "bfloat16"},
     "data": {"train": [{"reader": "file", "path": "rows.jsonl"}]},
     "grpo": {"learning_rate": 1e-5},
     "label": {
         "quorum": 1,
+        "calibration": "batch",
         "teachers": [{"kind": "remote", "name": "t", "model": "m", "base_url": "https://u:hunter22@x.org"}],
     },
+    "evaluate": {"max_new_tokens": 64, "tasks": ["mmlu@5"]},
 }
 
 
@@ -62,6 +64,12 @@ def test_the_card() -> None:
         "| stage 1 (SFT) | 75.0% | 10.0% – 90.0% | 40 |",
         "20 questions gained, 0 lost, exact McNemar p = 1.9e-06; this is a gain.",
         "learning_rate: 1.0e-05",
+        "system_prompt: Say one number.",
+        "quantization: nf4",
+        "dtype: bfloat16",
+        "calibration: batch",
+        "base_url: https://***@x.org",
+        "max_new_tokens: 64",
     ):
         assert part in text, part
     assert "hunter22" not in text
@@ -71,3 +79,20 @@ def test_the_card() -> None:
     whole = model_card(config, run(), "grpo", merged="bfloat16")
     assert yaml.safe_load(whole.split("---")[1])["library_name"] == "transformers"
     assert "This is a merged model in bfloat16, trained" in whole
+
+
+def test_results_on_tasks_alone_and_settings_that_are_out_of_date() -> None:
+    share = {"metric": "acc", "filter": "none", "accuracy": 0.25, "interval": [0.2, 0.3], "n": 400, "asked": "mmlu@5"}
+    shares = [share | {"task": name} for name in ["mmlu", *(f"mmlu_{number}" for number in range(57))]]
+    pass_at = share | {"task": "humaneval", "metric": "pass@1", "filter": "create_test", "asked": "humaneval"}
+    tasks = replace(run(), accuracy={}, right={}, shares={"grpo": [*shares, pass_at]})
+    config = Config.model_validate(TREE)
+    text = model_card(config, tasks, "grpo", merged=None)
+    assert "## Results" in text and "Greedy answers" not in text
+    assert "| mmlu | acc | stage 2 (GRPO) | 25.0% | 20.0% – 30.0% | 400 |" in text
+    assert "| humaneval | pass@1 (create_test) | stage 2 (GRPO) | 25.0% |" in text
+    assert text.count("| mmlu") == 12
+    standings = {**run().state.standings, "evaluate": Standing("changed", ("evaluate.max_new_tokens 64 → 65",))}
+    old = replace(tasks, state=RunState(standings, {"evaluate": ("…",)}))
+    text = model_card(config, old, "grpo", merged=None)
+    assert "## Results" not in text and "max_new_tokens" not in text and "calibration: batch" in text
