@@ -33,6 +33,7 @@ from lorapar_ray.serving.openai_side import BASE, openai_state
 from lorapar_ray.serving.requests import (
     AUTO,
     BadRequest,
+    body_of,
     ending_as_trained,
     error_body,
     parsed,
@@ -169,7 +170,7 @@ class Replica:
         headers: dict[str, str] = {}
         try:
             require_key(request.headers, self._key)
-            asked = with_training_prompt(parsed(await request.body()), self._encoder)
+            asked = with_training_prompt(parsed(await body_of(request.headers, request.stream())), self._encoder)
             wanted = ending_as_trained(within_limits(kind.model_validate(asked)), self._encoder.end_ids)
             if wanted.model == AUTO and self._threshold is not None:
                 system = await self._system(question_in(asked))

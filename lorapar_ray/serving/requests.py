@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from lorapar_ray.datasets.chat import Encoder
 
 MOST_BYTES = 2**20
+TOO_LARGE = f"the request is larger than {MOST_BYTES} bytes"
 MOST_COMPLETIONS = 8
 """Largest `n` of a request."""
 MOST_PROMPTS = 64
@@ -56,14 +57,29 @@ def require_key(headers: Mapping[str, str], digest: str | None) -> None:
         raise BadRequest(401, "give the server's key as `Authorization: Bearer KEY`")
 
 
+async def body_of(headers: Mapping[str, str], parts: AsyncIterator[bytes]) -> bytes:
+    """A request's body, from its parts as they arrive; nothing is read beyond the limit.
+
+    Raises:
+        BadRequest: the body is too large, or its declared length is.
+    """
+    declared = headers.get("content-length", "")
+    if declared.isdecimal() and (len(declared) > len(str(MOST_BYTES)) or int(declared) > MOST_BYTES):
+        raise BadRequest(413, TOO_LARGE)
+    body = bytearray()
+    async for part in parts:
+        body += part
+        if len(body) > MOST_BYTES:
+            raise BadRequest(413, TOO_LARGE)
+    return bytes(body)
+
+
 def parsed(body: bytes) -> dict[str, Any]:
     """A request's JSON within the limits.
 
     Raises:
         BadRequest: it is not a JSON object, or exceeds a limit.
     """
-    if len(body) > MOST_BYTES:
-        raise BadRequest(413, f"the request is larger than {MOST_BYTES} bytes")
     try:
         asked = json.loads(body)
     except (ValueError, RecursionError):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,11 +22,20 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.files import write_json
 from lorapar_ray.models import resolve_model
 from lorapar_ray.runs import RunDirectory
-from lorapar_ray.serving.job import KEY, Address, finished_adapters, labelled_questions, require_free, server_key
+from lorapar_ray.serving.job import (
+    KEY,
+    Address,
+    _server,
+    finished_adapters,
+    labelled_questions,
+    require_free,
+    server_key,
+)
 from lorapar_ray.serving.openai_side import PLAIN
 from lorapar_ray.serving.requests import (
     MOST_BYTES,
     BadRequest,
+    body_of,
     digest_of,
     ending_as_trained,
     parsed,
@@ -76,7 +86,6 @@ def test_auto_needs_two_stages_for_the_two_systems() -> None:
         (b"{", 400, "not JSON"),
         (b"[" * 100_000, 400, "not JSON"),
         (b"[]", 400, "not a JSON object"),
-        (b" " * (MOST_BYTES + 1), 413, "larger than"),
         (json.dumps({"prompt": ["x"] * 65}).encode(), 400, "prompt: at most 64"),
     ],
 )
@@ -85,6 +94,62 @@ def test_requests_beyond_the_limits(body: bytes, status: int, why: str) -> None:
         parsed(body)
     assert refused.value.status == status
     assert refused.value.body["error"]["code"] == status
+
+
+def test_a_body_that_is_too_large_is_not_read_to_its_end() -> None:
+    read = []
+
+    async def arriving() -> AsyncIterator[bytes]:
+        for part in range(64):
+            read.append(part)
+            yield b" " * (MOST_BYTES // 4)
+
+    for headers, parts in (({"content-length": str(MOST_BYTES + 1)}, 0), ({"content-length": "9" * 5000}, 0), ({}, 5)):
+        read.clear()
+        with pytest.raises(BadRequest, match="larger than") as refused:
+            asyncio.run(body_of(headers, arriving()))
+        assert refused.value.status == 413 and len(read) == parts
+
+    async def small() -> AsyncIterator[bytes]:
+        yield b'{"a"'
+        yield b": 1}"
+
+    assert asyncio.run(body_of({"content-length": "8"}, small())) == b'{"a": 1}'
+
+
+@pytest.mark.slow  # imports vLLM
+def test_a_replica_whose_engine_is_dead_answers_503_which_clients_try_again(student: Path) -> None:
+    """The engine's end is faked."""
+    from starlette.requests import Request
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    from lorapar_ray.serving.replica import Replica
+
+    async def dead(wanted: Any, request: Request) -> Any:
+        assert wanted.stop_token_ids
+        raise EngineDeadError
+
+    replica = object.__new__(Replica)
+    replica._key, replica._threshold, replica._encoder = None, None, load_encoder(str(student), None)
+
+    def answered(body: bytes) -> tuple[int, str]:
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        request = Request({"type": "http", "method": "POST", "headers": []}, receive)
+        answer = asyncio.run(replica._answer(request, CompletionRequest, dead))
+        return answer.status_code, json.loads(bytes(answer.body))["error"]["type"]
+
+    assert answered(b'{"prompt": "x"}') == (503, "server_error")
+    assert answered(b"{") == (400, "invalid_request_error")
+
+
+def test_the_requests_that_a_server_takes_at_once_and_lets_wait(tmp_path: Path) -> None:
+    settings = config(evaluate={"engine": {"max_num_seqs": 16}})
+    deployment = _server(settings, RunDirectory(tmp_path), {}, 3, None)._bound_deployment
+    assert (deployment.max_ongoing_requests, deployment.max_queued_requests) == (2 * 16, 8 * 16)
+    assert deployment.num_replicas == 3
 
 
 @pytest.mark.slow  # imports vLLM
