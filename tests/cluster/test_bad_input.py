@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.chaos import Recovery
 from tests.tiny_run import lorapar, lorapar_here, tiny_config, write_config
 from tests.together import tasks_here
 
@@ -79,13 +80,16 @@ def test_a_row_without_an_answer(config: dict[str, Any], tmp_path: Path) -> None
 
 
 @pytest.mark.fault("label", "full disk")
-def test_a_full_disk_keeps_the_run_and_the_next_try_finishes(config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_run_and_the_next_try_finishes(
+    config: dict[str, Any], recovery: Recovery, tmp_path: Path
+) -> None:
     fault = tmp_path / "fault"
     fault.mkdir()
     (fault / "sitecustomize.py").write_text(FULL_DISK)
     refused("label", config, tmp_path, "no space left on the disk of", "part-00000.parquet", PYTHONPATH=str(fault))
     assert (tmp_path / "run" / "data" / "train.parquet").is_file()
-    again = lorapar_here("label", "-c", tmp_path / "config.yaml", "-d", tmp_path / "run")
+    with recovery("label", "full disk"):
+        again = lorapar_here("label", "-c", tmp_path / "config.yaml", "-d", tmp_path / "run")
     assert again.returncode == 0, again.stderr
 
 

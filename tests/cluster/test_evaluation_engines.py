@@ -13,6 +13,7 @@ from lorapar_ray.config import EngineConfig, Resources
 from lorapar_ray.engines.requests import Answer, Request, answer_table
 from lorapar_ray.evaluation import engines as evaluation_engines
 from lorapar_ray.evaluation.engines import Engines
+from tests.chaos import Recovery
 
 pytestmark = pytest.mark.cluster
 REQUESTS = [Request("generate", [1, number]) for number in range(60)]
@@ -59,13 +60,26 @@ def made(cluster: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return started
 
 
-@pytest.mark.parametrize(("dies_at", "others"), [(None, 0), (0, 1), (2, 1)])
+def test_an_engine_that_runs_answers(made: list[Any], tmp_path: Path) -> None:
+    assert len(processes_that_answer(None, tmp_path / "received")) == 1
+    assert made == []
+
+
+@pytest.mark.parametrize("dies_at", [0, 2])
+@pytest.mark.fault("evaluate", "engine child")
 def test_a_running_engine_that_is_lost_is_replaced_and_costs_no_answer(
-    dies_at: int | None, others: int, made: list[Any], tmp_path: Path
+    dies_at: int, made: list[Any], recovery: Recovery, tmp_path: Path
 ) -> None:
+    with recovery("evaluate", "engine child", "one that only pretends to answer, from its start on"):
+        processes = processes_that_answer(dies_at, tmp_path / "received")
+    assert len(made) == 1
+    assert len(processes) == (2 if dies_at else 1)
+
+
+def processes_that_answer(dies_at: int | None, received: Path) -> set[int]:
+    """All requests, to a running engine; no answer is missing or there twice."""
     import ray
 
-    received = tmp_path / "received"
     running = ray.remote(FakeEngine).options(num_cpus=0).remote(dies_at, received)
     settings = EngineConfig(max_num_seqs=32)
     with Engines("m", settings, Resources(cpus=0), running=[running]) as engines:
@@ -75,6 +89,4 @@ def test_a_running_engine_that_is_lost_is_replaced_and_costs_no_answer(
             answers += found
             received.touch()
     assert sorted(answer.key for answer in answers) == sorted(request.key for request in REQUESTS)
-    assert len(made) == others
-    processes = {answer.tokens[0] for answer in answers}
-    assert len(processes) == (2 if dies_at == 2 else 1)
+    return {answer.tokens[0] for answer in answers}

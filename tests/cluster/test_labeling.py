@@ -153,7 +153,7 @@ def test_kill_9_on_the_driver_costs_only_the_blocks_in_flight(
 
 @pytest.mark.chaos("label", "worker")
 def test_kill_9_on_an_asking_worker_in_mid_run(
-    chance: random.Random, cluster: None, run: RunDirectory, log: Path, tmp_path: Path
+    chance: random.Random, recovery: Recovery, cluster: None, run: RunDirectory, log: Path, tmp_path: Path
 ) -> None:
     asked = chance.randint(40, 120)
     config = settings(tmp_path, [faulty(name, log, latency_s=0.1) for name in "ab"])
@@ -165,8 +165,11 @@ def test_kill_9_on_an_asking_worker_in_mid_run(
 
     def murder() -> None:
         wait_until("workers ask", lambda: workers() and sum(noted(log).values()) > asked, 300)
-        for pid in workers():
+        killed = workers()
+        for pid in killed:
             os.kill(pid, signal.SIGKILL)
+        with recovery("label", "worker"):
+            wait_until("another worker asks", lambda: workers() - killed, 300)
 
     with beside(murder):
         summary = labelled(config, run)

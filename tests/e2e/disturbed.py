@@ -36,6 +36,7 @@ def ends_undisturbed(
     finished: FinishedRun,
     run: Path,
     environment: Mapping[str, str],
+    fault: str,
     disturb: Callable[[str], str],
     chance: Random,
     recovery: Recovery,
@@ -47,7 +48,8 @@ def ends_undisturbed(
 
     Args:
         environment: of the command and all its processes.
-        disturb: takes the stage that is at work; returns what was done to it.
+        fault: as in the test's marks.
+        disturb: takes the stage that is at work; returns how.
         around: begins the command's own command line.
         may_end: the disturbance kills processes; if the command ends with these words, it is begun again.
     """
@@ -86,8 +88,8 @@ def ends_undisturbed(
         for stage, at_work in moments(run, chance).items():
             wait_for(f"{stage} begins", at_work)
             assert not is_done(run, stage), "it was over before it was disturbed"
-            what = disturb(stage)
-            with recovery(stage, what):
+            how = disturb(stage)
+            with recovery(stage, fault, how):
                 wait_for(f"{stage} ends", partial(is_done, run, stage))
         assert process.wait(LIMIT_S) == 0, log.read_text()[-3000:]
     finally:

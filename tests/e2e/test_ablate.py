@@ -99,7 +99,10 @@ def test_a_killed_grid_goes_on_and_ends_as_one_that_was_not(
     step, last = chance.randint(1, total - 1), chance.choice(["importance-1", "smaller-lora-1"])
     stop_when(lambda: len(steps(killed / "importance-1")) >= step, signal.SIGKILL, *grid(killed))
     assert len(steps(killed / "importance-1")) < total, "stage 1 was over before anything could be killed"
-    stop_when(lambda: RunDirectory(killed / last).entry("sft").get("status") == "done", signal.SIGKILL, *grid(killed))
+    with recovery("sft", "driver"):
+        stop_when(
+            lambda: RunDirectory(killed / last).entry("sft").get("status") == "done", signal.SIGKILL, *grid(killed)
+        )
     assert not (killed / last / "eval" / "sft.json").exists()
     finished = RunDirectory(killed / "importance-1").entry("sft")
     with recovery("evaluate", "driver"):

@@ -26,6 +26,6 @@ def test_hours_that_nobody_lived_through(
     def jump(stage: str) -> str:
         hours = chance.uniform(1, LONGEST_H) * chance.choice((1, -1))
         clock.jump_to(clock.hours + hours)
-        return f"clock jump of {hours:+.0f} h"
+        return f"by {hours:+.0f} h"
 
-    ends_undisturbed(finished, tmp_path / "run", clock.environment, jump, chance, recovery)
+    ends_undisturbed(finished, tmp_path / "run", clock.environment, "clock jump", jump, chance, recovery)

@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,21 +105,29 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
 
 
 @pytest.fixture(scope="module")
-def evaluated(cluster: None, asked: Asked, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def engine_lost() -> list[float]:
+    """When `evaluated` lost its engine, and had all answers: `time.monotonic()`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def evaluated(cluster: None, asked: Asked, engine_lost: list[float], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its results; the engine is killed on the way."""
-    out, killed = tmp_path_factory.mktemp("evaluated") / "out", list[int]()
+    out, before = tmp_path_factory.mktemp("evaluated") / "out", set[Path]()
     earlier = engine_cores()  # of a test before this one, which may still be ending
 
     def kill() -> None:
         wait_until("answers come", lambda: shards(out) and engine_cores() - earlier, 400)
+        before.update(shards(out))
         for core in engine_cores() - earlier:
             core.kill()
-            killed.append(core.pid)
+        engine_lost.append(time.monotonic())
 
     with beside(kill):
         done = lorapar_here(*asked.command(out))
+    engine_lost.append(time.monotonic())
     assert done.returncode == 0, done.stdout + done.stderr
-    assert killed
+    assert before < shards(out), "all was answered before the engine was killed"
     return out
 
 
@@ -147,7 +156,11 @@ def assert_asked_once(out: Path) -> None:
 
 
 @pytest.mark.fault("evaluate", "engine child")
-def test_a_killed_engine_costs_no_answer_and_choices_are_decided_as_by_hf(evaluated: Path, asked: Asked) -> None:
+def test_a_killed_engine_costs_no_answer_and_choices_are_decided_as_by_hf(
+    evaluated: Path, asked: Asked, engine_lost: list[float], recovery: Recovery
+) -> None:
+    lost, answered = engine_lost
+    recovery.took(answered - lost, "evaluate", "engine child", "until the end")
     (base, ours), (_, samples) = rows_by_model(evaluated, "arc_easy@0"), rows_by_model(evaluated, "humaneval")
     assert len(base) == len(ours) == 2 * QUESTIONS  # acc and acc_norm
     assert [row["right"] for row in base] != [row["right"] for row in ours]

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 from random import Random
 
@@ -26,6 +27,8 @@ ENGINES = ["ray::(EngineActor|AnsweringEngine)", "VLLM::EngineCore"]
 REWARDS = ["lorapar_ray.grpo.rewards.worker", "ray::RewardActor"]
 LEARNERS = ["ray::RayTrainWorker", "ray::Coordinator"]
 """Patterns in the command lines of what is killed."""
+FAULTS = dict.fromkeys(ENGINES, "engine child") | dict.fromkeys(REWARDS, "reward process")
+FAULTS |= dict(zip(LEARNERS, ("worker", "coordinator"), strict=True))
 
 
 def draw(chance: Random, thorough: bool) -> dict[str, int]:
@@ -52,18 +55,25 @@ def test_every_kind_of_process_may_die(
     # `run`, whose driver makes the first engines, since the evaluation would use them too
     process = subprocess.Popen(command("run", *arguments), cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
     killed: list[str] = []
+    waiting: list[tuple[int, ExitStack]] = []  # until a further step is done: how many were, and its time
     orphans: list[psutil.Process] = []
 
     def driver_is_next() -> bool:
         """Kills those whose time has come, one at each look."""
         done = len(metrics(run, "grpo"))
+        for steps, timed in [each for each in waiting if each[0] < done]:
+            timed.close()
+            waiting.remove((steps, timed))
         for what, after in victims.items():
             if what not in killed and done >= after and (found := below(what, process.pid)):
                 orphans.extend(found[0].children(recursive=True))
                 found[0].kill()
                 killed.append(what)
+                timed = ExitStack()
+                timed.enter_context(recovery("grpo", FAULTS[what], what))
+                waiting.append((done, timed))
                 break
-        return done >= DRIVER_AFTER
+        return done >= DRIVER_AFTER and not waiting
 
     try:
         wait_until("all are killed", driver_is_next, 800, every_s=0.2, alive=lambda: process.poll() is None)

@@ -24,7 +24,7 @@ def test_a_head_that_is_started_again(
     def restart(stage: str) -> str:
         seconds = chance.uniform(*DOWN_S)
         head.restart(seconds)
-        return f"head away for {seconds:.0f} s"
+        return f"away for {seconds:.0f} s"
 
     with head_with_store(tmp_path / "redis") as head:
-        ends_undisturbed(finished, tmp_path / "run", head.environment, restart, chance, recovery)
+        ends_undisturbed(finished, tmp_path / "run", head.environment, "head", restart, chance, recovery)

@@ -75,7 +75,9 @@ def stored_votes(run: Path) -> dict[tuple[bytes, bytes], float]:
 
 
 @pytest.mark.chaos("label", "Serve replica", "engine child")
-def test_labelling_survives_kill_9_on_a_replica_and_on_an_engine(chance: Random, tmp_path: Path) -> None:
+def test_labelling_survives_kill_9_on_a_replica_and_on_an_engine(
+    chance: Random, recovery: Recovery, tmp_path: Path
+) -> None:
     votes = chance.randint(8, 30)
     config = write_config(tmp_path / "tiny.yaml", tiny_config(save_tiny_student(tmp_path / "student")))
     run = tmp_path / "run"
@@ -95,7 +97,8 @@ def test_labelling_survives_kill_9_on_a_replica_and_on_an_engine(chance: Random,
     (engine,) = engines_of(process.pid, "ray::ServeReplica:lorapar-tiny-b:b")
     engine.kill()
     assert len(before) < 2 * 48, "labelling was over before anything could be killed"
-    _, errors = process.communicate(timeout=300)
+    with recovery("label", "Serve replica", "until the end"), recovery("label", "engine child", "until the end"):
+        _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     after = stored_votes(run)
     assert all(after[key] == seconds for key, seconds in before.items()), "a stored vote was asked for again"

@@ -31,9 +31,10 @@ def test_memory_that_runs_out(chance: Random, recovery: Recovery, finished: Fini
 
     def run_out(stage: str) -> str:
         memory.run_out()
-        return "out of memory"
+        return ""
 
-    ends_undisturbed(finished, tmp_path / "run", {}, run_out, chance, recovery, around=memory.around, may_end=SAID)
+    around = {"around": memory.around, "may_end": SAID}
+    ends_undisturbed(finished, tmp_path / "run", {}, "out of memory", run_out, chance, recovery, **around)
 
 
 @pytest.mark.parametrize("stage", ["label", "score", "sft", "grpo", "evaluate"])
@@ -56,7 +57,7 @@ def test_no_memory_from_the_start(
     assert ended.returncode == 2, ended.stdout + ended.stderr
     assert ended.stderr.splitlines()[-1].startswith(f"lorapar: {stage}: {SAID}"), ended.stderr
     assert len(ended.stderr.splitlines()) == 1, ended.stderr
-    with recovery(stage, "no memory at the start"):
+    with recovery(stage, "out of memory", "from the start"):
         again = lorapar(*arguments)
     assert again.returncode == 0, again.stderr
     ends_as_its_twin(stage, run, finished.run)

@@ -3,6 +3,7 @@
 import json
 import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 
@@ -22,6 +23,7 @@ from tests.tiny_run import GRPO_STEPS, lorapar, lorapar_here, metrics
 
 pytestmark = pytest.mark.e2e
 KILLED = ("label", "score", "sft", "grpo", "evaluate")
+OTHER = "driver, other machine"
 FOLDERS = {"label": "votes"}
 """Of a stage's unfinished work, if it is not called after the stage."""
 SLOWLY = ("--set", "label.rows_per_block=2", "--set", "label.concurrency=2")
@@ -71,14 +73,15 @@ def test_a_run_killed_on_one_machine_ends_on_another_as_one_on_a_disk(
 ) -> None:
     arguments, objects = ("run", finished.config, "-d", str(store), *SLOWLY), Objects(store)
     steps = chance.randint(1, GRPO_STEPS - 4)
-    for stage in KILLED:
+    for before_it, stage in zip((None, *KILLED), KILLED, strict=False):
         machine(tmp_path / stage, monkeypatch)
-        stop_when(lambda stage=stage: stored(objects, stage, steps), signal.SIGKILL, *arguments)
+        with recovery(before_it, OTHER) if before_it else nullcontext():  # until it is done and the next has begun
+            stop_when(lambda stage=stage: stored(objects, stage, steps), signal.SIGKILL, *arguments)
         if stage == "grpo":
             [mirror] = (tmp_path / stage / "runs").iterdir()
             before, kept = metrics(mirror, "grpo"), newest_step(objects)
     machine(tmp_path / "last", monkeypatch)
-    with recovery("evaluate", "driver, other machine"):
+    with recovery("evaluate", OTHER):
         again = lorapar(*arguments, timeout=500)
     assert again.returncode == 0, again.stderr
     secret = KEYS["AWS_SECRET_ACCESS_KEY"].encode()

@@ -78,12 +78,12 @@ def test_a_head_that_is_started_again(
     ):
         answers = asks(address, first)
         undisturbed = answers()
-        with recovery("serve", f"head away for {seconds:.0f} s"):
+        with recovery("serve", "head", f"away for {seconds:.0f} s"):
             assert meanwhile(answers, lambda: head.restart(seconds)) == undisturbed
             assert answers() == undisturbed
         [engine] = engines_of(head.raylet.pid, "ray::ServeReplica")
         engine.kill()
-        with recovery("serve", "engine child, after the head"):
+        with recovery("serve", "head", "an engine, after it"):
             assert answers() == undisturbed
         process.send_signal(signal.SIGINT)
         assert process.wait(END_S) == 0
@@ -110,6 +110,6 @@ def test_hours_that_nobody_lived_through(
         undisturbed = answers()
         for way in (1, -1):
             hours = way * chance.uniform(1, LONGEST_H)
-            with recovery("serve", f"clock jump of {hours:+.0f} h"):
+            with recovery("serve", "clock jump", f"by {hours:+.0f} h"):
                 assert meanwhile(answers, lambda hours=hours: clock.jump_to(clock.hours + hours)) == undisturbed
                 assert answers() == undisturbed

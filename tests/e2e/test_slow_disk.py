@@ -61,6 +61,6 @@ def test_a_disk_that_hangs(
         with pytest.raises(UserError, match="in use by process"), run_lock(run):
             pass
         hangs.unlink()
-        return f"disk hangs for {seconds:.0f} s"
+        return f"hangs for {seconds:.0f} s"
 
-    ends_undisturbed(finished, run, disk, hang, chance, recovery)
+    ends_undisturbed(finished, run, disk, "slow disk", hang, chance, recovery)
