@@ -78,7 +78,7 @@ def performing(
             of_the_machine(run, name),
             growing(config.cluster),
             ended_without_memory(name) as advanced,
-            noted_in(run.work / PROGRESS, partial(_reports, config.name, advanced)),
+            noted_in(run.work / PROGRESS, name, partial(_reports, config.name, advanced)),
         ):
             yield notes
         finished = True

@@ -39,16 +39,17 @@ FEW = 10
 Report = Callable[[str, int], Callable[[int], None]]
 """(name of the work, the count at which it is done) → a function that receives the count so far."""
 
-_note: ContextVar[tuple[Path, Report] | None] = ContextVar("note", default=None)
+_note: ContextVar[tuple[Path, str, Report] | None] = ContextVar("note", default=None)
 
 
 @contextmanager
-def noted_in(file: Path, report: Report) -> Iterator[None]:
+def noted_in(file: Path, stage: str, report: Report) -> Iterator[None]:
     """Write the block's progress to `file`, for `lorapar status`; the file is deleted at its end.
 
-    `report` also gets it.
+    `report` also gets it. At first the file only names the stage, in place of what a killed process left there.
     """
-    token = _note.set((file, report))
+    _write_note(file, {"stage": stage})
+    token = _note.set((file, stage, report))
     try:
         yield
     finally:
@@ -88,16 +89,26 @@ def progress(
 
 
 def _note_down(
-    file: Path, report: Report, what: str, total: int, poll: Callable[[], tuple[int, str]], stop: threading.Event
+    file: Path,
+    stage: str,
+    report: Report,
+    what: str,
+    total: int,
+    poll: Callable[[], tuple[int, str]],
+    stop: threading.Event,
 ) -> None:
     pace, told = Pace(total), report(what, total)
     while not stop.is_set():
         done, remark = poll()
         told(done)
-        note = {"what": what, "done": done, "total": total, "left": pace.left(done), "remark": remark}
-        with suppress(OSError, UserError):  # a full disk ends the stage with its own message
-            write_json(file, {**note, "now": time.time()})
+        figures = {"what": what, "done": done, "total": total, "left": pace.left(done), "remark": remark}
+        _write_note(file, {"stage": stage, **figures})
         stop.wait(NOTE_EVERY_S)
+
+
+def _write_note(file: Path, note: dict[str, Any]) -> None:
+    with suppress(OSError, UserError):  # a full disk ends the stage with its own message
+        write_json(file, {**note, "now": time.time()})
 
 
 def _pass_on(read: dict[Path, int], stop: threading.Event) -> None:

@@ -122,6 +122,7 @@ class RunDirectory:
         with nullcontext() if self.remote is None else self.remote.at_work(wait_s):
             self.open(config)
             with run_lock(self.root, wait_s):
+                (self.work / PROGRESS).unlink(missing_ok=True)  # of a killed process
                 yield
 
     def shared(self, *writes: Path) -> AbstractContextManager[Handed | None]:

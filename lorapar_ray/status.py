@@ -35,7 +35,8 @@ def lines(run: RunDirectory) -> Iterator[str]:
     holder = run.holder()
     name = one_line(manifest["identity"].get("name", "?"))
     yield f"{name} · {run.place} · {_at_work(holder)}"
-    entries = manifest["stages"]
+    entries, note = manifest["stages"], _note(run)
+    noted = note.get("stage")  # another stage that has begun was interrupted
     outdated = _outdated(run, manifest)
     for stage in STAGES:
         entry = entries.get(stage, {})
@@ -43,7 +44,8 @@ def lines(run: RunDirectory) -> Iterator[str]:
             old = f" · out of date ({one_line(shortened(outdated[stage], 2))})" if stage in outdated else ""
             yield f"✓ {stage:<10} {minutes(entry.get('seconds', 0))}{old}"
         elif entry:
-            yield f"{'▶' if holder else '✗'} {stage:<10} {_far(run, entry, holder is not None)}"
+            works = holder is not None and noted in (stage, None)
+            yield f"{'▶' if works else '✗'} {stage:<10} {_far(note) if works else _interrupted(entry)}"
         else:
             yield f"· {stage:<10}"
 
@@ -70,14 +72,23 @@ def _at_work(holder: dict[str, Any] | None) -> str:
     )
 
 
-def _far(run: RunDirectory, entry: dict[str, Any], alive: bool) -> str:
-    if not alive:
-        return f"interrupted after {minutes(entry.get('seconds', 0))}; the same command resumes"
+def _interrupted(entry: dict[str, Any]) -> str:
+    return f"interrupted after {minutes(entry.get('seconds', 0))}; the same command resumes"
+
+
+def _note(run: RunDirectory) -> dict[str, Any]:
+    """The running stage's last note; empty if there is none yet."""
     try:
-        note = read_object(run.work / PROGRESS, "delete it")
+        return read_object(run.work / PROGRESS, "delete it")
+    except UserError:
+        return {}
+
+
+def _far(note: dict[str, Any]) -> str:
+    try:
         done, total, now = int(note["done"]), int(note["total"]), float(note["now"])
         what, left, remark = one_line(note["what"]), one_line(note["left"]), one_line(note["remark"], 80)
-    except (UserError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):
         return "starting"
     silence = time.time() - now
     age = f" · last seen {minutes(silence)} ago" if silence > SILENT_S else ""
@@ -91,10 +102,12 @@ def follow(run: RunDirectory) -> None:
 
     with Live(Text("\n".join(lines(run))), console=console, auto_refresh=False) as live:
         try:
-            while run.holder() is not None:
+            at_work = run.holder() is not None
+            while at_work:
                 time.sleep(REFRESH_S if run.remote is None else REFRESH_REMOTE_S)
                 if run.remote is not None:
                     run.remote.look()
+                at_work = run.holder() is not None  # before the lines are read: the last ones show the end
                 live.update(Text("\n".join(lines(run))), refresh=True)
         except KeyboardInterrupt:
             pass
