@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 PROGRESS_METRICS = ("lorapar_done", "lorapar_total")
-"""Gauges of every stage, by `run` and `work` (the name of its progress bar)."""
+"""Gauges of every stage that works on Ray, by `run` and `work` (the name of its progress bar)."""
 FIGURE_METRICS = ("lorapar_sft", "lorapar_grpo")
 """Gauges of the training stages, by `run` and `figure`: the numbers of a step, as in `metrics/<stage>.jsonl`."""
 
