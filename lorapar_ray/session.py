@@ -98,7 +98,8 @@ def _cluster(address: str, logs: dict[str, Any]) -> Iterator[None]:
             raise
         why = one_line(error, 120) or type(error).__name__
         fix = "start it with `ray start --head` or unset RAY_ADDRESS" if address else AWAY
-        raise UserError(f"no Ray {where} ({why}); {fix}") from error
+        missing = f"no Ray at RAY_ADDRESS={address}" if address else "no Ray on this machine"
+        raise UserError(f"{missing} ({why}); {fix}") from error
     try:
         yield
     finally:
