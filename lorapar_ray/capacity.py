@@ -104,7 +104,7 @@ def require(stage: str, groups: dict[str, tuple[int, Resources]], hint: str = ""
         UserError: names the resource or the label, what is wanted and what the cluster has.
     """
     limit_s = (_growth.get() or ClusterConfig()).wait_s
-    require_soon(stage, capacity, groups, hint or f"{stage}.{next(iter(groups))}", limit_s)
+    require_soon(stage, capacity, groups, hint or _first_setting(stage, groups), limit_s)
 
 
 def require_soon(
@@ -126,15 +126,20 @@ def require_soon(
 
 
 @contextmanager
-def losses_told(stage: str, groups: dict[str, tuple[int, Resources]]) -> Iterator[None]:
-    """While the block runs, print a line if the cluster has lost nodes that `stage` needs: Ray itself waits silently
-    until others join. `groups` as in `require`."""
-    told = missing_for(stage, capacity(), groups)  # `require` has reported it
+def needing(stage: str, groups: dict[str, tuple[int, Resources]], hint: str = "") -> Iterator[None]:
+    """`require`, then, while the block runs, print a line if the cluster has lost nodes that `stage` needs: Ray itself
+    waits silently until others join.
+
+    Raises:
+        UserError: as `require`.
+    """
+    require(stage, groups, hint)
+    told = missing_for(stage, capacity(), groups, hint)  # `require` has reported it
 
     def look() -> None:
         nonlocal told
         with suppress(Exception):  # the connection may be ending
-            missing = missing_for(stage, capacity(), groups)
+            missing = missing_for(stage, capacity(), groups, hint)
             if missing and not told:
                 console.print(f"  {stage} waits for nodes: {missing}")
             told = missing
@@ -143,13 +148,17 @@ def losses_told(stage: str, groups: dict[str, tuple[int, Resources]]) -> Iterato
         yield
 
 
-def missing_for(stage: str, has: Capacity, groups: dict[str, tuple[int, Resources]]) -> str:
+def missing_for(stage: str, has: Capacity, groups: dict[str, tuple[int, Resources]], hint: str = "") -> str:
     """Why the processes have no room on the present nodes; empty: they have room."""
     try:
-        require_fit(stage, replace(has, most={}), groups, f"{stage}.{next(iter(groups))}")
+        require_fit(stage, replace(has, most={}), groups, hint or _first_setting(stage, groups))
     except UserError as error:
         return str(error).removeprefix(f"{stage}: ")
     return ""
+
+
+def _first_setting(stage: str, groups: dict[str, tuple[int, Resources]]) -> str:
+    return f"{stage}.{next(iter(groups))}"
 
 
 def require_fit(stage: str, has: Capacity, groups: dict[str, tuple[int, Resources]], hint: str) -> None:

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorapar_ray.capacity import losses_told, require
+from lorapar_ray.capacity import needing
 from lorapar_ray.config import Resources
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import write_json
@@ -46,6 +46,7 @@ def run_workers(
     multiple: int = 1,
     others: Others | None = None,
     before_restart: Callable[[], None] | None = None,
+    part_of_more: bool = False,
 ) -> None:
     """Run `function(argument)` on every worker of a Ray Train group and wait.
 
@@ -60,23 +61,22 @@ def run_workers(
         others: the rest of the stage, which gets its room before the workers above the fewest.
         before_restart: called, in another process of this machine, before workers start again, after a loss or as
             another number.
+        part_of_more: the stage has other processes too, and the caller checks the room of all (`needing`).
 
     Raises:
         UserError: as the worker raised it, or the cluster cannot hold the group.
     """
-    group = {"workers": (workers, resources)}
-    require(name, group)
     refusal = run.work / f"refused-{name}-{os.getpid()}.json"
     refusal.unlink(missing_ok=True)
     try:
         # On the main thread Ray Train would take over Ctrl-C and end the process with a status of its own. Here Ctrl-C
         # is the usual KeyboardInterrupt; the group ends with the Ray session.
-        with run.shared(*writes, refusal) as handed:
+        room = nullcontext() if part_of_more else needing(name, {"workers": (workers, resources)})
+        with room, run.shared(*writes, refusal) as handed:
             task = {"function": function, "argument": argument, "refusal": refusal, "run": handed}
             number = workers if max_workers is None else (workers, max_workers)
             trainer = _group(task, name, number, multiple, resources, run, others, before_restart)
-            with losses_told(name, group):
-                in_a_thread(trainer.fit, name="ray-train")
+            in_a_thread(trainer.fit, name="ray-train")
     finally:
         if refusal.is_file():
             said = json.loads(refusal.read_text(encoding="utf-8"))

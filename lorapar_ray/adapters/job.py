@@ -7,7 +7,7 @@ from typing import Any
 
 from lorapar_ray.adapters.given import require_lora, take_over
 from lorapar_ray.boundary import boundary
-from lorapar_ray.capacity import require
+from lorapar_ray.capacity import needing
 from lorapar_ray.config import AdapterConfig, Config, ModelConfig
 from lorapar_ray.files import atomic_path, expanded
 from lorapar_ray.models import resolve_model
@@ -29,18 +29,18 @@ def make_adapter(config: Config, run: RunDirectory, target: Path) -> None:
         adapter["path"] = str(given)
 
     if not (target / "adapter_config.json").is_file():
-        require("score", {"workers": (1, config.score.resources)})
-        on_a_worker(
-            initialise,
-            config.model.model_dump(mode="json"),
-            adapter,
-            base_reference(config.model, run),
-            str(target),
-            config.seed,
-            resources=config.score.resources,
-            run=run,
-            writes=[target],
-        )
+        with needing("score", {"workers": (1, config.score.resources)}):
+            on_a_worker(
+                initialise,
+                config.model.model_dump(mode="json"),
+                adapter,
+                base_reference(config.model, run),
+                str(target),
+                config.seed,
+                resources=config.score.resources,
+                run=run,
+                writes=[target],
+            )
 
 
 def initialise(model_fields: dict[str, Any], adapter: dict[str, Any], base: str, folder: str, seed: int) -> None:

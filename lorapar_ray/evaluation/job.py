@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorapar_ray.capacity import require
+from lorapar_ray.capacity import needing
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.chat import Encoder, load_encoder
 from lorapar_ray.datasets.decoder import Decoding, decoding
@@ -75,23 +75,27 @@ def evaluate_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[di
     if not parts:
         return notes
     config = parts[0].config
-    settings = config.evaluate
-    require("evaluate", processes_of(config, "evaluate"))
-    for part in parts:
-        part.prepare()
-    if config.adapter.method != "lora":
+    with needing("evaluate", processes_of(config, "evaluate")):
         for part in parts:
-            with decoding(part.config.model) as decoder, judging_process(settings.answer) as process:
-                _answer_without_engine(part.config, part.run, decoder, part.asked, part.todo, process)
-        return notes
+            part.prepare()
+        if config.adapter.method == "lora":
+            _answer_by_engines(parts)
+        else:
+            for part in parts:
+                with decoding(part.config.model) as decoder, judging_process(config.evaluate.answer) as process:
+                    _answer_without_engine(part.config, part.run, decoder, part.asked, part.todo, process)
+    return notes
+
+
+def _answer_by_engines(parts: Sequence[_Part]) -> None:
+    config = parts[0].config
     with _engines(config, [folder for part in parts for folder in part.adapters.values()]) as engines:
-        with progress("engines", settings.engines, lambda: (0, "starting")):
+        with progress("engines", config.evaluate.engines, lambda: (0, "starting")):
             engines.start()
         for part in parts:
             if len(parts) > 1:
                 console.print(f"  of {part.run.root.name}:")
             part.answer(engines)
-    return notes
 
 
 def engines_of(config: Config) -> str:

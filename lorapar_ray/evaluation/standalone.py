@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapar_ray.boundary import read_object
-from lorapar_ray.capacity import capacity, require
+from lorapar_ray.capacity import capacity, needing
 from lorapar_ray.config import EvaluateConfig, ModelConfig, deciding
 from lorapar_ray.config_file import config_of_options
 from lorapar_ray.datasets.chat import load_encoder
@@ -105,15 +105,15 @@ def _evaluate_on(base: str, adapters: Mapping[str, Path | None], catalogue: Any,
     encoder = load_encoder(resolve_model(base), asked.options.system_prompt, asked.options.trust_remote_code)
     if settings.chat:
         require_template(encoder.tokenizer)
-    require("evaluate", {"engines": (settings.engines, settings.resources)})
-    with Engines(
-        base,
-        settings.engine,
-        settings.resources,
-        settings.engines,
-        trust_remote_code=asked.options.trust_remote_code,
-        **serving(base, adapters.values(), settings.serve),
-    ) as engines:
+    groups = {"engines": (settings.engines, settings.resources)}
+    how = serving(base, adapters.values(), settings.serve)
+    trusted = asked.options.trust_remote_code
+    with (
+        needing("evaluate", groups),
+        Engines(
+            base, settings.engine, settings.resources, settings.engines, trust_remote_code=trusted, **how
+        ) as engines,
+    ):
         with progress("engines", settings.engines, lambda: (0, "starting")), ended_without_memory("evaluate"):
             engines.start()
         evaluate_tasks(settings, catalogue, engines, adapters, encoder, root=out, answers=out / "answers")

@@ -16,6 +16,7 @@ from typing import Any
 from lorapar_ray.adapters import read_adapter_state
 from lorapar_ray.adapters.export import export_plain
 from lorapar_ray.boundary import read_object
+from lorapar_ray.capacity import needing
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.labelled import require_room, token_table
 from lorapar_ray.datasets.tokens import Questions, Selection, TokenTable
@@ -33,6 +34,7 @@ from lorapar_ray.grpo.shards import shard_count, too_few_shards
 from lorapar_ray.grpo.staying import staying_engines
 from lorapar_ray.grpo.worker import GrpoJob, learn_worker
 from lorapar_ray.mergeable import not_in_the_files, unmergeable
+from lorapar_ray.processes import processes_of
 from lorapar_ray.progress import console, progress, training_progress
 from lorapar_ray.room import Others
 from lorapar_ray.runs import RunDirectory
@@ -88,9 +90,12 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
     """
     stage = stage2(config, run)
     _require_servable(sync_of(config.grpo), stage.job.base, Path(stage.job.adapter_in))
-    judges = judging(config, shard_count(config.grpo))
     metrics = stage.job.metrics
-    with progress("grpo", stage.job.steps, lambda: steps_done(metrics), [notices_of(metrics)]), judges as judge:
+    with (
+        needing("grpo", processes_of(config, "grpo")),
+        progress("grpo", stage.job.steps, lambda: steps_done(metrics), [notices_of(metrics)]),
+        judging(config, shard_count(config.grpo)) as judge,
+    ):
         plan = {**stage.plan, "judge": judge}
         staying = staying_engines(config, plan)
         run_learners(stage, Coordinator, plan, learn_worker, stage.job.payload(), stage.writes, staying)
@@ -151,7 +156,7 @@ def run_learners(
     writes: list[Path],
     staying: Sequence[Any] = (),
 ) -> None:
-    """Run learners and their coordinator to the end of the stage.
+    """Run learners and their coordinator to the end of the stage, whose processes have room (`needing`).
 
     Args:
         first: the run, or the first of several, whose resources they use.
@@ -188,6 +193,7 @@ def run_learners(
                 run=first.run,
                 writes=writes,
                 before_restart=partial(_make_room, name) if settings.extra_rollout_actors else None,
+                part_of_more=True,
             )
         except Exception:
             if ray.wait([engines], timeout=0)[0]:

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lorapar_ray.capacity import require
 from lorapar_ray.config import Config, GrpoConfig, Resources
 from lorapar_ray.errors import UserError
 from lorapar_ray.processes import processes_of
@@ -34,15 +33,13 @@ def reserved(config: Config) -> Iterator[Any]:
     if engines ask Ray for nothing.
 
     Raises:
-        UserError: the cluster can never hold engines, learners, reward workers and judges together, or the resources
-            were not free in time (on a cluster that does not grow).
+        UserError: the resources were not free in time, on a cluster that does not grow.
     """
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
     settings = config.grpo
     engines, resources = settings.rollout_actors, settings.rollout_resources
-    require("grpo", processes_of(config, "grpo"))
     if not any(bundle(resources).values()):
         yield None  # nothing to reserve
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorapar_ray.capacity import capacity, require
+from lorapar_ray.capacity import capacity
 from lorapar_ray.config import Config
 from lorapar_ray.engines.answering import AnsweringEngine
 from lorapar_ray.engines.kept import kept_engines
@@ -12,7 +12,6 @@ from lorapar_ray.engines.settings import same_engine
 from lorapar_ray.gpus import place, sync_of
 from lorapar_ray.grpo.sampler import new_engine
 from lorapar_ray.models import model_reference
-from lorapar_ray.processes import processes_of
 
 
 def staying_engines(config: Config, plan: dict[str, Any]) -> list[Any]:
@@ -23,9 +22,6 @@ def staying_engines(config: Config, plan: dict[str, Any]) -> list[Any]:
 
     Args:
         plan: the coordinator's.
-
-    Raises:
-        UserError: the machine is too small for the stage.
     """
     import ray
 
@@ -41,7 +37,6 @@ def staying_engines(config: Config, plan: dict[str, Any]) -> list[Any]:
     )
     if not same or not kept_engines().leads_to("grpo", "evaluate") or len(ray.nodes()) > 1:
         return []
-    require("grpo", processes_of(config, "grpo"))
     engines = [new_engine(plan, None, slot, AnsweringEngine) for slot in range(grpo.rollout_actors)]
     kept_engines().keep(engines)
     return engines

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lorapar_ray.capacity import needing
 from lorapar_ray.config import Config
 from lorapar_ray.grpo.worker import learn_arms_worker
+from lorapar_ray.processes import processes_of
 from lorapar_ray.progress import progress
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.together import adapter_alone, require_one_base, stage_shape
@@ -72,7 +74,10 @@ def train_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[dict[
     require_one_base([(stage.run, stage.job.base) for stage in stages])
     jobs = [stage.job for stage in stages]
     steps, metrics = sum(job.steps for job in jobs), [job.metrics for job in jobs]
-    with progress(f"grpo × {len(jobs)}", steps, lambda: steps_done(*metrics), [*map(notices_of, metrics)]):
+    with (
+        needing("grpo", processes_of(stages[0].config, "grpo")),
+        progress(f"grpo × {len(jobs)}", steps, lambda: steps_done(*metrics), [*map(notices_of, metrics)]),
+    ):
         run_learners(
             stages[0],
             Coordinators,

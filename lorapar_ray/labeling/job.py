@@ -32,7 +32,7 @@ from lorapar_ray.labeling.output import LABELS, write_labels, write_labels_of_so
 from lorapar_ray.labeling.panel import Panel, reasons
 from lorapar_ray.labeling.pending import write_pending
 from lorapar_ray.labeling.secrets import secrets, warn_of_plain_http
-from lorapar_ray.labeling.serving import require_room, start_teachers, stop_teachers
+from lorapar_ray.labeling.serving import room_for_teachers, start_teachers, stop_teachers
 from lorapar_ray.labeling.shuffled import shuffle_labels
 from lorapar_ray.labeling.store import VoteStore as VoteStore  # re-exported: a benchmark times it
 from lorapar_ray.labeling.summary import Session, render
@@ -113,7 +113,11 @@ class _Voting:
             self._calibrate()
             if not self._pending([teacher.name for teacher in label.teachers]).blocks:
                 return  # every vote is stored: no teacher needs to start
-        require_room(self.config)
+        with room_for_teachers(self.config):
+            self._ask()
+
+    def _ask(self) -> None:
+        label = self.config.label
         start = time.monotonic()
         try:
             ready: list[str] = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lorapar_ray.capacity import require
+from contextlib import AbstractContextManager
+
+from lorapar_ray.capacity import needing
 from lorapar_ray.config import Config
 from lorapar_ray.processes import HINTS, processes_of
 from lorapar_ray.progress import console
@@ -43,13 +45,13 @@ def start_teachers(config: Config) -> tuple[dict[str, str], dict[str, str]]:
     return running, failed
 
 
-def require_room(config: Config) -> None:
-    """Fail at once, instead of waiting forever, if the cluster cannot hold the teachers and the asking workers.
+def room_for_teachers(config: Config) -> AbstractContextManager[None]:
+    """The block in which the cluster must have room for the teachers and the asking workers: `needing`.
 
     Raises:
-        UserError: names the resource, what is wanted and what the cluster has.
+        UserError: it cannot hold them.
     """
-    require("label", processes_of(config, "label"), HINTS["label"])
+    return needing("label", processes_of(config, "label"), HINTS["label"])
 
 
 def stop_teachers(config: Config) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.dataset as ds
 
 from lorapar_ray.adapters import read_adapter_state
-from lorapar_ray.capacity import capacity, require
+from lorapar_ray.capacity import capacity, needing
 from lorapar_ray.config import Config
 from lorapar_ray.engines.settings import engine_environment
 from lorapar_ray.errors import UserError
@@ -142,27 +142,27 @@ def serving(config: Config, run: RunDirectory, address: Address, replicas: int =
     if is_own_ray():
         require_free(address)
     config = place(config, "evaluate", int(capacity().largest("GPU")))
-    require("serve", {"replicas": (replicas, config.evaluate.resources)}, "--replicas")
-    server = _server(config, run, adapters, replicas, key)
-    http = {"host": address.host, "port": address.port, **PLAIN_HTTP}
-    own = False
-    try:
-        own = not runs_as_asked(APP, **http)  # then its failed start is ours to end, too
-        with ended_without_memory("serve"):
-            start_serve(**http)
-            own = False  # until it is checked: another command may have begun it meanwhile
-            runs_as_asked(APP, **http)
-            own = True
-            [(_, why)] = deployed([serve.RunTarget(server, name=APP, route_prefix="/")], {APP: APP})
-            if why:
-                raise UserError(f"serve: could not start ({why})")
-            told = serve.get_app_handle(APP).ready.remote().result(timeout_s=READY_S)
-        yield {"models": [BASE, *adapters, *([AUTO] if "agreement" in told else [])], **told}
-    except (RuntimeError, ray.exceptions.RayError, TimeoutError) as error:
-        raise UserError(f"serve: could not start ({one_line(error, 300)})") from error
-    finally:
-        if own:
-            end([APP])
+    with needing("serve", {"replicas": (replicas, config.evaluate.resources)}, "--replicas"):
+        server = _server(config, run, adapters, replicas, key)
+        http = {"host": address.host, "port": address.port, **PLAIN_HTTP}
+        own = False
+        try:
+            own = not runs_as_asked(APP, **http)  # then its failed start is ours to end, too
+            with ended_without_memory("serve"):
+                start_serve(**http)
+                own = False  # until it is checked: another command may have begun it meanwhile
+                runs_as_asked(APP, **http)
+                own = True
+                [(_, why)] = deployed([serve.RunTarget(server, name=APP, route_prefix="/")], {APP: APP})
+                if why:
+                    raise UserError(f"serve: could not start ({why})")
+                told = serve.get_app_handle(APP).ready.remote().result(timeout_s=READY_S)
+            yield {"models": [BASE, *adapters, *([AUTO] if "agreement" in told else [])], **told}
+        except (RuntimeError, ray.exceptions.RayError, TimeoutError) as error:
+            raise UserError(f"serve: could not start ({one_line(error, 300)})") from error
+        finally:
+            if own:
+                end([APP])
 
 
 def _server(config: Config, run: RunDirectory, adapters: Mapping[str, Path], replicas: int, key: str | None) -> Any:

@@ -3,14 +3,17 @@ real."""
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 
+from lorapar_ray.capacity import needing
 from lorapar_ray.config import Config, EngineConfig
 from lorapar_ray.engines.actor import EngineActor, start_engine
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.placement import reserved
+from lorapar_ray.processes import processes_of
 from tests import local_ray
 
 pytestmark = pytest.mark.cluster
@@ -50,6 +53,10 @@ def config(engines: int, gpus: float, learners: int = 1, learner_gpus: float = 0
     return Config.model_validate(
         {"name": "x", "model": {"path": "m"}, "data": {"train": [source]}, "grpo": grpo, **rest}
     )
+
+
+def room_for(tree: Config) -> AbstractContextManager[None]:
+    return needing("grpo", processes_of(tree, "grpo"))
 
 
 def engine(tree: Config, place: Any) -> Any:
@@ -110,7 +117,7 @@ def test_no_room_is_said_at_once_or_after_the_limit(gpus: None) -> None:
 
     with (
         pytest.raises(UserError, match=r"grpo: asks for 4 GPU \(rollout_actors 1 × 2, learners 1 × 2\).*has 3"),
-        reserved(config(1, 2, 1, 2)),
+        room_for(config(1, 2, 1, 2)),
     ):
         pass
     hog = ray.remote(Where).options(num_gpus=2).remote({}, "merged")
@@ -139,9 +146,9 @@ def test_engines_go_to_nodes_with_their_labels(gpus: None) -> None:
     assert len(ray.get(alone.gpus.remote(), timeout=60)) == 1
     with (
         pytest.raises(UserError, match="grpo: rollout_actors asks for nodes with the label group=learners"),
-        reserved(config(1, 1, rollout={"nodes": {"group": "learners"}})),
+        room_for(config(1, 1, rollout={"nodes": {"group": "learners"}})),
     ):
         pass
     elsewhere = config(1, 1, rollout={"nodes": {"group": "!rollouts"}})
-    with pytest.raises(UserError, match="asks for nodes with the label group=!rollouts"), reserved(elsewhere):
+    with pytest.raises(UserError, match="asks for nodes with the label group=!rollouts"), room_for(elsewhere):
         pass

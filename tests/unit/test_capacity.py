@@ -8,7 +8,7 @@ from threading import Event
 import pytest
 
 from lorapar_ray import capacity
-from lorapar_ray.capacity import Capacity, Node, losses_told, require_fit, require_soon
+from lorapar_ray.capacity import Capacity, Node, needing, require_fit, require_soon
 from lorapar_ray.config import Resources
 from lorapar_ray.errors import UserError
 
@@ -146,7 +146,7 @@ def test_a_stage_that_waits_for_lost_nodes_is_reported_once(
 
     monkeypatch.setattr(capacity, "capacity", look)
     monkeypatch.setattr(capacity, "LOOK_WHILE_WORKING_S", 0.001)
-    with losses_told("sft", GROUPS):
+    with needing("sft", GROUPS):
         assert all_seen.wait(10)
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("sft waits for nodes: asks for 8 CPU (workers 4 × 2) but the cluster has 4") == 2
