@@ -138,7 +138,7 @@ class Jobs:
         Raises:
             UserError: some cannot, or the job cannot be submitted.
         """
-        job = self._start(f"{handed.key}-check", self._known(), handed, handed.command("doctor", "--cluster"))
+        job, _ = self._start(f"{handed.key}-check", self._known(), handed, handed.command("doctor", "--cluster"))
         status, why = self._follow(job)
         if status != "SUCCEEDED":
             raise UserError(f"the cluster at {self.address} cannot run this ({why}); --no-check skips this check")
@@ -153,35 +153,18 @@ class Jobs:
             UserError: the running job does something else, some node cannot run this, the working directory cannot be
                 sent, or the server refuses the job.
         """
-        running = self._running(handed)
+        known = self._known()
+        running = _running(handed, handed.key, known)
         if running is None and check:
             self.check(handed)
-            running = self._running(handed)
-        if running is not None:
-            print(f"following {running} at {self.address}", flush=True)
-            return running
-        redo = [word for stage in handed.redo for word in ("--redo", stage)]
-        job = self._start(handed.key, self._known(), handed, handed.command("run", *redo))
-        print(f"submitted {job} at {self.address}", flush=True)
+            known = self._known()
+            running = _running(handed, handed.key, known)
+        job, fresh = running, False
+        if job is None:  # the number of the new job comes from the same list: two submissions ask for the same one
+            redo = [word for stage in handed.redo for word in ("--redo", stage)]
+            job, fresh = self._start(handed.key, known, handed, handed.command("run", *redo))
+        print(f"{'submitted' if fresh else 'following'} {job} at {self.address}", flush=True)
         return job
-
-    def _running(self, handed: Submission) -> str | None:
-        """The job of this run that has not ended.
-
-        Raises:
-            UserError: it does not do what is asked for now.
-        """
-        known = self._known()
-        for job in _attempts(handed.key, known):
-            if known[job].status.value in FINAL:
-                continue
-            if other := handed.not_in(known[job].metadata or {}):
-                raise UserError(
-                    f"{job} works on this run already, {other}; wait for it, or end it with `ray job stop {job}`, and "
-                    f"submit again; `ray job logs --follow {job}` shows it"
-                )
-            return job
-        return None
 
     def wait(self, job: str) -> None:
         """Show the log of a job until it ends.
@@ -197,32 +180,49 @@ class Jobs:
         """Ray's `JobDetails` by submission id."""
         return {job.submission_id: job for job in self._ask(self._client.list_jobs) if job.submission_id}
 
-    def _start(self, key: str, known: Iterable[str], handed: Submission, command: str) -> str:
+    def _start(self, key: str, known: Mapping[str, Any], handed: Submission, command: str) -> tuple[str, bool]:
+        """Submit a job; returns its id, and False if the server has had it since `known` (see `_meanwhile`).
+
+        Raises:
+            UserError: the server refuses it, or has another one that does something else.
+        """
         environment = {
             "working_dir": str(handed.working_dir),
             "excludes": NOT_SENT,
             "env_vars": {WAIT: JOB_WAIT_S},
         }
         attempt = max((_number(key, job) for job in _attempts(key, known)), default=0) + 1
+        wanted = key if attempt == 1 else f"{key}-{attempt}"
 
         def submit() -> str:
             return str(
                 self._client.submit_job(
-                    entrypoint=command,
-                    submission_id=key if attempt == 1 else f"{key}-{attempt}",
-                    runtime_env=environment,
-                    metadata=handed.metadata,
+                    entrypoint=command, submission_id=wanted, runtime_env=environment, metadata=handed.metadata
                 )
             )
 
         deadline = time.monotonic() + AGENT_LIMIT_S
         while True:
             try:
-                return in_a_thread(submit, name="submitting the job", timeout_s=SUBMIT_TIMEOUT_S)
+                return in_a_thread(submit, name="submitting the job", timeout_s=SUBMIT_TIMEOUT_S), True
             except (RuntimeError, ValueError, OSError, TimeoutError) as error:
+                if (there := self._meanwhile(handed, key, wanted)) is not None:
+                    return there, False
                 if NO_AGENT not in str(error) or time.monotonic() > deadline:
                     raise UserError(f"{self.address} does not accept the job: {one_line(error, 300)}") from error
             time.sleep(AGENT_RETRY_S)
+
+    def _meanwhile(self, handed: Submission, key: str, wanted: str) -> str | None:
+        """After a submission that failed: the job of another command that was faster, or ours if only the answer was
+        lost. It may have ended already.
+
+        Raises:
+            UserError: it does not do what is asked for now, or the server no longer answers.
+        """
+        now = self._known()
+        if (running := _running(handed, key, now)) is not None:
+            return running
+        return wanted if wanted in now and not handed.not_in(now[wanted].metadata or {}) else None
 
     def _follow(self, job: str) -> tuple[str, str]:
         """Show a job's log as it grows; returns its final status and, in one line, why it failed."""
@@ -243,6 +243,27 @@ def _variable(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = usual
+
+
+def _running(handed: Submission, key: str, known: Mapping[str, Any]) -> str | None:
+    """The job that has not ended, of those that begin with `key`.
+
+    Args:
+        known: Ray's `JobDetails` by submission id.
+
+    Raises:
+        UserError: it does not do what is asked for now.
+    """
+    for job in _attempts(key, known):
+        if known[job].status.value in FINAL:
+            continue
+        if other := handed.not_in(known[job].metadata or {}):
+            raise UserError(
+                f"{job} works on this run already, {other}; wait for it, or end it with `ray job stop {job}`, and "
+                f"submit again; `ray job logs --follow {job}` shows it"
+            )
+        return job
+    return None
 
 
 def _attempts(key: str, known: Iterable[str]) -> list[str]:

@@ -131,8 +131,11 @@ class Full:
     def list_jobs(self) -> list[Any]:
         return self.jobs
 
-    def submit_job(self, *, entrypoint: str, submission_id: str, metadata: dict[str, str], **_: Any) -> str:
+    def submit_job(
+        self, *, entrypoint: str, submission_id: str, metadata: dict[str, str], runtime_env: dict[str, Any], **_: Any
+    ) -> str:
         assert "doctor" not in entrypoint, "the nodes are checked"
+        self.environment = runtime_env
         status = SimpleNamespace(value="RUNNING")
         self.jobs.append(SimpleNamespace(submission_id=submission_id, status=status, metadata=metadata))
         return submission_id
@@ -162,13 +165,75 @@ def test_the_same_run_is_followed_unless_it_is_to_do_something_else(
     config.write_text(text.replace(f"seed: {config_of().seed}", "seed: 78"))
     assert "with other settings" in str(submit().exception)
     assert len(server.jobs) == 1
+    assert server.environment["env_vars"] == {"LORAPAR_WAIT_S": "400"}, "a killed driver's lock is waited for"
+    assert server.environment["working_dir"] == str(tmp_path)
+
+
+class Raced(Full):
+    """Fault injection: another command submits the same run between this command's list of the jobs and submission."""
+
+    def __init__(self, *earlier: str, **theirs: Any) -> None:
+        super().__init__()
+        self.jobs += [self.job(each, "FAILED", {}) for each in earlier]
+        self.theirs = {"status": "RUNNING", "metadata": HANDED.metadata, "lost": "already exists", **theirs}
+        self.lists = 0
+
+    @staticmethod
+    def job(name: str, status: str, metadata: dict[str, str]) -> Any:
+        return SimpleNamespace(submission_id=name, status=SimpleNamespace(value=status), metadata=metadata)
+
+    def list_jobs(self) -> list[Any]:
+        self.lists += 1
+        now = [*self.jobs]
+        if self.lists == 1:
+            name = HANDED.key if not now else f"{HANDED.key}-{len(now) + 1}"
+            self.jobs.append(self.job(name, self.theirs["status"], self.theirs["metadata"]))
+        return now
+
+    def submit_job(self, *, submission_id: str, **_: Any) -> str:
+        assert submission_id in [each.submission_id for each in self.jobs], "another number: both would run"
+        raise (
+            self.theirs["lost"]
+            if isinstance(self.theirs["lost"], Exception)
+            else RuntimeError(
+                f"Request failed with status code 500: Job with submission_id {submission_id} {self.theirs['lost']}."
+            )
+        )
+
+
+LOST = ConnectionError("Connection aborted: the answer was lost")
+
+
+@pytest.mark.parametrize("theirs", [{}, {"status": "SUCCEEDED"}, {"lost": LOST}, {"lost": TimeoutError("600 s")}])
+@pytest.mark.parametrize("earlier", [[], [HANDED.key], [HANDED.key, f"{HANDED.key}-2"]])
+def test_a_job_that_another_command_submits_meanwhile_is_followed(
+    theirs: dict[str, Any], earlier: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = Raced(*earlier, **theirs)
+    monkeypatch.setattr(Jobs, "_connect", lambda _: server)
+    address = "http://127.0.0.1:8265"
+    job = Jobs(address).submit(HANDED)
+    assert job == server.jobs[-1].submission_id and len(server.jobs) == len(earlier) + 1
+    assert capsys.readouterr().out == f"following {job} at {address}\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [("RUNNING", "works on this run already, with other settings"), ("FAILED", "already exists")]
+)
+def test_a_job_of_other_settings_that_is_submitted_meanwhile_is_told(
+    status: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Raced(status=status, metadata={**HANDED.metadata, "settings": "others"})
+    monkeypatch.setattr(Jobs, "_connect", lambda _: server)
+    with pytest.raises(UserError, match=said):
+        Jobs("http://127.0.0.1:8265").submit(HANDED)
 
 
 def test_a_job_s_number_is_free_also_if_earlier_jobs_were_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
     server = Full()
     monkeypatch.setattr(Jobs, "_connect", lambda _: server)
     for kept in (f"{HANDED.key}-2", "4711"):
-        server.submit_job(entrypoint="", submission_id=kept, metadata={})
+        server.submit_job(entrypoint="", submission_id=kept, metadata={}, runtime_env={})
     server.jobs[0].status.value = "FAILED"
     assert Jobs("http://127.0.0.1:8265").submit(HANDED) == f"{HANDED.key}-3"
 
