@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from lorapar_ray.errors import UserError
-from lorapar_ray.text import reason
+from lorapar_ray.text import final_line, one_line, reason
 from lorapar_ray.threads import in_a_thread
 
 FINAL = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -27,6 +28,9 @@ DUMP = "[state-dump]"
 """Beginning of the lines (twenty or more) in which Ray prints a lost node's statistics; the dashboard has them too."""
 OURS = "lorapar: "
 """Beginning of the line in which a command reports why it ends."""
+CAUSE_LENGTH = 300
+UNKNOWN = re.compile(r"Request failed with status code 404: Job .* does not exist")
+"""How the server says that it knows no such job; a proxy's 404 says something else."""
 NOT_INSTALLED = "(ModuleNotFoundError: No module named 'lorapar_ray')"
 """Ends the line of a Python that does not find us."""
 
@@ -75,6 +79,27 @@ def keeps_running(job: str) -> str:
     return f"{job} keeps running; the same command follows it again, `ray job stop {job}` ends it"
 
 
+def gone(job: str) -> str:
+    """What it says of a job that the server no longer knows."""
+    return (
+        f"the cluster no longer knows {job}: its head has started again without its state, which only Redis keeps, or "
+        "the job was deleted; the same command submits the run again, and it resumes"
+    )
+
+
+def why_ended(details: Any) -> str:
+    """Ray's reason in one line. After the exit status of a command it is the end of the log: of that, the last line.
+
+    Args:
+        details: `JobDetails` of a job that has failed.
+    """
+    message = details.message or ""
+    status = getattr(details, "driver_exit_code", None)
+    if status is None or "\n" not in message.strip():
+        return one_line(message, CAUSE_LENGTH)
+    return f"exit status {status}: {final_line(message, CAUSE_LENGTH)}"
+
+
 def followed(client: Any, job: str, log: JobLog) -> Any:
     """Show a job's log until it ends; returns Ray's `JobDetails` of the ended job.
 
@@ -84,7 +109,7 @@ def followed(client: Any, job: str, log: JobLog) -> Any:
         client: `ray.job_submission.JobSubmissionClient`.
 
     Raises:
-        UserError: `TRIES` attempts in a row have shown nothing new.
+        UserError: `TRIES` attempts in a row have shown nothing new, or the server does not know the job.
     """
     failed = 0
     while True:
@@ -93,6 +118,9 @@ def followed(client: Any, job: str, log: JobLog) -> Any:
         try:
             details = in_a_thread(lambda: client.get_job_info(job), name="its status", timeout_s=STATUS_LIMIT_S)
         except Exception as error:
+            if UNKNOWN.match(str(error)):
+                log.end()
+                raise UserError(gone(job)) from error
             lost = reason(error)
         over = details is not None and details.status.value in FINAL
         advanced = log.length > before or (not over and time.monotonic() - began > ATTACHED_S)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from lorapar_ray.cluster_token import NOT_ACCEPTED, refused
 from lorapar_ray.errors import UserError
-from lorapar_ray.job_log import FINAL, JobLog, followed
+from lorapar_ray.job_log import FINAL, JobLog, followed, why_ended
 from lorapar_ray.redact import redact
 from lorapar_ray.run_lock import JOB_WAIT_S, WAIT
 from lorapar_ray.storage.uris import place_of
@@ -228,7 +228,7 @@ class Jobs:
         """Show a job's log as it grows; returns its final status and, in one line, why it failed."""
         log = JobLog(lambda line: print(line, flush=True))
         ended = followed(self._client, job, log)
-        return ended.status.value, log.cause or redact(one_line(ended.message or "", 300))
+        return ended.status.value, log.cause or why_ended(ended)
 
 
 @contextmanager

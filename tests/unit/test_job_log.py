@@ -44,6 +44,9 @@ class Breaking:
     one of `answers`: a status, or an error. The last of each stays.
     """
 
+    message, code = "Ray's own words", None
+    """How Ray explains the end of the job, and its command's exit status."""
+
     def __init__(self, tails: list[tuple[int, Exception | None]], answers: list[str | Exception]) -> None:
         self.tails, self.answers, self.attempts = tails, answers, 0
 
@@ -59,7 +62,7 @@ class Breaking:
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, Exception):
             raise answer
-        return SimpleNamespace(status=SimpleNamespace(value=answer), message="Ray's own words")
+        return SimpleNamespace(status=SimpleNamespace(value=answer), message=self.message, driver_exit_code=self.code)
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +133,49 @@ def test_a_job_is_left_alone_after_many_failures(
 def test_the_end_of_a_job_is_told_although_its_node_and_log_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"job: failed \(Ray's own words\)"):
         wait(Breaking([(9, CUT)], ["RUNNING", "FAILED"]), monkeypatch)
+
+
+TRACEBACK = "Traceback (most recent call last):\n" + '  File "x.py", line 1, in y\n' * 20 + "KeyError: 'rows'\n"
+AFTER = "Job entrypoint command failed with exit code 1"
+
+
+@pytest.mark.parametrize(
+    ("message", "code", "said"),
+    [
+        (
+            f"{AFTER}, last available logs (truncated to 20,000 chars):\n{TRACEBACK}\n",
+            1,
+            "exit status 1: KeyError: 'rows'",
+        ),
+        (f"{AFTER}. No logs available.", 1, f"{AFTER}. No logs available."),
+        ("Job supervisor actor died:\nits node is lost", None, "Job supervisor actor died: its node is lost"),
+    ],
+)
+def test_a_job_that_gives_no_reason_has_the_last_line_of_its_log(
+    message: str, code: int | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Breaking([(9, CUT)], ["RUNNING", "FAILED"])
+    server.message, server.code = message, code  # type: ignore[assignment]
+    with pytest.raises(UserError) as ended:
+        wait(server, monkeypatch)
+    assert str(ended.value) == f"job: failed ({said}); the same command resumes"
+
+
+def test_a_job_that_its_cluster_has_lost_does_not_keep_running(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = RuntimeError("Request failed with status code 404: Job job does not exist.")
+    server = Breaking([(9, CUT)], ["RUNNING", ConnectionError("refused"), lost])
+    with pytest.raises(
+        UserError, match=r"no longer knows job: its head has started again without its state, .* resumes"
+    ):
+        wait(server, monkeypatch)
+    assert server.attempts == 3 and capsys.readouterr().out == "label\n  l\n"
+
+
+def test_a_proxy_without_its_server_tells_nothing_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = RuntimeError("Request failed with status code 404: 404 page not found.")
+    wait(Breaking([(9, CUT), (len(LOG), None)], [missing, "SUCCEEDED"]), monkeypatch)
 
 
 def test_an_output_that_is_closed_is_no_broken_connection(monkeypatch: pytest.MonkeyPatch) -> None:
