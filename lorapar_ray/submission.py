@@ -6,18 +6,21 @@ It uses only Ray's job server, so the submitting machine may have another versio
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.request import urlopen
 
-from lorapar_ray.cluster_token import NOT_ACCEPTED, refused
+from lorapar_ray.cluster_token import NOT_ACCEPTED, NOT_ASKED, refused
 from lorapar_ray.errors import UserError
 from lorapar_ray.job_log import FINAL, JobLog, followed, why_ended
 from lorapar_ray.redact import redact
@@ -112,6 +115,15 @@ class Jobs:
         self._client = self._ask(self._connect)
         if not self.address.startswith(URL):
             self.address = str(self._client.get_address())
+        if os.environ.get("RAY_AUTH_MODE") == "token" and self._asks_for_no_token():
+            print(f"lorapar: the cluster at {self.address} {NOT_ASKED}", file=sys.stderr)
+
+    def _asks_for_no_token(self) -> bool:
+        """Only if the server says so: older ones do not."""
+        url = f"{self.address.rstrip('/')}/api/authentication_mode"
+        with suppress(Exception), urlopen(url, timeout=CONNECT_TIMEOUT_S) as answer:
+            return bool(json.load(answer)["authentication_mode"] == "disabled")
+        return False
 
     def _connect(self) -> Any:
         from ray.job_submission import JobSubmissionClient

@@ -120,6 +120,6 @@ def test_ports_that_are_taken_and_a_token_where_none_is_wanted(sent: Sent, tmp_p
         alone.start(f"{start} --block", {"RAY_AUTH_MODE": "disabled"})
         wait_until("Ray runs", lambda: b"Ray runtime started" in alone.log.read_bytes())
         said = handed_to(sent, f"http://{alone.address}:8266")
-        assert said.startswith("0 submitted lorapar-tiny-"), said
+        assert said.startswith("0 submitted lorapar-tiny-") and "asks nobody for a token" in said, said
         status, said = alone.run(["lorapar", "doctor"], {})
         assert "✓ ray          2 CPU" in said, (status, said)

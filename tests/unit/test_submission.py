@@ -288,6 +288,20 @@ def test_a_refused_token_is_called_one(status: int) -> None:
         Jobs(address)
 
 
+@pytest.mark.parametrize(("mode", "told"), [("disabled", True), ("token", False), (None, False)])
+def test_a_cluster_that_asks_nobody_for_a_token_is_told_who_has_one(
+    mode: str | None, told: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = {} if mode is None else {"/api/authentication_mode": {"authentication_mode": mode}}
+    with dashboard(type("Open", (Dashboard,), {"answers": answers})) as address:
+        monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+        Jobs(address)
+        assert capsys.readouterr().err == ""
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        Jobs(address)
+    assert (f"lorapar: the cluster at {address} asks nobody for a token" in capsys.readouterr().err) is told
+
+
 @pytest.mark.parametrize("variable", ["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"])
 def test_a_given_address_wins_over_the_environment(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's own client takes the environment's."""
