@@ -200,7 +200,8 @@ class LabelConfig(Section):
     """Stop asking once the majority is decided. The cheapest teacher is asked first, by `cost_per_million_tokens` and
     `cost_per_hour`; without prices, in the given order."""
     cache: Operation[str | None] = None
-    """A file of votes that several runs share; None: one of the run's own."""
+    """A file of votes that several runs share; None: one of the run's own. On a network file system, where SQLite's
+    locks are not reliable, new votes are in a journal beside it, the folder `FILE.journal`."""
     resources: Operation[Resources] = Resources(cpus=0.5, gpus=0)
     """Resources of one asking worker."""
 

@@ -23,10 +23,10 @@ from lorapar_ray.boundary import read_object
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.rows import count_rows
 from lorapar_ray.errors import UserError
-from lorapar_ray.files import cache_root, digest, expanded, write_json
+from lorapar_ray.files import expanded, write_json
 from lorapar_ray.labeling.asker import asked, read_result
 from lorapar_ray.labeling.calibration import ask_probes, measured_bias, probes, unanswered
-from lorapar_ray.labeling.journal import is_networked
+from lorapar_ray.labeling.journal import is_networked, segments
 from lorapar_ray.labeling.keys import teacher_keys
 from lorapar_ray.labeling.output import LABELS, write_labels, write_labels_of_sources, write_random_labels
 from lorapar_ray.labeling.panel import Panel, reasons
@@ -213,16 +213,17 @@ class _Voting:
 
 
 def _store(config: Config, run: RunDirectory) -> VoteStore:
-    """The run's votes, or those that `label.cache` names: SQLite on a disk of this machine, else a journal of it."""
-    if config.label.cache:
-        return VoteStore(expanded(config.label.cache, "label.cache"))
+    """The run's votes, or those that `label.cache` names: SQLite on a disk of this machine, else a journal.
+
+    A journal that has begun goes on wherever it is now, with the votes of a file beside it.
+    """
     file, journal = run.work / "votes.sqlite", run.work / "votes"
-    if run.remote is not None:
+    if config.label.cache:
+        file = expanded(config.label.cache, "label.cache").absolute()
+        journal = file.with_name(f"{file.name}.journal")
+    elif run.remote is not None:
         return VoteStore(file, journal)
-    if not file.is_file() and is_networked(run.work):
-        key = digest(str(run.root))[:16]
-        return VoteStore(cache_root() / "votes" / f"{key}.sqlite", journal)
-    return VoteStore(file)
+    return VoteStore(file, journal if segments(journal) or is_networked(file.parent) else None)
 
 
 def _run_id(file: Path) -> str:

@@ -30,7 +30,12 @@ CREATE TABLE IF NOT EXISTS failures (
     run TEXT, question BLOB, teacher TEXT, reason TEXT, PRIMARY KEY (run, question, teacher)
 ) WITHOUT ROWID;
 """
+KEYS = {"answers": "question, teacher", "failures": "run, question, teacher"}
+"""Primary keys."""
+TEMPORARY = ""
+"""SQLite's name for a database in a temporary file, which no other process sees, and which ends with this one."""
 LOOKED_UP_AT_ONCE = 400
+TAKEN_AT_ONCE = 1000
 WAIT_S = 60.0
 
 
@@ -59,23 +64,26 @@ class VoteStore:
         """Open or create the file; only its owner may read a new one, since reasons quote services' messages.
 
         Args:
-            journal: folder of a `Journal` that gets every entry; the file is rebuilt from it.
+            journal: folder of a `Journal` that gets every entry. The database is rebuilt from it, on this machine's
+                disk for temporary files; if `path` exists, its entries count too and are copied to the journal.
 
         Raises:
             UserError: it cannot be opened, or is something else.
         """
         self._path = path if journal is None else journal
         self._journal: Journal | None = None
-        with self._clear_errors():
-            if journal is not None:
-                path.unlink(missing_ok=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)  # before SQLite makes it readable to all; its journals copy the mode
-            self._database = sqlite3.connect(path, timeout=WAIT_S)
+        with self._clear_errors(self._path):
+            if journal is None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch(mode=0o600)  # before SQLite makes it readable to all; its journals copy the mode
+            self._database = sqlite3.connect(TEMPORARY if journal is not None else path, timeout=WAIT_S)
             self._database.executescript(TABLES)
             if journal is not None:
                 self._journal = Journal(journal)
                 self._replay(self._journal)
+        if journal is not None and path.is_file():
+            with self._clear_errors(path):
+                self._take_over(path)
 
     def answers(self, questions: Sequence[bytes]) -> dict[bytes, dict[bytes, Answer]]:
         """The stored answers to some questions: {question: {teacher key: answer}}."""
@@ -83,7 +91,7 @@ class VoteStore:
         wanted = "question, teacher, log_probs, tokens, latency_s, run"
         for part in _parts(questions):
             query = f"SELECT {wanted} FROM answers WHERE question IN ({_marks(part)})"
-            with self._clear_errors():
+            with self._clear_errors(self._path):
                 for question, teacher, *columns in self._database.execute(query, part):
                     found.setdefault(question, {})[teacher] = _answer(*columns)
         return found
@@ -97,13 +105,16 @@ class VoteStore:
             for question, teacher, found in answers
         ]
         failed: Rows = [list(each) for each in failures]
-        with self._clear_errors():
-            if self._journal is not None:
-                self._journal.add(
-                    [[question.hex(), teacher.hex(), *rest] for question, teacher, *rest in rows],
-                    [[run, question.hex(), *rest] for run, question, *rest in failed],
-                )
-            self._insert(rows, failed)
+        with self._clear_errors(self._path):
+            self._add(rows, failed)
+
+    def _add(self, answers: Rows, failures: Rows) -> None:
+        if self._journal is not None:
+            self._journal.add(
+                [[question.hex(), teacher.hex(), *rest] for question, teacher, *rest in answers],
+                [[run, question.hex(), *rest] for run, question, *rest in failures],
+            )
+        self._insert(answers, failures)
 
     def _insert(self, answers: Rows, failures: Rows) -> None:
         with self._database:
@@ -120,12 +131,32 @@ class VoteStore:
         except (ValueError, KeyError, TypeError, RecursionError, sqlite3.ProgrammingError) as error:
             raise sqlite3.DatabaseError(f"a line is damaged: {one_line(error, 80)}") from error
 
+    def _take_over(self, file: Path) -> None:
+        """Add the entries of another file that are not here yet."""
+        self._database.execute("ATTACH DATABASE ? AS earlier", [str(file)])
+        there = {name for (name,) in self._database.execute("SELECT name FROM earlier.sqlite_master")}
+        for table, key in KEYS.items():
+            if table in there:  # a kill may have left an empty file
+                self._database.execute(
+                    f"CREATE TEMP TABLE missing AS SELECT * FROM earlier.{table} WHERE ({key}) NOT IN "
+                    f"(SELECT {key} FROM main.{table})"
+                )
+                found = self._database.execute("SELECT * FROM missing")
+                try:
+                    while some := [list(row) for row in found.fetchmany(TAKEN_AT_ONCE)]:
+                        self._add(*((some, []) if table == "answers" else ([], some)))
+                except (AttributeError, ValueError) as error:  # SQLite allows any type in any column
+                    raise sqlite3.DatabaseError("a stored answer is damaged") from error
+                self._database.execute("DROP TABLE missing")
+        self._database.commit()
+        self._database.execute("DETACH DATABASE earlier")
+
     def failures(self, run: str, questions: Sequence[bytes]) -> dict[bytes, dict[str, str]]:
         """Why teachers failed on some questions: {question: {teacher name: reason}}; they may have answered later."""
         found: dict[bytes, dict[str, str]] = {}
         for part in _parts(questions):
             query = f"SELECT question, teacher, reason FROM failures WHERE run = ? AND question IN ({_marks(part)})"
-            with self._clear_errors():
+            with self._clear_errors(self._path):
                 for question, teacher, reason in self._database.execute(query, [run, *part]):
                     found.setdefault(question, {})[teacher] = reason
         return found
@@ -135,20 +166,18 @@ class VoteStore:
         self._database.close()
 
     @contextmanager
-    def _clear_errors(self) -> Iterator[None]:
+    def _clear_errors(self, path: Path) -> Iterator[None]:
         try:
             yield
         except sqlite3.OperationalError as error:
             if "full" in str(error):
-                raise no_space(self._path) from error
-            raise UserError(f"label.cache: '{self._path}' cannot be used ({error}); name another file") from error
+                raise no_space(path) from error
+            raise UserError(f"label.cache: '{path}' cannot be used ({error}); name another file") from error
         except OSError as error:
-            raise UserError(
-                f"label.cache: '{self._path}' cannot be written ({error.strerror}); name another"
-            ) from error
+            raise UserError(f"label.cache: '{path}' cannot be written ({error.strerror}); name another") from error
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter of names that are no text
             raise UserError(
-                f"label.cache: '{self._path}' is not a vote cache ({error}); delete it or name another"
+                f"label.cache: '{path}' is not a vote cache ({error}); delete it or name another"
             ) from error
 
 

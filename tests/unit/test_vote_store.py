@@ -6,17 +6,19 @@ from typing import Any
 
 import pytest
 
-from lorapar_ray.config import LabelConfig
+from lorapar_ray.config import Config, LabelConfig
 from lorapar_ray.errors import UserError
 from lorapar_ray.fingerprints import Fingerprints
 from lorapar_ray.labeling.calibration import measured_bias
-from lorapar_ray.labeling.journal import is_networked
+from lorapar_ray.labeling.job import _store
+from lorapar_ray.labeling.journal import is_networked, segments
 from lorapar_ray.labeling.keys import revision, teacher_keys, weights_here
 from lorapar_ray.labeling.pending import PendingBlocks, write_pending
 from lorapar_ray.labeling.store import VoteStore, question_key
 from lorapar_ray.labeling.votes import (
     average_log_probs,
 )
+from lorapar_ray.runs import RunDirectory
 from tests.unit.votes import answer, panel, rows_file
 
 
@@ -108,7 +110,8 @@ def test_bias_is_measured_from_stored_answers(tmp_path: Path) -> None:
 def test_votes_are_rebuilt_from_their_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorapar_ray.labeling.journal.SEGMENT_BYTES", 200)
     folder, keys = tmp_path / "votes", [question_key(f"q{i}", "a") for i in range(6)]
-    store = VoteStore(tmp_path / "here.sqlite", folder)
+    here = tmp_path / "votes.sqlite"
+    store = VoteStore(here, folder)
     for number, key in enumerate(keys[:4]):
         store.add([(key, b"t", answer(number, "run"))], [("run", key, "b", "TimeoutError")])
     store.add([(keys[0], b"t", answer(9.0, "run"))])
@@ -116,17 +119,72 @@ def test_votes_are_rebuilt_from_their_journal(tmp_path: Path, monkeypatch: pytes
     assert len(list(folder.iterdir())) > 1
     last = sorted(folder.iterdir())[-1]
     last.write_bytes(last.read_bytes() + b'{"answers": [["ab')  # a kill cut it off
-    (tmp_path / "there.sqlite").write_text("of another session")
-    again = VoteStore(tmp_path / "there.sqlite", folder)
+    again = VoteStore(here, folder)
     again.add([(keys[4], b"t", answer(4.0))])
     again.close()
-    found = VoteStore(tmp_path / "third.sqlite", folder).answers(keys)
+    assert not here.exists()
+    found = VoteStore(here, folder).answers(keys)
     assert {key: each[b"t"].log_probs for key, each in found.items()} == {
         key: answer(odds).log_probs for key, odds in zip(keys, (9.0, 1.0, 2.0, 3.0, 4.0), strict=False)
     }
     last.write_bytes(b"no JSON\n")
     with pytest.raises(UserError, match=r"votes' is not a vote cache \(a line is damaged"):
-        VoteStore(tmp_path / "fourth.sqlite", folder)
+        VoteStore(here, folder)
+
+
+def test_votes_of_a_file_are_taken_over_into_a_journal_once(tmp_path: Path) -> None:
+    file, folder, keys = tmp_path / "votes.sqlite", tmp_path / "votes", [question_key(f"q{i}", "a") for i in range(3)]
+    store = VoteStore(file)
+    store.add([(key, b"t", answer(1.0, "run")) for key in keys[:2]], [("run", keys[2], "t", "TimeoutError")])
+    store.close()
+    newer = VoteStore(tmp_path / "none.sqlite", folder)
+    newer.add([(keys[0], b"t", answer(2.0))])
+    newer.close()
+    for _ in range(2):
+        both = VoteStore(file, folder)
+        found = both.answers(keys)
+        assert {key: each[b"t"].log_probs for key, each in found.items()} == {
+            keys[0]: answer(2.0).log_probs,
+            keys[1]: answer(1.0).log_probs,
+        }
+        assert both.failures("run", keys) == {keys[2]: {"t": "TimeoutError"}}
+        both.close()
+    lines = [line for each in segments(folder) for line in each.read_text().splitlines()]
+    assert len(lines) == 3  # the newer answer, the other answer, and the failure
+    file.write_text("no database")
+    with pytest.raises(UserError, match=r"votes\.sqlite' is not a vote cache"):
+        VoteStore(file, folder)
+    file.write_text("")
+    VoteStore(file, folder).close()
+
+
+def test_processes_that_share_a_journal_write_files_of_their_own(tmp_path: Path) -> None:
+    keys = [question_key(f"q{i}", "a") for i in range(4)]
+    stores = [VoteStore(tmp_path / "none.sqlite", tmp_path / "votes") for _ in range(2)]
+    for number, key in enumerate(keys):
+        stores[number % 2].add([(key, b"t", answer(1.0))])
+    assert len(segments(tmp_path / "votes")) == 2
+    assert set(VoteStore(tmp_path / "none.sqlite", tmp_path / "votes").answers(keys)) == set(keys)
+
+
+@pytest.mark.parametrize("grid", [False, True])
+def test_a_network_file_system_gets_a_journal_that_goes_on_elsewhere(
+    grid: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "grid" / "votes.sqlite" if grid else None
+    tree = {"name": "x", "model": {"path": "m"}, "data": {"train": [{"reader": "file", "path": "rows.jsonl"}]}}
+    config = Config.model_validate({**tree, "label": {**panel("a").model_dump(), "cache": cache and str(cache)}})
+    run, keys = RunDirectory(tmp_path / "run"), [question_key(f"q{i}", "a") for i in range(3)]
+    file = cache or run.work / "votes.sqlite"
+    journal = tmp_path / "grid" / "votes.sqlite.journal" if grid else run.work / "votes"
+    for number, networked in enumerate([False, True, False]):  # an older version's file, then two moves
+        monkeypatch.setattr("lorapar_ray.labeling.job.is_networked", lambda _, there=networked: there)
+        before, store = file.read_bytes() if number else b"", _store(config, run)
+        assert set(store.answers(keys)) == set(keys[:number])
+        store.add([(keys[number], b"t", answer(1.0))])
+        store.close()
+        assert bool(segments(journal)) == bool(number)
+        assert number == 0 or file.read_bytes() == before
 
 
 def test_file_systems_that_machines_share_are_known() -> None:
