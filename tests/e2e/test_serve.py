@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from openai import AuthenticationError, BadRequestError, NotFoundError, OpenAI
+from openai import APIStatusError, AuthenticationError, BadRequestError, NotFoundError, OpenAI
 
 from tests.chaos import Recovery
 from tests.e2e.conftest import FinishedRun
@@ -108,6 +109,12 @@ def test_refusals(client: OpenAI, server: Server) -> None:
         ask(client, "auto", "x " * 5000)
     with pytest.raises(BadRequestError, match="n: at most 8"):
         client.post("/completions", body={"model": "base", "prompt": "x", "n": "16384"}, cast_to=object)
+    with pytest.raises(APIStatusError, match="larger than") as refused:
+        client.post("/completions", body={"model": "base", "prompt": "x" * 2**20}, cast_to=object)
+    assert refused.value.status_code == 413
+    parts = (b" " * 2**18 for _ in range(8))  # their sum is not declared
+    headers = {"Authorization": f"Bearer {SECRET}"}
+    assert httpx.post(f"{server[1]}/completions", content=parts, headers=headers, timeout=60).status_code == 413
     with pytest.raises(NotFoundError):  # vLLM's own server would take another adapter here
         client.post("/load_lora_adapter", body={"lora_name": "x", "lora_path": "/"}, cast_to=object)
 
