@@ -83,7 +83,8 @@ class RoomPolicy(ScalingPolicy):
         self._too_many: tuple[int, tuple[Node, ...], float] | None = None
         """A number that got no place on these nodes: others were faster, or the free parts of GPUs do not add up. And
         until when it is not asked for on other nodes either."""
-        self._refusals = 0
+        self._refusals: Counter[int] = Counter()
+        """How often each number got no place, since as many workers or more have run."""
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """The number to start with; the fewest also where they have no room, for which Ray then waits."""
@@ -98,6 +99,7 @@ class RoomPolicy(ScalingPolicy):
         self._maybe_send_resource_request()
         self._group = worker_group_state.placement_group_handle.placement_group
         now, present = time.monotonic(), worker_group_state.num_workers
+        self._refusals = Counter({number: times for number, times in self._refusals.items() if number > present})
         looked_at = max(worker_group_state.start_time, self._looked_at)
         if now - looked_at < self.scaling_config.elastic_resize_monitor_interval_s:
             return NoopDecision()
@@ -115,13 +117,15 @@ class RoomPolicy(ScalingPolicy):
         """Notes that a group got no place.
 
         A try without a place costs a minute and the steps since the last checkpoint. On a cluster of several jobs the
-        nodes always differ from those of the last try. So the next try waits, each time twice as long.
+        nodes always differ from those of the last try. So the next try waits, each time twice as long, until as many
+        workers have run. A place for fewer workers that was refused was none for more, either.
         """
         if isinstance(current_state, ReschedulingState) and self._asked is not None:
             number, nodes = self._asked
             if number > self.scaling_config.min_workers:
-                self._refusals += 1
-                pause_s = self.scaling_config.elastic_resize_monitor_interval_s * 2 ** min(self._refusals, MOST_DOUBLED)
+                self._refusals[number] += 1
+                refusals = sum(times for fewer, times in self._refusals.items() if fewer <= number)
+                pause_s = self.scaling_config.elastic_resize_monitor_interval_s * 2 ** min(refusals, MOST_DOUBLED)
                 self._too_many = number, nodes, time.monotonic() + pause_s
 
     def _look(self) -> Look | None:

@@ -1,6 +1,7 @@
 """What a group with a range asks for as a simulated cluster changes: the policy is real, what it sees is not."""
 
 import socket
+from itertools import count
 from typing import Any
 
 import pytest
@@ -109,6 +110,29 @@ def test_on_nodes_that_change_all_the_time_a_number_without_a_place_is_asked_for
     policy.scaling_config.elastic_resize_monitor_interval_s = 0.0
     no_place(policy)
     assert started(policy, 4.5, 0.3) == 4  # the pause is over
+
+
+def test_pauses_begin_anew_once_as_many_workers_have_run(policy: Simulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long run on spot nodes meets many refusals; without a new beginning, one more costs most of a day."""
+    clock, other = [0.0], count(0.0001, 0.0001)  # a node that always differs
+    monkeypatch.setattr("lorapar_ray.scaling.time.monotonic", lambda: clock[0])
+    policy.scaling_config.elastic_resize_monitor_interval_s = 60.0
+
+    def pause(number: int) -> float:
+        """Seconds for which a number is not asked for again after it got no place."""
+        assert started(policy, number + 0.5, next(other)) == number
+        no_place(policy)
+        start = clock[0]
+        while started(policy, number + 0.5, next(other)) < number:
+            clock[0] += 30.0
+        return clock[0] - start
+
+    assert [pause(4) for _ in range(3)] == [120.0, 240.0, 480.0]
+    assert resized(policy, 3, 3.5) is None  # three run
+    assert pause(3) == 120.0  # which says nothing of four
+    assert pause(4) == 60.0 * 2**5
+    assert resized(policy, 4, 4.5) is None
+    assert pause(4) == 120.0
 
 
 def test_fewest_workers_that_got_no_place_grow_as_soon_as_there_is_room(policy: Simulated) -> None:
