@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import runpy
 import shlex
@@ -18,6 +19,7 @@ import yaml
 
 from lorapar_ray.config_file import load_config
 from lorapar_ray.pipeline import STAGES
+from lorapar_ray.run_lock import JOB_WAIT_S, STALE_S
 from tests.tiny_run import ROOT
 
 CLUSTER = ROOT / "cluster"
@@ -94,6 +96,23 @@ def test_compose_and_ray_up_are_valid() -> None:
 def test_the_job_brings_the_cluster_that_stands_alone() -> None:
     [cluster], [job] = documents("kuberay/cluster.yaml"), documents("kuberay/job.yaml")
     assert job["spec"]["rayClusterSpec"] == cluster["spec"]
+
+
+@pytest.mark.parametrize("lock", ["cpu", "gpu"])
+def test_ray_is_the_lock_s_everywhere(lock: str) -> None:
+    [locked] = re.findall(r"^ray==(\S+)", (ROOT / "requirements" / f"{lock}.txt").read_text(), re.M)
+    said = {
+        str(file.relative_to(CLUSTER)): found
+        for file in CLUSTER.rglob("*.yaml")
+        if (
+            found := {
+                node["rayVersion"]
+                for node in walk(documents(str(file)))
+                if isinstance(node, dict) and "rayVersion" in node
+            }
+        )
+    }
+    assert said == {"kuberay/cluster.yaml": {locked}, "kuberay/job.yaml": {locked}}
 
 
 def groups(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -268,6 +287,22 @@ def test_a_job_evaluates_models_without_a_run(model: list[str], monkeypatch: pyt
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *model, "--out", "/shared/results"])
     runpy.run_path(str(ROOT / "jobs" / "evaluate.py"), run_name="__main__")
     assert begun[1:] == ["evaluate", *model, "--out", "/shared/results"]
+
+
+def test_a_job_joins_its_cluster_and_waits_for_the_lock_of_a_killed_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "jobs")
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--config", "run.yaml", "--run-dir", "/shared/runs/x"])
+    names = ("RAY_ADDRESS", "LORAPAR_WAIT_S")
+    seen: list[list[str | None]] = []
+    monkeypatch.setattr("lorapar_ray.cli.main", lambda: seen.append([os.environ.get(name) for name in names]))
+    for name in names:
+        monkeypatch.setenv(name, "0")
+    runpy.run_path(str(ROOT / "jobs" / "sft.py"), run_name="__main__")
+    for name in names:  # the test's end takes away what the job sets
+        monkeypatch.delenv(name)
+    runpy.run_path(str(ROOT / "jobs" / "sft.py"), run_name="__main__")
+    assert seen == [["0", "0"], ["auto", JOB_WAIT_S]]
+    assert float(JOB_WAIT_S) > STALE_S
 
 
 @pytest.mark.parametrize("words", [["--run-dir", "runs/x"], ["--run-dir=runs/x"], ["-d", "runs/x"], ["-druns/x"]])
