@@ -10,14 +10,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from lorapar_ray.capacity import Capacity, capacity, growing, require_fit
 from lorapar_ray.config import Config
-from lorapar_ray.doctor import INSTALL, Finding
+from lorapar_ray.doctor import FOR_GPUS, INSTALL, Finding
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import expanded
+from lorapar_ray.gpu_memory.device import installed_gpus, visible
 from lorapar_ray.gpus import place
+from lorapar_ray.labeling.secrets import secret
 from lorapar_ray.models import require_there
 from lorapar_ray.pipeline import PIPELINE, stages_of
 from lorapar_ray.processes import HINTS, processes_of
@@ -40,19 +43,21 @@ class NodeReport:
     versions: dict[str, str | None]
     gpus: int
     """GPUs that torch can use."""
+    installed: int
+    """GPUs that the driver shows to this process."""
     storage: str
     """Empty, or the reason why it does not see another node's files in the run directory."""
     free_gib: float
     """Of the run directory's file system, or of the node's own disk if it is in an object store."""
     models: dict[str, str]
-    """By the config's path, the reason why a model is missing."""
+    """By its path, the reason why a model, or the adapter to start from, is missing."""
 
 
 def examine_cluster(config: Config | None, run_dir: str | None) -> list[Finding]:
     """Ask every node of the cluster that this process is connected to.
 
     Args:
-        config: also checks its models, keys and what its stages ask for; None: only the nodes.
+        config: also checks its models, adapter, keys and what its stages ask for; None: only the nodes.
         run_dir: also checks that every node reaches it, and sees the other nodes' files.
     """
     import ray
@@ -63,7 +68,9 @@ def examine_cluster(config: Config | None, run_dir: str | None) -> list[Finding]
         if probe is not None:
             probe.ask()
         models = sorted(set(_models(config))) if config is not None else []
-        reports, failed = _ask(nodes, probe, models)
+        given = config.adapter.path if config is not None else None
+        adapter = None if given is None else str(expanded(given, "adapter.path").resolve())
+        reports, failed = _ask(nodes, probe, models, adapter)
         found = [_nodes(nodes, failed), _versions(nodes, reports), _gpus(nodes, reports)]
         if probe is not None:
             found.append(_storage(nodes, reports, probe))
@@ -79,7 +86,9 @@ def examine_cluster(config: Config | None, run_dir: str | None) -> list[Finding]
                 probe.remove()
 
 
-def _ask(nodes: dict[str, Any], probe: Probe | None, models: list[str]) -> tuple[dict[str, NodeReport], dict[str, str]]:
+def _ask(
+    nodes: dict[str, Any], probe: Probe | None, models: list[str], adapter: str | None
+) -> tuple[dict[str, NodeReport], dict[str, str]]:
     """Every node's report, and the reason of each node that sent none."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -88,7 +97,7 @@ def _ask(nodes: dict[str, Any], probe: Probe | None, models: list[str]) -> tuple
         strategy = NodeAffinitySchedulingStrategy(node, soft=False)
         return ray.remote(report).options(num_cpus=0, scheduling_strategy=strategy, max_retries=0)
 
-    asked = {there(node).remote(node, probe, models): node for node in nodes}
+    asked = {there(node).remote(node, probe, models, adapter): node for node in nodes}
     answered, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_LIMIT_S)
     reports, failed = {}, dict.fromkeys((asked[call] for call in late), SILENT)
     for call in answered:
@@ -99,7 +108,7 @@ def _ask(nodes: dict[str, Any], probe: Probe | None, models: list[str]) -> tuple
     return reports, failed
 
 
-def report(node: str, probe: Probe | None, models: list[str]) -> dict[str, Any]:
+def report(node: str, probe: Probe | None, models: list[str], adapter: str | None) -> dict[str, Any]:
     """One node's report, as a dict (a Ray task)."""
     gpus = 0
     if find_spec("torch") is not None:  # one that is there and cannot be imported is an error
@@ -112,8 +121,16 @@ def report(node: str, probe: Probe | None, models: list[str]) -> dict[str, Any]:
             require_there(model)
         except UserError as error:
             missing[model] = str(error)
+    if adapter is not None:
+        from lorapar_ray.adapters.given import require_lora
+
+        try:
+            require_lora(Path(adapter))
+        except UserError as error:
+            missing[adapter] = str(error)
     storage, free = probe.answer(node) if probe else ("", 0.0)
-    return asdict(NodeReport(installed_versions(), gpus, storage, free, missing))
+    installed = len(visible(installed_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")))
+    return asdict(NodeReport(installed_versions(), gpus, installed, storage, free, missing))
 
 
 def _models(config: Config) -> Iterator[str]:
@@ -169,7 +186,14 @@ def _gpus(nodes: dict[str, Any], reports: dict[str, NodeReport]) -> Finding:
             "driver, the container's GPU options and CUDA_VISIBLE_DEVICES",
         )
     having = [node for node in reports if reports[node].gpus]
-    return Finding("gpus", True, f"usable on {len(having)} of {len(reports)} nodes")
+    said = f"usable on {len(having)} of {len(reports)} nodes"
+    dark = [node for node in reports if reports[node].installed and not reports[node].gpus]
+    if dark:
+        said += f"; those of {_named(nodes, dark)} stay idle: torch there cannot use them; {FOR_GPUS}"
+    idle = [node for node in reports if reports[node].gpus > nodes[node]["Resources"].get("GPU", 0)]
+    if idle:
+        said += f"; some of {_named(nodes, idle)} stay idle: Ray there was started with fewer (--num-gpus)"
+    return Finding("gpus", True, said)
 
 
 def _storage(nodes: dict[str, Any], reports: dict[str, NodeReport], probe: Probe) -> Finding:
@@ -199,12 +223,13 @@ def _models_found(nodes: dict[str, Any], reports: dict[str, NodeReport]) -> Find
 
 
 def _keys(config: Config) -> Finding:
+    """The keys of teachers, which may also be judges. The driver reads them, so they are needed where jobs run."""
+    for teacher in config.label.teachers:
+        try:
+            secret(teacher)
+        except UserError as error:
+            return Finding("secrets", False, f"{error} where the head node's Ray starts, since jobs run there")
     wanted = sorted({each.api_key_env for each in config.label.teachers if each.api_key_env})
-    unset = [name for name in wanted if not os.environ.get(name)]
-    if unset:
-        return Finding(
-            "secrets", False, f"{', '.join(unset)} not set where jobs run; set them for the head node's pods"
-        )
     return Finding("secrets", True, f"{', '.join(wanted)} set" if wanted else "the config names none")
 
 

@@ -69,9 +69,15 @@ def test_the_driver_needs_no_student_to_check_a_run(
 
 def test_a_node_that_cannot_report_says_why(cluster: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A node without our package, and one whose torch cannot be loaded (fault injection)."""
-    found = examine_cluster(Config.model_validate(tiny_config(save_tiny_student(tmp_path))), str(tmp_path / "run"))
-    assert [each.what for each in found if not each.ok] == []
-    assert found[0].detail.startswith("1 answer, ")
+    plain = tiny_config(save_tiny_student(tmp_path))
+    given = plain | {"adapter": {"init": "adapter", "path": str(tmp_path / "none")}}
+    missing = (
+        f"adapter.path '{tmp_path}/none': needs adapter_config.json and adapter_model.safetensors, as PEFT saves them"
+    )
+    for fields, wrong in ((plain, []), (given, [missing])):
+        found = examine_cluster(Config.model_validate(fields), str(tmp_path / "run"))
+        assert found[0].detail.startswith("1 answer, ")
+        assert [each.detail.partition(": ")[2] for each in found if not each.ok] == wrong
     elsewhere = ModuleType("only_here")
     exec("def report(*_): return {}", elsewhere.__dict__)
     monkeypatch.setitem(sys.modules, "only_here", elsewhere)
@@ -84,5 +90,5 @@ def test_a_node_that_cannot_report_says_why(cluster: None, monkeypatch: pytest.M
         (broken, "OSError: libcudart.so.13: cannot open shared object file"),
     ):
         monkeypatch.setattr(cluster_check, "report", report)
-        [(node, said)] = cluster_check._ask({each["NodeID"]: each for each in ray.nodes()}, None, [])[1].items()
+        [(node, said)] = cluster_check._ask({each["NodeID"]: each for each in ray.nodes()}, None, [], None)[1].items()
         assert said == why, node

@@ -50,7 +50,7 @@ NODES = {name: {"NodeManagerAddress": f"10.0.0.{place}", "Resources": {"CPU": 4}
 
 
 def report(**changes: Any) -> NodeReport:
-    plain = {"versions": installed_versions(), "gpus": 0, "storage": "", "free_gib": 9.0, "models": {}}
+    plain = {"versions": installed_versions(), "gpus": 0, "installed": 0, "storage": "", "free_gib": 9.0, "models": {}}
     return NodeReport(**{**plain, **changes})
 
 
@@ -354,6 +354,17 @@ def test_a_gpu_that_torch_cannot_use_is_named() -> None:
     assert not found.ok and "Ray counts 2 on 10.0.0.1 but torch can use 0" in found.detail
 
 
+def test_gpus_that_stay_idle_are_told() -> None:
+    """A head's may stay idle on purpose."""
+    gpus = {**NODES, "b": {**NODES["b"], "Resources": {"GPU": 1}}}
+    assert _gpus(gpus, {"a": report(), "b": report(gpus=1, installed=1)}).detail == "usable on 1 of 2 nodes"
+    found = _gpus(gpus, {"a": report(installed=1), "b": report(gpus=2, installed=2)})
+    assert found.ok and found.detail.startswith(
+        "usable on 1 of 2 nodes; those of 10.0.0.0 stay idle: torch there cannot"
+    )
+    assert found.detail.endswith("; some of 10.0.0.1 stay idle: Ray there was started with fewer (--num-gpus)")
+
+
 def test_storage_is_shared_or_the_node_is_named(tmp_path: Path) -> None:
     probe = Probe(str(tmp_path))
     probe.ask()
@@ -377,9 +388,12 @@ def test_models_and_keys_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None
     assert not found.ok and found.detail == "on 10.0.0.1: model '/m': no such directory"
     config = config_of()
     monkeypatch.delenv("A_KEY", raising=False)
-    assert _keys(config).detail.startswith("A_KEY not set where jobs run")
+    where = "where the head node's Ray starts, since jobs run there"
+    assert _keys(config).detail == f"teacher 't': environment variable A_KEY is not set; export it {where}"
+    monkeypatch.setenv("A_KEY", "a b")
+    assert _keys(config).detail.endswith(f"so it is not an API key; export it again {where}")
     monkeypatch.setenv("A_KEY", "abc")
-    assert _keys(config).ok
+    assert _keys(config).detail == "A_KEY set"
 
 
 @pytest.mark.parametrize(
