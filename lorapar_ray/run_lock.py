@@ -211,10 +211,19 @@ def _remove_if_stale(file: Path, watch: Watch) -> None:
     aside = file.with_name(f".{NAME}.{uuid.uuid4().hex}")
     with suppress(FileNotFoundError):
         file.rename(aside)
-        if _text_of(aside) != text:  # not the lock that was read: another process was faster
-            with suppress(FileExistsError):
-                os.link(aside, file)
+        if (found := _text_of(aside)) != text:  # not the lock that was read: another process was faster
+            _put_back(aside, file, found)
         aside.unlink()
+
+
+def _put_back(aside: Path, file: Path, text: str) -> None:
+    """Give a lock its name again, unless there is another."""
+    try:
+        os.link(aside, file)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        _created(file, text)
 
 
 def in_use(run: str, holder: dict[str, Any], age: float, lock: object) -> str:

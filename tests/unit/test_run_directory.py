@@ -1,5 +1,6 @@
 """Guarantees of a run directory: one command at a time, no foreign file removed, checked results."""
 
+import errno
 import hashlib
 import json
 import os
@@ -393,6 +394,31 @@ def test_of_many_that_find_a_dead_holder_one_gets_the_lock_at_a_time(tmp_path: P
     lines = log.read_text().splitlines()
     assert len(lines) == 16
     assert all(a.split()[1] == b.split()[1] for a, b in zip(lines[::2], lines[1::2], strict=True))
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_lock_that_was_taken_meanwhile_is_put_back(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between this process's look at a dead holder's lock and its removal, another process removes it and takes one."""
+    file, living = tmp_path / run_lock.NAME, json.dumps(run_lock.identity() | {"token": "of the other"})
+    file.write_text(json.dumps(run_lock.identity() | {"started": 5}))
+
+    class Slow(run_lock.Watch):
+        def lives(self, holder: dict[str, Any], changed_s: float, age: float) -> bool | None:
+            found = super().lives(holder, changed_s, age)
+            file.write_text(living)
+            return found
+
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    run_lock._remove_if_stale(file, Slow())
+    assert [each.name for each in tmp_path.iterdir()] == [run_lock.NAME] and file.read_text() == living
+    with pytest.raises(UserError, match="in use by process"), run_lock.run_lock(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize(
