@@ -274,6 +274,16 @@ def lives(holder: dict[str, Any], age: float) -> bool:
         return True  # being written
     if not _is_here(holder):
         return age < STALE_S
+    return _runs(holder)
+
+
+def ended(holder: dict[str, Any]) -> bool:
+    """Whether a holder is known to have ended: a process of this machine that no longer runs."""
+    return _is_here(holder) and not _runs(holder)
+
+
+def _runs(holder: dict[str, Any]) -> bool:
+    """Whether a holder of this machine still runs."""
     started = _started(holder.get("pid", -1))
     return started is not None and started == holder.get("started")
 

@@ -1,4 +1,4 @@
-"""A machine's cache of objects: its processes together download each object once."""
+"""A machine's cache of objects: its processes together download each object once, where files can be locked."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,9 +37,11 @@ class Cache:
         """
         tag = objects.tag(name)
         key = _key(objects, name, tag)
-        kept, draft = self._root / key, self._root / f".{key}.{os.getpid()}"
+        # not named by the process: containers, or machines, that share a cache have equal pids
+        kept, draft = self._root / key, self._root / f".{key}.{uuid.uuid4().hex}"
         with (self._root / f".{key}.lock").open("w", encoding="utf-8") as turn:
-            fcntl.flock(turn, fcntl.LOCK_EX)  # on this machine's own disk
+            with suppress(OSError):  # a file system without locks: several processes may download it, each its own
+                fcntl.flock(turn, fcntl.LOCK_EX)
             if not kept.is_file():
                 try:
                     tag = objects.download(name, draft)

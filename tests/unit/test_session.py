@@ -1,7 +1,10 @@
 """A local Ray's files, their permissions, and the messages if there is no Ray to connect to."""
 
+import errno
 import fcntl
+import json
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -21,9 +24,11 @@ from typer.testing import CliRunner
 from lorapar_ray import ray_files, session
 from lorapar_ray.cli import app
 from lorapar_ray.errors import UserError
-from lorapar_ray.private_directory import LOCK, PREFIX, private_directory, remove_abandoned
+from lorapar_ray.private_directory import HOLDER, LOCK, PREFIX, private_directory, remove_abandoned
 from lorapar_ray.ray_files import LONGEST_ROOT, SOCKET_BYTES, local_files
+from lorapar_ray.run_lock import identity
 from lorapar_ray.threads import in_a_thread
+from tests.unit.faked_stages import in_a_child
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +130,32 @@ def test_a_directory_that_is_removed_before_it_is_locked_is_made_again(
         assert [len(each) for each in seen] == [1, 1] and [*tmp_path.iterdir()] == [folder]
         assert (folder / LOCK).is_file()
     assert not [*tmp_path.iterdir()]
+
+
+def test_without_locks_a_directory_goes_with_its_process_on_the_same_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def die() -> None:
+        with private_directory(tmp_path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    locks = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    in_a_child(die, signal.SIGKILL)
+    [left] = tmp_path.iterdir()
+    foreign = tmp_path / f"{PREFIX}foreign"
+    foreign.mkdir()
+    (foreign / HOLDER).write_text(json.dumps(identity() | {"host": "elsewhere", "started": 5}))
+    with private_directory(tmp_path) as folder:
+        assert not left.exists() and foreign.exists()
+        remove_abandoned(tmp_path)
+        monkeypatch.setattr(fcntl, "flock", locks)  # as on another machine with the same file system
+        remove_abandoned(tmp_path)
+        assert folder.is_dir() and foreign.is_dir()
+    assert [*tmp_path.iterdir()] == [foreign]
 
 
 def test_the_lock_of_a_killed_process_is_free(short: Path) -> None:

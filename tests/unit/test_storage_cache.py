@@ -1,5 +1,9 @@
 """Objects that a machine keeps: each is read once, whole, and under its own name."""
 
+import errno
+import fcntl
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,6 +32,27 @@ def test_files_and_folders_of_a_store_are_read_once_on_a_machine(store: Uri, tmp
     assert on_this_machine("/some/where") == Path("/some/where")
     with pytest.raises(UserError, match="there is no such object"):
         on_this_machine(str(store / "model/none"))
+
+
+def test_a_cache_on_a_file_system_without_locks(store: Uri, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    objects, halfway = Objects(store / "model"), threading.Barrier(2)
+    objects.write("x", b"12")
+
+    class Slow(Objects):
+        def download(self, name: str, file: Path) -> str:
+            file.write_bytes(b"1")
+            halfway.wait(30)  # both processes write now
+            return super().download(name, file)
+
+    with ThreadPoolExecutor(2) as both:
+        targets = [tmp_path / "a", tmp_path / "b"]
+        tags = list(both.map(lambda target: Cache().fetch(Slow(store / "model"), "x", target), targets))
+    assert tags == [objects.tag("x")] * 2 and [target.read_bytes() for target in targets] == [b"12"] * 2
+    assert not drafts(cache_root())
 
 
 class Named(Objects):
