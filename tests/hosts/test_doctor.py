@@ -29,11 +29,12 @@ METADATA = next(place_of("peft").parent.glob("peft-*.dist-info")) / "METADATA"
 
 
 def doctor(sent: Sent, run_dir: str = f"{SHARED}/runs/asked", *options: str) -> str:
-    """The output of `lorapar doctor --cluster` on the head."""
+    """The output of `lorapar doctor --cluster` on the head, as by hand: without the RAY_ADDRESS of the service."""
     (sent.shared / "run.yaml").write_text((sent.folder / "run.yaml").read_text())
     head = sent.cluster.on["head"]
     command = ["lorapar", "doctor", "--cluster", "-c", f"{SHARED}/run.yaml", "-d", run_dir, *options]
-    return head.run(command, sent.cluster.environment("head"))[1]
+    environment = {key: value for key, value in sent.cluster.environment("head").items() if key != "RAY_ADDRESS"}
+    return head.run(command, environment)[1]
 
 
 @contextmanager
@@ -116,6 +117,8 @@ def test_ports_that_are_taken_and_a_token_where_none_is_wanted(sent: Sent, tmp_p
         wait_until("it listens", lambda: b"Serving HTTP" in alone.log.read_bytes())
         said = handed_to(sent, other)
         assert said.startswith(f"2 lorapar: no Ray job server at {other} (") and len(said.splitlines()) == 1
+        status, said = alone.run(["lorapar", "doctor", "--cluster"], {})
+        assert status == 2 and "no Ray on this machine" in said and "✓" not in said, said
         start = "ray start --head --num-cpus=1 --dashboard-host=0.0.0.0 --dashboard-port=8266 --disable-usage-stats"
         alone.start(f"{start} --block", {"RAY_AUTH_MODE": "disabled"})
         wait_until("Ray runs", lambda: b"Ray runtime started" in alone.log.read_bytes())
