@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapar_ray.files import digest, write_json
+from lorapar_ray.user_modules import MODULE, module_file
 
 SETTLED_S = 2.0
 """A file that changed less than this ago may change again within one tick of the clock: it is not remembered yet."""
@@ -75,11 +76,15 @@ class Fingerprints:
 
     def of_input(self, name: str, *, earlier: bool = False) -> str | None:
         """What a user's path holds: a file, or the folder of a model, adapter or data set; None if there is neither.
+        `module NAME`: the file of a Python module (see `user_modules`).
 
         Args:
             earlier: as versions recorded it that did not count `COUNTED_LATER`.
         """
         try:
+            if name.startswith(MODULE):
+                found_file = module_file(name.removeprefix(MODULE))
+                return None if found_file is None else self.of_file(found_file)
             path = Path(name).expanduser()
             if path.is_file():
                 return self.of_file(path.resolve())

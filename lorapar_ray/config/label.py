@@ -41,8 +41,8 @@ class TeacherConfig(Section):
     model: Result[str]
     """As `model.path`; for a remote teacher the model name at its endpoint; for `python` `module:Class`."""
     revision: Result[str | None] = None
-    """Hub revision of a hosted model; for a remote one, any word; change it when the endpoint's model changes. Cached
-    votes belong to one revision."""
+    """Hub revision of a hosted model; for a remote one or a Python class, any word; change it when the endpoint's model
+    or the class changes. Cached votes belong to one revision, also after `--redo label`."""
     engine: Result[EngineConfig] = EngineConfig()
     """Engine settings, for kind: serve."""
     engine_of: Operation[Word | None] = None

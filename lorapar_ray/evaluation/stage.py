@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 from lorapar_ray.config import Config, EvaluateConfig
 from lorapar_ray.config.marks import Setting
 from lorapar_ray.errors import UserError
+from lorapar_ray.evaluation.task_inputs import files_of
 from lorapar_ray.resources import asked, each_of
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.stages import Settings, Stage, model_files, settings_of
@@ -23,6 +25,15 @@ def run(config: Config, run: RunDirectory) -> dict[str, Any]:
 def settings(config: Config) -> Settings:
     """Its own, with the models that `models: null` stands for."""
     return settings_of(config, "model", "data", "evaluate") | {"evaluate.models": Setting(config.evaluated, False)}
+
+
+def reads(config: Config) -> Iterator[str]:
+    """The student, data and task files, and what these name."""
+    yield from model_files(config.model.path)
+    yield from config.evaluate.data.values()
+    yield from config.evaluate.include
+    for task in config.evaluate.tasks:
+        yield from files_of(task)
 
 
 def check(config: Config) -> None:
@@ -54,7 +65,7 @@ STAGE = Stage(
     outputs=("eval",),
     traces=("rejects/evaluate.parquet",),
     scratch=("work/evaluate",),
-    reads=lambda config: (*model_files(config.model.path), *config.evaluate.data.values(), *config.evaluate.include),
+    reads=reads,
     resources=lambda config: asked("evaluate", each_of(config.evaluate.engines, "engine", config.evaluate.resources)),
     check=check,
 )

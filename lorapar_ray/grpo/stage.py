@@ -11,6 +11,7 @@ from lorapar_ray.gpus import without_auto
 from lorapar_ray.resources import asked, each_of, teacher
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.stages import Settings, Stage, before, model_files, order_until, settings_of
+from lorapar_ray.user_modules import user_modules
 
 
 def run(config: Config, run: RunDirectory) -> dict[str, Any]:
@@ -32,9 +33,11 @@ def settings(config: Config) -> Settings:
 
 
 def reads(config: Config) -> Iterator[str]:
-    """The student, and hosted judges."""
+    """The student, hosted judges, and the user's modules: rewards, the environment and judges in Python."""
     for path in (config.model.path, *(judge.model for judge in config.judges if judge.kind == "serve")):
         yield from model_files(path)
+    own = (judge.model for judge in config.judges if judge.kind == "python")
+    yield from user_modules(*(reward.name for reward in config.grpo.rewards), config.grpo.environment, *own)
 
 
 def resources(config: Config) -> str:

@@ -10,6 +10,7 @@ from lorapar_ray.gpus import without_auto
 from lorapar_ray.resources import asked, each_of, teacher
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.stages import Stage, model_files, settings_of
+from lorapar_ray.user_modules import user_modules
 
 
 def run(config: Config, run: RunDirectory) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def run(config: Config, run: RunDirectory) -> dict[str, Any]:
 
 
 def reads(config: Config) -> Iterator[str]:
-    """Local data files, and hub data sets and hosted teachers that are local folders."""
+    """Local data files, hub data sets and hosted teachers that are local folders, modules of Python teachers."""
     for source in (*config.data.train, *config.data.test):
         place = getattr(source, "path", None) or (source.name if source.reader == "hub" else None)
         if place is not None:
@@ -29,6 +30,8 @@ def reads(config: Config) -> Iterator[str]:
     for each in config.label.teachers:
         if each.kind == "serve" and config.label.voted:
             yield from model_files(each.model)
+        elif each.kind == "python" and config.label.voted:
+            yield from user_modules(each.model)
 
 
 def resources(config: Config) -> str:

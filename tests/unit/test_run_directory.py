@@ -25,6 +25,7 @@ from lorapar_ray.fingerprints import Fingerprints, meaning
 from lorapar_ray.pipeline import STAGES
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.threads import meanwhile
+from lorapar_ray.user_modules import user_modules
 from tests.tiny_run import tiny_config, write_config
 from tests.unit.faked_stages import in_a_child, lorapar, use_fakes
 
@@ -157,6 +158,80 @@ def test_an_input_is_known_by_its_content(cli: Cli, tmp_path: Path, monkeypatch:
         assert status == 2 and f"'{name}' has changed" in said, said
     (tmp_path / "rows.jsonl").unlink()  # moved away: nothing to compare, and nothing lost
     assert cli("label")[1].startswith("✓ label: done")
+
+
+@pytest.fixture
+def own_files(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward, an environment, a teacher and a task of the user's own in a run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package" / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    for name in ("own_reward.py", "own_package/played.py", "own_teacher.py", "own_functions.py"):
+        (tmp_path / name).write_text("raise RuntimeError('imported')\n")
+    (tmp_path / "own_task.yaml").write_text("include: base\nprocess_docs: !function own_functions.good\n")
+    (tmp_path / "base").write_text("dataset_path: json\ndataset_kwargs: {data_files: {test: own.jsonl}}\n")
+    (tmp_path / "own.jsonl").write_text("{}")
+    cli.tree |= {
+        "label": {"teachers": [{"name": "mine", "kind": "python", "model": "own_teacher:Mine"}]},
+        "grpo": {
+            "rewards": [{"name": "own_reward:good"}, {"name": "absent.module:reward"}, {"name": "environment"}],
+            "environment": "own_package.played:rollout",
+        },
+        "evaluate": {"tasks": ["own_task.yaml@2", "gsm8k"], "models": ["base"]},
+    }
+
+
+OWN_FILES = (
+    ("own_teacher.py", "label", "module own_teacher"),
+    ("own_reward.py", "grpo", "module own_reward"),
+    ("own_package/played.py", "grpo", "module own_package.played"),
+    ("own_task.yaml", "evaluate", "own_task.yaml"),
+    ("base", "evaluate", "base"),
+    ("own_functions.py", "evaluate", "own_functions.py"),
+    ("own.jsonl", "evaluate", "own.jsonl"),
+)
+
+
+@pytest.mark.usefixtures("own_files")
+def test_the_users_own_code_and_tasks_are_inputs(cli: Cli, tmp_path: Path) -> None:
+    """Nothing of them is imported to know it."""
+    assert cli("run")[0] == 0
+    assert "nothing to do" in cli("run")[1]
+    for file, stage, name in OWN_FILES:
+        before = (tmp_path / file).read_text()
+        (tmp_path / file).write_text(before + " ")
+        status, said = cli("run")
+        assert status == 2 and said.startswith(f"{stage}: ") and f"'{name}' has changed" in said, said
+        (tmp_path / file).write_text(before)
+    assert "nothing to do" in cli("run")[1]
+
+
+@pytest.mark.usefixtures("own_files")
+def test_a_run_that_recorded_none_of_the_users_code_stays_done(cli: Cli, tmp_path: Path) -> None:
+    assert cli("run")[0] == 0
+    manifest = json.loads(cli.run.manifest_path.read_text())
+    names = {name for _, _, name in OWN_FILES}
+    for entry in manifest["stages"].values():
+        entry["inputs"]["files"] = {
+            name: known for name, known in entry["inputs"]["files"].items() if name not in names
+        }
+    cli.run.manifest_path.write_text(json.dumps(manifest))
+    for file, _, _ in OWN_FILES:
+        (tmp_path / file).write_text("other: text")
+    assert "nothing to do" in cli("run")[1]
+
+
+def test_code_that_is_installed_or_of_this_project_goes_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prints = Fingerprints(tmp_path / "none")
+    assert list(user_modules("numeric_answer", None, "lorapar_ray.grpo.rewards.functions:tag_count")) == []
+    for name in ("pytest", "sys", "no_such", "os.no_such.part", "", ".relative", "a..b", "\0", "__main__"):
+        assert prints.of_input(f"module {name}") is None, name
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.py").write_text("")
+    assert prints.of_input("module mine") == hashlib.sha256().hexdigest()
 
 
 def test_an_unreadable_input_loses_no_labels(tmp_path: Path) -> None:
