@@ -5,6 +5,9 @@ to serve the current policy.
 
 Extra engines join in the same way, whenever the cluster has room for one. They leave when the learners restart, which
 may need that room.
+
+A place that loses one engine after another is given up: if sampling needs it, every later request fails with its error;
+an extra place stays empty.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ from typing import Any
 
 from lorapar_ray.engines.mismatch import PolicyMismatch
 from lorapar_ray.grpo.engine_losses import is_dead, is_lost, leave
+from lorapar_ray.progress import console
 
 LOSSES = 5
-"""Engines lost in one place between two policies at which the run stops: so many mean a broken setup."""
+"""Engines lost in one place between two policies at which it is given up: so many mean a broken setup."""
 REBUILD_LIMIT_S = 1800.0
 """How long the run waits while it has no engine; a cluster may have to add a node first."""
 
@@ -53,6 +57,7 @@ class EngineSupervisor:
         self.gone = defaultdict[int, asyncio.Future[None]](lambda: asyncio.get_running_loop().create_future())
         """By place; done when the engine that is there now no longer answers, to end all waits for it."""
         self._rebuilding: dict[int, asyncio.Task[None]] = {}
+        """By place; a failed one stays, so that the place never counts as working again."""
         self._losses = [0] * self._size
         self.replaced = 0
         """Engines replaced so far."""
@@ -100,6 +105,8 @@ class EngineSupervisor:
         for slot in extra:
             self._let_go(slot)
             self.engines[slot] = None
+        for slot in range(self._fewest, self._size):
+            self._losses[slot] = 0  # also of places that were given up
         await asyncio.gather(*starting, *map(leave, leaving), return_exceptions=True)
 
     def working(self) -> list[int]:
@@ -116,8 +123,8 @@ class EngineSupervisor:
         while True:
             for slot, task in list(self._rebuilding.items()):
                 if task.done():
-                    del self._rebuilding[slot]
                     task.result()
+                    del self._rebuilding[slot]
             if working := self.working():
                 return working
             left = deadline - time.monotonic()
@@ -174,12 +181,14 @@ class EngineSupervisor:
     async def _fill(self, slot: int, lost: Any = None, error: Exception | None = None) -> None:
         """Put a new engine that serves the current policy into `slot`; repeat if the new one dies before.
 
+        An extra place that lost too many is left empty.
+
         Args:
             lost, error: the engine to replace, and how it was lost; None if the place is empty.
         """
         while True:
-            if error is not None:
-                await self._end_lost(slot, lost, error)
+            if error is not None and not await self._end_lost(slot, lost, error):
+                return self._leave_empty(slot)
             lost = self._start(slot)
             try:
                 return await self._put(slot, lost)
@@ -188,21 +197,33 @@ class EngineSupervisor:
             except Exception as another:
                 error = another
 
-    async def _end_lost(self, slot: int, lost: Any, error: Exception) -> None:
-        """Free a lost engine's resources, and count the loss.
+    async def _end_lost(self, slot: int, lost: Any, error: Exception) -> bool:
+        """Free a lost engine's resources, and count the loss; returns whether another engine may start.
 
         Raises:
-            RuntimeError: too many were lost in this place.
+            RuntimeError: too many were lost in this place, and sampling needs it.
         """
         if not is_dead(error):
             await leave(lost)  # else it keeps its resources
         self._losses[slot] += 1
-        if self._losses[slot] == LOSSES:
+        if self._losses[slot] < LOSSES:
+            self.replaced += 1
+            return True
+        if slot < self._fewest:
             raise RuntimeError(
                 f"rollout engine {slot} was lost {LOSSES} times; see the Ray logs of EngineActor, or raise "
                 f"grpo.rollout_time_limit_s ({self.time_limit_s:g}) if requests take longer than that"
             ) from error
-        self.replaced += 1
+        return False
+
+    def _leave_empty(self, slot: int) -> None:
+        """Give up an extra place until `grow` is called: the run goes on without it."""
+        self._empty.add(slot)
+        self.engines[slot] = None
+        console.print(
+            f"  rollout engine {slot}, an extra one, was lost {LOSSES} times; the run goes on without it; see the Ray "
+            "logs of EngineActor"
+        )
 
     async def _put(self, slot: int, engine: Any) -> None:
         """Start an engine, bring it to the current policy, and put it into `slot`."""

@@ -2,7 +2,8 @@
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, repeat
 from typing import Any
 
 import pytest
@@ -167,6 +168,49 @@ def test_an_engine_that_is_lost_again_and_again_ends_the_run(when: str) -> None:
     pool = pool_of([*fates, when, "lives"], 1)
     with pytest.raises(RuntimeError, match=f"rollout engine 0 was lost {LOSSES} times"):
         ask(pool, 1)
+
+
+@pytest.mark.parametrize(("fates", "size"), [(repeat("start"), 1), (chain(["lives"], repeat("start")), 2)])
+def test_a_place_that_was_given_up_fails_every_later_request_at_once(fates: Iterator[str], size: int) -> None:
+    pool = pool_of(fates, size)
+
+    async def go() -> None:
+        await pool.start()
+        await asyncio.wait(pool.supervisor._rebuilding.values())
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match=f"rollout engine {size - 1} was lost {LOSSES} times"):
+                async with asyncio.timeout(1):
+                    await answered_by(pool, "a")
+        assert pool.supervisor.replaced == LOSSES - 1 and size - 1 not in pool.supervisor.working()
+
+    asyncio.run(go())
+
+
+def test_an_extra_place_that_is_given_up_stays_empty_until_the_next_growth() -> None:
+    made: list[int] = []
+
+    def make(slot: int) -> Engine:
+        made.append(slot)
+        return Engine(len(made), "start" if slot else "lives")
+
+    pool = EnginePool(make, 1, extra=1, at_once=1, tolerance=0.1, time_limit_s=60)
+
+    async def go() -> None:
+        await pool.start()
+        for growths in (1, 2):
+            wait = asyncio.Event()
+            slow = asyncio.create_task(answered_by(pool, "slow", wait))
+            await asyncio.sleep(0)
+            waiting = asyncio.create_task(answered_by(pool, "waiting"))  # the only engine has no room
+            pool.supervisor.grow()
+            await until(lambda: not pool.supervisor._rebuilding)
+            assert made.count(1) == growths * LOSSES and not waiting.done()
+            wait.set()
+            assert await asyncio.gather(slow, waiting) == [1, 1]
+            assert pool.supervisor.working() == [0]
+            await pool.supervisor.make_room()
+
+    asyncio.run(go())
 
 
 def test_the_others_continue_while_one_is_rebuilt() -> None:
