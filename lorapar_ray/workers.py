@@ -197,6 +197,16 @@ def _told(function: Callable[..., Any], arguments: tuple[Any, ...], handed: Hand
         return None, str(error)
 
 
+def actor_ended(error: BaseException) -> bool:
+    """Whether a call failed because its actor has ended, or cannot be reached.
+
+    Where Ray ends an actor to free memory, a call fails with `OutOfMemoryError`, which is no `RayActorError`.
+    """
+    import ray
+
+    return isinstance(error, ray.exceptions.RayActorError | ray.exceptions.OutOfMemoryError)
+
+
 def beside_the_driver() -> dict[str, Any]:
     """Options of an actor that asks for no core and without which a stage ends: the machine that it goes to is the one
     without which the stage ends in any case, as with Ray Train's controller. Left to Ray it could be any."""

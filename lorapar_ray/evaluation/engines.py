@@ -29,6 +29,7 @@ from lorapar_ray.engines.policy import Policy
 from lorapar_ray.engines.requests import ANSWER_SCHEMA, Answer, Request, answers_of, request_table
 from lorapar_ray.errors import UserError
 from lorapar_ray.text import reason
+from lorapar_ray.workers import actor_ended
 
 REQUESTS_PER_BLOCK = 16
 RESTARTS = 3
@@ -102,8 +103,8 @@ class Engines:
 
         try:
             ray.get([actor.start.remote() for actor in self._actors])
-        except ray.exceptions.RayActorError:
-            if not self._running:
+        except ray.exceptions.RayError as error:
+            if not self._running or not actor_ended(error):
                 raise
             self._replace_running()
             ray.get([actor.start.remote() for actor in self._actors])
@@ -247,9 +248,7 @@ def _answers(table: pa.Table) -> list[Answer]:
 
 def _failure(error: Exception) -> pa.Table:
     """An error as a row: Ray Data would wrap an exception several times."""
-    import ray
-
-    if isinstance(error, ray.exceptions.RayActorError):
+    if actor_ended(error):
         key = f"{LOST}evaluate: an engine died {RESTARTS + 1} times; answers so far are kept. {reason(error)}"
     else:
         cause = getattr(error, "cause", None) or error

@@ -23,7 +23,7 @@ from lorapar_ray.grpo.groups import Group
 from lorapar_ray.grpo.rewards.actor import RewardActor
 from lorapar_ray.grpo.sampler import Counts, Sampler
 from lorapar_ray.waiting import awaited
-from lorapar_ray.workers import beside_the_driver
+from lorapar_ray.workers import actor_ended, beside_the_driver
 
 ENGINES_EACH = 64
 """Engines per shard with `rollout_shards: auto`. A group takes 4 ms of a core (`jobs/benchmarks/rollout_scale.py`), so
@@ -47,6 +47,8 @@ class Shards:
 
         actor = ray.remote(Sampler).options(**beside_the_driver(), max_concurrency=1000)
         self._actors = [actor.remote(part, engine, placement_group, reward_worker) for part in parts_of(plan, count)]
+        self._next = 0
+        """The shard that gets the next prompt: a call with few prompts goes on where the last one stopped."""
 
     async def start(self) -> list[dict[str, Any]]:
         return [each for found in await self._all("start") for each in found]
@@ -73,11 +75,14 @@ class Shards:
         return max(await self._all("prove"))
 
     async def groups(self, indices: Sequence[int], step: int, attempt: int) -> list[Group]:
-        count = len(self._actors)
-        dealt = [indices[shard::count] for shard in range(count)]
-        calls = [actor.groups.remote(own, step, attempt) for actor, own in zip(self._actors, dealt, strict=True) if own]
-        found = await _answers(calls)
-        return [found[at % count][at // count] for at in range(len(indices))]
+        parts = dealt(len(indices), len(self._actors), self._next)
+        self._next = (self._next + len(indices)) % len(self._actors)
+        asked = [(actor, part) for actor, part in zip(self._actors, parts, strict=True) if part]
+        calls = [actor.groups.remote([indices[at] for at in part], step, attempt) for actor, part in asked]
+        found: dict[int, Group] = {}
+        for (_, part), groups in zip(asked, await _answers(calls), strict=True):
+            found |= zip(part, groups, strict=True)
+        return [found[at] for at in range(len(indices))]
 
     async def counts(self) -> Counts:
         return reduce(add, await self._all("counts"))
@@ -134,6 +139,11 @@ def parts_of(plan: dict[str, Any], count: int) -> list[dict[str, Any]]:
     return [{**plan, "settings": {**plan["settings"], **part(shard)}} for shard in range(count)]
 
 
+def dealt(prompts: int, shards: int, first: int) -> list[range]:
+    """The places in a list of prompts that each shard gets, dealt round-robin from shard `first` on."""
+    return [range((shard - first) % shards, prompts, shards) for shard in range(shards)]
+
+
 async def _answers(calls: Sequence[Any]) -> list[Any]:
     """The shards' results. If this is cancelled, the calls are cancelled too, and have ended when it returns."""
     import ray
@@ -146,7 +156,7 @@ async def _answers(calls: Sequence[Any]) -> list[Any]:
             ray.cancel(call)
         await asyncio.gather(*(awaited(call) for call in calls), return_exceptions=True)
         raise
-    except ray.exceptions.RayActorError as error:
-        if not isinstance(error, ray.exceptions.RayTaskError):  # the shard's own end, not a reported error
+    except ray.exceptions.RayError as error:
+        if actor_ended(error) and not isinstance(error, ray.exceptions.RayTaskError):  # not an error that it reports
             os._exit(1)
         raise

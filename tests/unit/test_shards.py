@@ -1,10 +1,18 @@
 """How stage 2's engines and workers are divided among processes."""
 
+import asyncio
+import os
+from collections.abc import Sequence
+from types import SimpleNamespace
+
 import pytest
 from pydantic import ValidationError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskError
 
 from lorapar_ray.config import GrpoConfig
-from lorapar_ray.grpo.shards import parts_of, shard_count, too_few_shards
+from lorapar_ray.engines.record import GroupHead
+from lorapar_ray.grpo.groups import Group
+from lorapar_ray.grpo.shards import Shards, parts_of, shard_count, too_few_shards
 
 
 @pytest.mark.parametrize(
@@ -39,3 +47,54 @@ def test_a_shard_without_an_engine_or_a_worker_is_refused() -> None:
         GrpoConfig(
             rollout_actors=4, reward_workers=2, rollout_shards=2, environment="m:f", rewards=[{"name": "environment"}]
         )
+
+
+class Shard:
+    """A fake of a shard's actor: answers at once, or with an error, and keeps what it was asked."""
+
+    def __init__(self, error: RayError | None = None) -> None:
+        self.error, self.asked = error, list[int]()
+        self.groups = SimpleNamespace(remote=self._groups)
+
+    async def _groups(self, indices: Sequence[int], step: int, attempt: int) -> list[Group]:
+        if self.error is not None:
+            raise self.error
+        self.asked += indices
+        return [Group(index, None, GroupHead(1, (), (), ())) for index in indices]
+
+
+def shards_of(*actors: Shard) -> Shards:
+    shards = Shards.__new__(Shards)  # the constructor would start actors
+    shards._actors, shards._next = list(actors), 0
+    return shards
+
+
+def test_small_calls_reach_every_shard_and_keep_their_order() -> None:
+    actors = [Shard() for _ in range(3)]
+    shards = shards_of(*actors)
+
+    async def go() -> None:
+        for indices in ([0, 1], [2, 3], [4], [5], [6, 7, 8, 9, 10, 11, 12]):
+            assert [group.index for group in await shards.groups(indices, 0, 0)] == indices
+
+    asyncio.run(go())
+    assert [actor.asked for actor in actors] == [[0, 3, 6, 9, 12], [1, 4, 7, 10], [2, 5, 8, 11]]
+
+
+@pytest.mark.parametrize("error", [ActorDiedError(), OutOfMemoryError("the machine's memory is full")])
+def test_a_shard_that_ends_for_any_reason_ends_its_coordinator(
+    error: RayError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with pytest.raises(type(error)):
+        asyncio.run(shards_of(Shard(error)).groups([0], 0, 0))
+    assert ended == [1]
+
+
+def test_an_error_that_a_shard_reports_does_not_end_the_coordinator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "_exit", lambda _: pytest.fail("it ended"))
+    told = RayTaskError("groups", "Traceback", OutOfMemoryError("an engine's machine")).as_instanceof_cause()
+    assert isinstance(told, OutOfMemoryError)
+    with pytest.raises(OutOfMemoryError):
+        asyncio.run(shards_of(Shard(told)).groups([0], 0, 0))

@@ -25,7 +25,7 @@ from lorapar_ray.grpo.environments.registry import get_environment
 from lorapar_ray.grpo.environments.trajectory import Limits, as_record
 from lorapar_ray.models import resolve_model
 from lorapar_ray.text import one_line
-from lorapar_ray.workers import ray_options
+from lorapar_ray.workers import actor_ended, ray_options
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -177,7 +177,9 @@ class EnvironmentWorkers:
             except asyncio.CancelledError:
                 worker.cancel.remote(own)
                 raise
-            except ray.exceptions.RayActorError as error:
+            except ray.exceptions.RayError as error:
+                if not actor_ended(error):
+                    raise
                 told = f"its worker died, {CRASHES} times: {one_line(str(error), 200)}"
                 with suppress(ray.exceptions.RayError):  # calls fail until Ray has restarted it
                     await worker.alive.options(max_task_retries=-1).remote()
