@@ -167,7 +167,8 @@ class GrpoConfig(Section):
     """Cap of truncated importance sampling against the sampler's log-probabilities; None turns it off, which is not
     allowed with `max_staleness` above 0."""
     sequence_ratio_bounds: Result[tuple[NonNegative, PositiveFloat] | None] = None
-    """Drop completions whose mean learner/sampler ratio is outside these bounds; None keeps all."""
+    """Drop completions whose mean learner/sampler ratio is outside these bounds; None keeps all. Their tokens still
+    count in the divisor of the loss."""
     advantage_scale: Result[Literal["group", "batch", "none"]] = "group"
     """Divisor of a group's centred rewards: the group's standard deviation, the batch's, or none."""
     mask_truncated: Result[bool] = False

@@ -19,7 +19,7 @@ from lorapar_ray.config import GrpoConfig
 from lorapar_ray.engines.policy import Policy, PolicySender
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo import checkpoint
-from lorapar_ray.grpo.loss import part_weight, policy_loss, sampler_figures
+from lorapar_ray.grpo.loss import part_weight, policy_loss
 from lorapar_ray.grpo.packing import PackedRows
 from lorapar_ray.grpo.samples import MiniBatch, Sample
 from lorapar_ray.optim.schedule import learning_rate_factor
@@ -105,7 +105,7 @@ class Arm:
             remember(old, groups, logprobs_BT.detach())
         output = policy_loss(
             logprobs_BT,
-            rows.sampling_logprobs_BT if sampler else _recall(old, samples, rows),
+            None if sampler else _recall(old, samples, rows),
             rows.advantages_B,
             rows.mask_BT,
             loss_type=settings.loss,
@@ -115,19 +115,15 @@ class Arm:
             num_tokens_global=mini_batch.tokens,
             ref_logprobs_BT=reference_BT,
             kl_beta=settings.kl_beta,
-            sampling_logprobs_BT=None if sampler else rows.sampling_logprobs_BT,
+            sampling_logprobs_BT=rows.sampling_logprobs_BT,
             tis_cap=settings.importance_cap,
             sequence_mask_bounds=settings.sequence_ratio_bounds,
             entropy_BT=entropy_BT,
         )
-        figures = output.figures
-        if sampler:
-            gap_BT = (logprobs_BT.detach() - rows.sampling_logprobs_BT) * rows.mask_BT
-            figures = {**figures, **sampler_figures(gap_BT, rows.mask_BT)}
         weight = part_weight(
             settings.loss, len(samples) / mini_batch.count, len(rows.tokens_N) / max(1, mini_batch.tokens)
         )
-        return output.loss * weight, figures
+        return output.loss * weight, output.figures
 
     def update(self, metrics: dict[str, float]) -> dict[str, float]:
         """One optimiser update from the gradients; skipped, and counted, if the loss or a gradient is not finite.

@@ -25,7 +25,7 @@ class LossOutput:
 
 def policy_loss(
     logprobs_BT: Tensor,
-    old_logprobs_BT: Tensor,
+    old_logprobs_BT: Tensor | None,
     advantages_B: Tensor,
     mask_BT: Tensor,
     *,
@@ -45,12 +45,12 @@ def policy_loss(
 
     Args:
         logprobs_BT: of the sampled tokens under the policy being trained.
-        old_logprobs_BT: under the old policy of the ratio (detached).
+        old_logprobs_BT: under the old policy of the ratio (detached); None: that is the sampler.
         advantages_B: one per sequence.
         mask_BT: 1 for completion tokens that count, 0 for padding and masked completions.
         loss_type: how tokens are weighted. `grpo`: mean over each sequence, then over sequences (arXiv 2402.03300).
             `dapo`: mean over all tokens of the step, `num_tokens_global` (arXiv 2503.14476). `bnpo`: mean over the
-            tokens given here. `dr_grpo`: sum over B · max_completion_length (arXiv 2503.20783). `gspo`: sequence ratio
+            tokens given here; those of dropped sequences count, as in TRL. `dr_grpo`: sum over B · max_completion_length (arXiv 2503.20783). `gspo`: sequence ratio
             (arXiv 2507.18071), otherwise as `grpo`. `cispo`: the ratio is capped and detached, so that clipped tokens
             keep their gradient (arXiv 2506.13585), otherwise as `dapo`.
         clip_low: the ratio is clipped to [1 − clip_low, 1 + clip_high].
@@ -59,13 +59,21 @@ def policy_loss(
         kl_beta: weight of that estimate.
         sampling_logprobs_BT: under the sampler, for truncated importance sampling: each token is weighted by
             min(exp(old − sampling), tis_cap), because the sampler's numerics differ from the learner's.
-        tis_cap: the largest such weight.
-        sequence_mask_bounds: drop sequences whose mean sampler ratio is outside these bounds.
+        tis_cap: the largest such weight; unused if the old policy is the sampler, whose ratio is already in the loss.
+        sequence_mask_bounds: drop sequences whose mean ratio of the learner to the sampler is outside these bounds. The
+            learner is the old policy or, if that is the sampler, the policy being trained.
 
     Raises:
-        ValueError: `dr_grpo` without `max_completion_length`.
+        ValueError: `dr_grpo` without `max_completion_length`; or neither an old policy nor a sampler.
     """
-    log_ratio_BT = logprobs_BT - old_logprobs_BT
+    if old_logprobs_BT is not None:
+        old_BT = learner_BT = old_logprobs_BT
+    elif sampling_logprobs_BT is not None:
+        old_BT, learner_BT, tis_cap = sampling_logprobs_BT, logprobs_BT, None
+    else:
+        raise ValueError("the ratio needs old_logprobs_BT or sampling_logprobs_BT")
+    kept_BT = mask_BT
+    log_ratio_BT = logprobs_BT - old_BT
     if loss_type == "gspo":
         mean_B = _per_sequence(log_ratio_BT, mask_BT)
         log_ratio_BT = mean_B[:, None].expand_as(log_ratio_BT)
@@ -78,8 +86,8 @@ def policy_loss(
         token_loss_BT = -torch.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1)
     metrics = _clip_metrics(ratio_BT, advantages_B1, mask_BT, loss_type, clip_low, clip_high)
     if sampling_logprobs_BT is not None:
-        token_loss_BT, mask_BT = _correct_sampler(
-            token_loss_BT, mask_BT, old_logprobs_BT, sampling_logprobs_BT, tis_cap, sequence_mask_bounds, metrics
+        token_loss_BT, kept_BT = _correct_sampler(
+            token_loss_BT, mask_BT, learner_BT, sampling_logprobs_BT, tis_cap, sequence_mask_bounds, metrics
         )
     if kl_beta > 0 and ref_logprobs_BT is not None:
         gap_BT = ref_logprobs_BT - logprobs_BT
@@ -88,7 +96,8 @@ def policy_loss(
         metrics["kl"] = _mean(kl_BT, mask_BT)
     if entropy_BT is not None:
         metrics["entropy"] = _mean(entropy_BT, mask_BT)
-    return LossOutput(_reduce(token_loss_BT, mask_BT, loss_type, max_completion_length, num_tokens_global), metrics)
+    loss = _reduce(token_loss_BT * kept_BT, mask_BT, loss_type, max_completion_length, num_tokens_global)
+    return LossOutput(loss, metrics)
 
 
 def part_weight(loss_type: LossType, of_sequences: float, of_tokens: float) -> float:
@@ -124,15 +133,15 @@ def _reduce(
 def _correct_sampler(
     loss_BT: Tensor,
     mask_BT: Tensor,
-    old_BT: Tensor,
+    learner_BT: Tensor,
     sampling_BT: Tensor,
     cap: float | None,
     bounds: tuple[float, float] | None,
     metrics: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Token weights and sequence mask from the ratio of the learner's old policy to the sampler's."""
-    gap_BT = (old_BT - sampling_BT).detach() * mask_BT
-    metrics |= sampler_figures(gap_BT, mask_BT)
+    """The weighted loss, and the mask of the kept sequences, from the learner's ratio to the sampler."""
+    gap_BT = (learner_BT - sampling_BT).detach() * mask_BT
+    metrics |= _sampler_figures(gap_BT, mask_BT)
     if cap is not None:
         loss_BT = loss_BT * gap_BT.exp().clamp(max=cap)
     if bounds is not None:
@@ -143,7 +152,7 @@ def _correct_sampler(
     return loss_BT, mask_BT
 
 
-def sampler_figures(gap_BT: Tensor, mask_BT: Tensor) -> dict[str, Tensor]:
+def _sampler_figures(gap_BT: Tensor, mask_BT: Tensor) -> dict[str, Tensor]:
     """How far the learner's log-probabilities are from the sampler's (`gap_BT`, 0 where masked): the on-policy gap.
 
     `logprob_gap` is the mean absolute difference in nats, `ratio_...` are of exp(gap), over the tokens that count.

@@ -105,10 +105,30 @@ def test_sampler_ratios_are_logged_raw_and_far_sequences_masked() -> None:
         tis_cap=1.5,
         sequence_mask_bounds=(0.1, 5.0),
     )
-    assert out.loss.item() == pytest.approx(-(1.0 + 1.5) / 2)
+    assert out.loss.item() == pytest.approx(-(1.0 + 1.5) / 4)  # over all tokens, dropped ones included
     figures = as_numbers(out.figures)
     assert figures["ratio_max"] == pytest.approx(10.0)
     assert figures["sequence_masked_share"] == 0.5
+
+
+@pytest.mark.parametrize("from_sampler", [False, True])
+def test_a_sequence_far_from_the_sampler_is_dropped_under_either_old_policy(from_sampler: bool) -> None:
+    learner = torch.full((2, 3), -1.0, requires_grad=True)
+    sampling = torch.tensor([[-4.0] * 3, [-1.1] * 3])
+    out = policy_loss(
+        learner,
+        None if from_sampler else learner.detach(),
+        torch.tensor([-1.0, -1.0]),
+        torch.ones(2, 3),
+        sampling_logprobs_BT=sampling,
+        tis_cap=2.0,
+        sequence_mask_bounds=(0.5, 2.0),
+    )
+    (gradient,) = torch.autograd.grad(out.loss, learner)
+    assert gradient[0].tolist() == [0.0] * 3 and (gradient[1] > 0).all()
+    figures = as_numbers(out.figures)
+    assert figures["sequence_masked_share"] == 0.5
+    assert figures["logprob_gap"] == pytest.approx((3.0 + 0.1) / 2)
 
 
 def test_clip_shares_count_only_where_clipping_bites() -> None:
@@ -182,10 +202,15 @@ def test_micro_batches_keep_groups_whole_unless_they_are_larger() -> None:
         assert [sample for part in parts for piece in part for sample in piece] == samples()
 
 
+@pytest.mark.parametrize("bounds", [None, (0.9, 1.3)])
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "bnpo", "gspo", "cispo"])
-def test_the_losses_of_parts_add_up_to_that_of_the_step(loss_type: LossType) -> None:
+def test_the_losses_of_parts_add_up_to_that_of_the_step(
+    loss_type: LossType, bounds: tuple[float, float] | None
+) -> None:
     data = tensors()
     count, tokens = len(data["advantages"]), int(data["mask"].sum())
+
+    dropped: list[float] = []
 
     def loss(rows: slice) -> torch.Tensor:
         mask = data["mask"][rows]
@@ -198,10 +223,15 @@ def test_the_losses_of_parts_add_up_to_that_of_the_step(loss_type: LossType) -> 
             clip_high=5.0,
             max_completion_length=LENGTH,
             num_tokens_global=tokens,
+            sampling_logprobs_BT=data["sampling"][rows],
+            sequence_mask_bounds=bounds,
         )
+        dropped.append(float(output.figures.get("sequence_masked_share", torch.zeros(()))) * len(mask))
         return output.loss * part_weight(loss_type, len(mask) / count, float(mask.sum()) / tokens)
 
-    torch.testing.assert_close(loss(slice(0, 1)) + loss(slice(1, None)), loss(slice(None)))
+    parts, whole = loss(slice(0, 2)) + loss(slice(2, None)), loss(slice(None))
+    torch.testing.assert_close(parts, whole)
+    assert sum(dropped[:2]) == pytest.approx(dropped[2]) and (0 < dropped[2] < count) == (bounds is not None)
 
 
 def test_metrics_of_parts_are_those_of_the_step() -> None:
