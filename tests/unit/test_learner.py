@@ -125,6 +125,15 @@ def test_the_ratio_to_the_sampler_is_clipped_where_the_sampler_lags(job: GrpoJob
     assert metrics["clip_high_share"] == pytest.approx(tokens / sum(len(it.token_ids) for it in batch(0)))
 
 
+@pytest.mark.parametrize("old_policy", ["learner", "sampler"])
+def test_samples_far_from_the_sampler_change_nothing(job: GrpoJob, old_policy: str) -> None:
+    ours = learner(job, old_policy=old_policy, sequence_ratio_bounds=(0.5, 2.0))
+    metrics = step(ours, cut(honest(ours, batch(0), gap=3.0)))
+    assert (metrics["sequence_masked_share"], metrics["loss"], metrics["grad_norm"]) == (1.0, 0.0, 0.0)
+    near = step(ours, cut(honest(ours, batch(0), gap=0.3)))
+    assert near["sequence_masked_share"] == 0.0 and near["grad_norm"] > 0.0
+
+
 def test_how_samples_are_cut_into_passes_does_not_change_the_update(job: GrpoJob) -> None:
     results = []
     cuts = ({"micro_batch_tokens": 24}, {"micro_batch_tokens": 1}, {"micro_batch_size": 1})
