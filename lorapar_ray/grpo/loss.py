@@ -50,9 +50,10 @@ def policy_loss(
         mask_BT: 1 for completion tokens that count, 0 for padding and masked completions.
         loss_type: how tokens are weighted. `grpo`: mean over each sequence, then over sequences (arXiv 2402.03300).
             `dapo`: mean over all tokens of the step, `num_tokens_global` (arXiv 2503.14476). `bnpo`: mean over the
-            tokens given here; those of dropped sequences count, as in TRL. `dr_grpo`: sum over B · max_completion_length (arXiv 2503.20783). `gspo`: sequence ratio
-            (arXiv 2507.18071), otherwise as `grpo`. `cispo`: the ratio is capped and detached, so that clipped tokens
-            keep their gradient (arXiv 2506.13585), otherwise as `dapo`.
+            tokens given here; those of dropped sequences count, as in TRL. `dr_grpo`: sum over
+            B · max_completion_length (arXiv 2503.20783). `gspo`: sequence ratio (arXiv 2507.18071), otherwise as
+            `grpo`. `cispo`: the ratio is capped and detached, so that clipped tokens keep their gradient (arXiv
+            2506.13585), otherwise as `dapo`.
         clip_low: the ratio is clipped to [1 − clip_low, 1 + clip_high].
         clip_high: `cispo` caps the ratio at `clip_high` itself.
         ref_logprobs_BT: of the tokens under the reference of the k3 estimate of KL(policy ‖ reference).
