@@ -290,8 +290,8 @@ def _take_back(stage: Stage, config: Config, run: RunDirectory, now: str) -> boo
     folder = restorable(stage, config, run, now)
     if folder is None:
         return False
-    if now == "changed":
-        trash.set_aside(run, stage.name, stage.owned(run, config.name), run.entry(stage.name))
+    if now == "changed" and (owned := stage.owned(run, config.name)):
+        trash.set_aside(run, stage.name, owned, run.entry(stage.name))
     trash.put_back(run, stage.name, folder)
     console.print(f"  {stage.name}: its results for these settings are restored from trash/")
     return True

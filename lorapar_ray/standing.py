@@ -17,6 +17,7 @@ from lorapar_ray.redact import HIDDEN as REDACTED
 from lorapar_ray.redact import has_secret
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.stages import Settings, Stage
+from lorapar_ray.trash import in_trash
 
 State = Literal["done", "unfinished", "new", "changed", "damaged"]
 HIDDEN = ("base_url", "extra_body")
@@ -29,7 +30,7 @@ LONGEST = 48
 @dataclass(frozen=True)
 class Standing:
     """`done`; `unfinished`: has partial results to resume from; `new`: has no results; `changed`: has results
-    of other settings or inputs; `damaged`: its results are not as it left them."""
+    of other settings or inputs, in place or in trash/; `damaged`: its results are not as it left them."""
 
     state: State
     why: tuple[str, ...] = ()
@@ -75,7 +76,8 @@ def standing_of(
             now["files"][name] = known  # an earlier version recorded it, and of what it counted nothing has changed
     why = tuple(changes(stage, config, recorded, now))
     if why:
-        return Standing("changed", why) if stage.owned(run, config.name) else Standing("new")
+        has_results = stage.owned(run, config.name) or in_trash(run, stage.name)  # of a redo that was killed early
+        return Standing("changed", why) if has_results else Standing("new")
     if entry["status"] != "done":
         return Standing("unfinished")
     damage = tuple(_damage(run, entry.get("written", {}), prints))

@@ -22,7 +22,7 @@ from lorapar_ray.runs import RunDirectory
 from lorapar_ray.stages import Stage
 
 FAULT = "LORAPAR_TEST_FAULT"
-"""`<stage> kill` or `<stage> fail-at-once`."""
+"""`<stage> kill`, or before it has written anything `<stage> kill-at-once` or `<stage> fail-at-once`."""
 
 
 def fake(stage: Stage) -> Stage:
@@ -32,6 +32,8 @@ def fake(stage: Stage) -> Stage:
         fault = os.environ.get(FAULT, "")
         if fault == f"{stage.name} fail-at-once":
             raise UserError("an input does not open")
+        if fault == f"{stage.name} kill-at-once":
+            os.kill(os.getpid(), signal.SIGKILL)
         checkpoint = run.root / (stage.scratch or stage.outputs)[0] / "checkpoint"
         resumed = checkpoint.is_file()
         checkpoint.parent.mkdir(parents=True, exist_ok=True)

@@ -70,8 +70,8 @@ class Cli:
     def __call__(self, command: str, *more: str) -> tuple[int, str]:
         return lorapar(command, "-c", self.config, "-d", self.run.root, *more)
 
-    def kill(self, stage: str, command: str, *more: str) -> None:
-        with self.fault(f"{stage} kill"):
+    def kill(self, stage: str, command: str, *more: str, how: str = "kill") -> None:
+        with self.fault(f"{stage} {how}"):
             killed(command, "-c", self.config, "-d", self.run.root, *more)
         assert self.entry(stage)["status"] == "started"
 
@@ -233,6 +233,21 @@ def test_a_killed_redo_resumes_or_the_old_settings_restore_the_old_results(cli: 
     assert cli.entry("grpo")["inputs"] == old["inputs"] and cli.entry("grpo")["status"] == "done"
     status, said = cli("grpo", *other)
     assert status == 0 and "are restored from trash/" in said and cli.entry("grpo")["resumed"], said
+
+
+def test_a_redo_that_is_killed_before_it_writes_anything_has_lost_no_results(cli: Cli) -> None:
+    assert cli("run")[0] == 0
+    before, entry = (cli.run.grpo / "result.json").stat().st_mtime_ns, cli.entry("grpo")
+    cli.kill("grpo", "grpo", "--redo", "grpo", *changed("grpo.learning_rate=1e-5"), how="kill-at-once")
+    assert not cli.run.grpo.exists()
+    status, said = cli("grpo", *changed("grpo.learning_rate=1e-4"))
+    assert status == 2 and "grpo.learning_rate 1e-5 → 0.0001" in said and "--redo grpo" in said, said
+    said = cli("run", "--dry-run")[1]
+    assert "grpo       will be restored from trash/ " in said, said
+    status, said = cli("run")
+    assert status == 0 and "grpo: its results for these settings are restored from trash/" in said, said
+    assert ((cli.run.grpo / "result.json").stat().st_mtime_ns, cli.entry("grpo")) == (before, entry)
+    assert not cli.run.trash.exists()
 
 
 def test_a_redo_that_is_killed_while_it_moves_the_old_results_has_lost_none(
