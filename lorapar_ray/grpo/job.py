@@ -73,6 +73,11 @@ class Stage2:
         """What the learners write."""
         return [Path(self.job.checkpoints), Path(self.job.adapter_out), self.run.metrics]
 
+    @property
+    def trained(self) -> bool:
+        """Whether the last step is taken: the learners write the adapter last, and whole."""
+        return (Path(self.job.adapter_out) / "adapter_config.json").is_file()
+
     def finish(self) -> None:
         """Export the trained adapter of a residual base as a plain LoRA, and remove what only the stage needed."""
         if residual(self.config):
@@ -89,8 +94,16 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
             or the cluster is too small.
     """
     stage = stage2(config, run)
+    if not stage.trained:  # else a command ended between the last step and the end of the stage
+        _train(stage)
+    stage.finish()
+    return stage.notes
+
+
+def _train(stage: Stage2) -> None:
+    """Take the steps that are left, and write the adapter."""
+    config, metrics = stage.config, stage.job.metrics
     _require_servable(sync_of(config.grpo), stage.job.base, Path(stage.job.adapter_in))
-    metrics = stage.job.metrics
     with (
         needing("grpo", processes_of(config, "grpo")),
         progress("grpo", stage.job.steps, lambda: steps_done(metrics), [notices_of(metrics)]),
@@ -99,8 +112,6 @@ def train_stage2(config: Config, run: RunDirectory) -> dict[str, Any]:
         plan = {**stage.plan, "judge": judge}
         staying = staying_engines(config, plan)
         run_learners(stage, Coordinator, plan, learn_worker, stage.job.payload(), stage.writes, staying)
-    stage.finish()
-    return stage.notes
 
 
 def stage2(config: Config, run: RunDirectory) -> Stage2:

@@ -7,7 +7,7 @@ Each run keeps its prompts, rewards, versions, digests, canaries and staleness b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.capacity import needing
 from lorapar_ray.config import Config
@@ -17,6 +17,9 @@ from lorapar_ray.progress import progress
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.together import adapter_alone, require_one_base, stage_shape
 from lorapar_ray.tracking import notices_of
+
+if TYPE_CHECKING:
+    from lorapar_ray.grpo.job import Stage2
 
 OWN = {
     *("systems", "masked", "steps", "prompts_per_step", "balance", "balance_prompts", "group_size", "rewards"),
@@ -67,11 +70,23 @@ def train_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[dict[
         UserError: as `train_stage2`, of any of them; or their residual bases differ, or the model's attention cannot be
             packed.
     """
-    from lorapar_ray.grpo.coordinators import Coordinators
-    from lorapar_ray.grpo.job import run_learners, stage2, steps_done
+    from lorapar_ray.grpo.job import stage2
 
     stages = [stage2(_by_adapter(config), run) for config, run in members]
     require_one_base([(stage.run, stage.job.base) for stage in stages])
+    if not all(stage.trained for stage in stages):
+        _train(stages)
+    for stage in stages:
+        stage.finish()
+    return [stage.notes for stage in stages]
+
+
+def _train(stages: Sequence[Stage2]) -> None:
+    """Take the steps that are left, and write the adapters. An adapter that is already written is written again, after
+    the steps since its run's last checkpoint."""
+    from lorapar_ray.grpo.coordinators import Coordinators
+    from lorapar_ray.grpo.job import run_learners, steps_done
+
     jobs = [stage.job for stage in stages]
     steps, metrics = sum(job.steps for job in jobs), [job.metrics for job in jobs]
     with (
@@ -86,9 +101,6 @@ def train_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[dict[
             {"jobs": [job.payload() for job in jobs]},
             [],  # runs of a grid are on a shared disk
         )
-    for stage in stages:
-        stage.finish()
-    return [stage.notes for stage in stages]
 
 
 def _by_adapter(config: Config) -> Config:

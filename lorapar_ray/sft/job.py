@@ -33,6 +33,11 @@ class Part:
     steps: int
 
     @property
+    def trained(self) -> bool:
+        """Whether its last step is taken: workers write the adapter last, and whole."""
+        return (Path(self.job.adapter_out) / "adapter_config.json").is_file()
+
+    @property
     def finished(self) -> bool:
         """Whether its adapter is written."""
         return (self.folder / "adapter" / "adapter_config.json").is_file()
@@ -55,9 +60,17 @@ def train_stage1(config: Config, run: RunDirectory) -> dict[str, Any]:
 
 
 def train_part(part: Part, config: Config, run: RunDirectory) -> None:
-    """Train one part of stage 1."""
-    _run(part.job, config.sft, part.steps, part.title, run)
-    export_if_residual(part, config, run)
+    """Train one part of stage 1; if a command ended between its last step and the end of the stage, only finish it."""
+    if not part.trained:
+        _run(part.job, config.sft, part.steps, part.title, run)
+    finish_part(part, config, run)
+
+
+def finish_part(part: Part, config: Config, run: RunDirectory) -> None:
+    """Export the trained adapter of a residual base as a plain LoRA for the original base, and remove checkpoints."""
+    if residual(config):
+        export_plain(run.adapter, part.folder / "trained", part.folder / "adapter", config.model.path)
+    shutil.rmtree(part.job.checkpoints, ignore_errors=True)
 
 
 def notes_of(parts: Sequence[Part]) -> dict[str, Any]:
@@ -92,12 +105,6 @@ def stage1_parts(config: Config, run: RunDirectory) -> list[Part]:
         parts.append(Part(folder, job, title, examples, steps_in(settings, examples)))
         start = out
     return parts
-
-
-def export_if_residual(part: Part, config: Config, run: RunDirectory) -> None:
-    """Export the trained adapter of a residual base as a plain LoRA for the original base."""
-    if residual(config):
-        export_plain(run.adapter, part.folder / "trained", part.folder / "adapter", config.model.path)
 
 
 def residual(config: Config) -> bool:
@@ -157,7 +164,6 @@ def _run(job: SftJob, settings: SftConfig, steps: int, title: str, run: RunDirec
             run=run,
             writes=[Path(job.checkpoints), Path(job.adapter_out), run.metrics],
         )
-    shutil.rmtree(job.checkpoints, ignore_errors=True)
 
 
 def steps_done(*metrics: str) -> tuple[int, str]:

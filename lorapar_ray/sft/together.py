@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from lorapar_ray.files import digest
 from lorapar_ray.progress import progress
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.arms_worker import train_arms_worker
-from lorapar_ray.sft.job import Part, export_if_residual, notes_of, residual, stage1_parts, steps_done, train_part
+from lorapar_ray.sft.job import Part, notes_of, residual, stage1_parts, steps_done, train_part
 from lorapar_ray.tracking import notices_of
 from lorapar_ray.workers import run_workers
 
@@ -85,10 +84,10 @@ def train_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[dict[
             for parts, member in zip(made, members, strict=True)
             if last or not parts[number].finished
         ]
-        if len(due) == 1:
-            train_part(*due[0])
-        elif due:
-            _train_parts(due)
+        if len(left := [each for each in due if not each[0].trained]) > 1:
+            _train_parts(left)
+        for each in due:
+            train_part(*each)
     return [notes_of(parts) for parts in made]
 
 
@@ -109,9 +108,6 @@ def _train_parts(due: Sequence[tuple[Part, Config, RunDirectory]]) -> None:
             run=run,
             writes=[],  # arms are on a shared disk
         )
-    for part, config, run in due:
-        shutil.rmtree(part.job.checkpoints, ignore_errors=True)
-        export_if_residual(part, config, run)
 
 
 def require_one_base(bases: Sequence[tuple[RunDirectory, str]]) -> None:

@@ -73,7 +73,9 @@ def test_stage_2_watches_all_of_its_processes(
 ) -> None:
     config, run = config_of(grpo={"learners": 2, "reward_resources": {"cpus": 0.5}}), RunDirectory(tmp_path)
     job = SimpleNamespace(metrics=str(tmp_path / "grpo.jsonl"), steps=1, base="m", adapter_in="", payload=dict)
-    stage = SimpleNamespace(config=config, run=run, job=job, plan={}, writes=[], notes={}, finish=lambda: None)
+    stage = SimpleNamespace(
+        config=config, run=run, job=job, plan={}, writes=[], notes={}, trained=False, finish=lambda: None
+    )
     monkeypatch.setattr(grpo, "stage2", lambda *_: stage)
     monkeypatch.setattr(grpo, "_require_servable", lambda *_: None)
     monkeypatch.setattr(grpo, "staying_engines", lambda *_: [])
