@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import mul
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """The metrics of a pass or of an update, and the number of its samples and of their sampled tokens."""
+
+    metrics: dict[str, float]
+    samples: int
+    tokens: int
 
 
 def as_numbers(figures: Mapping[str, Tensor]) -> dict[str, float]:
@@ -14,21 +26,35 @@ def as_numbers(figures: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(figures, torch.stack([each.float() for each in figures.values()]).tolist(), strict=True))
 
 
-def step_metrics(parts: list[tuple[dict[str, float], int]]) -> dict[str, float]:
-    """Metrics of a step from those of its parts, each with its number of sequences.
+def update_metrics(parts: Sequence[Part]) -> dict[str, float]:
+    """Metrics of an update from those of its passes, whose losses add up."""
+    return _joined(parts, sum)
 
-    `loss` and `updates_skipped` add up, `..._max` and `..._min` are extremes, the others means over the sequences of
-    parts that have them.
-    """
+
+def step_metrics(updates: Sequence[Part]) -> dict[str, float]:
+    """Metrics of a step from those of its updates; the loss is their mean."""
+    return _joined(updates, fmean)
+
+
+def _joined(parts: Sequence[Part], loss_of: Callable[[Sequence[float]], float]) -> dict[str, float]:
+    """`updates_skipped` adds up, `..._max` and `..._min` are extremes, `grad_norm` is the mean over parts,
+    `sequence_masked_share` the mean over samples, and the others are means over tokens, each of the parts that have
+    them."""
     found: dict[str, float] = {}
-    for key in {key: None for metrics, _ in parts for key in metrics}:
-        values = [(metrics[key], count) for metrics, count in parts if key in metrics]
-        if key in ("loss", "updates_skipped"):
-            found[key] = sum(value for value, _ in values)
+    for key in {key: None for part in parts for key in part.metrics}:
+        own = [part for part in parts if key in part.metrics]
+        values = [part.metrics[key] for part in own]
+        if key == "loss":
+            found[key] = loss_of(values)
+        elif key == "updates_skipped":
+            found[key] = sum(values)
         elif key.endswith(("_max", "_min")):
-            found[key] = (max if key.endswith("_max") else min)(value for value, _ in values)
+            found[key] = (max if key.endswith("_max") else min)(values)
+        elif key == "grad_norm":
+            found[key] = fmean(values)
         else:
-            found[key] = sum(value * count for value, count in values) / sum(count for _, count in values)
+            weights = [part.samples if key == "sequence_masked_share" else part.tokens for part in own]
+            found[key] = sum(map(mul, values, weights)) / max(1, sum(weights))
     return found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lorapar_ray.config import GrpoConfig, ModelConfig
 from lorapar_ray.engines.canaries import Canary
 from lorapar_ray.grpo.arm import Arm
-from lorapar_ray.grpo.figures import step_metrics
+from lorapar_ray.grpo.figures import Part, step_metrics
 from lorapar_ray.grpo.forward import Forward
 from lorapar_ray.grpo.samples import MiniBatch, Sample
 from lorapar_ray.grpo.update import Updates
@@ -89,12 +89,12 @@ class Learner:
             for number in begun.keys() - updates.keys():
                 before_update(number)
         old = self.updates.old_logprobs(updates)
-        found: dict[int, list[tuple[dict[str, float], int]]] = {number: [] for number in updates}
+        found: dict[int, list[Part]] = {number: [] for number in updates}
         for at in range(max(map(len, updates.values()), default=0)):
             due = {number: own[at] for number, own in updates.items() if at < len(own)}
             taken = self.updates.take(due, old, world, None if at else before_update)
             for number, metrics in taken.items():
-                found[number].append((metrics, due[number].count))
+                found[number].append(Part(metrics, due[number].count, due[number].tokens))
         return {
             number: {**step_metrics(found[number]), "learning_rate": rate, "updates": float(len(own))}
             if own

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lorapar_ray.collectives import sum_over_ranks
 from lorapar_ray.grpo.arm import Arm, OldLogprobs, remember
-from lorapar_ray.grpo.figures import as_numbers, from_all_ranks, step_metrics
+from lorapar_ray.grpo.figures import Part, as_numbers, from_all_ranks, update_metrics
 from lorapar_ray.grpo.forward import Forward
 from lorapar_ray.grpo.samples import MiniBatch, Sample
 
@@ -51,20 +51,23 @@ class Updates:
         kept = [parameter.grad for parameter in self._trained if parameter.grad is not None]
         if kept:
             torch._foreach_zero_(kept)
-        figures: dict[int, list[tuple[dict[str, Tensor], int]]] = {number: [] for number in mini_batches}
+        figures: dict[int, list[tuple[dict[str, Tensor], list[Sample]]]] = {number: [] for number in mini_batches}
         micros = self._micros({number: each.samples for number, each in mini_batches.items()})
         passes = self._forward.passes_of_all(len(micros))
         for micro in micros:
             losses = self._losses(micro, mini_batches, old)
             torch.stack([loss for loss, _ in losses.values()]).sum().backward()
             for number, (loss, found) in losses.items():
-                figures[number].append(({"loss": loss.detach(), **found}, sum(map(len, micro[number]))))
+                samples = [sample for group in micro[number] for sample in group]
+                figures[number].append(({"loss": loss.detach(), **found}, samples))
         self._forward.dummy_passes(passes - len(micros), reference=self._needs_reference(mini_batches))
         for parameter in self._trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        parts: dict[int, list[tuple[dict[str, float], int]]] = {
-            number: [(as_numbers(each), count) for each, count in found] if self._forward.leads else []
+        parts: dict[int, list[Part]] = {
+            number: [Part(as_numbers(each), len(own), sum(sample.count for sample in own)) for each, own in found]
+            if self._forward.leads
+            else []
             for number, found in figures.items()
         }
         if world > 1:
@@ -75,7 +78,7 @@ class Updates:
         for number, own in parts.items():
             if before is not None:
                 before(number)
-            metrics[number] = self._arms[number].update(step_metrics(own))
+            metrics[number] = self._arms[number].update(update_metrics(own))
         return metrics
 
     @torch.no_grad()

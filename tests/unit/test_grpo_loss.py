@@ -9,7 +9,7 @@ import torch
 
 from lorapar_ray import logprobs
 from lorapar_ray.grpo.advantages import group_advantages, overlong_penalty
-from lorapar_ray.grpo.figures import as_numbers, step_metrics
+from lorapar_ray.grpo.figures import Part, as_numbers, step_metrics, update_metrics
 from lorapar_ray.grpo.loss import LossType, part_weight, policy_loss
 from lorapar_ray.grpo.packing import group_by_prompt, micro_batches
 from lorapar_ray.grpo.samples import Sample
@@ -235,5 +235,13 @@ def test_the_losses_of_parts_add_up_to_that_of_the_step(
 
 
 def test_metrics_of_parts_are_those_of_the_step() -> None:
-    parts = [({"loss": 1.0, "kl": 1.0, "ratio_max": 2.0, "ratio_min": 0.5}, 1), ({"loss": 0.5, "kl": 4.0}, 2)]
-    assert step_metrics(parts) == {"loss": 1.5, "kl": 3.0, "ratio_max": 2.0, "ratio_min": 0.5}
+    first = {"loss": 1.0, "kl": 1.0, "ratio_max": 2.0, "ratio_min": 0.5, "sequence_masked_share": 1.0}
+    parts = [Part(first, 1, 30), Part({"loss": 0.5, "kl": 4.0, "sequence_masked_share": 0.0}, 3, 10)]
+    means = {"kl": 1.75, "sequence_masked_share": 0.25}  # over tokens, over samples
+    assert update_metrics(parts) == {"loss": 1.5, "ratio_max": 2.0, "ratio_min": 0.5, **means}
+    assert step_metrics(parts) == {"loss": 0.75, "ratio_max": 2.0, "ratio_min": 0.5, **means}
+    norms = [
+        Part({"grad_norm": 1.0, "updates_skipped": 0.0}, 4, 7),
+        Part({"grad_norm": 3.0, "updates_skipped": 1.0}, 1, 1),
+    ]
+    assert step_metrics(norms) == {"grad_norm": 2.0, "updates_skipped": 1.0}
