@@ -40,4 +40,5 @@ class Failures:
         if errors and not self._told:
             self._told = True
             first = "; ".join(f"{name}: {text}" for name, text in errors.items())
-            console.print(f"  a reward failed on some samples, which count 0 for it; the first: {one_line(first, 500)}")
+            told = one_line(first, 500)
+            console.print(f"  a reward failed on some samples; those without a value count 0 for it; the first: {told}")

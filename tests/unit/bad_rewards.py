@@ -72,3 +72,19 @@ async def remote(prompts: list[str], completions: list[str], url: list[str], **_
         answer = await client.post(url[0], json=completions)
     values: list[float] = answer.json()
     return values
+
+
+def one_mean(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """One value for the whole call: right for a single completion."""
+    return [sum(map(float, completions)) / len(completions)]
+
+
+def unlike(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """No value for a duplicate."""
+    return [1.0 for _ in set(completions)]
+
+
+def at_most_two(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    if len(completions) > 2:
+        raise RuntimeError("too many")
+    return [1.0] * len(completions)

@@ -110,16 +110,16 @@ class Judging(BaseHTTPRequestHandler):
 
 
 @pytest.mark.slow
-def test_an_asynchronous_reward_calls_a_server_and_a_missing_answer_loses_only_its_sample() -> None:
+def test_an_asynchronous_reward_calls_a_server_and_a_missing_answer_loses_its_call() -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Judging)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    completions = ["bad", "3", "few"]
+    completions = ["bad", "3", "few", "4"]  # the server does not answer to all of them; then the call is halved
     url = [f"http://127.0.0.1:{server.server_port}"] * len(completions)
     with RewardPool([RewardSpec("tests.unit.bad_rewards:remote")], time_limit_s=1, memory_limit_mb=1024) as pool:
         result = pool.score(["q"] * len(completions), completions, {"url": url})
     server.shutdown()
-    assert result.total == [0.0, 3.0, 0.0] and result.failures == {"timeout": 1, "raised": 1}
+    assert result.total == [0.0, 3.0, 0.0, 0.0] and result.failures == {"timeout": 1, "wrong_count": 2}
 
 
 def test_a_reward_that_a_worker_cannot_import_is_the_users_error() -> None:
@@ -183,15 +183,29 @@ def test_the_first_failure_of_each_reward_is_told() -> None:
     told = {
         "forgot_return": "it returns nothing; a reward returns a list with one number for each completion",
         "one_number": "it returns a value of type float",
-        "too_many": "it returns 7 values for 1 completions",
+        "too_many": "it returns 7 values for 2 completions",
         "typo": "KeyError: 'grund_truth'",
     }
     specs = [RewardSpec(f"tests.unit.trl_rewards:{name}") for name in told]
     with RewardPool(specs, time_limit_s=20, memory_limit_mb=512) as pool:
         scored = pool.score(["q", "q"], ["4", "6"], COLUMNS)
-    assert scored.failures == {"raised": 8} and scored.failed == {spec.name: 2 for spec in specs}
+    assert scored.failures == {"wrong_count": 6, "raised": 2} and scored.failed == {spec.name: 2 for spec in specs}
     for spec, text in zip(specs, told.values(), strict=True):
         assert text in scored.errors[spec.name]
+
+
+def test_a_failure_on_a_group_is_told_although_each_part_of_it_would_succeed() -> None:
+    told = {
+        "one_mean": "it returns 1 values for 4 completions; a reward returns one for each",
+        "unlike": "it returns 3 values for 4 completions; a reward returns one for each",
+        "at_most_two": "on 4 samples together, but on none of their parts: RuntimeError: too many",
+    }
+    specs = [RewardSpec(f"tests.unit.bad_rewards:{name}") for name in told]
+    with RewardPool(specs, time_limit_s=20, memory_limit_mb=512) as pool:
+        scored = pool.score(["q"] * 4, ["1", "2", "3", "3"], {})
+    assert scored.errors == {spec.name: text for spec, text in zip(specs, told.values(), strict=True)}
+    assert [scored.parts[spec.name] for spec in specs] == [[None] * 4, [None] * 4, [1.0] * 4]
+    assert scored.failed == {specs[0].name: 4, specs[1].name: 4} and scored.failures == {"wrong_count": 8}
 
 
 @pytest.mark.slow

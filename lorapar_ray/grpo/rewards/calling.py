@@ -23,6 +23,10 @@ NOT_FINITE = "not finite"
 """Replaces a value that is not a finite number; None is a sample that the reward does not apply to."""
 
 
+class NotOneEach(ValueError):
+    """A reward returned something else than a list with one number or None for each completion."""
+
+
 def call(function: Callable[..., Any], request: dict[str, Any], own: bool) -> list[float | str | None]:
     """One value for each completion of a request {prompts, completions, columns}.
 
@@ -30,7 +34,8 @@ def call(function: Callable[..., Any], request: dict[str, Any], own: bool) -> li
         own: one of this project's rewards, which take the answers as text.
 
     Raises:
-        TypeError, ValueError: it returns something else than one number or None for each completion.
+        NotOneEach: it returns something else than a list with one number or None for each completion.
+        TypeError, ValueError: a value in the list is no number.
     """
     prompts, completions, columns = _arguments(request, own)
     result = _apply(function, prompts, completions, columns)
@@ -79,13 +84,13 @@ def _apply(function: Callable[..., Any], prompts: list[Any], completions: list[A
 def _values(result: Any, count: int) -> list[float | str | None]:
     if isinstance(result, str | bytes | dict) or not hasattr(result, "__iter__"):
         kind = "nothing" if result is None else f"a value of type {type(result).__name__}"
-        raise TypeError(f"it returns {kind}; a reward returns a list with one number for each completion")
+        raise NotOneEach(f"it returns {kind}; a reward returns a list with one number for each completion")
     try:
         listed: Sequence[Any] = list(result)
     except TypeError as error:  # an array without dimensions
-        raise TypeError("it returns one number; a reward returns a list with one for each completion") from error
+        raise NotOneEach("it returns one number; a reward returns a list with one for each completion") from error
     if len(listed) != count:
-        raise ValueError(f"it returns {len(listed)} values for {count} completions; a reward returns one for each")
+        raise NotOneEach(f"it returns {len(listed)} values for {count} completions; a reward returns one for each")
     return [_value(each) for each in listed]
 
 

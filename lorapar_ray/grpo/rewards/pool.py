@@ -32,12 +32,12 @@ class RewardBatch:
     parts: dict[str, list[float | None]]
     """Values by reward; None if it failed, or does not apply."""
     failures: dict[str, int]
-    """Samples lost by cause: `raised`, `timeout`, `crashed`, `not_finite`, and the name of a reward that is computed
-    elsewhere."""
+    """Samples lost by cause: `raised`, `timeout`, `crashed`, `not_finite`, `wrong_count`, and the name of a reward that
+    is computed elsewhere."""
     failed: dict[str, int] = field(default_factory=dict)
     """Samples lost by reward."""
     errors: dict[str, str] = field(default_factory=dict)
-    """Text of the first failure by reward."""
+    """Text of the first failure by reward; also of one that lost no sample."""
 
 
 def with_part(
@@ -104,15 +104,13 @@ class RewardPool:
         Raises:
             UserError: there is no such reward, or it cannot be imported here.
         """
-        lost: list[tuple[str, str, str]] = []
-        parts = {spec.name: self._part(spec, prompts, completions, columns, lost) for spec in self._specs}
+        losses = _Losses()
+        parts = {spec.name: self._part(spec, prompts, completions, columns, losses) for spec in self._specs}
         total = [
             sum(spec.weight * (parts[spec.name][index] or 0.0) for spec in self._specs)
             for index in range(len(completions))
         ]
-        failures, failed = Counter(cause for _, cause, _ in lost), Counter(name for name, _, _ in lost)
-        errors = {name: text for name, _, text in reversed(lost)}
-        return RewardBatch(total, parts, dict(failures), dict(failed), errors)
+        return RewardBatch(total, parts, dict(losses.causes), dict(losses.rewards), losses.errors)
 
     def close(self) -> None:
         """End the processes."""
@@ -125,28 +123,51 @@ class RewardPool:
         prompts: list[str],
         completions: list[str],
         columns: dict[str, list[Any]],
-        lost: list[tuple[str, str, str]],
+        losses: _Losses,
     ) -> list[float | None]:
         """One reward on a batch; a failing batch is halved until the failing samples are found.
 
-        Each of them is added to `lost`: reward, cause and text.
+        Without one value for each completion the whole batch is lost: nobody knows which values belong together, and a
+        reward that means something else by its values would mean something else again on a part of the batch.
         """
         request = {"reward": spec.name, "prompts": prompts, "completions": completions, "columns": columns}
         reply = self._processes[spec.isolate].ask(request, len(completions), self._limit_s(spec, len(completions)))
         if reply.values is not None:
-            lost += [(spec.name, "not_finite", "it returns no finite number")] * reply.values.count(NOT_FINITE)
+            losses.add(spec.name, "not_finite", "it returns no finite number", reply.values.count(NOT_FINITE))
             return [None if isinstance(value, str) else value for value in reply.values]
-        if len(completions) == 1:
-            lost.append((spec.name, reply.cause, reply.error))
-            return [None]
-        middle = len(completions) // 2
+        if len(completions) == 1 or reply.cause == "wrong_count":
+            losses.add(spec.name, reply.cause, reply.error, len(completions))
+            return [None] * len(completions)
+        before, middle = losses.rewards[spec.name], len(completions) // 2
         halves = []
         for part in (slice(None, middle), slice(middle, None)):
             fields = {key: value[part] for key, value in columns.items()}
-            halves += self._part(spec, prompts[part], completions[part], fields, lost)
+            halves += self._part(spec, prompts[part], completions[part], fields, losses)
+        if reply.cause == "raised" and losses.rewards[spec.name] == before:
+            losses.note(spec.name, f"on {len(completions)} samples together, but on none of their parts: {reply.error}")
         return halves
 
     def _limit_s(self, spec: RewardSpec, count: int) -> float:
         if spec.name == CODE_TESTS:
             return call_limit_s(self._sandbox, count, self._time_limit_s)
         return self._time_limit_s
+
+
+@dataclass
+class _Losses:
+    """What failed in a batch."""
+
+    causes: Counter[str] = field(default_factory=Counter)
+    rewards: Counter[str] = field(default_factory=Counter)
+    errors: dict[str, str] = field(default_factory=dict)
+
+    def add(self, reward: str, cause: str, text: str, samples: int) -> None:
+        """Count lost samples."""
+        if samples:
+            self.causes[cause] += samples
+            self.rewards[reward] += samples
+            self.note(reward, text)
+
+    def note(self, reward: str, text: str) -> None:
+        """Keep the text of a reward's first failure."""
+        self.errors.setdefault(reward, text)

@@ -100,7 +100,7 @@ class RewardProcess:
             return Reply(cause="crashed", error="its process answered out of order")
         values = answer.get("values")
         if values is None or len(values) != count:
-            return Reply(cause="raised", error=str(answer.get("error")))
+            return Reply(cause=str(answer.get("cause", "raised")), error=str(answer.get("error")))
         return Reply(values)
 
     def close(self) -> None:

@@ -26,7 +26,8 @@ ASIDE = 60
 def serve(settings: dict[str, Any]) -> None:
     """Report that it is ready, or why not, then answer requests until input ends.
 
-    A request is {number, seal, reward, prompts, completions, columns}, its answer {number, values} or {number, error}.
+    A request is {number, seal, reward, prompts, completions, columns}, its answer {number, values} or {number, error,
+    cause}.
     """
     requests = os.fdopen(_aside(0, os.O_RDONLY), "r", encoding="utf-8", newline="\n")
     answers = os.fdopen(_aside(1, None), "w", encoding="utf-8")
@@ -70,14 +71,16 @@ def _aside(number: int, empty: int | None) -> int:
 
 
 def _answer(get_reward: Any, request: dict[str, Any]) -> dict[str, Any]:
-    from lorapar_ray.grpo.rewards.calling import call
+    from lorapar_ray.grpo.rewards.calling import NotOneEach, call
 
     name = request["reward"]
     own = ":" not in name or name.startswith("lorapar_ray.")
     try:
         return {"values": call(get_reward(name), request, own)}
+    except NotOneEach as error:
+        return {"error": str(error), "cause": "wrong_count"}
     except BaseException as error:  # a user's reward may raise anything, SystemExit too
-        return {"error": f"{type(error).__name__}: {error}"[:500]}
+        return {"error": f"{type(error).__name__}: {error}"[:500], "cause": "raised"}
 
 
 if __name__ == "__main__":
