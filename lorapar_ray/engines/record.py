@@ -20,7 +20,7 @@ class GroupHead:
 
     prompt_tokens: int
     lengths: tuple[int, ...]
-    """Tokens of each completion."""
+    """Tokens of each completion; of an environment's sample also what is its own of the prompt, see `answers`."""
     finished: tuple[bool, ...]
     """False where a completion was cut at the length limit."""
     versions: tuple[int, ...]
@@ -35,6 +35,14 @@ class GroupHead:
     """The environment's reward of each completion."""
     lost: tuple[str, ...] = ()
     """Reasons of the group's missing samples, one text each."""
+    after_prompts: tuple[int, ...] = ()
+    """Tokens of each completion after its own prompt, where an environment gives samples different prompts; empty: as
+    `lengths`."""
+
+    @property
+    def answers(self) -> tuple[int, ...]:
+        """Tokens of each completion after its own prompt; what limits on completions apply to."""
+        return self.after_prompts or self.lengths
 
     @property
     def trained(self) -> tuple[int, ...]:

@@ -114,7 +114,7 @@ def make_batch(
     if turns := [each for group in everything for each in group.head.turns]:
         metrics |= {
             "turns": fmean(turns),
-            "trajectory_length": fmean(length for group in everything for length in group.head.lengths),
+            "trajectory_length": fmean(length for group in everything for length in group.head.answers),
             "environment_failures": float(sum(len(group.head.lost) for group in everything)),
         }
     told = [group for group in everything if group.rewards]

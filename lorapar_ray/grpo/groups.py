@@ -38,7 +38,7 @@ class Group:
         self.failed, self.errors = scored.failed, scored.errors
         if settings.overlong_cache:
             limits = settings.max_completion_length, settings.overlong_cache
-            penalties = [overlong_penalty(length, *limits) for length in self.head.lengths]  # environment's included
+            penalties = [overlong_penalty(length, *limits) for length in self.head.answers]  # environment's included
             self.rewards = [reward + penalty for reward, penalty in zip(self.rewards, penalties, strict=True)]
             self.parts = {**self.parts, "overlong": list(penalties)}
 

@@ -196,6 +196,20 @@ def test_samples_without_a_common_prompt_are_packed() -> None:
     assert packed.tokens_N.tolist() == padded.tokens_N.tolist() == [30, 30, 31] * 3
 
 
+def test_tokens_of_a_samples_own_prompt_are_no_part_of_its_length() -> None:
+    limits, trajectories = Limits(prompt=16, completion=10, vocabulary=96), []
+    for first, said in ((5, [30, 31]), (6, [30, 31, 32, 33, 34, 35, 36, 37, 38, 39])):
+        trajectory = Trajectory([first, *range(10, 18)], limits)
+        trajectory.take(said, [-1.0] * len(said), Turn(said, True, 0))
+        trajectories.append(trajectory)
+    record = as_record(trajectories, [])
+    assert record.head.lengths == (11, 19) and record.head.answers == (2, 10)
+    group = Group(0, record, record.head)
+    group.take(RewardBatch([1.0, 1.0], {}, {}), GrpoConfig(max_completion_length=10, overlong_cache=2))
+    assert group.rewards == [1.0, 0.0] and group.parts["overlong"] == [0.0, -1.0]
+    assert make_batch([group], [], [0], 1, {}, [{"prompt": "", "answer": ""}]).metrics["trajectory_length"] == 6
+
+
 def test_only_a_trajectory_without_room_is_truncated() -> None:
     async def two_tokens(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
         trajectory = engine.begin(row["prompt_ids"])

@@ -172,6 +172,7 @@ def as_record(trajectories: Sequence[Trajectory], lost: Sequence[str]) -> GroupR
         turns=tuple(len(each.turns) for each in trajectories),
         rewards=tuple(None if each.reward is None else float(each.reward) for each in trajectories),
         lost=tuple(lost),
+        after_prompts=tuple(len(tokens) - (len(own) - len(prompt)) for tokens, own in zip(ids, prompts, strict=True)),
     )
     return GroupRecord(
         np.array(prompt, np.int32),
