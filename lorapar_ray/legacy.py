@@ -107,8 +107,8 @@ def _overlaid(section: Section, plain: Any, old: Any, but_not: frozenset[str]) -
                 for index, each in enumerate(value)
             ]
         elif isinstance(new, dict) and isinstance(before, dict) and mark.but_not:
-            kept = {key: each for key, each in new.items() if key not in mark.but_not}
-            result[field] = kept | {key: each for key, each in before.items() if key in mark.but_not}
+            kept = {key: each for key, each in new.items() if mark.counts(key, each)}
+            result[field] = kept | {key: each for key, each in before.items() if not mark.counts(key, each)}
         else:
             result[field] = new
     return result

@@ -15,6 +15,8 @@ OPERATIONAL_EXTRA = (
     *("disable_log_stats", "download_dir", "load_format"),
 )
 """Arguments of vLLM about memory, batching, caching and placement."""
+RANDOM_WEIGHTS = ("load_format", "dummy")
+"""Every other format of the weights' files has the same weights."""
 
 
 class Resources(Section):
@@ -66,9 +68,9 @@ class EngineConfig(Section):
     kv_cache_gib: Operation[PositiveFloat] = 1.0
     """CPU only: size of the key-value cache, rounded to whole GiB, at least 1. On a GPU set
     `extra: {gpu_memory_utilization: ...}`."""
-    extra: Annotated[dict[str, Any], result_but_not(*OPERATIONAL_EXTRA)] = {}
-    """Further arguments, passed to vLLM unchanged. Those in `OPERATIONAL_EXTRA` do not change results; any other counts
-    as changing them."""
+    extra: Annotated[dict[str, Any], result_but_not(*OPERATIONAL_EXTRA, still=(RANDOM_WEIGHTS,))] = {}
+    """Further arguments, passed to vLLM unchanged. Those in `OPERATIONAL_EXTRA` do not change results, except for
+    `load_format: dummy`, which draws random weights; any other counts as changing them."""
 
 
 def require_gpu_for_each_rank(place: str, resources: Resources, name: str, engine: EngineConfig) -> None:

@@ -24,6 +24,12 @@ class Mark:
     decides: bool
     but_not: frozenset[str] = frozenset()
     """Exceptions: fields of the section, or keys of the dict, that do not change a result."""
+    still: frozenset[tuple[str, str]] = frozenset()
+    """Exceptions from these: a key of the dict, and its one value that does change it."""
+
+    def counts(self, key: str, value: Any) -> bool:
+        """Whether an item of the field's dict changes a result."""
+        return key not in self.but_not or (key, str(value)) in self.still
 
 
 RESULT = Mark(decides=True)
@@ -37,9 +43,13 @@ Operation = Annotated[T, OPERATION]
 checkpoints."""
 
 
-def result_but_not(*names: str) -> Mark:
-    """A mark for `Annotated`: changes the result, except for these fields or keys."""
-    return Mark(decides=True, but_not=frozenset(names))
+def result_but_not(*names: str, still: tuple[tuple[str, str], ...] = ()) -> Mark:
+    """A mark for `Annotated`: changes the result, except for these fields or keys.
+
+    Args:
+        still: of these keys, (key, value) that changes it all the same.
+    """
+    return Mark(decides=True, but_not=frozenset(names), still=frozenset(still))
 
 
 def mark_of(section: type[Section], field: str) -> Mark:
@@ -95,7 +105,7 @@ def _settings(section: Section, plain: dict[str, Any], name: str, but_not: froze
         if not _nested(value):
             kept = plain[field]
             if isinstance(kept, dict):
-                kept = {str(key): each for key, each in kept.items() if key not in mark.but_not}
+                kept = {str(key): each for key, each in kept.items() if mark.counts(key, each)}
             yield path, Setting(kept, not info.is_required() and value == info.default)
 
 

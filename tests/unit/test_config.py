@@ -51,6 +51,8 @@ def test_what_decides_is_taken_out_of_nested_sections_and_lists() -> None:
     assert "grpo.rollout_engine.max_model_len" not in found  # a sample must fit, else the config is refused
     extra = {"gpu_memory_utilization": 0.5, "quantization": "fp8"}
     assert deciding(EngineConfig(extra=extra))["extra"] == ({"quantization": "fp8"}, False)
+    assert deciding(EngineConfig(extra={"load_format": "safetensors"}))["extra"].value == {}
+    assert deciding(EngineConfig(extra={"load_format": "dummy"}))["extra"].value == {"load_format": "dummy"}
     assert deciding(EngineConfig())["max_model_len"] == (1024, True)
     assert all(known_setting(Config, path) for path in found)
     assert not known_setting(Config, "grpo.learning_rat") and not known_setting(Config, "data.train.0.old")
