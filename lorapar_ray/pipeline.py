@@ -171,6 +171,7 @@ def run_stage(config: Config, run: RunDirectory, name: str, redo: Redo = "no") -
     require_stages(config, [name], ())
     with run_lock(run.root):
         legacy.adopt(config, run, PIPELINE)
+        settle(run)
         try:
             due = _due(stage, config, run, redo)
             if due is None:
@@ -208,6 +209,7 @@ def run_together(
             held.enter_context(run_lock(run.root))
             held.callback(run.fingerprints.save)
             legacy.adopt(config, run, PIPELINE)
+            settle(run)
             found = _due(stage, config, run, redo)
             if found is not None:
                 due.append(((config, run), found))
@@ -295,6 +297,14 @@ def _take_back(stage: Stage, config: Config, run: RunDirectory, now: str) -> boo
     trash.put_back(run, stage.name, folder)
     console.print(f"  {stage.name}: its results for these settings are restored from trash/")
     return True
+
+
+def settle(run: RunDirectory) -> None:
+    """Complete what a process was killed at while it moved results to the trash or back: they are restored."""
+    for name in trash.settle(run):
+        console.print(
+            f"  {name}: its earlier results are restored from trash/; a command was killed while it moved them"
+        )
 
 
 def _require_nothing_unknown(stage: Stage, run: RunDirectory) -> None:

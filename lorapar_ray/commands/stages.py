@@ -87,12 +87,13 @@ def run_stages(
 ) -> None:
     """Run those of `stages` that are due, and tell where the results are."""
     from lorapar_ray.engines.kept import keeping_engines
-    from lorapar_ray.pipeline import check, check_there, dependents, pending, require_leave, run_stage
+    from lorapar_ray.pipeline import check, check_there, dependents, pending, require_leave, run_stage, settle
     from lorapar_ray.progress import console
     from lorapar_ray.session import ray_session
 
     check(config, stages, redo)
     with run.at_work(config, _seconds_to_wait()):
+        settle(run)
         require_leave(config, run, stages, redo)
         due = [name for name in stages if name in redo or name in pending(config, run, stages)]
         replaced = dependents(config, redo)

@@ -250,25 +250,76 @@ def test_a_redo_that_is_killed_before_it_writes_anything_has_lost_no_results(cli
     assert not cli.run.trash.exists()
 
 
-def test_a_redo_that_is_killed_while_it_moves_the_old_results_has_lost_none(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert cli("run")[0] == 0
-    before, entry = (cli.run.grpo / "result.json").read_text(), cli.entry("grpo")
-    with monkeypatch.context() as fault:
+def killed_after_a_move_of(cli: Cli, what: Path, *arguments: str) -> None:
+    """Run a command that is killed right after it has moved `what`, to or from the trash."""
+    with cli.monkeypatch.context() as fault:
         rename = Path.rename
 
         def moved_once(path: Path, target: Path) -> None:
             rename(path, target)
-            if cli.run.trash in target.parents and path == cli.run.grpo:
+            if cli.run.trash in (*path.parents, *target.parents) and what in (path, target):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         fault.setattr(Path, "rename", moved_once)
-        killed("grpo", "-c", cli.config, "-d", cli.run.root, "--redo", "grpo")
+        killed(arguments[0], "-c", cli.config, "-d", cli.run.root, *arguments[1:])
+
+
+def test_a_redo_that_is_killed_while_it_moves_the_old_results_has_lost_none(cli: Cli) -> None:
+    assert cli("run")[0] == 0
+    before, entry = (cli.run.grpo / "result.json").read_text(), cli.entry("grpo")
+    killed_after_a_move_of(cli, cli.run.grpo, "grpo", "--redo", "grpo")
     assert not cli.run.grpo.exists()
     status, said = cli("run")
-    assert status == 0 and "are restored from trash/" in said, said
+    assert status == 0 and "grpo: its earlier results are restored from trash/" in said, said
     assert (cli.run.grpo / "result.json").read_text() == before and cli.entry("grpo") == entry
+    assert not cli.run.trash.exists()
+
+
+def test_a_kill_while_a_checkpoint_is_set_aside_leaves_it_to_resume_from(cli: Cli) -> None:
+    cli.before("grpo")
+    cli.kill("grpo", "grpo")
+    cli.run.metrics.mkdir(exist_ok=True)
+    (cli.run.metrics / "grpo.jsonl").write_text("{}")
+    entry = cli.entry("grpo")
+    killed_after_a_move_of(cli, cli.run.metrics / "grpo.jsonl", "grpo", "--redo", "grpo")
+    killed_after_a_move_of(cli, cli.run.work / "grpo", "grpo", "--redo", "grpo")
+    assert not (cli.run.work / "grpo").exists()
+    status, said = cli("grpo")
+    assert status == 0 and cli.entry("grpo")["resumed"], said
+    assert cli.entry("grpo")["inputs"] == entry["inputs"] and not cli.run.trash.exists()
+
+
+@pytest.mark.parametrize("other", [[], ["--set", "grpo.learning_rate=1e-5"]])
+@pytest.mark.parametrize("moved", ["grpo", "metrics/grpo.jsonl"])
+def test_results_whose_restoration_is_killed_are_restored_by_the_next_command(
+    other: list[str], moved: str, cli: Cli
+) -> None:
+    assert cli("run")[0] == 0
+    cli.run.metrics.mkdir(exist_ok=True)
+    (cli.run.metrics / "grpo.jsonl").write_text("{}")
+    files = {path: path.read_text() for path in (cli.run.grpo / "result.json", cli.run.metrics / "grpo.jsonl")}
+    entry, first = cli.entry("grpo"), cli.run.root / moved
+    cli.kill("grpo", "grpo", "--redo", "grpo", *changed("grpo.learning_rate=1e-5"))
+    killed_after_a_move_of(cli, first, "grpo")
+    assert first.exists()
+    evaluated = cli("evaluate")  # also a command of another stage
+    assert evaluated[0] == 0 and "grpo: its earlier results are restored from trash/" in evaluated[1], evaluated
+    assert {path: path.read_text() for path in files} == files and cli.entry("grpo") == entry
+    status, said = cli("grpo", *other)  # the redo that was begun is still in trash/
+    assert status == 0 and cli.entry("grpo").get("resumed", False) == bool(other), said
+
+
+def test_a_kill_between_the_two_moves_of_a_restoration_loses_neither(cli: Cli) -> None:
+    assert cli("run")[0] == 0
+    entry, other = cli.entry("grpo"), changed("grpo.learning_rate=1e-5")
+    cli.kill("grpo", "grpo", "--redo", "grpo", *other)
+    killed_after_a_move_of(cli, cli.run.work / "grpo", "grpo")
+    assert not (cli.run.work / "grpo").exists() and not cli.run.grpo.exists()
+    assert cli("run", "--dry-run")[0] == 0
+    status, said = cli("grpo")
+    assert status == 0 and "are restored from trash/" in said and cli.entry("grpo") == entry, said
+    status, said = cli("grpo", *other)
+    assert status == 0 and cli.entry("grpo")["resumed"], said
 
 
 def test_a_stage_that_has_written_nothing_runs_under_any_settings(cli: Cli) -> None:
