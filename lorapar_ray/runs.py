@@ -257,7 +257,7 @@ def is_entry(entry: Any, version: int = FORMAT) -> bool:
     parts = [inputs[name] for name in ("settings", "sources", "files")] if version == FORMAT and inputs else []
     return (
         entry["status"] in ("started", "done")
-        and all(isinstance(each, dict) for each in (*parts, entry.get("versions", {})))
+        and all(isinstance(each, dict) for each in (*parts, entry.get("versions", {}), entry.get("outputs_for", {})))
         and isinstance(seconds, int | float)
         and 0 <= seconds < float("inf")
         and all(isinstance(size, int) and isinstance(known, str) for size, known in entry.get("written", {}).values())

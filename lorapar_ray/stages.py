@@ -17,6 +17,8 @@ from lorapar_ray.files import finished_files
 from lorapar_ray.runs import RunDirectory
 
 Settings = dict[str, Setting]
+OUTPUTS_FOR = "outputs_for"
+"""A stage's note for the manifest: by later stage, the digest of what that one reads, if it is less than all."""
 
 
 def _nothing(_: Config) -> None:

@@ -16,7 +16,7 @@ from lorapar_ray.fingerprints import Fingerprints
 from lorapar_ray.redact import HIDDEN as REDACTED
 from lorapar_ray.redact import has_secret
 from lorapar_ray.runs import RunDirectory
-from lorapar_ray.stages import Settings, Stage
+from lorapar_ray.stages import OUTPUTS_FOR, Settings, Stage
 from lorapar_ray.trash import in_trash
 
 State = Literal["done", "unfinished", "new", "changed", "damaged"]
@@ -54,9 +54,25 @@ def recorded_inputs(entry: Mapping[str, Any]) -> dict[str, Any]:
 def _inputs_without_files(stage: Stage, config: Config, entries: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "settings": _recorded(stage.settings(config)),
-        "sources": {need: entries.get(need, {}).get("outputs") for need in stage.needs(config)},
+        "sources": {need: _source(entries.get(need, {}), stage) for need in stage.needs(config)},
         "files": {},
     }
+
+
+def _source(entry: Mapping[str, Any], stage: Stage) -> str | None:
+    """A digest of what a stage reads of an earlier one's results."""
+    found: str | None = entry.get(OUTPUTS_FOR, {}).get(stage.name, entry.get("outputs"))
+    return found
+
+
+def _as_recorded(now: dict[str, Any], recorded: Mapping[str, Any], entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Present inputs, with a source as an earlier version recorded it: by all of its results, if these are the same."""
+    same = {
+        need: known
+        for need, known in recorded.get("sources", {}).items()
+        if need in now["sources"] and known is not None and known == entries.get(need, {}).get("outputs")
+    }
+    return {**now, "sources": now["sources"] | same}
 
 
 def standing_of(
@@ -70,7 +86,8 @@ def standing_of(
     entry = entries.get(stage.name)
     if entry is None:
         return Standing("new")
-    recorded, now = recorded_inputs(entry), inputs_of(stage, config, entries, prints)
+    recorded = recorded_inputs(entry)
+    now = _as_recorded(inputs_of(stage, config, entries, prints), recorded, entries)
     for name, known in recorded.get("files", {}).items():
         if known != now["files"].get(name, known) and known == prints.of_input(name, earlier=True):
             now["files"][name] = known  # an earlier version recorded it, and of what it counted nothing has changed
@@ -89,7 +106,9 @@ def recorded_standing(stage: Stage, config: Config, entries: Mapping[str, Any]) 
     entry = entries.get(stage.name)
     if entry is None:
         return Standing("new")
-    why = tuple(changes(stage, config, recorded_inputs(entry), _inputs_without_files(stage, config, entries)))
+    recorded = recorded_inputs(entry)
+    now = _as_recorded(_inputs_without_files(stage, config, entries), recorded, entries)
+    why = tuple(changes(stage, config, recorded, now))
     if why:
         return Standing("changed", why)
     return Standing("done" if entry["status"] == "done" else "unfinished")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import shutil
 from functools import lru_cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from lorapar_ray.ablations.units import CRITERION, OWN_CUT
 from lorapar_ray.boundary import read_tensors
 from lorapar_ray.config import Config
+from lorapar_ray.partition.regions import mask_digest
 from lorapar_ray.pipeline import PIPELINE, is_done
 from lorapar_ray.runs import RunDirectory
+from lorapar_ray.stages import OUTPUTS_FOR
 from lorapar_ray.standing import inputs_of, recorded_inputs
 
 SHARED = ("label", "score", "partition", "sft", "grpo")
@@ -59,19 +60,14 @@ def _of_its_cut(stage: str, entry: dict[str, Any], stages: dict[str, Any]) -> bo
     """Whether a training stage was made with the cut that its run has now."""
     if stage not in OWN_CUT:
         return False
-    made_with = recorded_inputs(entry).get("sources", {}).get("partition")
-    return made_with is not None and made_with == stages.get("partition", {}).get("outputs")
+    made_with, cut = recorded_inputs(entry).get("sources", {}).get("partition"), stages.get("partition", {})
+    return made_with is not None and made_with in (cut.get("outputs"), cut.get(OUTPUTS_FOR, {}).get(stage))
 
 
 @lru_cache(maxsize=256)
 def _mask(file: Path, bit: int, _written_ns: int) -> str:
     """A digest of the elements with a bit."""
-    regions = read_tensors(file)
-    found = sha256()
-    for key in sorted(regions):
-        found.update(key.encode())
-        found.update((regions[key] & bit).numpy().tobytes())
-    return found.hexdigest()
+    return mask_digest(read_tensors(file), bit)
 
 
 def borrow_sums(config: Config, run: RunDirectory, siblings: list[Path]) -> bool:

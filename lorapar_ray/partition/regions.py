@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from fractions import Fraction
+from hashlib import sha256
 from math import floor
 from pathlib import Path
 from typing import Literal
@@ -73,6 +74,15 @@ def stage_mask(regions: Mapping[str, Tensor], stage: Literal[1, 2]) -> dict[str,
     """Bool masks, same keys and shapes as `regions`, of what `stage` trains; everything else stays frozen."""
     bit = {1: STAGE_1, 2: STAGE_2}[stage]
     return {key: (regions[key] & bit) != 0 for key in sorted(regions)}
+
+
+def mask_digest(regions: Mapping[str, Tensor], bit: int) -> str:
+    """sha256, in hex, of the elements with a bit."""
+    found = sha256()
+    for key in sorted(regions):
+        found.update(key.encode())
+        found.update((regions[key] & bit).numpy().tobytes())
+    return found.hexdigest()
 
 
 def save_regions(regions: Mapping[str, Tensor], path: Path, *, theta: float, alpha: float, beta: float) -> None:

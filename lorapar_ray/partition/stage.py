@@ -7,16 +7,23 @@ from typing import Any
 from lorapar_ray.config import Config
 from lorapar_ray.config.marks import Setting
 from lorapar_ray.runs import RunDirectory
-from lorapar_ray.stages import Settings, Stage, settings_of
+from lorapar_ray.stages import OUTPUTS_FOR, Settings, Stage, settings_of
 
 
 def run(config: Config, run: RunDirectory) -> dict[str, Any]:
-    """Cut the scored adapter, if any stage trains only a region."""
+    """Cut the scored adapter, if any stage trains only a region.
+
+    A training stage reads only its own mask: stage 1 is the same for every β.
+    """
     from lorapar_ray.partition.job import partition_stage
+    from lorapar_ray.partition.regions import STAGE_1, STAGE_2, load_regions, mask_digest
 
     if config.partitioned:
         partition_stage(config, run)
-    return {}
+    if not config.partitioned or config.partition.regions != "stages":
+        return {}
+    regions = load_regions(run.partition / "regions.safetensors")[0]
+    return {OUTPUTS_FOR: {"sft": mask_digest(regions, STAGE_1), "grpo": mask_digest(regions, STAGE_2)}}
 
 
 def settings(config: Config) -> Settings:
