@@ -28,12 +28,26 @@ class Journal:
         keep_lines_until(self._samples, step)
 
     def write(
-        self, step: int, share: Share, metrics: Mapping[str, float], learning: float, waited: float, whole: float
+        self,
+        step: int,
+        share: Share,
+        metrics: Mapping[str, float],
+        *,
+        learning: float,
+        waited: float,
+        proofs: float,
+        whole: float,
     ) -> None:
-        """Add a step of `whole` seconds; the learner computed for `learning` of them and waited for `waited`."""
+        """Add a step of `whole` seconds.
+
+        Args:
+            learning: seconds for which the learner computed.
+            waited: seconds for which it waited for the batch.
+            proofs: seconds for which it waited until the engines' policies were verified.
+        """
         line: dict[str, Any] = {"step": step, "policy_version": step, **share.metrics, **metrics}
         line |= {"seconds/learn": learning, "seconds/wait": waited, "seconds": whole, "prompts": share.prompts}
-        line |= {"learner_tokens_per_s": share.tokens / learning, "idle/learner": waited / whole}
+        line |= {"learner_tokens_per_s": share.tokens / learning, "idle/learner": (waited + proofs) / whole}
         append_line(self._metrics, line)
         for example in share.examples:
             record = read_record(example.record)

@@ -122,12 +122,19 @@ def learn(learner: Learner, coordinators: Sequence[Any], journals: Sequence[Jour
         for number in running:
             steps[number] += 1
         own = [(number, leads[number]) for number in running if leads]
-        learning = clock.seconds["learn"] - sum(lead.publisher.figures["seconds/wait_for_proof"] for _, lead in own)
+        proofs = sum(lead.publisher.figures["seconds/wait_for_proof"] for _, lead in own)
         for number, lead in own:
             lead.publish(steps[number], canaries[number])
             figures = {**metrics[number], **lead.publisher.figures, "learners": float(world)}
-            seconds = learning, waited, time.monotonic() - start
-            lead.journal.write(steps[number], fetched[number][0], figures, *seconds)
+            lead.journal.write(
+                steps[number],
+                fetched[number][0],
+                figures,
+                learning=clock.seconds["learn"] - proofs,
+                waited=waited,
+                proofs=proofs,
+                whole=time.monotonic() - start,
+            )
             lead.checkpoint_if_due(steps[number])
     for number, lead in enumerate(leads):
         lead.publisher.wait()

@@ -1,7 +1,10 @@
 """The sampling half of stage 2's loop: which groups make a step's batch, and with which advantages."""
 
 import asyncio
-from collections.abc import Sequence
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +15,14 @@ from ray.exceptions import OwnerDiedError
 from lorapar_ray.config import GrpoConfig
 from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.record import record_of
+from lorapar_ray.grpo import loop
 from lorapar_ray.grpo.asking import answer_from
-from lorapar_ray.grpo.batches import Batch, mini_batches, shares_of
+from lorapar_ray.grpo.batches import Batch, Share, mini_batches, shares_of
 from lorapar_ray.grpo.failures import Failures
 from lorapar_ray.grpo.fetching import fetch
 from lorapar_ray.grpo.groups import Group
-from lorapar_ray.grpo.loop import collect
+from lorapar_ray.grpo.journal import Journal
+from lorapar_ray.grpo.loop import collect, learn
 from lorapar_ray.grpo.prompt_stream import PromptStream
 from lorapar_ray.grpo.rewards import RewardBatch
 from lorapar_ray.grpo.rewards.actor import RecordLost
@@ -133,3 +138,61 @@ def test_a_learner_reports_lost_records_and_uses_their_replacements(
     share, [update] = fetch(coordinator, 4, 0, 1)
     assert told == [(4, [1])] and share is whole
     assert sorted(sample.prompt_ids.tolist()[0] for sample in update.samples) == [1, 1, 3, 3]
+
+
+PROOF_S = 0.2
+
+
+class SlowPublisher:
+    """A fake: it waits `PROOF_S` for the engines' proof, without engines."""
+
+    def __init__(self, *_: object) -> None:
+        self.figures: dict[str, float] = {}
+
+    def publish(self, *_: object) -> None: ...
+
+    def wait(self) -> None:
+        start = time.monotonic()
+        time.sleep(PROOF_S)
+        self.figures = {"seconds/wait_for_proof": time.monotonic() - start}
+
+
+class Learner:
+    """A fake of a learner with one arm, which trains in no time."""
+
+    def __init__(self) -> None:
+        self.arms = [
+            SimpleNamespace(
+                steps=2,
+                settings=GrpoConfig(canary_tolerance=0.1, checkpoint_every=5),
+                restore=lambda rank, world: (0, None),
+                policy=lambda step: None,
+            )
+        ]
+        self.forward = SimpleNamespace(together=False, packed=True)
+        self.finish = self.rounding = lambda arm: None
+
+    def canaries(self) -> list[list[Any]]:
+        return [[]]
+
+    def step(
+        self, batches: Any, steps: Any, world: int, before_update: Callable[[int], None]
+    ) -> dict[int, dict[str, float]]:
+        before_update(0)
+        return {0: {}}
+
+
+def test_a_learner_that_waits_for_the_proof_of_its_policy_is_idle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "Publisher", SlowPublisher)
+    monkeypatch.setattr(loop, "fetch", lambda *_, **__: (Share([], 1), []))
+    monkeypatch.setattr(loop.Lead, "begin", lambda *_: None)
+    metrics = tmp_path / "grpo.jsonl"
+    journal = Journal(metrics, tmp_path / "samples.jsonl", [], "run", lambda ids, whole: "")
+    learn(Learner(), [None], [journal], 0, 1)  # type: ignore[arg-type]
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert len(lines) == 2
+    for line in lines:
+        waited = line["seconds/wait"] + line["seconds/wait_for_proof"]
+        assert waited >= PROOF_S and line["idle/learner"] == pytest.approx(waited / line["seconds"])
