@@ -17,7 +17,7 @@ from lorapar_ray.config import EngineConfig, Resources
 from lorapar_ray.engines.adapter_files import AdapterFiles
 from lorapar_ray.engines.canaries import mean_gap
 from lorapar_ray.engines.completion import Completion
-from lorapar_ray.engines.in_flight import Growing, as_record, growing, request_of
+from lorapar_ray.engines.in_flight import Growing, InFlight, growing, request_of
 from lorapar_ray.engines.mismatch import agreed, verified
 from lorapar_ray.engines.phases import Phases
 from lorapar_ray.engines.processes import start_async_llm
@@ -76,8 +76,8 @@ class EngineActor:
         self._loads = 0
         self._using: Counter[int] = Counter()
         self._requests = 0
-        self._groups: dict[tuple[int, str], tuple[Sequence[int], list[Growing]]] = {}
-        """Prompt and completions of the groups in flight, by arm and key."""
+        self._groups: dict[tuple[int, str], InFlight] = {}
+        """By arm and key; also those that wait for a policy to be loaded."""
         self._watch: asyncio.Task[None] | None = None
         self._leaving = False
         self._phases = Phases("engine")
@@ -209,25 +209,27 @@ class EngineActor:
                 continues them.
         """
         served = self._served[arm]
-        await served.open.wait()
         earlier = begun.get(key) if isinstance(begun, Mapping) else begun
-        group = growing(sampling["n"], served.version, earlier)
-        own: list[int] = np.asarray(prompt_ids).tolist()
-        self._groups[arm, key] = (own, group)
+        group = InFlight(np.asarray(prompt_ids).tolist(), growing(sampling["n"], served.version, earlier))
+        self._groups[arm, key] = group
         try:
+            await served.open.wait()
+            group.begin(served.version)
             await asyncio.gather(
                 *(
-                    self._grow(own, each, request_of(each, sampling, index), arm)
-                    for index, each in enumerate(group)
+                    self._grow(group, each, request_of(each, sampling, index), arm)
+                    for index, each in enumerate(group.completions)
                     if not each.ended
                 )
             )
         finally:
             del self._groups[arm, key]
-        record = as_record(own, group)
+        record = group.record
         return record, record.head
 
-    async def _grow(self, prompt_ids: Sequence[int], each: Growing, request: dict[str, Any], arm: int) -> None:
+    async def _grow(self, group: InFlight, each: Growing, request: dict[str, Any], arm: int) -> None:
+        if group.given_back:
+            return
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -235,7 +237,7 @@ class EngineActor:
         params.output_kind = RequestOutputKind.DELTA
         self._requests += 1
         each.request = str(self._requests)
-        async for output in self._stream([*prompt_ids, *each.token_ids], params, each.request, arm=arm):
+        async for output in self._stream([*group.prompt_ids, *each.token_ids], params, each.request, arm=arm):
             each.take(output.outputs[0])
 
     async def progress(self, arm: int = 0) -> tuple[dict[str, GroupRecord], dict[str, int]]:
@@ -245,14 +247,15 @@ class EngineActor:
         An answer is also the heartbeat: it comes from the engine's workers, between two of their steps.
         """
         await self._rpc("lorapar_alive")
-        records = {key: as_record(*group) for (whose, key), group in self._groups.items() if whose == arm}
+        records = {key: group.record for (whose, key), group in self._groups.items() if whose == arm}
         return records, {key: len(record.token_ids) for key, record in records.items()}
 
     async def give_back(self, key: str, arm: int = 0) -> None:
         """Stop a group: its `rollout` then returns the tokens sampled so far."""
-        if (arm, key) in self._groups:
+        group = self._groups.get((arm, key))
+        if group is not None and (requests := group.give_back()):
             with self._alive():
-                await self._engine.abort([each.request for each in self._groups[arm, key][1] if not each.ended])
+                await self._engine.abort(requests)
 
     async def _complete(
         self, prompt_ids: list[int], sampling: dict[str, Any], index: int, priority: int = 0, arm: int = 0

@@ -39,6 +39,32 @@ class Growing:
         self.finished = choice.finish_reason == "stop"
 
 
+@dataclass
+class InFlight:
+    """A group that an engine samples, or will sample once its policy is loaded."""
+
+    prompt_ids: list[int]
+    completions: list[Growing]
+    given_back: bool = False
+    """No further token is wanted from this engine."""
+
+    def begin(self, version: int) -> None:
+        """Completions without a token begin with the policy of this version."""
+        for each in self.completions:
+            if not each.token_ids:
+                each.version = version
+
+    def give_back(self) -> list[str]:
+        """Stop; returns the engine's requests to abort."""
+        self.given_back = True
+        return [each.request for each in self.completions if each.request and not each.ended]
+
+    @property
+    def record(self) -> GroupRecord:
+        """The tokens so far."""
+        return as_record(self.prompt_ids, self.completions)
+
+
 def kept_of(logprobs: Any) -> Kept:
     """What tokens were sampled from, of vLLM's `FlatLogprobs`; empty if the request asked for none but the sampled one.
 

@@ -1,8 +1,14 @@
 """A group that another engine continues: sampled tokens stay, the rest is requested, nothing is drawn twice."""
 
+import asyncio
 import math
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
+from typing import Any
 
+import pytest
+
+from lorapar_ray.engines.actor import EngineActor
 from lorapar_ray.engines.in_flight import Growing, as_record, growing, request_of
 
 SAMPLING = {"n": 2, "temperature": 0.7, "max_tokens": 8, "stop": [], "stop_token_ids": [2], "seed": 11}
@@ -80,3 +86,39 @@ def test_the_rest_is_sampled_with_other_random_numbers() -> None:
     assert (asked["n"], asked["max_tokens"], asked["temperature"], asked["detokenize"]) == (1, 5, 0.7, False)
     assert request_of(fresh, {**SAMPLING, "stop": ["x"]}, 0)["detokenize"]
     assert request_of(fresh, {**SAMPLING, "seed": None}, 1)["seed"] is None
+
+
+class Loading(EngineActor):
+    """A fake without vLLM: its policy is being loaded, and it notes what it would sample."""
+
+    def __init__(self) -> None:
+        super().__init__({}, "merged")
+        self.sampled = 0
+        self._served[0].open.clear()
+
+    async def _stream(self, *_: Any, **__: Any) -> AsyncIterator[Any]:
+        self.sampled += 1
+        yield SimpleNamespace(outputs=[handed([7, 2], "stop")])
+
+    async def loaded(self) -> None:
+        self._served[0].version = 5
+        self._served[0].open.set()
+
+
+@pytest.mark.slow  # imports vLLM
+def test_a_group_given_back_while_it_waits_for_a_policy_is_not_sampled() -> None:
+    begun = as_record([1, 1], [Growing(3, [5, 6], [-1.0, -1.0]), Growing(3)])
+
+    async def go() -> None:
+        engine = Loading()
+        unwanted = asyncio.create_task(engine.rollout([1, 1], SAMPLING, "unwanted", {"unwanted": begun}))
+        wanted = asyncio.create_task(engine.rollout([1, 1], SAMPLING, "wanted"))
+        await asyncio.sleep(0)
+        await engine.give_back("unwanted")
+        await engine.loaded()
+        _, head = await unwanted
+        assert (head.lengths, head.open, head.versions) == ((2, 0), (0, 1), (3, 5))
+        _, head = await wanted
+        assert (head.lengths, head.open, head.versions) == ((2, 2), (), (5, 5)) and engine.sampled == 2
+
+    asyncio.run(go())
