@@ -26,7 +26,7 @@ from lorapar_ray.grpo.advantages import group_advantages
 from lorapar_ray.grpo.batches import make_batch, mini_batches, shares_of
 from lorapar_ray.grpo.engine_pool import EnginePool
 from lorapar_ray.grpo.environments import Trajectory, Turn, TurnEngine
-from lorapar_ray.grpo.environments.actor import row_of
+from lorapar_ray.grpo.environments.actor import EnvironmentActor, row_of
 from lorapar_ray.grpo.environments.calculator import calculate
 from lorapar_ray.grpo.environments.calculator import rollout as calculator
 from lorapar_ray.grpo.environments.episodes import EpisodeGroup
@@ -40,7 +40,7 @@ from lorapar_ray.grpo.rewards import RewardBatch, reading
 from lorapar_ray.grpo.rewards.reading import Reader, Request
 from lorapar_ray.grpo.rollouts import Rollouts
 from lorapar_ray.grpo.samples import Sample
-from lorapar_ray.models import resolve_model
+from lorapar_ray.models import architecture, resolve_model
 from lorapar_ray.packed_attention import use_packed_attention
 from tests.unit.test_packed_learner import CPU, frozen_head
 from tests.unit.tiny_models import tiny
@@ -325,6 +325,17 @@ def test_a_failed_episode_loses_only_its_sample(rollout: Any, told: str) -> None
     record = played(either, Engine("one word"), samples=3, time_limit_s=0.05 if rollout is hangs else 5.0)
     [lost] = record.head.lost
     assert told in lost and len(record.head.lengths) == len(record.completions()) == 2
+
+
+@pytest.mark.parametrize("embeddings", [100, 60000])
+def test_a_tokenizers_tokens_beyond_the_models_embeddings_are_refused(embeddings: int, tmp_path: Path) -> None:
+    encoder().tokenizer.save_pretrained(tmp_path)
+    config = architecture(resolve_model("package:smollm2-135m-instruct"), trust_remote_code=False)
+    config.vocab_size = embeddings
+    config.save_pretrained(tmp_path)
+    settings = {"environment": "lorapar_ray.grpo.environments.calculator:rollout", "rewards": [{"name": "environment"}]}
+    worker = EnvironmentActor({"settings": settings, "rows": [], "model": str(tmp_path), "trust_remote_code": False})
+    assert worker._limits.vocabulary == min(embeddings, len(encoder().tokenizer))
 
 
 def test_an_episode_that_is_cancelled_from_outside_is_no_lost_sample() -> None:

@@ -23,7 +23,7 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.environments.episodes import EpisodeGroup, RolloutFunction
 from lorapar_ray.grpo.environments.registry import get_environment
 from lorapar_ray.grpo.environments.trajectory import Limits, as_record
-from lorapar_ray.models import resolve_model
+from lorapar_ray.models import architecture, resolve_model
 from lorapar_ray.text import one_line
 from lorapar_ray.workers import actor_ended, ray_options
 
@@ -52,9 +52,14 @@ class EnvironmentActor:
             self._rollout = get_environment(settings.environment)
         except UserError as error:  # raised by each call: an error of the constructor would only restart this process
             self._rollout = error
-        self._encoder = load_encoder(resolve_model(plan["model"]), None, plan["trust_remote_code"])
+        model = resolve_model(plan["model"]), plan["trust_remote_code"]
+        self._encoder = load_encoder(model[0], None, model[1])
+        vocabulary = len(self._encoder.tokenizer)
+        embeddings = getattr(architecture(*model).get_text_config(), "vocab_size", vocabulary)
         self._limits = Limits(
-            settings.max_prompt_length, settings.max_completion_length, vocabulary=len(self._encoder.tokenizer)
+            settings.max_prompt_length,
+            settings.max_completion_length,
+            min(vocabulary, embeddings),  # a tokenizer may have tokens that the model has not
         )
         self._time_limit_s = settings.environment_time_limit_s
         self._groups: dict[str, tuple[EpisodeGroup, asyncio.Task[GroupRecord]]] = {}

@@ -32,7 +32,7 @@ class Limits:
     completion: int
     """Most tokens after the prompt, including the environment's."""
     vocabulary: int
-    """Size of the model's vocabulary."""
+    """Number of tokens that the model and its tokenizer both have."""
 
 
 @dataclass(frozen=True)
