@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from lorapar_ray.labeling import job
 from lorapar_ray.labeling.hosted import choice_tokens
 from lorapar_ray.labeling.job import label
 from lorapar_ray.labeling.prompts import voting_prompt, with_template
-from lorapar_ray.labeling.simulated import binomial_majority_accuracy, true_system
+from lorapar_ray.labeling.simulated import true_system
 from lorapar_ray.labeling.store import VoteStore
 from lorapar_ray.models import resolve_model
 from lorapar_ray.runs import RunDirectory
@@ -141,7 +142,7 @@ def plumbing(rows: int) -> list[Row]:
         with ray_session(), memory_over_votes() as held, arrivals(held) as found:
             label(config, run)
         right = [row["system"] == true_system(row["prompt"], row["answer"]) for row in read_table(run.labels)]
-    allowed, expected = CONCURRENCY / LATENCY_S, binomial_majority_accuracy(ACCURACY, TEACHERS)
+    allowed, expected = CONCURRENCY / LATENCY_S, majority_accuracy(ACCURACY, TEACHERS)
     accuracy, error = sum(right) / rows, 3.3 * (expected * (1 - expected) / rows) ** 0.5
     speed = rate(found) / TEACHERS
     growth = held.growth_mib(rows * TEACHERS)
@@ -175,6 +176,11 @@ def plumbing(rows: int) -> list[Row]:
             abs(accuracy - expected) <= error,
         ),
     ]
+
+
+def majority_accuracy(p: float, n: int) -> float:
+    """Probability that the majority of n independent teachers (n odd), each right with probability p, is right."""
+    return sum(comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n // 2 + 1, n + 1))
 
 
 def voting(source: dict[str, Any], teachers: list[dict[str, Any]], **settings: Any) -> Config:

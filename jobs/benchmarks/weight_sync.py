@@ -38,7 +38,7 @@ from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.policy import PolicySender
 from lorapar_ray.grpo.job import CANARIES, CANARY_CONTEXT, CANARY_TOKENS
 from lorapar_ray.grpo.learner import Learner
-from lorapar_ray.grpo.samples import Sample, whole_batch
+from lorapar_ray.grpo.samples import MiniBatch, Sample
 from lorapar_ray.grpo.worker import GrpoJob
 from lorapar_ray.models import resolve_model
 from lorapar_ray.precision import torch_dtype
@@ -198,9 +198,10 @@ def learning_seconds(model: str, adapter: Path, samples: list[Sample], resources
     )
     torch.set_num_threads(resources.compute_threads)
     learner, seconds = Learner([job]), 0.0
+    batch = MiniBatch(samples, sum(sample.count for sample in samples), len(samples))
     for step in range(2):
         start = time.perf_counter()
-        learner.step({0: [whole_batch(samples)]}, {0: step}, world=1)
+        learner.step({0: [batch]}, {0: step}, world=1)
         learner.canaries()
         seconds = time.perf_counter() - start
     return seconds

@@ -42,8 +42,3 @@ class MiniBatch:
     """Completion tokens of the update, over all learners: the loss's normaliser."""
     count: int
     """Samples of the update, over all learners."""
-
-
-def whole_batch(samples: list[Sample]) -> MiniBatch:
-    """Samples that one learner trains on in a single update."""
-    return MiniBatch(samples, sum(sample.count for sample in samples), len(samples))

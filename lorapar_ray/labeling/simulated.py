@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from hashlib import blake2b
-from math import comb, log
+from math import log
 
 from lorapar_ray.config import TeacherConfig
 from lorapar_ray.labeling.teachers import Asked
@@ -47,8 +47,3 @@ def asked_about(prompt: str) -> tuple[str, str]:
     """The question and the answer in a default voting prompt."""
     question, _, rest = prompt.rpartition("Question: ")[2].rpartition("\nAnswer: ")
     return question, rest.removesuffix("\nSystem:")
-
-
-def binomial_majority_accuracy(p: float, n: int) -> float:
-    """Probability that the majority of n independent teachers (n odd), each right with probability p, is right."""
-    return sum(comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n // 2 + 1, n + 1))

@@ -14,13 +14,8 @@ from lorapar_ray.logprobs import token_logprobs
 from lorapar_ray.sft.rows import Rows
 
 
-def summed_loss(model: Any, rows: Rows) -> Tensor:
-    """Minus the log-probability of the target tokens, summed: float32, scalar."""
-    return token_losses(model, rows).sum()
-
-
 def arm_losses(model: Any, rows: Rows) -> Tensor:
-    """The same of each adapter's tokens: float32 [arms]."""
+    """Minus the log-probability of the target tokens, summed over each adapter's: float32 [arms]."""
     return of_each_arm(token_losses(model, rows), rows)
 
 

@@ -27,10 +27,11 @@ from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.asker import asked
 from lorapar_ray.labeling.job import label
-from lorapar_ray.labeling.simulated import binomial_majority_accuracy, true_system
+from lorapar_ray.labeling.simulated import true_system
 from lorapar_ray.runs import RunDirectory
 from tests.chaos import Recovery
 from tests.cluster.faulty_teachers import noted
+from tests.majority import majority_accuracy
 from tests.tiny_run import ROOT, command, lorapar, write_config
 from tests.waiting import beside, wait_until
 
@@ -115,7 +116,7 @@ def test_the_majority_of_simulated_teachers_is_as_good_as_the_binomial_says(
     summary = labelled(settings(tmp_path, teachers, rows=3000, rows_per_block=256, concurrency=256), run)
     rows = read_table(run.labels)
     right = sum(row["system"] == true_system(row["prompt"], row["answer"]) for row in rows)
-    expected = binomial_majority_accuracy(0.7, 3)
+    expected = majority_accuracy(0.7, 3)
     assert abs(right / 3000 - expected) < 3.3 * (expected * (1 - expected) / 3000) ** 0.5
     assert complete(run) and summary["votes"] == 9000 and summary["votes_per_second"] > 0
     assert summary["teachers"]["a"]["latency"]["p50"] < 1 and summary["tokens"] == 9000

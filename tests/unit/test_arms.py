@@ -20,7 +20,7 @@ from lorapar_ray.sft.arms_loop import ArmsLoop
 from lorapar_ray.sft.batches import plan_batches
 from lorapar_ray.sft.checkpoint import last_checkpoint
 from lorapar_ray.sft.loop import TrainingLoop
-from lorapar_ray.sft.loss import arm_losses, summed_loss
+from lorapar_ray.sft.loss import arm_losses, token_losses
 from lorapar_ray.sft.passes import EagerPasses, GraphPasses
 from lorapar_ray.sft.rows import collate, rows_in
 from lorapar_ray.sft.step_log import StepLog
@@ -238,7 +238,7 @@ def test_losses_and_gradients_are_each_arms_own(dtype: torch.dtype, checkpointin
         parameters = adapter_parameters(peft)
         for key, value in trial.state().items():
             parameters[key].data.copy_(value)
-        loss = summed_loss(peft, collate(own[number], packed=False, filler=0))
+        loss = token_losses(peft, collate(own[number], packed=False, filler=0)).sum()
         tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
         torch.testing.assert_close(losses[number].detach(), loss.detach(), **tolerance)
         names = {id(stack): place for place, stack in enumerate(model.stacks())}

@@ -12,7 +12,7 @@ from lorapar_ray.adapters import attach_lora, save_adapter
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.learner import Learner
-from lorapar_ray.grpo.samples import MiniBatch, Sample, whole_batch
+from lorapar_ray.grpo.samples import MiniBatch, Sample
 from lorapar_ray.grpo.worker import GrpoJob
 from lorapar_ray.student import load_base
 from tests.cluster.test_learners import ADVANTAGES, groups
@@ -65,6 +65,10 @@ def batch(step: int) -> list[Sample]:
         for group in groups(step)
         for completion, advantage in zip(group.record.completions(), ADVANTAGES, strict=True)
     ]
+
+
+def whole_batch(samples: list[Sample]) -> MiniBatch:
+    return MiniBatch(samples, sum(sample.count for sample in samples), len(samples))
 
 
 def cut(samples: list[Sample], prompts: int = 3) -> list[MiniBatch]:

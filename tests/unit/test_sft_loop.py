@@ -21,7 +21,7 @@ from lorapar_ray.sft.arm import Worker
 from lorapar_ray.sft.batches import plan_batches
 from lorapar_ray.sft.checkpoint import Progress, last_checkpoint, load_checkpoint, save_checkpoint
 from lorapar_ray.sft.loop import TrainingLoop
-from lorapar_ray.sft.loss import summed_loss
+from lorapar_ray.sft.loss import token_losses
 from lorapar_ray.sft.passes import EagerPasses, GraphPasses, Passes
 from lorapar_ray.sft.rows import bucket, collate, losses_in, rows_in
 from lorapar_ray.sft.step_log import StepLog
@@ -204,7 +204,7 @@ def test_the_loss_is_that_of_trls_head_and_the_head_sees_what_it_needs(name: str
     their_gradients = torch.autograd.grad(expected, trained)
     seen: list[int] = []
     base.get_output_embeddings().register_forward_hook(lambda _, given, __: seen.append(given[0].shape[:2].numel()))
-    loss = summed_loss(model, rows)
+    loss = token_losses(model, rows).sum()
     torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-4)
     assert seen == [losses_in(examples(3))] == [len(rows.targets)]
     for mine, other in zip(torch.autograd.grad(loss, trained), their_gradients, strict=True):
@@ -229,7 +229,7 @@ def test_buckets_change_no_loss_and_no_gradient(packed: bool) -> None:
     found = []
     for buckets in (False, True):
         rows = collate(layout, packed=packed, filler=0, buckets=buckets)
-        loss = summed_loss(model, rows)
+        loss = token_losses(model, rows).sum()
         found.append((loss, torch.autograd.grad(loss, parameters), rows))
     (loss, gradients, rows), (padded, others, wide) = found
     torch.testing.assert_close(loss, padded)
@@ -291,7 +291,7 @@ def test_a_pass_never_waits_for_the_device(family: str, packed: bool, monkeypatc
     layout = [examples(4)[:2], examples(4)[2:]] if packed else [[each] for each in examples(4)]
     rows = collate(layout, packed=packed, filler=0, buckets=True)
     with Operations() as operations:
-        summed_loss(model, rows).backward()
+        token_losses(model, rows).sum().backward()
     assert "mm" in operations.names
     assert not WAITS & set(operations.names)
     masked = {"bitwise_and", "le"} & set(operations.names)  # a mask of all pairs of tokens

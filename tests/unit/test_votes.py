@@ -12,7 +12,6 @@ from pydantic import ValidationError
 
 from lorapar_ray.config import LabelConfig
 from lorapar_ray.labeling.prompts import numbers, rotations
-from lorapar_ray.labeling.simulated import binomial_majority_accuracy
 from lorapar_ray.labeling.store import Answer
 from lorapar_ray.labeling.votes import (
     Agreement,
@@ -27,6 +26,7 @@ from lorapar_ray.labeling.votes import (
     number_bias,
 )
 from lorapar_ray.labeling.voting import vote_of, votes_of, whom_to_ask
+from tests.majority import majority_accuracy
 from tests.unit.votes import answer, panel, vote
 
 
@@ -77,7 +77,7 @@ def test_the_majority_over_100_000_rows_is_as_accurate_as_the_binomial_says(n: i
         decision = majority(votes_of(label, keys, found, {}))
         correct += times * (decision is not None and decision.system == 1)
         asked += times * len(found)
-    expected = binomial_majority_accuracy(p, n)
+    expected = majority_accuracy(p, n)
     assert abs(correct / rows - expected) < 3.3 * math.sqrt(expected * (1 - expected) / rows)  # 99.9 %
     assert asked == rows * n if n < 5 else asked < 0.9 * rows * n
 
