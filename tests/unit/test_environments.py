@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from lorapar_ray.grpo.environments import Trajectory, Turn, TurnEngine
 from lorapar_ray.grpo.environments.actor import EnvironmentActor, row_of
 from lorapar_ray.grpo.environments.calculator import calculate
 from lorapar_ray.grpo.environments.calculator import rollout as calculator
-from lorapar_ray.grpo.environments.episodes import EpisodeGroup
+from lorapar_ray.grpo.environments.episodes import LEFT, EpisodeGroup
 from lorapar_ray.grpo.environments.registry import get_environment
 from lorapar_ray.grpo.environments.trajectory import Limits, as_record
 from lorapar_ray.grpo.failures import Failures
@@ -291,6 +292,14 @@ async def cancels(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
     return engine.begin(row["prompt_ids"])
 
 
+async def cancels_itself(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
+    own = asyncio.current_task()
+    assert own is not None
+    own.cancel()
+    await asyncio.Event().wait()
+    return engine.begin(row["prompt_ids"])
+
+
 @pytest.mark.parametrize(
     ("rollout", "told"),
     [
@@ -313,6 +322,7 @@ async def cancels(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
         (hangs, "longer than grpo.environment_time_limit_s (0.05)"),
         (leaves, "SystemExit: 3"),
         (cancels, "CancelledError: it awaits a task that was cancelled"),
+        (cancels_itself, "CancelledError: it cancels its own task"),
     ],
 )
 def test_a_failed_episode_loses_only_its_sample(rollout: Any, told: str) -> None:
@@ -336,6 +346,51 @@ def test_a_tokenizers_tokens_beyond_the_models_embeddings_are_refused(embeddings
     settings = {"environment": "lorapar_ray.grpo.environments.calculator:rollout", "rewards": [{"name": "environment"}]}
     worker = EnvironmentActor({"settings": settings, "rows": [], "model": str(tmp_path), "trust_remote_code": False})
     assert worker._limits.vocabulary == min(embeddings, len(encoder().tokenizer))
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_an_episode_that_swallows_its_cancellation_loses_only_its_sample(asks: bool) -> None:
+    """It waits again, or asks the engine again, after every error."""
+    running, cancelled, first = True, 0, iter([True])
+
+    async def stubborn(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
+        nonlocal cancelled
+        if next(first, False):
+            trajectory = engine.begin(row["prompt_ids"])
+            while running:
+                try:
+                    await (engine.generate(trajectory) if asks and cancelled else asyncio.Event().wait())
+                except BaseException:
+                    cancelled += 1
+            return trajectory
+        return await calculator(engine, row)
+
+    async def go() -> GroupRecord:
+        nonlocal running
+        sampling = {"n": 3, "seed": 7, "temperature": 1.0, "stop": []}
+        group = EpisodeGroup("k", stubborn, {"prompt_ids": [5]}, encoder(), LIMITS, sampling, 0.05)
+        group.move_to(Engine("one word"))
+        record = await asyncio.wait_for(group.play(), 60)
+        assert len(LEFT) == 1
+        running = False
+        return record
+
+    record = asyncio.run(go())
+    [lost] = record.head.lost
+    assert "longer than grpo.environment_time_limit_s (0.05)" in lost and len(record.head.lengths) == 2
+    assert cancelled > 1 and not LEFT
+
+
+def test_an_episode_may_return_what_it_has_when_its_time_is_up() -> None:
+    async def careful(engine: TurnEngine, row: dict[str, Any]) -> Trajectory:
+        trajectory = engine.begin(row["prompt_ids"])
+        await engine.generate(trajectory)
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return trajectory
+
+    head = played(careful, Engine("one word"), time_limit_s=0.05).head
+    assert (head.lost, len(head.lengths)) == ((), 1)
 
 
 def test_an_episode_that_is_cancelled_from_outside_is_no_lost_sample() -> None:

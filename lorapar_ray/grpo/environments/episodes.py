@@ -17,6 +17,10 @@ from lorapar_ray.waiting import awaited, foreign
 
 RolloutFunction = Callable[[TurnEngine, dict[str, Any]], Awaitable[Trajectory]]
 LONGEST_TEXT = 300
+GRACE_S = 1.0
+"""Time in which a cancelled episode may end."""
+LEFT: set[asyncio.Task[Any]] = set()
+"""Cancelled episodes that have not ended: the event loop alone does not keep a task alive."""
 
 
 class EpisodeGroup:
@@ -64,11 +68,14 @@ class EpisodeGroup:
         return as_record(trajectories, [each for each in found if isinstance(each, str)])
 
     async def _episode(self, number: int) -> Trajectory | str:
-        """One sample, or the reason of its loss."""
-        loop, turns, waiting = asyncio.get_running_loop(), 0, 0
+        """One sample, or the reason of its loss; an episode that runs on after its cancellation is left behind."""
+        loop, turns, waiting, left = asyncio.get_running_loop(), 0, 0, False
+        scope = asyncio.timeout(self._time_limit_s)
 
         async def sample(ids: list[int], options: dict[str, Any]) -> GroupRecord:
             nonlocal turns, waiting
+            if left or scope.expired():
+                await loop.create_future()  # never done: the episode might catch an error, and ask again without end
             turns, waiting = turns + 1, waiting + 1
             scope.reschedule(None)  # the engine's time does not count
             stop = [*self._sampling.get("stop", ()), *options["stop"]]
@@ -78,18 +85,33 @@ class EpisodeGroup:
                 return await self._turn(f"{self._key}/{number}/{turns}", ids, asked)
             finally:
                 waiting -= 1
-                if not waiting and not scope.expired():
+                if not (waiting or left or scope.expired()):
                     scope.reschedule(loop.time() + self._time_limit_s)
 
-        engine = TurnEngine(sample, self._encoder, self._limits)
-        scope = asyncio.timeout(self._time_limit_s)
+        playing = loop.create_task(self._outcome(TurnEngine(sample, self._encoder, self._limits)))
         try:
             async with scope:
-                return engine.complete(await foreign(self._rollout(engine, dict(self._row))))
-        except TimeoutError as error:
-            if scope.expired():
-                return f"TimeoutError: it takes longer than grpo.environment_time_limit_s ({self._time_limit_s:g})"
-            return _told(error)
+                await asyncio.wait({playing})
+            return "CancelledError: it cancels its own task" if playing.cancelled() else playing.result()
+        except TimeoutError:
+            playing.cancel()
+            await asyncio.wait({playing}, timeout=GRACE_S)
+            if playing.done() and not playing.cancelled():
+                found = playing.result()
+                if isinstance(found, Trajectory):  # what it had when it was cancelled
+                    return found
+            return f"TimeoutError: it takes longer than grpo.environment_time_limit_s ({self._time_limit_s:g})"
+        finally:
+            left = True
+            if not playing.done():
+                playing.cancel()
+                LEFT.add(playing)
+                playing.add_done_callback(LEFT.discard)
+
+    async def _outcome(self, engine: TurnEngine) -> Trajectory | str:
+        """An episode's trajectory, or its error; a task of its own, which may catch its cancellation."""
+        try:
+            return engine.complete(await foreign(self._rollout(engine, dict(self._row))))
         except (Exception, SystemExit) as error:  # an environment may raise anything
             return _told(error)
 
