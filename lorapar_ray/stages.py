@@ -46,6 +46,9 @@ class Stage:
     """Curves, samples and rejected rows."""
     scratch: tuple[str, ...] = ()
     """Partial results; not needed once the stage is done."""
+    unused: Callable[[Config], Iterable[str]] = lambda _: ()
+    """Paths of `settings`, or the beginnings of some, that change nothing beside this config's other settings. They are
+    recorded, but not compared; a setting that brings them into use is."""
     reads: Callable[[Config], Iterable[str]] = lambda _: ()
     """The user's own files and folders whose contents decide the result."""
     resources: Callable[[Config], str] = lambda _: ""

@@ -119,7 +119,8 @@ def changes(stage: Stage, config: Config, old: Mapping[str, Any], new: Mapping[s
     if "settings" not in old:
         yield "settings or data files that an earlier version recorded as one digest"
         return
-    yield from _changed_settings(stage.settings(config), old["settings"], new["settings"])
+    unused = tuple(stage.unused(config))
+    yield from _changed_settings(stage.settings(config), unused, old["settings"], new["settings"])
     for need, found in new["sources"].items():
         if found is not None and need in old["sources"] and found != old["sources"][need]:
             yield f"{need} has other results"
@@ -128,8 +129,12 @@ def changes(stage: Stage, config: Config, old: Mapping[str, Any], new: Mapping[s
             yield f"'{name}' has changed"
 
 
-def _changed_settings(settings: Settings, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+def _changed_settings(
+    settings: Settings, unused: tuple[str, ...], old: Mapping[str, Any], new: Mapping[str, Any]
+) -> Iterator[str]:
     for path in dict.fromkeys((*old, *new)):
+        if any(path == each or path.startswith(f"{each}.") for each in unused):
+            continue
         if path not in new:
             if known_setting(Config, path):
                 yield f"{path} {_shown(old[path])} → not set"

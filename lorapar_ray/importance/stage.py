@@ -69,6 +69,7 @@ STAGE = Stage(
     help="Make the adapter and score each of its elements for every System.",
     needs=lambda _: ("label",),
     settings=settings,
+    unused=lambda config: () if config.partitioned else ("score",),
     run=run,
     check=check,
     outputs=("adapter", "scores"),

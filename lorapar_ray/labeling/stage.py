@@ -44,11 +44,37 @@ def resources(config: Config) -> str:
     return asked("label", *map(teacher, label.teachers), workers, in_flight)
 
 
+OF_VOTES = (
+    "teachers",
+    "student_name",
+    "examples",
+    "prompt",
+    "calibration",
+    "calibration_rows",
+    "weights",
+    "sequential",
+)
+COSTS = ("cost_per_million_tokens", "cost_per_hour")
+
+
+def unused(config: Config) -> Iterator[str]:
+    """Settings of votes where none are cast, the sample of another calibration, and prices that choose no order."""
+    label = config.label
+    if not label.voted:
+        yield from (f"label.{name}" for name in OF_VOTES)
+        return
+    if label.calibration != "batch":
+        yield "label.calibration_rows"
+    if not label.sequential:
+        yield from (f"label.teachers.{index}.{cost}" for index in range(len(label.teachers)) for cost in COSTS)
+
+
 STAGE = Stage(
     name="label",
     help="Let the teachers vote which System each training question belongs to.",
     needs=lambda _: (),
     settings=lambda config: settings_of(config, "data", "label"),
+    unused=unused,
     run=run,
     outputs=("data", "labels", "metrics/labels.json"),
     passed_on=("data", "labels"),

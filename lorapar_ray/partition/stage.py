@@ -36,6 +36,7 @@ STAGE = Stage(
     help="Cut the scored adapter at θ, α, β.",
     needs=lambda _: ("score",),
     settings=settings,
+    unused=lambda config: () if config.partitioned else ("partition",),
     run=run,
     outputs=("partition",),
     uses_ray=lambda _: False,

@@ -31,6 +31,7 @@ STAGE = Stage(
     help="Stage 1: masked SFT on System 1 rows.",
     needs=lambda config: before(config, "sft"),
     settings=lambda config: settings_of(config, "model", "adapter", "sft") | order_until(config, "sft"),
+    unused=lambda config: () if config.sft.validation else ("sft.validate_every", "sft.keep"),
     run=run,
     outputs=("sft",),
     traces=(

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -158,6 +159,41 @@ def test_an_input_is_known_by_its_content(cli: Cli, tmp_path: Path, monkeypatch:
         assert status == 2 and f"'{name}' has changed" in said, said
     (tmp_path / "rows.jsonl").unlink()  # moved away: nothing to compare, and nothing lost
     assert cli("label")[1].startswith("✓ label: done")
+
+
+TEACHERS = "label.teachers=[{name: a, model: x/y, cost_per_hour: %d}]"
+UNPARTITIONED = ("sft.masked=false", "grpo.masked=false")
+
+
+@pytest.mark.parametrize(
+    ("stage", "base", "unused", "in_use"),
+    [
+        ("label", [], [TEACHERS % 1], ["label.strategy=single", TEACHERS % 1]),
+        ("label", [], ["label.calibration=batch", "label.prompt.task=Decide."], ["label.definitions.1=other"]),
+        (
+            "label",
+            ["label.strategy=vote", TEACHERS % 1],
+            [TEACHERS % 2, "label.calibration_rows=9"],
+            [TEACHERS % 2, "label.sequential=true"],
+        ),
+        ("sft", [], ["sft.validate_every=3", "sft.keep=last"], ["sft.validate_every=3", "sft.validation=0.5"]),
+        ("score", UNPARTITIONED, ["score.criterion=fisher", "score.max_length=9"], ["sft.masked=true"]),
+        ("score", UNPARTITIONED, ["partition.theta=0.5"], ["partition.theta=0.5", "sft.masked=true"]),
+    ],
+)
+def test_a_setting_that_changes_nothing_beside_the_others_refuses_nothing(
+    stage: str, base: Sequence[str], unused: list[str], in_use: list[str], cli: Cli
+) -> None:
+    """Also where a run has recorded it, or had none."""
+
+    def run(*settings: str) -> tuple[int, str]:
+        chosen = {each.partition("=")[0]: each for each in settings}
+        return cli("run", *(part for each in chosen.values() for part in ("--set", each)))
+
+    assert run(*base)[0] == 0
+    assert "nothing to do" in run(*base, *unused)[1]
+    status, said = run(*base, *in_use)
+    assert status == 2 and said.startswith(f"{stage}: has results of other inputs ("), said
 
 
 @pytest.fixture
