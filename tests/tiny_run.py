@@ -2,9 +2,10 @@
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import closing, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,18 @@ def sums_in(run: Path) -> list[Path]:
     """The sums of gradients that scoring has saved."""
     folders = (run / "work" / "score").glob("sums-*")
     return sorted(file for folder in folders for file in finished_files(folder) if file.suffix == ".safetensors")
+
+
+def stored_votes(run: Path) -> dict[tuple[bytes, bytes], float]:
+    """Every answer in the run's vote store with its latency, by (question, teacher); a repeated request gets another
+    latency."""
+    if not (run / "work" / "votes.sqlite").is_file():
+        return {}
+    with closing(sqlite3.connect(run / "work" / "votes.sqlite", timeout=30)) as store:
+        try:
+            return {(q, t): s for q, t, s in store.execute("SELECT question, teacher, latency_s FROM answers")}
+        except sqlite3.OperationalError:  # the store is being created
+            return {}
 
 
 def metrics(run: Path, name: str) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.chaos import Recovery
+from tests.e2e.twin import ends_as_its_twin
 from tests.tiny_run import lorapar, lorapar_here, tiny_config, write_config
 from tests.together import tasks_here
 
@@ -81,7 +82,7 @@ def test_a_row_without_an_answer(config: dict[str, Any], tmp_path: Path) -> None
 
 @pytest.mark.fault("label", "full disk")
 def test_a_full_disk_keeps_the_run_and_the_next_try_finishes(
-    config: dict[str, Any], recovery: Recovery, tmp_path: Path
+    config: dict[str, Any], recovery: Recovery, labelled_once: Path, tmp_path: Path
 ) -> None:
     fault = tmp_path / "fault"
     fault.mkdir()
@@ -91,6 +92,7 @@ def test_a_full_disk_keeps_the_run_and_the_next_try_finishes(
     with recovery("label", "full disk"):
         again = lorapar_here("label", "-c", tmp_path / "config.yaml", "-d", tmp_path / "run")
     assert again.returncode == 0, again.stderr
+    ends_as_its_twin("label", tmp_path / "run", labelled_once / "run")
 
 
 FULL_DISK = '''

@@ -6,12 +6,12 @@ import json
 import os
 import random
 import signal
-import sqlite3
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
 from pathlib import Path
@@ -28,11 +28,13 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.asker import asked
 from lorapar_ray.labeling.job import label
 from lorapar_ray.labeling.simulated import true_system
+from lorapar_ray.labeling.store import question_key
 from lorapar_ray.runs import RunDirectory
 from tests.chaos import Recovery
 from tests.cluster.faulty_teachers import noted
+from tests.e2e.twin import ends_as_its_twin
 from tests.majority import majority_accuracy
-from tests.tiny_run import ROOT, command, lorapar, write_config
+from tests.tiny_run import ROOT, command, lorapar, stored_votes, write_config
 from tests.waiting import beside, wait_until
 
 pytestmark = pytest.mark.cluster
@@ -89,16 +91,13 @@ def complete(run: RunDirectory) -> bool:
     return sorted(ids_of(run)) == sorted(asked)
 
 
-def stored(run: RunDirectory) -> int:
-    """Number of votes in the run's store."""
-    path = run.work / "votes.sqlite"
-    if not path.is_file():
-        return 0
-    with closing(sqlite3.connect(path, timeout=30)) as store:
-        try:
-            return int(store.execute("SELECT count(*) FROM answers").fetchone()[0])
-        except sqlite3.OperationalError:  # it is being created
-            return 0
+@pytest.fixture(scope="module")
+def undisturbed(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """Labelled by the teachers that the killed runs have too, which answer at once here."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = RunDirectory(folder / "run")
+    labelled(settings(folder, [faulty(name, folder / "log", latency_s=0.0) for name in "ab"]), run)
+    return run
 
 
 def test_the_majority_of_simulated_teachers_is_as_good_as_the_binomial_says(
@@ -122,9 +121,21 @@ def test_the_majority_of_simulated_teachers_is_as_good_as_the_binomial_says(
     assert summary["teachers"]["a"]["latency"]["p50"] < 1 and summary["tokens"] == 9000
 
 
+def requests_of_stored(run: RunDirectory, log: Path) -> Counter[tuple[str, str]]:
+    """The logged requests for questions whose two votes are stored; no further one may come."""
+    votes = Counter(question for question, _ in stored_votes(run.root))
+    stored = {f"q{i}" for i in range(ROWS) if votes[question_key(f"q{i}", str(i))] == 2}
+    return Counter({asked: count for asked, count in noted(log).items() if asked[1] in stored})
+
+
 @pytest.mark.chaos("label", "driver")
 def test_kill_9_on_the_driver_costs_only_the_blocks_in_flight(
-    chance: random.Random, recovery: Recovery, run: RunDirectory, log: Path, tmp_path: Path
+    chance: random.Random,
+    recovery: Recovery,
+    undisturbed: RunDirectory,
+    run: RunDirectory,
+    log: Path,
+    tmp_path: Path,
 ) -> None:
     votes = chance.randint(30, 120)
     config = settings(tmp_path, [faulty(name, log, latency_s=0.5) for name in "ab"])
@@ -132,13 +143,14 @@ def test_kill_9_on_the_driver_costs_only_the_blocks_in_flight(
     process = subprocess.Popen(
         command(*arguments), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    wait_until("a vote is stored", lambda: stored(run) > votes, 300)
+    wait_until("a vote is stored", lambda: len(stored_votes(run.root)) > votes, 300)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(30)
     worker = int(log.read_text().splitlines()[-1].split()[0])
     # it sends requests until it notices that its driver has ended
     wait_until("the worker ends", lambda: not psutil.pid_exists(worker), 300)
-    asked, kept = sum(noted(log).values()), stored(run)
+    before = requests_of_stored(run, log)
+    asked, kept = sum(noted(log).values()), len(stored_votes(run.root))
     assert votes < kept < 2 * ROWS and not (run.label_summary).exists()
     with recovery("label", "driver"):
         again = lorapar(*arguments)
@@ -150,11 +162,18 @@ def test_kill_9_on_the_driver_costs_only_the_blocks_in_flight(
         f"{twice} asked for again, though only {asked - kept} were not stored"
     )  # 2: there?
     assert "votes asked for" in again.stdout
+    assert before and before.items() <= noted(log).items(), "a stored vote was asked for again"
+    ends_as_its_twin("label", run.root, undisturbed.root)
 
 
 @pytest.mark.chaos("label", "worker")
 def test_kill_9_on_an_asking_worker_in_mid_run(
-    chance: random.Random, recovery: Recovery, cluster: None, run: RunDirectory, log: Path, tmp_path: Path
+    chance: random.Random,
+    recovery: Recovery,
+    undisturbed: RunDirectory,
+    run: RunDirectory,
+    log: Path,
+    tmp_path: Path,
 ) -> None:
     asked = chance.randint(40, 120)
     config = settings(tmp_path, [faulty(name, log, latency_s=0.1) for name in "ab"])
@@ -164,8 +183,11 @@ def test_kill_9_on_an_asking_worker_in_mid_run(
         lines = log.read_text().splitlines() if log.is_file() else []
         return {int(line.split()[0]) for line in lines if line.split()[0] != driver}
 
+    before: Counter[tuple[str, str]] = Counter()
+
     def murder() -> None:
         wait_until("workers ask", lambda: workers() and sum(noted(log).values()) > asked, 300)
+        before.update(requests_of_stored(run, log))
         killed = workers()
         for pid in killed:
             os.kill(pid, signal.SIGKILL)
@@ -177,6 +199,8 @@ def test_kill_9_on_an_asking_worker_in_mid_run(
     assert len(workers()) == 2, "no worker was replaced"
     assert complete(run) and summary["votes"] == 2 * ROWS
     assert sum(count - 1 for count in noted(log).values()) <= 2 * 8 * 6 + 2  # at most the worker's queue
+    assert before and before.items() <= noted(log).items(), "a stored vote was asked for again"
+    ends_as_its_twin("label", run.root, undisturbed.root)
 
 
 def test_a_dead_teacher_abstains_and_below_the_quorum_the_job_stops_and_goes_on_later(

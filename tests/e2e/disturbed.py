@@ -10,25 +10,30 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
+from lorapar_ray.files import finished_files
 from lorapar_ray.pipeline import STAGES
 from tests.chaos import Recovery
 from tests.e2e.conftest import FinishedRun
-from tests.e2e.twin import ends_as_its_twin, entry, is_done
-from tests.tiny_run import GRPO_STEPS, ROOT, command, metrics, sums_in
+from tests.e2e.twin import ends_as_its_twin, is_done
+from tests.tiny_run import GRPO_STEPS, ROOT, command, metrics, stored_votes, sums_in
 from tests.waiting import wait_until
 
 LIMIT_S = 900
+SLOWLY = "label.teachers.0.engine.max_num_seqs=2"
+"""So that the votes do not come all at once; the second teacher's come from the same engine."""
 
 
-def moments(run: Path, chance: Random) -> dict[str, Callable[[], bool]]:
-    """Of each stage, whether it has got as far as it shall be disturbed."""
+def moments(run: Path, twin: Path, chance: Random) -> dict[str, Callable[[], bool]]:
+    """Of each stage, whether it has got as far as it shall be disturbed: it has done a part of its work."""
+    votes, judged = chance.randint(1, len(stored_votes(twin)) // 2), chance.choice((False, True))
     steps, versions = chance.randint(1, 4), chance.randint(1, GRPO_STEPS - 3)
+    first = run / "eval" / "base.json" if judged else run / "work" / "evaluate" / "base-rows"
     return {
-        "label": lambda: (run / "work" / "votes.sqlite").is_file(),
+        "label": lambda: len(stored_votes(run)) >= votes,
         "score": lambda: bool(sums_in(run)),
         "sft": lambda: len(metrics(run, "sft")) >= steps,
         "grpo": lambda: len(metrics(run, "grpo")) >= versions,
-        "evaluate": lambda: bool(entry(run, "evaluate")),
+        "evaluate": lambda: first.is_file() or bool(finished_files(first)),
     }
 
 
@@ -58,7 +63,7 @@ def ends_undisturbed(
     def begun() -> subprocess.Popen[bytes]:
         with log.open("a") as output:
             return subprocess.Popen(
-                [*around, *command("run", finished.config, "--run-dir", run)],
+                [*around, *command("run", finished.config, "--run-dir", run, "--set", SLOWLY)],
                 cwd=ROOT,
                 env={**os.environ, **environment},
                 stdout=output,
@@ -85,8 +90,11 @@ def ends_undisturbed(
             raise TimeoutError(f"{what}: {log.read_text()[-3000:]}") from error
 
     try:
-        for stage, at_work in moments(run, chance).items():
-            wait_for(f"{stage} begins", at_work)
+        for stage, at_work in moments(run, finished.run, chance).items():
+            wait_for(f"{stage} is at work", at_work)
+            if stage == "label":
+                votes = stored_votes(run)
+                assert len(votes) < len(stored_votes(finished.run)), "no vote was in flight"
             assert not is_done(run, stage), "it was over before it was disturbed"
             how = disturb(stage)
             with recovery(stage, fault, how):
@@ -96,6 +104,8 @@ def ends_undisturbed(
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(60)
+    after = stored_votes(run)
+    assert all(after[key] == seconds for key, seconds in votes.items()), "a stored vote was asked for again"
     for stage in STAGES:
         ends_as_its_twin(stage, run, finished.run)
     if not may_end:

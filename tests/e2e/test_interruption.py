@@ -4,10 +4,9 @@ import json
 import os
 import shutil
 import signal
-import sqlite3
 import subprocess
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -19,9 +18,20 @@ from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.pipeline import PIPELINE, STAGES
 from tests.chaos import Recovery
 from tests.e2e.conftest import FinishedRun
+from tests.e2e.twin import ends_as_its_twin
 from tests.processes import below, engines_of
 from tests.sft_run import weights
-from tests.tiny_run import ROOT, command, lorapar, metrics, save_tiny_student, sums_in, tiny_config, write_config
+from tests.tiny_run import (
+    ROOT,
+    command,
+    lorapar,
+    metrics,
+    save_tiny_student,
+    stored_votes,
+    sums_in,
+    tiny_config,
+    write_config,
+)
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.e2e
@@ -62,27 +72,17 @@ def stop_when(condition: Callable[[], bool], sent: signal.Signals, *arguments: s
     return process.returncode, errors
 
 
-def stored_votes(run: Path) -> dict[tuple[bytes, bytes], float]:
-    """Every answer in the run's vote store with its latency, by (question, teacher); a repeated request gets another
-    latency."""
-    if not (run / "work" / "votes.sqlite").is_file():
-        return {}
-    with closing(sqlite3.connect(run / "work" / "votes.sqlite", timeout=30)) as store:
-        try:
-            return {(q, t): s for q, t, s in store.execute("SELECT question, teacher, latency_s FROM answers")}
-        except sqlite3.OperationalError:  # the store is being created
-            return {}
-
-
 @pytest.mark.chaos("label", "Serve replica", "engine child")
 def test_labelling_survives_kill_9_on_a_replica_and_on_an_engine(
     chance: Random, recovery: Recovery, tmp_path: Path
 ) -> None:
     votes = chance.randint(8, 30)
     config = write_config(tmp_path / "tiny.yaml", tiny_config(save_tiny_student(tmp_path / "student")))
-    run = tmp_path / "run"
+    run, twin = tmp_path / "run", tmp_path / "twin"
     changes = {"calibration": "content_free", "rows_per_block": 2, "concurrency": 2, "teachers.1.thinking_tokens": 4}
     changed = [item for key, value in changes.items() for item in ("--set", f"label.{key}={value}")]
+    undisturbed = lorapar("label", "-c", config, "-d", twin, *changed)
+    assert undisturbed.returncode == 0, undisturbed.stderr
     process = subprocess.Popen(
         command("label", "-c", config, "-d", run, *changed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
@@ -96,7 +96,7 @@ def test_labelling_survives_kill_9_on_a_replica_and_on_an_engine(
     replica.kill()
     (engine,) = engines_of(process.pid, "ray::ServeReplica:lorapar-tiny-b:b")
     engine.kill()
-    assert len(before) < 2 * 48, "labelling was over before anything could be killed"
+    assert len(before) < len(stored_votes(twin)), "labelling was over before anything could be killed"
     with recovery("label", "Serve replica", "until the end"), recovery("label", "engine child", "until the end"):
         _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
@@ -105,6 +105,7 @@ def test_labelling_survives_kill_9_on_a_replica_and_on_an_engine(
     rows = read_table(run / "labels")
     assert sorted(row["id"] for row in rows) == sorted(row["id"] for row in read_table(run / "data" / "train.parquet"))
     assert all([vote["teacher"] for vote in row["votes"]] == ["a", "b"] for row in rows)
+    ends_as_its_twin("label", run, twin)
 
 
 @pytest.mark.chaos("score", "driver")

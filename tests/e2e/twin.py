@@ -1,7 +1,9 @@
 """What a run that was disturbed has in common with its undisturbed twin."""
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -27,8 +29,7 @@ def ends_as_its_twin(stage: str, run: Path, twin: Path) -> None:
             assert torch.equal(ours[key], value), f"{name}: {key}"
     if stage == "label":
         ours, theirs = (read_table(root / "labels") for root in (run, twin))
-        assert [(row["id"], row["system"]) for row in ours] == [(row["id"], row["system"]) for row in theirs]
-        assert all(len(row["votes"]) == len(other["votes"]) for row, other in zip(ours, theirs, strict=True))
+        assert voted(ours) == voted(theirs)
     if stage == "evaluate":  # greedy, of the models that are the twin's
         for name in ("base", "sft"):
             ours, theirs = (pq.read_table(root / "eval" / f"{name}.parquet").to_pylist() for root in (run, twin))
@@ -41,13 +42,12 @@ def ends_as_its_twin(stage: str, run: Path, twin: Path) -> None:
             assert [line["prompts"] for line in ours] == [line["prompts"] for line in theirs]
 
 
+def voted(rows: Iterable[Mapping[str, Any]]) -> dict[str, tuple[int, list[tuple[str, int]]]]:
+    """By question, its label and who voted for what."""
+    return {row["id"]: (row["system"], [(vote["teacher"], vote["system"]) for vote in row["votes"]]) for row in rows}
+
+
 def is_done(run: Path, stage: str) -> bool:
     """Whether a run's manifest says so; it may not be there yet."""
-    return entry(run, stage).get("status") == "done"
-
-
-def entry(run: Path, stage: str) -> dict[str, object]:
-    """Of a stage in a run's manifest; empty before it has begun."""
     file = run / "manifest.json"
-    found: dict[str, object] = json.loads(file.read_text())["stages"].get(stage, {}) if file.is_file() else {}
-    return found
+    return file.is_file() and json.loads(file.read_text())["stages"].get(stage, {}).get("status") == "done"

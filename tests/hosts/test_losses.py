@@ -10,12 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from tests.chaos import Recovery
-from tests.e2e.test_interruption import stored_votes
 from tests.e2e.twin import ends_as_its_twin, is_done
 from tests.hosts.conftest import FarRun
 from tests.hosts.machines import Machine
 from tests.hosts.run import Sent
-from tests.tiny_run import metrics, sums_in
+from tests.tiny_run import metrics, stored_votes, sums_in
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.hosts
