@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -25,17 +26,19 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from lorapar_ray.config import Config, Resources
 from lorapar_ray.grpo.job import train_stage2
+from lorapar_ray.importance.job import score_stage
 from lorapar_ray.room import Others
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.checkpoint import last_checkpoint
 from lorapar_ray.sft.job import train_stage1
 from lorapar_ray.workers import run_workers
 from tests.chaos import Recovery
+from tests.cluster.test_scoring import make_run, same, scores_of
 from tests.e2e.drawing import require_each_step_and_prompt_once
 from tests.processes import below, kill_all
 from tests.sft_run import ready_run
-from tests.tiny_run import metrics, save_tiny_student
-from tests.waiting import wait_until
+from tests.tiny_run import metrics, save_tiny_student, sums_in
+from tests.waiting import LIMIT_S, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -79,6 +82,11 @@ class Stage:
     def wait_for(self, condition: Callable[[], bool]) -> None:
         wait_for(condition, self._thread)
 
+    def join(self) -> None:
+        """Wait for its own end."""
+        self._thread.join(LIMIT_S)
+        assert not self._thread.is_alive()
+
     def stop(self) -> None:
         kill_all("TrainController")
         self._thread.join(60)
@@ -95,6 +103,32 @@ def stage_2(folder: Path, **settings: Any) -> Stage:
     endless = {"steps": 100_000, "max_staleness": 1, "refill_limit": 0, "learning_rate": 1e-4}
     grpo = config.grpo.model_copy(update=endless | settings)
     return Stage("grpo", train_stage2, config.model_copy(update={"grpo": grpo}), run)
+
+
+@pytest.mark.chaos("score", "worker")
+def test_scoring_goes_on_with_the_workers_that_there_are(
+    chance: Random, nodes: Cluster, recovery: Recovery, tmp_path: Path
+) -> None:
+    """One worker, which is killed once there is room for two: they end with the scores of one."""
+    student = save_tiny_student(tmp_path / "student")
+    by = {"resources": {"cpus": 2, "threads": 1}, "batch_tokens": 32, "unit_size": 1, "checkpoint_every_s": 0}
+    alone_config, alone = make_run(student, tmp_path / "alone", **by)
+    score_stage(alone_config, alone)
+    config, run = make_run(student, tmp_path / "run", max_workers=2, **by)
+    stage = Stage("score", score_stage, config, run)
+    some = chance.randint(1, 4)
+    stage.wait_for(lambda: len(sums_in(run.root)) >= some)
+    [worker] = below("RayTrainWorker")
+    worker.suspend()  # else it is done before the node has come
+    nodes.add_node(num_cpus=2)
+    before = set(sums_in(run.root))
+    worker.kill()
+    with recovery("score", "worker", "with another beside it"):
+        stage.wait_for(lambda: set(sums_in(run.root)) > before)
+    stage.join()
+    since = Counter(file.parent for file in set(sums_in(run.root)) - before)
+    assert max(since.values()) == 2, "one worker went on"
+    same(scores_of(run), scores_of(alone))
 
 
 @pytest.mark.chaos("sft", "node")
