@@ -176,7 +176,7 @@ def test_kill_9_on_an_asking_worker_in_mid_run(
     tmp_path: Path,
 ) -> None:
     asked = chance.randint(40, 120)
-    config = settings(tmp_path, [faulty(name, log, latency_s=0.1) for name in "ab"])
+    config = settings(tmp_path, [faulty(name, log, latency_s=0.5) for name in "ab"])
     driver = str(os.getpid())
 
     def workers() -> set[int]:
@@ -187,6 +187,7 @@ def test_kill_9_on_an_asking_worker_in_mid_run(
 
     def murder() -> None:
         wait_until("workers ask", lambda: workers() and sum(noted(log).values()) > asked, 300)
+        wait_until("votes are stored", lambda: requests_of_stored(run, log), 300)
         before.update(requests_of_stored(run, log))
         killed = workers()
         for pid in killed:
