@@ -19,8 +19,8 @@ from tests.tiny_run import GRPO_STEPS, ROOT, command, metrics, stored_votes, sum
 from tests.waiting import wait_until
 
 LIMIT_S = 900
-SLOWLY = "label.teachers.0.engine.max_num_seqs=2"
-"""So that the votes do not come all at once; the second teacher's come from the same engine."""
+SLOWLY = [word for teacher in (0, 1) for word in ("--set", f"label.teachers.{teacher}.engine.max_num_seqs=2")]
+"""So that the votes do not come all at once."""
 
 
 def moments(run: Path, twin: Path, chance: Random) -> dict[str, Callable[[], bool]]:
@@ -63,7 +63,7 @@ def ends_undisturbed(
     def begun() -> subprocess.Popen[bytes]:
         with log.open("a") as output:
             return subprocess.Popen(
-                [*around, *command("run", finished.config, "--run-dir", run, "--set", SLOWLY)],
+                [*around, *command("run", finished.config, "--run-dir", run, *SLOWLY)],
                 cwd=ROOT,
                 env={**os.environ, **environment},
                 stdout=output,
