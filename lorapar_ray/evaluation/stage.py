@@ -9,7 +9,7 @@ from typing import Any
 from lorapar_ray.config import Config, EvaluateConfig
 from lorapar_ray.config.marks import Setting
 from lorapar_ray.errors import UserError
-from lorapar_ray.evaluation.task_inputs import files_of
+from lorapar_ray.evaluation.task_inputs import files_read
 from lorapar_ray.resources import asked, each_of
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.stages import Settings, Stage, model_files, settings_of
@@ -30,10 +30,7 @@ def settings(config: Config) -> Settings:
 def reads(config: Config) -> Iterator[str]:
     """The student, data and task files, and what these name."""
     yield from model_files(config.model.path)
-    yield from config.evaluate.data.values()
-    yield from config.evaluate.include
-    for task in config.evaluate.tasks:
-        yield from files_of(task)
+    yield from files_read(config.evaluate)
 
 
 def check(config: Config) -> None:

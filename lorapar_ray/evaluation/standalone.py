@@ -25,8 +25,10 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.engines import Engines
 from lorapar_ray.evaluation.serving import NamedModel, named_model, require_template, serving
 from lorapar_ray.evaluation.task_files import unfinished
+from lorapar_ray.evaluation.task_inputs import files_read
 from lorapar_ray.evaluation.tasks import catalogue_of, evaluate_tasks
 from lorapar_ray.files import write_json
+from lorapar_ray.fingerprints import Fingerprints
 from lorapar_ray.gpus import placed_engines
 from lorapar_ray.memory_shortage import ended_without_memory
 from lorapar_ray.models import resolve_model
@@ -141,6 +143,8 @@ def _require_same(out: Path, asked: Evaluation, models: Mapping[str, NamedModel]
     }
     settings |= {"model.system_prompt": asked.options.system_prompt}
     now = {name: {"base": model.base, "adapter": _digest(model.adapter)} for name, model in models.items()}
+    prints = Fingerprints(Path())  # nothing is remembered
+    files = {name: prints.of_input(name) for name in files_read(asked.settings)}
     file = out / ABOUT
     known: dict[str, Any] = {}
     begun = any((out / part).is_dir() for part in ("answers", "rows", "tasks"))  # else a refused command left it
@@ -155,9 +159,14 @@ def _require_same(out: Path, asked: Evaluation, models: Mapping[str, NamedModel]
         for name, model in now.items():
             if known.get("models", {}).get(name, model) != model:
                 raise UserError(f"--out '{out}': holds results of another model called '{name}'; choose another --out")
+        for name, found in files.items():
+            if known.get("files", {}).get(name, found) not in (None, found) and found is not None:
+                raise UserError(f"--out '{out}': holds results of '{name}' before its change; choose another --out")
     elif out.is_dir() and any(each != file for each in out.iterdir()):
         raise UserError(f"--out '{out}': is not empty and holds no {ABOUT}; choose another --out")
-    write_json(file, {"models": known.get("models", {}) | now, "settings": settings})
+    there = {name: found for name, found in files.items() if found is not None}
+    about = {"models": known.get("models", {}) | now, "settings": settings, "files": known.get("files", {}) | there}
+    write_json(file, about)
 
 
 def _digest(adapter: Path | None) -> str | None:

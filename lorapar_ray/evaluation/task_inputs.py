@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from lorapar_ray.config import EvaluateConfig
 from lorapar_ray.config_file import NOT_YAML
 
 FUNCTION = "!function"
@@ -35,6 +36,14 @@ def files_of(task: str) -> Iterator[str]:
     if name.endswith(SUFFIXES):
         yield name
         yield from dict.fromkeys(str(each) for each in _behind(Path(name), set()))
+
+
+def files_read(settings: EvaluateConfig) -> Iterator[str]:
+    """The user's files behind all tasks: data, folders of task files, and task files with what they name."""
+    yield from settings.data.values()
+    yield from settings.include
+    for task in settings.tasks:
+        yield from files_of(task)
 
 
 def _behind(file: Path, seen: set[Path]) -> Iterator[Path]:

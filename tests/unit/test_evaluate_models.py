@@ -1,5 +1,6 @@
 """`lorapar evaluate --model`: its models, options, and the folder that it writes."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,33 @@ def test_settings_bind_a_folder_from_its_first_answer_on(tmp_path: Path) -> None
     (tmp_path / "evaluation.json").unlink()
     with pytest.raises(UserError, match=r"holds no evaluation\.json"):
         _require_same(tmp_path, plain, models)
+
+
+def test_a_folder_holds_answers_to_one_state_of_the_users_task_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.yaml", "functions.py", "gsm8k.jsonl"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "mine.yaml").write_text("doc_to_text: !function functions.ask\n")
+    fields = {"tasks": ["mine.yaml", "gsm8k"], "data": {"gsm8k": "gsm8k.jsonl"}}
+    asked, models, out = evaluation_of(["m"], fields, []), {"m": NamedModel("m", None)}, tmp_path / "out"
+    _require_same(out, asked, models)
+    (tmp_path / "functions.py").write_text("nothing is answered yet")
+    _require_same(out, asked, models)
+    (out / "answers").mkdir()
+    for name in ("mine.yaml", "functions.py", "gsm8k.jsonl"):
+        _require_same(out, asked, models)
+        before = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(before + "\n")
+        with pytest.raises(UserError, match=f"holds results of '{name}' before its change"):
+            _require_same(out, asked, models)
+        (tmp_path / name).write_text(before)
+    about = json.loads((out / "evaluation.json").read_text())
+    del about["files"]  # as an earlier version wrote it
+    (out / "evaluation.json").write_text(json.dumps(about))
+    (tmp_path / "functions.py").write_text("")
+    _require_same(out, asked, models)
 
 
 @pytest.mark.slow
