@@ -190,8 +190,9 @@ class GrpoConfig(Section):
     max_grad_norm: Result[PositiveFloat] = 0.1
     """The gradient of the trained elements is clipped to this norm."""
     micro_batch_tokens: Operation[PositiveInt | None] = None
-    """Tokens, prompts included, in one forward and backward pass; None: measured to fit the device's memory. A larger
-    group is split; a larger sample gets its own pass. With `sequence_parallel` the learners of a pass share them."""
+    """Tokens, prompts and padding included, in one forward and backward pass; None: measured to fit the device's
+    memory. A larger group is split; a larger sample gets its own pass. With `sequence_parallel` the learners of a pass
+    share them."""
     micro_batch_size: Operation[PositiveInt | None] = None
     """Also at most this many completions in one pass; None: no limit."""
     gradient_checkpointing: Operation[bool | None] = None

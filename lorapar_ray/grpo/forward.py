@@ -23,6 +23,7 @@ from lorapar_ray.grpo.packing import (
     pack_arms,
     packed_logprobs,
     pad,
+    padded_micro_batches,
     slices_of,
 )
 from lorapar_ray.grpo.samples import Sample
@@ -114,9 +115,11 @@ class Forward:
         )
 
     def micro_batches(self, samples: Sequence[Sample]) -> list[list[list[Sample]]]:
-        """Samples as passes, each a list of groups that share a prompt."""
-        groups = group_by_prompt(samples) if self.packed else [[sample] for sample in samples]
-        return list(micro_batches(groups, self._tokens, self._settings.micro_batch_size))
+        """Samples as passes, each a list of groups that share a prompt; without packed attention, of single samples."""
+        most = self._tokens, self._settings.micro_batch_size
+        if self.packed:
+            return list(micro_batches(group_by_prompt(samples), *most))
+        return [[[sample] for sample in micro] for micro in padded_micro_batches(samples, *most)]
 
     def rows(self, groups: Sequence[Sequence[Sample]]) -> PackedRows:
         """One pass's tensors."""

@@ -165,7 +165,7 @@ def _width(groups: Sequence[Sequence[Sample]]) -> int:
 
 def pad(samples: Sequence[Sample], pad_id: int, device: torch.device) -> PackedRows:
     """One row per sample, with repeated prompts, for any causal model."""
-    widths = [len(sample.prompt_ids) + len(sample.token_ids) for sample in samples]
+    widths = list(map(_padded_width, samples))
     ids = np.full((len(samples), max(widths)), pad_id)
     rows, columns = [], []
     for row, sample in enumerate(samples):
@@ -268,6 +268,27 @@ def micro_batches(
         micro.append(piece)
     if micro:
         yield micro
+
+
+def padded_micro_batches(
+    samples: Sequence[Sample], tokens: int, sequences: int | None = None
+) -> Iterator[list[Sample]]:
+    """Samples as passes for `pad`, of at most `tokens` tokens, padding included, and `sequences` samples.
+
+    The widest samples come first, so that samples of about equal width share a pass. A larger sample gets its own pass.
+    """
+    micro: list[Sample] = []
+    for sample in sorted(samples, key=_padded_width, reverse=True):
+        if micro and _over((len(micro) + 1) * _padded_width(micro[0]), len(micro) + 1, tokens, sequences):
+            yield micro
+            micro = []
+        micro.append(sample)
+    if micro:
+        yield micro
+
+
+def _padded_width(sample: Sample) -> int:
+    return len(sample.prompt_ids) + len(sample.token_ids)
 
 
 def _over(used: int, count: int, tokens: int, sequences: int | None) -> bool:

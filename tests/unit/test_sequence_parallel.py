@@ -27,6 +27,7 @@ from lorapar_ray.grpo.update import Updates
 from lorapar_ray.heavy_imports import import_peft
 from lorapar_ray.replaced import replaced
 from lorapar_ray.sequence_parallel import SequenceGroup, require_shareable, sequence_group
+from tests.unit.test_learner import whole_batch
 
 import_peft()  # once for all ranks, like what is imported above
 WORLD = 4
@@ -36,6 +37,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}  # for four learner
 CONFIGS = {
     "llama": LlamaConfig(**SHAPE, **HEADS),
     "window": MistralConfig(**SHAPE, **HEADS, sliding_window=5),
+    "capped": Gemma2Config(**SHAPE, **HEADS, head_dim=8),  # soft caps in attention, which is not packed
 }
 LENGTHS = {
     "shared": [(5, (4, 1, 3)), (8, (2, 6, 2)), (3, (1, 1, 5))],
@@ -201,9 +203,29 @@ def test_a_model_whose_sequences_cannot_be_shared_is_refused(config: Any, ranks:
         require_shareable(config, ranks)
 
 
+@pytest.mark.parametrize("settings", [{}, {"mini_batch": 1}, {"kl_beta": 0.1}], ids=str)
+def test_passes_of_a_model_that_does_not_pack_hold_padding_and_give_the_same_update(settings: dict[str, Any]) -> None:
+    draw = random.Random(0)
+    ids = [[draw.randrange(3, 96) for _ in range(width)] for width in (20, 20, 100, 20, 20, 20)]
+    own = [Sample(it[:8], it[8:], [-4.5] * (len(it) - 8), draw.uniform(-1, 1), True, 0) for it in ids]
+    batch = whole_batch(own)
+    found = []
+    for tokens in (110, 1000):
+        model, forward, updates = learner("capped", 1, {"micro_batch_tokens": tokens, "loss": "bnpo", **settings})
+        passes = [forward.rows(micro).inputs["input_ids"].numel() for micro in forward.micro_batches(own)]
+        assert passes == ([100, 100] if tokens == 110 else [600])
+        later = settings.get("mini_batch") is not None
+        old = updates.old_logprobs({0: [whole_batch([FILLER]), batch]}) if later else {}
+        assert len(old) == (len(own) if later else 0)
+        metrics = updates.take({0: batch}, old, 1)[0]
+        found.append((metrics, {key: value.grad for key, value in adapter_parameters(model).items()}))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4, abs=1e-6)
+    for key, value in found[1][1].items():
+        torch.testing.assert_close(found[0][1][key], value, rtol=0, atol=1e-5 * float(value.abs().max()), msg=key)
+
+
 def test_a_model_that_does_not_pack_is_refused() -> None:
-    capped = Gemma2Config(**SHAPE, **HEADS, head_dim=8)  # soft caps in attention
-    model = attach_lora(AutoModelForCausalLM.from_config(capped), rank=2, alpha=4, targets="qkvgud").eval()
+    model = attach_lora(AutoModelForCausalLM.from_config(CONFIGS["capped"]), rank=2, alpha=4, targets="qkvgud").eval()
     alone: Any = {"pad_id": 0, "filler": FILLER, "sharded": False, "device": CPU}
     with pytest.raises(UserError, match=r"sequence_parallel: learners cannot share sequences of this model.*; set 1"):
         Forward(model, GrpoConfig(), **alone, sequence=SequenceGroup(0, 2, None))
