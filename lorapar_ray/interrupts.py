@@ -50,9 +50,9 @@ def handlers_kept() -> Iterator[None]:
         signal.signal = usual
 
 
-def status_of(interrupt: KeyboardInterrupt, resumed_by: str = "the same command") -> int:
+def status_of(interrupt: KeyboardInterrupt) -> int:
     """Print how an interrupted command resumes; returns its exit status, as a shell has it: 128 + the signal."""
-    print(f"lorapar: interrupted; {resumed_by} continues where it stopped", file=sys.stderr)
+    print("lorapar: interrupted; the same command continues where it stopped", file=sys.stderr)
     return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
 
 

@@ -21,7 +21,7 @@ from lorapar_ray.gpus import place
 from lorapar_ray.memory_shortage import ended_without_memory, out_of_memory
 from lorapar_ray.progress import console, noted_in
 from lorapar_ray.run_metrics import report_progress
-from lorapar_ray.runs import PROGRESS, RunDirectory
+from lorapar_ray.runs import PROGRESS, REDO, RunDirectory
 from lorapar_ray.stages import Stage
 from lorapar_ray.standing import written
 from lorapar_ray.text import one_line
@@ -29,7 +29,14 @@ from lorapar_ray.versions import versions_of_a_result
 
 
 def perform(
-    stage: Stage, config: Config, run: RunDirectory, inputs: dict[str, Any], *, spent: float, aside: Path | None
+    stage: Stage,
+    config: Config,
+    run: RunDirectory,
+    inputs: dict[str, Any],
+    *,
+    spent: float,
+    aside: Path | None,
+    redo: str = "",
 ) -> None:
     """Do the work of a stage and record it (see `performing`).
 
@@ -37,7 +44,7 @@ def perform(
         UserError: no space is left on the disk, or what the stage itself raises.
     """
     console.print(f"[bold]{stage.name}[/]", markup=True)
-    with performing(stage, config, run, inputs, spent=spent, aside=aside) as notes:
+    with performing(stage, config, run, inputs, spent=spent, aside=aside, redo=redo) as notes:
         notes |= stage.run(placed(config, stage.name), run)
     console.print(f"[green]✓[/] {stage.name}: {run.entry(stage.name)['seconds']:.0f} s", markup=True)
 
@@ -52,6 +59,7 @@ def performing(
     spent: float,
     aside: Path | None,
     sharing: int = 1,
+    redo: str = "",
 ) -> Iterator[dict[str, Any]]:
     """Record a stage around the block that does its work; what the block puts into the dict is recorded with it.
 
@@ -61,12 +69,14 @@ def performing(
         aside: folder of the results that it replaces. They are restored if it ends before it has written anything, and
             removed once it has finished.
         sharing: runs whose stages the block does together; each took its share of the seconds.
+        redo: id of the redo under which it is computed anew, to be recorded with it; empty: of none.
 
     Raises:
         UserError: no space is left on the disk, or a process was killed since memory ran out.
     """
     name, prints = stage.name, run.fingerprints
-    run.record(name, status="started", inputs=inputs, seconds=spent)
+    under = {REDO: redo} if redo else {}
+    run.record(name, status="started", inputs=inputs, seconds=spent, **under)
     prints.save()
     if not stage.is_view:
         run.keep_config(config)
@@ -88,7 +98,7 @@ def performing(
             if aside is not None and not stage.owned(run, config.name):
                 trash.put_back(run, name, aside)
             else:
-                run.record(name, status="started", inputs=inputs, seconds=seconds)
+                run.record(name, status="started", inputs=inputs, seconds=seconds, **under)
     run.record(
         name,
         status="done",
@@ -97,6 +107,7 @@ def performing(
         written=written(stage, run, prints),
         seconds=seconds,
         versions=versions_of_a_result(),
+        **under,
         **notes,
     )
     trash.empty(run, name)

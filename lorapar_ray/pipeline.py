@@ -21,7 +21,7 @@ from lorapar_ray.progress import console
 from lorapar_ray.reporting.stage import STAGE as REPORT
 from lorapar_ray.result_stages import RESULTS, outdated_results, results_of, shortened
 from lorapar_ray.run_lock import run_lock
-from lorapar_ray.runs import RunDirectory
+from lorapar_ray.runs import REDO, RunDirectory
 from lorapar_ray.stages import Stage
 from lorapar_ray.standing import Standing, inputs_of, standing_of
 
@@ -112,18 +112,17 @@ def dependents(config: Config, names: Collection[str]) -> list[str]:
     return found
 
 
-def require_leave(config: Config, run: RunDirectory, stages: Sequence[str], redo: Collection[str]) -> None:
-    """Check before anything starts that no finished result or checkpoint would be replaced without `redo`.
+def require_leave(config: Config, run: RunDirectory, stages: Sequence[str], allowed: Collection[str]) -> None:
+    """Check before anything starts that no finished result or checkpoint would be replaced that may not be.
 
     Args:
         stages: what is to run.
-        redo: the stages that may be replaced, and with them those that use their results.
+        allowed: the stages that may be replaced.
 
     Raises:
         UserError: names what has changed or is damaged, what that would replace, and how to allow it; or the stage that
             must run before.
     """
-    allowed = {*redo, *dependents(config, redo)}
     found = standings(config, run)
     for name in stages:
         stage = PIPELINE[name]
@@ -157,11 +156,12 @@ def _refusal(config: Config, run: RunDirectory, name: str, found: dict[str, Stan
     )
 
 
-def run_stage(config: Config, run: RunDirectory, name: str, redo: Redo = "no") -> None:
+def run_stage(config: Config, run: RunDirectory, name: str, redo: Redo = "no", redo_id: str = "") -> None:
     """Run one stage, unless it is done, and record it.
 
     Args:
         redo: `yes` replaces its results; `if_changed` only if they are of other inputs, or damaged.
+        redo_id: of the redo under which it is computed anew (see `pending_redo`), to be recorded with it.
 
     Raises:
         UserError: it is not in the run, a stage it needs has not finished, its results would be replaced without
@@ -173,11 +173,11 @@ def run_stage(config: Config, run: RunDirectory, name: str, redo: Redo = "no") -
         legacy.adopt(config, run, PIPELINE)
         settle(run)
         try:
-            due = _due(stage, config, run, redo)
+            due = _due(stage, config, run, redo, redo_id)
             if due is None:
                 console.print(f"[green]✓[/] {name}: done", markup=True)
             else:
-                perform(stage, config, run, due.inputs, spent=due.spent, aside=due.aside)
+                perform(stage, config, run, due.inputs, spent=due.spent, aside=due.aside, redo=redo_id)
         finally:
             run.fingerprints.save()
 
@@ -236,13 +236,14 @@ class _Due:
     aside: Path | None
 
 
-def _due(stage: Stage, config: Config, run: RunDirectory, redo: Redo) -> _Due | None:
+def _due(stage: Stage, config: Config, run: RunDirectory, redo: Redo, redo_id: str = "") -> _Due | None:
     """The remaining work of a stage, with replaced results set aside; None: it is done."""
     name = stage.name
     found = standings(config, run)
     _require_needs(stage, config, run, found)
-    if redo != "yes" and _take_back(stage, config, run, found[name].state):
+    if _take_back(stage, config, run, found[name].state, redo_id if redo == "yes" else None):
         found = standings(config, run)
+        redo = "if_changed" if redo == "yes" else redo
     now = found[name].state
     if now == "done" and redo != "yes":
         return None
@@ -272,24 +273,26 @@ def _require_needs(stage: Stage, config: Config, run: RunDirectory, found: dict[
             )
 
 
-def restorable(stage: Stage, config: Config, run: RunDirectory, now: str) -> Path | None:
+def restorable(stage: Stage, config: Config, run: RunDirectory, now: str, redo_id: str | None = None) -> Path | None:
     """Results of the present inputs in the trash, if those in place are of other inputs or incomplete.
 
     A process that is killed while it moves results leaves them incomplete.
 
     Args:
         now: the stage's state.
+        redo_id: only results that were begun under this redo; None: any.
     """
     if now not in ("changed", "damaged"):
         return None
     inputs = inputs_of(stage, config, entries_of(config, run), run.fingerprints)
     found = trash.in_trash(run, stage.name).items()
-    return next((folder for folder, each in found if each.get("inputs") == inputs), None)
+    fits = (folder for folder, each in found if each.get("inputs") == inputs and redo_id in (None, each.get(REDO)))
+    return next(fits, None)
 
 
-def _take_back(stage: Stage, config: Config, run: RunDirectory, now: str) -> bool:
-    """Whether results of the present inputs were in the trash and have been restored."""
-    folder = restorable(stage, config, run, now)
+def _take_back(stage: Stage, config: Config, run: RunDirectory, now: str, redo_id: str | None) -> bool:
+    """Whether results of the present inputs were in the trash (see `restorable`) and have been restored."""
+    folder = restorable(stage, config, run, now, redo_id)
     if folder is None:
         return False
     if now == "changed" and (owned := stage.owned(run, config.name)):

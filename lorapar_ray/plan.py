@@ -8,6 +8,7 @@ from pathlib import Path
 from lorapar_ray import trash
 from lorapar_ray.config import Config
 from lorapar_ray.files import finished_files
+from lorapar_ray.pending_redo import redo_of
 from lorapar_ray.pipeline import PIPELINE, dependents, restorable, stages_of, standings
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.standing import Standing
@@ -36,15 +37,18 @@ def plan(config: Config, run: RunDirectory, redo: Collection[str] = ()) -> Itera
     """
     run.require_own(config)
     found = standings(config, run)
-    restored = {name: status for name in found if name not in redo and (status := _in_trash(config, run, name, found))}
-    moving = {name for name, each in found.items() if each.state != "done" and restored.get(name) != "done"} | {*redo}
+    under = redo_of(config, run, stages_of(config), redo)
+    again, allowed = under.again(run), under.allowed
+    limits = {name: under.id if name in again else None for name in found}
+    restored = {name: status for name in found if (status := _in_trash(config, run, name, found, limits[name]))}
+    again = [name for name in again if name not in restored]
+    moving = {name for name, each in found.items() if each.state != "done" and restored.get(name) != "done"} | {*again}
     moving |= {*dependents(config, moving)}
-    allowed = dependents(config, redo)
     for name in stages_of(config):
         stage, now = PIPELINE[name], found[name]
         begun_again = now.state == "unfinished" and bool(trash.in_trash(run, name))
         stale = now.state in ("changed", "damaged") and name not in restored
-        anew = (name in redo and not begun_again) or (stale and (name in allowed or stage.is_view))
+        anew = (name in again and not begun_again) or (stale and (name in allowed or stage.is_view))
         word = "will be redone" if anew else RESTORED[restored[name]] if name in restored else WORDS[now.state]
         waits = not anew and not stale and now.state != "new" and any(need in moving for need in stage.needs(config))
         if waits and now.state == "done":
@@ -59,9 +63,9 @@ def plan(config: Config, run: RunDirectory, redo: Collection[str] = ()) -> Itera
             yield f"  replaces {', '.join(_described(path, run) for path in owned)}"
 
 
-def _in_trash(config: Config, run: RunDirectory, name: str, found: Mapping[str, Standing]) -> str:
+def _in_trash(config: Config, run: RunDirectory, name: str, found: Mapping[str, Standing], redo_id: str | None) -> str:
     """The status of the results that the run would restore; empty if there are none."""
-    folder = restorable(PIPELINE[name], config, run, found[name].state)
+    folder = restorable(PIPELINE[name], config, run, found[name].state, redo_id)
     return "" if folder is None else str(trash.in_trash(run, name)[folder]["status"])
 
 

@@ -1,7 +1,8 @@
 """The run directory: the stages' files and manifest, written so that no incomplete file is ever read.
 
     runs/<name>/
-      config.yaml  manifest.json      settings last used; per stage: status, what decided it, its files, seconds
+      config.yaml  manifest.json      settings last used; per stage: status, what decided it, its files, seconds;
+                                      a redo that has not ended yet
       data/{train,test}.parquet       the questions as the readers gave them
       labels/  rejects/  adapter/  scores/  partition/  sft/adapter/  grpo/adapter/  eval/  metrics/  report/
       sft/system2/adapter/            of a sequence of Systems, after System 2; after the last it is sft/adapter
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 PROGRESS = "progress.json"
 """In `work`: progress of the running stage."""
+REDO = "redo"
+"""In a manifest: a redo that was begun (see `lorapar_ray.pending_redo`); in a stage's entry: that redo's id."""
 FORMAT = 2
 """Format of the manifest; format 1, without a number, recorded one digest of a stage's inputs (see
 `lorapar_ray.legacy`)."""
@@ -209,6 +212,7 @@ class RunDirectory:
             version = loaded.get("format", 1)
             whole = version in (1, FORMAT) and isinstance(loaded["identity"], dict)
             whole = whole and all(is_entry(entry, version) for entry in loaded["stages"].values())
+            whole = whole and _is_redo(loaded.get(REDO))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             whole, version = False, 0
         if isinstance(version, int) and version > FORMAT:
@@ -237,6 +241,23 @@ class RunDirectory:
         manifest["stages"].pop(stage, None)
         if entry:
             manifest["stages"][stage] = entry
+        self._write(manifest)
+
+    def keep_redo(self, redo: dict[str, Any] | None) -> None:
+        """Replace the manifest's redo that was begun; None: there is none.
+
+        Raises:
+            UserError: another command has taken the run over.
+        """
+        require_held(self.root)
+        manifest = self.manifest()
+        before = manifest.pop(REDO, None)
+        if redo is not None:
+            manifest[REDO] = redo
+        if redo != before:
+            self._write(manifest)
+
+    def _write(self, manifest: dict[str, Any]) -> None:
         write_json(self.manifest_path, manifest)
         if self.remote is not None:
             self.remote.publish()
@@ -262,6 +283,15 @@ def is_entry(entry: Any, version: int = FORMAT) -> bool:
         and 0 <= seconds < float("inf")
         and all(isinstance(size, int) and isinstance(known, str) for size, known in entry.get("written", {}).values())
     )
+
+
+def _is_redo(value: Any) -> bool:
+    """Whether a value of a manifest is a redo that was begun, or none."""
+    if value is None:
+        return True
+    lists = (value["stages"], value["allowed"])
+    words = (value["id"], value["settings"], *lists[0], *lists[1])
+    return all(isinstance(each, list) for each in lists) and all(isinstance(each, str) for each in words)
 
 
 def _of_opening(path: Path) -> bool:

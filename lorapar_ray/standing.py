@@ -53,7 +53,7 @@ def recorded_inputs(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _inputs_without_files(stage: Stage, config: Config, entries: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "settings": _recorded(stage.settings(config)),
+        "settings": recorded_settings(stage, config),
         "sources": {need: _source(entries.get(need, {}), stage) for need in stage.needs(config)},
         "files": {},
     }
@@ -157,8 +157,9 @@ def _changed_settings(
                 yield f"{path} {_shown(old[path])} → {_shown(new[path])}"
 
 
-def _recorded(settings: Settings) -> dict[str, Any]:
-    plain = {path: setting.value for path, setting in settings.items()}
+def recorded_settings(stage: Stage, config: Config) -> dict[str, Any]:
+    """The settings that change a stage's result, by path, JSON-ready; of those that may hold a key, a digest."""
+    plain = {path: setting.value for path, setting in stage.settings(config).items()}
     for path, value in plain.items():
         name = path.rpartition(".")[2]
         if value and (name in HIDDEN or has_secret({name: value})):

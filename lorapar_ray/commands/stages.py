@@ -17,7 +17,7 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.interrupts import status_of
 from lorapar_ray.pipeline import PIPELINE, stages_of
 from lorapar_ray.run_lock import WAIT
-from lorapar_ray.runs import RunDirectory, looked_at
+from lorapar_ray.runs import REDO, RunDirectory, looked_at
 
 
 def stage_command(name: str) -> Callable[..., None]:
@@ -87,25 +87,32 @@ def run_stages(
 ) -> None:
     """Run those of `stages` that are due, and tell where the results are."""
     from lorapar_ray.engines.kept import keeping_engines
-    from lorapar_ray.pipeline import check, check_there, dependents, pending, require_leave, run_stage, settle
+    from lorapar_ray.pending_redo import recorded, redo_of
+    from lorapar_ray.pipeline import check, check_there, pending, require_leave, run_stage, settle
     from lorapar_ray.progress import console
     from lorapar_ray.session import ray_session
 
     check(config, stages, redo)
     with run.at_work(config, _seconds_to_wait()):
         settle(run)
-        require_leave(config, run, stages, redo)
-        due = [name for name in stages if name in redo or name in pending(config, run, stages)]
-        replaced = dependents(config, redo)
+        under = redo_of(config, run, stages, redo)
+        require_leave(config, run, stages, under.allowed)
+        again, unfinished = under.again(run), pending(config, run, stages)
+        due = [name for name in stages if name in again or name in unfinished]
         needs_ray = any(PIPELINE[name].uses_ray(config) for name in due)
+        if run.manifest().get(REDO, {}).get("id") == under.id and any(name in under.allowed for name in stages):
+            console.print(f"  the redo of {', '.join(under.stages)} that was interrupted goes on")
         try:
-            with ray_session(verbose) if needs_ray else nullcontext(), keeping_engines(due):
+            with (
+                recorded(under, config, run, stages),
+                ray_session(verbose) if needs_ray else nullcontext(),
+                keeping_engines(due),
+            ):
                 check_there(config, due)
                 for name in stages:
-                    run_stage(config, run, name, "yes" if name in redo else "if_changed" if name in replaced else "no")
+                    run_stage(config, run, name, under.how(run, name), under.id_for(name))
         except KeyboardInterrupt as interrupt:
-            again = "the same command, without --redo," if redo else "the same command"
-            raise typer.Exit(status_of(interrupt, again)) from None
+            raise typer.Exit(status_of(interrupt)) from None
     if not due:
         console.print(f"everything is done in '{run.place}'; nothing to do")
     if "report" in stages:

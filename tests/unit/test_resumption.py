@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lorapar_ray.files import write_json
 from lorapar_ray.runs import RunDirectory
 from tests.tiny_run import tiny_config, write_config
 from tests.unit.faked_stages import FAULT, killed, lorapar, use_fakes
@@ -320,6 +321,116 @@ def test_a_kill_between_the_two_moves_of_a_restoration_loses_neither(cli: Cli) -
     assert status == 0 and "are restored from trash/" in said and cli.entry("grpo") == entry, said
     status, said = cli("grpo", *other)
     assert status == 0 and cli.entry("grpo")["resumed"], said
+
+
+SECOND_EPOCH = ("--set", "sft.epochs=2")
+
+
+@pytest.mark.parametrize("again", [(), ("--redo", "sft")])
+@pytest.mark.parametrize(
+    ("stage", "how"), [("sft", "kill"), ("sft", "kill-at-once"), ("grpo", "kill"), ("report", "kill-at-once")]
+)
+def test_a_killed_redo_of_several_stages_goes_on_with_or_without_the_option(
+    stage: str, how: str, again: tuple[str, ...], cli: Cli
+) -> None:
+    assert cli("run")[0] == 0
+    old = {name: cli.entry(name) for name in NAMES}
+    cli.kill(stage, "run", "--redo", "sft", *SECOND_EPOCH, how=how)
+    finished = {name: cli.entry(name) for name in NAMES if cli.entry(name)["status"] == "done"}
+    assert cli("run", "--dry-run", *again, *SECOND_EPOCH)[1].count("needs --redo") == 0
+    status, said = cli("run", *again, *SECOND_EPOCH, "--set", "grpo.learners=2")  # its resources may differ
+    assert status == 0 and "the redo of sft that was interrupted goes on" in said, said
+    assert (cli.run.sft / "result.json").read_text() == '{"epochs": 2.0}'
+    done = NAMES[: NAMES.index(stage)]
+    assert all(cli.entry(name) == finished[name] for name in done)  # none of them twice
+    assert cli.entry(stage)["resumed"] == (how == "kill")
+    assert all(cli.entry(name) != old[name] for name in ("sft", "grpo", "evaluate"))
+    assert "redo" not in cli.run.manifest() and not cli.run.trash.exists()
+    assert cli("run", *SECOND_EPOCH)[1].count("done") >= 7
+    trained = cli.entry("sft")
+    assert cli("run", "--redo", "sft", *SECOND_EPOCH)[0] == 0 and cli.entry("sft") != trained  # another redo
+
+
+def test_a_killed_redo_goes_on_stage_by_stage(cli: Cli) -> None:
+    assert cli("run")[0] == 0
+    cli.kill("sft", "run", "--redo", "sft", *SECOND_EPOCH)
+    assert "redo" in cli.run.manifest()
+    for name in ("sft", "grpo", "evaluate"):
+        status, said = cli(name, *SECOND_EPOCH)
+        assert status == 0, said
+    assert "redo" not in cli.run.manifest()
+
+
+def test_a_killed_redo_permits_no_more_than_its_command_did(cli: Cli) -> None:
+    assert cli("run")[0] == 0
+    cli.kill("sft", "sft", "--redo", "sft", *SECOND_EPOCH)
+    assert cli("sft", *SECOND_EPOCH)[0] == 0 and "redo" not in cli.run.manifest()
+    status, said = cli("grpo", *SECOND_EPOCH)
+    assert status == 2 and "sft has other results" in said, said
+    cli.kill("grpo", "run", "--redo", "grpo", *SECOND_EPOCH)
+    status, said = cli("run", *SECOND_EPOCH, *changed("partition.theta=0.5"))
+    assert status == 2 and "partition.theta 0.9 → 0.5" in said, said
+    status, said = cli("run", *SECOND_EPOCH, *changed("grpo.group_size=8"))
+    assert status == 2 and "grpo.group_size 4 → 8" in said, said
+    assert cli("run", *SECOND_EPOCH)[0] == 0
+
+
+def test_a_killed_redo_of_other_settings_waits_while_the_old_ones_are_restored(cli: Cli) -> None:
+    assert cli("run")[0] == 0
+    old = {name: cli.entry(name) for name in NAMES}
+    cli.kill("sft", "run", "--redo", "sft", *SECOND_EPOCH)
+    status, said = cli("run")
+    assert status == 0 and "sft: its results for these settings are restored from trash/" in said, said
+    assert {name: cli.entry(name) for name in NAMES[:-1]} == {name: old[name] for name in NAMES[:-1]}
+    for again in ((), ("--redo", "sft")):
+        said = cli("run", "--dry-run", *again, *SECOND_EPOCH)[1]
+        assert "sft        will be restored from trash/ and go on" in said and "this stage is redone" in said, said
+    status, said = cli("run", "--redo", "sft", *SECOND_EPOCH)
+    assert status == 0 and cli.entry("sft")["resumed"], said
+    assert "redo" not in cli.run.manifest()
+
+
+def test_a_killed_first_attempt_of_a_stage_to_redo_is_not_begun_again(cli: Cli) -> None:
+    cli.before("sft")
+    cli.kill("sft", "run", "--redo", "sft")
+    cli.kill("sft", "run", "--redo", "sft")
+    assert cli("run", "--redo", "sft")[0] == 0 and cli.entry("sft")["resumed"]
+
+
+def test_a_redo_that_fails_before_it_replaces_anything_is_forgotten(cli: Cli) -> None:
+    assert cli("run")[0] == 0
+    old = cli.entry("sft")
+    with cli.fault("sft fail-at-once"):
+        assert cli("run", "--redo", "sft", *SECOND_EPOCH)[0] == 2
+    assert cli.entry("sft") == old and "redo" not in cli.run.manifest()
+    with cli.fault("grpo fail-at-once"):
+        assert cli("run", "--redo", "sft", "--redo", "grpo")[0] == 2  # sft has been redone
+    trained = cli.entry("sft")
+    assert trained != old and "redo" in cli.run.manifest()
+    with cli.fault("grpo fail-at-once"):
+        assert cli("run")[0] == 2
+    assert cli("run", "--redo", "sft", "--redo", "grpo")[0] == 0
+    assert cli.entry("sft") == trained and "redo" not in cli.run.manifest()
+
+
+def test_a_redo_may_be_extended_and_a_redo_under_other_settings_replaces_it(cli: Cli) -> None:
+    assert cli("run")[0] == 0
+    cli.kill("sft", "run", "--redo", "sft")
+    cli.kill("evaluate", "run", "--redo", "sft", "--redo", "evaluate")
+    assert cli.run.manifest()["redo"]["stages"] == ["sft", "evaluate"]
+    trained = cli.entry("sft")
+    assert trained["resumed"]
+    assert cli("run", "--redo", "sft", *SECOND_EPOCH)[0] == 0
+    assert cli.entry("sft") != trained and "redo" not in cli.run.manifest()
+
+
+def test_a_damaged_redo_in_the_manifest_is_one_clear_line(cli: Cli) -> None:
+    assert cli("label")[0] == 0
+    whole = cli.run.manifest()
+    for redo in ("sft", {}, {"id": "x", "settings": "y", "stages": "sft", "allowed": []}, {"id": 1}):
+        write_json(cli.run.manifest_path, {**whole, "redo": redo})
+        status, said = cli("label")
+        assert status == 2 and "is damaged" in said, said
 
 
 def test_a_stage_that_has_written_nothing_runs_under_any_settings(cli: Cli) -> None:
