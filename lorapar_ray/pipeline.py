@@ -23,7 +23,7 @@ from lorapar_ray.result_stages import RESULTS, outdated_results, results_of, sho
 from lorapar_ray.run_lock import run_lock
 from lorapar_ray.runs import REDO, RunDirectory
 from lorapar_ray.stages import Stage
-from lorapar_ray.standing import Standing, inputs_of, standing_of
+from lorapar_ray.standing import Standing, differences, inputs_of, standing_of
 
 ORDER: tuple[Stage, ...] = (*RESULTS.values(), REPORT)
 PIPELINE: dict[str, Stage] = {stage.name: stage for stage in ORDER}
@@ -284,9 +284,13 @@ def restorable(stage: Stage, config: Config, run: RunDirectory, now: str, redo_i
     """
     if now not in ("changed", "damaged"):
         return None
-    inputs = inputs_of(stage, config, entries_of(config, run), run.fingerprints)
+    entries, prints = entries_of(config, run), run.fingerprints
     found = trash.in_trash(run, stage.name).items()
-    fits = (folder for folder, each in found if each.get("inputs") == inputs and redo_id in (None, each.get(REDO)))
+    fits = (
+        folder
+        for folder, each in found
+        if redo_id in (None, each.get(REDO)) and not differences(stage, config, each, entries, prints)
+    )
     return next(fits, None)
 
 

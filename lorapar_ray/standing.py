@@ -86,12 +86,7 @@ def standing_of(
     entry = entries.get(stage.name)
     if entry is None:
         return Standing("new")
-    recorded = recorded_inputs(entry)
-    now = _as_recorded(inputs_of(stage, config, entries, prints), recorded, entries)
-    for name, known in recorded.get("files", {}).items():
-        if known != now["files"].get(name, known) and known == prints.of_input(name, earlier=True):
-            now["files"][name] = known  # an earlier version recorded it, and of what it counted nothing has changed
-    why = tuple(changes(stage, config, recorded, now))
+    why = differences(stage, config, entry, entries, prints)
     if why:
         has_results = stage.owned(run, config.name) or in_trash(run, stage.name)  # of a redo that was killed early
         return Standing("changed", why) if has_results else Standing("new")
@@ -99,6 +94,18 @@ def standing_of(
         return Standing("unfinished")
     damage = tuple(_damage(run, entry.get("written", {}), prints))
     return Standing("damaged", damage) if damage else Standing("done")
+
+
+def differences(
+    stage: Stage, config: Config, entry: Mapping[str, Any], entries: Mapping[str, Any], prints: Fingerprints
+) -> tuple[str, ...]:
+    """What differs between the inputs of a stage's `entry`, in place or in trash/, and the present ones."""
+    recorded = recorded_inputs(entry)
+    now = _as_recorded(inputs_of(stage, config, entries, prints), recorded, entries)
+    for name, known in recorded.get("files", {}).items():
+        if known != now["files"].get(name, known) and known == prints.of_input(name, earlier=True):
+            now["files"][name] = known  # an earlier version recorded it, and of what it counted nothing has changed
+    return tuple(changes(stage, config, recorded, now))
 
 
 def recorded_standing(stage: Stage, config: Config, entries: Mapping[str, Any]) -> Standing:

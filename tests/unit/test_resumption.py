@@ -265,6 +265,20 @@ def killed_after_a_move_of(cli: Cli, what: Path, *arguments: str) -> None:
         killed(arguments[0], "-c", cli.config, "-d", cli.run.root, *arguments[1:])
 
 
+def test_results_of_an_earlier_version_are_restored_from_the_trash(cli: Cli) -> None:
+    """It recorded fields that no longer exist, and the whole cut as a source."""
+    assert cli("run")[0] == 0
+    manifest = cli.run.manifest()
+    inputs = manifest["stages"]["grpo"]["inputs"]
+    inputs["settings"]["grpo.gone"] = 1
+    inputs["sources"]["partition"] = manifest["stages"]["partition"]["outputs"]
+    write_json(cli.run.manifest_path, manifest)
+    cli.kill("grpo", "grpo", "--redo", "grpo", *changed("grpo.learning_rate=1e-5"), how="kill-at-once")
+    status, said = cli("grpo")
+    assert status == 0 and "are restored from trash/" in said, said
+    assert cli.entry("grpo") == manifest["stages"]["grpo"]
+
+
 def test_a_redo_that_is_killed_while_it_moves_the_old_results_has_lost_none(cli: Cli) -> None:
     assert cli("run")[0] == 0
     before, entry = (cli.run.grpo / "result.json").read_text(), cli.entry("grpo")
