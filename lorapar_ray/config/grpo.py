@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lorapar_ray.config.base import (
     Betas,
@@ -31,6 +31,8 @@ JUDGE = "judge"
 """The reward that asks teachers."""
 ENVIRONMENT = "environment"
 """The reward that an environment gives its own trajectories."""
+LEAST_TEMPERATURE = 0.01
+"""vLLM raises lower ones to it (`vllm.sampling_params._MAX_TEMP`)."""
 REWARDED_ELSEWHERE = (JUDGE, ENVIRONMENT)
 """Rewards that no reward worker computes."""
 
@@ -101,7 +103,7 @@ class GrpoConfig(Section):
     """Longest completion, in tokens. With an environment: of the whole trajectory, including the environment's
     tokens."""
     temperature: Result[PositiveFloat] = 1.0
-    """Temperature of sampling and of the learner's probabilities."""
+    """Temperature of sampling and of the learner's probabilities; at least 0.01, as in vLLM."""
     top_k: Result[Annotated[int, Field(ge=0, le=1000)]] = 0
     """Sample from the k most likely tokens; 0: from all. The set of tokens that top_k, `top_p` and `min_p` keep is sent
     to the learner with each sampled token. The learner normalises over the same set, so ratios, and the KL divergence
@@ -160,7 +162,8 @@ class GrpoConfig(Section):
     """The old policy of the clipped ratio. `learner`: the learner before the step's first update; `importance_cap`
     corrects for the sampler. `sampler`: the sampler itself, in one ratio, as in asynchronous trainers."""
     nonfinite_limit: Operation[PositiveInt] = 3
-    """Updates in a row that may be skipped because the loss or its gradient is not finite; then the run stops."""
+    """Updates in a row that may be skipped because the loss or its gradient is not finite; then the run stops, at the
+    end of the step."""
     kl_beta: Result[NonNegative] = 0.0
     """Weight of the KL divergence from the policy at the start of stage 2."""
     importance_cap: Result[PositiveFloat | None] = 2.0
@@ -268,6 +271,16 @@ class GrpoConfig(Section):
                 "which needs them for its ratios"
             )
         return self
+
+    @field_validator("temperature")
+    @classmethod
+    def _engines_sample_at(cls, temperature: float) -> float:
+        if temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"{temperature:g} is below {LEAST_TEMPERATURE:g}: vLLM would sample at {LEAST_TEMPERATURE:g}, and the "
+                f"learner's ratios would be wrong; set {LEAST_TEMPERATURE:g} or more"
+            )
+        return temperature
 
     @model_validator(mode="after")
     def _bounds_enclose_something(self) -> GrpoConfig:

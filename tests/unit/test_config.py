@@ -85,6 +85,8 @@ TEACHER = {"name": "t", "model": "m/m"}
         ({"grpo": {"rewards": [{"name": "length", "weight": 0}]}}, "every weight is 0"),
         ({"grpo": {"sequence_ratio_bounds": [2.0, 0.5]}}, "sequence_ratio_bounds: [2, 0.5] is empty"),
         ({"grpo": {"sequence_ratio_bounds": [1.0, 1.0]}}, "sequence_ratio_bounds"),
+        ({"grpo": {"temperature": 0.0}}, "grpo.temperature"),
+        ({"grpo": {"temperature": 0.009}}, "0.009 is below 0.01: vLLM would sample at 0.01"),
         ({"grpo": {"betas": [0.9, 1.0]}}, "grpo.betas.1"),
         ({"grpo": {"overlong_cache": 9}}, "overlong_cache: 9 is more than max_completion_length"),
         ({"grpo": {"stop": [""]}}, "grpo.stop.0"),

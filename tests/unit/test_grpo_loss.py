@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lorapar_ray import logprobs
+from lorapar_ray.config.grpo import LEAST_TEMPERATURE
 from lorapar_ray.grpo.advantages import group_advantages, overlong_penalty
 from lorapar_ray.grpo.figures import Part, as_numbers, step_metrics, update_metrics
 from lorapar_ray.grpo.loss import LossType, part_weight, policy_loss
@@ -154,6 +155,13 @@ def test_a_single_sample_of_a_group_has_no_advantage() -> None:
 
 def test_overlong_penalty_is_soft_then_full() -> None:
     assert [overlong_penalty(length, 10, 2) for length in (5, 8, 9, 10, 12)] == [0, 0, -0.5, -1, -1]
+
+
+def test_the_least_temperature_is_the_engines() -> None:
+    from vllm import SamplingParams
+
+    assert SamplingParams(temperature=LEAST_TEMPERATURE).temperature == LEAST_TEMPERATURE
+    assert SamplingParams(temperature=LEAST_TEMPERATURE / 2).temperature == LEAST_TEMPERATURE
 
 
 def test_token_logprobs_are_those_of_the_tempered_distribution() -> None:
