@@ -66,6 +66,7 @@ class Arm:
         self._reference = {key: parameter.detach().clone() for key, parameter in parameters.items()}
         self._skipped = 0
         """Updates skipped in a row."""
+        self._failure: str | None = None
 
     def begin(self, mini_batches: Sequence[MiniBatch], step: int) -> tuple[list[MiniBatch], float]:
         """Set the step's learning rate; returns what each update trains on (nothing for an empty batch), and the rate.
@@ -128,8 +129,7 @@ class Arm:
     def update(self, metrics: dict[str, float]) -> dict[str, float]:
         """One optimiser update from the gradients; skipped, and counted, if the loss or a gradient is not finite.
 
-        Raises:
-            UserError: it is the `nonfinite_limit`th in a row.
+        Returns: the metrics with the gradient's norm; of a skipped update, the finite ones. See `require_finite`.
         """
         norm = nan
         if isfinite(metrics["loss"]):
@@ -138,13 +138,22 @@ class Arm:
             self._skipped = 0
             return {**metrics, "grad_norm": norm, "updates_skipped": 0.0}
         self._skipped += 1
-        if self._skipped >= self.settings.nonfinite_limit:
-            raise UserError(
+        if self._skipped == self.settings.nonfinite_limit:
+            self._failure = (
                 f"grpo: the loss or its gradient was not finite in {self._skipped} updates in a row (loss "
                 f"{metrics['loss']:g}, gradient norm {norm:g}); lower grpo.learning_rate, or look at "
                 "the last lines of metrics/grpo.jsonl"
             )
-        return {"updates_skipped": 1.0}
+        return {**{key: value for key, value in metrics.items() if isfinite(value)}, "updates_skipped": 1.0}
+
+    def require_finite(self) -> None:
+        """Check the updates so far; called once their metrics are written.
+
+        Raises:
+            UserError: `nonfinite_limit` in a row were skipped.
+        """
+        if self._failure is not None:
+            raise UserError(self._failure)
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -79,9 +79,6 @@ class Learner:
             mini_batches: by arm, one update each; with `updates_per_batch` they are repeated.
             steps: the number of each arm's step.
             before_update: called once for each arm, when its first update's gradient is ready; also for an empty batch.
-
-        Raises:
-            UserError: `nonfinite_limit` updates in a row had a loss or gradient that is not finite.
         """
         begun = {number: self.arms[number].begin(own, steps[number]) for number, own in mini_batches.items()}
         updates = {number: own for number, (own, _) in begun.items() if own}

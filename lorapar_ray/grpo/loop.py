@@ -135,6 +135,9 @@ def learn(learner: Learner, coordinators: Sequence[Any], journals: Sequence[Jour
                 proofs=proofs,
                 whole=time.monotonic() - start,
             )
+        for number in running:
+            arms[number].require_finite()
+        for number, lead in own:
             lead.checkpoint_if_due(steps[number])
     for number, lead in enumerate(leads):
         lead.publisher.wait()

@@ -44,9 +44,6 @@ class Updates:
 
         Args:
             before: called with an arm when its gradient is ready, before its parameters change.
-
-        Raises:
-            UserError: see `Arm.update`.
         """
         kept = [parameter.grad for parameter in self._trained if parameter.grad is not None]
         if kept:

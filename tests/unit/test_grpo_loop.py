@@ -15,6 +15,7 @@ from ray.exceptions import OwnerDiedError
 from lorapar_ray.config import GrpoConfig
 from lorapar_ray.engines.completion import Completion
 from lorapar_ray.engines.record import record_of
+from lorapar_ray.errors import UserError
 from lorapar_ray.grpo import loop
 from lorapar_ray.grpo.asking import answer_from
 from lorapar_ray.grpo.batches import Batch, Share, mini_batches, shares_of
@@ -167,6 +168,7 @@ class Learner:
                 settings=GrpoConfig(canary_tolerance=0.1, checkpoint_every=5),
                 restore=lambda rank, world: (0, None),
                 policy=lambda step: None,
+                require_finite=lambda: None,
             )
         ]
         self.forward = SimpleNamespace(together=False, packed=True)
@@ -196,3 +198,19 @@ def test_a_learner_that_waits_for_the_proof_of_its_policy_is_idle(
     for line in lines:
         waited = line["seconds/wait"] + line["seconds/wait_for_proof"]
         assert waited >= PROOF_S and line["idle/learner"] == pytest.approx(waited / line["seconds"])
+
+
+def test_the_step_at_which_training_stops_is_written_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "Publisher", SlowPublisher)
+    monkeypatch.setattr(loop, "fetch", lambda *_, **__: (Share([], 1), []))
+    monkeypatch.setattr(loop.Lead, "begin", lambda *_: None)
+    learner, metrics = Learner(), tmp_path / "grpo.jsonl"
+
+    def stop() -> None:
+        raise UserError("its updates are not finite")
+
+    learner.arms[0].require_finite = stop
+    journal = Journal(metrics, tmp_path / "samples.jsonl", [], "run", lambda ids, whole: "")
+    with pytest.raises(UserError, match="not finite"):
+        learn(learner, [None], [journal], 0, 1)  # type: ignore[arg-type]
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1]

@@ -159,14 +159,17 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted_and_three_in_a_row_
     before, good = adapter(ours), cut(batch(0))
     bad = cut([spoilt(it) for it in batch(0)])
     for _ in range(2):
-        assert step(ours, bad)["updates_skipped"] == 1
+        metrics = step(ours, bad)
+        assert metrics["updates_skipped"] == 1 and {"ratio_mean", "entropy", "logprob_gap"} <= metrics.keys()
+        assert not {"loss", "grad_norm"} & metrics.keys() and all(map(math.isfinite, metrics.values()))
     assert torch.equal(adapter(ours), before)
     assert step(ours, good)["updates_skipped"] == 0
     assert not torch.equal(adapter(ours), before)
-    step(ours, bad)
-    step(ours, bad)
-    with pytest.raises(UserError, match=r"not finite in 3 updates in a row.*lower grpo.learning_rate"):
+    for _ in range(3):
+        ours.arms[0].require_finite()
         step(ours, bad)
+    with pytest.raises(UserError, match=r"not finite in 3 updates in a row.*lower grpo.learning_rate"):
+        ours.arms[0].require_finite()
 
 
 def spoilt(sample: Sample) -> Sample:
