@@ -23,7 +23,6 @@ from lorapar_ray.gpus import place
 from lorapar_ray.labeling.secrets import secret
 from lorapar_ray.models import require_there
 from lorapar_ray.pipeline import PIPELINE, stages_of
-from lorapar_ray.processes import HINTS, processes_of
 from lorapar_ray.storage.probe import Probe
 from lorapar_ray.storage.uris import is_uri
 from lorapar_ray.text import REASON_LENGTH, final_line
@@ -237,10 +236,10 @@ def _room(config: Config, has: Capacity) -> Finding:
     """Whether the cluster has, or may grow to, room for the processes that each stage runs at the same time."""
     for stage in stages_of(config):
         placed = place(config, stage, int(has.largest("GPU")))
-        groups = processes_of(placed, stage)
+        groups = PIPELINE[stage].groups(placed)
         if groups and PIPELINE[stage].uses_ray(config):
             try:
-                require_fit(stage, has, groups, HINTS.get(stage) or f"{stage}.{next(iter(groups))}")
+                require_fit(stage, has, groups, PIPELINE[stage].lowered_by or f"{stage}.{next(iter(groups))}")
             except UserError as error:
                 return Finding("room", False, str(error))
     return Finding("room", True, "for every stage, at the latest once the cluster has grown")

@@ -1,4 +1,4 @@
-"""A stage: one object with its name, inputs, outputs, resources, and its function.
+"""A stage: one object with its name, inputs, outputs, processes, and its function.
 
 Each folder of a stage has a `stage.py` with its object, and `lorapar_ray.pipeline` puts them in order. These modules
 import nothing heavy, so that a finished run is detected within a second.
@@ -14,6 +14,8 @@ from typing import Any
 from lorapar_ray.config import Config, Section
 from lorapar_ray.config.marks import Setting, deciding
 from lorapar_ray.files import finished_files
+from lorapar_ray.gpus import RULES
+from lorapar_ray.processes import Groups, Part, groups_of, in_words
 from lorapar_ray.runs import RunDirectory
 
 Settings = dict[str, Setting]
@@ -51,8 +53,10 @@ class Stage:
     recorded, but not compared; a setting that brings them into use is."""
     reads: Callable[[Config], Iterable[str]] = lambda _: ()
     """The user's own files and folders whose contents decide the result."""
-    resources: Callable[[Config], str] = lambda _: ""
-    """The resources that it requests, in words."""
+    processes: Callable[[Config], Iterable[Part]] = lambda _: ()
+    """What it runs at the same time on the cluster; nothing: it works in the driver alone."""
+    lowered_by: str = ""
+    """The setting to lower if the processes have no room; empty: the number of the first ones."""
     uses_ray: Callable[[Config], bool] = lambda _: True
     check: Callable[[Config], None] = _nothing
     """Finds errors that would stop the stage late; raises UserError."""
@@ -60,6 +64,18 @@ class Stage:
     """The same on a worker, once Ray runs: of the student, which the driver need not have."""
     is_view: bool = False
     """It only shows what the run holds: it may be written again at any time, without `--redo`."""
+
+    def groups(self, config: Config) -> Groups:
+        """What the cluster must have room for while the stage runs.
+
+        Args:
+            config: with numbers for `gpus: auto`, as `gpus.place` gives it for this stage.
+        """
+        return groups_of(self.processes(config))
+
+    def resources(self, config: Config) -> str:
+        """What it asks for, in words; empty: nothing."""
+        return in_words(self.processes(config), RULES.get(self.name, ""))
 
     def owned(self, run: RunDirectory, name: str) -> list[Path]:
         """Everything of this stage that there is in a run called `name`."""

@@ -13,7 +13,7 @@ from lorapar_ray.boundary import damaged
 from lorapar_ray.config import Config
 from lorapar_ray.gpu_memory.device import device_of
 from lorapar_ray.gpus import place
-from lorapar_ray.processes import processes_of
+from lorapar_ray.pipeline import PIPELINE
 from lorapar_ray.sft.batches import steps_in, validation_rows
 
 TRAINED = ("sft", "grpo")
@@ -71,6 +71,6 @@ def _labelled(file: Path, systems: Collection[int]) -> int:
 
 def devices_of(config: Config, stage: str) -> tuple[str, float]:
     """What a stage holds while it runs: ("GPU", number), or ("core", number) if it asks for no GPU."""
-    groups = processes_of(place(config, stage, device_of(config).count), stage).values()
+    groups = PIPELINE[stage].groups(place(config, stage, device_of(config).count)).values()
     gpus = sum(count * each.gpu_count for count, each in groups)
     return ("GPU", gpus) if gpus else ("core", sum(count * each.cpus for count, each in groups) or 1.0)

@@ -27,12 +27,12 @@ from lorapar_ray.evaluation.engines import Engines
 from lorapar_ray.evaluation.generator import same_length, start_generator
 from lorapar_ray.evaluation.judging import judge, judging_process
 from lorapar_ray.evaluation.serving import Served, require_template, serving
+from lorapar_ray.evaluation.stage import STAGE
 from lorapar_ray.evaluation.task_files import unfinished
 from lorapar_ray.evaluation.tasks import catalogue_of, evaluate_tasks
 from lorapar_ray.files import atomic_path, digest, write_json
 from lorapar_ray.grpo.rewards import RewardPool
 from lorapar_ray.models import model_reference, resolve_model
-from lorapar_ray.processes import processes_of
 from lorapar_ray.progress import console, progress
 from lorapar_ray.runs import RunDirectory
 
@@ -75,7 +75,7 @@ def evaluate_together(members: Sequence[tuple[Config, RunDirectory]]) -> list[di
     if not parts:
         return notes
     config = parts[0].config
-    with needing("evaluate", processes_of(config, "evaluate")):
+    with needing("evaluate", STAGE.groups(config)):
         for part in parts:
             part.prepare()
         if config.adapter.method == "lora":

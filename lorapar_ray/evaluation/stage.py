@@ -10,7 +10,7 @@ from lorapar_ray.config import Config, EvaluateConfig
 from lorapar_ray.config.marks import Setting
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.task_inputs import files_read
-from lorapar_ray.resources import asked, each_of
+from lorapar_ray.processes import Processes
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.stages import Settings, Stage, model_files, settings_of
 
@@ -31,6 +31,11 @@ def reads(config: Config) -> Iterator[str]:
     """The student, data and task files, and what these name."""
     yield from model_files(config.model.path)
     yield from files_read(config.evaluate)
+
+
+def processes(config: Config) -> Iterator[Processes]:
+    """The engines that answer."""
+    yield Processes("engines", "engine", config.evaluate.engines, config.evaluate.resources)
 
 
 def check(config: Config) -> None:
@@ -63,6 +68,6 @@ STAGE = Stage(
     traces=("rejects/evaluate.parquet",),
     scratch=("work/evaluate",),
     reads=reads,
-    resources=lambda config: asked("evaluate", each_of(config.evaluate.engines, "engine", config.evaluate.resources)),
+    processes=processes,
     check=check,
 )

@@ -31,10 +31,10 @@ from lorapar_ray.grpo.rewards.judge import judging
 from lorapar_ray.grpo.rewards.registry import require_rewards
 from lorapar_ray.grpo.sampler import new_engine
 from lorapar_ray.grpo.shards import shard_count, too_few_shards
+from lorapar_ray.grpo.stage import STAGE
 from lorapar_ray.grpo.staying import staying_engines
 from lorapar_ray.grpo.worker import GrpoJob, learn_worker
 from lorapar_ray.mergeable import not_in_the_files, unmergeable
-from lorapar_ray.processes import processes_of
 from lorapar_ray.progress import console, progress, training_progress
 from lorapar_ray.room import Others
 from lorapar_ray.runs import RunDirectory
@@ -105,7 +105,7 @@ def _train(stage: Stage2) -> None:
     config, metrics = stage.config, stage.job.metrics
     _require_servable(sync_of(config.grpo), stage.job.base, Path(stage.job.adapter_in))
     with (
-        needing("grpo", processes_of(config, "grpo")),
+        needing("grpo", STAGE.groups(config)),
         progress("grpo", stage.job.steps, lambda: steps_done(metrics), [notices_of(metrics)]),
         judging(config, shard_count(config.grpo)) as judge,
     ):

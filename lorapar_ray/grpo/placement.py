@@ -19,7 +19,7 @@ from typing import Any
 
 from lorapar_ray.config import Config, GrpoConfig, Resources
 from lorapar_ray.errors import UserError
-from lorapar_ray.processes import processes_of
+from lorapar_ray.grpo.stage import STAGE
 from lorapar_ray.progress import console
 from lorapar_ray.workers import bundle
 
@@ -82,5 +82,5 @@ def empty_places(settings: GrpoConfig, free: int) -> int:
 def without_a_bundle(config: Config) -> tuple[tuple[int, Resources], ...]:
     """Reward workers, environment workers and judges, which ask Ray alone when they start (again): the number of each
     kind, and the resources of one."""
-    groups = processes_of(config, "grpo")
+    groups = STAGE.groups(config)
     return tuple(group for name, group in groups.items() if name not in ("rollout_actors", "learners"))

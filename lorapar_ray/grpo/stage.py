@@ -8,7 +8,7 @@ from typing import Any
 from lorapar_ray.config import Config
 from lorapar_ray.config.marks import deciding
 from lorapar_ray.gpus import without_auto
-from lorapar_ray.resources import asked, each_of, teacher
+from lorapar_ray.processes import Part, Processes, teachers
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.stages import Settings, Stage, before, model_files, order_until, settings_of
 from lorapar_ray.user_modules import user_modules
@@ -40,22 +40,17 @@ def reads(config: Config) -> Iterator[str]:
     yield from user_modules(*(reward.name for reward in config.grpo.rewards), config.grpo.environment, *own)
 
 
-def resources(config: Config) -> str:
-    """Engines, learners, reward workers and judges, all at the same time."""
+def processes(config: Config) -> Iterator[Part]:
+    """Engines, learners, reward workers and judges."""
     grpo = config.grpo
-    environments = (
-        [each_of(grpo.environment_workers, "environment worker", without_auto(grpo.environment_resources))]
-        if grpo.environment is not None
-        else []
-    )
-    return asked(
-        "grpo",
-        each_of(grpo.rollout_actors, "rollout engine", grpo.rollout_resources, grpo.max_rollout_actors),
-        each_of(grpo.learners, "learner", grpo.learner_resources, grpo.max_learners),
-        each_of(grpo.reward_workers, "reward worker", without_auto(grpo.reward_resources)),
-        *environments,
-        *map(teacher, config.judges),
-    )
+    engines = ("rollout_actors", "rollout engine", grpo.rollout_actors, grpo.rollout_resources)
+    yield Processes(*engines, grpo.max_rollout_actors)
+    yield Processes("learners", "learner", grpo.learners, grpo.learner_resources, grpo.max_learners)
+    yield Processes("reward_workers", "reward worker", grpo.reward_workers, without_auto(grpo.reward_resources))
+    if grpo.environment is not None:
+        environments = ("environment_workers", "environment worker", grpo.environment_workers)
+        yield Processes(*environments, without_auto(grpo.environment_resources))
+    yield from teachers(config.judges, "judge.")
 
 
 def check(config: Config) -> None:
@@ -111,7 +106,7 @@ STAGE = Stage(
     ),
     scratch=("work/grpo",),
     reads=reads,
-    resources=resources,
+    processes=processes,
     check=check,
     check_there=check_there,
 )

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorapar_ray.capacity import needing
 from lorapar_ray.config import Config
+from lorapar_ray.grpo.stage import STAGE
 from lorapar_ray.grpo.worker import learn_arms_worker
-from lorapar_ray.processes import processes_of
 from lorapar_ray.progress import progress
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.together import adapter_alone, require_one_base, stage_shape
@@ -90,7 +90,7 @@ def _train(stages: Sequence[Stage2]) -> None:
     jobs = [stage.job for stage in stages]
     steps, metrics = sum(job.steps for job in jobs), [job.metrics for job in jobs]
     with (
-        needing("grpo", processes_of(stages[0].config, "grpo")),
+        needing("grpo", STAGE.groups(stages[0].config)),
         progress(f"grpo × {len(jobs)}", steps, lambda: steps_done(*metrics), [*map(notices_of, metrics)]),
     ):
         run_learners(

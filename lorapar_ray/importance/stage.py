@@ -7,7 +7,7 @@ from typing import Any
 
 from lorapar_ray.config import Config
 from lorapar_ray.config.marks import Setting, deciding
-from lorapar_ray.resources import asked, group_of
+from lorapar_ray.processes import Processes, training_workers
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.stages import Settings, Stage, model_files, settings_of
 
@@ -56,6 +56,14 @@ def reads(config: Config) -> Iterator[str]:
         yield config.adapter.path
 
 
+def processes(config: Config) -> Iterator[Processes]:
+    """The workers that score; with nothing to score, the one that makes the adapter."""
+    if config.partitioned:
+        yield training_workers(config.score)
+    elif config.adapter.method == "lora":
+        yield Processes("workers", "worker", 1, config.score.resources)
+
+
 def check(config: Config) -> None:
     """The model's dtype has room for gradients."""
     from lorapar_ray.precision import require_trainable
@@ -80,6 +88,6 @@ STAGE = Stage(
     ),
     scratch=("work/score", "work/warmup"),
     reads=reads,
-    resources=lambda config: asked("score", group_of(config.score)),
+    processes=processes,
     uses_ray=lambda config: config.partitioned or config.adapter.method == "lora",
 )

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 
 from lorapar_ray.capacity import needing
 from lorapar_ray.config import Config
-from lorapar_ray.processes import HINTS, processes_of
+from lorapar_ray.labeling.stage import STAGE
 from lorapar_ray.progress import console
 from lorapar_ray.serve_apps import deployed, end, start_serve
 from lorapar_ray.text import markup
@@ -51,7 +51,7 @@ def room_for_teachers(config: Config) -> AbstractContextManager[None]:
     Raises:
         UserError: it cannot hold them.
     """
-    return needing("label", processes_of(config, "label"), HINTS["label"])
+    return needing("label", STAGE.groups(config), STAGE.lowered_by)
 
 
 def stop_teachers(config: Config) -> None:

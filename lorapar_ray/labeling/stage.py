@@ -7,7 +7,7 @@ from typing import Any
 
 from lorapar_ray.config import Config
 from lorapar_ray.gpus import without_auto
-from lorapar_ray.resources import asked, each_of, teacher
+from lorapar_ray.processes import Part, Processes, teachers
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.stages import Stage, model_files, settings_of
 from lorapar_ray.user_modules import user_modules
@@ -34,14 +34,13 @@ def reads(config: Config) -> Iterator[str]:
             yield from user_modules(each.model)
 
 
-def resources(config: Config) -> str:
+def processes(config: Config) -> Iterator[Part]:
     """Teachers, and the workers that ask them."""
     label = config.label
-    if not label.voted:
-        return ""
-    workers = each_of(label.workers, "asking worker", without_auto(label.resources))
-    in_flight = f"{label.workers * label.concurrency} questions in flight"
-    return asked("label", *map(teacher, label.teachers), workers, in_flight)
+    if label.voted:
+        yield from teachers(label.teachers)
+        yield Processes("workers", "asking worker", label.workers, without_auto(label.resources))
+        yield f"{label.workers * label.concurrency} questions in flight"
 
 
 OF_VOTES = (
@@ -81,6 +80,7 @@ STAGE = Stage(
     traces=("rejects/prepare.parquet", "rejects/label.parquet"),
     scratch=("work/label",),
     reads=reads,
-    resources=resources,
+    processes=processes,
+    lowered_by="label.teachers",
     uses_ray=lambda config: config.label.voted,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lorapar_ray.config import Config
-from lorapar_ray.resources import asked, group_of
+from lorapar_ray.processes import training_workers
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.stages import Stage, before, model_files, order_until, settings_of
 
@@ -40,6 +40,6 @@ STAGE = Stage(
     ),
     scratch=("work/sft",),
     reads=lambda config: model_files(config.model.path),
-    resources=lambda config: asked("sft", group_of(config.sft)),
+    processes=lambda config: [training_workers(config.sft)],
     check=check,
 )

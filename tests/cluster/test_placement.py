@@ -13,7 +13,7 @@ from lorapar_ray.config import Config, EngineConfig
 from lorapar_ray.engines.actor import EngineActor, start_engine
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.placement import reserved
-from lorapar_ray.processes import processes_of
+from lorapar_ray.grpo.stage import STAGE
 from tests import local_ray
 
 pytestmark = pytest.mark.cluster
@@ -56,7 +56,7 @@ def config(engines: int, gpus: float, learners: int = 1, learner_gpus: float = 0
 
 
 def room_for(tree: Config) -> AbstractContextManager[None]:
-    return needing("grpo", processes_of(tree, "grpo"))
+    return needing("grpo", STAGE.groups(tree))
 
 
 def engine(tree: Config, place: Any) -> Any:

@@ -11,7 +11,6 @@ from lorapar_ray.gpus import place, sync_of
 from lorapar_ray.grpo.placement import empty_places, without_a_bundle
 from lorapar_ray.labeling.serving import applications
 from lorapar_ray.pipeline import PIPELINE
-from lorapar_ray.processes import processes_of
 from lorapar_ray.workers import hidden_gpus
 
 TEACHERS = [{"name": name, "model": "m"} for name in ("a", "b", "c")]
@@ -39,7 +38,7 @@ def test_teachers_share_what_there_is(gpus: int, share: float) -> None:
 def test_a_teacher_with_the_engine_of_another_takes_nothing() -> None:
     placed = place(config(label=shared(replicas=5)), "label", 2)
     assert [teacher.resources.gpus for teacher in placed.label.teachers] == [1, 0, 1]
-    assert set(processes_of(placed, "label")) == {"a", "c", "workers"}
+    assert set(PIPELINE["label"].groups(placed)) == {"a", "c", "workers"}
     assert applications(placed) == {"a": "lorapar-x-a", "c": "lorapar-x-c"}
     judges = config(label=shared(), grpo={"rewards": [{"name": "judge"}], "judge": {"teachers": ["b"]}}).judges
     assert [(judge.name, judge.has_engine) for judge in judges] == [("b", True)]
