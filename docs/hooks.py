@@ -20,8 +20,7 @@ from pydantic_core import PydanticUndefined
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lorapar_ray.config import Config, Section  # noqa: E402
-from lorapar_ray.config import base as types_of_config  # noqa: E402
+from lorapar_ray.config import Config, Section, base, ranges  # noqa: E402
 from lorapar_ray.config.marks import Mark, mark_of  # noqa: E402
 
 LINK = re.compile(r"\[([^\]\[]+)\]\(((?:\.\./)+[^)\s]+)\)")
@@ -163,10 +162,11 @@ def _counts(mark: Mark) -> str:
 
 def _types() -> Iterator[str]:
     """The names in the tables above that stand for a range of values."""
-    source = ast.parse(inspect.getsource(types_of_config))
-    for statement, after in zip(source.body, [*source.body[1:], None], strict=True):
+    body = [each for module in (base, ranges) for each in ast.parse(inspect.getsource(module)).body]
+    for statement, after in zip(body, [*body[1:], None], strict=True):
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
             name, value = statement.targets[0].id, statement.value
             if name[0].isupper() and not name.isupper() and isinstance(value, ast.Subscript):
                 text = ast.unparse(value).replace("|", "\\|")
-                yield f"| `{name}` | `{text}` {_text(after)} |\n"
+                meaning = _text(after).replace("\n", " ")
+                yield f"| `{name}` | `{text}` {meaning} |\n"

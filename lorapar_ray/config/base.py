@@ -49,27 +49,6 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
-def require_range(name: str, fewest: int, most: int | None) -> None:
-    """Check the field `max_<name>` against `<name>`.
-
-    Raises:
-        ValueError: it is the smaller one.
-    """
-    if most is not None and most < fewest:
-        raise ValueError(f"max_{name}: {most} is below {name} ({fewest})")
-
-
-def require_group_range(name: str, fewest: int, most: int | None, sharding: str) -> None:
-    """Check `<name>`, the number of workers of a training group, and `max_<name>`.
-
-    Raises:
-        ValueError: the range is empty, or the base is cut by node, which needs as many workers on each node.
-    """
-    require_range(name, fewest, most)
-    if most is not None and sharding == "hsdp":
-        raise ValueError(f"max_{name}: hsdp needs as many {name} on each node; set sharding: fsdp2, or no max_{name}")
-
-
 def names_in(text: str, field: str) -> set[str]:
     """The `{names}` in a template.
 

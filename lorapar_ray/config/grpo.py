@@ -19,12 +19,11 @@ from lorapar_ray.config.base import (
     System,
     Tracker,
     names_in,
-    require_group_range,
     require_last_words,
-    require_range,
 )
 from lorapar_ray.config.engine import EngineConfig, Resources, require_gpu_for_each_rank
 from lorapar_ray.config.marks import Operation, Result, result_but_not
+from lorapar_ray.config.ranges import NumberOrRange, Ranged, require_no_range_by_node
 from lorapar_ray.config.sandbox import SandboxConfig
 
 JUDGE = "judge"
@@ -76,7 +75,7 @@ class JudgeConfig(Section):
         return self
 
 
-class GrpoConfig(Section):
+class GrpoConfig(Ranged):
     """Stage 2: GRPO of the System 2 region on System 2 prompts, starting from stage 1's adapter."""
 
     systems: Result[Annotated[Distinct[System], Field(min_length=1)]] = [2]
@@ -215,14 +214,14 @@ class GrpoConfig(Section):
     """Largest mean absolute log-probability gap (nats) between learner and engine on the canary tokens. `auto`: eight
     times the gap on the base without an adapter, measured before a policy is served, and at least the rounding of
     `dtype`."""
-    rollout_actors: Operation[PositiveInt] = 1
-    """Rollout engines; with `max_rollout_actors` the fewest."""
+    rollout_actors: Operation[NumberOrRange] = 1
+    """Rollout engines. A range, `[1, 8]`: as many as the cluster has room for. An engine joins when there is a node for
+    it, and when its node is lost the others take over its samples."""
     max_rollout_actors: Operation[PositiveInt | None] = None
-    """Use as many engines as the cluster has room for, up to this number. An engine joins when there is a node for it,
-    and when its node is lost the others take over its samples. None: always `rollout_actors`."""
+    """The most engines, where `rollout_actors` is not a list: an older spelling of a range."""
     rollout_shards: Operation[PositiveInt | Literal["auto"]] = "auto"
     """Processes that send requests to engines and reward workers, each with its part of them. `auto`: one for every 64
-    engines (`max_rollout_actors`), if there are as many reward workers; else the stage says what limits it."""
+    engines (the most of a range), if there are as many reward workers; else the stage says what limits it."""
     rollout_time_limit_s: Operation[PositiveFloat] = 900.0
     """Time limit for an engine's heartbeat, and for loading and checking a policy. An engine that exceeds it is
     replaced. The time of its groups does not count."""
@@ -231,18 +230,18 @@ class GrpoConfig(Section):
     together, each with its own prompts, rewards and steps: on one frozen base, with engines that serve each run's
     policy as a LoRA adapter (`sync: adapter`). Each ends as it does alone, except for rounding. 1: one run after the
     other, which was faster on a CPU (see `jobs/benchmarks/arms.py`)."""
-    learners: Operation[PositiveInt] = 1
-    """Training workers that share each step's samples; with `max_learners` the fewest."""
+    learners: Operation[NumberOrRange] = 1
+    """Training workers that share each step's samples. A range, `[1, 4]`: as many as the cluster has room for beside
+    the engines. Room in which each reward worker, environment worker and judge could start again stays free. When nodes
+    come or go, more or fewer learners resume from the last checkpoint; the fewest engines stay. The learners of a range
+    share no GPU with engines: if `gpus: auto` finds too few GPUs for that, there are always the fewest."""
     max_learners: Operation[PositiveInt | None] = None
-    """Use as many learners as the cluster has room for beside the engines, up to this number. Room in which each reward
-    worker, environment worker and judge could start again stays free. When nodes come or go, more or fewer learners
-    resume from the last checkpoint; the engines of the minimum stay. The learners of a range share no GPU with engines:
-    if `gpus: auto` finds too few GPUs for that, there are always `learners`. None: always `learners`."""
+    """The most learners, where `learners` is not a list: an older spelling of a range."""
     sequence_parallel: Operation[PositiveInt] = 1
     """Learners that share each sequence, for contexts longer than one device's memory: each holds the activations of
-    1 / `sequence_parallel` of the tokens. It must divide `learners`, `max_learners` and the model's attention heads.
-    Consecutive learners share a sequence, so keep it within the GPUs of a node: they exchange data in every layer. See
-    `lorapar_ray/sequence_parallel.py`."""
+    1 / `sequence_parallel` of the tokens. It must divide `learners` (both numbers of a range) and the model's attention
+    heads. Consecutive learners share a sequence, so keep it within the GPUs of a node: they exchange data in every
+    layer. See `lorapar_ray/sequence_parallel.py`."""
     sharding: Operation[Literal["none", "fsdp2", "hsdp"]] = "none"
     """Cut the frozen base, if it does not fit one device: `fsdp2` over all learners, `hsdp` over those of each node."""
     report_to: Operation[Distinct[Tracker]] = []
@@ -361,21 +360,21 @@ class GrpoConfig(Section):
 
     @model_validator(mode="after")
     def _sequences_are_shared_evenly(self) -> GrpoConfig:
-        for field, number in (("learners", self.learners), ("max_learners", self.most_learners)):
+        for number in (self.learners, self.most_learners):
             if number % self.sequence_parallel:
                 raise ValueError(
                     f"sequence_parallel: {number} learners cannot be divided into groups of "
-                    f"{self.sequence_parallel}; set grpo.{field} to a multiple of it"
+                    f"{self.sequence_parallel}; set grpo.learners to a multiple of it, or both numbers of a range"
                 )
         return self
 
     @model_validator(mode="after")
-    def _learners_are_a_range(self) -> GrpoConfig:
-        require_group_range("learners", self.learners, self.max_learners, self.sharding)
+    def _learners_of_a_range_fit(self) -> GrpoConfig:
+        require_no_range_by_node("learners", self.max_learners, self.sharding)
         if self.max_learners is not None and 0 < self.learner_resources.gpu_count < 1:
             raise ValueError(
-                f"max_learners: learners of a range share no GPU; set learner_resources.gpus to 1, not "
-                f"{self.learner_resources.gpu_count:g}, or no max_learners"
+                f"learners: those of a range share no GPU; set learner_resources.gpus to 1, not "
+                f"{self.learner_resources.gpu_count:g}, or one number of learners"
             )
         return self
 
@@ -383,11 +382,6 @@ class GrpoConfig(Section):
     def most_learners(self) -> int:
         """Learners if there is room for all."""
         return self.learners if self.max_learners is None else self.max_learners
-
-    @model_validator(mode="after")
-    def _engines_are_a_range(self) -> GrpoConfig:
-        require_range("rollout_actors", self.rollout_actors, self.max_rollout_actors)
-        return self
 
     @property
     def extra_rollout_actors(self) -> int:

@@ -17,10 +17,10 @@ from lorapar_ray.config.base import (
     Word,
     names_in,
     require_last_words,
-    require_range,
 )
 from lorapar_ray.config.engine import EngineConfig, Resources, require_gpu_for_each_rank
 from lorapar_ray.config.marks import Operation, Result
+from lorapar_ray.config.ranges import NumberOrRange, Ranged
 
 
 def _is_address(url: str) -> bool:
@@ -31,7 +31,7 @@ def _is_address(url: str) -> bool:
         return False
 
 
-class TeacherConfig(Section):
+class TeacherConfig(Ranged):
     """One voter: hosted here on Ray Serve, a remote OpenAI-compatible endpoint, or the user's Python class."""
 
     name: Result[Word]
@@ -50,10 +50,10 @@ class TeacherConfig(Section):
     that differ in their prompt then need one engine. This one's resources and replicas are not used."""
     resources: Operation[Resources] = Resources()
     """Resources of one replica. `gpus` below 1 shares a GPU; with `engine.tensor_parallel` N set it to N."""
-    replicas: Operation[PositiveInt] = 1
-    """Engines that serve this teacher in parallel."""
+    replicas: Operation[NumberOrRange] = 1
+    """Engines that serve this teacher in parallel. A range, `[1, 4]`: as many as its requests need (autoscaling)."""
     max_replicas: Operation[PositiveInt | None] = None
-    """Autoscale between `replicas` and this; None keeps `replicas`."""
+    """The most replicas, where `replicas` is not a list: an older spelling of a range."""
     max_ongoing_requests: Operation[PositiveInt | None] = None
     """In-flight cap per replica: large enough to keep the engine's batch full, small enough for backpressure. None: 1.5
     × `engine.max_num_seqs`, so that the next batch waits at the engine and not on another node."""
@@ -97,7 +97,6 @@ class TeacherConfig(Section):
             raise ValueError("base_url: write it as https://host/v1")
         if self.engine_of is not None and self.kind != "serve":
             raise ValueError(f"engine_of: kind {self.kind} has no engine; remove it")
-        require_range("replicas", self.replicas, self.max_replicas)
         require_gpu_for_each_rank("resources", self.resources, "engine", self.engine)
         return self
 

@@ -6,12 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lorapar_ray.config.base import Fraction, PositiveInt, Section, require_group_range
+from lorapar_ray.config.base import Fraction, PositiveInt, Section
 from lorapar_ray.config.engine import Resources
 from lorapar_ray.config.marks import Operation, Result
+from lorapar_ray.config.ranges import NumberOrRange, Ranged, require_no_range_by_node
 
 
-class ScoreConfig(Section):
+class ScoreConfig(Ranged):
     """Stage `score`: importance of every LoRA element for each System (paper, section 3.2)."""
 
     criterion: Result[Literal["taylor2", "taylor1", "fisher", "magnitude", "random"]] = "taylor2"
@@ -34,19 +35,19 @@ class ScoreConfig(Section):
     """Longest example, in tokens; a longer response is cut."""
     gradient_checkpointing: Operation[bool] = False
     """Recompute activations in the backward pass: less memory, more time."""
-    workers: Operation[PositiveInt] = 1
-    """Training workers that share the examples; with `max_workers` the fewest."""
+    workers: Operation[NumberOrRange] = 1
+    """Training workers that share the examples. A range, `[1, 8]`: as many as the cluster has room for; when nodes come
+    or go, the stage resumes from its last checkpoint with more or fewer workers."""
     max_workers: Operation[PositiveInt | None] = None
-    """Use as many workers as the cluster has room for, up to this number. When nodes come or go, the stage resumes
-    from its last checkpoint with more or fewer workers. None: always `workers`."""
+    """The most workers, where `workers` is not a list: an older spelling of a range."""
     sharding: Operation[Literal["none", "fsdp2", "hsdp"]] = "none"
     """Cut the frozen base, if it does not fit one device: `fsdp2` over all workers, `hsdp` over those of each node."""
     resources: Operation[Resources] = Resources()
     """Resources of one worker."""
 
     @model_validator(mode="after")
-    def _workers_are_a_range(self) -> ScoreConfig:
-        require_group_range("workers", self.workers, self.max_workers, self.sharding)
+    def _workers_fit_sharding(self) -> ScoreConfig:
+        require_no_range_by_node("workers", self.max_workers, self.sharding)
         return self
 
 

@@ -13,17 +13,16 @@ from lorapar_ray.config.base import (
     NonNegative,
     PositiveFloat,
     PositiveInt,
-    Section,
     System,
     Tracker,
-    require_group_range,
 )
 from lorapar_ray.config.engine import Resources
 from lorapar_ray.config.marks import Operation, Result
 from lorapar_ray.config.model import AdapterConfig
+from lorapar_ray.config.ranges import NumberOrRange, Ranged, require_no_range_by_node
 
 
-class SftConfig(Section):
+class SftConfig(Ranged):
     """Stage 1: supervised fine-tuning of the System 1 region on System 1 rows."""
 
     systems: Result[Annotated[Distinct[System], Field(min_length=1)]] = [1]
@@ -86,11 +85,11 @@ class SftConfig(Section):
     """In a grid (`lorapar ablate`): the number of runs with equal base, rank, targets and batches that train together
     on one frozen base, each with its own rows and steps. Each ends as it does alone, except for rounding and dropout
     masks. Each needs memory for its activations. 1: one run after the other."""
-    workers: Operation[PositiveInt] = 1
-    """Training workers that share each step's examples; with `max_workers` the fewest."""
+    workers: Operation[NumberOrRange] = 1
+    """Training workers that share each step's examples. A range, `[1, 8]`: as many as the cluster has room for; when
+    nodes come or go, the stage resumes from its last checkpoint with more or fewer workers."""
     max_workers: Operation[PositiveInt | None] = None
-    """Use as many workers as the cluster has room for, up to this number. When nodes come or go, the stage resumes
-    from its last checkpoint with more or fewer workers. None: always `workers`."""
+    """The most workers, where `workers` is not a list: an older spelling of a range."""
     sharding: Operation[Literal["none", "fsdp2", "hsdp"]] = "none"
     """Cut the frozen base, if it does not fit one device: `fsdp2` over all workers, `hsdp` over those of each node."""
     resources: Operation[Resources] = Resources()
@@ -119,8 +118,8 @@ class SftConfig(Section):
         return self.model_copy(update=settings)
 
     @model_validator(mode="after")
-    def _workers_are_a_range(self) -> SftConfig:
-        require_group_range("workers", self.workers, self.max_workers, self.sharding)
+    def _workers_fit_sharding(self) -> SftConfig:
+        require_no_range_by_node("workers", self.max_workers, self.sharding)
         return self
 
     @model_validator(mode="after")

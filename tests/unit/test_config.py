@@ -121,11 +121,14 @@ TEACHER = {"name": "t", "model": "m/m"}
         ({"score": {"workers": 3, "max_workers": 2}}, "max_workers"),
         ({"grpo": {"rollout_actors": 3, "max_rollout_actors": 2}}, "max_rollout_actors"),
         ({"grpo": {"learners": 3, "sequence_parallel": 2}}, "3 learners cannot be divided into groups of 2"),
-        ({"sft": {"max_workers": 2, "sharding": "hsdp"}}, "max_workers"),
+        ({"sft": {"max_workers": 2, "sharding": "hsdp"}}, "workers: hsdp needs as many workers on each node"),
         ({"grpo": {"learners": 3, "max_learners": 2}}, "max_learners: 2 is below learners (3)"),
-        ({"grpo": {"max_learners": 2, "sharding": "hsdp"}}, "max_learners: hsdp needs as many learners on each node"),
-        ({"grpo": {"learners": 2, "max_learners": 5, "sequence_parallel": 2}}, "set grpo.max_learners to a multiple"),
-        ({"grpo": {"max_learners": 2, "learner_resources": {"gpus": 0.4}}}, "max_learners: learners of a range share"),
+        ({"grpo": {"learners": [1, 2], "sharding": "hsdp"}}, "learners: hsdp needs as many learners on each node"),
+        (
+            {"grpo": {"learners": 2, "max_learners": 5, "sequence_parallel": 2}},
+            "5 learners cannot be divided into groups of 2",
+        ),
+        ({"grpo": {"learners": [1, 2], "learner_resources": {"gpus": 0.4}}}, "learners: those of a range share no GPU"),
     ],
 )
 def test_impossible_configs_are_refused(changes: dict[str, Any], culprit: str) -> None:
@@ -222,3 +225,68 @@ def test_a_message_repeats_no_value_that_may_hold_a_key(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         loaded(tmp_path, f"label: {{strategy: vote, teachers: [{teacher}]}}\n")
     assert "base_url" in str(error.value) and "s3cret" not in str(error.value)
+
+
+RANGES = {
+    "label.teachers.0.replicas": "label.teachers.0.max_replicas",
+    "score.workers": "score.max_workers",
+    "sft.workers": "sft.max_workers",
+    "grpo.learners": "grpo.max_learners",
+    "grpo.rollout_actors": "grpo.max_rollout_actors",
+}
+"""By each field that may be a range, the field in which a resolved config has the most."""
+TAUGHT = "label: {strategy: vote, teachers: [{name: t, model: o/n}]}\n"
+
+
+def at(config: Config, path: str) -> Any:
+    value: Any = config.model_dump(mode="json")
+    for part in path.split("."):
+        value = value[int(part) if part.isdecimal() else part]
+    return value
+
+
+@pytest.mark.parametrize("field", RANGES)
+def test_a_range_is_a_list_of_the_fewest_and_the_most(field: str, tmp_path: Path) -> None:
+    most = RANGES[field]
+    config = loaded(tmp_path, TAUGHT, f"{field}=[2, 6]")
+    assert (at(config, field), at(config, most)) == (2, 6)
+    assert loaded(tmp_path, TAUGHT, f"{field}=2", f"{most}=6") == config == loaded(tmp_path, TAUGHT, f"{field}=[2,6]")
+    assert loaded(tmp_path, TAUGHT, f"{field}=[2, 6]", f"{most}=6") == config
+    assert loaded(tmp_path, TAUGHT, f"{field}=[2, 6]", f"{most}=null") == config
+    assert at(loaded(tmp_path, TAUGHT, f"{field}=3"), most) is None
+    assert at(loaded(tmp_path, TAUGHT, f"{field}=[2, 2]"), most) == 2
+    (tmp_path / "resolved.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "resolved.yaml") == config
+    (tmp_path / "resolved.yaml").write_text(loaded(tmp_path, TAUGHT).to_yaml())
+    assert load_config(tmp_path / "resolved.yaml", [f"{field}=[2, 6]"]) == config
+
+
+@pytest.mark.parametrize("field", RANGES)
+@pytest.mark.parametrize("value", ["[3, 1]", "[0, 2]", "[1]", "[1, 2, 3]", "[1, x]", "[]", "[1, null]", "[[1], 2]"])
+def test_any_other_list_is_refused_in_one_line_that_names_the_field(field: str, value: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        loaded(tmp_path, TAUGHT, f"{field}={value}")
+    said = f"field '{field}': a range is [fewest, most]: two whole numbers, 1 or more, the smaller one first, got ["
+    assert said in str(error.value) and "more)" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("field", RANGES)
+def test_a_range_and_another_most_are_refused_in_one_line(field: str, tmp_path: Path) -> None:
+    name = field.rpartition(".")[2]
+    with pytest.raises(UserError) as error:
+        loaded(tmp_path, TAUGHT, f"{field}=[2, 6]", f"{RANGES[field]}=4")
+    assert f"max_{name}: 4 contradicts {name}: [2, 6]" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_schema_has_both_forms_of_a_range() -> None:
+    definitions = Config.model_json_schema()["$defs"]
+    for section, fields in {
+        "TeacherConfig": ["replicas"],
+        "ScoreConfig": ["workers"],
+        "SftConfig": ["workers"],
+        "GrpoConfig": ["learners", "rollout_actors"],
+    }.items():
+        for field in fields:
+            number, pair = definitions[section]["properties"][field]["anyOf"]
+            assert number["type"] == "integer" and number["minimum"] == 1
+            assert pair["items"] == number and (pair["minItems"], pair["maxItems"]) == (2, 2)
