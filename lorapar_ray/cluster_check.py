@@ -26,6 +26,7 @@ from lorapar_ray.pipeline import PIPELINE, stages_of
 from lorapar_ray.storage.probe import Probe
 from lorapar_ray.storage.uris import is_uri
 from lorapar_ray.text import REASON_LENGTH, final_line
+from lorapar_ray.tracker_check import remote_trackers, require_keys
 from lorapar_ray.versions import installed_versions
 
 ANSWER_LIMIT_S = 120
@@ -56,7 +57,7 @@ def examine_cluster(config: Config | None, run_dir: str | None) -> list[Finding]
     """Ask every node of the cluster that this process is connected to.
 
     Args:
-        config: also checks its models, adapter, keys and what its stages ask for; None: only the nodes.
+        config: also checks its models, adapter, keys, trackers and what its stages ask for; None: only the nodes.
         run_dir: also checks that every node reaches it, and sees the other nodes' files.
     """
     import ray
@@ -75,7 +76,7 @@ def examine_cluster(config: Config | None, run_dir: str | None) -> list[Finding]
             found.append(_storage(nodes, reports, probe))
         if config is not None:
             with growing(config.cluster):
-                found += [_models_found(nodes, reports), _keys(config), _room(config, capacity())]
+                found += [_models_found(nodes, reports), _keys(config), _trackers(config), _room(config, capacity())]
         return found
     except UserError as error:
         return [Finding("storage", False, str(error))]
@@ -230,6 +231,19 @@ def _keys(config: Config) -> Finding:
             return Finding("secrets", False, f"{error} where the head node's Ray starts, since jobs run there")
     wanted = sorted({each.api_key_env for each in config.label.teachers if each.api_key_env})
     return Finding("secrets", True, f"{', '.join(wanted)} set" if wanted else "the config names none")
+
+
+def _trackers(config: Config) -> Finding:
+    """Whether the trackers of every stage have their keys on the nodes, whose environment the workers get."""
+    remote: set[str] = set()
+    for stage in stages_of(config):
+        remote.update(remote_trackers(config, stage)[0])
+        try:
+            require_keys(config, stage)
+        except UserError as error:
+            return Finding("trackers", False, str(error))
+    said = f"{', '.join(sorted(remote))} have what they need on every node that may train"
+    return Finding("trackers", True, said if remote else "the config names none that needs a key")
 
 
 def _room(config: Config, has: Capacity) -> Finding:

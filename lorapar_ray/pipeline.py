@@ -49,10 +49,10 @@ def check(config: Config, stages: Sequence[str], redo: Collection[str] = ()) -> 
 
 
 def check_there(config: Config, stages: Sequence[str]) -> None:
-    """The checks that need the student, on a worker; Ray runs.
+    """The checks that need the student or the nodes' environment; Ray runs.
 
     Raises:
-        UserError: one of `stages` cannot work with this student.
+        UserError: one of `stages` cannot work with this student, or lacks a tracker's key.
     """
     for name in stages:
         PIPELINE[name].check_there(config)

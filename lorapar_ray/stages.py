@@ -61,7 +61,7 @@ class Stage:
     check: Callable[[Config], None] = _nothing
     """Finds errors that would stop the stage late; raises UserError."""
     check_there: Callable[[Config], None] = _nothing
-    """The same on a worker, once Ray runs: of the student, which the driver need not have."""
+    """The same on the nodes, once Ray runs: of the student, which the driver need not have, and of keys."""
     is_view: bool = False
     """It only shows what the run holds: it may be written again at any time, without `--redo`."""
 

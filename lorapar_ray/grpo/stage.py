@@ -67,10 +67,12 @@ def check(config: Config) -> None:
 
 
 def check_there(config: Config) -> None:
-    """Check on a worker that learners can share the student's sequences, if they are to."""
+    """Check that trackers have their keys, and that learners can share the student's sequences, if they are to."""
     from lorapar_ray.models import model_reference
+    from lorapar_ray.tracker_check import require_keys
     from lorapar_ray.workers import on_a_worker
 
+    require_keys(config, "grpo")
     if config.grpo.sequence_parallel > 1:
         model = config.model
         on_a_worker(

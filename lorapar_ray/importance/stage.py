@@ -72,6 +72,13 @@ def check(config: Config) -> None:
         require_trainable(config.model.dtype)
 
 
+def check_there(config: Config) -> None:
+    """Trackers of the warm-up have their keys where the workers run."""
+    from lorapar_ray.tracker_check import require_keys
+
+    require_keys(config, "score")
+
+
 STAGE = Stage(
     name="score",
     help="Make the adapter and score each of its elements for every System.",
@@ -80,6 +87,7 @@ STAGE = Stage(
     unused=lambda config: () if config.partitioned else ("score",),
     run=run,
     check=check,
+    check_there=check_there,
     outputs=("adapter", "scores"),
     traces=(
         *("rejects/score.parquet", "rejects/warmup.parquet"),

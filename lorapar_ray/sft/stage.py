@@ -26,6 +26,13 @@ def check(config: Config) -> None:
     require_trackers(config.sft.report_to, "sft.report_to")
 
 
+def check_there(config: Config) -> None:
+    """Trackers have their keys where the workers run."""
+    from lorapar_ray.tracker_check import require_keys
+
+    require_keys(config, "sft")
+
+
 STAGE = Stage(
     name="sft",
     help="Stage 1: masked SFT on System 1 rows.",
@@ -42,4 +49,5 @@ STAGE = Stage(
     reads=lambda config: model_files(config.model.path),
     processes=lambda config: [training_workers(config.sft)],
     check=check,
+    check_there=check_there,
 )

@@ -1,6 +1,7 @@
 """Work that runs once, as a task on some machine: a process that is lost is replaced, but not without end."""
 
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -65,6 +66,31 @@ def test_the_driver_needs_no_student_to_check_a_run(
     check(loaded, ("grpo",))
     with pytest.raises(UserError, match=r"3 learners cannot divide the model's \d attention heads"):
         check_there(loaded, ("sft", "grpo"))
+
+
+def test_trackers_are_looked_for_where_the_workers_run(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process W&B is installed and has a key; on the node, whose Ray started without, it is not."""
+    monkeypatch.setattr("lorapar_ray.tracking.find_spec", lambda name: object())
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    plain = tiny_config(tmp_path)
+    address = ray.nodes()[0]["NodeManagerAddress"]
+    lack = f"wandb is not installed; pip install wandb where Ray starts on {address}; or remove wandb from the list"
+
+    def config_of(**parts: dict[str, Any]) -> Config:
+        return Config.model_validate(plain | {name: plain[name] | part for name, part in parts.items()})
+
+    for stage in ("sft", "grpo"):
+        loaded = config_of(**{stage: {"report_to": ["tensorboard", "wandb"]}})
+        check(loaded, ("score", "sft", "grpo"))
+        with pytest.raises(UserError, match=f"^{re.escape(f'{stage}.report_to: {lack}')}$"):
+            check_there(loaded, ("score", "sft", "grpo"))
+        found = examine_cluster(loaded, None)
+        assert [each.detail for each in found if each.what == "trackers"] == [f"{stage}.report_to: {lack}"]
+    far = {"learner_resources": {"nodes": {"group": "elsewhere"}}, "report_to": ["wandb"]}
+    check_there(config_of(grpo=far), ("score", "sft", "grpo"))  # no node that it may come to has joined yet
+    check_there(config_of(sft={"report_to": ["tensorboard"]}), ("score", "sft", "grpo"))
 
 
 def test_a_node_that_cannot_report_says_why(cluster: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
