@@ -41,8 +41,14 @@ def test_a_server_whose_engine_loses_its_machine(far: FarRun, sent: Sent, chance
     wait_until("it serves", serves, 300)
     answers = asks(f"http://{head.address}:{PORT}/v1", chance.randrange(100))
     undisturbed = answers()
+
+    def lose_engines() -> None:
+        """An engine answers for some seconds after its node's end: until the whole machine is gone."""
+        cluster.kill_raylet("engines")
+        wait_until("the machine is lost", lambda: len(cluster.restarts) > restarts)
+
     with recovery("serve", NODE):
-        assert meanwhile(answers, lambda: cluster.kill_raylet("engines")) == undisturbed
+        assert meanwhile(answers, lose_engines) == undisturbed
         assert answers() == undisturbed
     assert cluster.restarts[restarts:] == ["engines"]
     with recovery("serve", CUT):
