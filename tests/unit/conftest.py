@@ -1,6 +1,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -8,7 +9,19 @@ from lorapar_ray.storage.objects import Objects
 from lorapar_ray.storage.uris import Uri
 from tests.object_store import BUCKET, SCHEMES, object_store
 
+if TYPE_CHECKING:
+    from tests.unit.faked_run import Cli
+
 Environment = dict[str, str]
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Cli":
+    from tests.unit.faked_run import Cli
+    from tests.unit.faked_stages import use_fakes
+
+    use_fakes(monkeypatch)
+    return Cli(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from lorapar_ray.grpo.rewards.calling import call
 from lorapar_ray.grpo.rewards.registry import get_reward
 from lorapar_ray.runs import RunDirectory
 from tests.tiny_run import ROOT, save_tiny_student
-from tests.unit.test_environments import Engine, played
+from tests.unit.faked_engine import Engine, played
 
 FILE = re.compile(r'```\w+ title="([^"]+)"\n(.*?)```', re.DOTALL)
 

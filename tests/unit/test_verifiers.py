@@ -8,7 +8,7 @@ from typing import Any
 
 from lorapar_ray.grpo.environments.from_verifiers import from_verifiers, load, rows, tool_calls
 from lorapar_ray.grpo.environments.trajectory import Limits
-from tests.unit.test_environments import Engine, encoder, plain, played
+from tests.unit.faked_engine import Engine, encoder, plain, played
 
 LONG = Limits(prompt=512, completion=512, vocabulary=49152)
 
