@@ -158,9 +158,8 @@ def test_kill_9_on_the_driver_costs_only_the_blocks_in_flight(
     assert again.stderr == "", "Ray has no line in a good run's output"
     assert complete(run)
     twice = sum(count - 1 for count in noted(log).values())
-    assert twice <= asked - kept + 2, (
-        f"{twice} asked for again, though only {asked - kept} were not stored"
-    )  # 2: there?
+    checks = 2  # each command first asks each of the two teachers one question, to know whether it answers
+    assert twice <= asked - kept + checks, f"{twice} asked for again, though only {asked - kept} were not stored"
     assert "votes asked for" in again.stdout
     assert before and before.items() <= noted(log).items(), "a stored vote was asked for again"
     ends_as_its_twin("label", run.root, undisturbed.root)
@@ -199,7 +198,9 @@ def test_kill_9_on_an_asking_worker_in_mid_run(
         summary = labelled(config, run)
     assert len(workers()) == 2, "no worker was replaced"
     assert complete(run) and summary["votes"] == 2 * ROWS
-    assert sum(count - 1 for count in noted(log).values()) <= 2 * 8 * 6 + 2  # at most the worker's queue
+    teachers, rows_per_block, blocks_in_flight = 2, 8, 6
+    queue = teachers * rows_per_block * blocks_in_flight  # what the killed worker may have asked for in vain
+    assert sum(count - 1 for count in noted(log).values()) <= queue
     assert before and before.items() <= noted(log).items(), "a stored vote was asked for again"
     ends_as_its_twin("label", run.root, undisturbed.root)
 
