@@ -2,7 +2,12 @@
 
 Text columns: `id`, `prompt`, `response` (stage 1 trains on it), `answer` (rewards and evaluation compare with it),
 `task` and `difficulty` (the source's own words, never trained on; charts group by `task`). `messages` is a list of
-{role, content}. `columns` has Arrow's JSON type: records of one source need not have the same columns or types.
+{role, content}. `columns` holds the record's columns as JSON, in Parquet's own type for it.
+
+Why JSON: rewards and environments must get the very values of the record, and Arrow's columns and structs change them.
+A column has one type in a file, so 1 beside 2.5 becomes 1.0, and 1 beside "x" is refused. A struct has the same fields
+in each row, so a missing key comes back as None. Integers end at 64 bits, an empty object cannot be written, and
+Parquet has no unions.
 """
 
 from __future__ import annotations

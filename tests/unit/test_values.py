@@ -106,6 +106,27 @@ def test_numbers_are_written_without_exponent(tmp_path: Path, number: float, tex
     assert json.loads(rows[0]["columns"]) == {"answer": number}  # a reward gets it unchanged
 
 
+def test_a_records_columns_keep_their_values_and_types_beside_other_records(tmp_path: Path) -> None:
+    values: list[Any] = [
+        1,
+        2.5,
+        1.0,
+        "x",
+        True,
+        None,
+        10**30,
+        [1, "x", [None]],
+        {},
+        {"a": {"b": 1}},
+        {"a": {"c": None}},
+    ]
+    columns = [{"answer": "1", "value": value} for value in values] + [{"answer": "1"}]
+    rows, _ = prepared(
+        tmp_path, write(tmp_path / "rows.jsonl", *({"prompt": f"q{at}", **each} for at, each in enumerate(columns)))
+    )
+    assert [repr(json.loads(row["columns"])) for row in rows] == [repr(each) for each in columns]
+
+
 def test_rows_that_no_file_can_hold_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorapar_ray.datasets.records.MAX_CHARACTERS", 1000)
     records = [{"prompt": "half \ud83d", "answer": "1"}, {"prompt": "x" * 5000, "answer": "1"}]
