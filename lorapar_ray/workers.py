@@ -152,7 +152,7 @@ def on_a_worker(
 
     Args:
         function: importable by name on the workers.
-        resources: None: no core of its own, and no GPU.
+        resources: None: no core of its own, and no GPU. A task with a GPU has a process of its own, which ends with it.
         run: paths of it in the arguments are right where the task runs; None: there are none.
         writes: files and folders of the run that the function writes.
         environment: more variables of the process, which runs no task with others.
@@ -165,8 +165,11 @@ def on_a_worker(
 
     asked = Resources(cpus=0) if resources is None else resources
     variables = {**worker_environment(asked), **(environment or {})}
+    # Ray keeps a task's process for the next one, and with it the process's memory of the GPU that Ray counts as free.
+    # It ends it after one call if the decorator says so; GPUs named in `options` do not tell it to.
+    remote = ray.remote(max_calls=1) if asked.gpu_count else ray.remote
     # Ray's own retries have no end where memory is missing
-    task = ray.remote(_told).options(**ray_options(asked), max_retries=0, runtime_env={"env_vars": variables})
+    task = remote(_told).options(**ray_options(asked), max_retries=0, runtime_env={"env_vars": variables})
     with nullcontext() if run is None else run.shared(*writes) as handed:
         result, problem = _tried(lambda: ray.get(task.remote(function, arguments, handed)))
     if problem is not None:

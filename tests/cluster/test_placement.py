@@ -1,20 +1,24 @@
-"""Placement of stage 2's engines and learners; only the GPUs are fake (a number given to Ray), actors and groups are
-real."""
+"""Placement of stage 2's engines and learners, and the end of a task that had a GPU; only the GPUs are fake (a number
+given to Ray), actors, groups and processes are real."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorapar_ray.capacity import needing
-from lorapar_ray.config import Config, EngineConfig
+from lorapar_ray.config import Config, EngineConfig, Resources
 from lorapar_ray.engines.actor import EngineActor, start_engine
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.placement import reserved
 from lorapar_ray.grpo.stage import STAGE
+from lorapar_ray.workers import on_a_worker
 from tests import local_ray
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 GPUS = 3
@@ -53,6 +57,17 @@ def config(engines: int, gpus: float, learners: int = 1, learner_gpus: float = 0
     return Config.model_validate(
         {"name": "x", "model": {"path": "m"}, "data": {"train": [source]}, "grpo": grpo, **rest}
     )
+
+
+def process() -> int:
+    return os.getpid()
+
+
+def test_a_task_leaves_nothing_on_its_gpu(gpus: None) -> None:
+    """Its process would keep the memory of a GPU that Ray counts as free; one without a GPU serves the next task."""
+    with_gpu, without = (on_a_worker(process, resources=Resources(cpus=1, gpus=gpus)) for gpus in (0.5, 0))
+    wait_until("the process ends", lambda: not Path(f"/proc/{with_gpu}").exists(), 60)
+    assert Path(f"/proc/{without}").exists()
 
 
 def room_for(tree: Config) -> AbstractContextManager[None]:
