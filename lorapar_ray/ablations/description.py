@@ -87,7 +87,7 @@ def _claims(plan: Plan, unit: Unit) -> Iterator[str]:
     claims = [*plan.claims, *plan.stronger, *plan.grid.moved, *plan.grid.sequence]
     for claim in filter(plan.compares, claims):
         yield f"  decides whether {claim.text} ({claim.better} against {claim.worse})"
-    for claim in plan.grid.lines:
+    for claim in plan.line_claims:
         yield f"  decides whether {claim.text}, at equal gain ({claim.better} against {claim.worse})"
 
 

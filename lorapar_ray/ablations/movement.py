@@ -14,8 +14,18 @@ from typing import TYPE_CHECKING
 
 from lorapar_ray.ablations.grid import Claim, sentence
 from lorapar_ray.ablations.sizes import RECUT
-from lorapar_ray.ablations.tables import Table, bullets
-from lorapar_ray.ablations.verdicts import FEWEST_SEEDS, MARGIN, Effect, Found, effect, ending
+from lorapar_ray.ablations.tables import Said, Table, bullets
+from lorapar_ray.ablations.verdicts import (
+    FEWEST_SEEDS,
+    MARGIN,
+    NO_SEED,
+    Effect,
+    Found,
+    Uncompared,
+    effect,
+    ending,
+    left_out,
+)
 from lorapar_ray.boundary import damaged, read_object
 from lorapar_ray.runs import RunDirectory
 
@@ -70,13 +80,18 @@ def _halves(file: Path) -> float | None:
         return float(control[-1]["jaccard"]["system1"]) if control else None
 
 
-def decide(claim: Claim, overlaps: Sequence[Overlap]) -> Held | None:
-    """Whether the mask holds more of what moved than a random one; None without a run."""
+def decide(claim: Claim, overlaps: Sequence[Overlap], seeds: Sequence[int] = ()) -> Held | Uncompared:
+    """Whether the mask holds more of what moved than a random one.
+
+    Args:
+        seeds: the planned ones, of which the sentence names those without an overlap.
+    """
     if not overlaps:
-        return None
+        return Uncompared(claim, f"{NO_SEED}, with adapters of one shape")
     difference = effect([each.movement.mask - each.movement.random for each in overlaps])
     found = difference.found()
-    return Held(claim, found, difference, _sentence(claim, found, difference, overlaps))
+    words = _sentence(claim, found, difference, overlaps) + left_out(seeds, [each.seed for each in overlaps])
+    return Held(claim, found, difference, words)
 
 
 def _sentence(claim: Claim, found: Found, difference: Effect, overlaps: Sequence[Overlap]) -> str:
@@ -99,7 +114,7 @@ def _sentence(claim: Claim, found: Found, difference: Effect, overlaps: Sequence
     )
 
 
-def table(arms: Mapping[str, Sequence[Overlap]], verdicts: Sequence[Held]) -> Table:
+def table(arms: Mapping[str, Sequence[Overlap]], verdicts: Sequence[Said]) -> Table:
     """A row for each unmasked run, and a line for each claim.
 
     Args:

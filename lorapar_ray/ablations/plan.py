@@ -72,6 +72,20 @@ class Plan:
         """Whether both arms of a claim are in this run."""
         return {claim.better, claim.worse} <= {arm.name for arm in self.arms}
 
+    @property
+    def arms_of_lines(self) -> dict[str, list[str]]:
+        """The names of each line's arms in this run."""
+        found: dict[str, list[str]] = {}
+        for arm in self.arms:
+            found.setdefault(arm.line, []).append(arm.name)
+        return found
+
+    @property
+    def line_claims(self) -> list[Claim]:
+        """The claims about two lines of which both have an arm in this run."""
+        lines = self.arms_of_lines
+        return [claim for claim in self.grid.lines if {claim.better, claim.worse} <= lines.keys()]
+
     def _allowed(self, claims: Sequence[Claim]) -> list[Claim]:
         names = {arm.name for arm in _possible(self.grid.arms, self.source.config().label, ())}
         return [claim for claim in claims if {claim.better, claim.worse} <= names]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorapar_ray.ablations import movement, retention, sequence, stronger, tables
+from lorapar_ray.ablations.equal_gain import compare
 from lorapar_ray.ablations.grid import Claim
 from lorapar_ray.ablations.movement import Overlap
 from lorapar_ray.ablations.paper import figures_of
@@ -22,10 +23,12 @@ from lorapar_ray.ablations.results import (
     summarise,
     validation_loss,
 )
-from lorapar_ray.ablations.retention import Point, compare, joined, read_point
+from lorapar_ray.ablations.retention import Point, read_point
 from lorapar_ray.ablations.sequence import Course, read_course
 from lorapar_ray.ablations.stronger import Stronger
+from lorapar_ray.ablations.tables import Said
 from lorapar_ray.ablations.units import Unit
+from lorapar_ray.ablations.verdicts import Uncompared
 from lorapar_ray.files import atomic_path
 
 PAGE = "index.html"
@@ -41,6 +44,8 @@ class Compared:
     verdicts: list[Verdict]
     overall: list[Overall]
     """Verdicts on several of `verdicts` together."""
+    missing: list[Uncompared]
+    """Claims of which nothing can be compared."""
     said: list[Overall]
     """All of them, with the questions' name."""
     table: tables.Table
@@ -58,11 +63,14 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
     main, *others = [_compared(plan, done, task) for task in asked]
     table = replace(main.table, name="table")
     lines, courses = _lines(plan, done), _courses(plan, done)
-    kept = [each for claim in plan.grid.lines if (each := compare(claim, joined(lines))) is not None]
-    forgotten = [lost for claim in plan.grid.sequence if (lost := sequence.compare(claim, courses)) is not None]
+    begun = bool(done)  # before that no claim has a verdict
+    arms = plan.arms_of_lines
+    kept = [compare(claim, lines, arms, plan.seeds) for claim in plan.line_claims if begun]
+    sequences = filter(plan.compares, plan.grid.sequence)
+    forgotten = [sequence.compare(claim, courses, plan.seeds) for claim in sequences if begun]
     after = _stronger(plan, done, asked[0])
-    moved = {claim: _overlaps(done, claim) for claim in plan.grid.moved}
-    held = [one for claim, overlaps in moved.items() if (one := movement.decide(claim, overlaps)) is not None]
+    moved = {claim: _overlaps(done, claim) for claim in plan.grid.moved if plan.compares(claim)}
+    held = [movement.decide(claim, overlaps, plan.seeds) for claim, overlaps in moved.items() if begun]
     extra = [each.table for each in others if each.arms]
     extra += [retention.table(lines, kept)] if lines else []
     if after:
@@ -82,7 +90,7 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
         planned=len(every),
         failed=failed,
         overall=main.overall,
-        kept=[*(said for each in others for said in each.said), *after, *kept, *forgotten, *held],
+        kept=[*main.missing, *(said for each in others for said in each.said), *after, *kept, *forgotten, *held],
         found_tables=[table, *extra],
         lines=lines,
         matrices={arm: sequence.mean_skills(each) for arm, each in courses.items()},
@@ -107,22 +115,29 @@ def _compared(plan: Plan, units: Sequence[Unit], task: str) -> Compared:
     base = summarise("base", [start]) if start else None  # the same for all runs
     arms = {arm: summarise(arm, outcomes) for arm, outcomes in found.items()}
     claims = plan.claims
-    decided = [decide(claim, found.get(claim.better, []), found.get(claim.worse, [])) for claim in claims]
-    verdicts = [each for each in decided if each is not None]
+    decided = [
+        decide(claim, found.get(claim.better, []), found.get(claim.worse, []), plan.seeds)
+        for claim in claims
+        if units and plan.compares(claim)
+    ]
+    verdicts = [each for each in decided if isinstance(each, Verdict)]
     overall = sum_up(claims, verdicts, plan.compares)
     figures = figures_of(plan.grid, plan.source.config(), task)
-    decisions: list[Overall | Verdict] = [*overall, *verdicts]
+    decisions: list[Said] = [*overall, *decided]
     table = tables.accuracy_table(plan.grid, base, arms, figures, decisions, task)
     said = [Overall(each.found, f"On {task}: {each.sentence}") for each in decisions]
-    return Compared(base, arms, verdicts, overall, said, table)
+    missing = [each for each in decided if isinstance(each, Uncompared)]
+    return Compared(base, arms, verdicts, overall, missing, said, table)
 
 
-def _stronger(plan: Plan, units: Sequence[Unit], task: str) -> list[Stronger | Overall]:
+def _stronger(plan: Plan, units: Sequence[Unit], task: str) -> list[Said]:
     """Verdicts on arms whose first stage is the stronger one, all together first."""
-    first, last = (_outcomes(units, task, place) if plan.grid.stronger else {} for place in (0, -1))
+    if not units or not plan.grid.stronger:
+        return []
+    first, last = (_outcomes(units, task, place) for place in (0, -1))
     claims = plan.stronger
-    found = [each for claim in claims if (each := stronger.compare(claim, first, last)) is not None]
-    return [*sum_up(claims, found, plan.compares), *found]
+    found = [stronger.compare(claim, first, last, plan.seeds) for claim in claims if plan.compares(claim)]
+    return [*sum_up(claims, [each for each in found if isinstance(each, Stronger)], plan.compares), *found]
 
 
 def _outcomes(units: Sequence[Unit], task: str, place: int = -1) -> dict[str, list[Outcome]]:

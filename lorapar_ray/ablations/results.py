@@ -10,7 +10,18 @@ from typing import Protocol
 
 from lorapar_ray.ablations.grid import Claim, sentence
 from lorapar_ray.ablations.sizes import elements_of
-from lorapar_ray.ablations.verdicts import ENDINGS, Effect, Found, all_of, effect, ending, shown
+from lorapar_ray.ablations.verdicts import (
+    ENDINGS,
+    NO_SEED,
+    Effect,
+    Found,
+    Uncompared,
+    all_of,
+    ending,
+    left_out,
+    paired_effect,
+    shown,
+)
 from lorapar_ray.boundary import read_lines
 from lorapar_ray.datasets.rows import read_columns
 from lorapar_ray.evaluation.decisions import decisions
@@ -143,23 +154,30 @@ def summarise(arm: str, outcomes: Sequence[Outcome]) -> Summary:
     return Summary(arm, accuracy, interval, n, by_seed, first.learning_rate, first.active_share, first.elements)
 
 
-def decide(claim: Claim, better: Sequence[Outcome], worse: Sequence[Outcome]) -> Verdict | None:
-    """Compare two arms on the seeds and questions that both have; None if there are none."""
+def decide(
+    claim: Claim, better: Sequence[Outcome], worse: Sequence[Outcome], seeds: Sequence[int] = ()
+) -> Verdict | Uncompared:
+    """Compare two arms on the seeds and questions that both have.
+
+    Args:
+        seeds: the planned ones, of which the sentence names those without results.
+    """
     theirs = {each.seed: each.right for each in worse}
-    seeds = [pair for each in better if each.seed in theirs and (pair := _paired(each.right, theirs[each.seed]))]
-    if not seeds:
-        return None
-    answers = [answer for seed in seeds for answer in seed]
-    changes: dict[str, list[int]] = {}
-    for question, ours, other in answers:
-        changes.setdefault(question, []).append(ours - other)
-    by_question = [sum(each) / len(each) for each in changes.values()]
-    p = mcnemar_exact(sum(each > 0 for each in by_question), sum(each < 0 for each in by_question))
-    by_seed = [sum(ours - theirs for _, ours, theirs in seed) / len(seed) for seed in seeds]
-    found = effect(by_seed, [by_question])
+    pairs = {each.seed: _paired(each.right, theirs[each.seed]) for each in better if each.seed in theirs}
+    pairs = {seed: pair for seed, pair in pairs.items() if pair[0]}
+    if not pairs:
+        return Uncompared(claim, NO_SEED)
+    found = paired_effect(list(pairs.values()))
+    changes: dict[str, int] = {}
+    for ours, other in pairs.values():
+        for question in ours:
+            changes[question] = changes.get(question, 0) + ours[question] - other[question]
+    p = mcnemar_exact(sum(each > 0 for each in changes.values()), sum(each < 0 for each in changes.values()))
     verdict = found.found(reaches=claim.reaches)
-    reached = (sum(ours for _, ours, _ in answers) / len(answers), sum(other for *_, other in answers) / len(answers))
-    return Verdict(claim, verdict, reached, found, p, _sentence(claim, verdict, reached, found, p))
+    answers = sum(len(ours) for ours, _ in pairs.values())
+    right, other_right = (sum(sum(pair[side].values()) for pair in pairs.values()) / answers for side in (0, 1))
+    words = _sentence(claim, verdict, (right, other_right), found, p) + left_out(seeds, pairs)
+    return Verdict(claim, verdict, (right, other_right), found, p, words)
 
 
 def sum_up(
@@ -187,9 +205,10 @@ def sum_up(
     return found
 
 
-def _paired(ours: Right, theirs: Right) -> list[tuple[str, bool, bool]]:
-    """The questions that two runs answered, and whether each of them was right."""
-    return [(question, ours[question], theirs[question]) for question in sorted(ours.keys() & theirs.keys())]
+def _paired(ours: Right, theirs: Right) -> tuple[Right, Right]:
+    """Two runs' answers to the questions that both answered."""
+    common = sorted(ours.keys() & theirs.keys())
+    return {each: ours[each] for each in common}, {each: theirs[each] for each in common}
 
 
 def _sentence(claim: Claim, found: Found, reached: Sequence[float], difference: Effect, p: float) -> str:

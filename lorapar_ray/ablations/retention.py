@@ -2,8 +2,8 @@
 
 A System's skill is the accuracy on the test rows of the tasks whose training questions are mostly labelled with that
 System. Each run gives a point: the second skill's gain in the second stage, and the first skill's loss. Runs that
-differ only in the second stage's learning rate form a line that starts at (0, 0), without training. For each seed, two
-lines are compared at equal gain: the largest gain that both reach, with linear interpolation between points.
+differ only in the second stage's learning rate form a line that starts at (0, 0), without training
+(`lorapar_ray.ablations.equal_gain` compares two of them).
 """
 
 from __future__ import annotations
@@ -12,14 +12,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from lorapar_ray.ablations.grid import Claim, sentence
 from lorapar_ray.ablations.results import Right
-from lorapar_ray.ablations.tables import Table, bullets
-from lorapar_ray.ablations.verdicts import Effect, Found, Groups, effect, ending, shown
+from lorapar_ray.ablations.tables import Said, Table, bullets
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.rows import read_columns
 from lorapar_ray.datasets.sources import task_of
@@ -31,6 +28,8 @@ Changes = Mapping[str, int]
 """By question: 1, 0 or −1."""
 Place = tuple[float, float]
 """Gain and cost."""
+Arms = Mapping[str, "Sequence[Point]"]
+"""A line's points, by arm."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,8 @@ class Point:
     """The second stage's skill in that stage: 1 where it is right only after it, −1 where only before."""
     lost: Changes
     """The first stage's skill in the second stage: 1 where it is right only before it, −1 where only after."""
+    first: Right
+    """The first stage's skill before the second stage."""
 
     @cached_property
     def gain(self) -> float:
@@ -53,6 +54,11 @@ class Point:
         """Loss of the first stage's skill in the second stage."""
         return sum(self.lost.values()) / len(self.lost)
 
+    @property
+    def start(self) -> float:
+        """The first stage's skill before the second stage."""
+        return share_right(self.first)
+
     def without(self, question: str) -> Place:
         """Gain and cost without a question; it is of one of the two skills, which has others too."""
         return _mean_without(self.gained, question, self.gain), _mean_without(self.lost, question, self.cost)
@@ -62,19 +68,6 @@ def _mean_without(changes: Changes, question: str, mean: float) -> float:
     if question not in changes:
         return mean
     return (mean * len(changes) - changes[question]) / (len(changes) - 1)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The verdict on a claim."""
-
-    claim: Claim
-    found: Found
-    effect: Effect
-    """Difference of the costs at equal gain; above 0: the better line keeps more."""
-    gains: tuple[float, ...]
-    """The gain at which each seed was compared."""
-    sentence: str
 
 
 def require_tasks(config: Config) -> None:
@@ -155,7 +148,8 @@ def read_point(folder: Path, config: Config) -> Point | None:
     first, second = (own[stage] for stage in config.order)
     if first == second or not {first, second} <= before.keys() & after.keys():
         return None
-    return Point(config.seed, _change(before[second], after[second]), _change(after[first], before[first]))
+    gained, lost = _change(before[second], after[second]), _change(after[first], before[first])
+    return Point(config.seed, gained, lost, before[first])
 
 
 def _change(before: Right, after: Right) -> dict[str, int]:
@@ -167,74 +161,7 @@ def mean_of(points: Sequence[Point]) -> tuple[float, float]:
     return sum(each.gain for each in points) / len(points), sum(each.cost for each in points) / len(points)
 
 
-def joined(lines: Mapping[str, Mapping[str, Sequence[Point]]]) -> dict[str, list[Point]]:
-    """The points of all arms of each line."""
-    return {line: [point for points in arms.values() for point in points] for line, arms in lines.items()}
-
-
-def cost_at(line: Sequence[Place], gain: float) -> float:
-    """The cost at a gain between 0 and the largest of `line`, on the line from (0, 0) through its places."""
-    known = [(0.0, 0.0), *sorted(place for place in line if place[0] > 0)]
-    for (left, low), (right, high) in pairwise(known):
-        if left <= gain <= right:
-            return high if right == left else low + (high - low) * (gain - left) / (right - left)
-    raise ValueError(f"gain {gain} is beyond the line's {known[-1][0]}")
-
-
-def kept_more(better: Sequence[Place], worse: Sequence[Place]) -> tuple[float, float]:
-    """The gain that both lines reach, at least 0, and how much less the better one costs there: nothing at 0."""
-    gain = min(max(gain for gain, _ in line) for line in (better, worse))
-    return (gain, cost_at(worse, gain) - cost_at(better, gain)) if gain > 0 else (0.0, 0.0)
-
-
-def compare(claim: Claim, lines: Mapping[str, Sequence[Point]]) -> Kept | None:
-    """The verdict on a claim about two lines; None if no seed has a gain on both."""
-    sides = [lines.get(name, ()) for name in (claim.better, claim.worse)]
-    pairs, gains, differences = [], [], []
-    for seed in sorted({each.seed for each in sides[0]} & {each.seed for each in sides[1]}):
-        pair = [[each for each in side if each.seed == seed] for side in sides]
-        gain, difference = kept_more(*([(each.gain, each.cost) for each in side] for side in pair))
-        if gain > 0:
-            pairs.append(pair)
-            gains.append(gain)
-            differences.append(difference)
-    if not pairs:
-        return None
-    found = effect(differences, _by_question(pairs, sum(differences) / len(differences)), size=1, largest=2)
-    verdict = found.found()
-    return Kept(claim, verdict, found, tuple(gains), _sentence(claim, verdict, found, gains))
-
-
-def _by_question(pairs: Sequence[Sequence[Sequence[Point]]], difference: float) -> Groups:
-    """Each question's contribution to the difference, in a group for each skill, by the jackknife.
-
-    A cost at equal gain is no mean over questions: a question of the second skill moves the gain. So a question
-    contributes n − 1 times what leaving it out takes away.
-    """
-
-    def without(question: str) -> float:
-        rest = (kept_more(*([each.without(question) for each in side] for side in pair))[1] for pair in pairs)
-        return sum(rest) / len(pairs)
-
-    groups = []
-    points = [each for pair in pairs for side in pair for each in side]
-    for questions in ({q for each in points for q in each.gained}, {q for each in points for q in each.lost}):
-        n = len(questions)
-        own = [(n - 1) * (difference - without(question)) for question in sorted(questions)] if n > 1 else [0.0]
-        groups.append([difference / 2 + each for each in own])
-    return groups
-
-
-def _sentence(claim: Claim, found: Found, difference: Effect, gains: Sequence[float]) -> str:
-    mean = 100 * sum(gains) / len(gains)
-    return (
-        f"{sentence(claim.text)}: at a gain of {mean:.1f} points in the second stage's skill, {claim.better} kept "
-        f"{100 * difference.difference:+.1f} points more of the first stage's than {claim.worse} "
-        f"({shown(difference)}; seeds that gained on both), {ending(difference, found)}"
-    )
-
-
-def table(lines: Mapping[str, Mapping[str, Sequence[Point]]], kept: Sequence[Kept]) -> Table:
+def table(lines: Mapping[str, Arms], kept: Sequence[Said]) -> Table:
     """The points, means over seeds, and a line for each claim.
 
     Args:
@@ -243,7 +170,11 @@ def table(lines: Mapping[str, Mapping[str, Sequence[Point]]], kept: Sequence[Kep
     rows = []
     for line, arms in lines.items():
         for arm, points in arms.items():
-            gain, cost = (f"{100 * each:+.1f} points" for each in mean_of(points))
-            rows.append((line, arm, gain, cost, str(len(points))))
-    head = ("line", "arm", "gained in the second skill", "lost of the first", "seeds")
+            gain, cost = mean_of(points)
+            begun = sum(each.start for each in points) / len(points)
+            levels = (f"{begun:.1%}", f"{begun - cost:.1%}")
+            rows.append(
+                (line, arm, f"{100 * gain:+.1f} points", *levels, f"{100 * cost:+.1f} points", str(len(points)))
+            )
+    head = ("line", "arm", "gained in the second skill", "first skill before", "after", "lost of the first", "seeds")
     return Table("retention", head, rows, "Skills gained and lost in the second stage", bullets(kept))

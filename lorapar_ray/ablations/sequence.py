@@ -15,8 +15,19 @@ from pathlib import Path
 from lorapar_ray.ablations.grid import Claim, sentence
 from lorapar_ray.ablations.retention import Answers, answers_in, share_right
 from lorapar_ray.ablations.sizes import RECUT
-from lorapar_ray.ablations.tables import Table, bullets
-from lorapar_ray.ablations.verdicts import Effect, Found, effect, ending, shown
+from lorapar_ray.ablations.tables import Said, Table, bullets
+from lorapar_ray.ablations.verdicts import (
+    ENDINGS,
+    NO_SEED,
+    Effect,
+    Found,
+    Uncompared,
+    effect,
+    ending,
+    left_out,
+    shown,
+    with_as_much_to_lose,
+)
 from lorapar_ray.boundary import damaged, read_object
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.rows import read_table
@@ -85,6 +96,8 @@ class Forgetting:
     found: Found
     effect: Effect
     """Difference of the backward transfers; above 0: the better arm forgets less."""
+    starts: Effect
+    """How much more the better arm had of the earlier Systems' skills, each right after its own training."""
     sentence: str
 
 
@@ -143,16 +156,40 @@ def mean_skills(courses: Sequence[Course]) -> Matrix:
     return tuple(tuple(sum(each.skills[k][j] for each in courses) / len(courses) for j in size) for k in size)
 
 
-def compare(claim: Claim, arms: Mapping[str, Sequence[Course]]) -> Forgetting | None:
-    """Whether one arm forgets less than another; None if they have no seed in common."""
+def compare(claim: Claim, arms: Mapping[str, Sequence[Course]], seeds: Sequence[int] = ()) -> Forgetting | Uncompared:
+    """Whether one arm forgets less than another.
+
+    An arm that learnt less has less to forget: a claim is decided only if the arm that forgot less is shown to have had
+    as much to lose.
+
+    Args:
+        seeds: the planned ones, of which the sentence names those without results.
+    """
     theirs = {each.seed: each for each in arms.get(claim.worse, ())}
     pairs = [(each, theirs[each.seed]) for each in arms.get(claim.better, ()) if each.seed in theirs]
     if not pairs:
-        return None
+        return Uncompared(claim, NO_SEED)
     better, worse = (list(side) for side in zip(*pairs, strict=True))
-    lost = difference_of(better, worse)
-    found = lost.found()
-    return Forgetting(claim, found, lost, _sentence(claim, found, lost, better, worse))
+    lost, starts = difference_of(better, worse), _starts(better, worse)
+    found = with_as_much_to_lose(lost.found(), starts)
+    words = _sentence(claim, found, lost, starts, better, worse)
+    return Forgetting(claim, found, lost, starts, words + left_out(seeds, [each.seed for each in better]))
+
+
+def _starts(arm: Sequence[Course], other: Sequence[Course]) -> Effect:
+    """An arm's skills of the earlier Systems, each right after its own training, less another arm's."""
+    by_seed, groups = [0.0] * len(arm), []
+    earlier = len(arm[0].systems) - 1
+    for place, system in enumerate(arm[0].systems[:-1]):
+        found: dict[str, float] = {}
+        for number, pair in enumerate(zip(arm, other, strict=True)):
+            for sign, each in zip((1, -1), pair, strict=True):
+                right = each.right[place][system]
+                by_seed[number] += sign * share_right(right) / earlier
+                for question, correct in right.items():
+                    found[question] = found.get(question, 0.0) + sign * correct / len(arm) / earlier
+        groups.append(list(found.values()))
+    return effect(by_seed, groups)
 
 
 def difference_of(arm: Sequence[Course], other: Sequence[Course] = ()) -> Effect:
@@ -172,14 +209,23 @@ def difference_of(arm: Sequence[Course], other: Sequence[Course] = ()) -> Effect
     return effect(by_seed, groups, largest=2 if other else 1)
 
 
-def _sentence(claim: Claim, found: Found, difference: Effect, better: Sequence[Course], worse: Sequence[Course]) -> str:
+def _sentence(
+    claim: Claim, found: Found, difference: Effect, starts: Effect, better: Sequence[Course], worse: Sequence[Course]
+) -> str:
     lost = [-100 * sum(each.backward_transfer for each in side) / len(side) for side in (better, worse)]
     reached = [sum(each.reached for each in side) / len(side) for side in (better, worse)]
+    end = ending(difference, found)
+    if difference.found() != found:
+        less = claim.better if difference.found() == "held" else claim.worse
+        end = (
+            f"but {less} is not shown to have had as much to lose (right after their own training {claim.better} had "
+            f"{100 * starts.difference:+.1f} points more of them than {claim.worse}; {shown(starts)}), "
+            f"{ENDINGS[found]}."
+        )
     return (
         f"{sentence(claim.text)}: {claim.better} lost {lost[0]:.1f} and {claim.worse} {lost[1]:.1f} points of the "
-        f"earlier Systems' skills (difference {lost[1] - lost[0]:+.1f}; {shown(difference)}), "
-        f"{ending(difference, found)} Right after its own training a System reached {reached[0]:.1%} and "
-        f"{reached[1]:.1%}."
+        f"earlier Systems' skills (difference {lost[1] - lost[0]:+.1f}; {shown(difference)}), {end} Right after its "
+        f"own training a System reached {reached[0]:.1%} and {reached[1]:.1%}."
     )
 
 
@@ -187,7 +233,7 @@ def markdown(
     arms: Mapping[str, Sequence[Course]],
     regions: Mapping[str, Regions | None],
     base: Answers | None,
-    verdicts: Sequence[Forgetting],
+    verdicts: Sequence[Said],
 ) -> str:
     """A table of the arms, each one's matrix (mean over seeds), and a line for each claim.
 

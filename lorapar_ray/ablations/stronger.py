@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from lorapar_ray.ablations.grid import Claim, sentence
 from lorapar_ray.ablations.results import Outcome, Verdict, decide
 from lorapar_ray.ablations.tables import Said, Table, bullets
-from lorapar_ray.ablations.verdicts import ENDINGS, Found, ending, shown
+from lorapar_ray.ablations.verdicts import ENDINGS, NO_SEED, Found, Uncompared, ending, left_out, shown
 
 By = Mapping[str, Sequence[Outcome]]
 """Outcomes after one stage, by arm."""
@@ -28,6 +28,8 @@ class Stronger:
     """On the accuracies after the first stage."""
     last: Verdict
     """On those at the end."""
+    left_out: str = ""
+    """A sentence on seeds without results."""
 
     @property
     def sentence(self) -> str:
@@ -41,15 +43,21 @@ class Stronger:
         end = ending(self.last.effect, self.found)
         if self.last.found != self.found:
             end = f"but its first stage is not shown to be the stronger one, {ENDINGS[self.found]}."
-        return f"{sentence(self.claim.text)}: {named} and {steps[1]} at the end, {end}"
+        return f"{sentence(self.claim.text)}: {named} and {steps[1]} at the end, {end}{self.left_out}"
 
 
-def compare(claim: Claim, first: By, last: By) -> Stronger | None:
-    """The verdict on a claim about two arms; None if they have no evaluated seed in common."""
+def compare(claim: Claim, first: By, last: By, seeds: Sequence[int] = ()) -> Stronger | Uncompared:
+    """The verdict on a claim about two arms.
+
+    Args:
+        seeds: the planned ones, of which the sentence names those without results.
+    """
     before, after = (decide(claim, each.get(claim.better, ()), each.get(claim.worse, ())) for each in (first, last))
-    if before is None or after is None:
-        return None
-    return Stronger(claim, after.found if before.found == "held" else "undecided", before, after)
+    if isinstance(before, Uncompared) or isinstance(after, Uncompared):
+        return Uncompared(claim, NO_SEED)
+    verdict = after.found if before.found == "held" else "undecided"
+    compared = {each.seed for each in last[claim.better]} & {each.seed for each in last[claim.worse]}
+    return Stronger(claim, verdict, before, after, left_out(seeds, compared))
 
 
 def table(stages: Sequence[str], outcomes: Sequence[By], verdicts: Sequence[Said]) -> Table:

@@ -10,11 +10,12 @@ the interval is then over questions alone. `docs/verdicts.md` says the same to r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import hypot, sqrt
 from typing import Literal
 
+from lorapar_ray.ablations.grid import Claim, sentence
 from lorapar_ray.evaluation.statistics import Z_95
 
 Found = Literal["held", "not held", "undecided"]
@@ -26,6 +27,8 @@ ENDINGS: dict[Found, str] = {
 Groups = Sequence[Sequence[float]]
 """Contributions of questions to a difference, in groups of questions drawn separately; the difference is the sum of the
 groups' means."""
+NO_SEED = "no seed has results of both"
+"""Why a claim about two arms is not compared."""
 FEWEST_SEEDS = 3
 MARGIN = 0.01
 """A difference is negligible if its whole interval is below this (1 point)."""
@@ -54,6 +57,29 @@ class Effect:
             return "not held" if high < -MARGIN else "undecided"
         return "not held" if high < 0 or (low > -MARGIN and high < MARGIN) else "undecided"
 
+    @property
+    def reverse(self) -> Effect:
+        """How much more the other arm has."""
+        low, high = self.interval
+        return replace(self, difference=-self.difference, interval=(-high, -low))
+
+
+@dataclass(frozen=True)
+class Uncompared:
+    """A claim of which nothing can be compared."""
+
+    claim: Claim
+    why: str
+    found: Found = "undecided"
+
+    @property
+    def sentence(self) -> str:
+        """It in words."""
+        return (
+            f"{sentence(self.claim.text)}: {self.claim.better} and {self.claim.worse} are not compared, since "
+            f"{self.why}, {ENDINGS[self.found]}."
+        )
+
 
 def effect(
     by_seed: Sequence[float], by_question: Groups = (), *, size: float | None = None, largest: float = 1.0
@@ -78,6 +104,31 @@ def effect(
         below, above = (hypot(each, difference - low) for each in (below, above))
     interval = max(-largest, difference - below), min(largest, difference + above)
     return Effect(difference, interval, len(by_seed), sum(map(len, by_question)))
+
+
+def paired_effect(pairs: Sequence[tuple[Mapping[str, float], Mapping[str, float]]]) -> Effect:
+    """The difference of two arms' shares of right answers.
+
+    Args:
+        pairs: for each seed both arms' answers to the same questions: 1 if right, else 0.
+    """
+    changes: dict[str, list[float]] = {}
+    for ours, theirs in pairs:
+        for question in ours:
+            changes.setdefault(question, []).append(ours[question] - theirs[question])
+    by_seed = [(sum(ours.values()) - sum(theirs.values())) / len(ours) for ours, theirs in pairs]
+    return effect(by_seed, [[sum(each) / len(each) for each in changes.values()]])
+
+
+def with_as_much_to_lose(found: Found, starts: Effect) -> Found:
+    """The verdict on which of two arms lost less of a skill; undecided unless that arm had as much to lose.
+
+    Args:
+        found: "held" if the first arm lost less.
+        starts: how much more of the skill the first arm had before; less than `MARGIN` below counts as as much.
+    """
+    shown = {"held": starts, "not held": starts.reverse}
+    return found if found == "undecided" or shown[found].found(reaches=True) == "held" else "undecided"
 
 
 def question_reach(groups: Groups, size: float | None = None) -> tuple[float, float]:
@@ -144,3 +195,15 @@ def ending(effect: Effect, found: Found, *, reaches: bool = False, within: str =
     if found == "not held" and not reaches and effect.interval[1] >= 0:
         margin = f"a difference within {within} counts as none, "
     return f"{margin}{ENDINGS[found]}" + (" at this size." if found == "undecided" else ".")
+
+
+def left_out(planned: Sequence[int], compared: Collection[int]) -> str:
+    """A sentence that names the planned seeds that a verdict leaves out; empty if there are none."""
+    seeds = [seed for seed in planned if seed not in compared]
+    return f" {named(seeds)} left out: a run of the two has no results to compare." if seeds else ""
+
+
+def named(seeds: Sequence[int]) -> str:
+    """Seeds as the subject of a sentence, with its verb."""
+    numbers = ", ".join(map(str, seeds))
+    return f"Seed {numbers} is" if len(seeds) == 1 else f"Seeds {numbers} are"

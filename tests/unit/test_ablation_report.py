@@ -111,7 +111,8 @@ def test_an_arm_without_a_finished_sweep_is_not_compared(tmp_path: Path) -> None
         record_finished(unit)
     assert [unit.title for unit in plan.compared(rates)] == [f"random, seed {seed}" for seed in (1, 2, 3)]
     text = report(plan)
-    assert "| random |" in text and "| base |" in text and "importance" not in text
+    assert "| random |" in text and "| base |" in text and "| importance |" not in text
+    assert "importance and random are not compared, since no seed has results of both, so it is undecided." in text
     assert "3 of 6 runs are evaluated" in (tmp_path / "index.html").read_text()
     fresh = make_plan("mask", SHIPPED / "arithmetic.yaml", [], tmp_path / "fresh", seeds=[1, 2, 3], only=two)
     evaluating = [unit.title for unit in fresh.compared({"random": 1}) if "base" in unit.config.evaluated]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from lorapar_ray.ablations.grid import Claim
-from lorapar_ray.ablations.movement import Overlap, decide, read_overlap
+from lorapar_ray.ablations.movement import Held, Overlap, decide, read_overlap
 from lorapar_ray.ablations.plan import make_plan
 from lorapar_ray.ablations.report import report
 from lorapar_ray.errors import UserError
@@ -75,17 +75,18 @@ def test_a_masked_run_moves_its_mask_and_an_unmasked_one_no_more_of_it_than_of_a
 def test_a_claim_about_movement_is_decided_over_seeds() -> None:
     claim = Claim("the mask holds what moves", "importance", "full-lora")
     found = decide(claim, [Overlap(seed, Movement(0.4, 1.0, 0.3 + 0.01 * seed, 0.25), 0.5) for seed in (1, 2, 3)])
-    assert found is not None and found.found == "held" and found.effect.difference == pytest.approx(0.07)
+    assert isinstance(found, Held) and found.found == "held" and found.effect.difference == pytest.approx(0.07)
     assert "index of 0.320 with the mask of importance and 0.250 with a random one of its size" in found.sentence
     assert "difference +0.070, 95 % interval +0.045 to +0.095 over 3 seeds; masks of two random" in found.sentence
     halves = (0.5, None, 0.7)
     some = decide(claim, [Overlap(seed, Movement(0.4, 1.0, 0.3, 0.2), each) for seed, each in enumerate(halves)])
-    assert some is not None and "random halves of the scored examples agree by 0.600" in some.sentence
+    assert isinstance(some, Held) and "random halves of the scored examples agree by 0.600" in some.sentence
     few = decide(claim, [Overlap(1, Movement(0.4, 1.0, 0.9, 0.25), None)])
-    assert few is not None and few.found == "undecided" and "interval" not in few.sentence
-    assert decide(claim, []) is None
+    assert few.found == "undecided" and "interval" not in few.sentence
+    none = decide(claim, [])
+    assert none.found == "undecided" and "no seed has results of both, with adapters of one shape" in none.sentence
     null = decide(claim, [Overlap(seed, Movement(0.4, 1.0, 0.25 + 0.001 * seed, 0.252), None) for seed in (1, 2, 3)])
-    assert null is not None and null.found == "not held" and null.effect.difference == pytest.approx(0)
+    assert isinstance(null, Held) and null.found == "not held" and null.effect.difference == pytest.approx(0)
     assert null.sentence.endswith("a difference within 0.01 counts as none, so the claim did not hold here.")
 
 

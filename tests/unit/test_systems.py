@@ -16,7 +16,7 @@ from lorapar_ray.ablations.description import described
 from lorapar_ray.ablations.grid import Claim
 from lorapar_ray.ablations.plan import make_plan
 from lorapar_ray.ablations.report import report
-from lorapar_ray.ablations.sequence import Course, compare, mean_skills, read_course
+from lorapar_ray.ablations.sequence import Course, Forgetting, compare, mean_skills, read_course
 from lorapar_ray.config import Config
 from lorapar_ray.config_file import load_config
 from lorapar_ray.datasets.labelled import evaluation_table
@@ -316,19 +316,31 @@ def test_backward_transfer_is_the_mean_change_of_the_earlier_skills() -> None:
 
 def test_arms_are_compared_seed_by_seed() -> None:
     claim = Claim("the first forgets less", "first", "second")
-    first = [course(seed, (0.6, 0.1), (0.55, 0.5)) for seed in (1, 2, 3, 4)]
+    first = [course(seed, (0.8, 0.1), (0.75, 0.5)) for seed in (1, 2, 3, 4)]
     second = [course(seed, (0.7, 0.1), (0.4 + 0.01 * seed, 0.6)) for seed in (1, 2, 3)]
-    found = compare(claim, {"first": first, "second": second})
-    assert found is not None and found.found == "held" and found.effect.difference == pytest.approx(0.23)
+    found = compare(claim, {"first": first, "second": second}, (1, 2, 3, 4))
+    assert isinstance(found, Forgetting) and found.found == "held" and found.effect.difference == pytest.approx(0.23)
     assert "first lost 5.0 and second 28.0 points" in found.sentence
     assert "over 3 seeds and n = 100 questions" in found.sentence
-    assert found.sentence.endswith("a System reached 55.0% and 65.0%.")
+    assert "own training a System reached 65.0% and 65.0%. Seed 4 is left out: a run of the two" in found.sentence
     reverse = compare(Claim("x", "second", "first"), {"first": first, "second": second})
-    assert reverse is not None and reverse.found == "not held"
+    assert reverse.found == "not held"
     one = compare(claim, {"first": first[:1], "second": second})
-    assert one is not None and one.found == "undecided"
+    assert one.found == "undecided"
     assert "questions of one seed), but one seed does not tell an arm from its seeds" in one.sentence
-    assert compare(claim, {"first": first}) is None
+    none = compare(claim, {"first": first})
+    assert none.found == "undecided" and "are not compared, since no seed has results of both" in none.sentence
+
+
+def test_an_arm_that_had_less_to_forget_did_not_forget_less() -> None:
+    claim = Claim("the first forgets less", "first", "second")
+    arms = {"first": [course(seed, (0.2, 0.1), (0.15, 0.5)) for seed in (1, 2, 3)]}
+    arms["second"] = [course(seed, (0.7, 0.1), (0.4, 0.6)) for seed in (1, 2, 3)]
+    found = compare(claim, arms)
+    assert isinstance(found, Forgetting) and found.found == "undecided" and found.effect.found() == "held"
+    assert found.starts.difference == pytest.approx(-0.5)
+    assert "but first is not shown to have had as much to lose (right after their own training first" in found.sentence
+    assert compare(Claim("x", "second", "first"), arms).found == "undecided"
 
 
 def test_seeds_that_agree_have_an_interval_over_questions() -> None:
@@ -336,7 +348,7 @@ def test_seeds_that_agree_have_an_interval_over_questions() -> None:
     arms = {"first": [course(seed, (0.6, 0.1), (0.59, 0.5)) for seed in (1, 2, 3)]}
     arms["second"] = [course(seed, (0.6, 0.1), (0.58, 0.5)) for seed in (1, 2, 3)]
     found = compare(claim, arms)
-    assert found is not None and found.effect.difference == pytest.approx(0.01)
+    assert isinstance(found, Forgetting) and found.effect.difference == pytest.approx(0.01)
     assert found.found == "undecided" and found.effect.interval[0] < -0.01
 
 
@@ -348,10 +360,10 @@ def test_the_report_shows_the_skills_after_every_system(tmp_path: Path) -> None:
     for unit in units:
         lost = 2 if unit.arm == "disjoint" else 20 + unit.seed
         skills = {"sft-1": (60, 5, 6), "sft-2": (60 - lost, 50, 6), "sft": (60 - 2 * lost, 50 - lost, 70)}
-        finish_sequence(unit, skills | ({"base": (10, 11, 12)} if unit is units[0] else {}))
+        finish_sequence(unit, skills | ({"base": (10, 11, 12)} if unit is units[0] else {}), times=3)
         record_finished(unit)
     text = report(plan)
-    assert "| disjoint | -3.0 points | -5.9 to +0.1 | 60.0% | 58.0% | 10.0%, 20.0%, 30.0% | 3 |" in text
+    assert "| disjoint | -3.0 points | -4.5 to -1.5 | 60.0% | 58.0% | 10.0%, 20.0%, 30.0% | 3 |" in text
     assert "| nothing | 10.0% | 11.0% | 12.0% |" in text and "| System 2 | 58.0% | 50.0% | 6.0% |" in text
     assert (
         "- **held**: Disjoint regions forget less than training every element: disjoint lost 3.0 and unmasked" in text
