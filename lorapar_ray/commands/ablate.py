@@ -26,10 +26,12 @@ def ablate(
         Path | None,
         typer.Option("--out", "-o", help="Directory for the arms and the table (default: runs/<name>-<grid>)."),
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "1,2,3,4,5",
+    seeds: Annotated[str, typer.Option(help="Seeds of each arm, separated by commas.")] = "1,2,3,4,5",
     rates: Annotated[str, typer.Option(help="Learning rates of a sweep, relative to the config's.")] = USUAL_RATES,
     validation: Annotated[float, typer.Option(help="Share of the training rows that a sweep holds out.")] = VALIDATION,
-    only: Annotated[list[str] | None, typer.Option("--only", metavar="ARM", help="Run only this arm.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="ARM", help="Run only this arm; may be repeated.")
+    ] = None,
     set_: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the arms and what they share; run nothing.")] = False,
     verbose: Verbose = False,

@@ -23,19 +23,24 @@ def evaluate(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            "--model", "-m", help="A directory, a hub name, package:NAME or BASE+ADAPTER; several to compare."
+            "--model", "-m", help="A directory, a hub name, package:NAME or BASE+ADAPTER; repeat it to compare."
         ),
     ] = None,
     tasks: Annotated[
         str | None, typer.Option("--tasks", "-t", help="With --model: gsm8k,mmlu@5 (examples in the prompt), a file.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="With --model: directory for the results.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Questions of each task (default: all).")] = None,
-    engines: Annotated[int | None, typer.Option("--engines", help="Engines that share the questions.")] = None,
-    data: Annotated[
-        list[str] | None, typer.Option("--data", metavar="NAME=PATH", help="Local data instead of the hub's.")
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="With --model: questions of each task (default: all).")
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
+    engines: Annotated[
+        int | None, typer.Option("--engines", help="With --model: engines that share the questions.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="NAME=PATH", help="With --model: local data of a task instead of the hub's."),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="With --model: ask through its chat template.")] = False,
 ) -> None:
     own = {"--tasks": tasks, "--out": out, "--limit": limit, "--engines": engines, "--data": data, "--chat": chat}
     if not model:

@@ -8,13 +8,16 @@ from typing import Annotated
 
 import typer
 
-from lorapar_ray.commands.options import ExistingRun, Overrides, RunDir, one
+from lorapar_ray.commands.options import ExistingRun, Overrides, one
 from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
 from lorapar_ray.runs import looked_at
 
 
-def status(run_dir: ExistingRun, once: Annotated[bool, typer.Option("--once", help="Do not follow.")] = False) -> None:
+def status(
+    run_dir: ExistingRun,
+    once: Annotated[bool, typer.Option("--once", help="Print it once, also on a terminal.")] = False,
+) -> None:
     """Show a run's progress: live on a terminal, else once."""
     from lorapar_ray.status import READ, follow, lines
 
@@ -27,11 +30,17 @@ def status(run_dir: ExistingRun, once: Annotated[bool, typer.Option("--once", he
 
 def doctor(
     cluster: Annotated[bool, typer.Option("--cluster", help="Check every node of the cluster instead.")] = False,
-    config: Annotated[list[Path] | None, typer.Option("--config", "-c", help="With --cluster.")] = None,
-    run_dir: RunDir = None,
+    config: Annotated[
+        list[Path] | None,
+        typer.Option("--config", "-c", help="With --cluster: also check what this config needs (models, keys, room)."),
+    ] = None,
+    run_dir: Annotated[
+        list[str] | None,
+        typer.Option("--run-dir", "-d", help="With --cluster: also check that every node reaches this run directory."),
+    ] = None,
     set_: Overrides = None,
 ) -> None:
-    """Check versions, engines, cores, memory, disk and Ray, one line each.
+    """Check versions, engines, cores, memory, disk, sandbox and Ray, one line each.
 
     --cluster asks the cluster of this machine, or of RAY_ADDRESS.
     """

@@ -21,12 +21,17 @@ RunDir = Annotated[
     list[str] | None,
     typer.Option("--run-dir", "-d", help="The run directory: a path, s3:// or gs:// (default: runs/<name>)."),
 ]
-ExistingRun = Annotated[list[str], typer.Option("--run-dir", "-d", help="Of the run.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Override.")]
+ExistingRun = Annotated[list[str], typer.Option("--run-dir", "-d", help="The run's directory: a path, s3:// or gs://.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Set a config field; may be repeated."),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the workers' own output.")]
 Redo = Annotated[
     list[str] | None,
-    typer.Option("--redo", metavar="STAGE", help="Replace this stage's results and all that depend on them."),
+    typer.Option(
+        "--redo", metavar="STAGE", help="Replace this stage's results and all that depend on them; may be repeated."
+    ),
 ]
 
 

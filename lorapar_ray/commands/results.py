@@ -18,7 +18,7 @@ def export(
     stage: Annotated[list[str] | None, typer.Option(help="sft or grpo (default: the last of the run's order).")] = None,
     merged: Annotated[bool, typer.Option("--merged", help="The whole model instead of the adapter.")] = False,
 ) -> None:
-    """A finished adapter, or the merged model, with a card of its data, settings and results."""
+    """Write a finished adapter, or the merged model, with a card of its data, settings and results."""
     from lorapar_ray.exporting.job import export as write
 
     target, chosen = disk_path(one("--out", out), "--out"), one("--stage", stage) if stage else None
@@ -29,13 +29,15 @@ def export(
 
 def serve(
     run_dir: ExistingRun,
-    host: Annotated[str, typer.Option(help="Any other host needs a key in LORAPAR_API_KEY.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; one that other machines reach needs a key in LORAPAR_API_KEY.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     replicas: Annotated[int, typer.Option(min=1, help="Number of engines.")] = 1,
     set_: Overrides = None,
     verbose: Verbose = False,
 ) -> None:
-    """A finished run behind the OpenAI protocol: base, sft, grpo, and auto, which chooses."""
+    """Serve a run's base, its finished adapters (sft, grpo), and auto, which chooses one, by the OpenAI protocol."""
     from threading import Event
 
     from lorapar_ray.progress import console

@@ -17,7 +17,9 @@ from lorapar_ray.redact import redacted
 
 def submit(
     config: Annotated[list[Path], typer.Argument(help="YAML config of the run, inside the working directory.")],
-    run_dir: Annotated[list[str], typer.Option("--run-dir", "-d", help="On storage that every node reaches.")],
+    run_dir: Annotated[
+        list[str], typer.Option("--run-dir", "-d", help="The run directory, on storage that every node reaches.")
+    ],
     address: Annotated[
         list[str] | None, typer.Option(help="URL of the cluster's dashboard (default: $RAY_API_SERVER_ADDRESS).")
     ] = None,
