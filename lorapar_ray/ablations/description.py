@@ -8,7 +8,7 @@ from lorapar_ray.ablations.at_once import alone_because, batches, groups_of, sta
 from lorapar_ray.ablations.plan import Plan
 from lorapar_ray.ablations.units import Unit, counted, run_folders, teachers_of
 from lorapar_ray.ablations.verdicts import FEWEST_SEEDS
-from lorapar_ray.ablations.work import TRAINED, devices_of, of_rows, steps_of_all
+from lorapar_ray.ablations.work import TRAINED, devices_of, held_out_rows, of_rows, steps_of_all
 from lorapar_ray.pipeline import PIPELINE
 from lorapar_ray.runs import RunDirectory
 
@@ -20,11 +20,21 @@ def described(plan: Plan) -> Iterator[str]:
     yield from _arms(plan)
     if sweeps:
         rates = ", ".join(f"{rate:g}" for rate in plan.rates)
-        held_out = f"the lowest loss on {plan.validation:.0%} of the training rows"
+        held_out = f"the lowest loss on {plan.validation:.0%} of the training rows{_held_out(sweeps)}"
         yield f"  first {len(sweeps)} runs of stage 1 for each arm's learning rate (× {rates}): {held_out}"
     yield from _together(sweeps, units)
     yield from _work(plan, [*sweeps, *units])
     yield from _claims(plan, units[0])
+
+
+def _held_out(sweeps: Sequence[Unit]) -> str:
+    """How many rows decide each arm's learning rate, where it is known."""
+    counts = {held_out_rows(unit) for unit in sweeps}
+    known = sorted(each for each in counts if each is not None)
+    if len(known) < len(counts):
+        return ""
+    labelled = all(any(unit.run.labels.glob("*.parquet")) for unit in sweeps)
+    return f" ({'' if labelled else 'at most '}{' to '.join(map(str, dict.fromkeys((known[0], known[-1]))))} rows)"
 
 
 def _arms(plan: Plan) -> Iterator[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 
 from lorapar_ray.ablations.grid import RATES, VALIDATION, Arm, Claim, Grid
@@ -56,6 +57,14 @@ class Plan:
         if not self.grid.tuned:
             return self.grid.help
         return f"{self.grid.help}, {OWN_RATES if self.swept else 'all at one learning rate'}"
+
+    def ends(self, rates: Mapping[str, float]) -> dict[str, str]:
+        """The arms of `rates` whose learning rate is the lowest or the highest of the sweep, and which of the two.
+
+        A better rate may be beyond it, so such an arm is not known to be compared at its best.
+        """
+        named = {min(self.rates): "lowest", max(self.rates): "highest"}
+        return {arm: named[rate] for arm, rate in rates.items() if rate in named} if self.swept else {}
 
     @property
     def claims(self) -> list[Claim]:
@@ -129,6 +138,8 @@ def make_plan(
             raise UserError(f"--only {name}: no such arm of '{grid}'; known are {', '.join(names)}")
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError("--seeds: give different whole numbers, such as 1,2,3")
+    if len({f"{rate:g}" for rate in rates}) != len(rates) or not all(0 < rate < inf for rate in rates):
+        raise UserError("--rates: give different numbers above 0, such as 0.5,1,2")
     if not chosen.tuned and tuple(rates) not in (RATES, (1.0,)):
         raise UserError(f"--rates: the grid '{grid}' has no sweep; set sft.learning_rate with --set")
     if not 0 < validation < 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from lorapar_ray.ablations.stronger import Stronger
 from lorapar_ray.ablations.tables import Said
 from lorapar_ray.ablations.units import Unit
 from lorapar_ray.ablations.verdicts import Uncompared
+from lorapar_ray.ablations.work import held_out_rows
 from lorapar_ray.files import atomic_path
 
 PAGE = "index.html"
@@ -56,11 +57,13 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
     from lorapar_ray.ablations import charts
     from lorapar_ray.ablations.page import write_page
 
-    done = [unit for unit in plan.compared(chosen_rates(plan)) if unit.finished]
+    rates = chosen_rates(plan)
+    ends = plan.ends(rates)
+    done = [unit for unit in plan.compared(rates) if unit.finished]
     every = plan.units({})
     config = every[0].config
     asked = [""] * bool(config.data.test) + config.evaluate.tasks
-    main, *others = [_compared(plan, done, task) for task in asked]
+    main, *others = [_compared(plan, done, task, ends) for task in asked]
     table = replace(main.table, name="table")
     lines, courses = _lines(plan, done), _courses(plan, done)
     begun = bool(done)  # before that no claim has a verdict
@@ -107,16 +110,20 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
     return "\n".join(texts)
 
 
-def _compared(plan: Plan, units: Sequence[Unit], task: str) -> Compared:
-    """The finished runs on the test rows (an empty `task`), or on a task of lm-eval."""
+def _compared(plan: Plan, units: Sequence[Unit], task: str, ends: Mapping[str, str]) -> Compared:
+    """The finished runs on the test rows (an empty `task`), or on a task of lm-eval.
+
+    Args:
+        ends: see `Plan.ends`.
+    """
     found = _outcomes(units, task)
     starts = (read_outcome(unit.folder, unit.seed, "base", 0.0, task) for unit in units)
     start = next((Outcome(0, each.right, 0.0, None) for each in starts if each is not None), None)
     base = summarise("base", [start]) if start else None  # the same for all runs
-    arms = {arm: summarise(arm, outcomes) for arm, outcomes in found.items()}
+    arms = {arm: summarise(arm, outcomes, ends.get(arm, "")) for arm, outcomes in found.items()}
     claims = plan.claims
     decided = [
-        decide(claim, found.get(claim.better, []), found.get(claim.worse, []), plan.seeds)
+        decide(claim, found.get(claim.better, []), found.get(claim.worse, []), plan.seeds, ends)
         for claim in claims
         if units and plan.compares(claim)
     ]
@@ -124,10 +131,23 @@ def _compared(plan: Plan, units: Sequence[Unit], task: str) -> Compared:
     overall = sum_up(claims, verdicts, plan.compares)
     figures = figures_of(plan.grid, plan.source.config(), task)
     decisions: list[Said] = [*overall, *decided]
-    table = tables.accuracy_table(plan.grid, base, arms, figures, decisions, task)
+    table = tables.accuracy_table(plan.grid, base, arms, figures, decisions, task, _sweep(plan) if arms else "")
     said = [Overall(each.found, f"On {task}: {each.sentence}") for each in decisions]
     missing = [each for each in decided if isinstance(each, Uncompared)]
     return Compared(base, arms, verdicts, overall, missing, said, table)
+
+
+def _sweep(plan: Plan) -> str:
+    """How the learning rates were found; empty without a sweep."""
+    if not plan.swept:
+        return ""
+    counts = sorted(rows for unit in plan.sweeps if unit.finished and (rows := held_out_rows(unit)) is not None)
+    held_out = " to ".join(map(str, dict.fromkeys(counts[:1] + counts[-1:])))
+    tried = ", ".join(f"{rate:g}" for rate in sorted(plan.rates))
+    return (
+        f"Learning rates: for each arm that of the lowest loss on {held_out or 'the'} held-out rows with seed "
+        f"{plan.seeds[0]}, of {tried} times the config's."
+    )
 
 
 def _stronger(plan: Plan, units: Sequence[Unit], task: str) -> list[Said]:
@@ -182,7 +202,8 @@ def chosen_rates(plan: Plan) -> dict[str, float]:
     """The learning rate with the lowest validation loss, by arm; arms with an unfinished sweep are left out."""
     if not plan.swept:
         return {}
-    best = plan.source.config().sft.validation > 0  # no arm sets it
+    settings = plan.source.config().sft  # no arm sets what follows
+    best = settings.validation > 0 and settings.keep == "best"
     losses: dict[str, dict[float, float]] = {}
     for unit in plan.sweeps:
         assert unit.rate is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
@@ -59,6 +59,8 @@ class Summary:
     learning_rate: float
     active_share: float | None
     elements: int | None = None
+    end: str = ""
+    """"lowest" or "highest" if the learning rate is at that end of the arm's sweep."""
 
 
 @dataclass(frozen=True)
@@ -145,22 +147,32 @@ def validation_loss(folder: Path, *, best: bool) -> float:
     return min(finite) if best else finite[-1]
 
 
-def summarise(arm: str, outcomes: Sequence[Outcome]) -> Summary:
-    """One arm's row of the table; `outcomes` is not empty."""
+def summarise(arm: str, outcomes: Sequence[Outcome], end: str = "") -> Summary:
+    """One arm's row of the table; `outcomes` is not empty.
+
+    Args:
+        end: see `Summary`.
+    """
     accuracy = sum(sum(each.right.values()) for each in outcomes) / sum(len(each.right) for each in outcomes)
     n = len({question for each in outcomes for question in each.right})
     by_seed = {each.seed: sum(each.right.values()) / len(each.right) for each in outcomes}
     interval, first = wilson_interval(round(accuracy * n), n), outcomes[0]
-    return Summary(arm, accuracy, interval, n, by_seed, first.learning_rate, first.active_share, first.elements)
+    return Summary(arm, accuracy, interval, n, by_seed, first.learning_rate, first.active_share, first.elements, end)
 
 
 def decide(
-    claim: Claim, better: Sequence[Outcome], worse: Sequence[Outcome], seeds: Sequence[int] = ()
+    claim: Claim,
+    better: Sequence[Outcome],
+    worse: Sequence[Outcome],
+    seeds: Sequence[int] = (),
+    ends: Mapping[str, str] | None = None,
 ) -> Verdict | Uncompared:
     """Compare two arms on the seeds and questions that both have.
 
     Args:
         seeds: the planned ones, of which the sentence names those without results.
+        ends: arms whose learning rate is at an end of their sweep, and which ("lowest" or "highest"): a better rate may
+            be beyond it, so nothing is decided about them.
     """
     theirs = {each.seed: each.right for each in worse}
     pairs = {each.seed: _paired(each.right, theirs[each.seed]) for each in better if each.seed in theirs}
@@ -173,10 +185,11 @@ def decide(
         for question in ours:
             changes[question] = changes.get(question, 0) + ours[question] - other[question]
     p = mcnemar_exact(sum(each > 0 for each in changes.values()), sum(each < 0 for each in changes.values()))
-    verdict = found.found(reaches=claim.reaches)
+    at_end = [f"{arm}'s is the {ends[arm]}" for arm in (claim.better, claim.worse) if ends and arm in ends]
+    verdict = "undecided" if at_end else found.found(reaches=claim.reaches)
     answers = sum(len(ours) for ours, _ in pairs.values())
     right, other_right = (sum(sum(pair[side].values()) for pair in pairs.values()) / answers for side in (0, 1))
-    words = _sentence(claim, verdict, (right, other_right), found, p) + left_out(seeds, pairs)
+    words = _sentence(claim, verdict, (right, other_right), found, p, at_end) + left_out(seeds, pairs)
     return Verdict(claim, verdict, (right, other_right), found, p, words)
 
 
@@ -211,11 +224,19 @@ def _paired(ours: Right, theirs: Right) -> tuple[Right, Right]:
     return {each: ours[each] for each in common}, {each: theirs[each] for each in common}
 
 
-def _sentence(claim: Claim, found: Found, reached: Sequence[float], difference: Effect, p: float) -> str:
+def _sentence(
+    claim: Claim, found: Found, reached: Sequence[float], difference: Effect, p: float, at_end: Sequence[str]
+) -> str:
     better, worse = (f"{each:.1%}" for each in reached)
     test = "sign test over questions" if difference.seeds > 1 else "McNemar test"
+    end = ending(difference, found, reaches=claim.reaches)
+    if at_end:
+        end = (
+            f"but of the learning rates of its sweep {' and '.join(at_end)}, so a better one may be beyond (--rates), "
+            f"{ENDINGS[found]}."
+        )
     return (
         f"{sentence(claim.text)}: {claim.better} reached {better} and {claim.worse} {worse}, a difference of "
         f"{100 * difference.difference:+.1f} points ({shown(difference)}; exact {test}, p = {p:.2g}), "
-        f"{ending(difference, found, reaches=claim.reaches)}"
+        f"{end}"
     )

@@ -36,7 +36,7 @@ def _cells(row: Summary, paper: str) -> tuple[str, ...]:
     low, high = row.interval
     return (
         row.arm,
-        f"{row.learning_rate:g}" if row.learning_rate else "–",
+        _rate(row),
         _trained(row),
         f"{row.accuracy:.1%}",
         f"{low:.1%} – {high:.1%}",
@@ -44,6 +44,11 @@ def _cells(row: Summary, paper: str) -> tuple[str, ...]:
         ", ".join(f"{each:.1%}" for _, each in sorted(row.by_seed.items())),
         paper or "–",
     )
+
+
+def _rate(row: Summary) -> str:
+    tried = f" ({row.end} tried)" if row.end else ""
+    return f"{row.learning_rate:g}{tried}" if row.learning_rate else "–"
 
 
 def _trained(row: Summary) -> str:
@@ -112,14 +117,17 @@ def accuracy_table(
     figures: Figures,
     verdicts: Sequence[Said],
     task: str,
+    sweep: str = "",
 ) -> Table:
     """Accuracies with a line for each verdict.
 
     Args:
         task: of lm-eval; empty: the test rows.
+        sweep: how the learning rates were found, a sentence.
     """
     said = "Verdicts, each with its interval."
     lines = [f"Accuracy on {task}.", ""] if task else []
+    lines += [sweep, ""] if sweep else []
     lines += [said, "", *bullets(verdicts)] if verdicts else []
     name, title = (
         (f"table-{file_name(task)}", f"Accuracy on {task}") if task else ("table", "Accuracy on the test rows")

@@ -38,6 +38,17 @@ def steps_of(unit: Unit, stage: str) -> int | None:
     return total
 
 
+def held_out_rows(unit: Unit) -> int | None:
+    """The rows that a run of stage 1 holds out for its validation loss, at most; None: its rows are not known yet."""
+    config, total = unit.config, 0
+    for systems in config.sft.parts:
+        rows = _rows(unit, systems)
+        if rows is None:
+            return None
+        total += validation_rows(rows, config.sft.validation)
+    return total
+
+
 def steps_of_all(units: Sequence[Unit], stage: str) -> int | None:
     """The sum over runs; None if one is not known."""
     found = [steps_of(unit, stage) for unit in units]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -90,6 +91,45 @@ def test_the_rate_is_chosen_by_what_the_compared_runs_keep(tmp_path: Path) -> No
 
     assert chosen(tmp_path / "last", "sft.validation=0", "sft.patience=null") == {"random": 0.5}
     assert chosen(tmp_path / "best", "sft.validation=0.2") == {"random": 1}
+    assert chosen(tmp_path / "kept", "sft.validation=0.2", "sft.keep=last") == {"random": 0.5}
+
+
+def test_a_rate_at_an_end_of_its_sweep_decides_nothing(tmp_path: Path) -> None:
+    """A better one may be beyond it: random masks need far higher rates (arXiv 2405.02596)."""
+    best = {"importance": 0.5, "random": 1, "full-lora": 2, "magnitude": 1}
+    plan = make_plan(
+        "mask", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1, 2, 3], only=[*best], rates=[2, 0.5, 1]
+    )
+    for unit in plan.sweeps:
+        unit.run.metrics.mkdir(parents=True)
+        loss = {"step": 1, "loss": abs((unit.rate or 0) - best[unit.arm])}
+        (unit.run.metrics / "sft_validation.jsonl").write_text(json.dumps(loss) + "\n")
+        unit.run.labels.mkdir()
+        labels = {"system": [1] * (300 if unit.arm == "random" else 250) + [2] * 41}
+        pq.write_table(pa.table(labels), unit.run.labels / "part-00000.parquet")
+        record_finished(unit)
+    shown = "\n".join(described(plan))
+    assert "the lowest loss on 10% of the training rows (29 to 34 rows)" in shown
+    rates = chosen_rates(plan)
+    assert rates == best and plan.ends(rates) == {"importance": "lowest", "full-lora": "highest"}
+    for unit in plan.units(rates):
+        unit.run.eval.mkdir(parents=True)
+        right = 600 if unit.arm == "importance" else 300 if unit.arm == "random" else 100
+        table = {"id": [str(q) for q in range(1000)], "right": [q < right for q in range(1000)]}
+        pq.write_table(pa.table(table), unit.run.eval / "sft.parquet")
+        (unit.run.eval / "sft.json").write_text("{}")
+        record_finished(unit)
+    text = report(plan)
+    assert "| importance | 0.0005 (lowest tried) |" in text and "| full-lora | 0.002 (highest tried) |" in text
+    assert "| random | 0.001 |" in text
+    assert "that of the lowest loss on 29 to 34 held-out rows with seed 1, of 0.5, 1, 2 times the config's." in text
+    assert re.search(
+        r"- \*\*undecided\*\*: The importance mask beats a random .* \+30\.0 points .* importance's is the l", text
+    )
+    assert "importance's is the lowest and full-lora's is the highest, so a better one may be beyond (--rates)" in text
+    wider = make_plan("mask", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1], only=["random"])
+    assert "random" not in wider.ends({"random": 1}) and wider.ends({"random": 4}) == {"random": "highest"}
+    assert replace(wider, rates=(1,)).ends({"random": 1}) == {}  # no sweep
 
 
 def test_an_arm_without_a_finished_sweep_is_not_compared(tmp_path: Path) -> None:

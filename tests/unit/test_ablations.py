@@ -174,6 +174,8 @@ def test_a_finished_run_that_evaluated_other_models_is_evaluated_again(
         ({"validation": 0}, "--validation 0: give a share of the training rows between 0 and 1, such as 0.1"),
         ({"only": ["shuffled-labels"]}, "needs teachers that vote, and label.strategy is random"),
         ({"seeds": [1, 1]}, "--seeds: give different"),
+        ({"rates": [0.5, 1, 1]}, "--rates: give different numbers above 0, such as 0.5,1,2"),
+        ({"rates": [0, 1]}, "--rates: give different numbers above 0"),
         ({"overrides": ["order=[sft]"]}, "--set order: the grid 'mask' sets it itself"),
         ({"overrides": ["sft.masked=false"]}, r"arm importance: .* cuts none for stage 1; set sft\.masked: true and"),
         ({"overrides": ["partition.regions=own"], "only": ["importance", "full-lora"]}, "arm importance: .* cuts none"),
