@@ -96,7 +96,7 @@ def test_the_rate_is_chosen_by_what_the_compared_runs_keep(tmp_path: Path) -> No
 
 def test_a_rate_at_an_end_of_its_sweep_decides_nothing(tmp_path: Path) -> None:
     """A better one may be beyond it: random masks need far higher rates (arXiv 2405.02596)."""
-    best = {"importance": 0.5, "random": 1, "full-lora": 2, "magnitude": 1}
+    best = {"importance": 0.5, "random": 1, "swapped": 2, "magnitude": 1}
     plan = make_plan(
         "mask", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1, 2, 3], only=[*best], rates=[2, 0.5, 1]
     )
@@ -111,7 +111,7 @@ def test_a_rate_at_an_end_of_its_sweep_decides_nothing(tmp_path: Path) -> None:
     shown = "\n".join(described(plan))
     assert "the lowest loss on 10% of the training rows (29 to 34 rows)" in shown
     rates = chosen_rates(plan)
-    assert rates == best and plan.ends(rates) == {"importance": "lowest", "full-lora": "highest"}
+    assert rates == best and plan.ends(rates) == {"importance": "lowest", "swapped": "highest"}
     for unit in plan.units(rates):
         unit.run.eval.mkdir(parents=True)
         right = 600 if unit.arm == "importance" else 300 if unit.arm == "random" else 100
@@ -120,13 +120,13 @@ def test_a_rate_at_an_end_of_its_sweep_decides_nothing(tmp_path: Path) -> None:
         (unit.run.eval / "sft.json").write_text("{}")
         record_finished(unit)
     text = report(plan)
-    assert "| importance | 0.0005 (lowest tried) |" in text and "| full-lora | 0.002 (highest tried) |" in text
+    assert "| importance | 0.0005 (lowest tried) |" in text and "| swapped | 0.002 (highest tried) |" in text
     assert "| random | 0.001 |" in text
     assert "that of the lowest loss on 29 to 34 held-out rows with seed 1, of 0.5, 1, 2 times the config's." in text
     assert re.search(
         r"- \*\*undecided\*\*: The importance mask beats a random .* \+30\.0 points .* importance's is the l", text
     )
-    assert "importance's is the lowest and full-lora's is the highest, so a better one may be beyond (--rates)" in text
+    assert "importance's is the lowest and swapped's is the highest, so a better one may be beyond (--rates)" in text
     wider = make_plan("mask", SHIPPED / "arithmetic.yaml", [], tmp_path, seeds=[1], only=["random"])
     assert "random" not in wider.ends({"random": 1}) and wider.ends({"random": 4}) == {"random": "highest"}
     assert replace(wider, rates=(1,)).ends({"random": 1}) == {}  # no sweep
