@@ -85,7 +85,7 @@ def loss_lines(folders: Mapping[str, Sequence[Path]]) -> dict[str, list[charts.L
     found: dict[str, list[charts.Line]] = {}
     for arm, runs in folders.items():
         for run in runs:
-            lines = read_lines(run / "metrics" / "sft.jsonl")
+            lines = [each for each in read_lines(run / "metrics" / "sft.jsonl") if "loss" in each]  # else not finite
             if lines:
                 line = [each["step"] for each in lines], [each["loss"] for each in lines]
                 found.setdefault(arm, []).append(line)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorapar_ray.adapters.store import require_finite
 from lorapar_ray.adapters.targets import module_type, resolve_targets
 from lorapar_ray.files import atomic_path
 
@@ -38,7 +39,12 @@ def attach_method(model: nn.Module, method: str, *, virtual_tokens: int, seed: i
 
 
 def save_method(peft_model: Any, folder: Path) -> None:
-    """Save like PEFT; the directory appears atomically."""
+    """Save like PEFT; the directory appears atomically.
+
+    Raises:
+        UserError: a trained number is not finite; nothing is written.
+    """
+    require_finite(folder, {key: value for key, value in peft_model.named_parameters() if value.requires_grad})
     with atomic_path(folder) as draft:
         peft_model.save_pretrained(draft)
         (draft / "README.md").unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,12 +29,30 @@ def save_adapter(peft_model: Any, folder: Path) -> None:
 
 
 def write_adapter_state(folder: Path, settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Write an adapter directory from its config (as in `adapter_config.json`) and tensors."""
+    """Write an adapter directory from its config (as in `adapter_config.json`) and tensors.
+
+    Raises:
+        UserError: a number of it is not finite; nothing is written.
+    """
+    require_finite(folder, state)
     with atomic_path(folder) as draft:
         draft.mkdir()
         save_file({key: state[key].contiguous() for key in sorted(state)}, draft / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps({**settings, "init_lora_weights": True, "inference_mode": True}, indent=2, sort_keys=True)
         (draft / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def require_finite(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Check what is going to be saved to `folder`.
+
+    Raises:
+        UserError: a number of it is not finite.
+    """
+    for key, value in state.items():
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(
+                f"'{folder}' is not written: '{key}' holds numbers that are not finite; lower the stage's learning rate"
+            )
 
 
 def read_adapter_state(folder: Path) -> dict[str, Tensor]:

@@ -55,6 +55,8 @@ class SftConfig(Ranged):
     """Betas of AdamW's two moments."""
     max_grad_norm: Result[PositiveFloat] = 1.0
     """The gradient of the trained elements is clipped to this norm."""
+    nonfinite_limit: Operation[PositiveInt] = 3
+    """Steps in a row that may be skipped because the gradient is not finite; then the run stops."""
     max_length: Result[PositiveInt] = 512
     """Longest example, in tokens; a longer response is cut."""
     packing: Operation[bool] = False

@@ -198,18 +198,27 @@ class MaskedAdamW(torch.optim.Optimizer):
             ones.
 
         Args:
-            only_finite: skip the step if the norm is not finite; this waits for the norm.
+            only_finite: change no value and no moment if the norm is not finite. The step counts all the same in the
+                bias corrections of later steps, since on a GPU only the device knows.
         """
         gradients = self._for_one_launch()
         if gradients is None or self._triton is None:
             norm = self.clip_grad_norm_(max_norm)
             if not only_finite or norm.isfinite():
                 self.step()
+            else:
+                self._count_a_step()
             return norm
         norm = self._triton.joint_norm(gradients, max_norm)
-        if not only_finite or norm.isfinite():
-            self._triton.step(self.param_groups, gradients, clip=True)
+        self._triton.step(self.param_groups, gradients, clip=True, only_finite=only_finite)
         return norm
+
+    def _count_a_step(self) -> None:
+        """As `step`, without any change of values and moments."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.state[parameter]["step"] += 1
 
     def _for_one_launch(self) -> list[Tensor] | None:
         """The gradients, with `_triton` ready for the step; None if this step uses another path."""

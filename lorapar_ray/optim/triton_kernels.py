@@ -50,12 +50,19 @@ def adamw(
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     CLIP: tl.constexpr,
+    ONLY_FINITE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Step a block of one parameter's active elements; below float32 through its master values."""
+    """Step a block of one parameter's active elements; below float32 through its master values.
+
+    ONLY_FINITE: if the norm is not finite, nothing changes.
+    """
     block = tl.program_id(0)
     row = table + tl.load(blocks + 2 * block) * 8
     places, positions, exists = _elements(row, tl.load(blocks + 2 * block + 1), BLOCK)
+    if ONLY_FINITE:
+        size = tl.abs(tl.zeros([BLOCK], dtype=tl.float32) + tl.load(norm))
+        exists = exists & (size <= 3.4028235e38)  # the largest float32; false for NaN
     group = settings + tl.load(row + 7) * 8
     decay, beta1, toward1 = tl.load(group), tl.load(group + 1), tl.load(group + 2)
     beta2, toward2 = tl.load(group + 3), tl.load(group + 4)

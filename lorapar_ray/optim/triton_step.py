@@ -135,8 +135,14 @@ class TritonStep:
         """The factor for gradients from the last `joint_norm`."""
         return self.norm[1]
 
-    def step(self, groups: Sequence[dict[str, Any]], gradients: Sequence[Tensor], *, clip: bool) -> None:
-        """One AdamW step of every parameter, its gradient multiplied by `factor` if `clip`."""
+    def step(
+        self, groups: Sequence[dict[str, Any]], gradients: Sequence[Tensor], *, clip: bool, only_finite: bool = False
+    ) -> None:
+        """One AdamW step of every parameter, its gradient multiplied by `factor` if `clip`.
+
+        Args:
+            only_finite: change nothing but the step counts if the last `joint_norm` is not finite; the device decides.
+        """
         number = self.states[0]["step"] + 1
         for state in self.states:
             state["step"] = number
@@ -151,6 +157,7 @@ class TritonStep:
             PARAM=_triton_dtype(self.dtype),
             GRAD=_triton_dtype(gradients[0].dtype),
             CLIP=clip,
+            ONLY_FINITE=only_finite,
             BLOCK=BLOCK,
             num_warps=WARPS,
         )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorapar_ray.config import SftConfig
+from lorapar_ray.errors import UserError
 from lorapar_ray.optim import MaskedAdamW
 from lorapar_ray.optim.schedule import learning_rate_factor
 from lorapar_ray.sft.batches import BatchPlan
@@ -84,7 +85,9 @@ class Arm:
 
     @property
     def running(self) -> bool:
-        """Whether steps remain."""
+        """Whether steps remain that can be taken."""
+        if self.log.failure is not None:
+            return False
         patience = self.settings.patience
         return self.progress.step < self.plan.steps and (patience is None or self.progress.waited < patience)
 
@@ -108,8 +111,11 @@ class Arm:
         return StepRows(micros[self.worker.rank :: self.worker.world], losses_in(everyone), tokens)
 
     def take(self, rows: StepRows, loss: Tensor) -> None:
-        """Take the step of `begin`; the gradients are ready, and the loss (scalar) may still be computing."""
-        norm = self.optimizer.clip_and_step(self.settings.max_grad_norm)
+        """Take the step of `begin`; the gradients are ready, and the loss (scalar) may still be computing.
+
+        With a gradient that is not finite nothing changes; the log counts such steps.
+        """
+        norm = self.optimizer.clip_and_step(self.settings.max_grad_norm, only_finite=True)
         self.progress.step += 1
         self.log.put(self.progress.step, loss, norm, self.optimizer.param_groups[0]["lr"], rows.tokens)
 
@@ -137,6 +143,15 @@ class Arm:
         best = self.progress.best_checkpoint
         if self.settings.keep == "best" and best is not None and self.worker.rank == 0:  # rank 0 writes the adapter
             load_parameters(Path(best), self.trained)
+
+    def require_finite(self) -> None:
+        """Check that training did not end because of gradients that were not finite.
+
+        Raises:
+            UserError: `nonfinite_limit` steps in a row were skipped.
+        """
+        if self.log.failure is not None:
+            raise UserError(self.log.failure)
 
     @property
     def _due(self) -> bool:

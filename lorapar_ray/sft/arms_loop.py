@@ -48,7 +48,8 @@ class ArmsLoop:
         self.buckets = worker.device.type == "cuda"
 
     def run(self, resume_from: Sequence[str | None]) -> None:
-        """Train every arm to its last step, or until early stopping."""
+        """Train every arm to its last step, or until early stopping. One whose gradients are not finite ends before;
+        the others go on (`Arm.require_finite`)."""
         for arm, path in zip(self.arms, resume_from, strict=True):
             if path is not None:
                 arm.resume(path)

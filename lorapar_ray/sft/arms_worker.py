@@ -14,7 +14,8 @@ def train_arms_worker(payload: dict[str, Any]) -> None:
     """Train every job of `payload["jobs"]`, which share a base; rank 0 writes their adapters (a Ray Train function).
 
     Raises:
-        UserError: an adapter, a region or a checkpoint is damaged or missing.
+        UserError: an adapter, a region or a checkpoint is damaged or missing; or a job's gradients were not finite,
+            raised once the adapters of the others are written.
     """
     import torch
 
@@ -65,6 +66,10 @@ def train_arms_worker(payload: dict[str, Any]) -> None:
         worker=worker,
     ).run([work.resume_from for work in works])
     if worker.rank == 0:
-        for number, job in enumerate(jobs):
+        finite = [number for number, arm in enumerate(arms) if arm.log.failure is None]
+        for number in finite:
+            job = jobs[number]
             config = read_object(folders[number] / "adapter_config.json")
             write_adapter_state(Path(job.adapter_out), config, model.state_of(number))
+        for arm in arms:
+            arm.require_finite()

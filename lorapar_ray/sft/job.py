@@ -172,5 +172,5 @@ def steps_done(*metrics: str) -> tuple[int, str]:
 
 
 def _remark(last: Sequence[dict[str, Any]]) -> str:
-    losses = ", ".join(f"{line['loss']:.3f}" for line in last)
+    losses = ", ".join(f"{line['loss']:.3f}" if "loss" in line else "not finite" for line in last)
     return f"loss {losses} · {sum(line['tokens_per_s'] for line in last):.0f} tokens/s"

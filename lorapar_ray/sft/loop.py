@@ -73,7 +73,11 @@ class TrainingLoop:
         self.buckets = worker.device.type == "cuda"
 
     def run(self, resume_from: str | None) -> None:
-        """Train to the last step, or until early stopping."""
+        """Train to the last step, or until early stopping.
+
+        Raises:
+            UserError: too many gradients in a row were not finite.
+        """
         if resume_from is not None:
             self.arm.resume(resume_from)
         elif self.worker.world > 1:
@@ -84,6 +88,7 @@ class TrainingLoop:
             self._step(self.arm.progress.step)
             self._after_a_step()
         self.arm.finish()
+        self.arm.require_finite()
 
     def _step(self, step: int) -> None:
         rows = self.arm.begin()

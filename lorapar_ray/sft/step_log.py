@@ -1,13 +1,14 @@
 """A line of figures per optimiser step, written a step later, so that no step waits for the device.
 
 Reading a number from a GPU waits for all earlier kernels. So a step's numbers are copied to host memory asynchronously,
-and read after the next step has been launched.
+and read after the next step has been launched. So is whether the step was skipped because its gradient was not finite.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,29 @@ Arriving = Callable[[], tuple[list[float], float]]
 class StepLog:
     """The metrics file of a run, and its trackers."""
 
-    def __init__(self, file: Path | None, curves: Write | None, active_share: float) -> None:
+    def __init__(
+        self,
+        file: Path | None,
+        curves: Write | None,
+        active_share: float,
+        *,
+        nonfinite_limit: int = 3,
+        name: str = "sft",
+        rate: str = "sft.learning_rate",
+    ) -> None:
         """Take a file that gets a JSON line a step, and what else gets it; None: not on this rank.
 
         Args:
             active_share: active elements over all elements, which every line repeats.
+            nonfinite_limit: after this many skipped steps in a row there is a `failure`.
+            name, rate: of the job, and of the setting of its learning rate, for that message.
         """
         self._file, self._curves, self._share = file, curves, active_share
+        self._limit, self._name, self._rate = nonfinite_limit, name, rate
+        self._skipped = 0
+        """Steps skipped in a row."""
+        self.failure: str | None = None
+        """Why training cannot go on; the same on every rank after the same step, since all have the same norms."""
         self._waiting: tuple[int, dict[str, float], int, Arriving] | None = None
         self._clock = time.monotonic()
 
@@ -41,7 +58,7 @@ class StepLog:
         self._waiting = step, {"learning_rate": rate}, tokens, arriving
 
     def flush(self) -> None:
-        """Write the pending figures."""
+        """Write the pending figures; of a skipped step, those that are finite."""
         if self._waiting is None:
             return
         step, known, tokens, arriving = self._waiting
@@ -53,15 +70,24 @@ class StepLog:
             "loss": loss,
             **known,
             "grad_norm": norm,
+            "updates_skipped": float(not isfinite(norm)),
             "tokens_per_s": tokens / seconds,
             "active_share": self._share,
             "memory_mib": memory_mib(),
             "seconds": seconds,
         }
+        line = {name: value for name, value in line.items() if isfinite(value)}
         if self._file is not None:
             append_line(self._file, line)
         if self._curves is not None:
             self._curves({f"train/{name}": value for name, value in line.items() if name != "step"}, step)
+        self._skipped = 0 if isfinite(norm) else self._skipped + 1
+        if self._skipped == self._limit:
+            self.failure = (
+                f"{self._name}: the gradient was not finite in {self._skipped} steps in a row (step {step}: "
+                f"loss {loss:g}, gradient norm {norm:g}); lower {self._rate}, set model.dtype: float32, or "
+                "check the base's weights"
+            )
 
     def validated(self, step: int, loss: float) -> None:
         """Write a validation's loss; its time does not count for a step."""

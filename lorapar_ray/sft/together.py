@@ -21,7 +21,7 @@ from lorapar_ray.workers import run_workers
 SHARED_ADAPTER = ("rank", "dropout", "targets")
 OWN = {
     *("systems", "masked", "learning_rate", "lora_plus_ratio", "schedule", "warmup_ratio", "weight_decay", "betas"),
-    *("max_grad_norm", "keep", "patience", "report_to"),
+    *("max_grad_norm", "nonfinite_limit", "keep", "patience", "report_to"),
 }
 """Settings of `sft` that may differ between runs that train together."""
 

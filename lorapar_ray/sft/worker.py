@@ -139,7 +139,14 @@ def prepared(job: SftJob, settings: SftConfig, masks: dict[str, Any], worker: Wo
         train,
         _validation(held_out, settings, worker.world, worker.rank),
         sum(lengths[each] for row in plan.rows for each in row),
-        StepLog(metrics if leads else None, curves, trainable_share(masks)),
+        StepLog(
+            metrics if leads else None,
+            curves,
+            trainable_share(masks),
+            nonfinite_limit=settings.nonfinite_limit,
+            name=job.name,
+            rate="adapter.warmup_learning_rate" if metrics.stem == "warmup" else "sft.learning_rate",
+        ),
         None if found is None else found[0],
     )
 

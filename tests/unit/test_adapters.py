@@ -1,5 +1,6 @@
 """Targets, inits, files and export of adapters, on real architectures with random weights."""
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
 from lorapar_ray.adapters import (
+    adapter_parameters,
     adapter_state,
     attach_lora,
     layer_index,
@@ -200,3 +202,13 @@ def test_a_gpu_has_the_adapter_of_a_cpu(init: str) -> None:
         adapter_state(attach_lora(tiny("llama").to(device), rank=4, alpha=8, init=init)) for device in ("cpu", "cuda")
     )
     assert all(torch.equal(value, there[key].cpu()) for key, value in here.items())
+
+
+def test_an_adapter_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
+    model = attach_lora(tiny(), rank=2, alpha=4)
+    key, value = next(iter(adapter_parameters(model).items()))
+    with torch.no_grad():
+        value.view(-1)[1] = torch.nan
+    with pytest.raises(UserError, match=f"is not written: '{re.escape(key)}' holds numbers that are not finite"):
+        save_adapter(model, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from lorapar_ray.sft.rows import collate, rows_in
 from lorapar_ray.sft.step_log import StepLog
 from lorapar_ray.tracking import keep_lines_until
 from tests.tiny_run import metrics
-from tests.unit.test_sft_loop import CPU, SETTINGS, Killed, examples
+from tests.unit.test_sft_loop import CPU, SETTINGS, Killed, examples, spoilt
 from tests.unit.tiny_models import tiny
 
 RANK, ALPHA = 4, 8.0
@@ -211,8 +210,9 @@ def test_a_checkpoint_of_several_arms_is_one_of_an_arm_alone(tmp_path: Path) -> 
 def test_an_arm_that_diverges_leaves_the_others_as_they_are(tmp_path: Path) -> None:
     trials = [replace(THREE[0], settings={"learning_rate": 1e30}), THREE[1]]
     _, other = together(trials, tmp_path / "together")
-    losses = [line["loss"] for line in metrics(tmp_path / "together" / "a", "sft")]
-    assert math.isnan(losses[-1]) and not math.isnan(losses[0])
+    lines = metrics(tmp_path / "together" / "a", "sft")
+    assert [line["updates_skipped"] for line in lines] == [0, 0, 1, 1, 1, 1]  # after the last one, three are known
+    assert "loss" in lines[0] and "loss" not in lines[-1]
     theirs = alone(THREE[1], tmp_path / "b")
     require_alike(THREE[1], tmp_path / "together" / "b", other, tmp_path / "b", theirs)
 
@@ -254,6 +254,18 @@ def test_losses_and_gradients_are_each_arms_own(dtype: torch.dtype, checkpointin
             torch.testing.assert_close(
                 mine, theirs[key], rtol=1e-3, atol=(1e-4 if dtype == torch.float32 else 0.1) * scale
             )
+
+
+def test_an_arm_whose_gradient_is_not_finite_skips_its_step_and_the_others_take_theirs(tmp_path: Path) -> None:
+    adapters = together(THREE, tmp_path / "together", spoilt(2, 3, arm=1))
+    for number, trial in enumerate(THREE):
+        lines = metrics(tmp_path / "together" / trial.name, "sft")
+        assert [line["step"] for line in lines if line["updates_skipped"]] == ([2, 3] if number == 1 else [])
+        assert all(value.isfinite().all() for value in adapters[number].values())
+        if number != 1:
+            expected = alone(trial, tmp_path / "alone" / trial.name)
+            for key, value in adapters[number].items():
+                torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """Stage 1's loop compared with TRL's SFTTrainer, its loss with TRL's head, and its rows."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from lorapar_ray.adapters import adapter_parameters, attach_lora
 from lorapar_ray.config import SftConfig
+from lorapar_ray.errors import UserError
 from lorapar_ray.optim import MaskedAdamW, masked_param_groups
 from lorapar_ray.sft.arm import Worker
 from lorapar_ray.sft.batches import plan_batches
@@ -46,6 +48,7 @@ def trained_with(
     device: torch.device = CPU,
     dropout: float = 0.0,
     validated: bool = False,
+    limit: int = 3,
     **changes: Any,
 ) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     """(lines of the metrics file, adapter) of a run of our loop, which resumes from a checkpoint, if any."""
@@ -72,7 +75,7 @@ def trained_with(
         filler=0,
         worker=Worker(0, 1, device),
         checkpoints=folder / "checkpoints",
-        log=StepLog(folder / "metrics" / "sft.jsonl", None, 1.0),
+        log=StepLog(folder / "metrics" / "sft.jsonl", None, 1.0, nonfinite_limit=limit),
     ).run(None if found is None else found[0])
     return metrics(folder, "sft"), {key: value.detach().cpu() for key, value in parameters.items()}
 
@@ -170,6 +173,57 @@ def test_an_interrupted_run_resumes_to_the_same_bits(at: int, tmp_path: Path, mo
         "checkpoint-4",
         "checkpoint-6",
     ]
+
+
+class Spoilt(EagerPasses):
+    """Passes of which some steps give a gradient that is not finite; with several adapters, one of them has it."""
+
+    steps: tuple[int, ...] = ()
+    arm = 0
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.step = 0
+
+    def loss(self) -> torch.Tensor:
+        self.step += 1
+        if self.step in self.steps:
+            gradient = self._parameters[2].grad
+            assert gradient is not None
+            (gradient if self._kept is None else gradient[self.arm]).view(-1)[3] = torch.inf
+        return super().loss()
+
+
+def spoilt(*steps: int, arm: int = 0) -> type[Spoilt]:
+    """Of these steps, from 1."""
+    return type("Spoilt", (Spoilt,), {"steps": steps, "arm": arm})
+
+
+def test_a_step_whose_gradient_is_not_finite_is_skipped_and_counted(tmp_path: Path) -> None:
+    lines, adapter = trained_with(tmp_path, spoilt(3, 4, 6), checkpoint_every=1, keep="last", epochs=3)
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    assert [line["step"] for line in lines if line["updates_skipped"]] == [3, 4, 6]
+    assert ["grad_norm" in line for line in lines] == [not line["updates_skipped"] for line in lines]
+    assert all("loss" in line and math.isfinite(line["loss"]) for line in lines)
+    assert all(value.isfinite().all() for value in adapter.values())
+
+    _, early = trained_with(tmp_path / "early", epochs=3, max_steps=2, schedule="constant")
+    _, late = trained_with(tmp_path / "late", spoilt(3, 4), epochs=3, max_steps=4, schedule="constant")
+    for key, value in early.items():
+        assert torch.equal(value, late[key]), key
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
+    refusal = (
+        r"^sft: the gradient was not finite in 2 steps in a row \(step 4: loss [\d.]+, gradient norm inf\); lower "
+        r"sft.learning_rate, set model.dtype: float32, or check the base's weights$"
+    )
+    with pytest.raises(UserError, match=refusal):
+        trained_with(tmp_path, spoilt(1, 3, 4), limit=2)
+    lines = metrics(tmp_path, "sft")
+    assert [(line["step"], line["updates_skipped"]) for line in lines] == [(1, 1), (2, 0), (3, 1), (4, 1), (5, 0)]
+    with pytest.raises(UserError, match="in 3 steps in a row"):  # the last three: seen before the adapter is saved
+        trained_with(tmp_path / "last", spoilt(4, 5, 6))
 
 
 def test_the_best_checkpoint_is_kept_and_patience_ends_the_run(tmp_path: Path) -> None:

@@ -218,6 +218,36 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm() -> None:
 
 
 @kernels
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_skipped_step_changes_nothing_but_the_count_on_either_way(bad: float) -> None:
+    """The device decides in the kernel, torch's kernels after a look at the norm; the steps after it are the same."""
+
+    def run(by_kernel: bool) -> tuple[list[Any], MaskedAdamW]:
+        parameters, masks = problem()
+        optimizer = MaskedAdamW(groups(parameters, masks))
+        optimizer._triton_was_tried = not by_kernel  # so that it uses torch's kernels
+        for step in range(5):
+            for parameter, gradient in zip(parameters, gradients(step), strict=True):
+                parameter.grad = gradient
+            if step in (0, 3):
+                parameters[1].grad.fill_(bad)
+            states = [optimizer.state[each] for each in parameters]
+            held = [*parameters, *(state[name] for state in states for name in ("exp_avg", "exp_avg_sq"))]
+            before = [each.detach().clone() for each in held]
+            norm = optimizer.clip_and_step(1.0, only_finite=True)
+            assert bool(norm.isfinite()) == (step not in (0, 3))
+            same = [torch.equal(each, old) for each, old in zip(held, before, strict=True)]
+            assert all(same) == (step in (0, 3))
+            assert {state["step"] for state in states} == {step + 1}
+        return parameters, optimizer
+
+    (ours, kernel), (theirs, _) = run(True), run(False)
+    launched(kernel)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+@kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_lower_precision_follows_its_float32_masters(dtype: torch.dtype) -> None:
     ours, masks = problem(dtype)
@@ -313,7 +343,7 @@ def test_a_step_with_clipping_is_three_launches_and_never_waits() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            masked.clip_and_step(1.0)
+            masked.clip_and_step(1.0, only_finite=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     on_device = [e.name for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
