@@ -92,7 +92,7 @@ def standing_of(
         return Standing("changed", why) if has_results else Standing("new")
     if entry["status"] != "done":
         return Standing("unfinished")
-    damage = tuple(_damage(run, entry.get("written", {}), prints))
+    damage = tuple(damage_of(run, entry, prints))
     return Standing("damaged", damage) if damage else Standing("done")
 
 
@@ -198,7 +198,9 @@ def written(stage: Stage, run: RunDirectory, prints: Fingerprints) -> dict[str, 
     return {str(file.relative_to(run.root)): [file.stat().st_size, prints.of_file(file)] for file in files}
 
 
-def _damage(run: RunDirectory, files: Mapping[str, list[Any]], prints: Fingerprints) -> Iterator[str]:
+def damage_of(run: RunDirectory, entry: Mapping[str, Any], prints: Fingerprints) -> Iterator[str]:
+    """How a finished stage's files differ from what its `entry` recorded, a short line each."""
+    files: Mapping[str, list[Any]] = entry.get("written", {})
     for name, (size, known) in files.items():
         file: Path = run.root / name
         try:

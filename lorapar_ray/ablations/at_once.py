@@ -79,13 +79,18 @@ def run_at_once(units: Sequence[Unit], stage: str, siblings: list[Path]) -> None
     equal inputs, only one trains, and the others may copy it.
 
     If a group fails, each of its runs continues alone from the group's checkpoints, and only the run that caused the
-    failure fails.
+    failure fails. A run that cannot be copied or read is left out: it meets the same error alone, where it is recorded.
     """
-    for unit in units if stage in SHARED else ():
-        if borrow(unit.config, unit.run, stage, siblings):
-            console.print(f"{unit.title}: {stage} is a copy")
-    due = {_equal(unit, stage): unit for unit in reversed(units) if not is_done(unit.config, unit.run, stage)}
-    for group in groups_of(list(due.values())[::-1], stage):
+    due: dict[str, Unit] = {}
+    for unit in units:
+        try:
+            if stage in SHARED and borrow(unit.config, unit.run, stage, siblings):
+                console.print(f"{unit.title}: {stage} is a copy")
+            elif not is_done(unit.config, unit.run, stage):
+                due.setdefault(_equal(unit, stage), unit)
+        except Exception as error:
+            console.print(f"{unit.title}: {stage} not together with others: {_said(error)}")
+    for group in groups_of(list(due.values()), stage):
         if len(group) > 1:
             _run_group(group, stage)
 
@@ -123,8 +128,12 @@ def _run_group(units: Sequence[Unit], stage: str) -> None:
     try:
         run_together(stage, members, _WORK[stage], redo_of(stage))
     except Exception as error:
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        console.print(f"  not together, but one after the other: {kind}{one_line(error, 300)}")
+        console.print(f"  not together, but one after the other: {_said(error)}")
+
+
+def _said(error: Exception) -> str:
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return f"{kind}{one_line(error, 300)}"
 
 
 _ALIKE = {"sft": stage1.shape_of, "grpo": stage2.shape_of, "evaluate": engines_of}

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from lorapar_ray.ablations.at_once import alone_because, batches, groups_of, stage1_key
 from lorapar_ray.ablations.plan import Plan
-from lorapar_ray.ablations.units import Unit, counted, run_folders, teachers_of
+from lorapar_ray.ablations.units import Unit, counted, entries_in, run_folders, teachers_of
 from lorapar_ray.ablations.verdicts import FEWEST_SEEDS
 from lorapar_ray.ablations.work import TRAINED, devices_of, held_out_rows, of_rows, steps_of_all
 from lorapar_ray.pipeline import PIPELINE
-from lorapar_ray.runs import RunDirectory
 
 
 def described(plan: Plan) -> Iterator[str]:
@@ -105,7 +104,7 @@ def _seconds(plan: Plan) -> dict[str, float]:
     """Mean seconds of each finished stage."""
     spent: dict[str, list[float]] = {}
     for folder in run_folders(plan.out):
-        for name, entry in RunDirectory(folder).manifest().get("stages", {}).items():
+        for name, entry in entries_in(folder).items():
             if entry.get("status") == "done" and name in PIPELINE:
                 spent.setdefault(name, []).append(float(entry.get("seconds", 0.0)))
     return {name: sum(each) / len(each) for name, each in spent.items()}

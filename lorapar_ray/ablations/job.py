@@ -12,7 +12,7 @@ from lorapar_ray.ablations.plan import Plan
 from lorapar_ray.ablations.report import PAGE, chosen_rates, report
 from lorapar_ray.ablations.retention import require_skills_of
 from lorapar_ray.ablations.sharing import SHARED, borrow, borrow_sums
-from lorapar_ray.ablations.units import Unit, run_folders
+from lorapar_ray.ablations.units import Unit, evaluating, run_folders
 from lorapar_ray.errors import UserError
 from lorapar_ray.pipeline import NeedsRedo, check_there, run_stage
 from lorapar_ray.progress import console
@@ -38,6 +38,7 @@ def run_plan(plan: Plan, *, verbose: bool = False) -> list[str]:
 
     for _ in _run_all(lambda: plan.compared(rates), plan, failed, verbose):
         report(plan, failed)
+    _evaluate_base(plan, rates, failed, verbose)
     console.print(report(plan, failed))
     console.print(f"the page: {plan.out / PAGE}")
     return failed
@@ -64,11 +65,22 @@ def _run_all(look: Callable[[], list[Unit]], plan: Plan, failed: list[str], verb
         yield from _run_due([unit for unit in later if not unit.waits_for], plan, failed, verbose)
 
 
+def _evaluate_base(plan: Plan, rates: dict[str, float], failed: list[str], verbose: bool) -> None:
+    """Evaluate the base with a finished run, if the one that was to do so has failed."""
+    finished = [unit for unit in plan.compared(rates) if unit.finished]
+    if not finished or any("base" in unit.config.evaluated for unit in finished):
+        return
+    instead = evaluating(finished[0], plan.grid.every_stage, base=True)
+    console.print(f"{instead.title} evaluates the base too, since the run that was to do so failed")
+    with ray_session(verbose):
+        _run_part(instead, ["evaluate"], plan, failed)
+
+
 def _run_due(units: Sequence[Unit], plan: Plan, failed: list[str], verbose: bool) -> Iterator[None]:
     due = [unit for unit in units if not unit.finished]
     with ray_session(verbose) if due else nullcontext():
         for unit in due:
-            check_there(unit.config, unit.stages)
+            _check_there(unit)
         done = 0
         for group in batches(due):
             console.print(
@@ -77,6 +89,18 @@ def _run_due(units: Sequence[Unit], plan: Plan, failed: list[str], verbose: bool
             done += len(group)
             _run_batch(group, plan, failed)
             yield
+
+
+def _check_there(unit: Unit) -> None:
+    """The checks that need the student.
+
+    Raises:
+        UserError: names the arm that cannot work with it.
+    """
+    try:
+        check_there(unit.config, unit.stages)
+    except UserError as error:
+        raise UserError(f"arm {unit.arm}: {error}") from error
 
 
 def _run_batch(units: Sequence[Unit], plan: Plan, failed: list[str]) -> None:

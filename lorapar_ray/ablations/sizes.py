@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lorapar_ray.boundary import damaged, open_tensors, read_object
 from lorapar_ray.config import Config
+from lorapar_ray.errors import UserError
 from lorapar_ray.pipeline import pending
 from lorapar_ray.runs import RunDirectory
 
@@ -33,11 +34,18 @@ def trained_share(out: Path, arm: str, config: Config) -> float | None:
     """
     for folder in _runs(out, arm, config.seed):
         run = RunDirectory(folder)
-        if not pending(config, run, ("label", "score", "partition")):
+        if _is_cut(config, run):
             file = run.partition / "summary.json"
             with damaged(file, RECUT):
                 return float(read_object(file, RECUT)["total"]["shares"]["trained_stage1"])
     return None
+
+
+def _is_cut(config: Config, run: RunDirectory) -> bool:
+    try:
+        return not pending(config, run, ("label", "score", "partition"))
+    except UserError:  # its manifest is damaged, which the run itself reports
+        return False
 
 
 def elements_of(folder: Path) -> int | None:

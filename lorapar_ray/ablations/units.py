@@ -57,7 +57,10 @@ class Unit:
     @property
     def finished(self) -> bool:
         """Whether the run has finished all its stages with these settings: its results may be of an earlier plan's."""
-        return not self.waits_for and bool(self.run.manifest()) and not pending(self.config, self.run, self.stages)
+        try:
+            return not self.waits_for and bool(self.run.manifest()) and not pending(self.config, self.run, self.stages)
+        except UserError:  # it is damaged, and says so when it runs
+            return False
 
     @property
     def title(self) -> str:
@@ -164,7 +167,7 @@ names in the name of a run directory."""
 def own_folder(folder: Path, config: Config) -> Path:
     """`folder`; or, if it has results of other `NAMES`, one beside it with what differs in its name."""
     recorded: dict[str, Any] = {}
-    for entry in RunDirectory(folder).manifest().get("stages", {}).values():
+    for entry in entries_in(folder).values():
         recorded |= recorded_inputs(entry).get("settings", {})
     present = {path: attrgetter(path)(config) for path in NAMES}
     other = [path for path, value in present.items() if recorded.get(path, value) != value]
@@ -200,11 +203,15 @@ def main_runs(
         for seed in seeds
     ]
     with_base = [unit for unit in units if _has_base(unit.folder)] or units[:1]
-    return [_evaluating(unit, every_stage, base=unit in with_base) for unit in units]
+    return [evaluating(unit, every_stage, base=unit in with_base) for unit in units]
 
 
-def _evaluating(unit: Unit, every_stage: bool, *, base: bool) -> Unit:
-    """The run with the models that it evaluates."""
+def evaluating(unit: Unit, every_stage: bool, *, base: bool) -> Unit:
+    """The run with the models that it evaluates.
+
+    Args:
+        every_stage: see `main_runs`.
+    """
     trained = unit.config.trained if every_stage else [unit.config.order[-1]]
     evaluate = unit.config.evaluate.model_copy(update={"models": ["base", *trained] if base else trained})
     return replace(unit, config=unit.config.model_copy(update={"evaluate": evaluate}))
@@ -215,9 +222,18 @@ def run_folders(out: Path) -> list[Path]:
     return [file.parent for file in finished_files(out) if file.name == "manifest.json"]
 
 
+def entries_in(folder: Path) -> dict[str, Any]:
+    """The stages in a run's manifest; none if it is damaged, which the run itself reports: the other runs go on."""
+    try:
+        found: dict[str, Any] = RunDirectory(folder).manifest().get("stages", {})
+    except UserError:
+        return {}
+    return found
+
+
 def _has_base(folder: Path) -> bool:
     """Whether a run has evaluated the base, with this choice of arms and seeds or an earlier one."""
-    entry = RunDirectory(folder).entry("evaluate") if (folder / "manifest.json").is_file() else {}
+    entry = entries_in(folder).get("evaluate", {})
     return "base" in (recorded_inputs(entry).get("settings", {}).get("evaluate.models") or ())
 
 

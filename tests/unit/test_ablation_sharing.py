@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,71 @@ def test_a_stage_of_equal_inputs_is_copied(tmp_path: Path) -> None:
         assert is_done(unit.config, unit.run, "label") is same
     copied = {path.name: path.read_bytes() for path in second.run.labels.iterdir()}
     assert copied == {path.name: path.read_bytes() for path in first.run.labels.iterdir()}
+
+
+def test_a_damaged_sibling_is_no_copy_and_stops_no_other_run(tmp_path: Path) -> None:
+    plain = tiny_config(Path("student")) | {"label": {"strategy": "random"}}
+    file = write_config(tmp_path / "tiny.yaml", plain)
+
+    def plan_of() -> Plan:
+        return make_plan("mask", file, [], tmp_path / "out", seeds=[1, 2, 3], only=["importance"], rates=[1])
+
+    first, second, third = plan_of().units({})
+    own = first.config.model_copy(update={"seed": 1})
+    for unit in (first, second, third):
+        unit.run.open(own)
+    run_stage(own, first.run, "label")
+    run_stage(own, second.run, "label")
+    part = first.run.labels / "part-00000.parquet"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-1])
+    assert not borrow(own, third.run, "label", [first.folder])
+    part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert not borrow(own, third.run, "label", [first.folder])  # of the same size
+    part.write_bytes(whole)
+    first.run.manifest_path.write_text("{")
+    assert borrow(own, third.run, "label", [first.folder, second.folder]) and is_done(own, third.run, "label")
+    failed: list[str] = []
+    units = plan_of().units({})  # the other runs are still planned
+    assert not units[0].finished and not borrow_sums(units[1].config, units[1].run, [first.folder])
+    assert "importance" in "\n".join(described(plan_of()))
+    assert not _run_part(units[0], ["label"], plan_of(), failed)
+    assert "importance-1/manifest.json' is damaged" in failed[0] and failed[0].endswith("choose another --out")
+
+
+def test_a_run_without_room_for_a_copy_leaves_the_others_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its part alone then fails with the same error; the others are asked to train together."""
+    plan = make_plan("retention", SHIPPED / "quickstart.yaml", [], tmp_path, seeds=[1], only=["shared-0.5", "shared-1"])
+    source, full = plan.units({})
+    others = make_plan("retention", SHIPPED / "quickstart.yaml", [], tmp_path, seeds=[2, 3], only=["shared-1"]).units(
+        {}
+    )
+    for unit in (source, full, *others):
+        unit.run.open(unit.config)
+        for name in unit.stages[: unit.stages.index("sft") + (unit is source)]:
+            entries = unit.run.manifest()["stages"]
+            inputs = inputs_of(PIPELINE[name], unit.config, entries, unit.run.fingerprints)
+            unit.run.record(name, status="done", inputs=inputs, outputs=f"of {name} {unit.seed}")
+    for name in ("a", "b"):
+        (source.folder / "sft" / "adapter").mkdir(parents=True, exist_ok=True)
+        (source.folder / "sft" / "adapter" / name).write_text(name)
+    copied = shutil.copy2
+
+    def no_room(file: Any, *rest: Any, **options: Any) -> Any:
+        if str(file).endswith("b"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return copied(file, *rest, **options)
+
+    monkeypatch.setattr(shutil.copytree, "__defaults__", (False, None, no_room, False, False))
+    with pytest.raises(UserError, match=r"no space left on the disk of .*shared-1-1"):
+        borrow(full.config, full.run, "sft", [source.folder])
+    assert not (full.folder / "sft").exists() and not (full.folder / "work" / "copies").exists()
+    run_at_once([full, *others], "sft", [source.folder])
+    shown = capsys.readouterr().out
+    assert "shared-1, seed 1: sft not together with others: no space left" in shown
+    assert "sft of 2 runs at once: shared-1, seed 2; shared-1, seed 3" in shown
 
 
 def test_another_criterion_uses_the_same_sums(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from lorapar_ray.ablations.at_once import _WORK, run_at_once
 from lorapar_ray.ablations.description import described
 from lorapar_ray.ablations.grids import GRIDS
-from lorapar_ray.ablations.job import _run_all, _run_part
+from lorapar_ray.ablations.job import _evaluate_base, _run_all, _run_part
 from lorapar_ray.ablations.plan import make_plan
 from lorapar_ray.ablations.units import Unit, counted, shared_keys
 from lorapar_ray.cli import app
@@ -164,6 +164,44 @@ def test_a_finished_run_that_evaluated_other_models_is_evaluated_again(
         run_at_once(units, "evaluate", [])
     assert failed == [] and all(unit.finished for unit in plan.units({}))
     assert asked == [("a1-b1-1", ["base", "sft", "grpo"]), ("a1-b1-2", ["sft", "grpo"])]
+
+
+def test_the_base_is_evaluated_with_another_run_if_the_first_one_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = tiny_config(Path("student")) | {"label": {"strategy": "random"}}
+    file = write_config(tmp_path / "tiny.yaml", tiny)
+    plan = make_plan("mask", file, [], tmp_path / "out", seeds=[1, 2, 3], only=["importance"], rates=[1])
+    for unit in plan.units({})[1:]:  # the first one fails
+        unit.run.open(unit.config)
+        record_finished(unit)
+    asked: list[tuple[str, list[str]]] = []
+
+    def evaluate(config: Any, run: RunDirectory) -> dict[str, Any]:
+        asked.append((run.root.name, config.evaluated))
+        return {}
+
+    monkeypatch.setitem(PIPELINE, "evaluate", replace(PIPELINE["evaluate"], run=evaluate))
+    monkeypatch.setattr("lorapar_ray.ablations.job.ray_session", lambda verbose: nullcontext())
+    failed: list[str] = []
+    _evaluate_base(plan, {}, failed, verbose=False)
+    assert failed == [] and asked == [("importance-2", ["base", "sft"])]
+    assert [unit.finished for unit in plan.units({})] == [False, True, True]
+    _evaluate_base(plan, {}, failed, verbose=False)
+    assert len(asked) == 1
+
+
+def test_a_student_that_does_not_fit_names_the_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_config(tmp_path / "tiny.yaml", tiny_config(Path("student")) | {"label": {"strategy": "random"}})
+    plan = make_plan("mask", file, [], tmp_path / "out", seeds=[1], only=["random"], rates=[1])
+
+    def refuse(config: Any) -> None:
+        raise UserError("sft.sequence_parallel: 3 does not divide the student's heads")
+
+    monkeypatch.setitem(PIPELINE, "sft", replace(PIPELINE["sft"], check_there=refuse))
+    monkeypatch.setattr("lorapar_ray.ablations.job.ray_session", lambda verbose: nullcontext())
+    with pytest.raises(UserError, match=r"^arm random: sft\.sequence_parallel: 3 does not"):
+        list(_run_all(lambda: plan.units({}), plan, [], verbose=False))
 
 
 @pytest.mark.parametrize(
