@@ -10,8 +10,10 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.precision import engine_dtype
 from lorapar_ray.workers import hidden_gpus
 
-GPU_MEMORY_SHARE = 0.9
-"""Part of its GPU share that an engine fills; vLLM's own default for a whole GPU."""
+SHARED_GPU = 0.9
+"""Part of its share of a GPU that an engine fills."""
+WHOLE_GPU = 0.92
+"""Part of a whole GPU that an engine fills: vLLM's default in 0.29."""
 OUTSIDE_TORCH = 2**30
 """Bytes of a GPU outside torch's allocator: the CUDA context, kernels, cuBLAS workspaces."""
 GRAPHS = 2**30
@@ -47,14 +49,32 @@ def engine_arguments(model_path: str, engine: EngineConfig, *, seed: int, trust_
 
 
 def memory_share(resources: Resources) -> dict[str, Any]:
-    """Arguments of an engine that shares its GPU: it fills its part and leaves the rest; `engine.extra` takes
-    precedence."""
-    if not 0 < resources.gpu_count < 1:
+    """Arguments for the part of a GPU that an engine fills; one that shares its GPU leaves the rest. `engine.extra`
+    takes precedence."""
+    if not resources.gpu_count:
         return {}
+    if resources.gpu_count >= 1:
+        return {"gpu_memory_utilization": WHOLE_GPU}
     return {
-        "gpu_memory_utilization": round(GPU_MEMORY_SHARE * resources.gpu_count, 4),
+        "gpu_memory_utilization": round(SHARED_GPU * resources.gpu_count, 4),
         "worker_cls": "lorapar_ray.engines.shared_gpu.SharedGpuWorker",
     }
+
+
+def filled_part(engine: EngineConfig, resources: Resources) -> float:
+    """Part of each of its GPUs that an engine fills: vLLM's `gpu_memory_utilization`, by the config or `memory_share`.
+
+    With `given_cache`, which vLLM takes instead, all that Ray gives it.
+    """
+    share = min(1.0, resources.gpu_count)
+    part = {**memory_share(resources), **engine.extra}.get("gpu_memory_utilization")
+    return float(part) if given_cache(engine) is None and isinstance(part, int | float) else share
+
+
+def given_cache(engine: EngineConfig) -> int | None:
+    """Bytes of the key-value cache on each GPU, if the config fixes them."""
+    given = engine.extra.get("kv_cache_memory_bytes")
+    return given if isinstance(given, int) and given > 0 else None
 
 
 def lora_arguments(rank: int, adapters: int) -> dict[str, Any]:

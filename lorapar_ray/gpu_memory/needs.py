@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import ceil
 
-from lorapar_ray.config import Config, EngineConfig, Resources
-from lorapar_ray.engines.settings import GRAPHS, OUTSIDE_TORCH
+from lorapar_ray.config import Config, EngineConfig, Resources, SftConfig
+from lorapar_ray.engines.settings import GRAPHS, OUTSIDE_TORCH, filled_part, given_cache
 from lorapar_ray.gpu_memory.student import StudentSize
 from lorapar_ray.gpus import sync_of
 from lorapar_ray.importance.losses import SLICE as SCORED_LOGITS
@@ -34,7 +34,9 @@ class Need:
     process: str
     count: int
     share: float
-    """Share of a GPU that one of them may fill; 1: the whole."""
+    """Share of a GPU that Ray gives one of them; 1: the whole."""
+    fills: float
+    """Part of a GPU that one of them may fill: for an engine less than its share."""
     parts: Mapping[str, float]
     """Bytes by purpose, of what is certain."""
     more: Mapping[str, float] = field(default_factory=dict)
@@ -75,12 +77,21 @@ def _score(config: Config, size: StudentSize) -> list[Need]:
         "shortest example": stored * SHORTEST,
     }
     more = {"activations": stored * (tokens - SHORTEST), "logits": logits}
-    return [_need("worker", settings.workers, settings.resources, parts, more)]
+    needs = [_need("worker", settings.workers, settings.resources, parts, more)]
+    if config.warms_up:  # in the same processes, which free its memory before they score
+        same = {name: getattr(settings, name) for name in ("workers", "resources", "sharding")}
+        warm_up = config.sft.model_copy(update={**same, "masked": False})
+        needs.insert(0, _training(config, warm_up, size, "warm-up worker"))
+    return needs
 
 
 def _sft(config: Config, size: StudentSize) -> list[Need]:
-    """Rows are padded to the micro-batch's longest and then to a bucket; only response tokens reach the head."""
-    settings = config.sft
+    return [_training(config, config.sft, size, "worker")]
+
+
+def _training(config: Config, settings: SftConfig, size: StudentSize, process: str) -> Need:
+    """Of stage 1, or the warm-up. Rows are padded to the micro-batch's longest and then to a bucket; only response
+    tokens reach the head."""
     shortest = bucket(SHORTEST)
     tokens = settings.micro_batch_size * bucket(settings.max_length)
     stored = _stored(size, size.kept_with_dropout, checkpointing=settings.gradient_checkpointing)
@@ -93,14 +104,15 @@ def _sft(config: Config, size: StudentSize) -> list[Need]:
         "shortest example": stored * shortest,
     }
     more = {**(moments if settings.masked else {}), "activations": stored * (tokens - shortest), "logits": logits}
-    if _graphs(config):  # those of the graphs' pool, and those of a shape's first passes; short of them, graphs go
+    if _graphs(
+        config, settings
+    ):  # those of the graphs' pool, and those of a shape's first passes; short of them, graphs go
         more["CUDA graphs"] = stored * tokens + logits + 4.0 * size.elements
-    return [_need("worker", settings.workers, settings.resources, parts, more)]
+    return _need(process, settings.workers, settings.resources, parts, more)
 
 
-def _graphs(config: Config) -> bool:
+def _graphs(config: Config, settings: SftConfig) -> bool:
     """Whether stage 1 captures CUDA graphs: see `sft.worker.passes_of`."""
-    settings = config.sft
     eager = settings.gradient_checkpointing or settings.sharding != "none" or config.model.quantization is not None
     return not eager and settings.acceleration != "none"
 
@@ -125,17 +137,17 @@ def _grpo(config: Config, size: StudentSize) -> list[Need]:
         "logits": _stored_logits(size, longest) if size.stores_logits else 2.0 * 4 * SLICE["cuda"],
     }
     merged = sync_of(settings) == "merged"
-    engine = _engine(settings.rollout_engine, settings.rollout_resources, size, merged=merged)
+    engine, resources = settings.rollout_engine, settings.rollout_resources
     return [
-        Need("rollout engine", settings.rollout_actors, _share(settings.rollout_resources), engine),
+        _engine("rollout engine", settings.rollout_actors, engine, resources, size, merged=merged),
         _need("learner", settings.learners, settings.learner_resources, parts, more),
     ]
 
 
 def _evaluate(config: Config, size: StudentSize) -> list[Need]:
     settings = config.evaluate
-    parts = _engine(settings.engine, settings.resources, size, merged=settings.serve == "merged")
-    return [Need("engine", settings.engines, _share(settings.resources), parts)]
+    merged = settings.serve == "merged"
+    return [_engine("engine", settings.engines, settings.engine, settings.resources, size, merged=merged)]
 
 
 def _shards(sharding: str, workers: int) -> int:
@@ -155,7 +167,8 @@ def _need(
     process: str, count: int, resources: Resources, parts: Mapping[str, float], more: Mapping[str, float]
 ) -> Need:
     """Of a process that computes with torch; what CUDA itself takes differs between GPUs."""
-    return Need(process, count, _share(resources), parts, {**more, "CUDA itself": float(OUTSIDE_TORCH)})
+    share = _share(resources)
+    return Need(process, count, share, share, parts, {**more, "CUDA itself": float(OUTSIDE_TORCH)})
 
 
 def _share(resources: Resources) -> float:
@@ -184,12 +197,15 @@ def _stored_logits(size: StudentSize, tokens: int) -> float:
     return 2.0 * size.logit * logits + 2.0 * 4 * min(logits, SLICE["cuda"])
 
 
-def _engine(engine: EngineConfig, resources: Resources, size: StudentSize, *, merged: bool) -> dict[str, float]:
+def _engine(
+    process: str, count: int, engine: EngineConfig, resources: Resources, size: StudentSize, *, merged: bool
+) -> Need:
     """At least a cache for one sequence of `max_model_len`; the cache then fills the engine's part of the GPU."""
     ranks = engine.tensor_parallel
+    cache, given = size.cache * engine.max_model_len / ranks, given_cache(engine)
     parts = {
         "weights": size.served / ranks,
-        "cache of one sequence": size.cache * engine.max_model_len / ranks,
+        **({"cache of one sequence": cache} if given is None else {"cache": float(given)}),
         "largest pass": 2.0 * size.recomputed * BATCHED_TOKENS / ranks + 4.0 * size.vocabulary * engine.max_num_seqs,
     }
     if merged:
@@ -197,4 +213,4 @@ def _engine(engine: EngineConfig, resources: Resources, size: StudentSize, *, me
     if not engine.enforce_eager:
         parts["CUDA graphs"] = float(GRAPHS)
     parts["CUDA itself"] = float(OUTSIDE_TORCH)
-    return parts
+    return Need(process, count, _share(resources), filled_part(engine, resources), parts)

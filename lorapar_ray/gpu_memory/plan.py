@@ -29,13 +29,16 @@ def memory_lines(config: Config, stages: Sequence[str], size: StudentSize, devic
     """A line per kind of process: the memory of one process, by purpose.
 
     Raises:
-        UserError: the certain part of one of them does not fit its part of a GPU; raised after the lines.
+        UserError: the certain part of one of them does not fit its part of a GPU, or an engine fills more than its
+            share; raised after the lines.
     """
     refused = ""
     for stage in stages:
         for need in needs_of(place(config, stage, device.count), stage, size):
             yield f"{stage:<10} {_line(need, device)}"
-            if not refused and device.bytes is not None and need.bytes > need.share * device.bytes:
+            if not refused and need.fills > need.share:
+                refused = _too_large_a_part(stage, need)
+            if not refused and device.bytes is not None and need.bytes > need.fills * device.bytes:
                 refused = _refusal(stage, need, device.bytes)
     if refused:
         raise UserError(refused)
@@ -43,8 +46,8 @@ def memory_lines(config: Config, stages: Sequence[str], size: StudentSize, devic
 
 def _line(need: Need, device: Device) -> str:
     share = "a GPU" if need.share == 1 else f"{need.share:g} of a GPU"
-    room = None if device.bytes is None else need.share * device.bytes
-    told = "" if room is None else f" ({room / GIB:.1f})"
+    room = None if device.bytes is None else need.fills * device.bytes
+    told = "" if room is None else f" ({'' if need.fills == need.share else 'it fills '}{room / GIB:.1f})"
     line = f"{need.count} × {need.process}: at least {need.bytes / GIB:.1f} GiB of {share}{told}: {_shown(need.parts)}"
     if not need.more:
         return line
@@ -62,9 +65,20 @@ def _kind(need: Need) -> str:
     return need.process.rpartition(" ")[2]
 
 
+def _too_large_a_part(stage: str, need: Need) -> str:
+    return (
+        f"{stage}: {_named(need)} has {need.share:g} of a GPU and its extra.gpu_memory_utilization fills "
+        f"{need.fills:g} of it, which others need; remove that setting, or give the engine a whole GPU"
+    )
+
+
+def _named(need: Need) -> str:
+    return f"{'an' if need.process[0] in 'aeiou' else 'a'} {need.process}"
+
+
 def _refusal(stage: str, need: Need, memory: float) -> str:
     largest = max(need.parts, key=lambda what: need.parts[what])
     return (
-        f"{stage}: a {need.process} takes at least {need.bytes / GIB:.1f} GiB ({largest} "
-        f"{need.parts[largest] / GIB:.1f}) and has {need.share * memory / GIB:.1f} GiB of a GPU; {LESS[_kind(need)]}"
+        f"{stage}: {_named(need)} takes at least {need.bytes / GIB:.1f} GiB ({largest} "
+        f"{need.parts[largest] / GIB:.1f}) and has {need.fills * memory / GIB:.1f} GiB of a GPU; {LESS[_kind(need)]}"
     )

@@ -14,6 +14,7 @@ from lorapar_ray.adapters import attach_lora
 from lorapar_ray.cli import app
 from lorapar_ray.config import AdapterConfig, Config, ModelConfig
 from lorapar_ray.config_file import load_config
+from lorapar_ray.engines.settings import WHOLE_GPU, memory_share
 from lorapar_ray.errors import UserError
 from lorapar_ray.gpu_memory import Device, Need, StudentSize, memory_lines, needs_of, student_size
 from lorapar_ray.gpus import place
@@ -82,7 +83,9 @@ def test_llama2_7b_engine_and_learner_share_one_gpu_of_80_gib(one_gpu: Config, s
 
 def test_what_cannot_fit_is_refused_after_the_estimate(one_gpu: Config, size: StudentSize) -> None:
     seen = []
-    with pytest.raises(UserError, match=r"grpo: a learner takes at least 1\d\.\d GiB \(base 12\.6\) and has 12\.0 GiB"):
+    with pytest.raises(UserError, match=r"grpo: a learner takes at least 1\d\.\d GiB \(base 12\.6\) and has 12\.4 GiB"):
+        seen.extend(memory_lines(one_gpu, ["grpo"], size, Device(1, 31 * GIB)))
+    with pytest.raises(UserError, match=r"grpo: a rollout engine takes at least 16\.3 GiB.* and has 16\.2 GiB"):
         seen.extend(memory_lines(one_gpu, ["grpo"], size, Device(1, 30 * GIB)))
     with pytest.raises(
         UserError, match=r"score: a worker takes at least 1\d\.\d GiB \(base 12\.6\).*quantization: nf4"
@@ -90,6 +93,82 @@ def test_what_cannot_fit_is_refused_after_the_estimate(one_gpu: Config, size: St
         for line in memory_lines(one_gpu, ["score", "grpo"], size, Device(1, 12 * GIB)):
             seen.append(line)
     assert any("learner" in line for line in seen)
+
+
+def refusal(config: Config, stage: str, size: StudentSize, memory: float) -> str | None:
+    """What the plan says for one GPU of so many bytes; None: it fits."""
+    try:
+        list(memory_lines(config, [stage], size, Device(1, memory)))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("settings", "stage", "fills"),
+    [
+        (SHARED, "grpo", 0.9 * 0.6),
+        ([], "evaluate", 0.92),
+        (["evaluate.engine.extra={gpu_memory_utilization: 0.5}"], "evaluate", 0.5),
+        (["evaluate.engine.extra={kv_cache_memory_bytes: 2000000000}"], "evaluate", 1.0),
+    ],
+)
+def test_an_engine_has_to_fit_what_it_fills(
+    llama: str, size: StudentSize, settings: list[str], stage: str, fills: float
+) -> None:
+    """The part that vLLM is told to fill, and not its whole share of the GPU."""
+    config = load_config(LLAMA, [f"model.path={llama}", *settings])
+    [engine, *_] = needs_of(place(config, stage, 1), stage, size)
+    resources, own = (
+        (place(config, stage, 1).grpo.rollout_resources, config.grpo.rollout_engine)
+        if stage == "grpo"
+        else (place(config, stage, 1).evaluate.resources, config.evaluate.engine)
+    )
+    told = {**memory_share(resources), **own.extra}
+    assert engine.fills == pytest.approx(fills)
+    assert "kv_cache_memory_bytes" in told or told["gpu_memory_utilization"] == engine.fills
+    least = engine.bytes / fills
+    few = f"{'a rollout' if stage == 'grpo' else 'an'} engine takes at least {engine.bytes / GIB:.1f} GiB"
+    assert few in str(refusal(config, stage, size, 0.99 * least))
+    if stage == "evaluate":
+        assert refusal(config, stage, size, 1.01 * least) is None
+        if "kv_cache_memory_bytes" in told:
+            assert engine.parts["cache"] == 2e9
+
+
+def test_an_engine_that_fills_more_than_its_share_is_refused(llama: str, size: StudentSize) -> None:
+    more = load_config(
+        LLAMA, [f"model.path={llama}", *SHARED, "grpo.rollout_engine.extra={gpu_memory_utilization: 0.85}"]
+    )
+    told = refusal(more, "grpo", size, 80 * GIB)
+    assert told == (
+        "grpo: a rollout engine has 0.6 of a GPU and its extra.gpu_memory_utilization fills 0.85 of it, which others "
+        "need; remove that setting, or give the engine a whole GPU"
+    )
+    alone = load_config(LLAMA, [f"model.path={llama}", "grpo.rollout_engine.extra={gpu_memory_utilization: 0.85}"])
+    list(memory_lines(alone, ["grpo"], size, Device(4, 80 * GIB)))
+
+
+def test_the_default_of_a_whole_gpu_is_vllms() -> None:
+    from vllm.config import CacheConfig
+
+    assert CacheConfig.gpu_memory_utilization == WHOLE_GPU
+
+
+def test_scoring_that_warms_up_needs_what_stage_1_does_too(llama: str, size: StudentSize) -> None:
+    """The warm-up trains every element in the scoring workers, by stage 1's micro-batch."""
+    settings = [f"model.path={llama}", "adapter.init=default", "sft.micro_batch_size=16", "score.workers=3"]
+    config = place(load_config(LLAMA, [*settings, "sft.gradient_checkpointing=false"]), "score", 8)
+    warm_up, worker = needs_of(config, "score", size)
+    assert (warm_up.process, warm_up.count, worker.process) == ("warm-up worker", 3, "worker")
+    [stage1] = needs_of(place(config, "sft", 8), "sft", size)
+    assert warm_up.most == pytest.approx(stage1.most - 4 * size.elements)  # no positions of active elements
+    assert warm_up.parts["moments"] == 8 * size.elements
+    assert warm_up.most > worker.most
+    line = next(memory_lines(config, ["score"], size, Device(8, 40 * GIB)))
+    assert line.startswith("score      3 × warm-up worker") and "if that does not fit" in line
+    without = load_config(LLAMA, [*settings, "adapter.warmup_steps=0"])
+    assert [each.process for each in needs_of(place(without, "score", 8), "score", size)] == ["worker"]
 
 
 def test_what_only_the_longest_rows_need_is_no_reason_to_refuse(llama: str, one_gpu: Config, size: StudentSize) -> None:
