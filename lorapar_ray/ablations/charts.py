@@ -53,12 +53,14 @@ def effects(verdicts: Sequence[Verdict]) -> str:
             places = [place for place, each in enumerate(shown) if each.found == kind]
             for place in places:
                 low, high = shown[place].effect.interval
-                axis.plot([100 * low, 100 * high], [place, place], color=SYSTEM2, linewidth=2)
+                axis.plot([100 * low, 100 * high], [place, place], color=SYSTEM2, linewidth=3)
+                low, high = shown[place].effect.deciding
+                axis.plot([100 * low, 100 * high], [place, place], color=SYSTEM2, linewidth=1)
             if places:
                 values = [100 * shown[place].effect.difference for place in places]
                 axis.plot(values, places, mark, color=INK, markersize=7, label=kind, linestyle="none")
         axis.set_yticks(range(len(shown)), [f"{each.claim.better} − {each.claim.worse}" for each in shown])
-        axis.set(title="Differences", xlabel="points of accuracy (95 % interval)")
+        axis.set(title="Differences", xlabel="points of accuracy (thick: 95 % interval; thin: the one that decides)")
         figure.legend(loc="outside lower left", ncol=3)
         return svg_of(figure)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from lorapar_ray.ablations.at_once import alone_because, batches, groups_of, stage1_key
 from lorapar_ray.ablations.plan import Plan
 from lorapar_ray.ablations.units import Unit, counted, entries_in, run_folders, teachers_of
-from lorapar_ray.ablations.verdicts import FEWEST_SEEDS
+from lorapar_ray.ablations.verdicts import FEWEST_SEEDS, level_shown
 from lorapar_ray.ablations.work import TRAINED, devices_of, held_out_rows, of_rows, steps_of_all
 from lorapar_ray.pipeline import PIPELINE
 
@@ -96,6 +96,8 @@ def _claims(plan: Plan, unit: Unit) -> Iterator[str]:
     claims = [*plan.claims, *plan.stronger, *plan.grid.moved, *plan.grid.sequence]
     for claim in filter(plan.compares, claims):
         yield f"  decides whether {claim.text} ({claim.better} against {claim.worse})"
+    if (n := plan.comparisons) > 1:
+        yield f"  decides each of {n} claims by its {level_shown(n)} interval: together they hold at 95 % (Bonferroni)"
     for claim in plan.line_claims:
         yield f"  decides whether {claim.text}, at equal gain ({claim.better} against {claim.worse})"
 

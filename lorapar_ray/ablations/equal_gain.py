@@ -71,7 +71,11 @@ def kept_more(better: Sequence[Place], worse: Sequence[Place]) -> float:
 
 
 def compare(
-    claim: Claim, lines: Mapping[str, Arms], planned: Mapping[str, Collection[str]], seeds: Sequence[int]
+    claim: Claim,
+    lines: Mapping[str, Arms],
+    planned: Mapping[str, Collection[str]],
+    seeds: Sequence[int],
+    comparisons: int = 1,
 ) -> Kept | Uncompared:
     """The verdict on a claim about two lines.
 
@@ -81,6 +85,7 @@ def compare(
     Args:
         planned: each line's arms.
         seeds: the planned ones.
+        comparisons: see `effect`.
     """
     whole, missing = _whole_seeds((claim.better, claim.worse), lines, planned, seeds)
     without = f"; missing: {_listed(missing)}" if missing else ""
@@ -95,8 +100,9 @@ def compare(
         return Uncompared(claim, f"{' and '.join(said)}, which leaves no equal gain ({had}{without})")
     costs = [costs_at_equal_gain(*_places(pair)) for pair in pairs]
     differences = [other - own for _, own, other in costs]
-    kept = effect(differences, _by_question(pairs, sum(differences) / len(differences)), size=1, largest=2)
-    starts = paired_effect([(_start(pair[0]), _start(pair[1])) for pair in pairs])
+    by_question = _by_question(pairs, sum(differences) / len(differences))
+    kept = effect(differences, by_question, size=1, largest=2, comparisons=comparisons)
+    starts = paired_effect([(_start(pair[0]), _start(pair[1])) for pair in pairs], comparisons)
     verdict = "undecided" if said else with_as_much_to_lose(kept.found(), starts)
     words = _sentence(claim, verdict, kept, starts, pairs, costs, said)
     words += f" Left out for missing results: {_listed(missing)}." if missing else ""

@@ -22,6 +22,7 @@ from lorapar_ray.ablations.verdicts import (
     Effect,
     Found,
     Uncompared,
+    decided_by,
     effect,
     ending,
     left_out,
@@ -80,15 +81,18 @@ def _halves(file: Path) -> float | None:
         return float(control[-1]["jaccard"]["system1"]) if control else None
 
 
-def decide(claim: Claim, overlaps: Sequence[Overlap], seeds: Sequence[int] = ()) -> Held | Uncompared:
+def decide(
+    claim: Claim, overlaps: Sequence[Overlap], seeds: Sequence[int] = (), comparisons: int = 1
+) -> Held | Uncompared:
     """Whether the mask holds more of what moved than a random one.
 
     Args:
         seeds: the planned ones, of which the sentence names those without an overlap.
+        comparisons: see `effect`.
     """
     if not overlaps:
         return Uncompared(claim, f"{NO_SEED}, with adapters of one shape")
-    difference = effect([each.movement.mask - each.movement.random for each in overlaps])
+    difference = effect([each.movement.mask - each.movement.random for each in overlaps], comparisons=comparisons)
     found = difference.found()
     words = _sentence(claim, found, difference, overlaps) + left_out(seeds, [each.seed for each in overlaps])
     return Held(claim, found, difference, words)
@@ -107,6 +111,7 @@ def _sentence(claim: Claim, found: Found, difference: Effect, overlaps: Sequence
     )
     low, high = difference.interval
     over = f", 95 % interval {low:+.3f} to {high:+.3f} over {n} seeds" if n >= FEWEST_SEEDS else ""
+    over += decided_by(difference, 1, "+.3f")
     return (
         f"{sentence(claim.text)}: the {kept:.1%} of the elements that moved most in {claim.worse} have a Jaccard index "
         f"of {mask:.3f} with the mask of {claim.better} and {random:.3f} with a random one of its size (difference "

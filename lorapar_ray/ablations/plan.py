@@ -77,6 +77,19 @@ class Plan:
         """Those of the grid's claims about a stronger first stage whose arms the config allows."""
         return self._allowed(self.grid.stronger)
 
+    @property
+    def asked(self) -> list[str]:
+        """The sets of questions that each have a table and verdicts: the test rows (empty), and tasks of lm-eval."""
+        config = self.source.config()
+        return [""] * bool(config.data.test) + config.evaluate.tasks
+
+    @property
+    def comparisons(self) -> int:
+        """How many claims on two arms this run decides, whatever has finished."""
+        once = [*self.stronger, *self.grid.moved, *self.grid.sequence]
+        pairs = sum(map(self.compares, self.claims)) * len(self.asked) + sum(map(self.compares, once))
+        return max(1, pairs + len(self.line_claims))
+
     def compares(self, claim: Claim) -> bool:
         """Whether both arms of a claim are in this run."""
         return {claim.better, claim.worse} <= {arm.name for arm in self.arms}

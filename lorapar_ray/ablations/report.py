@@ -62,18 +62,18 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
     done = [unit for unit in plan.compared(rates) if unit.finished]
     every = plan.units({})
     config = every[0].config
-    asked = [""] * bool(config.data.test) + config.evaluate.tasks
+    asked, claims = plan.asked, plan.comparisons
     main, *others = [_compared(plan, done, task, ends) for task in asked]
     table = replace(main.table, name="table")
     lines, courses = _lines(plan, done), _courses(plan, done)
     begun = bool(done)  # before that no claim has a verdict
     arms = plan.arms_of_lines
-    kept = [compare(claim, lines, arms, plan.seeds) for claim in plan.line_claims if begun]
+    kept = [compare(claim, lines, arms, plan.seeds, claims) for claim in plan.line_claims if begun]
     sequences = filter(plan.compares, plan.grid.sequence)
-    forgotten = [sequence.compare(claim, courses, plan.seeds) for claim in sequences if begun]
+    forgotten = [sequence.compare(claim, courses, plan.seeds, claims) for claim in sequences if begun]
     after = _stronger(plan, done, asked[0])
     moved = {claim: _overlaps(done, claim) for claim in plan.grid.moved if plan.compares(claim)}
-    held = [movement.decide(claim, overlaps, plan.seeds) for claim, overlaps in moved.items() if begun]
+    held = [movement.decide(claim, overlaps, plan.seeds, claims) for claim, overlaps in moved.items() if begun]
     extra = [each.table for each in others if each.arms]
     extra += [retention.table(lines, kept)] if lines else []
     if after:
@@ -122,8 +122,9 @@ def _compared(plan: Plan, units: Sequence[Unit], task: str, ends: Mapping[str, s
     base = summarise("base", [start]) if start else None  # the same for all runs
     arms = {arm: summarise(arm, outcomes, ends.get(arm, "")) for arm, outcomes in found.items()}
     claims = plan.claims
+    together = plan.comparisons
     decided = [
-        decide(claim, found.get(claim.better, []), found.get(claim.worse, []), plan.seeds, ends)
+        decide(claim, found.get(claim.better, []), found.get(claim.worse, []), plan.seeds, ends, together)
         for claim in claims
         if units and plan.compares(claim)
     ]
@@ -155,8 +156,8 @@ def _stronger(plan: Plan, units: Sequence[Unit], task: str) -> list[Said]:
     if not units or not plan.grid.stronger:
         return []
     first, last = (_outcomes(units, task, place) for place in (0, -1))
-    claims = plan.stronger
-    found = [stronger.compare(claim, first, last, plan.seeds) for claim in claims if plan.compares(claim)]
+    claims, together = plan.stronger, plan.comparisons
+    found = [stronger.compare(claim, first, last, plan.seeds, together) for claim in claims if plan.compares(claim)]
     return [*sum_up(claims, [each for each in found if isinstance(each, Stronger)], plan.compares), *found]
 
 

@@ -166,6 +166,7 @@ def decide(
     worse: Sequence[Outcome],
     seeds: Sequence[int] = (),
     ends: Mapping[str, str] | None = None,
+    comparisons: int = 1,
 ) -> Verdict | Uncompared:
     """Compare two arms on the seeds and questions that both have.
 
@@ -173,13 +174,14 @@ def decide(
         seeds: the planned ones, of which the sentence names those without results.
         ends: arms whose learning rate is at an end of their sweep, and which ("lowest" or "highest"): a better rate may
             be beyond it, so nothing is decided about them.
+        comparisons: see `effect`.
     """
     theirs = {each.seed: each.right for each in worse}
     pairs = {each.seed: _paired(each.right, theirs[each.seed]) for each in better if each.seed in theirs}
     pairs = {seed: pair for seed, pair in pairs.items() if pair[0]}
     if not pairs:
         return Uncompared(claim, NO_SEED)
-    found = paired_effect(list(pairs.values()))
+    found = paired_effect(list(pairs.values()), comparisons)
     changes: dict[str, int] = {}
     for ours, other in pairs.values():
         for question in ours:

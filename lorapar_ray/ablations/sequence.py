@@ -156,7 +156,9 @@ def mean_skills(courses: Sequence[Course]) -> Matrix:
     return tuple(tuple(sum(each.skills[k][j] for each in courses) / len(courses) for j in size) for k in size)
 
 
-def compare(claim: Claim, arms: Mapping[str, Sequence[Course]], seeds: Sequence[int] = ()) -> Forgetting | Uncompared:
+def compare(
+    claim: Claim, arms: Mapping[str, Sequence[Course]], seeds: Sequence[int] = (), comparisons: int = 1
+) -> Forgetting | Uncompared:
     """Whether one arm forgets less than another.
 
     An arm that learnt less has less to forget: a claim is decided only if the arm that forgot less is shown to have had
@@ -164,19 +166,20 @@ def compare(claim: Claim, arms: Mapping[str, Sequence[Course]], seeds: Sequence[
 
     Args:
         seeds: the planned ones, of which the sentence names those without results.
+        comparisons: see `effect`.
     """
     theirs = {each.seed: each for each in arms.get(claim.worse, ())}
     pairs = [(each, theirs[each.seed]) for each in arms.get(claim.better, ()) if each.seed in theirs]
     if not pairs:
         return Uncompared(claim, NO_SEED)
     better, worse = (list(side) for side in zip(*pairs, strict=True))
-    lost, starts = difference_of(better, worse), _starts(better, worse)
+    lost, starts = difference_of(better, worse, comparisons), _starts(better, worse, comparisons)
     found = with_as_much_to_lose(lost.found(), starts)
     words = _sentence(claim, found, lost, starts, better, worse)
     return Forgetting(claim, found, lost, starts, words + left_out(seeds, [each.seed for each in better]))
 
 
-def _starts(arm: Sequence[Course], other: Sequence[Course]) -> Effect:
+def _starts(arm: Sequence[Course], other: Sequence[Course], comparisons: int) -> Effect:
     """An arm's skills of the earlier Systems, each right after its own training, less another arm's."""
     by_seed, groups = [0.0] * len(arm), []
     earlier = len(arm[0].systems) - 1
@@ -189,10 +192,10 @@ def _starts(arm: Sequence[Course], other: Sequence[Course]) -> Effect:
                 for question, correct in right.items():
                     found[question] = found.get(question, 0.0) + sign * correct / len(arm) / earlier
         groups.append(list(found.values()))
-    return effect(by_seed, groups)
+    return effect(by_seed, groups, comparisons=comparisons)
 
 
-def difference_of(arm: Sequence[Course], other: Sequence[Course] = ()) -> Effect:
+def difference_of(arm: Sequence[Course], other: Sequence[Course] = (), comparisons: int = 1) -> Effect:
     """The backward transfer of an arm, less that of another one with the same seeds in the same order."""
     signed = [(1, each) for each in arm] + [(-1, each) for each in other]
     by_seed = [each.backward_transfer for each in arm]
@@ -206,7 +209,7 @@ def difference_of(arm: Sequence[Course], other: Sequence[Course] = ()) -> Effect
             for question, change in own.items():
                 found[question] = found.get(question, 0.0) + sign * change / len(arm) / len(each.changes)
         groups.append(list(found.values()))
-    return effect(by_seed, groups, largest=2 if other else 1)
+    return effect(by_seed, groups, largest=2 if other else 1, comparisons=comparisons)
 
 
 def _sentence(

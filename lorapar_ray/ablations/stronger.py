@@ -46,13 +46,19 @@ class Stronger:
         return f"{sentence(self.claim.text)}: {named} and {steps[1]} at the end, {end}{self.left_out}"
 
 
-def compare(claim: Claim, first: By, last: By, seeds: Sequence[int] = ()) -> Stronger | Uncompared:
+def compare(
+    claim: Claim, first: By, last: By, seeds: Sequence[int] = (), comparisons: int = 1
+) -> Stronger | Uncompared:
     """The verdict on a claim about two arms.
 
     Args:
         seeds: the planned ones, of which the sentence names those without results.
+        comparisons: see `effect`.
     """
-    before, after = (decide(claim, each.get(claim.better, ()), each.get(claim.worse, ())) for each in (first, last))
+    before, after = (
+        decide(claim, each.get(claim.better, ()), each.get(claim.worse, ()), comparisons=comparisons)
+        for each in (first, last)
+    )
     if isinstance(before, Uncompared) or isinstance(after, Uncompared):
         return Uncompared(claim, NO_SEED)
     verdict = after.found if before.found == "held" else "undecided"

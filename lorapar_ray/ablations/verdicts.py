@@ -4,6 +4,8 @@ A difference varies with the seed (another run of the same arm) and with the tes
 the spread between seeds (Student's t) and from that between questions (Bonett and Price, "Adjusted Wald confidence
 interval for a difference of binomial proportions based on paired data", 2012), added as independent errors are, by
 squares (Zou and Donner, "Construction of confidence limits about effect measures", 2008). So it is wider than either.
+A grid decides several claims. Each is decided by an interval of the level at which all of them hold together at 95 %
+(Bonferroni): 5 % of wrong verdicts are shared among the claims.
 With fewer than three seeds there is no sound measure of the spread between seeds, so no claim about arms is decided;
 the interval is then over questions alone. `docs/verdicts.md` says the same to readers.
 """
@@ -13,10 +15,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import hypot, sqrt
+from statistics import NormalDist
 from typing import Literal
 
 from lorapar_ray.ablations.grid import Claim, sentence
-from lorapar_ray.evaluation.statistics import Z_95
+from lorapar_ray.ablations.student_t import student_t
 
 Found = Literal["held", "not held", "undecided"]
 ENDINGS: dict[Found, str] = {
@@ -32,8 +35,8 @@ NO_SEED = "no seed has results of both"
 FEWEST_SEEDS = 3
 MARGIN = 0.01
 """A difference is negligible if its whole interval is below this (1 point)."""
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-"""Student's t at 97.5 %, for 1, 2, … degrees of freedom; beyond the last 1.96 + 2.6 / df approximates it."""
+LEVEL = 0.95
+"""Of an interval, and of all deciding intervals of a grid together."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,15 @@ class Effect:
     difference: float
     interval: tuple[float, float]
     """95 %: over seeds and questions; with fewer than three seeds over questions alone."""
+    deciding: tuple[float, float]
+    """The same at the level at which `comparisons` such intervals hold together at 95 %; it decides."""
     seeds: int
     questions: int
+    comparisons: int = 1
 
     def found(self, *, reaches: bool = False) -> Found:
         """Whether the first arm is above the other one; with `reaches`, less than `MARGIN` below it."""
-        low, high = self.interval
+        low, high = self.deciding
         if self.seeds < FEWEST_SEEDS:
             return "undecided"
         if low > (-MARGIN if reaches else 0):
@@ -60,8 +66,8 @@ class Effect:
     @property
     def reverse(self) -> Effect:
         """How much more the other arm has."""
-        low, high = self.interval
-        return replace(self, difference=-self.difference, interval=(-high, -low))
+        (low, high), (lower, higher) = self.interval, self.deciding
+        return replace(self, difference=-self.difference, interval=(-high, -low), deciding=(-higher, -lower))
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,12 @@ class Uncompared:
 
 
 def effect(
-    by_seed: Sequence[float], by_question: Groups = (), *, size: float | None = None, largest: float = 1.0
+    by_seed: Sequence[float],
+    by_question: Groups = (),
+    *,
+    size: float | None = None,
+    largest: float = 1.0,
+    comparisons: int = 1,
 ) -> Effect:
     """The effect from each seed's difference, and from each question's contribution (its mean over seeds), if it is one
     of answers.
@@ -91,6 +102,7 @@ def effect(
         size: of a question (see `question_reach`).
         largest: the largest possible difference, at which the interval ends: 1 of two shares, 2 of two changes of
             shares.
+        comparisons: claims that the grid decides, this one among them.
 
     Raises:
         ValueError: no seeds, or a group without questions.
@@ -98,26 +110,37 @@ def effect(
     if not by_seed or not all(by_question):
         raise ValueError("an effect needs at least one seed, and a question in each group")
     difference = sum(by_seed) / len(by_seed)
-    below, above = question_reach(by_question, size) if by_question else (0.0, 0.0)
-    if len(by_seed) >= FEWEST_SEEDS:
-        _, (low, _) = mean_interval(by_seed)
-        below, above = (hypot(each, difference - low) for each in (below, above))
-    interval = max(-largest, difference - below), min(largest, difference + above)
-    return Effect(difference, interval, len(by_seed), sum(map(len, by_question)))
+
+    def interval(level: float) -> tuple[float, float]:
+        below, above = question_reach(by_question, size, level) if by_question else (0.0, 0.0)
+        if len(by_seed) >= FEWEST_SEEDS:
+            _, (low, _) = mean_interval(by_seed, level)
+            below, above = (hypot(each, difference - low) for each in (below, above))
+        return max(-largest, difference - below), min(largest, difference + above)
+
+    usual, deciding = interval(LEVEL), interval(level_of_each(comparisons))
+    return Effect(difference, usual, deciding, len(by_seed), sum(map(len, by_question)), comparisons)
 
 
-def paired_effect(pairs: Sequence[tuple[Mapping[str, float], Mapping[str, float]]]) -> Effect:
+def level_of_each(comparisons: int) -> float:
+    """The level of so many intervals that hold together at `LEVEL` (Bonferroni)."""
+    return 1 - (1 - LEVEL) / comparisons
+
+
+def paired_effect(pairs: Sequence[tuple[Mapping[str, float], Mapping[str, float]]], comparisons: int = 1) -> Effect:
     """The difference of two arms' shares of right answers.
 
     Args:
         pairs: for each seed both arms' answers to the same questions: 1 if right, else 0.
+        comparisons: see `effect`.
     """
     changes: dict[str, list[float]] = {}
     for ours, theirs in pairs:
         for question in ours:
             changes.setdefault(question, []).append(ours[question] - theirs[question])
     by_seed = [(sum(ours.values()) - sum(theirs.values())) / len(ours) for ours, theirs in pairs]
-    return effect(by_seed, [[sum(each) / len(each) for each in changes.values()]])
+    by_question = [sum(each) / len(each) for each in changes.values()]
+    return effect(by_seed, [by_question], comparisons=comparisons)
 
 
 def with_as_much_to_lose(found: Found, starts: Effect) -> Found:
@@ -131,8 +154,8 @@ def with_as_much_to_lose(found: Found, starts: Effect) -> Found:
     return found if found == "undecided" or shown[found].found(reaches=True) == "held" else "undecided"
 
 
-def question_reach(groups: Groups, size: float | None = None) -> tuple[float, float]:
-    """How far the 95 % interval over questions reaches below and above the sum of the groups' means.
+def question_reach(groups: Groups, size: float | None = None, level: float = LEVEL) -> tuple[float, float]:
+    """How far the interval over questions reaches below and above the sum of the groups' means.
 
     Each group gets two more questions, one for either side. So the interval has a width even if all questions agree.
     For one group of values −1, 0 and 1, which are two models' differences, this is Bonett and Price's interval.
@@ -148,25 +171,24 @@ def question_reach(groups: Groups, size: float | None = None) -> tuple[float, fl
         plain += sum(group) / len(group)
         centre += mean
         variance += sum((each - mean) ** 2 for each in more) / len(more) ** 2
-    reach = Z_95 * sqrt(variance)
+    reach = NormalDist().inv_cdf((1 + level) / 2) * sqrt(variance)
     return max(0.0, plain - centre + reach), max(0.0, centre + reach - plain)
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """Mean and its 95 % interval (Student's t); needs at least two values."""
+def mean_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, tuple[float, float]]:
+    """Mean and its interval (Student's t); needs at least two values."""
     n = len(values)
     mean = sum(values) / n
     deviation = sqrt(sum((each - mean) ** 2 for each in values) / (n - 1))
-    t = T_975[n - 2] if n - 2 < len(T_975) else 1.96 + 2.6 / (n - 1)
-    reach = t * deviation / sqrt(n)
+    reach = student_t(n - 1, level) * deviation / sqrt(n)
     return mean, (mean - reach, mean + reach)
 
 
 def all_of(found: Sequence[Found], lines: int) -> Found:
     """The verdict on a claim that says the same of `lines` comparisons, of which `found` are known.
 
-    Held if all lines are held, not held if one is not, else undecided. "Held" needs no correction for the number of
-    lines, since each of them has to hold.
+    Held if all lines are held, not held if one is not, else undecided. "Held" would need no correction for the number
+    of lines, since each of them has to hold; "not held" needs the one that the lines have.
     """
     if "not held" in found:
         return "not held"
@@ -179,7 +201,24 @@ def shown(effect: Effect) -> str:
     seeds = "one seed" if effect.seeds == 1 else f"{effect.seeds} seeds"
     over = f"n = {effect.questions} questions"
     over = f"over {seeds} and {over}" if effect.seeds >= FEWEST_SEEDS else f"over {over} of {seeds}"
-    return f"95 % interval {low:+.1f} to {high:+.1f} {over}"
+    return f"95 % interval {low:+.1f} to {high:+.1f} {over}{decided_by(effect, 100, '+.1f')}"
+
+
+def decided_by(effect: Effect, scale: float, form: str) -> str:
+    """The interval that decides, where it is another than that of 95 %.
+
+    Args:
+        form: format of its bounds, which are multiplied by `scale`.
+    """
+    if effect.comparisons == 1 or effect.seeds < FEWEST_SEEDS:
+        return ""
+    low, high = (format(scale * bound, form) for bound in effect.deciding)
+    return f"; at {level_shown(effect.comparisons)}, for {effect.comparisons} claims, {low} to {high}"
+
+
+def level_shown(comparisons: int) -> str:
+    """The level of each of so many intervals."""
+    return f"{100 * level_of_each(comparisons):.4g} %"
 
 
 def ending(effect: Effect, found: Found, *, reaches: bool = False, within: str = f"{100 * MARGIN:g} point") -> str:
@@ -192,7 +231,7 @@ def ending(effect: Effect, found: Found, *, reaches: bool = False, within: str =
         few = "one seed does" if effect.seeds == 1 else f"{effect.seeds} seeds do"
         return f"but {few} not tell an arm from its seeds, so it is undecided (a verdict needs {FEWEST_SEEDS} seeds)."
     margin = f"less than {within} below counts as reached, " if reaches else ""
-    if found == "not held" and not reaches and effect.interval[1] >= 0:
+    if found == "not held" and not reaches and effect.deciding[1] >= 0:
         margin = f"a difference within {within} counts as none, "
     return f"{margin}{ENDINGS[found]}" + (" at this size." if found == "undecided" else ".")
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from scipy import stats
 
 from lorapar_ray.ablations.grid import Claim, sentence
 from lorapar_ray.ablations.grids import GRIDS
 from lorapar_ray.ablations.results import Outcome, Verdict, sum_up, summarise
 from lorapar_ray.ablations.results import decide as decided
+from lorapar_ray.ablations.student_t import student_t
 from lorapar_ray.ablations.verdicts import Uncompared, effect, mean_interval, question_reach
 
 CLAIM = Claim("the first beats the second", "first", "second")
@@ -152,6 +154,30 @@ def test_less_than_the_margin_behind_is_not_refuted() -> None:
 def test_a_claim_begins_its_sentence_and_a_symbol_stays_what_it_is() -> None:
     assert sentence("disjoint regions forget less") == "Disjoint regions forget less"
     assert sentence("α = β = 1 ends highest") == "α = β = 1 ends highest"
+
+
+def test_several_claims_share_the_chance_of_a_wrong_verdict() -> None:
+    """Each is decided at 1 − 0.05 / m."""
+    better, worse = outcomes(110, 119, 113), outcomes(90, 91, 95)
+    alone, one_of_7 = decide(CLAIM, better, worse), decided(CLAIM, better, worse, comparisons=7)
+    assert isinstance(one_of_7, Verdict) and one_of_7.effect.interval == alone.effect.interval == alone.effect.deciding
+    assert alone.found == "held" and one_of_7.found == "undecided"
+    low, high = one_of_7.effect.deciding
+    assert low < 0 < one_of_7.effect.interval[0] and high > one_of_7.effect.interval[1]
+    assert f"; at 99.29 %, for 7 claims, {100 * low:+.1f} to {100 * high:+.1f}; exact sign test" in one_of_7.sentence
+    assert "for 7 claims" not in alone.sentence
+    by_seed = [0.02, 0.05, 0.08]
+    over_seeds = 0.05 - mean_interval(by_seed, 1 - 0.05 / 7)[1][0]
+    assert 0.05 - effect(by_seed, comparisons=7).deciding[0] == pytest.approx(over_seeds)
+    back = one_of_7.effect.reverse
+    assert back.deciding == (-high, -low) and back.difference == -one_of_7.effect.difference
+    assert decided(CLAIM, better[:2], worse[:2], comparisons=7).sentence.count("claims") == 0
+
+
+@pytest.mark.parametrize("level", [0.5, 0.95, 0.99375, 0.9999])
+def test_the_quantiles_are_those_of_student_t(level: float) -> None:
+    for df in (1, 2, 3, 4, 5, 9, 16, 99):
+        assert student_t(df, level) == pytest.approx(stats.t.ppf((1 + level) / 2, df), rel=1e-9)
 
 
 def test_the_interval_over_seeds_is_student_t() -> None:

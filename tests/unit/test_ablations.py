@@ -349,6 +349,27 @@ def test_systems_are_refused_where_the_rows_have_none(tmp_path: Path) -> None:
     assert isinstance(shown.exception, UserError) and "sequence: needs several Systems" in str(shown.exception)
 
 
+@pytest.mark.parametrize(
+    ("grid", "file", "options", "claims"),
+    [
+        ("mask", "quickstart", {}, 8),
+        ("mask", "arithmetic", {"only": ["importance", "random", "magnitude"]}, 2),
+        ("activation", "quickstart", {}, 11),
+        ("retention", "quickstart", {}, 3),
+        ("retention", "quickstart", {"only": ["disjoint-1", "random-0.5", "random-1"]}, 1),
+        ("systems", "systems", {}, 5),
+    ],
+)
+def test_a_plan_counts_its_claims_before_it_has_results(
+    grid: str, file: str, options: dict[str, Any], claims: int, tmp_path: Path
+) -> None:
+    plan = make_plan(grid, SHIPPED / f"{file}.yaml", [], tmp_path, seeds=[1, 2, 3], **options)
+    assert plan.comparisons == claims
+    shown = "\n".join(described(plan))
+    assert shown.count("decides whether") == claims
+    assert (f"decides each of {claims} claims by its" in shown) == (claims > 1)
+
+
 def test_an_interrupted_grid_says_how_it_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise Terminated
