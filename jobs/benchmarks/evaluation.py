@@ -7,7 +7,7 @@
 model class with vLLM and by lm-eval's `hf` class; fewer with examples in the prompt; see `_agreement.py`. Details and
 answers are written next to the JSON file: the same command resumes from them.
 
-`throughput`: the same prompts through one of our engines, behind Ray Data, and through `vllm.LLM` in a separate process
+`throughput`: the same prompts through one of our engines and through `vllm.LLM` in a separate process
 with the same arguments, in turns; once generating, once scoring a continuation.
 
 `scaling`: the same prompts through two engines and through one, each on one CPU core (or one GPU).

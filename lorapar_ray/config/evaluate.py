@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lorapar_ray.config.base import Distinct, PositiveFloat, PositiveInt, Section, StopStrings
+from lorapar_ray.config.base import Distinct, PositiveFloat, PositiveInt, StopStrings
 from lorapar_ray.config.engine import EngineConfig, Resources, require_gpu_for_each_rank
 from lorapar_ray.config.marks import Operation, Result
+from lorapar_ray.config.ranges import NumberOrRange, Ranged
 from lorapar_ray.config.sandbox import SandboxConfig
 
 TaskName = Annotated[str, Field(pattern=r"^[^@]+(@[0-9]+)?$", max_length=300)]
@@ -17,7 +18,7 @@ TaskName = Annotated[str, Field(pattern=r"^[^@]+(@[0-9]+)?$", max_length=300)]
 Model = Literal["base", "sft", "grpo", "sft-1", "sft-2", "sft-3", "sft-4", "sft-5", "sft-6", "sft-7", "sft-8", "sft-9"]
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(Ranged):
     """Stage `evaluate`: accuracy of each named model on the test rows, greedily, and on lm-eval's tasks."""
 
     models: Result[Annotated[Distinct[Model], Field(min_length=1)] | None] = None
@@ -53,8 +54,11 @@ class EvaluateConfig(Section):
     """The sandbox in which the model's programs for HumanEval and MBPP run."""
     engine: Result[EngineConfig] = EngineConfig()
     """Settings of each engine; `max_model_len` holds a question and its answer."""
-    engines: Operation[PositiveInt] = 1
-    """Engines that share the questions."""
+    engines: Operation[NumberOrRange] = 1
+    """Engines that share the questions. A range, `[1, 4]`: as many as the cluster has room for. An engine joins when
+    there is a node for it, and when its node is lost the others get its questions."""
+    max_engines: Operation[PositiveInt | None] = None
+    """The most engines, where `engines` is not a list: as resolved configs have it."""
     serve: Operation[Literal["auto", "merged", "adapter"]] = "auto"
     """`merged`: adapters are added to the base's weights; `adapter`: served as LoRA. `auto`: merged if possible."""
     resources: Operation[Resources] = Resources()

@@ -373,7 +373,6 @@ def start_engine(
     placement_group: Any = None,
     actor: type[EngineActor] = EngineActor,
     environment: Mapping[str, str] | None = None,
-    restarts: int = 0,
 ) -> Any:
     """Create the actor and begin starting its engine; returns the handle (await `handle.start.remote()`).
 
@@ -383,8 +382,6 @@ def start_engine(
         arms: number of policies that it serves at once (`adapter`).
         placement_group: with a bundle for this engine; None: anywhere.
         actor, environment: another kind of engine, and additional environment variables.
-        restarts: how often Ray restarts the actor if its process or machine is lost; calls in flight go to the new
-            actor. That has no engine and no policy, so only an actor whose calls handle this may use it.
     """
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -406,9 +403,6 @@ def start_engine(
     remote = ray.remote(actor).options(
         **asked,
         max_concurrency=10_000,  # each turn of an environment is a call; verifying a policy must not wait for them
-        max_restarts=restarts,
-        # -1: until Ray notices that a machine is lost, each call to it counts as a failed try: several within seconds
-        max_task_retries=-1 if restarts else 0,
         runtime_env={"env_vars": {**engine_environment(engine, resources), **(environment or {})}},
     )
     return remote.remote(arguments, sync, where)

@@ -1,4 +1,4 @@
-"""An `EngineActor` that answers requests, and continues after its process dies."""
+"""An `EngineActor` that answers requests."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from lorapar_ray.engines.requests import Answer, answer_table
 
 
 class AnsweringEngine(EngineActor):
-    """If its process dies, Ray restarts it and repeats the calls in flight.
-
-    So each call names its policy: a restarted engine has none yet.
-    """
+    """Each call names its policy: an engine that joins, or replaces a lost one, has none yet."""
 
     def __init__(self, arguments: dict[str, Any], sync: str, where: str = "engine") -> None:
         super().__init__(arguments, sync, where)

@@ -75,7 +75,7 @@ class Answer:
 
 
 def request_table(requests: Sequence[Request]) -> pa.Table:
-    """Requests as a table for Ray Data."""
+    """Requests as a table, for sending."""
     columns = [
         [request.key for request in requests],
         [request.kind for request in requests],

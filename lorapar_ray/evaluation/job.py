@@ -100,7 +100,7 @@ def _answer_by_engines(parts: Sequence[_Part]) -> None:
 
 def engines_of(config: Config) -> str:
     """A digest that is equal for runs that the same engines can evaluate."""
-    names = ("engine", "engines", "resources", "serve")
+    names = ("engine", "engines", "max_engines", "resources", "serve")
     settings = {name: value for name, value in config.evaluate.model_dump(mode="json").items() if name in names}
     return digest([config.model.model_dump(mode="json"), config.adapter.method, settings])
 
@@ -180,6 +180,7 @@ def _engines(config: Config, adapters: Sequence[Path | None]) -> Engines:
         settings.engine,
         settings.resources,
         settings.engines,
+        most=settings.max_engines,
         seed=config.seed,
         trust_remote_code=config.model.trust_remote_code,
         running=running,

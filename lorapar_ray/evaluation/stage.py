@@ -35,7 +35,8 @@ def reads(config: Config) -> Iterator[str]:
 
 def processes(config: Config) -> Iterator[Processes]:
     """The engines that answer."""
-    yield Processes("engines", "engine", config.evaluate.engines, config.evaluate.resources)
+    evaluate = config.evaluate
+    yield Processes("engines", "engine", evaluate.engines, evaluate.resources, evaluate.max_engines)
 
 
 def check(config: Config) -> None:

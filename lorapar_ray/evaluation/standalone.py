@@ -113,7 +113,13 @@ def _evaluate_on(base: str, adapters: Mapping[str, Path | None], catalogue: Any,
     with (
         needing("evaluate", groups),
         Engines(
-            base, settings.engine, settings.resources, settings.engines, trust_remote_code=trusted, **how
+            base,
+            settings.engine,
+            settings.resources,
+            settings.engines,
+            most=settings.max_engines,
+            trust_remote_code=trusted,
+            **how,
         ) as engines,
     ):
         with progress("engines", settings.engines, lambda: (0, "starting")), ended_without_memory("evaluate"):

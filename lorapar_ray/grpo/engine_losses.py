@@ -14,12 +14,22 @@ LEAVE_LIMIT_S = 10.0
 
 
 async def leave(engine: Any) -> None:
-    """Ask an engine's actor to end its children and itself; kill it if it does not."""
+    """Ask an engine's actor to end its children and itself; kill it if it does not, or has not begun."""
     import ray
 
+    actor = engine.actor if isinstance(engine, ArmHandle) else engine
     with contextlib.suppress(Exception):
-        await asyncio.wait_for(awaited(engine.leave.remote()), LEAVE_LIMIT_S)
-    ray.kill(engine.actor if isinstance(engine, ArmHandle) else engine)
+        async with asyncio.timeout(LEAVE_LIMIT_S):
+            if not await asyncio.to_thread(_waits_for_a_place, actor):
+                await awaited(engine.leave.remote())
+    ray.kill(actor)
+
+
+def _waits_for_a_place(actor: Any) -> bool:
+    """Whether Ray has not created the actor yet, which then answers nothing."""
+    from ray._private.state import actors
+
+    return actors(actor._actor_id.hex()).get("State") in ("DEPENDENCIES_UNREADY", "PENDING_CREATION")
 
 
 def is_lost(error: Exception) -> bool:

@@ -54,9 +54,15 @@ class EnginePool:
             time_limit_s: for a heartbeat, and for loading and verifying a policy.
         """
         self.supervisor = EngineSupervisor(
-            start, size, extra, time_limit_s, self._prepare, lambda error: self._queue.rebuilt(error)
+            start,
+            size,
+            extra,
+            self._prepare,
+            lambda error: self._queue.rebuilt(error),
+            advice=f", or raise grpo.rollout_time_limit_s ({time_limit_s:g}) if requests take longer than that",
         )
-        self.policy = ServedPolicy(self.supervisor, tolerance)
+        self._time_limit_s = time_limit_s
+        self.policy = ServedPolicy(self.supervisor, tolerance, time_limit_s)
         self._router = Router(size + extra, at_once)
         self._queue = RequestQueue(self.supervisor, self._router)
         self._rollouts: dict[str, _Rollout] = {}
@@ -160,7 +166,7 @@ class EnginePool:
         """Request an engine's heartbeat and its groups' progress; rebuild it if it does not answer."""
         try:
             records, lengths = engine.progress.options(num_returns=2).remote()
-            async with asyncio.timeout(self.supervisor.time_limit_s):  # `wait_for` may swallow this task's cancellation
+            async with asyncio.timeout(self._time_limit_s):  # `wait_for` may swallow this task's cancellation
                 tokens = await lengths
         except Exception as error:
             if not is_lost(error):

@@ -1,4 +1,4 @@
-"""Starts a run's rollout engines and replaces lost ones.
+"""Starts a stage's engines and replaces lost ones: stage 2's rollout engines, and the evaluation's.
 
 An engine that dies, or no longer answers the heartbeat, is rebuilt. The new engine gets no request until it is verified
 to serve the current policy.
@@ -13,6 +13,7 @@ an extra place stays empty.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine
@@ -36,23 +37,30 @@ class EngineSupervisor:
         start: Callable[[int], Any],
         size: int,
         extra: int,
-        time_limit_s: float,
         prepare: Callable[[int, Any], Awaitable[None]],
         rebuilt: Callable[[BaseException | None], None],
+        *,
+        wait_s: float = REBUILD_LIMIT_S,
+        what: str = "rollout engine",
+        actor: str = "EngineActor",
+        advice: str = "",
     ) -> None:
         """Store how to start the engines.
 
         Args:
-            start, size, extra, time_limit_s: see `EnginePool`.
+            start, size, extra: see `EnginePool`.
             prepare: called with a place and its new engine, before that engine is used.
             rebuilt: called when a place has a new engine, or with the error if it cannot get one.
+            wait_s: longest time without any engine.
+            what, actor, advice: words for messages: an engine's name, whose logs to see, and what else to do.
         """
         self._start = start
         self._fewest, self._size = size, size + extra
         self._empty = set(range(self._fewest, self._size))
         """Places for which no engine is wanted now."""
-        self.time_limit_s = time_limit_s
         self._prepare, self._rebuilt = prepare, rebuilt
+        self._wait_s = wait_s
+        self._what, self._advice = what, f"see the Ray logs of {actor}{advice}"
         self.engines: list[Any] = []
         self.gone = defaultdict[int, asyncio.Future[None]](lambda: asyncio.get_running_loop().create_future())
         """By place; done when the engine that is there now no longer answers, to end all waits for it."""
@@ -119,7 +127,7 @@ class EngineSupervisor:
         Raises:
             RuntimeError: a place lost too many engines, or no engine could be rebuilt in time.
         """
-        deadline = time.monotonic() + REBUILD_LIMIT_S
+        deadline = time.monotonic() + self._wait_s
         while True:
             for slot, task in list(self._rebuilding.items()):
                 if task.done():
@@ -129,11 +137,13 @@ class EngineSupervisor:
                 return working
             left = deadline - time.monotonic()
             done, _ = await asyncio.wait(
-                self._rebuilding.values(), timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED
+                self._rebuilding.values(),
+                timeout=None if left == math.inf else max(0.0, left),
+                return_when=asyncio.FIRST_COMPLETED,
             )
             if not done:
                 raise RuntimeError(
-                    f"every rollout engine was lost and none could start again within {REBUILD_LIMIT_S:g} s; "
+                    f"every {self._what} was lost and none could start again within {self._wait_s:g} s; "
                     "see `ray status` for the room they need"
                 )
 
@@ -147,7 +157,7 @@ class EngineSupervisor:
         try:
             await asyncio.wait({gone, task}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                raise TimeoutError(f"rollout engine {slot} does not answer")
+                raise TimeoutError(f"{self._what} {slot} does not answer")
             return task.result()
         finally:
             task.cancel()
@@ -210,10 +220,7 @@ class EngineSupervisor:
             self.replaced += 1
             return True
         if slot < self._fewest:
-            raise RuntimeError(
-                f"rollout engine {slot} was lost {LOSSES} times; see the Ray logs of EngineActor, or raise "
-                f"grpo.rollout_time_limit_s ({self.time_limit_s:g}) if requests take longer than that"
-            ) from error
+            raise RuntimeError(f"{self._what} {slot} was lost {LOSSES} times; {self._advice}") from error
         return False
 
     def _leave_empty(self, slot: int) -> None:
@@ -221,8 +228,7 @@ class EngineSupervisor:
         self._empty.add(slot)
         self.engines[slot] = None
         console.print(
-            f"  rollout engine {slot}, an extra one, was lost {LOSSES} times; the run goes on without it; see the Ray "
-            "logs of EngineActor"
+            f"  {self._what} {slot}, an extra one, was lost {LOSSES} times; the run goes on without it; {self._advice}"
         )
 
     async def _put(self, slot: int, engine: Any) -> None:

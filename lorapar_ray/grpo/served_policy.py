@@ -21,9 +21,14 @@ from lorapar_ray.grpo.policy_proof import PolicyLost, compare, gaps_of, load
 class ServedPolicy:
     """Used in one event loop."""
 
-    def __init__(self, supervisor: EngineSupervisor, tolerance: float) -> None:
-        """`tolerance`: the largest canary gap, in nats."""
-        self._supervisor, self.tolerance = supervisor, tolerance
+    def __init__(self, supervisor: EngineSupervisor, tolerance: float, time_limit_s: float) -> None:
+        """Store the engines.
+
+        Args:
+            tolerance: the largest canary gap, in nats.
+            time_limit_s: for loading and verifying a policy.
+        """
+        self._supervisor, self.tolerance, self._time_limit_s = supervisor, tolerance, time_limit_s
         self._gaps: dict[int, float] = {}
         """Canary gaps by place, in nats."""
         self._current: PolicyNote | None = None
@@ -88,7 +93,7 @@ class ServedPolicy:
 
         async def on(slot: int, engine: Any) -> None:
             try:
-                await asyncio.wait_for(work(slot, engine), self._supervisor.time_limit_s)
+                await asyncio.wait_for(work(slot, engine), self._time_limit_s)
             except Exception as error:
                 if not is_lost(error):
                     raise

@@ -1,4 +1,5 @@
-"""The evaluation's engines, some of which ran before it; the engines only pretend to answer, for fault injection."""
+"""The evaluation's engines, of which some ran before it, join or die. They only pretend to answer: faults are
+injected."""
 
 import os
 import time
@@ -11,8 +12,10 @@ import pytest
 
 from lorapar_ray.config import EngineConfig, Resources
 from lorapar_ray.engines.requests import Answer, Request, answer_table
+from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation import engines as evaluation_engines
 from lorapar_ray.evaluation.engines import Engines
+from lorapar_ray.grpo.engine_supervisor import LOSSES
 from tests.chaos import Recovery
 
 pytestmark = pytest.mark.cluster
@@ -76,13 +79,36 @@ def test_a_running_engine_that_is_lost_is_replaced_and_costs_no_answer(
     assert len(processes) == (2 if dies_at else 1)
 
 
-def processes_that_answer(dies_at: int | None, received: Path) -> set[int]:
-    """All requests, to a running engine; no answer is missing or there twice."""
+def test_an_engine_that_joins_answers_while_the_first_one_hangs(made: list[Any], tmp_path: Path) -> None:
+    """The first one hangs, and then dies, with all that it was given; no other answers before."""
+    processes = processes_that_answer(1, tmp_path / "received", most=2)
+    assert processes and len(made) == 2  # the one that joined, and the one that replaces the first
+
+
+def test_requests_that_end_every_engine_end_the_evaluation(made: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    dying = ray.remote(FakeEngine).options(num_cpus=0)
+    monkeypatch.setattr(evaluation_engines, "start_engine", lambda *_, **__: dying.remote(1))
+    with Engines("m", EngineConfig(max_num_seqs=32), Resources(cpus=0)) as engines:
+        engines.start()
+        lost = r"^evaluate: .*lost.*; answers so far are kept\. \w*Actor\w*Error: "
+        with pytest.raises(UserError, match=lost) as said:
+            list(engines.answers(REQUESTS))
+    assert str(LOSSES) in str(said.value) and "\n" not in str(said.value)
+
+
+def processes_that_answer(dies_at: int | None, received: Path, most: int | None = None) -> set[int]:
+    """All requests, to a running engine; no answer is missing or there twice.
+
+    Args:
+        most: another engine may join; then the running one gets only a part of the requests at a time.
+    """
     import ray
 
     running = ray.remote(FakeEngine).options(num_cpus=0).remote(dies_at, received)
-    settings = EngineConfig(max_num_seqs=32)
-    with Engines("m", settings, Resources(cpus=0), running=[running]) as engines:
+    settings = EngineConfig(max_num_seqs=32 if most is None else 8)
+    with Engines("m", settings, Resources(cpus=0), most=most, running=[running]) as engines:
         engines.start()
         answers = []
         for found in engines.answers(REQUESTS):

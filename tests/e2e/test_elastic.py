@@ -13,6 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import ray
 from ray._private.authentication.authentication_token_setup import (
@@ -24,9 +25,13 @@ from ray.cluster_utils import Cluster
 from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from lorapar_ray.adapters.job import make_adapter
 from lorapar_ray.config import Config, Resources
+from lorapar_ray.evaluation.engines import REQUESTS_PER_BLOCK
+from lorapar_ray.evaluation.job import evaluate_stage
 from lorapar_ray.grpo.job import train_stage2
 from lorapar_ray.importance.job import score_stage
+from lorapar_ray.pipeline import run_stage
 from lorapar_ray.room import Others
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.checkpoint import last_checkpoint
@@ -37,7 +42,8 @@ from tests.cluster.test_scoring import make_run, same, scores_of
 from tests.e2e.drawing import require_each_step_and_prompt_once
 from tests.processes import below, kill_all
 from tests.sft_run import ready_run
-from tests.tiny_run import metrics, save_tiny_student, sums_in
+from tests.tiny_run import ENGINE, metrics, save_tiny_student, sums_in, tiny_config
+from tests.together import tasks_here
 from tests.waiting import LIMIT_S, wait_until
 
 pytestmark = pytest.mark.e2e
@@ -222,6 +228,59 @@ def test_stage_2_goes_on_with_the_learners_that_there_are(
     lines = stage.lines()
     require_each_step_and_prompt_once(lines)
     assert {line["engines"] for line in lines} == {1}
+
+
+def evaluation(student: Path, folder: Path, engines: int | list[int]) -> tuple[Config, RunDirectory]:
+    """A run whose adapter is evaluated, in blocks of which an engine has one at a time."""
+    plain = tiny_config(student)
+    plain |= {
+        "data": {**plain["data"], "test": [{**source, "rows": 480} for source in plain["data"]["test"]]},
+        "label": {"strategy": "random"},
+        "adapter": {"rank": 4, "alpha": 8, "init": "gaussian", "init_std": 0.05},
+        "evaluate": {
+            "models": ["sft"],
+            "max_new_tokens": 24,
+            "engine": {**ENGINE, "max_num_seqs": REQUESTS_PER_BLOCK // 2},
+            "engines": engines,
+            "resources": {"cpus": 2, "threads": 1},
+        },
+    }
+    config, run = Config.model_validate(plain), RunDirectory(folder)
+    run.open(config)
+    run_stage(config, run, "label")
+    with tasks_here():
+        make_adapter(config, run, run.sft / "adapter")
+    return config, run
+
+
+@pytest.mark.chaos("evaluate", "node")
+def test_evaluation_goes_on_with_the_engines_that_there_are(
+    chance: Random, nodes: Cluster, recovery: Recovery, tmp_path: Path
+) -> None:
+    """One engine, a second one once a node joins, the first alone after its loss: the answers are those of one."""
+    student = save_tiny_student(tmp_path / "student")
+    alone = evaluation(student, tmp_path / "alone", 1)
+    evaluate_stage(*alone)
+    config, run = evaluation(student, tmp_path / "run", [1, 2])
+    stage, some = Stage("evaluate", evaluate_stage, config, run), chance.randint(1, 4)
+
+    def answered() -> set[Path]:
+        return set((run.work / "evaluate").rglob("*.parquet"))
+
+    stage.wait_for(lambda: len(answered()) >= some)
+    [first] = below("EngineCore")
+    first.suspend()  # what is answered from now on is not its work, except for a block that it has just finished
+    second, before = nodes.add_node(num_cpus=2), answered()
+    stage.wait_for(lambda: len(answered() - before) >= 3)
+    nodes.remove_node(second, allow_graceful=False)
+    lost = answered()
+    first.resume()
+    with recovery("evaluate", "node"):
+        stage.wait_for(lambda: answered() > lost)
+    stage.join()
+    ours, theirs = (pq.read_table(each.eval / "sft.parquet").to_pylist() for each in (run, alone[1]))
+    assert len({row["completion"] for row in theirs}) > 100
+    assert ours == theirs
 
 
 def count_workers(argument: dict[str, Any]) -> None:

@@ -233,6 +233,7 @@ RANGES = {
     "sft.workers": "sft.max_workers",
     "grpo.learners": "grpo.max_learners",
     "grpo.rollout_actors": "grpo.max_rollout_actors",
+    "evaluate.engines": "evaluate.max_engines",
 }
 """By each field that may be a range, the field in which a resolved config has the most."""
 TAUGHT = "label: {strategy: vote, teachers: [{name: t, model: o/n}]}\n"
@@ -285,6 +286,7 @@ def test_the_schema_has_both_forms_of_a_range() -> None:
         "ScoreConfig": ["workers"],
         "SftConfig": ["workers"],
         "GrpoConfig": ["learners", "rollout_actors"],
+        "EvaluateConfig": ["engines"],
     }.items():
         for field in fields:
             number, pair = definitions[section]["properties"][field]["anyOf"]

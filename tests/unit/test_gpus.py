@@ -133,6 +133,8 @@ def test_processes_without_a_bundle_count_in_the_room_of_stage_2() -> None:
 def test_dry_run_shows_a_range() -> None:
     said = PIPELINE["grpo"].resources(config(grpo={"learners": 2, "max_learners": 8}))
     assert "2 to 8 × learner (1 CPU + GPU auto)" in said
+    said = PIPELINE["evaluate"].resources(config(evaluate={"engines": [1, 4]}))
+    assert said.startswith("1 to 4 × engine (1 CPU + GPU auto)")
 
 
 @pytest.mark.parametrize(

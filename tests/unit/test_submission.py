@@ -411,3 +411,11 @@ def test_a_cluster_without_room_for_a_later_stage_is_refused_before_the_first(ha
     for most in (None, 8):  # the fewest of a range must fit
         found = _room(config_of(grpo={"learners": 3, "max_learners": most}), has)
         assert found.ok == (not said) and re.search(said, found.detail)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "said"), [(3, ""), (2, r"evaluate: asks for 3 CPU \(engines 3 × 1\) but the cluster")]
+)
+def test_the_fewest_engines_of_the_evaluation_must_fit(cpus: int, said: str) -> None:
+    found = _room(config_of(evaluate={"engines": [3, 8]}), Capacity({"CPU": cpus}))
+    assert found.ok == (not said) and re.search(said, found.detail)
