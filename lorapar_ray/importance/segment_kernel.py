@@ -11,6 +11,9 @@ from torch import Tensor
 NARROW, BROAD = 32, 64
 """Columns of `wide` per program: few where there are few columns, so that every multiprocessor has work."""
 MANY_COLUMNS = 8192
+MOST_ROWS = 64
+"""Rows per program. A group of layers has the sum of their ranks, up to thousands: a tile of so many fits neither the
+registers nor the shared memory of a multiprocessor."""
 
 
 @triton.jit
@@ -32,8 +35,8 @@ def segment_sums(  # type: ignore[no-untyped-def]
     block_tokens: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """Each program owns `block_columns` columns for all examples, so the sums have one order: the batch's."""
-    p = tl.arange(0, block_rows)
+    """Each program owns a tile of `first` and `second` for all examples, so the sums have one order: the batch's."""
+    p = tl.program_id(1) * block_rows + tl.arange(0, block_rows)
     q = tl.program_id(0) * block_columns + tl.arange(0, block_columns)
     in_rows, in_columns = p < rows, q < columns
     total = tl.zeros((block_rows, block_columns), dtype=tl.float32)
@@ -80,15 +83,15 @@ def launch(small: Tensor, wide: Tensor, offsets: Tensor, first: Tensor, second: 
     )
 
 
-def configuration(rows: int, columns: int, element_size: int) -> tuple[tuple[int], dict[str, Any]]:
+def configuration(rows: int, columns: int, element_size: int) -> tuple[tuple[int, int], dict[str, Any]]:
     """(grid, constants) for [T, rows] by [T, columns] of elements of so many bytes."""
-    block_rows = max(16, triton.next_power_of_2(rows))
+    block_rows = min(MOST_ROWS, max(16, triton.next_power_of_2(rows)))
     block_columns = BROAD if columns > MANY_COLUMNS else NARROW
-    return (triton.cdiv(columns, block_columns),), {
+    return (triton.cdiv(columns, block_columns), triton.cdiv(rows, block_rows)), {
         "rows": rows,
         "block_rows": block_rows,
         "block_columns": block_columns,
-        "block_tokens": 128 if element_size == 2 and block_rows <= 64 else 32,
+        "block_tokens": 128 if element_size == 2 else 32,
         "precision": "ieee",
         "num_warps": 4,
         "num_stages": 3,
