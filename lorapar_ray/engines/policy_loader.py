@@ -25,7 +25,7 @@ from torch import Tensor
 from lorapar_ray.adapters.merge import lora_scaling, merged_weights
 from lorapar_ray.cpu.engine import lighten
 from lorapar_ray.engines.base_weights import BaseWeights, KeptWeights, kept_on
-from lorapar_ray.engines.served_adapter import unlike_in_slot
+from lorapar_ray.engines.served_adapter import not_served, unlike_in_slot, unserved
 from lorapar_ray.engines.served_weights import complaint, part_of, unlike
 from lorapar_ray.mergeable import base_name, missing_from, not_in_the_files
 from lorapar_ray.transfer import on_device
@@ -133,6 +133,8 @@ class PolicyLoader:
         manager = self.model_runner.lora_manager._adapter_manager
         if lora_id not in manager.list_adapters():
             return digest, "it has no such adapter"
+        if unknown := not_served(unserved(manager, state), len(state) // 2):
+            return digest, unknown
         off, compared = unlike_in_slot(manager, lora_id, state, scaling)
         return digest, complaint(off, compared)
 

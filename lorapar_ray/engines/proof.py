@@ -30,7 +30,6 @@ from lorapar_ray.logprobs import token_logprobs
 
 __all__ = ["PolicyMismatch", "PolicyProof", "Proof", "proof_arguments"]
 
-LOADER = "lorapar_ray.engines.policy_loader.PolicyLoader"
 LEAST = {torch.float32: 0.01}
 """Nats; the smallest measured tolerance by the engine's dtype."""
 LEAST_OTHERWISE = 0.2
@@ -44,7 +43,7 @@ def proof_arguments(max_lora_rank: int | None = None, **settings: Any) -> dict[s
             them into the model's weights.
         settings: your own arguments, which take precedence.
     """
-    from lorapar_ray.engines.settings import lora_arguments, platform_arguments
+    from lorapar_ray.engines.settings import LOADER, lora_arguments, platform_arguments
 
     lora = {} if max_lora_rank is None else lora_arguments(max_lora_rank, adapters=2)
     sampled = {"logprobs_mode": "processed_logprobs", "generation_config": "vllm", "enable_prefix_caching": True}

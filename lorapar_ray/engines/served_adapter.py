@@ -2,13 +2,15 @@
 
 Runs inside vLLM's worker. vLLM keeps the adapters that it can use in slots of stacked tensors: A, and s·B, by module.
 Each rank compares the whole slot of an adapter, including that it is zero for modules that the adapter does not have.
-The frozen base is not compared; canary tokens verify it. Neither are LoRA layers that are no plain linear ones
-(experts, embeddings, heads) and those of `fully_sharded_loras`.
+It also looks for modules of the adapter that belong to no LoRA layer: vLLM checks only the last part of their names,
+and serves the base without those whose path it does not know (`unserved`). The frozen base is not compared; canary
+tokens verify it. Neither are LoRA layers that are no plain linear ones (experts, embeddings, heads) and those of
+`fully_sharded_loras`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ def unlike_in_slot(
     manager.activate_adapter(lora_id)  # as before each step that uses it; does nothing if it is in a slot
     slot = manager.lora_index_to_id.index(lora_id)
     parts = by_module(state, getattr(manager.model, "hf_to_vllm_mapper", None))
-    layers = {path: manager.packed_modules.get(path) or [path] for path in manager.modules}
+    layers = parts_of_layers(manager)
     items: list[Item] = []
     places: list[str] = []
     for path, names in layers.items():
@@ -45,6 +47,46 @@ def unlike_in_slot(
     for path, times in zip(places, worst(items, _off, together=together), strict=True):
         found[path] = max(times, found.get(path, 0.0))
     return {path: times for path, times in found.items() if times > 1}, len(found)
+
+
+def unserved(manager: Any, state: Mapping[str, Tensor]) -> list[str]:
+    """Modules of an adapter that belong to no LoRA layer: the model computes without them.
+
+    Args:
+        manager: vLLM's `LoRAModelManager`.
+        state: A and B by adapter key.
+    """
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    asked = by_module(state, getattr(manager.model, "hf_to_vllm_mapper", None))
+    layers = parts_of_layers(manager)
+    known = {name for names in layers.values() for name in names}
+    elsewhere = [path for path, module in manager.model.named_modules() if isinstance(module, PPMissingLayer)]
+    # a layer of experts has parts of several layouts below it; layers of another pipeline stage are that rank's
+    above = {*elsewhere, *(path for path, names in layers.items() if not comparable(manager.modules[path], names))}
+    return sorted(name for name in asked if name not in known and above.isdisjoint(_above(name)))
+
+
+def not_served(modules: Sequence[str], asked: int) -> str:
+    """One clause about an adapter's `unserved` modules, of `asked` in all; empty if there are none."""
+    if not modules:
+        return ""
+    return (
+        f"vLLM's model has no LoRA layer for {len(modules)} of the adapter's {asked} modules, for example "
+        f"'{modules[0]}'; serve it merged (grpo.sync, evaluate.serve), or adapt other modules"
+    )
+
+
+def parts_of_layers(manager: Any) -> dict[str, Sequence[str]]:
+    """By path of each LoRA layer, the names of the adapter's modules that it computes with: several if they are
+    packed."""
+    return {path: manager.packed_modules.get(path) or [path] for path in manager.modules}
+
+
+def _above(name: str) -> Iterable[str]:
+    """The paths of the modules around a module."""
+    parts = name.split(".")
+    return (".".join(parts[:count]) for count in range(1, len(parts)))
 
 
 def comparable(layer: Any, names: Sequence[str]) -> bool:

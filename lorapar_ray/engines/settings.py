@@ -10,6 +10,8 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.precision import engine_dtype
 from lorapar_ray.workers import hidden_gpus
 
+LOADER = "lorapar_ray.engines.policy_loader.PolicyLoader"
+"""The worker extension that loads policies and reads them back."""
 SHARED_GPU = 0.9
 """Part of its share of a GPU that an engine fills."""
 WHOLE_GPU = 0.92

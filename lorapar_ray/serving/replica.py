@@ -21,9 +21,11 @@ from ray import serve
 
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.chat import load_encoder
+from lorapar_ray.engines.mismatch import PolicyMismatch, verified
 from lorapar_ray.engines.phases import Phases
 from lorapar_ray.engines.processes import start_async_llm
-from lorapar_ray.engines.settings import engine_arguments, lora_arguments, memory_share
+from lorapar_ray.engines.settings import LOADER, engine_arguments, lora_arguments, memory_share
+from lorapar_ray.errors import UserError
 from lorapar_ray.labeling.hosted import choice_tokens
 from lorapar_ray.labeling.prompts import with_template
 from lorapar_ray.models import resolve_model
@@ -91,6 +93,7 @@ class Replica:
         trusted = self._config.model.trust_remote_code
         self._encoder = load_encoder(self._path, self._config.model.system_prompt, trusted)
         arguments = {
+            "worker_extension_cls": LOADER,
             **memory_share(settings.resources),
             **engine_arguments(self._path, settings.engine, seed=self._config.seed, trust_remote_code=trusted),
             **(lora_arguments(max_rank, len(self._adapters)) if adapters else {}),
@@ -108,13 +111,30 @@ class Replica:
         if self._watch is None:
             self._watch = asyncio.create_task(self._leave_with_the_engine())
         if self._state is None:
-            self._state = await openai_state(self._engine, self._path, self._adapters)
+            state = await openai_state(self._engine, self._path, self._adapters)
+            await self._verify(state.openai_serving_models.lora_requests)
+            self._state = state
             short = {system: [each for each in own if self._fits(each)] for system, own in self._labelled.items()}
             if short and all(short.values()):
                 odds = {system: await asyncio.gather(*map(self._odds, own)) for system, own in short.items()}
                 self._threshold = fit_threshold(odds[1], odds[2])
         found = self._threshold
         return {"pid": os.getpid()} | ({} if found is None else {"agreement": found.agreement})
+
+    async def _verify(self, loras: Mapping[str, Any]) -> None:
+        """Check that every rank computes with the adapters: vLLM serves the base for module names it does not know.
+
+        Raises:
+            UserError: names the adapter, and what differs.
+        """
+        for name, lora in loras.items():
+            checked = await self._engine.collective_rpc(
+                "lorapar_check_adapter", args=(lora.lora_int_id, lora.lora_path)
+            )
+            try:
+                verified([], checked)
+            except PolicyMismatch as error:
+                raise UserError(f"serve: the engine does not serve the adapter '{name}': {error}") from error
 
     async def _leave_with_the_engine(self) -> None:
         """Exit once the engine is dead: Serve replaces a dead replica at once, and an unhealthy one after several

@@ -25,6 +25,7 @@ State = dict[str, Tensor]
 OTHER_WEIGHTS = r"modules compute with other weights"
 CANARIES = r"log-probabilities of the canary tokens are"
 CACHE = r"tokens it decodes after a cached prompt are"
+UNKNOWN = r"no LoRA layer for \d+ of the adapter's \d+ modules, for example 'model\.language_model\.layers"
 DIGEST = r"ranks loaded different policies|loaded another a"
 OTHER_ADAPTERS: dict[str, Callable[[State, State], State]] = {
     "half of the modules": lambda new, _: {
@@ -55,6 +56,8 @@ ADAPTER = {
     "another arm's adapter": CANARIES,
     "no adapter in the requests": CANARIES,
     "an adapter that is not there": "it has no such adapter",
+    "names that vLLM does not know": UNKNOWN,
+    "one name that vLLM does not know": UNKNOWN,
 }
 """Every fault with `sync: adapter`."""
 
@@ -85,6 +88,14 @@ def another(folder: Path, kind: str, before: State) -> Iterator[Path]:
         yield other
 
 
+def rename(folder: Path, chosen: Callable[[str], bool]) -> None:
+    """Names of a wrapped model, as vLLM does not have them for a plain one; the last part stays."""
+    file = folder / "adapter_model.safetensors"
+    state = load_file(file)
+    wrapped = {key: key.replace(".layers.", ".language_model.layers.") if chosen(key) else key for key in state}
+    save_file({wrapped[key]: value for key, value in state.items()}, file)
+
+
 def digest_of(folder: Path) -> str:
     return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
 
@@ -113,6 +124,8 @@ class FaultyEngine(EngineActor):
 
         assert folder is not None
         kind = fault()
+        if kind.endswith("that vLLM does not know"):
+            rename(folder, one_module if kind.startswith("one") else lambda _: True)
         if kind == "the cache of another policy":  # vLLM's entries have an adapter's name
             served.lora = LoRARequest("same", 999, str(folder), load_inplace=True)
             await self._engine.add_lora(served.lora)

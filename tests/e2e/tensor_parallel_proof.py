@@ -2,14 +2,15 @@
 
 python -m tests.e2e.tensor_parallel_proof STUDENT FAULT MAX_LORA_RANK RANKS DTYPE
 
-The engine merges policies if MAX_LORA_RANK is 0. FAULT is a file: while it exists, the last rank does not do what it is
-told.
+The engine merges policies if MAX_LORA_RANK is 0; else it is sent an adapter with other names, too. FAULT is a file:
+while it exists, the last rank does not do what it is told.
 """
 
 import json
 import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from vllm import LLM
 
-from lorapar_ray.adapters import adapter_parameters
+from lorapar_ray.adapters import adapter_parameters, save_adapter
 from lorapar_ray.engines.mismatch import PolicyMismatch
 from lorapar_ray.engines.policy_loader import PolicyLoader, read_adapter
 from lorapar_ray.engines.proof import PolicyProof, proof_arguments
+from tests.e2e.faulty_engine import rename
 
 FAULT = "LORAPAR_TEST_FAULT"
 EVERY_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -49,7 +51,7 @@ class LateRank(PolicyLoader):
 
 
 @torch.no_grad()
-def main(student: str, max_lora_rank: int, ranks: int, dtype: str) -> dict[str, object]:
+def main(student: str, max_lora_rank: int, ranks: int, dtype: str) -> dict[str, list[Any]]:
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(student, dtype=getattr(torch, dtype))
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=EVERY_LINEAR))
@@ -68,8 +70,17 @@ def main(student: str, max_lora_rank: int, ranks: int, dtype: str) -> dict[str, 
             gaps.append(proof.serve(model).gap)
         except PolicyMismatch as error:
             refused.append(str(error))
+    found = {"gaps": gaps, "refused": refused}
+    if max_lora_rank:
+        with TemporaryDirectory() as folder:
+            save_adapter(model, wrapped := Path(folder) / "adapter")
+            rename(wrapped, lambda _: True)
+            try:
+                proof.serve(wrapped)
+            except PolicyMismatch as error:
+                found["names"] = [str(error)]
     proof.close()
-    return {"gaps": gaps, "refused": refused}
+    return found
 
 
 if __name__ == "__main__":

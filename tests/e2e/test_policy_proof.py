@@ -15,6 +15,7 @@ from tests.tiny_run import ENGINE, ROOT
 
 pytestmark = pytest.mark.e2e
 WEIGHTS = "modules compute with other weights, most of all"
+UNKNOWN = "vLLM's model has no LoRA layer for 14 of the adapter's 14 modules"
 
 
 def found_by(script: str, *arguments: str, gpus: int = 0) -> dict[str, Any]:
@@ -68,6 +69,8 @@ def test_every_tensor_parallel_rank_is_verified(student: Path, tmp_path: Path, m
     [line] = found["refused"]
     modules = "8 of 8" if max_lora_rank else "14 of 14"
     assert f"policy 2: on its rank 1, {modules} modules compute with other weights" in line
+    if max_lora_rank:
+        assert f"on its rank 0, {UNKNOWN}" in found["names"][0]
 
 
 @pytest.mark.gpu
@@ -81,3 +84,5 @@ def test_an_engine_on_a_gpu_serves_each_policy_and_a_lost_one_is_caught(
     assert len(found["gaps"]) == 3 and max(found["gaps"]) < 0.2
     [line] = found["refused"]
     assert f"policy 2: {'8 of 8' if max_lora_rank else '14 of 14'} {WEIGHTS}" in line
+    if max_lora_rank:
+        assert UNKNOWN in found["names"][0]
