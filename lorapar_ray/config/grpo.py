@@ -323,6 +323,12 @@ class GrpoConfig(Ranged):
             )
         return self
 
+    @property
+    def policies_in_use(self) -> int:
+        """Most policies that an engine computes with at once: the newest, and those with which the samples of steps in
+        flight began; at least the newest and the one before it."""
+        return max(2, self.max_staleness + 1)
+
     @model_validator(mode="after")
     def _engine_holds_a_sample(self) -> GrpoConfig:
         longest, room = self.max_prompt_length + self.max_completion_length, self.rollout_engine.max_model_len

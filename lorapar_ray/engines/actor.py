@@ -23,6 +23,7 @@ from lorapar_ray.engines.phases import Phases
 from lorapar_ray.engines.processes import start_async_llm
 from lorapar_ray.engines.record import GroupHead, GroupRecord
 from lorapar_ray.engines.scoring import DECODING, sampled_logprobs, sampling_params, scored, scoring_params
+from lorapar_ray.engines.settings import LOADER, engine_arguments, engine_environment, lora_arguments, memory_share
 from lorapar_ray.models import resolve_model
 from lorapar_ray.workers import ray_options
 
@@ -90,7 +91,7 @@ class EngineActor:
         """
         async with self._starting:  # runs that share it ask at the same time
             if self._engine is None:
-                loader = {"worker_extension_cls": "lorapar_ray.engines.policy_loader.PolicyLoader"}
+                loader = {"worker_extension_cls": LOADER}
                 model = resolve_model(self._arguments["model"])
                 self._engine = start_async_llm({**loader, **self._arguments, "model": model}, self._phases, self._where)
                 self._watch = asyncio.create_task(self._leave_with_the_engine())
@@ -369,7 +370,7 @@ def start_engine(
     trust_remote_code: bool = False,
     sync: str = "merged",
     max_lora_rank: int | None = None,
-    arms: int = 1,
+    adapters: int = 2,
     placement_group: Any = None,
     actor: type[EngineActor] = EngineActor,
     environment: Mapping[str, str] | None = None,
@@ -379,20 +380,19 @@ def start_engine(
     Args:
         model_path: as the config has it, or as `models.model_reference` gives it; the actor's machine resolves it.
         where: the config's field that holds `engine`, for error messages.
-        arms: number of policies that it serves at once (`adapter`).
+        adapters: policies that it computes with at once (`adapter`): those that it serves, and those of requests that
+            may still be in flight when it is sent another.
         placement_group: with a bundle for this engine; None: anywhere.
         actor, environment: another kind of engine, and additional environment variables.
     """
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    from lorapar_ray.engines.settings import engine_arguments, engine_environment, lora_arguments, memory_share
-
     arguments = memory_share(resources) | engine_arguments(
         model_path, engine, seed=seed, trust_remote_code=trust_remote_code
     )
     if sync == "adapter":
-        arguments |= lora_arguments(max_lora_rank or 8, adapters=2 * arms)  # each arm's current and previous one
+        arguments |= lora_arguments(max_lora_rank or 8, adapters)
     asked = ray_options(resources)
     if placement_group is not None:  # whose bundles say which nodes
         asked = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from lorapar_ray.config import Config, EngineConfig, Resources, SftConfig
-from lorapar_ray.engines.settings import GRAPHS, OUTSIDE_TORCH, filled_part, given_cache
+from lorapar_ray.engines.settings import GRAPHS, OUTSIDE_TORCH, filled_part, given_cache, lora_arguments
 from lorapar_ray.gpu_memory.student import StudentSize
 from lorapar_ray.gpus import sync_of
 from lorapar_ray.importance.losses import SLICE as SCORED_LOGITS
@@ -137,9 +137,10 @@ def _grpo(config: Config, size: StudentSize) -> list[Need]:
         "logits": _stored_logits(size, longest) if size.stores_logits else 2.0 * 4 * SLICE["cuda"],
     }
     merged = sync_of(settings) == "merged"
+    adapters = 0.0 if merged else _adapters(config, size, settings.policies_in_use)
     engine, resources = settings.rollout_engine, settings.rollout_resources
     return [
-        _engine("rollout engine", settings.rollout_actors, engine, resources, size, merged=merged),
+        _engine("rollout engine", settings.rollout_actors, engine, resources, size, merged=merged, adapters=adapters),
         _need("learner", settings.learners, settings.learner_resources, parts, more),
     ]
 
@@ -197,10 +198,27 @@ def _stored_logits(size: StudentSize, tokens: int) -> float:
     return 2.0 * size.logit * logits + 2.0 * 4 * min(logits, SLICE["cuda"])
 
 
+def _adapters(config: Config, size: StudentSize, count: int) -> float:
+    """vLLM's slots for `count` adapters: in 16 bits, of a rank that it supports, for at least the adapted modules."""
+    rank: int = lora_arguments(config.adapter.rank, count)["max_lora_rank"]
+    return 2.0 * count * size.elements * rank / config.adapter.rank / config.grpo.rollout_engine.tensor_parallel
+
+
 def _engine(
-    process: str, count: int, engine: EngineConfig, resources: Resources, size: StudentSize, *, merged: bool
+    process: str,
+    count: int,
+    engine: EngineConfig,
+    resources: Resources,
+    size: StudentSize,
+    *,
+    merged: bool,
+    adapters: float = 0.0,
 ) -> Need:
-    """At least a cache for one sequence of `max_model_len`; the cache then fills the engine's part of the GPU."""
+    """At least a cache for one sequence of `max_model_len`; the cache then fills the engine's part of the GPU.
+
+    Args:
+        adapters: bytes for the LoRA adapters that it serves.
+    """
     ranks = engine.tensor_parallel
     cache, given = size.cache * engine.max_model_len / ranks, given_cache(engine)
     parts = {
@@ -208,6 +226,8 @@ def _engine(
         **({"cache of one sequence": cache} if given is None else {"cache": float(given)}),
         "largest pass": 2.0 * size.recomputed * BATCHED_TOKENS / ranks + 4.0 * size.vocabulary * engine.max_num_seqs,
     }
+    if adapters:
+        parts["adapters"] = adapters
     if merged:
         parts["a layer to merge"] = 4.0 * size.largest_layer
     if not engine.enforce_eager:

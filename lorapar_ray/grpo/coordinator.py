@@ -53,8 +53,8 @@ class Coordinator:
         Args:
             plan: `settings` (GrpoConfig), `rows` (a sequence of questions, see `TokenTable.question`), `steps`,
                 `seed`, `model` (see `models.model_reference`), `trust_remote_code`, `lora_rank`, `judge` (see
-                `judging`; None without one) and perhaps `withheld` (environment variables that rewards do not see) and
-                `arms` (runs that share the engines).
+                `judging`; None without one) and perhaps `withheld` (environment variables that rewards do not see),
+                `arms` (runs that share the engines) and `adapters` (policies of all of them in use at once).
             engine: creates the engine of a place, from 0; default: from the plan.
             placement_group: with the engines' bundles; None: there is none.
             reward_worker: the function of a reward worker.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from lorapar_ray.config import GrpoConfig
 from lorapar_ray.engines.canaries import Canary
 from lorapar_ray.engines.policy import PolicyNote
 from lorapar_ray.grpo.batches import Share
@@ -22,7 +23,8 @@ class Coordinators:
         self, plans: Sequence[dict[str, Any]], engine: Callable[[int], Any] | None = None, placement_group: Any = None
     ) -> None:
         """Take each run's plan; the other arguments are those of `Coordinator`."""
-        shared = SharedEngines(engine or partial(new_engine, {**plans[0], "arms": len(plans)}, placement_group))
+        adapters = sum(GrpoConfig.model_validate(plan["settings"]).policies_in_use for plan in plans)
+        shared = SharedEngines(engine or partial(new_engine, {**plans[0], "adapters": adapters}, placement_group))
         self._arms = [
             Coordinator({**plan, "arms": len(plans)}, engine=partial(shared.engine, arm))
             for arm, plan in enumerate(plans)

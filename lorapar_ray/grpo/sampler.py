@@ -135,7 +135,7 @@ def new_engine(plan: dict[str, Any], placement_group: Any, slot: int, actor: typ
         trust_remote_code=plan["trust_remote_code"],
         sync=sync_of(settings),
         max_lora_rank=plan["lora_rank"],
-        arms=plan.get("arms", 1),
+        adapters=plan.get("adapters", settings.policies_in_use),
         placement_group=placement_group if slot < settings.rollout_actors else None,  # only those have a bundle there
         actor=actor,
     )

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,13 +13,14 @@ import psutil
 import pytest
 import torch
 
-from lorapar_ray.config import EngineConfig, Resources
+from lorapar_ray.config import EngineConfig, GrpoConfig, Resources
 from lorapar_ray.engines.actor import start_engine
 from lorapar_ray.engines.mismatch import PolicyMismatch
 from lorapar_ray.engines.record import GroupHead
 from lorapar_ray.grpo.engine_pool import EnginePool
 from lorapar_ray.grpo.head import TokenScorer
 from lorapar_ray.grpo.packing import packed_logprobs, pad
+from lorapar_ray.grpo.sampler import new_engine
 from lorapar_ray.grpo.samples import Sample
 from tests.e2e.faulty_engine import ADAPTER, CACHE, CANARIES, FAULT, MERGED, FaultyEngine
 from tests.e2e.policy_source import TOKENS, Source
@@ -35,7 +37,7 @@ def engine_of(student: Path, fault: Path, sync: str) -> Any:
     settings = EngineConfig(**ENGINE, extra=extra)
     environment = {FAULT: str(fault)}
     return start_engine(
-        str(student), settings, Resources(), seed=0, sync=sync, arms=2, actor=FaultyEngine, environment=environment
+        str(student), settings, Resources(), seed=0, sync=sync, adapters=4, actor=FaultyEngine, environment=environment
     )
 
 
@@ -92,6 +94,42 @@ def test_an_adapter_is_swapped_under_requests_that_go_on_with_their_own(
         assert await published(pool.policy, *source.next()) < TOLERANCE
         await given_back_in_the_middle(pool, {**sampling, "n": 4})
         await every_fault_is_caught_at_once(pool, source, fault, ADAPTER)
+        assert pool.supervisor.replaced == 0
+        await pool.stop()
+
+    asyncio.run(go())
+
+
+def test_a_staleness_of_two_has_three_policies_in_use_at_once(cluster: None, student: Path) -> None:
+    """With fewer slots vLLM drops the policy that was just loaded, and the run would end for nothing."""
+    settings = GrpoConfig(
+        max_staleness=2,
+        sync="adapter",
+        rollout_engine=EngineConfig(**ENGINE | {"max_num_seqs": 64}),
+        rollout_resources=Resources(gpus=0),
+        max_prompt_length=80,
+        max_completion_length=170,
+    )
+    plan = {"settings": settings.model_dump(mode="json"), "model": str(student), "lora_rank": 4}
+    source = Source(student)
+
+    async def go() -> None:
+        start = partial(new_engine, {**plan, "seed": 0, "trust_remote_code": False}, None)
+        pool = EnginePool(start, 1, at_once=8, tolerance=TOLERANCE, time_limit_s=300)
+        await pool.start()
+        sampling = {**SAMPLING, "max_tokens": 170, "ignore_eos": True}
+        for count in (4, 16, 64):  # as above
+            groups = {}
+            for key in ("first", "second", "third"):
+                assert await published(pool.policy, *source.next()) < TOLERANCE
+                groups[source.version] = await begun(pool, {**sampling, "n": count}, f"{key} of {count}")
+            together = not any(group.done() for group in groups.values())
+            heads = [await group for group in groups.values()]
+            assert [head.versions for _, head in heads] == [(version,) * count for version in groups]
+            if together:
+                break
+        else:
+            pytest.fail("the engine was always done before the third policy")
         assert pool.supervisor.replaced == 0
         await pool.stop()
 
@@ -187,12 +225,12 @@ async def outlasts_three_loads(pool: EnginePool, source: Source, sampling: dict[
     return lasted
 
 
-async def begun(pool: EnginePool, sampling: dict[str, Any]) -> asyncio.Task[tuple[Any, GroupHead]]:
-    """A rollout, the group "group", that has its first tokens."""
+async def begun(pool: EnginePool, sampling: dict[str, Any], key: str = "group") -> asyncio.Task[tuple[Any, GroupHead]]:
+    """A rollout, a group of that key, that has its first tokens."""
     [engine] = pool.supervisor.engines
-    rollout = asyncio.create_task(pool.rollout("group", TOKENS, sampling))
+    rollout = asyncio.create_task(pool.rollout(key, TOKENS, sampling))
     seen: dict[str, int] = {}
-    while not seen.get("group"):
+    while not seen.get(key):
         assert not rollout.done()
         seen = await engine.progress.options(num_returns=2).remote()[1]
     return rollout

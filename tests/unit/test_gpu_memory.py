@@ -81,6 +81,16 @@ def test_llama2_7b_engine_and_learner_share_one_gpu_of_80_gib(one_gpu: Config, s
     list(memory_lines(one_gpu, ["score", "sft", "grpo", "evaluate"], size, Device(1, 80 * GIB)))
 
 
+def test_an_engine_has_room_for_every_policy_in_use(llama: str, size: StudentSize) -> None:
+    def adapters(*changed: str) -> float | None:
+        told = load_config(LLAMA, [f"model.path={llama}", *SHARED, *changed])
+        return needs_of(place(told, "grpo", 1), "grpo", size)[0].parts.get("adapters")
+
+    assert adapters() == 2 * 2 * size.elements  # in 16 bits: the policy and the one before
+    assert adapters("grpo.max_staleness=3", "grpo.importance_cap=2") == 4 * 2 * size.elements
+    assert adapters("grpo.sync=merged") is None
+
+
 def test_what_cannot_fit_is_refused_after_the_estimate(one_gpu: Config, size: StudentSize) -> None:
     seen = []
     with pytest.raises(UserError, match=r"grpo: a learner takes at least 1\d\.\d GiB \(base 12\.6\) and has 12\.4 GiB"):
