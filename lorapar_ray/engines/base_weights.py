@@ -17,7 +17,8 @@ from lorapar_ray.models import model_folder
 from lorapar_ray.transfer import on_device
 
 RESIDENT_SHARE = 0.1
-"""Share of a GPU's free memory for a resident copy of the adapted weights; larger copies are pinned."""
+"""Share of a GPU's free memory, or of an engine's part of it, for a resident copy of the adapted weights; larger copies
+are pinned."""
 
 
 class BaseWeights(Mapping[str, Tensor]):
@@ -79,8 +80,9 @@ class KeptWeights(Mapping[str, Tensor]):
         return len(self._files)
 
 
-def kept_on(files: Mapping[str, Tensor], names: Iterable[str], device: torch.device) -> KeptWeights:
-    """The base for policies that adapt `names`, on a GPU."""
+def kept_on(files: Mapping[str, Tensor], names: Iterable[str], device: torch.device, part: float) -> KeptWeights:
+    """The base for policies that adapt `names`, on a GPU of which the engine fills `part`: a learner may need what is
+    free beside it."""
     size = sum(files[name].nbytes for name in names)
-    free, _ = torch.cuda.mem_get_info(device)
-    return KeptWeights(files, device, resident=size <= RESIDENT_SHARE * free)
+    free, total = torch.cuda.mem_get_info(device)
+    return KeptWeights(files, device, resident=size <= RESIDENT_SHARE * min(free, part * total))

@@ -154,7 +154,8 @@ class PolicyLoader:
             on_gpu = self.device.type == "cuda"
             self._lorapar_weights: BaseWeights | KeptWeights = files
             if on_gpu:
-                self._lorapar_weights = kept_on(files, set(names) & files.keys(), self.device)
+                part = self.vllm_config.cache_config.gpu_memory_utilization
+                self._lorapar_weights = kept_on(files, set(names) & files.keys(), self.device, part)
         return self._lorapar_weights
 
     @torch.no_grad()

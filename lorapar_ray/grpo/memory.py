@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lorapar_ray.engines.settings import OUTSIDE_TORCH
+
 PROBE_TOKENS = 64
 SHARE = 0.5
 """Share of the free memory for stored activations; the rest is for kernels and gradients."""
@@ -48,10 +50,23 @@ def free_memory(device: torch.device, share: float) -> float:
     """Bytes for stored activations."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return SHARE * min(float(free), share * total)
+        return SHARE * room_on_gpu(free, total, torch.cuda.memory_reserved(device), share)
     import psutil
 
     return CPU_SHARE * share * float(psutil.virtual_memory().available)
+
+
+def room_on_gpu(free: int, total: int, reserved: int, share: float) -> float:
+    """Bytes that a process may still allocate: those left of its part, whatever others have allocated so far; they
+    start at the same time.
+
+    Args:
+        free: bytes of the GPU that nobody has allocated.
+        total: its bytes.
+        reserved: bytes that this process holds in torch's allocator.
+        share: its part of the GPU.
+    """
+    return max(0.0, min(float(free), share * total - reserved - OUTSIDE_TORCH))
 
 
 def kept_bytes_per_token(model: Any, inputs: dict[str, Any]) -> float:

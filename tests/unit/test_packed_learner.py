@@ -19,9 +19,10 @@ from transformers.models.mamba import MambaConfig
 
 from lorapar_ray import packed_attention
 from lorapar_ray.engines.record import KeptSets
+from lorapar_ray.engines.settings import OUTSIDE_TORCH
 from lorapar_ray.grpo import head, memory
 from lorapar_ray.grpo.head import TokenScorer, head_logprobs
-from lorapar_ray.grpo.memory import kept_bytes_per_token, layer_bytes_per_token, pass_limits
+from lorapar_ray.grpo.memory import kept_bytes_per_token, layer_bytes_per_token, pass_limits, room_on_gpu
 from lorapar_ray.grpo.packing import PackedRows, group_by_prompt, pack, packed_logprobs, pad
 from lorapar_ray.grpo.samples import Sample
 from lorapar_ray.packed_attention import make_layout, spans_of_group, use_packed_attention
@@ -258,6 +259,16 @@ def test_another_head_gets_its_logits_and_the_room_for_them(why: str, monkeypatc
         for logits, more in ((False, 0), (True, 2 * 96 * 4)):
             limits = {"share": 1.0, "checkpointing": checkpointing, "logits": logits}
             assert pass_limits(model, rows.inputs, 1, **limits)[0] == int(1e6 / (kept + more))
+
+
+def test_a_learners_part_of_a_gpu_is_less_what_it_holds_and_not_what_an_engine_does() -> None:
+    """Engine and learner start together: of 80 GiB, 0.4 are the learner's, whose base takes 13."""
+    gib = 2**30
+    alone, beside = (room_on_gpu(free, 80 * gib, 13 * gib, 0.4) for free in (66 * gib, 23 * gib))
+    assert alone == beside == 32 * gib - 13 * gib - OUTSIDE_TORCH
+    assert room_on_gpu(10 * gib, 80 * gib, 13 * gib, 0.4) == 10 * gib  # others took more than their part
+    assert room_on_gpu(60 * gib, 80 * gib, 40 * gib, 0.4) == 0.0
+    assert room_on_gpu(66 * gib, 80 * gib, 13 * gib, 1.0) == 66 * gib  # a GPU of its own
 
 
 def test_a_16_bit_head_computes_in_float32() -> None:
