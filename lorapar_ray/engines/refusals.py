@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lorapar_ray.errors import UserError
 from lorapar_ray.text import one_line, reason
+from lorapar_ray.versions import uses_gpus
 
 CAUSE = "cause"
 """Name of the file to which a forked core writes the error that ended it."""
@@ -24,14 +25,14 @@ _ELSEWHERE = "See root cause above"
 """vLLM's message for a core that has failed in a separate process."""
 _PYDANTIC = re.compile(r"\bValidationError: \d+ validation errors? for \w+ (?:Value error, )?")
 
+SHARE, CACHE = "share of the GPU", "cache"
+"""In place of a field's name: see `_field`."""
+
 # pattern of the reason (the first match counts), the field of `where` that it concerns ("": all), the fix
 _FIELDS: tuple[tuple[str, str, str], ...] = (
     (r"unexpected keyword argument|extra_forbidden", "extra", "remove the setting that vLLM does not know"),
-    (
-        r"KV cache|cache blocks|No available memory for the cache|besides its cache",
-        "kv_cache_gib",
-        "raise it (on a GPU: extra.gpu_memory_utilization or resources.gpus), or lower max_model_len",
-    ),
+    (r"besides its cache", SHARE, "raise it, lower max_num_seqs, or give the engine a GPU of its own"),
+    (r"KV cache|cache blocks|No available memory for the cache", CACHE, "raise it, or lower max_model_len"),
     (
         r"out of memory|Free memory on device|Cannot allocate memory|MemoryError|can't allocate|exit status -9\b",
         "extra.gpu_memory_utilization",
@@ -68,16 +69,26 @@ def refusing(model: str, where: str, notes: Path | None) -> Iterator[None]:
         raise
     except Exception as error:
         why = _cause(notes) if notes is not None and _ELSEWHERE in str(error) else ""
-        raise UserError(refusal(model, where, why or reason(error, LENGTH))) from error
+        raise UserError(refusal(model, where, why or reason(error, LENGTH), on_gpu=uses_gpus())) from error
 
 
-def refusal(model: str, where: str, why: str) -> str:
+def refusal(model: str, where: str, why: str, *, on_gpu: bool = False) -> str:
     """The line for `why`; it names the engine's field that caused it, else the model."""
     why = _PYDANTIC.sub("", why)
     for pattern, name, fix in _FIELDS:
         if re.search(pattern, why, re.IGNORECASE):
-            return f"{where}{'.' * bool(name)}{name}: no engine can be started for model '{model}' ({why}); {fix}"
+            return f"{_field(where, name, on_gpu)}: no engine can be started for model '{model}' ({why}); {fix}"
     return f"model '{model}': {where} cannot serve it ({why}); check its files and whether vLLM knows its architecture"
+
+
+def _field(where: str, name: str, on_gpu: bool) -> str:
+    """A field of the engine's, or the one that gives it its share of a GPU: beside the engine's settings."""
+    share = f"{where.removesuffix('engine')}{'' if where.endswith('engine') else ' '}resources.gpus"
+    if name == SHARE:
+        return share
+    if name == CACHE:
+        return f"{where}.extra.gpu_memory_utilization (or {share})" if on_gpu else f"{where}.kv_cache_gib"
+    return f"{where}{'.' * bool(name)}{name}"
 
 
 def leave_cause(notes: Path, error: BaseException) -> None:

@@ -100,8 +100,7 @@ def cache_room(part: int, peak: int, *, graphs: bool) -> int:
     used = peak + OUTSIDE_TORCH + (GRAPHS if graphs else 0)
     if used >= part:
         raise ValueError(
-            f"the engine needs {used / 2**30:.1f} GiB besides its cache and has {part / 2**30:.1f} GiB of the GPU; "
-            "give it a larger share (resources.gpus), a smaller max_num_seqs, or a GPU of its own"
+            f"the engine needs {used / 2**30:.1f} GiB besides its cache and has {part / 2**30:.1f} GiB of the GPU"
         )
     return part - used
 

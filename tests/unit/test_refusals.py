@@ -9,6 +9,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from lorapar_ray.engines.refusals import CAUSE, leave_cause, refusal, refusing
+from lorapar_ray.engines.settings import cache_room
 from lorapar_ray.errors import UserError
 from lorapar_ray.perform import of_the_machine
 from lorapar_ray.runs import RunDirectory
@@ -27,6 +28,24 @@ SAID = {  # messages of vLLM, torch and the operating system
 def test_the_field_that_an_engine_refuses_is_named(field: str) -> None:
     line = refusal("m", "grpo.rollout_engine", SAID[field])
     assert line.startswith(f"grpo.rollout_engine.{field}: ") and "'m'" in line and "validation error" not in line
+
+
+@pytest.mark.parametrize(
+    ("engine", "share"),
+    [
+        ("grpo.rollout_engine", "grpo.rollout_resources.gpus"),
+        ("evaluate.engine", "evaluate.resources.gpus"),
+        ("label.teachers 'a': engine", "label.teachers 'a': resources.gpus"),
+        ("model_args", "model_args resources.gpus"),
+    ],
+)
+def test_an_engine_without_room_for_its_cache_on_a_gpu_names_its_share(engine: str, share: str) -> None:
+    """`kv_cache_gib` is read on CPUs only."""
+    with pytest.raises(ValueError) as error:
+        cache_room(20 * 2**30, 20 * 2**30, graphs=False)
+    assert refusal("m", engine, f"ValueError: {error.value}", on_gpu=True).startswith(f"{share}: no engine can be")
+    line = refusal("m", engine, SAID["kv_cache_gib"], on_gpu=True)
+    assert line.startswith(f"{engine}.extra.gpu_memory_utilization (or {share}): ") and "kv_cache_gib" not in line
 
 
 def test_an_error_about_no_field_names_the_model() -> None:
