@@ -7,8 +7,8 @@ The rule, a stage at a time, since stages run one after the other:
   engine. There are at most as many as fit: two workers on one GPU only take turns, and NCCL refuses them.
 - Hosted teachers: a GPU for each replica (for each rank); with too few GPUs they share them evenly.
 - Stage 2: engines, learners and judges get their own GPUs if there are enough. Else an engine and a learner share
-  each GPU, at most one of each on it, and judges take a part of every GPU. Then the number of learners is fixed: a
-  learner with a part of a GPU must not come to one that has a learner.
+  each GPU, at most one of each on it, and judges take a part that fits beside them even if Ray puts all judges on one
+  GPU. Then the number of learners is fixed: a learner with a part of a GPU must not come to one that has a learner.
 - Asking and reward workers: none; they compute nothing on one unless a user's own code does, who then gives a number.
 
 A number in the config is kept, and its GPUs are subtracted first.
@@ -21,13 +21,15 @@ from math import ceil, floor
 from typing import Any, TypeVar
 
 from lorapar_ray.config import Config, EvaluateConfig, GrpoConfig, Resources, Section, TeacherConfig
+from lorapar_ray.errors import UserError
 
 ENGINE_SHARE = 0.6
 """An engine's share of a GPU that a learner shares; the learner gets the rest."""
 MORE_THAN_HALF = 0.51
 """The smallest such share with several GPUs: two engines then never fit on one."""
 JUDGES_SHARE = 0.2
-"""The judges' total share of a GPU that they share."""
+"""All judges' shares together, where engines and learners use every GPU: Ray may put them on one. With much more, two
+learners would fit on a GPU without a judge."""
 RULES = {
     "label": "auto: one for each teacher, or shared evenly",
     "score": "auto: one each, at most as many workers as GPUs",
@@ -117,18 +119,20 @@ def _stage2(config: Config, gpus: int) -> Config:
     engine, learner = settings.rollout_resources, settings.learner_resources
     ranks = settings.rollout_engine.tensor_parallel
     apart = gpus - settings.rollout_actors * _number(engine, ranks) - settings.learners * _number(learner, 1)
+    paired = engine.gpus == "auto" and ranks == 1 and settings.learners > 1 and 0 < learner.gpu_count < 1
+    judging = sum(_most(each) * _number(each.resources, each.engine.tensor_parallel) for each in judges)
     if not gpus:
         graded, shares = _teachers(judges, 0), (0.0, 0.0)
-    elif apart >= sum(_most(each) * _number(each.resources, each.engine.tensor_parallel) for each in judges):
+    elif not paired and apart >= judging:
         graded, shares = _teachers(judges, apart), (float(ranks), 1.0)
     else:
-        graded = _beside(judges, gpus)
-        left = 1.0 - sum(_most(each) * each.resources.gpu_count for each in graded) / gpus
-        shares = _on_one_gpu(engine, learner, ranks, left, several=gpus > 1)
+        graded = _beside(judges)
+        left, others = 1.0 - _part_of_one(graded), max(1, gpus - _alone(graded))
+        shares = _on_one_gpu(engine, learner, ranks, left, several=others > 1)
         settings = _with(
             settings,
-            rollout_actors=settings.rollout_actors if engine.gpus != "auto" else min(settings.rollout_actors, gpus),
-            learners=settings.learners if learner.gpus != "auto" else _learners(settings, gpus),
+            rollout_actors=settings.rollout_actors if engine.gpus != "auto" else min(settings.rollout_actors, others),
+            learners=settings.learners if learner.gpus != "auto" else _learners(settings, others),
             max_learners=None if 0 < _given(learner, shares[1]).gpu_count < 1 else settings.max_learners,
         )
     settings = _with(
@@ -137,9 +141,27 @@ def _stage2(config: Config, gpus: int) -> Config:
         learner_resources=_given(learner, shares[1]),
         reward_resources=without_auto(settings.reward_resources),
     )
+    if gpus:
+        _require_learners_apart(settings, _part_of_one(graded))
     placed = {each.name: each for each in config.label.teachers} | {each.name: each for each in graded}
     label = _with(config.label, teachers=list(placed.values()))
     return _with(config, grpo=settings, label=label)
+
+
+def _require_learners_apart(settings: GrpoConfig, judges: float) -> None:
+    """`GrpoConfig.require_learners_apart`, of numbers that the config alone does not have.
+
+    Args:
+        judges: what they take of one GPU at most.
+
+    Raises:
+        UserError: two learners may meet on one GPU.
+    """
+    try:
+        settings.require_learners_apart()
+    except ValueError as error:
+        beside = f" (an engine has {settings.rollout_resources.gpu_count:g}, judges up to {judges:g} of a GPU)"
+        raise UserError(f"grpo.{error}{beside}") from error
 
 
 def _learners(settings: GrpoConfig, gpus: int) -> int:
@@ -168,11 +190,25 @@ def _on_one_gpu(
     return (floor(100 * share) / 100 if share > 0 else 1.0), (floor(100 * rest + 1e-6) / 100 if rest > 0 else 1.0)
 
 
-def _beside(judges: Sequence[TeacherConfig], gpus: int) -> list[TeacherConfig]:
-    """Judges on GPUs that engines and learners use: they share a part of each."""
-    count = sum(_most(each) for each in judges if each.resources.gpus == "auto")
-    share = max(0.01, floor(100 * JUDGES_SHARE / ceil(max(1, count) / gpus)) / 100)
-    return [_with(each, resources=_given(each.resources, share)) for each in judges]
+def _beside(judges: Sequence[TeacherConfig]) -> list[TeacherConfig]:
+    """Judges on GPUs that engines and learners use: they fit on one together. One over several GPUs takes those."""
+    wide = [each.engine.tensor_parallel > 1 for each in judges]
+    count = sum(_most(each) for each, is_wide in zip(judges, wide, strict=True) if not is_wide)
+    share = max(0.01, floor(100 * JUDGES_SHARE / max(1, count)) / 100)
+    return [
+        _with(each, resources=_given(each.resources, each.engine.tensor_parallel if is_wide else share))
+        for each, is_wide in zip(judges, wide, strict=True)
+    ]
+
+
+def _part_of_one(judges: Sequence[TeacherConfig]) -> float:
+    """The most of one GPU that (placed) judges with a part of a GPU take."""
+    return min(1.0, sum(_most(each) * each.resources.gpu_count for each in judges if each.resources.gpu_count < 1))
+
+
+def _alone(judges: Sequence[TeacherConfig]) -> int:
+    """GPUs that (placed) judges do not share."""
+    return round(sum(_most(each) * each.resources.gpu_count for each in judges if each.resources.gpu_count >= 1))
 
 
 def sync_of(settings: GrpoConfig) -> str:

@@ -79,3 +79,16 @@ def require_gpu_for_each_rank(place: str, resources: Resources, name: str, engin
         raise ValueError(
             f"{place}.gpus: {gpus:g} for {name}.tensor_parallel {ranks}; give each rank a GPU, or one rank a fraction"
         )
+
+
+def require_apart(name: str, count: int, place: str, gpus: float) -> None:
+    """Check that no two workers of a training group can be placed on one GPU: NCCL refuses two ranks there.
+
+    Raises:
+        ValueError: they can.
+    """
+    if count > 1 and 0 < gpus <= 0.5:
+        raise ValueError(
+            f"{place}.gpus: with {gpus:g} two of {count} {name} may meet on one GPU, which NCCL refuses; give each 1, "
+            f"or set {name}: 1"
+        )

@@ -21,7 +21,7 @@ from lorapar_ray.config.base import (
     names_in,
     require_last_words,
 )
-from lorapar_ray.config.engine import EngineConfig, Resources, require_gpu_for_each_rank
+from lorapar_ray.config.engine import EngineConfig, Resources, require_apart, require_gpu_for_each_rank
 from lorapar_ray.config.marks import Operation, Result, result_but_not
 from lorapar_ray.config.ranges import NumberOrRange, Ranged, require_no_range_by_node
 from lorapar_ray.config.sandbox import SandboxConfig
@@ -362,7 +362,19 @@ class GrpoConfig(Ranged):
                 f"rollout_resources.gpus: {engine:g} and learners' {learner:g} do not share a GPU evenly; to put one "
                 "engine and one learner on each GPU give engines more than 0.5 and learners the rest"
             )
+        if self.rollout_resources.gpus != "auto":
+            self.require_learners_apart()
         return self
+
+    def require_learners_apart(self) -> None:
+        """Check that no two learners can be placed on one GPU; an engine on each, or its place, may prevent it.
+
+        Raises:
+            ValueError: they can.
+        """
+        engine, learner = self.rollout_resources.gpu_count, self.learner_resources.gpu_count
+        if not (0.5 < engine < 1 and 2 * learner > 1 - engine + 1e-9):
+            require_apart("learners", self.most_learners, "learner_resources", learner)
 
     @model_validator(mode="after")
     def _sequences_are_shared_evenly(self) -> GrpoConfig:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from lorapar_ray.config.base import Fraction, PositiveInt, Section
-from lorapar_ray.config.engine import Resources
+from lorapar_ray.config.engine import Resources, require_apart
 from lorapar_ray.config.marks import Operation, Result
 from lorapar_ray.config.ranges import NumberOrRange, Ranged, require_no_range_by_node
 
@@ -48,6 +48,7 @@ class ScoreConfig(Ranged):
     @model_validator(mode="after")
     def _workers_fit_sharding(self) -> ScoreConfig:
         require_no_range_by_node("workers", self.max_workers, self.sharding)
+        require_apart("workers", self.max_workers or self.workers, "resources", self.resources.gpu_count)
         return self
 
 

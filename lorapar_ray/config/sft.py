@@ -16,7 +16,7 @@ from lorapar_ray.config.base import (
     System,
     Tracker,
 )
-from lorapar_ray.config.engine import Resources
+from lorapar_ray.config.engine import Resources, require_apart
 from lorapar_ray.config.marks import Operation, Result
 from lorapar_ray.config.model import AdapterConfig
 from lorapar_ray.config.ranges import NumberOrRange, Ranged, require_no_range_by_node
@@ -122,6 +122,7 @@ class SftConfig(Ranged):
     @model_validator(mode="after")
     def _workers_fit_sharding(self) -> SftConfig:
         require_no_range_by_node("workers", self.max_workers, self.sharding)
+        require_apart("workers", self.max_workers or self.workers, "resources", self.resources.gpu_count)
         return self
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lorapar_ray.config import Config, GrpoConfig, Resources
+from lorapar_ray.config import Config, Resources
 from lorapar_ray.errors import UserError
 from lorapar_ray.grpo.stage import STAGE
 from lorapar_ray.progress import console
@@ -43,7 +43,7 @@ def reserved(config: Config) -> Iterator[Any]:
     if not any(bundle(resources).values()):
         yield None  # nothing to reserve
         return
-    empty = empty_places(settings, int(ray.available_resources().get("GPU", 0)))
+    empty = empty_places(config, ray.available_resources().get("GPU", 0.0))
     group = placement_group(
         [bundle(resources)] * engines + [{"GPU": resources.gpu_count}] * empty,
         strategy=settings.rollout_placement.upper(),
@@ -73,10 +73,18 @@ def wait_for_places(group: Any, config: Config) -> None:
         said = True
 
 
-def empty_places(settings: GrpoConfig, free: int) -> int:
-    """Engine-sized bundles to reserve on those of `free` GPUs without an engine, if engines and learners share GPUs."""
+def empty_places(config: Config, free: float) -> int:
+    """Engine-sized bundles to reserve on those GPUs without an engine, if engines and learners share GPUs.
+
+    Args:
+        free: GPUs that nobody has taken, in all. The judges, who run by now, have taken a part of some; they leave room
+            for an engine and a learner there.
+    """
+    settings = config.grpo
     shared = 0 < settings.rollout_resources.gpu_count < 1 and 0 < settings.learner_resources.gpu_count < 1
-    return max(0, free - settings.rollout_actors) if shared and settings.learners > 1 else 0
+    judges = [each for each in config.judges if each.has_engine and each.resources.gpu_count < 1]
+    gpus = math.floor(free + sum(each.replicas * each.resources.gpu_count for each in judges) + 1e-6)
+    return max(0, gpus - settings.rollout_actors) if shared and settings.learners > 1 else 0
 
 
 def without_a_bundle(config: Config) -> tuple[tuple[int, Resources], ...]:

@@ -14,6 +14,7 @@ from lorapar_ray.capacity import needing
 from lorapar_ray.config import Config, EngineConfig, Resources
 from lorapar_ray.engines.actor import EngineActor, start_engine
 from lorapar_ray.errors import UserError
+from lorapar_ray.gpus import place
 from lorapar_ray.grpo.placement import reserved
 from lorapar_ray.grpo.stage import STAGE
 from lorapar_ray.workers import on_a_worker
@@ -109,6 +110,47 @@ def test_learners_never_share_a_gpu_though_some_have_no_engine(gpus: None) -> No
         remove_placement_group(train)
     assert len(found) == 1 and len(found[0]) == 1
     assert learners[0] != learners[1]
+
+
+@pytest.mark.parametrize(("engines", "learners"), [(GPUS, GPUS), (1, GPUS), (1, GPUS - 1)])
+def test_a_judge_anywhere_leaves_a_place_for_an_engine_and_a_learner(gpus: None, engines: int, learners: int) -> None:
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    grpo = {"rewards": [{"name": "judge"}], "rollout_actors": engines, "learners": learners}
+    small = {"rollout_resources": {"cpus": 0.5}, "learner_resources": {"cpus": 0.5}}
+    teachers = [{"name": "a", "model": "m"}, {"name": "b", "model": "m"}]
+    source = {"reader": "file", "path": "rows.jsonl"}
+    tree = Config.model_validate(
+        {
+            **{"name": "x", "model": {"path": "m"}, "data": {"train": [source]}},
+            **{"label": {"teachers": teachers, "quorum": 1}, "grpo": {**grpo, **small}},
+        }
+    )
+    tree = place(tree, "grpo", GPUS)
+    shares = [each.resources.gpu_count for each in tree.judges]
+    assert all(0 < share < 1 for share in [*shares, tree.grpo.learner_resources.gpu_count])
+    judges = [ray.remote(Where).options(num_cpus=0, num_gpus=share).remote({}, "merged") for share in shares]
+    ray.get([each.gpus.remote() for each in judges])
+    with reserved(tree) as group:
+        own = [engine(tree, group) for _ in range(engines)]
+        found = ray.get([each.gpus.remote() for each in own], timeout=60)
+        bundles = [{"CPU": 0.5, "GPU": tree.grpo.learner_resources.gpu_count}] * learners
+        train = placement_group(bundles)
+        assert train.wait(60)
+        options = {**{f"num_{kind.lower()}s": amount for kind, amount in bundles[0].items()}}
+        inside = PlacementGroupSchedulingStrategy(train)
+        actors = [
+            ray.remote(Where).options(**options, scheduling_strategy=inside).remote({}, "merged")
+            for _ in range(learners)
+        ]
+        at = ray.get([each.gpus.remote() for each in actors], timeout=60)
+        remove_placement_group(train)
+    for judge in judges:
+        ray.kill(judge)
+    for gpus_of in (found, at):
+        assert len({gpu for [gpu] in gpus_of}) == len(gpus_of)
 
 
 def test_a_lost_engine_finds_its_place_free(gpus: None) -> None:

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from lorapar_ray.cli import app
 from lorapar_ray.config import Config
+from lorapar_ray.errors import UserError
 from lorapar_ray.gpus import place, sync_of
 from lorapar_ray.grpo.placement import empty_places, without_a_bundle
 from lorapar_ray.labeling.serving import applications
@@ -72,8 +73,45 @@ def test_a_training_group_has_a_gpu_for_each_worker(gpus: int, workers: int, eac
 
 
 def test_a_number_fixes_the_workers_too() -> None:
-    sft = place(config(sft={"workers": 4, "resources": {"gpus": 0.5}}), "sft", 2).sft
-    assert (sft.workers, sft.resources.gpus) == (4, 0.5)
+    sft = place(config(sft={"workers": 4, "resources": {"gpus": 0.6}}), "sft", 2).sft
+    assert (sft.workers, sft.resources.gpus) == (4, 0.6)  # the cluster's check refuses it
+    assert config(sft={"resources": {"gpus": 0.5}}).sft.workers == 1
+
+
+@pytest.mark.parametrize(
+    ("tree", "field"),
+    [
+        ({"sft": {"workers": 2, "resources": {"gpus": 0.5}}}, "sft.resources"),
+        ({"sft": {"workers": [1, 4], "resources": {"gpus": 0.3}}}, "sft.resources"),
+        ({"score": {"workers": 2, "resources": {"gpus": 0.25}}}, "score.resources"),
+        (
+            {"grpo": {"learners": 2, "learner_resources": {"gpus": 0.5}, "rollout_resources": {"gpus": 1}}},
+            "grpo.learner_resources",
+        ),
+        (
+            {"grpo": {"learners": 2, "learner_resources": {"gpus": 0.5}, "rollout_resources": {"gpus": 0}}},
+            "grpo.learner_resources",
+        ),
+    ],
+)
+def test_numbers_by_which_two_ranks_may_meet_on_one_gpu_are_refused(tree: dict[str, Any], field: str) -> None:
+    """NCCL refuses a group with two ranks on one GPU."""
+    with pytest.raises(ValueError) as error:
+        config(**tree)
+    told = error.value.errors()[0]  # type: ignore[attr-defined]
+    assert [*told["loc"], field.rpartition(".")[2]] == field.split(".")
+    assert (
+        f"{field.rpartition('.')[2]}.gpus: with 0." in told["msg"] and "on one GPU, which NCCL refuses" in told["msg"]
+    )
+
+
+def test_learners_that_may_meet_beside_engines_that_auto_places_are_refused() -> None:
+    halves = config(grpo={"learners": 2, "learner_resources": {"gpus": 0.5}})
+    with pytest.raises(UserError, match=r"^grpo\.learner_resources\.gpus: with 0\.5 two of 2 learners may meet"):
+        place(halves, "grpo", 2)
+    assert place(halves, "grpo", 0).grpo.learner_resources.gpus == 0.5  # the cluster's check says that it has none
+    smaller = place(config(grpo={"learners": 2, "learner_resources": {"gpus": 0.4}}), "grpo", 2).grpo
+    assert smaller.rollout_resources.gpus == 0.6  # no whole GPU, which would leave one for both learners
 
 
 @pytest.mark.parametrize(
@@ -147,7 +185,15 @@ def test_dry_run_shows_a_range() -> None:
     ],
 )
 def test_no_two_learners_fit_a_gpu_without_an_engine(gpus: int, asked: dict[str, Any], empty: int) -> None:
-    assert empty_places(place(config(grpo=asked), "grpo", gpus).grpo, gpus) == empty
+    assert empty_places(place(config(grpo=asked), "grpo", gpus), gpus) == empty
+
+
+def test_a_gpu_of_which_judges_have_a_part_has_its_place_too() -> None:
+    judged = {"rewards": [{"name": "judge"}], "judge": {"teachers": ["a"]}, "rollout_actors": 2, "learners": 4}
+    placed = place(config(grpo=judged), "grpo", 4)
+    assert placed.judges[0].resources.gpus == 0.2
+    assert empty_places(placed, 3.8) == 2
+    assert empty_places(placed, 2.8) == 1  # another job has one
 
 
 def test_judges_take_a_part_of_each_gpu() -> None:
@@ -155,13 +201,27 @@ def test_judges_take_a_part_of_each_gpu() -> None:
     placed = place(tree, "grpo", 2)
     engine, learner = placed.grpo.rollout_resources.gpus, placed.grpo.learner_resources.gpus
     judges = [judge.resources.gpu_count for judge in placed.judges]
-    assert judges == [0.1] * 3
+    assert judges == [0.06] * 3
     assert isinstance(engine, float) and isinstance(learner, float)
     assert engine > 0.5  # neither two engines nor an engine and two learners fit on one GPU
-    assert (1 - engine) / 2 < learner and engine + learner + sum(judges) / 2 <= 1
+    assert (1 - engine) / 2 < learner and engine + learner + sum(judges) <= 1  # Ray may put all judges on one
     apart = place(tree, "grpo", 7)
     assert [judge.resources.gpu_count for judge in apart.judges] == [1] * 3
     assert (apart.grpo.rollout_resources.gpus, apart.grpo.learner_resources.gpus) == (1, 1)
+
+
+def test_judges_with_large_parts_or_several_gpus_take_them_first() -> None:
+    judged = {"rewards": [{"name": "judge"}], "judge": {"teachers": ["a"]}, "rollout_actors": 2, "learners": 2}
+
+    def with_judge(**judge: Any) -> Config:
+        return config(label={"teachers": [{**TEACHERS[0], **judge}]}, grpo=judged)
+
+    with pytest.raises(UserError, match=r"two of 2 learners may meet.*an engine has 0\.51, judges up to 0\.3 of a GPU"):
+        place(with_judge(resources={"gpus": 0.3}), "grpo", 2)
+    wide = place(with_judge(engine={"tensor_parallel": 2}), "grpo", 4)
+    assert wide.judges[0].resources.gpus == 2
+    assert (wide.grpo.rollout_actors, wide.grpo.rollout_resources.gpus) == (2, 0.6)
+    assert (wide.grpo.learners, wide.grpo.learner_resources.gpus) == (2, 0.4)
 
 
 def test_evaluation_takes_a_gpu_for_each_rank() -> None:
