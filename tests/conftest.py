@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Set before torch is imported, which reads it once. Several test processes share the cores: two threads that wait for
-# each other's time slices are much slower than one.
+# each other's time slices are much slower than one. Torch itself is imported where it is needed: not in xdist's first
+# process, which only deals the tests out.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-import torch
 from hypothesis import settings
 
 from tests import local_ray
@@ -39,6 +39,8 @@ of tests/e2e start from, another tests without it. Files that share a process's 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
         return next((at for at, start in enumerate(FIRST) if item.nodeid.startswith(start)), len(FIRST))
+
+    import torch
 
     items.sort(key=place)
     without = pytest.mark.skip(reason="needs a CUDA device")
@@ -74,6 +76,8 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _precision_stays() -> Iterator[None]:
     """Later tests of this process would compute with another precision."""
+    import torch
+
     yield
     left = torch.get_default_dtype(), torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision()
     torch.set_default_dtype(torch.float32)
@@ -92,6 +96,8 @@ def models_on_the_cpu() -> Iterator[pytest.MonkeyPatch]:
 
 
 def _models_on_the_cpu(patch: pytest.MonkeyPatch) -> None:
+    import torch
+
     if torch.cuda.is_available():
         for module in ("student", "sharding"):
             patch.setattr(f"lorapar_ray.{module}.device", lambda: torch.device("cpu"))

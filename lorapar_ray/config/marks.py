@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, get_args
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def result_but_not(*names: str, still: tuple[tuple[str, str], ...] = ()) -> Mark
     return Mark(decides=True, but_not=frozenset(names), still=frozenset(still))
 
 
+@cache
 def mark_of(section: type[Section], field: str) -> Mark:
     """The mark of a field.
 
@@ -100,32 +102,33 @@ def _settings(section: Section, plain: dict[str, Any], name: str, but_not: froze
         if field in but_not or not mark.decides:
             continue
         value = getattr(section, field)
-        for part, path_of_it, plain_part in _parts(value, path, plain[field]):
+        parts = _parts(value, path, plain[field])
+        for part, path_of_it, plain_part in parts:
             yield from _settings(part, plain_part, path_of_it, mark.but_not)
-        if not _nested(value):
+        if not parts:
             kept = plain[field]
             if isinstance(kept, dict):
                 kept = {str(key): each for key, each in kept.items() if mark.counts(key, each)}
             yield path, Setting(kept, not info.is_required() and value == info.default)
 
 
-def _nested(value: Any) -> bool:
+def _parts(value: Any, path: str, plain: Any) -> list[tuple[Section, str, Any]]:
+    """The sections in a field's value, with their paths and JSON; none: it is one setting."""
+    if isinstance(value, _section()):
+        return [(value, path, plain)]
+    if isinstance(value, list) and any(isinstance(each, _section()) for each in value):
+        return [(each, f"{path}.{index}", plain[index]) for index, each in enumerate(value)]
+    return []
+
+
+@cache
+def _section() -> type[Section]:
     from lorapar_ray.config.base import Section
 
-    return isinstance(value, Section) or (isinstance(value, list) and any(isinstance(each, Section) for each in value))
-
-
-def _parts(value: Any, path: str, plain: Any) -> list[tuple[Section, str, Any]]:
-    if not _nested(value):
-        return []
-    if isinstance(value, list):
-        return [(each, f"{path}.{index}", plain[index]) for index, each in enumerate(value)]
-    return [(value, path, plain)]
+    return Section
 
 
 def _sections_in(annotation: Any) -> set[type[Section]]:
-    from lorapar_ray.config.base import Section
-
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+    if isinstance(annotation, type) and issubclass(annotation, _section()):
         return {annotation}
     return set().union(*map(_sections_in, get_args(annotation)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -183,4 +184,11 @@ class Config(Section):
             hide_secrets: for output that is shown or stored (see `lorapar_ray.redact.redacted`).
         """
         tree = self.model_dump(mode="json")
-        return yaml.safe_dump(redacted(tree) if hide_secrets else tree, sort_keys=False, allow_unicode=True)
+        return _as_yaml(redacted(tree) if hide_secrets else tree)
+
+
+def _as_yaml(tree: dict[str, Any]) -> str:
+    """libyaml is four times as fast, but writes an emoji as an escape."""
+    fast = yaml.__with_libyaml__ and json.dumps(tree, ensure_ascii=False).isascii()
+    dumper = yaml.CSafeDumper if fast else yaml.SafeDumper
+    return str(yaml.dump(tree, Dumper=dumper, sort_keys=False, allow_unicode=True))

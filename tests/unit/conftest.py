@@ -1,9 +1,11 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import typer.testing
 
 from lorapar_ray.storage.objects import Objects
 from lorapar_ray.storage.uris import Uri
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from tests.unit.faked_run import Cli
 
 Environment = dict[str, str]
+# `CliRunner` would build the same command line from the signatures of its functions before each of hundreds of calls.
+typer.testing._get_command = cache(typer.testing._get_command)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import HTTPServer, SimpleHTTPRequestHandler
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -292,15 +291,8 @@ def test_a_local_ray_has_no_gpus_where_the_installed_packages_cannot_use_them(
     monkeypatch: pytest.MonkeyPatch, torch: str, vllm: str, gpus: int | None
 ) -> None:
     """Ray would count those of the driver. The records of other packages are simulated; no Ray starts."""
-
-    def version(package: str) -> str:
-        known = {"torch": torch, vllm: "0.29.0"}
-        if package not in known:
-            raise PackageNotFoundError(package)
-        return known[package]
-
     asked: list[Any] = []
-    monkeypatch.setattr("lorapar_ray.versions.version", version)
+    monkeypatch.setattr("lorapar_ray.versions.version", {"torch": torch, vllm: "0.29.0"}.get)
     monkeypatch.setattr("ray.shutdown", lambda: None)
     monkeypatch.setattr("ray.init", lambda **options: asked.append(options.get("num_gpus")))
     with session.ray_session():
