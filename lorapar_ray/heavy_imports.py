@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 from lorapar_ray.replaced import replaced
@@ -45,6 +47,64 @@ def import_peft() -> None:
 
         with replaced(torch, "compile", partial(_compiled_when_called, torch.compile)):
             import peft  # noqa: F401
+
+
+def import_vllm_to_ask() -> None:
+    """Import vLLM in a process that only passes requests on to its engine, without the compiler's table of operators.
+
+    vLLM adds its own operators to that table as soon as it is imported, half a second of a core. Only the engine's
+    other process compiles anything.
+    """
+    if "vllm" in sys.modules:
+        return
+    import_when_used("scipy.signal")
+    with without_collecting(), _refusing("torch._inductor.lowering"):
+        import vllm  # noqa: F401
+
+
+def import_when_used(name: str) -> None:
+    """Let `import name` from now on only note the module, which is imported when the first of its names is used.
+
+    Does nothing for a module that has been imported already, or is not installed. In vLLM it is worth half a second of
+    a core for `scipy.signal`, which resamples sound.
+    """
+    if name in sys.modules:
+        return
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # not even its package
+        return
+    if spec is not None:
+        sys.modules[name] = _Noted(name)
+        sys.modules[name].__spec__ = spec
+
+
+class _Noted(ModuleType):
+    """Stands for a module until a name of it is used."""
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__") and attribute != "__path__":  # of who looks at every module there is
+            raise AttributeError(attribute)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), attribute)
+
+
+@contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Let `import name` fail while the block runs, unless it has been imported already."""
+
+    class Refusal(MetaPathFinder):
+        def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
+            if fullname == name:
+                raise ImportError(f"{name} is left out here", name=name)
+
+    refusal = Refusal()
+    sys.meta_path.insert(0, refusal)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(refusal)
 
 
 def _compiled_when_called(compiler: Callable[..., Any], function: Callable[..., Any] | None = None, **how: Any) -> Any:

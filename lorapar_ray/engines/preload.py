@@ -7,13 +7,14 @@ of which may ask the GPU something. On a CPU that takes an eighth of the core's 
 
 import contextlib
 
-from lorapar_ray.heavy_imports import without_collecting
+from lorapar_ray.heavy_imports import import_when_used, without_collecting
 
 with contextlib.suppress(ImportError):
     import setproctitle
 
     setproctitle.getproctitle()  # locates the title's memory; this fails after the environment has moved
 
+import_when_used("scipy.signal")
 with without_collecting(), contextlib.suppress(ImportError):
     import vllm.v1.engine.core
     from vllm.platforms import current_platform

@@ -24,7 +24,7 @@ from typing import Any
 from lorapar_ray.engines.folder import engine_folder, sockets_in
 from lorapar_ray.engines.phases import Phases
 from lorapar_ray.engines.refusals import leave_cause, refusing
-from lorapar_ray.heavy_imports import without_collecting
+from lorapar_ray.heavy_imports import import_vllm_to_ask, without_collecting
 from lorapar_ray.replaced import replaced
 
 PRELOAD = "lorapar_ray.engines.preload"
@@ -56,6 +56,7 @@ def _start(arguments: Mapping[str, Any], phases: Phases, folder: Path, forks: bo
     with phases.phase("importing vLLM"), without_collecting():
         if forks:
             begin_to_import(engine_folder())
+        import_vllm_to_ask()
         from vllm import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
