@@ -22,7 +22,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
-from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, ScalingPolicy
 from ray.train.v2._internal.util import TrainingFramework
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -97,6 +97,17 @@ class OnItsGpu:
         TorchConfigContextManager().__enter__()
 
     def __exit__(self, *_: object) -> None: ...
+
+
+class FixedNumber(FixedScalingPolicy):
+    """Always the same number of workers, for a Ray that nothing can make larger: it tells no autoscaler what it needs.
+
+    Ray's own policy tells an actor, which takes two seconds of a core to start, and the group waits for it.
+    """
+
+    def after_controller_start(self, train_run_context: Any) -> None: ...
+
+    def _maybe_send_resource_request(self) -> None: ...
 
 
 @dataclass

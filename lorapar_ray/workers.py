@@ -98,7 +98,8 @@ def _group(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
     from lorapar_ray.scaling import RoomPolicy
-    from lorapar_ray.train_group import BeforeRestarts, TrainGroup
+    from lorapar_ray.session import is_own_ray
+    from lorapar_ray.train_group import BeforeRestarts, FixedNumber, TrainGroup
 
     remote, elastic = run.remote, isinstance(workers, tuple)
     scaling = ScalingConfig(
@@ -108,11 +109,15 @@ def _group(
         resources_per_worker=bundle(resources),
         label_selector=resources.nodes or None,
     )
+    if elastic:
+        policy: Any = RoomPolicy(scaling, resources, multiple, others)
+    else:
+        policy = FixedNumber(scaling) if is_own_ray() else None
     return TrainGroup(
         _work,
         train_loop_config=task,
         scaling_config=scaling,
-        policy=RoomPolicy(scaling, resources, multiple, others) if elastic else None,
+        policy=policy,
         run_config=RunConfig(
             name=f"{name}-{os.getpid()}",
             storage_path=str(run.work / "ray") if remote is None else (remote.uri / "work/ray").path,

@@ -1,13 +1,17 @@
 """Settings of Ray Train's worker group."""
 
+from typing import Any
+
 import pytest
-from ray.train import FailureConfig
+import ray
+from ray.train import FailureConfig, ScalingConfig
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from lorapar_ray.grpo.engine_losses import LEAVE_LIMIT_S
 from lorapar_ray.grpo.engine_supervisor import REBUILD_LIMIT_S
-from lorapar_ray.train_group import WHILE_S, BeforeRestarts, LossesInAWhile, TrainGroup
+from lorapar_ray.train_group import WHILE_S, BeforeRestarts, FixedNumber, LossesInAWhile, TrainGroup
 
 
 def test_ranks_wait_for_each_other_longer_than_a_publish_waits_for_an_engine() -> None:
@@ -35,3 +39,14 @@ def test_losses_of_another_time_do_not_end_a_group(monkeypatch: pytest.MonkeyPat
     assert {lose(number * 0.6 * WHILE_S) for number in range(9)} == {FailureDecision.RETRY}
     assert lose(7 * WHILE_S) == lose(7.1 * WHILE_S) == FailureDecision.RETRY
     assert lose(7.2 * WHILE_S) == FailureDecision.RAISE
+
+
+def test_a_fixed_number_is_asked_of_no_autoscaler() -> None:
+    """Ray's own policy would start an actor for that, and with it a Ray."""
+    policy, nothing = FixedNumber(ScalingConfig(num_workers=3)), Any
+    policy.after_controller_start(nothing)
+    decision = policy.make_decision_for_non_running_worker_group()
+    assert isinstance(decision, ResizeDecision) and decision.num_workers == 3
+    assert isinstance(policy.make_decision_for_running_worker_group(nothing, nothing), NoopDecision)
+    policy.before_controller_abort()
+    assert not ray.is_initialized()
