@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lorapar_ray.grpo.head import TokenScorer
 from lorapar_ray.grpo.samples import Sample
-from lorapar_ray.packed_attention import make_layout, packed_inputs, spans_of_group
+from lorapar_ray.packed_layout import make_layout, packed_inputs, spans_of_group
 from lorapar_ray.sequence_parallel import SequenceGroup
 from lorapar_ray.transfer import on_device
 

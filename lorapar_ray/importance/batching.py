@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorapar_ray import packed_attention
+from lorapar_ray import packed_layout
 from lorapar_ray.datasets.chat import NO_LOSS
-from lorapar_ray.packed_attention import make_layout, spans_of_examples
+from lorapar_ray.packed_layout import make_layout, spans_of_examples
 from lorapar_ray.transfer import on_device
 
 TOKENS = {"cpu": 2048, "cuda": 4096}
@@ -50,7 +50,7 @@ def collate(examples: Sequence[TokenizedExample], pad_id: int) -> dict[str, Tens
 def pack(examples: Sequence[TokenizedExample]) -> dict[str, Tensor]:
     """Examples end to end in one row: `input_ids`, `position_ids` and `labels` [1, T], and `lengths` [examples].
 
-    No token is padding. `lorapar_ray.packed_attention` keeps the examples apart.
+    No token is padding. `lorapar_ray.packed_layout` keeps the examples apart.
     """
     ids = [torch.as_tensor(example.input_ids, dtype=torch.long) for example in examples]
     labels = [each.clone() for each in ids]
@@ -105,7 +105,7 @@ class Layout:
     """[examples · longest] int64: the tokens as padded rows, padding at token 0; None if every length is the same."""
     home: Tensor | None
     """[T] int64: the slot of each token; None if every length is the same."""
-    attention: packed_attention.Layout | None
+    attention: packed_layout.Layout | None
     """The layout of a packed row."""
 
     @property

@@ -17,7 +17,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.mamba import MambaConfig
 
-from lorapar_ray import packed_attention
+from lorapar_ray import packed_layout
 from lorapar_ray.engines.record import KeptSets
 from lorapar_ray.engines.settings import OUTSIDE_TORCH
 from lorapar_ray.grpo import head, memory
@@ -25,7 +25,8 @@ from lorapar_ray.grpo.head import TokenScorer, head_logprobs
 from lorapar_ray.grpo.memory import kept_bytes_per_token, layer_bytes_per_token, pass_limits, room_on_gpu
 from lorapar_ray.grpo.packing import PackedRows, group_by_prompt, pack, packed_logprobs, pad
 from lorapar_ray.grpo.samples import Sample
-from lorapar_ray.packed_attention import make_layout, spans_of_group, use_packed_attention
+from lorapar_ray.packed_attention import use_packed_attention
+from lorapar_ray.packed_layout import make_layout, spans_of_group
 from tests.unit.test_grpo_loss import samples
 from tests.unit.tiny_models import SHAPE, tiny
 
@@ -89,7 +90,7 @@ def test_packed_samples_have_the_plain_models_logprobs_and_gradients(
     assert use_packed_attention(model)
     packed = []
     for key_cost in (0.0, 1e6):  # each completion on its own, and those of a prompt together
-        monkeypatch.setattr(packed_attention, "KEY_COST", key_cost)
+        monkeypatch.setattr(packed_layout, "KEY_COST", key_cost)
         packed.append(result(model, pack(group_by_prompt(samples()), CPU), 0.9))
     for ours in (plain, *packed):
         for values, index in zip(ours[:2], (0, 1), strict=True):

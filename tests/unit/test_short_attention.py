@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from lorapar_ray import packed_attention
 from lorapar_ray.cpu import short_attention
-from lorapar_ray.packed_attention import Span, make_layout, spans_of_examples, spans_of_group
+from lorapar_ray.packed_layout import Span, make_layout, spans_of_examples, spans_of_group
 
 HEADS, GROUPS, SIZE = 6, 2, 32
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
