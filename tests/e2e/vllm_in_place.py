@@ -12,7 +12,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from lorapar_ray.adapters import merged_weights
 from lorapar_ray.engines.base_weights import BaseWeights
-from lorapar_ray.engines.policy_loader import lies_as_in_the_checkpoint, load_in_place, modules_of
+from lorapar_ray.engines.weight_loading import has_checkpoint_layout, load_in_place, modules_of
 
 
 def loaded_in_place(folder: Path, meet: Path) -> dict[str, Any]:
@@ -50,8 +50,8 @@ def loaded_in_place(folder: Path, meet: Path) -> dict[str, Any]:
         except ValueError as error:
             refused = str(error)
         return {
-            "plain on a GPU": lies_as_in_the_checkpoint(model, torch.device("cuda")),
-            "plain on a CPU": lies_as_in_the_checkpoint(model, torch.device("cpu")),
+            "plain on a GPU": has_checkpoint_layout(model, torch.device("cuda")),
+            "plain on a CPU": has_checkpoint_layout(model, torch.device("cpu")),
             "same storage": places == {name: each.data_ptr() for name, each in model.named_parameters()},
             "merged": torch.equal(attention, stacked),
             "modules": sorted(modules_of(model, names)),

@@ -4,8 +4,8 @@ import pytest
 from pydantic import ValidationError
 
 from lorapar_ray.config import EngineConfig, EvaluateConfig, GrpoConfig, Resources
-from lorapar_ray.engines.policy_loader import with_stacked
 from lorapar_ray.engines.settings import engine_arguments, engine_environment
+from lorapar_ray.engines.weight_loading import with_stacked
 
 STACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 LAYER = "model.layers.0"

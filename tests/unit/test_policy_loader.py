@@ -11,8 +11,8 @@ from torch import Tensor
 from lorapar_ray.adapters import adapter_state, attach_lora, merged_weights
 from lorapar_ray.engines.base_weights import KeptWeights
 from lorapar_ray.engines.mismatch import PolicyMismatch, agreed, verified
-from lorapar_ray.engines.policy_loader import bit_sums, load_in_place
 from lorapar_ray.engines.settings import GRAPHS, OUTSIDE_TORCH, cache_room
+from lorapar_ray.engines.weight_loading import bit_sums, load_in_place
 from lorapar_ray.mergeable import not_in_the_files, unmergeable
 from tests.unit.tiny_models import tiny
 
