@@ -9,7 +9,8 @@ from lorapar_ray import trash
 from lorapar_ray.config import Config
 from lorapar_ray.files import finished_files
 from lorapar_ray.pending_redo import redo_of
-from lorapar_ray.pipeline import PIPELINE, dependents, restorable, stages_of, standings
+from lorapar_ray.pipeline import PIPELINE, dependents, stages_of, standings
+from lorapar_ray.running import restorable
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.standing import Standing
 

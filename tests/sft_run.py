@@ -13,7 +13,7 @@ from lorapar_ray.datasets.labelled import token_table
 from lorapar_ray.importance import GradSums, score
 from lorapar_ray.partition import assign_regions, keep_top, save_regions
 from lorapar_ray.partition.job import partition_stage
-from lorapar_ray.pipeline import run_stage
+from lorapar_ray.running import run_stage
 from lorapar_ray.runs import RunDirectory
 from tests.tiny_run import tiny_config
 from tests.together import tasks_here

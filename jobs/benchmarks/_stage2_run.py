@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapar_ray.config import Config
-from lorapar_ray.pipeline import run_stage
+from lorapar_ray.running import run_stage
 from lorapar_ray.runs import RunDirectory
 
 GROUP = 8

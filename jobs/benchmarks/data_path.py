@@ -26,7 +26,7 @@ from _tiny_model import tiny_model
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.rows import read_table
 from lorapar_ray.datasets.tokens import Questions, Selection
-from lorapar_ray.pipeline import run_stage
+from lorapar_ray.running import run_stage
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.session import ray_session
 

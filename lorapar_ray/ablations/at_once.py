@@ -12,8 +12,9 @@ from lorapar_ray.ablations.units import Unit, shared_keys
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.job import engines_of, evaluate_together
 from lorapar_ray.grpo import together as stage2
-from lorapar_ray.pipeline import PIPELINE, Redo, is_done, run_together
+from lorapar_ray.pipeline import PIPELINE, is_done
 from lorapar_ray.progress import console
+from lorapar_ray.running import Redo, run_together
 from lorapar_ray.sft import together as stage1
 from lorapar_ray.standing import inputs_of
 from lorapar_ray.text import one_line

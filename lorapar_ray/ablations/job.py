@@ -14,9 +14,10 @@ from lorapar_ray.ablations.retention import require_skills_of
 from lorapar_ray.ablations.sharing import SHARED, borrow, borrow_sums
 from lorapar_ray.ablations.units import Unit, evaluating, run_folders
 from lorapar_ray.errors import UserError
-from lorapar_ray.pipeline import NeedsRedo, check_there, run_stage
+from lorapar_ray.pipeline import check_there
 from lorapar_ray.progress import console
 from lorapar_ray.redact import redact
+from lorapar_ray.running import NeedsRedo, run_stage
 from lorapar_ray.session import ray_session
 from lorapar_ray.text import one_line
 

@@ -88,8 +88,9 @@ def run_stages(
     """Run those of `stages` that are due, and tell where the results are."""
     from lorapar_ray.engines.kept import keeping_engines
     from lorapar_ray.pending_redo import recorded, redo_of
-    from lorapar_ray.pipeline import check, check_there, pending, require_leave, run_stage, settle
+    from lorapar_ray.pipeline import check, check_there, pending
     from lorapar_ray.progress import console
+    from lorapar_ray.running import require_leave, run_stage, settle
     from lorapar_ray.session import ray_session
 
     check(config, stages, redo)

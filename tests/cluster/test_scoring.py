@@ -20,7 +20,7 @@ from lorapar_ray.importance import job
 from lorapar_ray.importance.halves import load_halves
 from lorapar_ray.importance.job import score_stage
 from lorapar_ray.importance.parts import UNIT_SIZE
-from lorapar_ray.pipeline import run_stage
+from lorapar_ray.running import run_stage
 from lorapar_ray.runs import RunDirectory
 from tests.chaos import Recovery
 from tests.processes import a_worker_dies

@@ -31,8 +31,8 @@ from lorapar_ray.evaluation.engines import REQUESTS_PER_BLOCK
 from lorapar_ray.evaluation.job import evaluate_stage
 from lorapar_ray.grpo.job import train_stage2
 from lorapar_ray.importance.job import score_stage
-from lorapar_ray.pipeline import run_stage
 from lorapar_ray.room import Others
+from lorapar_ray.running import run_stage
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.checkpoint import last_checkpoint
 from lorapar_ray.sft.job import train_stage1

@@ -14,7 +14,8 @@ import torch
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.chat import load_encoder
 from lorapar_ray.grpo.environments.from_verifiers import rows
-from lorapar_ray.pipeline import is_done, run_stage
+from lorapar_ray.pipeline import is_done
+from lorapar_ray.running import run_stage
 from lorapar_ray.runs import RunDirectory
 from tests.e2e.environments import SEEDS, TURN_TOKENS, TURNS, spelling, told
 from tests.e2e.rewards import letters

@@ -25,7 +25,8 @@ from lorapar_ray.files import write_json
 from lorapar_ray.labeling.keys import teacher_keys
 from lorapar_ray.labeling.store import VoteStore, question_key
 from lorapar_ray.partition.regions import save_regions
-from lorapar_ray.pipeline import PIPELINE, is_done, run_stage, run_together, standings
+from lorapar_ray.pipeline import PIPELINE, is_done, standings
+from lorapar_ray.running import run_stage, run_together
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.together import require_one_base
 from lorapar_ray.standing import inputs_of

@@ -38,10 +38,11 @@ from lorapar_ray.labeling.store import Answer, VoteStore
 from lorapar_ray.partition.job import partition_stage
 from lorapar_ray.partition.regions import load_regions
 from lorapar_ray.partition.systems import mask_of_systems
-from lorapar_ray.pipeline import require_leave, standings
+from lorapar_ray.pipeline import standings
 from lorapar_ray.plan import plan
 from lorapar_ray.reporting.data import read_run
 from lorapar_ray.reporting.page import _drawable, write_report
+from lorapar_ray.running import require_leave
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.checkpoint import (
     OPTIMIZER,

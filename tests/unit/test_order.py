@@ -7,7 +7,8 @@ import pytest
 
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
-from lorapar_ray.pipeline import PIPELINE, STAGES, check, pending, run_stage, stages_of
+from lorapar_ray.pipeline import PIPELINE, STAGES, check, pending, stages_of
+from lorapar_ray.running import run_stage
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.student import starting_adapter
 from tests.tiny_run import tiny_config, write_config

@@ -23,10 +23,11 @@ from lorapar_ray.ablations.report import chosen_rates, report
 from lorapar_ray.config import Config
 from lorapar_ray.config_file import load_config
 from lorapar_ray.files import digest, write_json
-from lorapar_ray.pipeline import PIPELINE, is_done, run_stage, standings
+from lorapar_ray.pipeline import PIPELINE, is_done, standings
 from lorapar_ray.reporting.page import write_report
 from lorapar_ray.reporting.stage import STAGE as REPORT
 from lorapar_ray.result_stages import state_of_run
+from lorapar_ray.running import run_stage
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.status import lines
 from tests.tiny_run import tiny_config, write_config

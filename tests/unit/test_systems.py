@@ -36,8 +36,9 @@ from lorapar_ray.partition.systems import (
     save_systems,
     total_importance,
 )
-from lorapar_ray.pipeline import PIPELINE, run_stage
+from lorapar_ray.pipeline import PIPELINE
 from lorapar_ray.preview import describe
+from lorapar_ray.running import run_stage
 from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.arm import Worker
 from lorapar_ray.sft.job import stage1_parts, train_stage1
