@@ -99,6 +99,8 @@ def _around(values: Sequence[float]) -> tuple[float, float]:
 def frontier(lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     """The loss of the first stage's skill against the gain in the second's, by line; an SVG.
 
+    A line goes through the points with a gain, as it is compared; the others are hollow marks without a line.
+
     Args:
         lines: by name, (gain, cost) of each arm, means over seeds.
     """
@@ -106,11 +108,11 @@ def frontier(lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
         figure, axis = plt.subplots(figsize=(WIDTH, 3.8), layout="constrained")
         axis.axhline(0, color=INK, linewidth=1)
         for number, (name, points) in enumerate(lines.items()):
-            gains, costs = zip((0.0, 0.0), *sorted(points), strict=True)
-            style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
-            axis.plot(
-                [100 * g for g in gains], [100 * c for c in costs], marker="osD^"[number % 4], label=name, **style
-            )
+            style = {"color": COLOURS[number % len(COLOURS)], "marker": "osD^"[number % 4]}
+            gained = [(0.0, 0.0), *sorted(each for each in points if each[0] > 0)]
+            axis.plot(*_percents(gained), label=name, linestyle=DASHES[number % len(DASHES)], **style)
+            if others := [each for each in points if each[0] <= 0]:
+                axis.plot(*_percents(others), linestyle="none", markerfacecolor="none", **style)
         axis.set(
             title="Loss of the first stage's skill in the second",
             xlabel="gained in the second stage's skill, points",
@@ -118,6 +120,10 @@ def frontier(lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
         )
         figure.legend(loc="outside lower left", ncol=2)
         return svg_of(figure)
+
+
+def _percents(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [100 * gain for gain, _ in points], [100 * cost for _, cost in points]
 
 
 def matrices(by_arm: Mapping[str, Matrix], systems: Sequence[int]) -> str:

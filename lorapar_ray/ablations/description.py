@@ -83,7 +83,9 @@ def _work(plan: Plan, units: Sequence[Unit]) -> Iterator[str]:
         without = f"; without {', '.join(unknown)}, of which none is finished" if unknown else ""
         yield f"  about {hours:.1f} hours in all, {each}, what is finished included{without}"
     else:
-        yield "  its hours are not known before a first run has finished in this directory"
+        first = next(arm.name for arm in plan.arms if arm.as_large_as is None or len(plan.arms) == 1)
+        one = f"--only {first} --seeds {plan.seeds[0]}{' --rates 1' if plan.swept else ''}"
+        yield f"  its hours are not known before a first run has finished in this directory; one gives them: {one}"
 
 
 def _claims(plan: Plan, unit: Unit) -> Iterator[str]:

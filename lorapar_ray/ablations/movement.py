@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from lorapar_ray.ablations.grid import Claim, sentence
 from lorapar_ray.ablations.sizes import RECUT
-from lorapar_ray.ablations.tables import Said, Table, bullets
+from lorapar_ray.ablations.tables import Numbers, Said, Table, bullets
 from lorapar_ray.ablations.verdicts import (
     FEWEST_SEEDS,
     MARGIN,
@@ -147,4 +147,15 @@ def table(arms: Mapping[str, Sequence[Overlap]], verdicts: Sequence[Said]) -> Ta
         for arm, overlaps in arms.items()
         for each in overlaps
     ]
-    return Table("movement", head, rows, "The mask against what training moved (Jaccard index)", bullets(verdicts))
+    numbers: list[Numbers] = [
+        dict(zip(head, (arm, each.seed, *_measured(each), each.halves), strict=True))
+        for arm, overlaps in arms.items()
+        for each in overlaps
+    ]
+    title = "The mask against what training moved (Jaccard index)"
+    return Table("movement", head, rows, title, bullets(verdicts), numbers)
+
+
+def _measured(overlap: Overlap) -> tuple[float, float, float, float]:
+    found = overlap.movement
+    return found.kept, found.moved, found.mask, found.random

@@ -13,6 +13,7 @@ from lorapar_ray.ablations.results import Overall, Summary, Verdict
 from lorapar_ray.ablations.retention import Point, mean_of
 from lorapar_ray.ablations.sequence import Matrix
 from lorapar_ray.ablations.tables import Said
+from lorapar_ray.ablations.verdicts import level_shown
 from lorapar_ray.boundary import read_lines
 from lorapar_ray.files import atomic_path
 from lorapar_ray.reporting.html import rendered
@@ -38,6 +39,7 @@ def write_page(
     lines: Mapping[str, Mapping[str, Sequence[Point]]] | None = None,
     matrices: Mapping[str, Matrix] | None = None,
     systems: Sequence[int] = (),
+    claims: int = 1,
 ) -> None:
     """Write the page; unfinished runs are left out.
 
@@ -51,6 +53,7 @@ def write_page(
         lines: points of a retention grid, by line and arm.
         matrices: of Systems in sequence, the skills by arm, means over seeds.
         systems: these Systems, in the order of training.
+        claims: number of claims that the grid decides.
     """
     plots = []
     if found:
@@ -75,6 +78,8 @@ def write_page(
         finished=sum(len(each.by_seed) for each in found.values()),
         planned=planned,
         failed=failed,
+        claims=claims,
+        level=level_shown(claims),
     )
     with atomic_path(target) as draft:
         draft.write_text(html, encoding="utf-8")

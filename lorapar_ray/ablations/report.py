@@ -81,6 +81,8 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
     if held:
         extra.append(movement.table({claim.worse: overlaps for claim, overlaps in moved.items()}, held))
     folders = {arm.name: [unit.folder for unit in done if unit.arm == arm.name] for arm in plan.arms}
+    texts = [each.write(plan.out) for each in (table, *extra)]
+    skills = _skills(done, courses, folders)
     write_page(
         plan.out / PAGE,
         plan.grid,
@@ -94,19 +96,18 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
         failed=failed,
         overall=main.overall,
         kept=[*main.missing, *(said for each in others for said in each.said), *after, *kept, *forgotten, *held],
-        found_tables=[table, *extra],
+        found_tables=[table, *extra, *skills],
         lines=lines,
         matrices={arm: sequence.mean_skills(each) for arm, each in courses.items()},
         systems=config.sft.systems,
+        claims=claims,
     )
-    texts = [each.write(plan.out) for each in (table, *extra)]
     if main.arms:
         _written(plan.out / "plot.svg", XML + charts.accuracies(plan.grid, main.base, main.arms))
-    if courses:
-        untrained = next((skills for unit in done if (skills := sequence.read_answers(unit.folder, "base"))), None)
-        regions = {arm: sequence.read_regions(folders[arm][0]) for arm in courses}
-        texts.append(_written(plan.out / "systems.md", sequence.markdown(courses, regions, untrained, forgotten)))
+    if skills:
+        texts.append(_written(plan.out / "systems.md", sequence.markdown(skills, forgotten)))
         _written(plan.out / "systems.csv", sequence.comma_separated(courses))
+        _written(plan.out / "systems.tex", sequence.latex(skills))
     return "\n".join(texts)
 
 
@@ -179,6 +180,20 @@ def _courses(plan: Plan, units: Sequence[Unit]) -> dict[str, list[Course]]:
         if course is not None:
             found.setdefault(unit.arm, []).append(course)
     return found
+
+
+def _skills(
+    units: Sequence[Unit], courses: Mapping[str, Sequence[Course]], folders: Mapping[str, Sequence[Path]]
+) -> list[tables.Table]:
+    """The tables of Systems in sequence; none without a finished run.
+
+    Args:
+        folders: run directories by arm.
+    """
+    if not courses:
+        return []
+    untrained = next((skills for unit in units if (skills := sequence.read_answers(unit.folder, "base"))), None)
+    return sequence.tables(courses, {arm: sequence.read_regions(folders[arm][0]) for arm in courses}, untrained)
 
 
 def _lines(plan: Plan, units: Sequence[Unit]) -> dict[str, dict[str, list[Point]]]:

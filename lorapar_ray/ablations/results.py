@@ -32,6 +32,10 @@ Right = dict[str, bool]
 """Whether each question was answered correctly."""
 
 
+Range = tuple[float, float]
+"""The least and the most over seeds."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """One finished run."""
@@ -56,9 +60,9 @@ class Summary:
     n: int
     """Number of questions. Each counts once, however many seeds answered it: their answers are not independent."""
     by_seed: dict[int, float]
-    learning_rate: float
-    active_share: float | None
-    elements: int | None = None
+    learning_rate: Range
+    active_share: Range | None
+    elements: Range | None = None
     end: str = ""
     """"lowest" or "highest" if the learning rate is at that end of the arm's sweep."""
 
@@ -156,8 +160,15 @@ def summarise(arm: str, outcomes: Sequence[Outcome], end: str = "") -> Summary:
     accuracy = sum(sum(each.right.values()) for each in outcomes) / sum(len(each.right) for each in outcomes)
     n = len({question for each in outcomes for question in each.right})
     by_seed = {each.seed: sum(each.right.values()) / len(each.right) for each in outcomes}
-    interval, first = wilson_interval(round(accuracy * n), n), outcomes[0]
-    return Summary(arm, accuracy, interval, n, by_seed, first.learning_rate, first.active_share, first.elements, end)
+    interval = wilson_interval(round(accuracy * n), n)
+    rates = [each.learning_rate for each in outcomes]
+    shares, elements = _range([each.active_share for each in outcomes]), _range([each.elements for each in outcomes])
+    return Summary(arm, accuracy, interval, n, by_seed, (min(rates), max(rates)), shares, elements, end)
+
+
+def _range(values: Sequence[float | None]) -> Range | None:
+    known = [each for each in values if each is not None]
+    return (min(known), max(known)) if known else None
 
 
 def decide(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorapar_ray.ablations.results import Right
-from lorapar_ray.ablations.tables import Said, Table, bullets
+from lorapar_ray.ablations.tables import Numbers, Said, Table, bullets
 from lorapar_ray.config import Config
 from lorapar_ray.datasets.rows import read_columns
 from lorapar_ray.datasets.sources import task_of
@@ -167,14 +167,15 @@ def table(lines: Mapping[str, Arms], kept: Sequence[Said]) -> Table:
     Args:
         lines: points by line and arm.
     """
-    rows = []
+    head = ("line", "arm", "gained in the second skill", "first skill before", "after", "lost of the first", "seeds")
+    rows, numbers = [], list[Numbers]()
     for line, arms in lines.items():
         for arm, points in arms.items():
             gain, cost = mean_of(points)
             begun = sum(each.start for each in points) / len(points)
             levels = (f"{begun:.1%}", f"{begun - cost:.1%}")
-            rows.append(
-                (line, arm, f"{100 * gain:+.1f} points", *levels, f"{100 * cost:+.1f} points", str(len(points)))
-            )
-    head = ("line", "arm", "gained in the second skill", "first skill before", "after", "lost of the first", "seeds")
-    return Table("retention", head, rows, "Skills gained and lost in the second stage", bullets(kept))
+            shown = (f"{100 * gain:+.1f} points", *levels, f"{100 * cost:+.1f} points")
+            rows.append((line, arm, *shown, str(len(points))))
+            own = (line, arm, gain, begun, begun - cost, cost, len(points))
+            numbers.append(dict(zip(head, own, strict=True)))
+    return Table("retention", head, rows, "Skills gained and lost in the second stage", bullets(kept), numbers)

@@ -232,20 +232,18 @@ def _sentence(
     )
 
 
-def markdown(
-    arms: Mapping[str, Sequence[Course]],
-    regions: Mapping[str, Regions | None],
-    base: Answers | None,
-    verdicts: Sequence[Said],
-) -> str:
-    """A table of the arms, each one's matrix (mean over seeds), and a line for each claim.
+def tables(
+    arms: Mapping[str, Sequence[Course]], regions: Mapping[str, Regions | None], base: Answers | None
+) -> list[Table]:
+    """A table of the arms, each one's matrix (mean over seeds), and the overlap of their regions.
 
     Args:
         regions: by arm, what `read_regions` found.
     """
-    head = ("arm", "backward transfer", "95 % interval", "reached", "at the end", "each System trains", "seeds")
+    head: tuple[str, ...] = ("arm", "backward transfer", "95 % interval", "reached", "at the end")
+    head = (*head, "each System trains", "seeds")
     rows = [(arm, *_summary(courses, regions.get(arm))) for arm, courses in arms.items()]
-    parts = [Table("systems", head, rows).markdown()]
+    found = [Table("systems", head, rows, "Systems one after the other: skills reached, kept and lost")]
     for arm, courses in arms.items():
         systems = courses[0].systems
         rows = [
@@ -254,12 +252,21 @@ def markdown(
         if base is not None:
             untrained = (_percent(share_right(base[system])) if system in base else "–" for system in systems)
             rows.insert(0, ("nothing", *untrained))
-        matrix = Table("skills", ("after", *(f"System {system}" for system in systems)), rows)
-        parts += [f"Accuracy of {arm}, means over seeds:\n", matrix.markdown()]
-    parts += _overlap(regions)
-    if verdicts:
-        parts.append("\n".join(bullets(verdicts)) + "\n")
-    return "\n".join(parts)
+        head = ("after", *(f"System {system}" for system in systems))
+        found.append(Table("skills", head, rows, f"Accuracy of {arm}, means over seeds"))
+    return found + _overlap(regions)
+
+
+def markdown(found: Sequence[Table], verdicts: Sequence[Said]) -> str:
+    """The tables below each other, and a line for each claim."""
+    first, *others = found
+    parts = [first.markdown(), *(part for each in others for part in (f"{each.title}:\n", each.markdown()))]
+    return "\n".join(parts + (["\n".join(bullets(verdicts)) + "\n"] if verdicts else []))
+
+
+def latex(found: Sequence[Table]) -> str:
+    """The tables below each other, each below its title as a comment."""
+    return "\n".join(f"% {each.title}\n{each.latex()}" for each in found)
 
 
 def _percent(share: float) -> str:
@@ -279,18 +286,21 @@ def _summary(courses: Sequence[Course], regions: Regions | None) -> list[str]:
     ]
 
 
-def _overlap(regions: Mapping[str, Regions | None]) -> list[str]:
+def _overlap(regions: Mapping[str, Regions | None]) -> list[Table]:
     """How far what θ keeps for each two Systems overlaps, in the first arm that leaves something out."""
     arm, found = next(((arm, each) for arm, each in regions.items() if each and each.theta < 1), ("", None))
     if found is None:
         return []
     head = ("Systems", "overlap", "half of one and half of the other", "two halves of the first", "of the second")
-    said = f"Overlap (Jaccard index) of what θ = {found.theta:g} keeps, in the first run of {arm}. The halves are"
+    title = (
+        f"Overlap (Jaccard index) of what θ = {found.theta:g} keeps, in the first run of {arm}; the halves are random "
+        "halves of a System's scored examples"
+    )
     rows = [
         (pair.replace("-", " and "), *(f"{value:.3f}" for value in values), *["–"] * (4 - len(values)))
         for pair, values in found.overlap.items()
     ]
-    return [f"{said}\nrandom halves of a System's scored examples.\n", Table("overlap", head, rows).markdown()]
+    return [Table("overlap", head, rows, title)]
 
 
 def comma_separated(arms: Mapping[str, Sequence[Course]]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lorapar_ray.ablations.grid import Claim, sentence
 from lorapar_ray.ablations.results import Outcome, Verdict, decide
-from lorapar_ray.ablations.tables import Said, Table, bullets
+from lorapar_ray.ablations.tables import Numbers, Said, Table, bullets
 from lorapar_ray.ablations.verdicts import ENDINGS, NO_SEED, Found, Uncompared, ending, left_out, shown
 
 By = Mapping[str, Sequence[Outcome]]
@@ -72,9 +72,13 @@ def table(stages: Sequence[str], outcomes: Sequence[By], verdicts: Sequence[Said
     Arms without an accuracy after one of the stages are left out.
     """
     arms = [arm for arm in outcomes[-1] if all(arm in each for each in outcomes)]
-    rows = [(arm, *(f"{_mean(each[arm]):.1%}" for each in outcomes), str(len(outcomes[-1][arm]))) for arm in arms]
+    reached = {arm: [_mean(each[arm]) for each in outcomes] for arm in arms}
+    rows = [(arm, *(f"{each:.1%}" for each in means), str(len(outcomes[-1][arm]))) for arm, means in reached.items()]
     head = ("arm", *(f"after {stage}" for stage in stages), "seeds")
-    return Table("stages", head, rows, "Accuracy after each stage", bullets(verdicts))
+    numbers: list[Numbers] = [
+        dict(zip(head, (arm, *means, len(outcomes[-1][arm])), strict=True)) for arm, means in reached.items()
+    ]
+    return Table("stages", head, rows, "Accuracy after each stage", bullets(verdicts), numbers)
 
 
 def _mean(outcomes: Sequence[Outcome]) -> float:

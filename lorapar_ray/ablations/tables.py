@@ -11,20 +11,18 @@ from typing import Protocol
 
 from lorapar_ray.ablations.grid import Grid
 from lorapar_ray.ablations.paper import Figures
-from lorapar_ray.ablations.results import Summary
+from lorapar_ray.ablations.results import Range, Summary
 from lorapar_ray.ablations.verdicts import Found
 from lorapar_ray.evaluation.task_files import file_name
 from lorapar_ray.files import atomic_path
 
 HEAD = ("arm", "learning rate", "trained", "accuracy", "95 % interval", "n", "by seed")
 """Before the paper's figures."""
+NO_SEED = 0
+"""The base's in its summary: it is the same in all runs."""
+Numbers = dict[str, str | float | None]
+"""A row as a program reads it: by column, shares of 1 instead of percent."""
 LATEX = str.maketrans({each: f"\\{each}" for each in "%&_#$"})
-
-
-def rows(grid: Grid, base: Summary | None, found: Mapping[str, Summary], figures: Figures) -> list[tuple[str, ...]]:
-    """The table's cells: first the base, then the arms in the grid's order; arms without results are left out."""
-    lines = [] if base is None else [_cells(base, figures.base)]
-    return lines + [_cells(found[arm.name], figures.arms.get(arm.name, "")) for arm in grid.arms if arm.name in found]
 
 
 def head(figures: Figures) -> tuple[str, ...]:
@@ -41,19 +39,39 @@ def _cells(row: Summary, paper: str) -> tuple[str, ...]:
         f"{row.accuracy:.1%}",
         f"{low:.1%} – {high:.1%}",
         str(row.n),
-        ", ".join(f"{each:.1%}" for _, each in sorted(row.by_seed.items())),
+        ", ".join(f"{seed}: {each:.1%}" for seed, each in sorted(row.by_seed.items()) if seed != NO_SEED) or "–",
         paper or "–",
     )
 
 
 def _rate(row: Summary) -> str:
     tried = f" ({row.end} tried)" if row.end else ""
-    return f"{row.learning_rate:g}{tried}" if row.learning_rate else "–"
+    return f"{_span(row.learning_rate, 'g')}{tried}" if row.learning_rate[1] else "–"
 
 
 def _trained(row: Summary) -> str:
-    share = "–" if row.active_share is None else f"{row.active_share:.1%}"
-    return share if row.elements is None else f"{share} ({row.elements:,})"
+    share = "–" if row.active_share is None else _span(row.active_share, ".1%")
+    return share if row.elements is None else f"{share} ({_span(row.elements, ',')})"
+
+
+def _span(ends: Range, form: str) -> str:
+    """A range over seeds; one value if all are shown alike."""
+    return " – ".join(dict.fromkeys(format(each, form) for each in ends))
+
+
+def _numbers(row: Summary, figures: Figures, paper: str, seeds: Sequence[int]) -> Numbers:
+    found: Numbers = {"arm": row.arm}
+    ranges = {
+        "learning rate": row.learning_rate if row.learning_rate[1] else None,
+        "trained share": row.active_share,
+        "trained elements": row.elements,
+    }
+    for name, ends in ranges.items():
+        found |= {f"{name}, least": ends[0] if ends else None, f"{name}, most": ends[1] if ends else None}
+    found["end of the sweep"] = row.end
+    found |= {"accuracy": row.accuracy, "95 % low": row.interval[0], "95 % high": row.interval[1], "n": row.n}
+    found |= {f"seed {seed}": row.by_seed.get(seed) for seed in seeds}
+    return found | {f"paper ({figures.of})": paper}
 
 
 @dataclass(frozen=True)
@@ -66,6 +84,8 @@ class Table:
     rows: Sequence[tuple[str, ...]]
     title: str = ""
     lines: Sequence[str] = ()
+    numbers: Sequence[Numbers] = ()
+    """The rows of its CSV; none: the cells."""
 
     def markdown(self) -> str:
         """With the lines."""
@@ -73,9 +93,10 @@ class Table:
         return "\n".join([*found, "", *self.lines] if self.lines else found) + "\n"
 
     def comma_separated(self) -> str:
-        """As CSV."""
-        out = StringIO()
-        csv.writer(out, lineterminator="\n").writerows([self.head, *self.rows])
+        """As CSV: numbers, empty where there is none."""
+        out, names = StringIO(), list(dict.fromkeys(name for row in self.numbers for name in row)) or self.head
+        cells = [[_cell(row.get(name)) for name in names] for row in self.numbers] if self.numbers else self.rows
+        csv.writer(out, lineterminator="\n").writerows([names, *cells])
         return out.getvalue()
 
     def latex(self) -> str:
@@ -91,6 +112,10 @@ class Table:
             with atomic_path(out / f"{self.name}.{ending}") as draft:
                 draft.write_text(content, encoding="utf-8")
         return text
+
+
+def _cell(value: str | float | None) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 class Said(Protocol):
@@ -132,4 +157,8 @@ def accuracy_table(
     name, title = (
         (f"table-{file_name(task)}", f"Accuracy on {task}") if task else ("table", "Accuracy on the test rows")
     )
-    return Table(name, head(figures), rows(grid, base, found, figures), title, lines)
+    shown = [] if base is None else [(base, figures.base)]
+    shown += [(found[arm.name], figures.arms.get(arm.name, "")) for arm in grid.arms if arm.name in found]
+    seeds = sorted({seed for row, _ in shown for seed in row.by_seed} - {NO_SEED})
+    numbers = [_numbers(row, figures, paper, seeds) for row, paper in shown]
+    return Table(name, head(figures), [_cells(*row) for row in shown], title, lines, numbers)

@@ -13,11 +13,14 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 
-from lorapar_ray.ablations.charts import losses
+from lorapar_ray.ablations.charts import frontier, losses
 from lorapar_ray.ablations.description import described
 from lorapar_ray.ablations.grids import GRIDS
+from lorapar_ray.ablations.paper import Figures
 from lorapar_ray.ablations.plan import make_plan
 from lorapar_ray.ablations.report import chosen_rates, report
+from lorapar_ray.ablations.results import Outcome, summarise
+from lorapar_ray.ablations.tables import accuracy_table
 from lorapar_ray.runs import RunDirectory
 from tests.tiny_run import ROOT
 from tests.unit.finished_units import record_finished
@@ -53,17 +56,53 @@ def test_the_tables_hold_what_is_finished(tmp_path: Path) -> None:
     assert re.search(r"^\| base \| – \| – \| 10\.0% \|.*\| – \|$", text, re.M)  # the paper has no such figure
     assert "| importance | 0.001 | 40.0% (800) | 52.0% |" in text
     assert "- **held**: The importance mask beats a random one of its size" in text
-    table = list(csv.reader((tmp_path / "table.csv").read_text().splitlines()))
-    assert [row[0] for row in table] == ["arm", "base", "importance", "random"]
+    table = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
+    assert [row["arm"] for row in table] == ["base", "importance", "random"]
+    base, importance, _ = table
+    assert (
+        base | {"learning rate, least": "", "accuracy": "0.1", "n": "100", "seed 1": "", "95 % low": "0.0552291"}
+        == base
+    )
+    numbers = {"learning rate, most": "0.001", "trained share, least": "0.4", "trained elements, most": "800"}
+    numbers |= {"accuracy": "0.52", "95 % high": "0.615354", "seed 1": "0.51", "seed 2": "0.52", "seed 3": "0.53"}
+    assert importance | numbers == importance
     assert r"52.0\% & " in (tmp_path / "table.tex").read_text()
     assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
     page = (tmp_path / "index.html").read_text()
+    assert "| 1: 51.0%, 2: 52.0%, 3: 53.0% |" in text
     assert page.count("<svg") == 3 and "6 of 6 runs are evaluated" in page
     assert "Stage 1 by mask, all at one learning rate." in page and "its own learning rate" not in page + text
     assert "✓ held" in page and "importance − random" in page and not re.search(r'(src|href)="(?!#)', page)
     assert "52.0% | 42.3% – 61.5% | 100 |" in text  # over the questions, each of which counts once
     report(plan, ["random, seed 1: <b>"])
     assert "random, seed 1: &lt;b&gt;" in (tmp_path / "index.html").read_text()
+
+
+def test_a_seed_without_results_and_what_varies_by_seed_are_seen() -> None:
+    found = [Outcome(seed, {"a": True, "b": seed > 3}, 1e-3, 0.4 + seed / 100, 800 + seed) for seed in (1, 3, 4)]
+    table = accuracy_table(GRIDS["mask"], None, {"random": summarise("random", found)}, Figures("7B"), [], "")
+    assert "| random | 0.001 | 41.0% – 44.0% (801 – 804) |" in table.markdown()
+    assert "| 1: 50.0%, 3: 50.0%, 4: 100.0% |" in table.markdown()
+    [row] = csv.DictReader(table.comma_separated().splitlines())
+    assert row["trained share, least"] == "0.41" and row["trained share, most"] == "0.44"
+    assert row["trained elements, least"] == "801" and row["trained elements, most"] == "804"
+    assert [name for name in row if name.startswith("seed")] == ["seed 1", "seed 3", "seed 4"] and row["seed 4"] == "1"
+    assert "41.0\\% – 44.0\\%" in table.latex()
+
+
+def test_a_line_of_the_frontier_goes_through_points_with_a_gain() -> None:
+    """As lines are compared; a point that lost is a mark of its own."""
+
+    def path(*points: tuple[float, float]) -> list[str]:
+        drawn = re.findall(r'<path d="([^"]*)" clip-path="[^"]*" style="fill: none[^"]*"', frontier({"one": points}))
+        return [each for each in drawn if each.count("L") >= 1]
+
+    gained = ((0.1, 0.05), (0.3, 0.09))
+    [line] = (each for each in path(*gained) if each.count("L") == 2)
+    assert [each.count("L") for each in path(*gained, (-0.1, 0.5))].count(2) == 1 and line
+    assert not [each for each in path(*gained, (-0.1, 0.5)) if each.count("L") == 3]
+    one, two = (frontier({"one": points}).count("<use ") for points in (gained, (*gained, (-0.1, 0.5))))
+    assert two > one  # its mark
 
 
 def test_the_rate_is_chosen_by_what_the_compared_runs_keep(tmp_path: Path) -> None:
@@ -218,7 +257,7 @@ def test_rl_after_a_stronger_stage_is_decided_only_where_the_stage_is_stronger(t
     assert "decides whether" not in shown and "decides no claim: that needs 3 seeds, and --seeds gives 2" in shown
     assert (tmp_path / "stages.csv").read_text().splitlines()[:3] == [
         "arm,after sft,after grpo,seeds",
-        "a0-b0.5,30.0%,50.0%,3",
-        "a0-b1,30.0%,50.0%,3",
+        "a0-b0.5,0.3,0.5,3",
+        "a0-b1,0.3,0.5,3",
     ]
     assert "Accuracy after each stage" in (tmp_path / "index.html").read_text()

@@ -325,7 +325,9 @@ def test_a_dry_run_says_how_much_a_grid_would_train(grid: str, file: str, said: 
     shown = CliRunner().invoke(app, command)
     assert shown.exit_code == 0 and not out.exists()
     assert all(line in shown.stdout for line in said), shown.stdout
-    assert "its hours are not known before a first run has finished in this directory" in shown.stdout
+    first, sweep = {"mask": ("importance", " --rates 1"), "theta": ("qkv-0.1", "")}.get(grid, ("", ""))
+    one = f"before a first run has finished in this directory; one gives them: --only {first}"
+    assert one in shown.stdout and (not first or f"{one} --seeds 1{sweep}\n" in shown.stdout)
 
 
 def test_a_dry_run_counts_what_is_known_by_now(tmp_path: Path) -> None:

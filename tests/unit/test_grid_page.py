@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lorapar_ray.ablations.plan import Plan, make_plan
@@ -43,15 +45,49 @@ def systems(out: Path) -> Plan:
     return plan
 
 
-@pytest.mark.parametrize(("grid", "said"), [(retention, "keep more than"), (systems, "forget less than")])
-def test_a_phone_shows_the_whole_page(grid: Callable[[Path], Plan], said: str, tmp_path: Path) -> None:
+def accuracies(name: str, out: Path, only: Sequence[str] = ()) -> Plan:
+    """A grid of stage 1 alone, at one learning rate."""
+    plan = make_plan(name, CONFIGS / "quickstart.yaml", [], out, seeds=[1, 2, 3], rates=[1.0], only=only)
+    for number, unit in enumerate(plan.units({})):
+        for folder in (unit.run.eval, unit.run.metrics):
+            folder.mkdir(parents=True, exist_ok=True)
+        for name in unit.config.evaluated:
+            table = {"id": [str(q) for q in range(300)], "right": [q < 50 + 2 * number for q in range(300)]}
+            pq.write_table(pa.table(table), unit.run.eval / f"{name}.parquet")
+            (unit.run.eval / f"{name}.json").write_text("{}")
+        lines = [json.dumps({"step": step, "loss": 2 / (step + 1), "active_share": 0.4}) for step in range(9)]
+        (unit.run.metrics / "sft.jsonl").write_text("\n".join(lines) + "\n")
+        record_finished(unit)
+    return plan
+
+
+def mask(out: Path) -> Plan:
+    """Without the arm whose adapters would be read."""
+    arms = ("importance", "random", "magnitude", "first-order", "shuffled-labels", "swapped")
+    return accuracies("mask", out, arms)
+
+
+def theta(out: Path) -> Plan:
+    return accuracies("theta", out)
+
+
+@pytest.mark.parametrize(
+    ("grid", "said", "plots"),
+    [
+        (retention, "keep more than", 3),
+        (systems, "forget less than", 3),
+        (mask, "beats a random one of its size", 3),
+        (theta, "the chosen subset beats a random one", 5),  # losses of 39 arms are three plots
+    ],
+)
+def test_a_phone_shows_the_whole_page(grid: Callable[[Path], Plan], said: str, plots: int, tmp_path: Path) -> None:
     plan = grid(tmp_path / "out")
     report(plan, [LONG])
     seen = seen_on_a_phone(plan.out / PAGE, tmp_path / "profile")
     assert seen.errors == [] and seen.page["broken"] == []
     assert seen.requests == []  # everything is inside the file
     assert seen.page["width"] == 390 == seen.page["scroll"] and seen.page["beyond"] == []
-    assert seen.page["plots"] == 3 and said in seen.page["text"] and LONG in seen.page["text"]
+    assert seen.page["plots"] == plots and said.lower() in seen.page["text"].lower() and LONG in seen.page["text"]
 
 
 def test_what_a_phone_cannot_show_is_found(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_the_report_says_what_the_second_stage_cost(grid: str, tmp_path: Path) -
     assert "Loss of the first stage's skill in the second" in page and "✓ held" in page
     assert (tmp_path / "retention.md").read_text() in text
     cells = (tmp_path / "retention.csv").read_text().splitlines()
-    assert cells[0].startswith("line,arm,gained") and "disjoint,disjoint-2,+30.0 points" in "\n".join(cells[1:])
+    assert cells[0].startswith("line,arm,gained") and "disjoint,disjoint-2,0.3,0.6" in "\n".join(cells[1:])
     assert r"disjoint & disjoint-2 & +30.0 points & " in (tmp_path / "retention.tex").read_text()
     assert "Skills gained and lost in the second stage" in page and "<td>disjoint-2</td>" in page
 

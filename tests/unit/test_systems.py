@@ -372,9 +372,12 @@ def test_the_report_shows_the_skills_after_every_system(tmp_path: Path) -> None:
     assert "- **held**: Disjoint regions end higher than training every element" in text
     assert "| 1 and 2 | 0.510 | 0.400 | 0.600 | 0.700 |" in text and "keeps, in the first run of disjoint" in text
     assert (tmp_path / "systems.md").read_text() in text
+    tex = (tmp_path / "systems.tex").read_text()
+    assert r"disjoint & -3.0 points & -4.5 to -1.5 & 60.0\% & 58.0\% &" in tex and tex.count(r"\begin{tabular}") == 4
     cells = (tmp_path / "systems.csv").read_text().splitlines()
     assert len(cells) == 1 + 6 * 9 and "disjoint,1,2,1,0.58" in cells
     page = (tmp_path / "index.html").read_text()
+    assert "<td>-4.5 to -1.5</td>" in page and "<h3>Accuracy of unmasked, means over seeds</h3>" in page
     assert "right after training each System" in page and "✓ held" in page and "6 of 6 runs are evaluated" in page
     regions = units[0].run.partition / "systems.json"
     regions.write_text(json.dumps({"theta": 0.9, "jaccard": {}, "systems": {"1": {}}}))
