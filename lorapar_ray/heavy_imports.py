@@ -49,19 +49,6 @@ def import_peft() -> None:
             import peft  # noqa: F401
 
 
-def import_vllm_to_ask() -> None:
-    """Import vLLM in a process that only passes requests on to its engine, without the compiler's table of operators.
-
-    vLLM adds its own operators to that table as soon as it is imported, half a second of a core. Only the engine's
-    other process compiles anything.
-    """
-    if "vllm" in sys.modules:
-        return
-    import_when_used("scipy.signal")
-    with without_collecting(), _refusing("torch._inductor.lowering"):
-        import vllm  # noqa: F401
-
-
 def import_when_used(name: str) -> None:
     """Let `import name` from now on only note the module, which is imported when the first of its names is used.
 
@@ -91,7 +78,7 @@ class _Noted(ModuleType):
 
 
 @contextmanager
-def _refusing(name: str) -> Iterator[None]:
+def without_module(name: str) -> Iterator[None]:
     """Let `import name` fail while the block runs, unless it has been imported already."""
 
     class Refusal(MetaPathFinder):

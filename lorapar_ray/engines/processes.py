@@ -24,7 +24,7 @@ from typing import Any
 from lorapar_ray.engines.folder import engine_folder, sockets_in
 from lorapar_ray.engines.phases import Phases
 from lorapar_ray.engines.refusals import leave_cause, refusing
-from lorapar_ray.heavy_imports import import_vllm_to_ask, without_collecting
+from lorapar_ray.heavy_imports import import_when_used, without_collecting, without_module
 from lorapar_ray.replaced import replaced
 
 PRELOAD = "lorapar_ray.engines.preload"
@@ -56,7 +56,7 @@ def _start(arguments: Mapping[str, Any], phases: Phases, folder: Path, forks: bo
     with phases.phase("importing vLLM"), without_collecting():
         if forks:
             begin_to_import(engine_folder())
-        import_vllm_to_ask()
+        _import_vllm_to_ask()
         from vllm import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -75,6 +75,19 @@ def _start(arguments: Mapping[str, Any], phases: Phases, folder: Path, forks: bo
                 raise
         print("lorapar: no engine can be forked here; vLLM spawns its processes", flush=True)
         return AsyncLLM.from_engine_args(wanted)
+
+
+def _import_vllm_to_ask() -> None:
+    """Import vLLM in a process that only passes requests on to its engine, without the compiler's table of operators.
+
+    vLLM adds its own operators to that table as soon as it is imported, half a second of a core. Only the engine's
+    other process compiles anything.
+    """
+    if "vllm" in sys.modules:
+        return
+    import_when_used("scipy.signal")
+    with without_module("torch._inductor.lowering"):
+        import vllm  # noqa: F401
 
 
 def begin_to_import(folder: Path) -> None:

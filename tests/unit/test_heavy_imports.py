@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lorapar_ray.datasets.chat import load_encoder
-from lorapar_ray.heavy_imports import _compiled_when_called, _refusing, import_when_used, is_ray_worker
+from lorapar_ray.heavy_imports import _compiled_when_called, import_when_used, is_ray_worker, without_module
 from lorapar_ray.models import resolve_model
 from tests.tiny_run import ROOT
 
@@ -95,8 +95,8 @@ def test_a_module_is_imported_when_its_first_name_is_used(package: Path) -> None
 
 
 def test_a_module_is_left_out_only_within_the_block(package: Path) -> None:
-    with _refusing("put_off.part"), pytest.raises(ImportError, match="is left out here"):
+    with without_module("put_off.part"), pytest.raises(ImportError, match="is left out here"):
         importlib.import_module("put_off.part")
     assert importlib.import_module("put_off.part").SIX == 6
-    with _refusing("put_off.part"):
+    with without_module("put_off.part"):
         assert importlib.import_module("put_off.part").SIX == 6
