@@ -51,19 +51,6 @@ def start_async_llm(arguments: Mapping[str, Any], phases: Phases, where: str) ->
         return _start(arguments, phases, own, forks)
 
 
-def _import_vllm_to_ask() -> None:
-    """Import vLLM in a process that only passes requests on to its engine, without the compiler's table of operators.
-
-    vLLM adds its own operators to that table as soon as it is imported, half a second of a core. Only the engine's
-    other process compiles anything.
-    """
-    if "vllm" in sys.modules:
-        return
-    import_when_used("scipy.signal")
-    with without_collecting(), without_module("torch._inductor.lowering"):
-        import vllm  # noqa: F401
-
-
 def _start(arguments: Mapping[str, Any], phases: Phases, folder: Path, forks: bool) -> Any:
     """As `start_async_llm`; a forked process writes the reason of its end to `folder`."""
     with phases.phase("importing vLLM"), without_collecting():
