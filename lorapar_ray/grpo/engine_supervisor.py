@@ -22,6 +22,7 @@ from typing import Any
 from lorapar_ray.engines.mismatch import PolicyMismatch
 from lorapar_ray.grpo.engine_losses import is_dead, is_lost, leave
 from lorapar_ray.progress import console
+from lorapar_ray.text import markup, reason
 
 LOSSES = 5
 """Engines lost in one place between two policies at which it is given up: so many mean a broken setup."""
@@ -218,6 +219,7 @@ class EngineSupervisor:
         self._losses[slot] += 1
         if self._losses[slot] < LOSSES:
             self.replaced += 1
+            console.print(f"  {self._what} {slot} was lost ({markup(reason(error))}); another one starts")
             return True
         if slot < self._fewest:
             raise RuntimeError(f"{self._what} {slot} was lost {LOSSES} times; {self._advice}") from error

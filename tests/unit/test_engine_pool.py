@@ -162,9 +162,12 @@ def test_an_engine_never_holds_more_than_its_limit() -> None:
 
 
 @pytest.mark.parametrize("when", ["start", "rollout"])
-def test_an_engine_that_is_lost_again_and_again_ends_the_run(when: str) -> None:
+def test_an_engine_that_is_lost_again_and_again_ends_the_run(when: str, capsys: pytest.CaptureFixture[str]) -> None:
     fates = ["rollout"] + [when] * (LOSSES - 2)
     assert ask(pool_of([*fates, "lives"], 1), 1) == [LOSSES - 1]
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition(" (")[0].strip() for line in told] == ["rollout engine 0 was lost"] * (LOSSES - 1)
+    assert all("ActorDiedError" in line and line.endswith("another one starts") for line in told)
     pool = pool_of([*fates, when, "lives"], 1)
     with pytest.raises(RuntimeError, match=f"rollout engine 0 was lost {LOSSES} times"):
         ask(pool, 1)
