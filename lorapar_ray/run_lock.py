@@ -2,9 +2,9 @@
 locks, which network file systems break.
 
 The file names its holder. On the same machine a dead holder is detected by its process; on another machine by the
-file's age, since a living holder touches it every `BEAT_S`. A clock that is set forwards makes every file old, so an
-old one must also stay untouched while it is watched (`SURE_S`). A holder that slept until another command took its
-lock writes nothing more.
+file, since a living holder touches it every `BEAT_S`: it stays untouched while it is watched for `SILENT_S`, or it is
+old already. A clock that is set forwards makes every file old, so an old one must also stay untouched while it is
+watched (`SURE_S`). A holder that slept until another command took its lock writes nothing more.
 """
 
 from __future__ import annotations
@@ -26,16 +26,24 @@ from lorapar_ray.progress import console
 from lorapar_ray.threads import stop_this_command
 
 NAME = "lock.json"
-BEAT_S = 20.0
+BEAT_S = 5.0
+BEAT = "beat_s"
+"""A lock's field: how often its holder touches it. Earlier versions do so every 20 s, and do not say it."""
 RETRY_S = 2.0
 WAIT = "LORAPAR_WAIT_S"
 """Environment variable: seconds for which a command waits for the lock."""
 JOB_WAIT_S = "400"
-"""Wait of a job, which may restart while the lock of its dead driver is not yet stale: longer than `STALE_S`."""
+"""Wait of a job, which may restart while its dead driver is not yet known to be dead: longer than `STALE_S`."""
 STALE_S = 300.0
 """Age from which the lock of another machine's holder is stale."""
-SURE_S = 1.5 * BEAT_S
+SURE_S = 30.0
 """How long a stale lock is watched before it is taken over."""
+SILENT_S = 75.0
+"""How long the lock of another machine's holder is watched, whatever its age, before it is taken over: 15 beats. A
+holder lives through a disk or a network that hangs for most of that."""
+LOOK_S = 2 * RETRY_S
+"""So much at most counts of the time between two looks: a file system that hangs for all of its machines is no sign of
+a holder's death."""
 
 
 class InUse(UserError):
@@ -51,8 +59,10 @@ class _Seen(NamedTuple):
 
     changed_s: float
     """When it was touched, by the clock of its file system."""
-    since: float
-    """When this state was first seen (monotonic)."""
+    untouched: float
+    """Seconds for which it has been watched in this state."""
+    looked: float
+    """When it was last looked at (monotonic)."""
     beats: bool
     """Whether it was touched while watched."""
 
@@ -64,7 +74,7 @@ class Watch:
         self._seen: _Seen | None = None
 
     def lives(self, holder: dict[str, Any], changed_s: float, age: float) -> bool | None:
-        """Whether the holder is alive; None: not yet known, call again until `SURE_S` have passed.
+        """Whether the holder is alive; None: not yet known. Call it again, as if it were alive, every `RETRY_S`.
 
         Args:
             changed_s: when the lock was touched, by the clock of its file system.
@@ -74,11 +84,14 @@ class Watch:
             return lives(holder, age)
         now = time.monotonic()
         if self._seen is None or self._seen.changed_s != changed_s:
-            self._seen = _Seen(changed_s, now, beats=self._seen is not None)
-        untouched = now - self._seen.since
+            self._seen = _Seen(changed_s, 0.0, now, beats=self._seen is not None)
+        else:
+            untouched = self._seen.untouched + min(now - self._seen.looked, LOOK_S)
+            self._seen = self._seen._replace(untouched=untouched, looked=now)
+        silent_s = SILENT_S if BEAT in holder else STALE_S
         if self._seen.beats or age < STALE_S:
-            return untouched < STALE_S
-        return False if untouched >= SURE_S else None
+            return self._seen.untouched < silent_s
+        return False if self._seen.untouched >= SURE_S else None
 
 
 _held: dict[Path, int] = {}
@@ -93,7 +106,8 @@ def run_lock(root: Path, wait_s: float = 0.0) -> Iterator[None]:
     """Hold the lock of an existing run directory while the block runs; blocks of one process may nest.
 
     Args:
-        wait_s: how long to wait until the holder ends or is seen to be dead (`STALE_S` on another machine).
+        wait_s: how long to wait until the holder ends or is seen to be dead (on another machine `SILENT_S`, or
+            `STALE_S` for one of an earlier version).
 
     Raises:
         UserError: a living process holds it; the message names it.
@@ -170,7 +184,7 @@ def _take_within(file: Path, wait_s: float) -> str:
 
 def _take(file: Path, watch: Watch) -> str:
     """Create the lock; returns its content."""
-    mine = json.dumps(identity() | {"token": uuid.uuid4().hex})
+    mine = json.dumps(identity() | {"token": uuid.uuid4().hex, BEAT: BEAT_S})
     try:
         while not _created(file, mine):
             _remove_if_stale(file, watch)
@@ -213,6 +227,9 @@ def _remove_if_stale(file: Path, watch: Watch) -> None:
         file.rename(aside)
         if (found := _text_of(aside)) != text:  # not the lock that was read: another process was faster
             _put_back(aside, file, found)
+        else:
+            why = "it has ended" if _is_here(holder) else f"no sign of life for {max(0.0, age):.0f} s"
+            console.print(f"  takes over from process {_named(holder)}: {why}")
         aside.unlink()
 
 
@@ -234,11 +251,16 @@ def in_use(run: str, holder: dict[str, Any], age: float, lock: object) -> str:
         age: seconds since the holder's last sign of life.
         lock: what the user may delete if the holder is gone.
     """
-    pid, host, command, since = (str(holder.get(key, "?"))[:80] for key in ("pid", "host", "command", "since"))
+    alive = f"last sign of life {max(0.0, age):.0f} s ago"
     return (
-        f"{run} is in use by process {pid} on {host} ({command}, since {since}, last sign of life "
-        f"{max(0.0, age):.0f} s ago); wait for it or stop it, or delete '{lock}' if it is gone"
+        f"{run} is in use by process {_named(holder, alive)}; wait for it or stop it, or delete '{lock}' if it is gone"
     )
+
+
+def _named(holder: dict[str, Any], *more: str) -> str:
+    """A holder's process number, machine and command."""
+    pid, host, command, since = (str(holder.get(key, "?"))[:80] for key in ("pid", "host", "command", "since"))
+    return f"{pid} on {host} ({', '.join([command, f'since {since}', *more])})"
 
 
 def _age(file: Path) -> float:

@@ -23,11 +23,12 @@ from typing import Any
 
 from lorapar_ray.errors import UserError
 from lorapar_ray.progress import console
-from lorapar_ray.run_lock import BEAT_S, RETRY_S, STALE_S, InUse, identity, in_use, lives, parsed
+from lorapar_ray.run_lock import RETRY_S, STALE_S, InUse, identity, in_use, lives, parsed
 from lorapar_ray.storage.objects import Objects
 from lorapar_ray.threads import stop_this_command
 
 FOLDER = "lock"
+BEAT_S = 20.0
 FENCE_S = 0.8 * STALE_S
 BOTH_S = (0.2, 2.0)
 """If two commands claim at the same moment, both withdraw and retry after a random time in this range."""

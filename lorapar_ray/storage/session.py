@@ -14,9 +14,9 @@ from typing import Any
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import cache_root
 from lorapar_ray.progress import console
-from lorapar_ray.run_lock import BEAT_S, InUse, run_lock
+from lorapar_ray.run_lock import InUse, run_lock
 from lorapar_ray.storage import COMPLETE, PROBE, TOKEN
-from lorapar_ray.storage.claims import FOLDER, Claim, living_claim
+from lorapar_ray.storage.claims import BEAT_S, FOLDER, Claim, living_claim
 from lorapar_ray.storage.mirror import MANIFEST, Mirror, Wanted, all_but, below
 from lorapar_ray.storage.objects import Objects
 from lorapar_ray.storage.uris import Uri

@@ -8,15 +8,15 @@ from random import Random
 import pytest
 
 from lorapar_ray.errors import UserError
-from lorapar_ray.run_lock import BEAT_S, run_lock
+from lorapar_ray.run_lock import SILENT_S, run_lock
 from tests.chaos import Recovery
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.disturbed import ends_undisturbed
 
 pytestmark = pytest.mark.e2e
 CALL_MS = 10
-HANGS_S = (BEAT_S + 5, 2 * BEAT_S + 5)
-"""So long that the lock's holder misses a beat or two."""
+HANGS_S = (SILENT_S / 3, SILENT_S * 2 / 3)
+"""So long that the lock's holder misses many beats."""
 
 
 @pytest.fixture(scope="module")
