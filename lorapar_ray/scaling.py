@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node
+from ray._private.state import available_resources_per_node, state
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.controller.state import ReschedulingState
 from ray.train.v2._internal.execution.scaling_policy import (
@@ -143,7 +143,8 @@ class RoomPolicy(ScalingPolicy):
             Exception: of Ray's, if its head does not answer.
         """
         labels = {node["NodeID"]: node["Labels"] for node in answering([each for each in ray.nodes() if each["Alive"]])}
-        free = {node: Counter(found) for node, found in available_resources_per_node().items() if node in labels}
+        staying = labels.keys() - state.get_draining_nodes().keys()  # Ray starts nothing on a node that will be lost
+        free = {node: Counter(found) for node, found in available_resources_per_node().items() if node in staying}
         for node, bundle in _bundles(self._group):
             if node in free:
                 free[node].update(bundle)

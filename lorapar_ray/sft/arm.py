@@ -14,14 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorapar_ray.collectives import most_of_any_rank
 from lorapar_ray.config import SftConfig
 from lorapar_ray.errors import UserError
+from lorapar_ray.leaving import loses_a_node
 from lorapar_ray.optim import MaskedAdamW
 from lorapar_ray.optim.schedule import learning_rate_factor
 from lorapar_ray.sft.batches import BatchPlan
 from lorapar_ray.sft.checkpoint import Progress, load_checkpoint, load_parameters, save_checkpoint
 from lorapar_ray.sft.rows import losses_in
 from lorapar_ray.sft.step_log import StepLog
+
+LOOK_EVERY = 5
+"""Steps between two looks whether a node will be lost, and between the checkpoints until then."""
 
 Example = dict[str, Any]
 Micro = list[list[Example]]
@@ -131,11 +136,19 @@ class Arm:
             self.progress.best_checkpoint = str(self.checkpoints / f"checkpoint-{self.progress.step}")
 
     def checkpoint_if_due(self) -> None:
-        """Write a checkpoint if one follows the last step."""
-        if self._due and self.checkpoints is not None:
+        """Write a checkpoint if one follows the last step, or if a node will be lost; every rank calls this."""
+        if self.checkpoints is not None and (self._due or self._loses_a_node()):
             self.log.flush()  # a run that resumes here writes no line for earlier steps
             worker = self.worker
             save_checkpoint(self.checkpoints, worker.rank, worker.world, self.progress, self.trained, self.optimizer)
+
+    def _loses_a_node(self) -> bool:
+        """Whether the group, of which each worker looks at the same steps, will lose a node."""
+        if self.progress.step % LOOK_EVERY:
+            return False
+        worker = self.worker
+        here = loses_a_node()
+        return here if worker.world == 1 else most_of_any_rank(int(here), worker.device) > 0
 
     def finish(self) -> None:
         """Write the rest of the log, and set the parameters to the best or last ones, by the settings."""

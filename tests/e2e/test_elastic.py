@@ -21,8 +21,11 @@ from ray._private.authentication.authentication_token_setup import (
     ensure_token_if_auth_enabled,
 )
 from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.experimental.internal_kv import _internal_kv_get
+from ray.train import ScalingConfig
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from lorapar_ray.adapters.job import make_adapter
@@ -34,6 +37,7 @@ from lorapar_ray.importance.job import score_stage
 from lorapar_ray.room import Others
 from lorapar_ray.running import run_stage
 from lorapar_ray.runs import RunDirectory
+from lorapar_ray.scaling import RoomPolicy
 from lorapar_ray.sft.checkpoint import last_checkpoint
 from lorapar_ray.sft.job import train_stage1
 from lorapar_ray.workers import run_workers
@@ -228,6 +232,39 @@ def test_stage_2_goes_on_with_the_learners_that_there_are(
     lines = stage.lines()
     require_each_step_and_prompt_once(lines)
     assert {line["engines"] for line in lines} == {1}
+
+
+def drain(nodes: Cluster, node: Any, after_s: float) -> None:
+    """Tell Ray that a node will be lost, as a cloud's notice does."""
+    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = int(1000 * (time.time() + after_s))
+    accepted, why = GcsClient(address=nodes.address).drain_node(node.node_id, reason, "taken back", deadline_ms)
+    assert accepted, why
+
+
+@pytest.mark.long
+def test_stage_1_saves_its_steps_before_a_node_is_taken_back(nodes: Cluster, tmp_path: Path) -> None:
+    """Two workers, and no checkpoint is due; after the notice there are some, from which one worker goes on."""
+    options = {"micro_batch_size": 4, "checkpoint_every": 10**6, "schedule": "constant", "warmup_ratio": 0.0}
+    options |= {"epochs": 20_000, "max_workers": 2, "resources": {"cpus": 2, "threads": 1}}
+    config, run = ready_run(save_tiny_student(tmp_path / "student"), tmp_path / "run", **options)
+    second = nodes.add_node(num_cpus=2)
+    stage = Stage("sft", train_stage1, config, run)
+    stage.wait_for(lambda: len(stage.lines()) >= 10)
+    assert len(below("RayTrainWorker")) == 2
+    checkpoints = run.work / "sft" / "checkpoints"
+    assert last_checkpoint(checkpoints, 1) is None
+    drain(nodes, second, 40)
+    scaling = ScalingConfig(num_workers=(1, 2), resources_per_worker={"CPU": 2})
+    assert [node.labels["group"] for node in RoomPolicy(scaling, Resources(cpus=2)).look().nodes] == ["head"]
+    stage.wait_for(lambda: last_checkpoint(checkpoints, 1) is not None)
+    stage.wait_for(lambda: len(below("RayTrainWorker")) == 1)
+    newest = last_checkpoint(checkpoints, 1)
+    assert newest is not None and len([*Path(newest[0]).glob("rng-*")]) == 2
+    stage.wait_for(lambda: len(stage.lines()) > newest[1] + 10)
+    stage.stop()
+    lines = stage.lines()
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
 
 
 def evaluation(student: Path, folder: Path, engines: int | list[int]) -> tuple[Config, RunDirectory]:
