@@ -60,7 +60,7 @@ def effects(verdicts: Sequence[Verdict]) -> str:
                 values = [100 * shown[place].effect.difference for place in places]
                 axis.plot(values, places, mark, color=INK, markersize=7, label=kind, linestyle="none")
         axis.set_yticks(range(len(shown)), [f"{each.claim.better} − {each.claim.worse}" for each in shown])
-        axis.set(title="Differences", xlabel="points of accuracy (thick: 95 % interval; thin: the one that decides)")
+        axis.set(title="Differences", xlabel="points of accuracy\n(thick: 95 % interval; thin: the one that decides)")
         figure.legend(loc="outside lower left", ncol=3)
         return svg_of(figure)
 

@@ -213,7 +213,7 @@ def decided_by(effect: Effect, scale: float, form: str) -> str:
     if effect.comparisons == 1 or effect.seeds < FEWEST_SEEDS:
         return ""
     low, high = (format(scale * bound, form) for bound in effect.deciding)
-    return f"; at {level_shown(effect.comparisons)}, for {effect.comparisons} claims, {low} to {high}"
+    return f"; at {level_shown(effect.comparisons)}, which decides each of {effect.comparisons} claims, {low} to {high}"
 
 
 def level_shown(comparisons: int) -> str:

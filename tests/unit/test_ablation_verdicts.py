@@ -164,8 +164,11 @@ def test_several_claims_share_the_chance_of_a_wrong_verdict() -> None:
     assert alone.found == "held" and one_of_7.found == "undecided"
     low, high = one_of_7.effect.deciding
     assert low < 0 < one_of_7.effect.interval[0] and high > one_of_7.effect.interval[1]
-    assert f"; at 99.29 %, for 7 claims, {100 * low:+.1f} to {100 * high:+.1f}; exact sign test" in one_of_7.sentence
-    assert "for 7 claims" not in alone.sentence
+    assert (
+        f"; at 99.29 %, which decides each of 7 claims, {100 * low:+.1f} to {100 * high:+.1f}; exact sign test"
+        in one_of_7.sentence
+    )
+    assert "7 claims" not in alone.sentence
     by_seed = [0.02, 0.05, 0.08]
     over_seeds = 0.05 - mean_interval(by_seed, 1 - 0.05 / 7)[1][0]
     assert 0.05 - effect(by_seed, comparisons=7).deciding[0] == pytest.approx(over_seeds)
