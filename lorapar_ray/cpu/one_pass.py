@@ -125,8 +125,9 @@ def _same_bits(step: Step) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def _compile() -> Step:
-    import numba
+def _intrinsics() -> tuple[Any, Any, Any]:
+    """What numba lacks, as functions for compiled code: an address as a pointer to float32, an address as a pointer to
+    int32, and a · b + c in float32, rounded once."""
     from numba import types
     from numba.extending import intrinsic
 
@@ -142,12 +143,24 @@ def _compile() -> Step:
 
         return pointer
 
-    floats, positions = pointer_to(types.float32), pointer_to(types.int32)
-
     @intrinsic
     def fma(_: Any, a: Any, b: Any, c: Any) -> Any:
         signature = types.float32(types.float32, types.float32, types.float32)
         return signature, lambda context, builder, signature, arguments: builder.fma(*arguments)
+
+    return pointer_to(types.float32), pointer_to(types.int32), fma
+
+
+def _compile() -> Step:
+    """The step as compiled code; it takes `ends` (where each parameter's active elements end, from 0), `_addresses` of
+    the tensors and `_factors`.
+
+    Raises:
+        ImportError: numba is missing.
+    """
+    import numba
+
+    floats, positions, fma = _intrinsics()
 
     @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
     def step_range(

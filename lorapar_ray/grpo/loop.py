@@ -96,52 +96,72 @@ def learn(learner: Learner, coordinators: Sequence[Any], journals: Sequence[Jour
         begin_arms(learner, leads, restored)
     if world > 1:
         dist.barrier()  # no rank asks for a batch before rank 0 has told the coordinators where to begin
-    while running := [number for number, arm in enumerate(arms) if steps[number] < arm.steps]:
-        start = time.monotonic()
-        fetched = {
-            number: fetch(
-                coordinators[number],
-                steps[number],
-                rank,
-                world,
-                together=arms[number].settings.sequence_parallel,
-                packed=learner.forward.packed,
-            )
-            for number in running
-        }
-        waited = time.monotonic() - start
-        clock = Clock()
-        with clock.phase("learn"):
-            metrics = learner.step(
-                {number: mini_batches for number, (_, mini_batches) in fetched.items()},
-                {number: steps[number] for number in running},
-                world,
-                before_update=(lambda number: leads[number].publisher.wait()) if leads else None,
-            )
-            canaries = learner.canaries() if computes_canaries else []
+    while running := {number: steps[number] for number, arm in enumerate(arms) if steps[number] < arm.steps}:
+        take_step(learner, coordinators, leads, running, rank, world, computes_canaries=computes_canaries)
         for number in running:
             steps[number] += 1
-        own = [(number, leads[number]) for number in running if leads]
-        proofs = sum(lead.publisher.figures["seconds/wait_for_proof"] for _, lead in own)
-        for number, lead in own:
-            lead.publish(steps[number], canaries[number])
-            figures = {**metrics[number], **lead.publisher.figures, "learners": float(world)}
-            lead.journal.write(
-                steps[number],
-                fetched[number][0],
-                figures,
-                learning=clock.seconds["learn"] - proofs,
-                waited=waited,
-                proofs=proofs,
-                whole=time.monotonic() - start,
-            )
-        for number in running:
-            arms[number].require_finite()
-        for number, lead in own:
-            lead.checkpoint_if_due(steps[number])
     for number, lead in enumerate(leads):
         lead.publisher.wait()
         learner.finish(number)
+
+
+def take_step(
+    learner: Learner,
+    coordinators: Sequence[Any],
+    leads: Sequence[Lead],
+    running: Mapping[int, int],
+    rank: int,
+    world: int,
+    *,
+    computes_canaries: bool,
+) -> None:
+    """One optimiser step of every unfinished arm: fetch this learner's shares, update, publish, record.
+
+    Args:
+        coordinators: as for `learn`.
+        leads: by arm, on rank 0; empty on other ranks.
+        running: by number of an unfinished arm, the steps that it has taken.
+        computes_canaries: this rank computes along for the canary tokens of the new policies.
+    """
+    start = time.monotonic()
+    fetched = {
+        number: fetch(
+            coordinators[number],
+            step,
+            rank,
+            world,
+            together=learner.arms[number].settings.sequence_parallel,
+            packed=learner.forward.packed,
+        )
+        for number, step in running.items()
+    }
+    waited = time.monotonic() - start
+    clock = Clock()
+    with clock.phase("learn"):
+        metrics = learner.step(
+            {number: mini_batches for number, (_, mini_batches) in fetched.items()},
+            dict(running),
+            world,
+            before_update=(lambda number: leads[number].publisher.wait()) if leads else None,
+        )
+        canaries = learner.canaries() if computes_canaries else []
+    own = [(number, leads[number]) for number in running if leads]
+    proofs = sum(lead.publisher.figures["seconds/wait_for_proof"] for _, lead in own)
+    for number, lead in own:
+        lead.publish(running[number] + 1, canaries[number])
+        lead.journal.write(
+            running[number] + 1,
+            fetched[number][0],
+            {**metrics[number], **lead.publisher.figures, "learners": float(world)},
+            learning=clock.seconds["learn"] - proofs,
+            waited=waited,
+            proofs=proofs,
+            whole=time.monotonic() - start,
+        )
+    for number in running:
+        learner.arms[number].require_finite()
+    for number, lead in own:
+        lead.checkpoint_if_due(running[number] + 1)
 
 
 def begin_arms(learner: Learner, leads: Sequence[Lead], restored: Sequence[tuple[int, dict[str, Any] | None]]) -> None:
