@@ -14,7 +14,7 @@ from lorapar_ray.boundary import read_object
 
 
 def export_plain(initial: Path, trained: Path, out: Path, original: str) -> None:
-    """Write a PiSSA or OLoRA adapter as a plain LoRA of twice the rank on the original base (method, section 4).
+    """Write a PiSSA or OLoRA adapter as a plain LoRA of twice the rank on the original base.
 
     Args:
         initial: the adapter before training, on the residual base.

@@ -15,18 +15,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorapar_ray.adapters.keys import ADAPTER, adapter_parameters
+from lorapar_ray.adapters.keys import adapter_parameters
 from lorapar_ray.errors import UserError
 from lorapar_ray.importance.batching import Layout, layout_of
 from lorapar_ray.importance.losses import losses_of
 from lorapar_ray.importance.segments import add_segment_products
+from lorapar_ray.importance.sites import SiteGroup, site_groups
 from lorapar_ray.importance.sums import GradSums
 from lorapar_ray.packed_attention import packed_attention_of
 from lorapar_ray.transfer import on_device
@@ -38,7 +38,7 @@ LOSS_ONLY = ("labels", "lengths")
 def gradient_sums(peft_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> GradSums:
     """Σ∂L_k and Σ(∂L_k)² of every LoRA element over the examples of `batches`.
 
-    L_k is the cross-entropy of example k averaged over its labelled tokens (method, section 2). Dropout is off during
+    L_k is the cross-entropy of example k averaged over its labelled tokens (paper, section 3.2). Dropout is off during
     this, and gradient checkpointing stays on if it is enabled. Afterwards the model is unchanged, also its parameters'
     `.grad`.
 
@@ -68,56 +68,6 @@ def example_losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         return losses_of(model, inputs_of(batch, layout, device), layout)
 
 
-@dataclass(eq=False)
-class _Site:
-    """One adapted linear layer."""
-
-    name: str
-    layer: Any
-    scaling: float
-
-    @property
-    def keys(self) -> tuple[str, str]:
-        """Keys of A and of B."""
-        return f"{self.name}.lora_A.weight", f"{self.name}.lora_B.weight"
-
-    @property
-    def A(self) -> Tensor:
-        return self.layer.lora_A[ADAPTER].weight.detach()
-
-    @property
-    def B(self) -> Tensor:
-        return self.layer.lora_B[ADAPTER].weight.detach()
-
-
-@dataclass(eq=False)
-class _Group:
-    """Layers of one module with inputs of the same width; they share the product if they get the same input."""
-
-    sites: list[_Site]
-    down: dict[torch.dtype, Tensor] = field(default_factory=dict)
-    """All A's, stacked [R, in], by dtype."""
-    up: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
-    """s·B by site and dtype."""
-    shared: tuple[Any, tuple[Tensor, ...]] | None = None
-    """(a weak reference to the first site's input, its product with all A's), until the last site has used it."""
-
-    def A(self, dtype: torch.dtype) -> Tensor:
-        if dtype not in self.down:
-            self.down[dtype] = torch.cat([site.A for site in self.sites]).to(dtype)
-        return self.down[dtype]
-
-    def sB(self, number: int, dtype: torch.dtype) -> Tensor:
-        if (number, dtype) not in self.up:
-            site = self.sites[number]
-            self.up[number, dtype] = (site.B * site.scaling).to(dtype)
-        return self.up[number, dtype]
-
-    @property
-    def ranks(self) -> list[int]:
-        return [len(site.A) for site in self.sites]
-
-
 class Scorer:
     """Adds batches of examples to sums; see `scoring`."""
 
@@ -125,7 +75,7 @@ class Scorer:
         self.model = peft_model
         self.parameters = adapter_parameters(peft_model)
         self.device = next(iter(self.parameters.values())).device
-        self.groups = _groups(peft_model, set(self.parameters))
+        self.groups = site_groups(peft_model, set(self.parameters))
         self._sums: GradSums | None = None
         self._layout: Layout | None = None
         self._seen: set[str] = set()
@@ -148,15 +98,14 @@ class Scorer:
         self._sums, self._layout = sums, layout
         self._seen.clear()
         try:
-            with attention_of(
-                self.model, layout
-            ):  # until the backward pass ends: checkpointed layers run forward again
+            # until the backward pass ends, since checkpointed layers run forward again
+            with attention_of(self.model, layout):
                 losses_of(self.model, inputs_of(batch, layout, self.device), layout).sum().backward()
         finally:
             self._sums = self._layout = None
         sums.n += len(layout.lengths)
 
-    def forward(self, group: _Group, number: int, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    def forward(self, group: SiteGroup, number: int, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         """What an adapted layer computes while scoring."""
         site = group.sites[number]
         base: Tensor = site.layer.base_layer(x, *arguments, **options)
@@ -170,26 +119,26 @@ class Scorer:
         output: Tensor = _Up.apply(base, self._hidden(group, number, x), group, number, self)
         return output
 
-    def _hidden(self, group: _Group, number: int, x: Tensor) -> Tensor:
+    def _hidden(self, group: SiteGroup, number: int, x: Tensor) -> Tensor:
         """A x of one site, [T, r]; a slice of the group's product if all sites get the same tensor in turn."""
         if number == 0:
             group.shared = (weakref.ref(x), _Down.apply(x, group, self))
         if group.shared is None or group.shared[0]() is not x:
-            alone: Tensor = _Down.apply(x, _Group([group.sites[number]]), self)[0]
+            alone: Tensor = _Down.apply(x, SiteGroup([group.sites[number]]), self)[0]
             return alone
         hidden = group.shared[1][number]
         if number == len(group.sites) - 1:
             group.shared = None
         return hidden
 
-    def add_down(self, group: _Group, gradient: Tensor, x: Tensor) -> None:
+    def add_down(self, group: SiteGroup, gradient: Tensor, x: Tensor) -> None:
         """The gradients of a group's A's: of [T, R] and [T, in]."""
         assert self._sums is not None and self._layout is not None
         sums, layout = self._sums, self._layout
         first, second = (_block(part, group) for part in (sums.first, sums.second))
         add_segment_products(gradient, x.reshape(-1, x.shape[-1]), layout, first, second)
 
-    def add_up(self, group: _Group, number: int, gradient: Tensor, hidden: Tensor) -> None:
+    def add_up(self, group: SiteGroup, number: int, gradient: Tensor, hidden: Tensor) -> None:
         """The gradient of a B: of [T, out] and [T, r]."""
         site = group.sites[number]
         assert self._sums is not None and self._layout is not None
@@ -205,7 +154,7 @@ class _Down(torch.autograd.Function):
     """x [.., in] times every A of a group: [T, r] for each; the backward pass gives the gradients of those A's."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: _Group, scorer: Scorer) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, group: SiteGroup, scorer: Scorer) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x)
         ctx.group, ctx.scorer = group, scorer
         hidden = x.reshape(-1, x.shape[-1]) @ group.A(x.dtype).T
@@ -223,7 +172,7 @@ class _Up(torch.autograd.Function):
     """base [.., out] + s·B h for h [T, r], the backward pass gives the gradient of B."""
 
     @staticmethod
-    def forward(ctx: Any, base: Tensor, hidden: Tensor, group: _Group, number: int, scorer: Scorer) -> Tensor:
+    def forward(ctx: Any, base: Tensor, hidden: Tensor, group: SiteGroup, number: int, scorer: Scorer) -> Tensor:
         ctx.save_for_backward(hidden)
         ctx.group, ctx.number, ctx.scorer = group, number, scorer
         flat = base.reshape(-1, base.shape[-1])
@@ -275,25 +224,7 @@ def scoring(peft_model: Any) -> Iterator[Scorer]:
             module.training = True
 
 
-def _groups(peft_model: Any, keys: set[str]) -> list[_Group]:
-    """The adapted layers, those that may share their input together."""
-    groups: dict[tuple[str, int], _Group] = {}
-    found: set[str] = set()
-    for name, module in peft_model.named_modules():
-        if ADAPTER not in (getattr(module, "lora_A", None) or {}):
-            continue
-        site = _Site(name, module, module.scaling[ADAPTER])
-        plain = not getattr(module, "lora_variant", None) and not module.merged and module.lora_B[ADAPTER].bias is None
-        if isinstance(module.lora_A[ADAPTER], nn.Linear) and plain:
-            found.update(site.keys)
-            place = (name.rpartition(".")[0], site.A.shape[1])
-            groups.setdefault(place, _Group([])).sites.append(site)
-    if left := sorted(keys - found):
-        raise UserError(f"'{left[0]}' is not a plain LoRA of a linear layer; leave its layer out of adapter.targets")
-    return list(groups.values())
-
-
-def _block(sums: Mapping[str, Tensor], group: _Group) -> Tensor:
+def _block(sums: Mapping[str, Tensor], group: SiteGroup) -> Tensor:
     """The sums of a group's A's as one [R, in], in the memory that `Scorer.new_sums` laid out."""
     top = sums[group.sites[0].keys[0]]
     return top.as_strided((sum(group.ranks), top.shape[1]), top.stride())

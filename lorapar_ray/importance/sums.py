@@ -39,7 +39,7 @@ class GradSums:
                 value += theirs[key]
 
     def mean(self, key: str) -> tuple[Tensor, Tensor]:
-        """(g, F) of one parameter (method, section 2): the mean gradient and the diagonal empirical Fisher."""
+        """(g, F) of one parameter (paper, section 3.2): the mean gradient and the diagonal empirical Fisher."""
         return self.first[key] / self.n, self.second[key] / self.n
 
     def save(self, path: Path, **notes: str) -> None:

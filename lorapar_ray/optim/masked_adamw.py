@@ -1,7 +1,7 @@
 """AdamW that stores and touches active elements only.
 
-Masking the gradient under a stock AdamW freezes nothing: weight decay and stale moments still move a "frozen" element
-(method, section 3). Here an inactive element has no moments and never enters the arithmetic, so decay, momentum,
+Masking the gradient under a stock AdamW freezes nothing: weight decay and stale moments still move a "frozen" element.
+Here an inactive element has no moments and never enters the arithmetic, so decay, momentum,
 clipping and loss scaling do not change its bits; and the optimiser's memory is the active share of AdamW's.
 
 How a step runs: the active elements of several parameters are gathered into one flat chunk, torch's own
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,37 +41,6 @@ from lorapar_ray.optim.triton_step import TritonStep
 MOMENTS = ("exp_avg", "exp_avg_sq")
 TRITON_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton interprets its kernels, as in their tests; they then accept a CPU's tensors too."""
-
-
-def masked_param_groups(
-    parameters: Mapping[str, nn.Parameter],
-    masks: Mapping[str, Tensor],
-    *,
-    lr: float,
-    weight_decay: float,
-    lora_plus_ratio: float = 1.0,
-) -> list[dict[str, Any]]:
-    """Parameter groups for `MaskedAdamW`, sorted by key.
-
-    Args:
-        parameters: by adapter key.
-        masks: by the same keys; bool, in the shapes of the parameters.
-        lora_plus_ratio: learning rate of the B matrices over that of the others (LoRA+, arXiv 2402.12354).
-    """
-    groups = []
-    for is_b, rate in ((False, lr), (True, lr * lora_plus_ratio)):
-        keys = [key for key in sorted(parameters) if (".lora_B." in key) == is_b]
-        if keys:
-            group = {"params": [parameters[key] for key in keys], "masks": [masks[key] for key in keys]}
-            groups.append({**group, "lr": rate, "weight_decay": weight_decay})
-    return groups
-
-
-def trainable_share(masks: Mapping[str, Tensor]) -> float:
-    """Active elements over all elements."""
-    return sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
-
-
 WORTH_COMPILING = 2**28
 """Active elements of a group, times its steps, after which the compiled pass is used: it has to save the 3 s that its
 compilation takes. Before, torch's kernel gives the same bits."""
@@ -194,8 +163,8 @@ class MaskedAdamW(torch.optim.Optimizer):
     def clip_and_step(self, max_norm: float, only_finite: bool = False) -> Tensor:
         """`clip_grad_norm_`, then `step`; returns the norm, on the parameters' device, without waiting for it.
 
-        On a GPU these are three launches, and the gradients themselves are not changed: only the step uses clipped
-            ones.
+        On a GPU these are three launches, and the gradients themselves are not changed: only the step uses the clipped
+        ones.
 
         Args:
             only_finite: change no value and no moment if the norm is not finite. The step counts all the same in the

@@ -113,7 +113,7 @@ def residual(config: Config) -> bool:
 
 
 def warm_up_job(config: Config, run: RunDirectory, adapter: Path, chosen: Selection) -> SftJob:
-    """A few unmasked steps on both Systems, so that a zero-B adapter can be scored (method, section 2).
+    """A few unmasked steps on both Systems, so that a zero-B adapter can be scored: B = 0 has no importance.
 
     The scoring workers take these steps before they score, which saves the start of another group.
     """
