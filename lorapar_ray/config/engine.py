@@ -26,7 +26,7 @@ class Resources(Section):
     """CPUs that one process requests from Ray; may be a fraction."""
     gpus: Operation[NonNegative | Literal["auto"]] = "auto"
     """`auto`: a share of the cluster's GPUs, computed by `lorapar_ray.gpus`; 0 if the cluster has no GPU. A number is
-    passed to Ray unchanged; with 0 the process sees no GPU."""
+    passed to Ray unchanged; with 0 the process sees no GPU, which an engine of a vLLM for GPUs refuses."""
     threads: Operation[PositiveInt | None] = None
     """CPU threads; None: as many as `cpus`. A larger number helps if processes compute in turns. An engine with several
     threads and less than one of `cpus` lets them sleep while they wait for each other, instead of taking others'

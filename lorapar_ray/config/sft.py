@@ -69,10 +69,11 @@ class SftConfig(Ranged):
     """Recompute activations in the backward pass: less memory, more time."""
     acceleration: Operation[Literal["auto", "none", "graphs", "compile"]] = "auto"
     """How a step runs on a GPU. `none`: one kernel launch per operation. `graphs`: one CUDA graph per bucket of
-    lengths, which removes most launch overhead of a small model. `compile`: graphs of compiled layers; compiling takes
-    a minute. `auto`: graphs, compiled if the job is long enough. On a CPU, and with gradient checkpointing, a sharded
-    or a 4-bit base, it is always `none`; arms that train together are never compiled. Graphs store activations twice:
-    where the memory is too small for that, they are dropped with a warning, and the rest runs as with `none`."""
+    lengths, which removes most launch overhead of a small model; rows are padded up to its length. `compile`:
+    graphs of compiled layers; compiling takes a minute. `auto`: graphs, compiled if the job is long enough. On a
+    CPU, and with gradient checkpointing, a sharded or a 4-bit base, it is always `none`; arms that train together
+    are never compiled. Graphs store activations twice: where the memory is too small for that, they are dropped
+    with a warning, and the rest runs as with `none`."""
     checkpoint_every: Operation[PositiveInt] = 50
     """Steps between two checkpoints."""
     validation: Result[Annotated[float, Field(ge=0, lt=1)]] = 0.0

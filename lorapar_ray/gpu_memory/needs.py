@@ -90,23 +90,22 @@ def _sft(config: Config, size: StudentSize) -> list[Need]:
 
 
 def _training(config: Config, settings: SftConfig, size: StudentSize, process: str) -> Need:
-    """Of stage 1, or the warm-up. Rows are padded to the micro-batch's longest and then to a bucket; only response
-    tokens reach the head."""
-    shortest = bucket(SHORTEST)
-    tokens = settings.micro_batch_size * bucket(settings.max_length)
+    """Of stage 1, or the warm-up. Rows are padded to the micro-batch's longest, with graphs to a bucket; only
+    response tokens reach the head."""
+    graphs = _graphs(config, settings)
+    longest = bucket(settings.max_length, 4) if graphs else settings.max_length
+    tokens, losses = settings.micro_batch_size * longest, settings.micro_batch_size * settings.max_length
     stored = _stored(size, size.kept_with_dropout, checkpointing=settings.gradient_checkpointing)
-    logits = _stored_logits(size, bucket(settings.micro_batch_size * settings.max_length))
+    logits = _stored_logits(size, bucket(losses, 1) if graphs else losses)
     moments = _moments(size, masked=settings.masked)
     parts = {
         **_weights(size, _shards(settings.sharding, settings.workers)),
         "adapter and gradients": 8.0 * size.elements,
         **({} if settings.masked else moments),
-        "shortest example": stored * shortest,
+        "shortest example": stored * SHORTEST,
     }
-    more = {**(moments if settings.masked else {}), "activations": stored * (tokens - shortest), "logits": logits}
-    if _graphs(
-        config, settings
-    ):  # those of the graphs' pool, and those of a shape's first passes; short of them, graphs go
+    more = {**(moments if settings.masked else {}), "activations": stored * (tokens - SHORTEST), "logits": logits}
+    if graphs:  # those of the graphs' pool, and those of a shape's first passes; short of them, graphs go
         more["CUDA graphs"] = stored * tokens + logits + 4.0 * size.elements
     return _need(process, settings.workers, settings.resources, parts, more)
 

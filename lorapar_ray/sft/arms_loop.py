@@ -45,7 +45,6 @@ class ArmsLoop:
         """
         self.model, self.arms, self.passes, self.validation = model, arms, passes, validation
         self.packed, self.filler, self.worker = packed, filler, worker
-        self.buckets = worker.device.type == "cuda"
 
     def run(self, resume_from: Sequence[str | None]) -> None:
         """Train every arm to its last step, or until early stopping. One whose gradients are not finite ends before;
@@ -67,7 +66,7 @@ class ArmsLoop:
     def _step(self, running: Sequence[int]) -> None:
         rows = {number: self.arms[number].begin() for number in running}
         self.passes.begin(*(rows[each].losses if each in rows else 0 for each in range(max(rows) + 1)))
-        for batch in self._batches({number: each.mine for number, each in rows.items()}, self.buckets):
+        for batch in self._batches({number: each.mine for number, each in rows.items()}, self.passes.buckets):
             self.passes.add(batch)
         losses = self.passes.loss()
         if self.worker.world > 1:
@@ -81,14 +80,14 @@ class ArmsLoop:
         for number in due:
             self.arms[number].log.flush()
         self.model.eval()
-        batches = self._batches({number: self.validation[number] for number in due}, buckets=False)
+        batches = self._batches({number: self.validation[number] for number in due}, buckets=0)
         device, world = self.worker.device, self.worker.world
         losses = mean_losses(self.model, batches, device, arms=len(self.arms), over_ranks=world > 1)
         self.model.train()
         for number in due:
             self.arms[number].validated(losses[number])
 
-    def _batches(self, micros: Mapping[int, Sequence[Micro]], buckets: bool) -> Iterator[Rows]:
+    def _batches(self, micros: Mapping[int, Sequence[Micro]], buckets: int) -> Iterator[Rows]:
         """The arms' micro-batches, paired by index; an arm without one, before the last that has one, gets rows without
         a loss.
 

@@ -70,7 +70,6 @@ class TrainingLoop:
             checkpoints=checkpoints,
             log=log,
         )
-        self.buckets = worker.device.type == "cuda"
 
     def run(self, resume_from: str | None) -> None:
         """Train to the last step, or until early stopping.
@@ -101,7 +100,7 @@ class TrainingLoop:
         self.arm.take(rows, loss)
 
     def _collate(self, micro: Micro) -> Rows:
-        return collate(micro, packed=self.arm.settings.packing, filler=self.filler, buckets=self.buckets)
+        return collate(micro, packed=self.arm.settings.packing, filler=self.filler, buckets=self.passes.buckets)
 
     def _after_a_step(self) -> None:
         if self.arm.to_validate:

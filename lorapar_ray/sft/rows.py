@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LEAST = 16
+"""The smallest bucket, and the smallest step between two."""
 Shape = tuple[int, int, int, bool, int]
 """B, T, N, whether rows are packed, and the number of adapters."""
 
@@ -66,20 +68,21 @@ def rows_in(flat: Tensor, shape: Shape) -> Rows:
 
 
 def collate(
-    rows: Sequence[Sequence[dict[str, Any]]], *, packed: bool, filler: int, buckets: bool = False, arms: int = 1
+    rows: Sequence[Sequence[dict[str, Any]]], *, packed: bool, filler: int, buckets: int = 0, arms: int = 1
 ) -> Rows:
     """Lay examples ({input_ids, response_start}) out as `rows` says; a row without any has no loss.
 
     Args:
         packed: each example of a row attends to itself alone.
         filler: the token to fill up with.
-        buckets: fill T and N up to one of a few sizes, so that few shapes occur.
+        buckets: fill T up to one of so many sizes per octave, and N to a power of two, so that few shapes occur; N
+            matters to the output head alone. 0: fill nothing up.
         arms: adapters that train together; as many rows of each, one adapter's after the other's.
     """
     lengths = [sum(len(example["input_ids"]) for example in row) for row in rows]
     length = max(2, *lengths)
     if buckets:
-        length = bucket(length)
+        length = bucket(length, buckets)
     ids = torch.full((len(rows), length), filler)
     positions = torch.arange(length).repeat(len(rows), 1)
     places: list[int] = []
@@ -97,7 +100,7 @@ def collate(
             owners += [number * arms // len(rows)] * (len(tokens) - start)
             at += len(tokens)
         positions[number, at:] = torch.arange(length - at)
-    fill = bucket(max(1, len(places))) - len(places) if buckets else 0
+    fill = bucket(max(1, len(places)), 1) - len(places) if buckets else 0
     padding = [0] * fill
     weights = [1] * len(places) + padding
     return Rows(
@@ -111,12 +114,14 @@ def collate(
     )
 
 
-def bucket(size: int) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, … that is not below `size`: at most half as much again."""
-    power = 16
-    while power < size:
-        power *= 2
-    return power * 3 // 4 if size <= power * 3 // 4 and power > 16 else power
+def bucket(size: int, parts: int) -> int:
+    """The smallest multiple of 16 that is not below `size` and divides an octave (16 to 32, 32 to 64, …) into at most
+    `parts` equal steps: at most 1 / `parts` more than `size`, or 15."""
+    octave = LEAST
+    while 2 * octave < size:
+        octave *= 2
+    step = max(LEAST, octave // parts)
+    return max(LEAST, -(-size // step) * step)
 
 
 def losses_in(examples: Sequence[dict[str, Any]]) -> int:

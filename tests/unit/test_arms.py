@@ -227,7 +227,7 @@ def test_losses_and_gradients_are_each_arms_own(dtype: torch.dtype, checkpointin
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
     own = [[[each] for each in examples(6)[:2]], [[each] for each in examples(6)[2:4]], [[examples(6)[4]], []]]
-    rows = collate([row for each in own for row in each], packed=False, filler=0, buckets=True, arms=3)
+    rows = collate([row for each in own for row in each], packed=False, filler=0, buckets=4, arms=3)
     again = rows_in(torch.cat([tensor.flatten() for tensor in rows.tensors()]), rows.shape)
     assert all(torch.equal(a, b) for a, b in zip(again.tensors(), rows.tensors(), strict=True))
     losses = arm_losses(model, again)

@@ -281,7 +281,7 @@ def test_buckets_change_no_loss_and_no_gradient(packed: bool) -> None:
     parameters = list(adapter_parameters(model).values())
     layout = [examples(5)[:2], examples(5)[2:4], []] if packed else [[each] for each in examples(4)]
     found = []
-    for buckets in (False, True):
+    for buckets in (0, 4):
         rows = collate(layout, packed=packed, filler=0, buckets=buckets)
         loss = token_losses(model, rows).sum()
         found.append((loss, torch.autograd.grad(loss, parameters), rows))
@@ -289,18 +289,63 @@ def test_buckets_change_no_loss_and_no_gradient(packed: bool) -> None:
     torch.testing.assert_close(loss, padded)
     for mine, other in zip(gradients, others, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
-    assert wide.input_ids.shape[1] == bucket(rows.input_ids.shape[1])
-    assert len(wide.targets) == bucket(len(rows.targets))
+    assert wide.input_ids.shape[1] == bucket(rows.input_ids.shape[1], 4)
+    assert len(wide.targets) == bucket(len(rows.targets), 1)
     assert int(wide.weights.sum()) == len(rows.targets) == losses_in([each for row in layout for each in row])
     again = rows_in(torch.cat([tensor.flatten() for tensor in wide.tensors()]), wide.shape)
     assert all(torch.equal(a, b) for a, b in zip(again.tensors(), wide.tensors(), strict=True))
 
 
-def test_buckets_are_few_and_waste_at_most_half() -> None:
-    sizes = sorted({bucket(size) for size in range(1, 4097)})
-    assert sizes[:6] == [16, 24, 32, 48, 64, 96]
-    assert len(sizes) == 17
-    assert all(size <= bucket(size) <= max(16, 1.5 * size) for size in range(1, 4097))
+def test_buckets_are_few_and_waste_at_most_a_part() -> None:
+    for parts, most in ((1, 9), (4, 28), (8, 48)):
+        sizes = sorted({bucket(size, parts) for size in range(1, 4097)})
+        assert sizes[:2] == [16, 32] and sizes[-1] == 4096 and len(sizes) == most
+        for size in range(1, 4097):
+            assert size <= bucket(size, parts) <= max(size + 15, (1 + 1 / parts) * size), size
+    assert [bucket(size, 4) for size in (129, 160, 161, 256, 257, 512)] == [160, 160, 192, 256, 320, 512]
+
+
+class Counted(EagerPasses):
+    """Keeps the shapes of its rows; as a graph's, they are filled up."""
+
+    buckets = 4
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.shapes: list[Any] = []
+
+    def add(self, rows: Any) -> None:
+        self.shapes.append(rows.shape)
+        super().add(rows)
+
+
+def test_only_graphs_fill_rows_up(tmp_path: Path) -> None:
+    """Without graphs a new shape costs nothing, and padding does; the losses are the same."""
+    made: list[Counted] = []
+
+    def counted(buckets: int) -> Any:
+        def make(*arguments: Any) -> Counted:
+            made.append(type("Made", (Counted,), {"buckets": buckets})(*arguments))
+            return made[-1]
+
+        return make
+
+    filled, adapter = trained_with(tmp_path / "filled", counted(4))
+    plain, expected = trained_with(tmp_path / "plain", counted(EagerPasses(None, [], CPU).buckets))
+    wide, own = ({shape[1] for shape in each.shapes} for each in made)
+    assert wide == {32} and len(own) > 2 and not own <= wide
+    for mine, other in zip(filled, plain, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    for key, value in adapter.items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-2, atol=1e-3)
+
+
+def test_a_large_model_gets_finer_buckets_than_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.Stream", lambda _: None)
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
+    with torch.device("meta"):
+        models = [torch.nn.Linear(width, width, bias=False) for width in (1_000, 40_000)]
+    assert [GraphPasses(each, [], CPU).buckets for each in models] == [4, 8]
 
 
 def test_checkpoints_of_transformers_trainer_are_resumed_from(tmp_path: Path) -> None:
@@ -343,7 +388,7 @@ def test_a_pass_never_waits_for_the_device(family: str, packed: bool, monkeypatc
     base = tiny(family, attention="sdpa", dtype=torch.bfloat16)
     model = attach_lora(base, rank=4, alpha=8, init="gaussian").train()
     layout = [examples(4)[:2], examples(4)[2:]] if packed else [[each] for each in examples(4)]
-    rows = collate(layout, packed=packed, filler=0, buckets=True)
+    rows = collate(layout, packed=packed, filler=0, buckets=4)
     with Operations() as operations:
         token_losses(model, rows).sum().backward()
     assert "mm" in operations.names
