@@ -17,7 +17,8 @@ from lorapar_ray.config import Config, Section
 from lorapar_ray.config.marks import mark_of
 from lorapar_ray.config_file import NOT_YAML, parse_yaml
 from lorapar_ray.files import digest, write_json
-from lorapar_ray.runs import FORMAT, RunDirectory
+from lorapar_ray.manifest import FORMAT
+from lorapar_ray.runs import RunDirectory
 from lorapar_ray.stages import Stage
 from lorapar_ray.standing import inputs_of, written
 

@@ -15,9 +15,10 @@ from lorapar_ray import trash
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import digest
+from lorapar_ray.manifest import REDO
 from lorapar_ray.pipeline import PIPELINE, dependents, stages_of, standings
 from lorapar_ray.running import Redo
-from lorapar_ray.runs import REDO, RunDirectory
+from lorapar_ray.runs import RunDirectory
 from lorapar_ray.standing import recorded_settings
 
 

@@ -18,10 +18,11 @@ from lorapar_ray.errors import UserError
 from lorapar_ray.files import is_of_a_full_disk, no_space
 from lorapar_ray.fingerprints import meaning
 from lorapar_ray.gpus import place
+from lorapar_ray.manifest import REDO
 from lorapar_ray.memory_shortage import ended_without_memory, out_of_memory
 from lorapar_ray.progress import console, noted_in
 from lorapar_ray.run_metrics import report_progress
-from lorapar_ray.runs import PROGRESS, REDO, RunDirectory
+from lorapar_ray.runs import PROGRESS, RunDirectory
 from lorapar_ray.stages import Stage
 from lorapar_ray.standing import written
 from lorapar_ray.text import one_line

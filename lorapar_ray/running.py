@@ -15,12 +15,13 @@ from typing import Any, Literal
 from lorapar_ray import legacy, trash
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
+from lorapar_ray.manifest import REDO
 from lorapar_ray.perform import perform, performing, placed
 from lorapar_ray.pipeline import PIPELINE, dependents, entries_of, require_stages, standings
 from lorapar_ray.progress import console
 from lorapar_ray.result_stages import shortened
 from lorapar_ray.run_lock import run_lock
-from lorapar_ray.runs import REDO, RunDirectory
+from lorapar_ray.runs import RunDirectory
 from lorapar_ray.stages import Stage
 from lorapar_ray.standing import Standing, differences, inputs_of
 

@@ -14,7 +14,6 @@ Every file appears by an atomic rename, so a reader sees all of it or none.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -27,6 +26,7 @@ from lorapar_ray.config import Config, DataConfig
 from lorapar_ray.errors import UserError
 from lorapar_ray.files import atomic_path, write_json
 from lorapar_ray.fingerprints import Fingerprints
+from lorapar_ray.manifest import FORMAT, REDO, read_manifest
 from lorapar_ray.run_lock import NAME as LOCK
 from lorapar_ray.run_lock import living_holder, require_held, run_lock
 from lorapar_ray.storage import OF_A_MIRROR, PROBE
@@ -40,11 +40,6 @@ if TYPE_CHECKING:
 
 PROGRESS = "progress.json"
 """In `work`: progress of the running stage."""
-REDO = "redo"
-"""In a manifest: a redo that was begun (see `lorapar_ray.pending_redo`); in a stage's entry: that redo's id."""
-FORMAT = 2
-"""Format of the manifest; format 1, without a number, recorded one digest of a stage's inputs (see
-`lorapar_ray.legacy`)."""
 
 
 class RunDirectory:
@@ -200,30 +195,9 @@ class RunDirectory:
         """The present manifest; empty before the first `open`.
 
         Raises:
-            UserError: it is damaged.
+            UserError: it is damaged, of a newer version, or cannot be read.
         """
-        try:
-            if not self.manifest_path.is_file():
-                return {}
-        except OSError as error:
-            raise UserError(f"run directory '{self.root}' cannot be read: {error.strerror}") from error
-        try:
-            loaded = json.loads(self.manifest_path.read_text(encoding="utf-8"))
-            version = loaded.get("format", 1)
-            whole = version in (1, FORMAT) and isinstance(loaded["identity"], dict)
-            whole = whole and all(is_entry(entry, version) for entry in loaded["stages"].values())
-            whole = whole and _is_redo(loaded.get(REDO))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            whole, version = False, 0
-        if isinstance(version, int) and version > FORMAT:
-            raise UserError(f"'{self.manifest_path}' has format {version} of a newer lorapar_ray; update lorapar_ray")
-        if not whole:
-            raise UserError(
-                f"'{self.manifest_path}' is damaged, so the run's finished stages are unknown; restore the file or "
-                "choose another --run-dir"
-            )
-        found: dict[str, Any] = loaded
-        return found
+        return read_manifest(self.manifest_path)
 
     def entry(self, stage: str) -> dict[str, Any]:
         """The manifest's entry of a stage; empty if there is none."""
@@ -266,32 +240,6 @@ class RunDirectory:
     def fingerprints(self) -> Fingerprints:
         """Digests of files that this run has read or written."""
         return Fingerprints(self.work / "digests.json")
-
-
-def is_entry(entry: Any, version: int = FORMAT) -> bool:
-    """Whether a value is a valid entry of a stage in a manifest of this version, in all used parts.
-
-    Raises:
-        KeyError, TypeError, AttributeError: it is not.
-    """
-    inputs, seconds = entry.get("inputs"), entry.get("seconds", 0)
-    parts = [inputs[name] for name in ("settings", "sources", "files")] if version == FORMAT and inputs else []
-    return (
-        entry["status"] in ("started", "done")
-        and all(isinstance(each, dict) for each in (*parts, entry.get("versions", {}), entry.get("outputs_for", {})))
-        and isinstance(seconds, int | float)
-        and 0 <= seconds < float("inf")
-        and all(isinstance(size, int) and isinstance(known, str) for size, known in entry.get("written", {}).values())
-    )
-
-
-def _is_redo(value: Any) -> bool:
-    """Whether a value of a manifest is a redo that was begun, or none."""
-    if value is None:
-        return True
-    lists = (value["stages"], value["allowed"])
-    words = (value["id"], value["settings"], *lists[0], *lists[1])
-    return all(isinstance(each, list) for each in lists) and all(isinstance(each, str) for each in words)
 
 
 def _of_opening(path: Path) -> bool:

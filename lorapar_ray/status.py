@@ -9,10 +9,11 @@ from typing import Any
 from lorapar_ray.boundary import read_object
 from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
+from lorapar_ray.manifest import FORMAT
 from lorapar_ray.pipeline import STAGES
 from lorapar_ray.progress import console, minutes
 from lorapar_ray.result_stages import RESULTS, outdated_results, results_of, shortened
-from lorapar_ray.runs import FORMAT, PROGRESS, RunDirectory
+from lorapar_ray.runs import PROGRESS, RunDirectory
 from lorapar_ray.standing import recorded_standing
 from lorapar_ray.text import one_line
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from lorapar_ray.files import write_json
-from lorapar_ray.runs import RunDirectory, is_entry
+from lorapar_ray.manifest import is_entry
+from lorapar_ray.runs import RunDirectory
 
 ENTRY = "entry.json"
 MOVING = "moving"

@@ -15,9 +15,10 @@ from lorapar_ray.config import Config
 from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
 from lorapar_ray.interrupts import status_of
+from lorapar_ray.manifest import REDO
 from lorapar_ray.pipeline import PIPELINE, stages_of
 from lorapar_ray.run_lock import WAIT
-from lorapar_ray.runs import REDO, RunDirectory, looked_at
+from lorapar_ray.runs import RunDirectory, looked_at
 
 
 def stage_command(name: str) -> Callable[..., None]:

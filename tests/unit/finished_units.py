@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 
 from lorapar_ray.ablations.units import Unit
 from lorapar_ray.files import write_json
+from lorapar_ray.manifest import FORMAT
 from lorapar_ray.pipeline import PIPELINE
-from lorapar_ray.runs import FORMAT
 from lorapar_ray.standing import inputs_of
 
 
