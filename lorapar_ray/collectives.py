@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
+LONGEST_WAIT = timedelta(days=30)
+"""Longer than any wait: for nodes of a growing cluster, or for an engine that is built again. Ray finds a dead rank."""
+
+
+class HostWait:
+    """Where ranks wait for each other on the host, however long one of them takes.
+
+    In a collective of NCCL they would keep their GPUs busy, which an engine may share, and end at its time limit.
+    """
+
+    def __init__(self, world: int) -> None:
+        """Called by all ranks."""
+        import torch.distributed as dist
+
+        self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if world > 1 else None
+
+    def together(self) -> None:
+        """Return when every rank is here."""
+        if self._group is not None:
+            import torch.distributed as dist
+
+            dist.barrier(group=self._group)
 
 
 def of_rank_0(value: T, world: int) -> T:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 COLLECTIVE_LIMIT_S = 7200
-"""Time limit of one collective operation, for gloo and NCCL. Ranks wait in one while rank 0 publishes a policy, which
-may take half an hour for an engine to be rebuilt; a dead rank is found by Ray, not by this."""
+"""Time limit of one collective operation, for gloo and NCCL: ranks may come to one at very different times. What takes
+longest, they await on the host (`collectives.HostWait`). A dead rank is found by Ray, not by this."""
 
 
 def interface_of(address: str, interfaces: Mapping[str, Sequence[str]]) -> str | None:

@@ -26,6 +26,7 @@ from lorapar_ray.grpo.prompt_stream import PromptStream
 from lorapar_ray.grpo.publishing import Publisher
 
 if TYPE_CHECKING:
+    from lorapar_ray.collectives import HostWait
     from lorapar_ray.engines.canaries import Canary
     from lorapar_ray.grpo.arm import Arm
     from lorapar_ray.grpo.journal import Journal
@@ -85,19 +86,18 @@ def learn(learner: Learner, coordinators: Sequence[Any], journals: Sequence[Jour
         journals: by arm, of the learner that leads (rank 0): it publishes policies, writes metrics and checkpoints;
             empty on other ranks.
     """
-    import torch.distributed as dist
+    from lorapar_ray.collectives import HostWait
 
-    arms = learner.arms
+    arms, host = learner.arms, HostWait(world)
     restored = [arm.restore(rank, world) for arm in arms]
     steps = [step for step, _ in restored]
     leads = [Lead(*each) for each in zip(arms, coordinators, journals, strict=True)] if journals else []
     computes_canaries = bool(leads) or learner.forward.together
     if computes_canaries:
         begin_arms(learner, leads, restored)
-    if world > 1:
-        dist.barrier()  # no rank asks for a batch before rank 0 has told the coordinators where to begin
+    host.together()  # no rank asks for a batch before rank 0 has told the coordinators where to begin
     while running := {number: steps[number] for number, arm in enumerate(arms) if steps[number] < arm.steps}:
-        take_step(learner, coordinators, leads, running, rank, world, computes_canaries=computes_canaries)
+        take_step(learner, coordinators, leads, running, rank, world, host, computes_canaries=computes_canaries)
         for number in running:
             steps[number] += 1
     for number, lead in enumerate(leads):
@@ -112,6 +112,7 @@ def take_step(
     running: Mapping[int, int],
     rank: int,
     world: int,
+    host: HostWait,
     *,
     computes_canaries: bool,
 ) -> None:
@@ -121,8 +122,15 @@ def take_step(
         coordinators: as for `learn`.
         leads: by arm, on rank 0; empty on other ranks.
         running: by number of an unfinished arm, the steps that it has taken.
+        host: where the other ranks wait until rank 0's policy is verified; else they would in the next collective.
         computes_canaries: this rank computes along for the canary tokens of the new policies.
     """
+
+    def verified(number: int) -> None:
+        if leads:
+            leads[number].publisher.wait()
+        host.together()
+
     start = time.monotonic()
     fetched = {
         number: fetch(
@@ -142,7 +150,7 @@ def take_step(
             {number: mini_batches for number, (_, mini_batches) in fetched.items()},
             dict(running),
             world,
-            before_update=(lambda number: leads[number].publisher.wait()) if leads else None,
+            before_update=verified,
         )
         canaries = learner.canaries() if computes_canaries else []
     own = [(number, leads[number]) for number in running if leads]
