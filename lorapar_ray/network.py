@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+GLOO_INTERFACE, NCCL_INTERFACE = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 COLLECTIVE_LIMIT_S = 7200
 """Time limit of one collective operation, for gloo and NCCL: ranks may come to one at very different times. What takes
 longest, they await on the host (`collectives.HostWait`). A dead rank is found by Ray, not by this."""
@@ -24,10 +24,11 @@ def interface_of(address: str, interfaces: Mapping[str, Sequence[str]]) -> str |
 
 
 def meet_on_rays_interface() -> None:
-    """Let gloo in this process, a Ray worker, listen on the interface of this machine's address in Ray.
+    """Let gloo and NCCL in this process, a Ray worker, meet on the interface of this machine's address in Ray.
 
     By default gloo uses the address to which the host's name resolves: on Debian 127.0.1.1, which other machines cannot
-    reach. An interface that the user has chosen (`GLOO_SOCKET_IFNAME`) stays.
+    reach. NCCL chooses one by its name, perhaps another network's. An interface that the user has chosen
+    (`GLOO_SOCKET_IFNAME`, `NCCL_SOCKET_IFNAME`) stays. What NCCL sends over InfiniBand is not concerned.
     """
     import psutil
     import ray
@@ -36,3 +37,4 @@ def meet_on_rays_interface() -> None:
     interface = interface_of(ray.util.get_node_ip_address(), found)
     if interface is not None:
         os.environ.setdefault(GLOO_INTERFACE, interface)
+        os.environ.setdefault(NCCL_INTERFACE, f"={interface}")  # without the sign: all whose names begin so

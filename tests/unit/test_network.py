@@ -5,7 +5,7 @@ import os
 import pytest
 import ray
 
-from lorapar_ray.network import GLOO_INTERFACE, interface_of, meet_on_rays_interface
+from lorapar_ray.network import GLOO_INTERFACE, NCCL_INTERFACE, interface_of, meet_on_rays_interface
 
 
 def test_an_interface_is_found_by_its_address() -> None:
@@ -15,11 +15,15 @@ def test_an_interface_is_found_by_its_address() -> None:
     assert interface_of("203.0.113.7", found) is None  # the address of a machine behind a router, seen from outside
 
 
-def test_gloo_listens_where_ray_does_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("variable", "interface"), [(GLOO_INTERFACE, "lo"), (NCCL_INTERFACE, "=lo")])
+def test_workers_meet_where_ray_does_unless_the_user_says_otherwise(
+    variable: str, interface: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
-    monkeypatch.setenv(GLOO_INTERFACE, "eth7")
+    for each in (GLOO_INTERFACE, NCCL_INTERFACE):
+        monkeypatch.setenv(each, "eth7")
     meet_on_rays_interface()
-    assert os.environ[GLOO_INTERFACE] == "eth7"
-    monkeypatch.delenv(GLOO_INTERFACE)
+    assert os.environ[variable] == "eth7"
+    monkeypatch.delenv(variable)
     meet_on_rays_interface()
-    assert os.environ[GLOO_INTERFACE] == "lo"
+    assert os.environ[variable] == interface
