@@ -80,9 +80,33 @@ class KeptWeights(Mapping[str, Tensor]):
         return len(self._files)
 
 
-def kept_on(files: Mapping[str, Tensor], names: Iterable[str], device: torch.device, part: float) -> KeptWeights:
+def kept_on(
+    files: Mapping[str, Tensor], names: Iterable[str], device: torch.device, part: float, ranks: int
+) -> KeptWeights:
     """The base for policies that adapt `names`, on a GPU of which the engine fills `part`: a learner may need what is
-    free beside it."""
+    free beside it.
+
+    Raises:
+        ValueError: it must be pinned, by each of the engine's `ranks`, and the host has too little memory.
+    """
+    import psutil
+
     size = sum(files[name].nbytes for name in names)
     free, total = torch.cuda.mem_get_info(device)
-    return KeptWeights(files, device, resident=size <= RESIDENT_SHARE * min(free, part * total))
+    resident = size <= RESIDENT_SHARE * min(free, part * total)
+    if not resident:
+        require_host_memory(size, ranks, psutil.virtual_memory().available)
+    return KeptWeights(files, device, resident=resident)
+
+
+def require_host_memory(size: int, ranks: int, available: int) -> None:
+    """Check that each rank can pin `size` bytes in the memory of its host; all of an engine's ranks are on one.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if size * ranks > available:
+        raise ValueError(
+            f"grpo.sync: merged keeps the adapted weights in host memory, {size / 2**30:.1f} GiB for each of {ranks} "
+            f"ranks, and {available / 2**30:.1f} GiB are available; set grpo.sync: adapter"
+        )

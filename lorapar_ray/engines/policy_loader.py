@@ -158,7 +158,8 @@ class PolicyLoader:
             self._lorapar_weights: BaseWeights | KeptWeights = files
             if on_gpu:
                 part = self.vllm_config.cache_config.gpu_memory_utilization
-                self._lorapar_weights = kept_on(files, set(names) & files.keys(), self.device, part)
+                ranks = self.vllm_config.parallel_config.world_size
+                self._lorapar_weights = kept_on(files, set(names) & files.keys(), self.device, part, ranks)
         return self._lorapar_weights
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorapar_ray.adapters import adapter_state, attach_lora, merged_weights
-from lorapar_ray.engines.base_weights import KeptWeights
+from lorapar_ray.engines.base_weights import KeptWeights, require_host_memory
 from lorapar_ray.engines.mismatch import PolicyMismatch, agreed, verified
 from lorapar_ray.engines.settings import GRAPHS, OUTSIDE_TORCH, cache_room
 from lorapar_ray.engines.weight_loading import bit_sums, load_in_place
@@ -63,6 +63,14 @@ def test_a_kept_base_reads_each_file_once() -> None:
         assert torch.equal(kept["a"], files.tensors["a"])
     assert files.reads == 1
     assert set(kept) == {"a", "b"}
+
+
+def test_copies_of_the_base_that_the_host_cannot_hold_are_refused() -> None:
+    """Each tensor-parallel rank pins whole tensors."""
+    gib = 2**30
+    require_host_memory(130 * gib, 1, 200 * gib)
+    with pytest.raises(ValueError, match=r"130\.0 GiB for each of 8 ranks, and 900\.0 .*grpo\.sync: adapter"):
+        require_host_memory(130 * gib, 8, 900 * gib)
 
 
 class Loads(torch.nn.Module):
