@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorapar_ray import sharding as module
 from lorapar_ray.adapters import attach_lora, load_adapter, save_adapter
+from lorapar_ray.collectives import HostWait, most_of_any_rank, sum_over_ranks
 from lorapar_ray.config import ModelConfig
 from lorapar_ray.errors import UserError
 from lorapar_ray.sharding import load_sharded, require_even
@@ -46,7 +47,7 @@ def of(folder: Path) -> ModelConfig:
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
     """Logits, and gradients of the adapter."""
-    logits = model(input_ids=IDS).logits
+    logits = model(input_ids=IDS.to(next(each.device for each in model.parameters() if each.requires_grad))).logits
     logits.square().mean().backward()
     return {
         "logits": logits.detach(),
@@ -158,6 +159,37 @@ def test_embeddings_and_head_stay_gathered_until_the_backward_pass_ends(root: Pa
         for kind, tables in (("tied", 1), ("untied", 2)):
             for way in WAYS:
                 assert found[f"{kind}/{way}"]["gathered"] == [tables * 50 * 16 + 16]
+
+
+def alone(_: int, root: Path, device: str, backend: str) -> None:
+    """A group of one rank, with the collectives that a step makes."""
+    dist.init_process_group(backend, init_method=f"file://{root}/meet-alone", rank=0, world_size=1)
+    where = torch.device(device)
+    model = load_sharded(of(root / "untied"), str(root / "untied"), root / "untied-adapter", where, "fsdp2", 1).eval()
+    assert any(isinstance(each, DTensor) for each in model.parameters())
+    seen = gradients(model)
+    sum_over_ranks([each.grad for each in model.parameters() if each.grad is not None])
+    assert most_of_any_rank(3, where) == 3
+    HostWait(2).together()  # also where the group for collectives is NCCL's
+    torch.save({name: value.cpu() for name, value in seen.items()}, root / f"alone-{device}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), pytest.param("cuda", "nccl", marks=pytest.mark.gpu)])
+@pytest.mark.slow
+def test_a_group_of_one_rank_computes_what_the_whole_base_does(device: str, backend: str, tmp_path: Path) -> None:
+    base = LlamaForCausalLM.from_pretrained(student(tmp_path / "untied", tied=False), dtype=torch.float32)
+    model = attach_lora(base, rank=2, alpha=4, targets="qkvgud", init="gaussian", seed=0)
+    save_adapter(model, tmp_path / "untied-adapter")
+    whole = LlamaForCausalLM.from_pretrained(tmp_path / "untied", dtype=torch.float32, attn_implementation="eager")
+    expected = gradients(load_adapter(whole, tmp_path / "untied-adapter").eval())
+    multiprocessing.set_forkserver_preload([__name__])
+    start_processes(alone, (tmp_path, device, backend), nprocs=1, start_method="forkserver")
+    seen = torch.load(tmp_path / f"alone-{device}.pt", weights_only=True)
+    assert seen.keys() == expected.keys()
+    tolerance = {"cpu": 1e-6, "cuda": 1e-4}[device]
+    for name, value in expected.items():
+        torch.testing.assert_close(seen[name], value, rtol=10 * tolerance, atol=tolerance, msg=name)
 
 
 def test_uneven_nodes_are_refused() -> None:
