@@ -38,11 +38,12 @@ def pass_limits(
     device = next(iter(model.parameters())).device
     room = free_memory(device, share)
     head = 2.0 * model.config.get_text_config().vocab_size * model.dtype.itemsize if logits else 0.0
-    kept = kept_bytes_per_token(model, rows) + head
+    kept = kept_bytes_per_token(model, rows)
     if checkpointing is None:
-        checkpointing = longest * kept > room
+        checkpointing = longest * (kept + head) > room
     if checkpointing:
-        kept = layer_bytes_per_token(model) + head
+        kept = checkpointed_bytes_per_token(model, kept)
+    kept += head
     return max(longest, min(MOST_TOKENS.get(device.type, MOST_TOKENS["cuda"]), int(room / kept))), checkpointing
 
 
@@ -81,8 +82,17 @@ def kept_bytes_per_token(model: Any, inputs: dict[str, Any]) -> float:
     return sum(kept.values()) / inputs["input_ids"].numel()
 
 
+def checkpointed_bytes_per_token(model: Any, kept: float) -> float:
+    """The same with checkpointing: each layer's input, and all that one layer stores while it is recomputed.
+
+    Args:
+        kept: bytes without it.
+    """
+    return layer_bytes_per_token(model) + kept / float(model.config.get_text_config().num_hidden_layers)
+
+
 def layer_bytes_per_token(model: Any) -> float:
-    """Bytes that checkpointing stores: each layer's input."""
+    """Bytes of every layer's input."""
     config = model.config.get_text_config()
     size = model.dtype.itemsize
     return float(config.num_hidden_layers * config.hidden_size * size)

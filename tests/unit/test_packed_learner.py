@@ -1,16 +1,21 @@
 """The learner's layout and head give the plain model's values and gradients of each sample alone."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
     Gemma2Config,
     GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
 )
@@ -18,11 +23,18 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.mamba import MambaConfig
 
 from lorapar_ray import packed_layout
+from lorapar_ray.adapters import attach_lora
 from lorapar_ray.engines.record import KeptSets
 from lorapar_ray.engines.settings import OUTSIDE_TORCH
 from lorapar_ray.grpo import head, memory
 from lorapar_ray.grpo.head import TokenScorer, head_logprobs
-from lorapar_ray.grpo.memory import kept_bytes_per_token, layer_bytes_per_token, pass_limits, room_on_gpu
+from lorapar_ray.grpo.memory import (
+    checkpoint_layers,
+    checkpointed_bytes_per_token,
+    kept_bytes_per_token,
+    pass_limits,
+    room_on_gpu,
+)
 from lorapar_ray.grpo.packing import PackedRows, group_by_prompt, pack, packed_logprobs, pad
 from lorapar_ray.grpo.samples import Sample
 from lorapar_ray.packed_attention import use_packed_attention
@@ -256,7 +268,8 @@ def test_another_head_gets_its_logits_and_the_room_for_them(why: str, monkeypatc
     torch.testing.assert_close(found[0], plain_logprobs(model, samples()[0], 1.0)[0], atol=2e-5, rtol=1e-4)
     monkeypatch.setattr(memory, "free_memory", lambda device, share: 1e6)
     for checkpointing in (False, True):
-        kept = layer_bytes_per_token(model) if checkpointing else kept_bytes_per_token(model, rows.inputs)
+        kept = kept_bytes_per_token(model, rows.inputs)
+        kept = checkpointed_bytes_per_token(model, kept) if checkpointing else kept
         for logits, more in ((False, 0), (True, 2 * 96 * 4)):
             limits = {"share": 1.0, "checkpointing": checkpointing, "logits": logits}
             assert pass_limits(model, rows.inputs, 1, **limits)[0] == int(1e6 / (kept + more))
@@ -270,6 +283,53 @@ def test_a_learners_part_of_a_gpu_is_less_what_it_holds_and_not_what_an_engine_d
     assert room_on_gpu(10 * gib, 80 * gib, 13 * gib, 0.4) == 10 * gib  # others took more than their part
     assert room_on_gpu(60 * gib, 80 * gib, 40 * gib, 0.4) == 0.0
     assert room_on_gpu(66 * gib, 80 * gib, 13 * gib, 1.0) == 66 * gib  # a GPU of its own
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that were alive at once of what operations made, without some tensors."""
+
+    def __init__(self, without: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self._without = {each.untyped_storage()._cdata for each in without}
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for each in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(each, torch.Tensor) and each.untyped_storage()._cdata not in self._without:
+                storage = each.untyped_storage()
+                self._held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._held = {key: held for key, held in self._held.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._held.values()))
+        return result
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("layers", [3, 6])
+def test_what_a_token_takes_is_what_a_pass_holds_at_its_peak(layers: int, checkpointing: bool) -> None:
+    """With checkpointing all inputs, and the layer that is recomputed; gradients on the way come on top, for which
+    `SHARE` leaves room."""
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=160, num_hidden_layers=layers, num_attention_heads=4, vocab_size=96
+    )
+    model = attach_lora(LlamaForCausalLM(config), rank=4, alpha=8).eval()
+
+    def inputs(tokens: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.zeros(1, tokens, dtype=torch.long), "position_ids": torch.arange(tokens)[None]}
+
+    told = kept_bytes_per_token(model, inputs(64))
+    if checkpointing:
+        told = checkpointed_bytes_per_token(model, told)
+        checkpoint_layers(model)
+    peaks = []
+    for tokens in (128, 256):
+        model.zero_grad()
+        with Live(model.parameters()) as live:
+            model(**inputs(tokens), use_cache=False, logits_to_keep=1).logits.sum().backward()
+        peaks.append(live.peak)
+    seen = (peaks[1] - peaks[0]) / 128
+    assert 0.7 * seen < told <= seen, (told, seen)
 
 
 def test_a_16_bit_head_computes_in_float32() -> None:
