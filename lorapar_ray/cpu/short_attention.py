@@ -3,6 +3,11 @@
 Torch's fused attention never holds the weights of all pairs, which pays for long sequences only. Forward and backward
 pass together took it 26 ms for 8 sequences of 100 tokens (9 heads of 64, bfloat16, one core of an AMD EPYC with
 AVX-512), the products 6 ms; for 2 of 512 tokens 54 and 28 ms. Above, and in float32, the fused kernel is as fast.
+
+The products are rounded to 16 bits before the softmax, which the fused kernel does not do. For 8 sequences of 100
+tokens of normally distributed queries, keys and values the output has a relative error of 0.0030 in bfloat16 (fused:
+0.0019), and 0.0088 (0.0015) with three times as large queries and keys. Products in float32 have the fused kernel's
+error, but took 1.9 times as long as these, and for 2 sequences of 512 tokens 2.4 times, no less than the fused kernel.
 """
 
 from __future__ import annotations
