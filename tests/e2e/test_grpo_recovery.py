@@ -34,10 +34,10 @@ FAULTS |= dict(zip(LEARNERS, ("worker", "coordinator"), strict=True))
 def draw(chance: Random, thorough: bool) -> dict[str, int]:
     """What is killed after how many finished steps; the driver comes last.
 
-    All, or one of the rewards' and both of the learners': an engine dies in test_grpo_policy.py, and here with the
+    All, or one of the rewards' and one of the learners': an engine dies in test_grpo_policy.py, and here with the
     coordinator, which has started it.
     """
-    victims = [*ENGINES, *REWARDS, *LEARNERS] if thorough else [chance.choice(REWARDS), *LEARNERS]
+    victims = [*ENGINES, *REWARDS, *LEARNERS] if thorough else [chance.choice(REWARDS), chance.choice(LEARNERS)]
     chance.shuffle(victims)
     steps = sorted(chance.sample(range(1, DRIVER_AFTER - 1), len(victims)))
     return dict(zip(victims, steps, strict=True))
@@ -86,10 +86,11 @@ def test_every_kind_of_process_may_die(
     assert killed == list(victims)
     assert not [orphan for orphan in orphans if runs(orphan)], "engines outlive their actors"
     before = metrics(run, "grpo")
-    # what a run is computed with may change on the way: twice the learners and engines, other micro-batches
+    # what a run is computed with may change on the way: twice the learners and engines, or one of both if the test is
+    # one of a sample, and other micro-batches
+    doubled = ["learners=2", "rollout_actors=2"]
     more = (
-        "learners=2",
-        "rollout_actors=2",
+        *(doubled if thorough else [chance.choice(doubled)]),
         "micro_batch_size=1",
         "learner_resources.cpus=0.3",
         "rollout_resources.cpus=0.3",
@@ -101,7 +102,8 @@ def test_every_kind_of_process_may_die(
     assert len(lines) == STEPS
     kept = len(before) - 1  # what a step wrote before its checkpoint was there is done again
     assert lines[:kept] == before[:kept]
-    since = killed[killed.index("ray::Coordinator") :]  # which takes its engines and its count with it
+    # the coordinator takes its engines and its count with it
+    since = killed[killed.index("ray::Coordinator") :] if "ray::Coordinator" in killed else killed
     assert before[-1]["engines_replaced"] <= len(set(ENGINES) & set(since)), "an engine was replaced that had not died"
     assert all(line["staleness_max"] <= 1 for line in lines)
     assert sum(len(line["prompts"]) for line in lines) == 2 * STEPS
