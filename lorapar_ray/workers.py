@@ -16,6 +16,7 @@ from lorapar_ray.files import write_json
 from lorapar_ray.heavy_imports import import_peft
 from lorapar_ray.redact import redact
 from lorapar_ray.room import Others
+from lorapar_ray.session import is_own_ray
 from lorapar_ray.storage.workspace import Handed, workspace
 from lorapar_ray.threads import in_a_thread
 
@@ -98,7 +99,6 @@ def _group(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
     from lorapar_ray.scaling import RoomPolicy
-    from lorapar_ray.session import is_own_ray
     from lorapar_ray.train_group import BeforeRestarts, FixedNumber, TrainGroup
 
     remote, elastic = run.remote, isinstance(workers, tuple)
@@ -180,6 +180,17 @@ def on_a_worker(
     if problem is not None:
         raise UserError(problem)
     return result
+
+
+def where_models_are(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a quick `function(*arguments)` on a machine that has the models, and wait for what it returns.
+
+    On a Ray of this process's own that is this machine, and no process has to start for it; else see `on_a_worker`.
+
+    Raises:
+        UserError: as the function raised it.
+    """
+    return function(*arguments) if is_own_ray() else on_a_worker(function, *arguments)
 
 
 def _tried(call: Callable[[], Any]) -> Any:

@@ -18,7 +18,7 @@ from lorapar_ray.evaluation.engines import Engines
 from lorapar_ray.files import expanded
 from lorapar_ray.mergeable import unmergeable
 from lorapar_ray.models import model_reference, resolve_model
-from lorapar_ray.workers import on_a_worker
+from lorapar_ray.workers import where_models_are
 
 Serve = Literal["auto", "merged", "adapter"]
 
@@ -67,7 +67,7 @@ def serving(model: str, adapters: Iterable[Path | None], wanted: Serve = "auto")
         UserError: `merged` is requested but not possible.
     """
     states = [read_adapter_state(folder) for folder in adapters if folder is not None]
-    apart = on_a_worker(unmergeable, model, sorted({key for state in states for key in state})) if states else []
+    apart = where_models_are(unmergeable, model, sorted({key for state in states for key in state})) if states else []
     if wanted == "merged" and apart:
         raise UserError(
             f"evaluate.serve: merged needs '{apart[0]}' in the files of '{model}', which use another name; set adapter"

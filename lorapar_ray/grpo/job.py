@@ -41,7 +41,7 @@ from lorapar_ray.runs import RunDirectory
 from lorapar_ray.sft.job import residual
 from lorapar_ray.student import base_reference, starting_adapter
 from lorapar_ray.tracking import notices_of, require_trackers
-from lorapar_ray.workers import RESTARTS, beside_the_driver, on_a_worker, run_workers
+from lorapar_ray.workers import RESTARTS, beside_the_driver, on_a_worker, run_workers, where_models_are
 
 CANARIES = 4
 CANARY_TOKENS = 48
@@ -224,7 +224,7 @@ def _require_servable(sync: str, base: str, adapter: Path) -> None:
         UserError: the base's files use other names for the adapted weights.
     """
     if sync == "merged":
-        missing = on_a_worker(unmergeable, base, list(read_adapter_state(adapter)))
+        missing = where_models_are(unmergeable, base, list(read_adapter_state(adapter)))
         if missing:
             raise UserError(not_in_the_files(missing, base))
 

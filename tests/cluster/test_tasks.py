@@ -15,7 +15,7 @@ from lorapar_ray.cluster_check import examine_cluster
 from lorapar_ray.config import Config
 from lorapar_ray.errors import UserError
 from lorapar_ray.pipeline import check, check_there
-from lorapar_ray.workers import TASK_TRIES, on_a_worker
+from lorapar_ray.workers import TASK_TRIES, on_a_worker, where_models_are
 from tests.tiny_run import save_tiny_student, tiny_config
 
 pytestmark = pytest.mark.cluster
@@ -50,6 +50,14 @@ def test_a_task_survives_a_lost_process_and_gives_up_after_some(cluster: None, t
     assert len(list(always.iterdir())) == TASK_TRIES
     with pytest.raises(UserError, match=r"^x: no such thing$"):
         on_a_worker(refuses)
+
+
+def test_models_are_looked_at_here_on_a_ray_of_our_own_and_by_a_task_on_another(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert where_models_are(os.getpid) == os.getpid()
+    monkeypatch.setattr("lorapar_ray.workers.is_own_ray", lambda: False)
+    assert where_models_are(os.getpid) != os.getpid()
 
 
 def test_the_driver_needs_no_student_to_check_a_run(
