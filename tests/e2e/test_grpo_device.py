@@ -7,7 +7,8 @@ import torch
 
 from lorapar_ray.config import Config
 from lorapar_ray.gpus import place, sync_of
-from lorapar_ray.pipeline import is_done, run_stage
+from lorapar_ray.pipeline import is_done
+from lorapar_ray.running import run_stage
 from lorapar_ray.runs import RunDirectory
 from tests.sft_run import weights
 from tests.tiny_run import ENGINE, SOURCES, metrics, tiny_config
@@ -32,7 +33,9 @@ def test_steps_of_an_engine_and_a_learner(
     own = {"steps": STEPS, "masked": False, "systems": [2], "rollout_engine": {**ENGINE, "enforce_eager": not gpus}}
     parts = {
         "order": ["grpo"],
-        "data": {"train": [{**SOURCES["train"][0], "system": 2}]},
+        "data": {
+            "train": [{**SOURCES["train"][0], "rows": rows, "system": number} for number, rows in ((1, 12), (2, 36))]
+        },
         "label": {"strategy": "source"},
         "adapter": {"rank": 4, "alpha": 8, "init": "gaussian", "init_std": 0.05},
         "grpo": plain["grpo"] | own,
