@@ -212,7 +212,7 @@ def test_a_grid_leaves_out_results_of_other_settings(tmp_path: Path, monkeypatch
         table = pa.table({"id": ["a", "b"], "right": [True, False]})
         pq.write_table(table, unit.run.eval / f"{name}.parquet")
         (unit.run.eval / f"{name}.json").write_text("{}")
-    assert "| importance | 0.01 | – | 50.0%" in report(plan())
+    assert "| importance | 0.01 (lowest tried) | – | 50.0%" in report(plan())
     assert chosen_rates(plan("sft.epochs=2")) == {}
     assert "50.0%" not in report(plan("sft.epochs=2"))
     assert "0 of 1 runs are evaluated" in (tmp_path / "out" / "index.html").read_text()
