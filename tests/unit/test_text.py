@@ -8,10 +8,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorapar_ray import redact, resources
+from lorapar_ray import redact
 from lorapar_ray.config import Config
 from lorapar_ray.config_file import load_config
 from lorapar_ray.errors import UserError
+from lorapar_ray.pipeline import PIPELINE
 from lorapar_ray.progress import SafeConsole
 from lorapar_ray.redact import has_secret, is_secret_name, redacted, remember_config, url_secrets
 from lorapar_ray.text import markup, one_line, printable, reason, shown
@@ -104,7 +105,7 @@ def test_a_config_is_shown_without_what_stands_where_secrets_do() -> None:
         ],
     }
     config = Config.model_validate(tree)
-    assert "http://***@h" in resources.teacher(config.label.teachers[0])
+    assert "http://***@h" in PIPELINE["label"].resources(config)
     kept = config.to_yaml(hide_secrets=True)
     assert "http://***@h" in kept and "it" not in yaml.safe_load(kept)["label"]["teachers"][0]["extra_body"]["api_key"]
 
