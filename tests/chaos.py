@@ -1,9 +1,9 @@
 """A pytest plugin for tests that kill processes, at moments and places drawn from a seed.
 
 A test with the mark `chaos(stage, *faults)` draws from the fixture `chance`. A test with the mark `fault(stage,
-*faults)` also injects a fault, and always runs. By default one drawn chaos test, which kills a process and is of one
-stage only, runs of each stage of which no fault test kills a process; `--chaos all` runs every one, `--chaos-rounds N`
-runs each N times with different draws. The seed is printed; LORAPAR_CHAOS_SEED sets it.
+*faults)` also injects a fault, and always runs. By default one drawn chaos test, or case of one, which kills a process
+and is of one stage only, runs of each stage of which no fault test kills a process; `--chaos all` runs every one,
+`--chaos-rounds N` runs each N times with different draws. The seed is printed; LORAPAR_CHAOS_SEED sets it.
 
 The fixture `recovery` measures how long the work took to go on; the times are printed at the end. A test that passes
 without a time for each of its marks fails: it has not seen that fault.
@@ -23,7 +23,7 @@ from tests.chaos_table import cells_of
 
 SEED = "LORAPAR_CHAOS_SEED"
 RECOVERED = "recovered"
-KILLS = {"worker", "coordinator", "Serve replica", "engine child", "reward process", "driver"}
+KILLS = {"worker", "coordinator", "Serve replica", "engine child", "reward process", "driver", "cluster"}
 Seen = tuple[str, str]
 """A stage and what dies or breaks in it."""
 
@@ -151,8 +151,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     killed = {mark.args[0] for mark in always if not KILLS.isdisjoint(mark.args[1:])}
     by_stage: dict[str, list[str]] = {}
     for item in items:
-        drawn = list(item.iter_markers("chaos"))
-        stages, faults = {mark.args[0] for mark in drawn}, {fault for mark in drawn for fault in mark.args[1:]}
+        drawn = marks_of(item) if item.get_closest_marker("chaos") else set()
+        stages, faults = {stage for stage, _ in drawn}, {fault for _, fault in drawn}
         if len(stages) == 1 and not KILLS.isdisjoint(faults):
             by_stage.setdefault(*stages, []).append(item.nodeid)
     draw = Random(os.environ[SEED])

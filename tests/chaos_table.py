@@ -16,7 +16,7 @@ STAGES = ("label", "score", "sft", "grpo", "evaluate", "serve")
 FAULTS = (
     *("worker", "coordinator", "Serve replica", "engine child", "reward process", "driver"),
     *("driver, other machine", "node", "network cut and healed", "head", "full disk", "out of memory", "slow disk"),
-    "clock jump",
+    *("clock jump", "cluster"),
 )
 """What dies or breaks."""
 RUN = ("label", "score", "sft", "grpo", "evaluate")
@@ -29,6 +29,7 @@ ONLY = {
     "driver, other machine": (RUN, "`serve` has no work that another machine could go on with"),
     "full disk": (RUN, "`serve` writes nothing to the run directory"),
     "slow disk": (RUN, "`serve` only reads models there, before an engine answers"),
+    "cluster": (RUN, "`serve` has no work that another cluster could go on with"),
 }
 """The stages that have what a fault breaks, where not all do, and why the others do not."""
 MISSING, UNTRIED = "n/a", "–"

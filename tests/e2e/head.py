@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from lorapar_ray.ray_files import private_directory
-from tests.e2e.test_job import RAY
+from tests.e2e.clusters import RAY
 from tests.ports import free_port
 from tests.waiting import wait_until
 
