@@ -24,6 +24,7 @@ from lorapar_ray.grpo.fetching import fetch
 from lorapar_ray.grpo.groups import Group
 from lorapar_ray.grpo.prompt_stream import PromptStream
 from lorapar_ray.grpo.publishing import Publisher
+from lorapar_ray.leaving import loses_a_node
 
 if TYPE_CHECKING:
     from lorapar_ray.collectives import HostWait
@@ -215,6 +216,6 @@ class Lead:
         self.publisher.publish(self.arm.policy(step), canaries)
 
     def checkpoint_if_due(self, step: int) -> None:
-        """Write a checkpoint if one follows this step; a finished arm needs none."""
-        if step % self.arm.settings.checkpoint_every == 0 and step < self.arm.steps:
+        """Write a checkpoint if one follows this step, or if a node will be lost; a finished arm needs none."""
+        if (step % self.arm.settings.checkpoint_every == 0 or loses_a_node()) and step < self.arm.steps:
             self.arm.save(step, answer_from(self.coordinator, self.coordinator.checkpoint.remote(step - 1)))

@@ -267,6 +267,26 @@ def test_stage_1_saves_its_steps_before_a_node_is_taken_back(nodes: Cluster, tmp
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
 
 
+@pytest.mark.long
+def test_stage_2_saves_its_steps_before_a_node_is_taken_back(nodes: Cluster, tmp_path: Path) -> None:
+    """Two learners, and no checkpoint is due; after the notice there are some, while both go on."""
+    second = nodes.add_node(num_cpus=1)
+    engines = {"rollout_resources": Resources(cpus=1, nodes=HEAD)}
+    stage = stage_2(tmp_path, max_learners=2, checkpoint_every=10**6, **engines)
+
+    def learners() -> list[float]:
+        return [line["learners"] for line in stage.lines()]
+
+    stage.wait_for(lambda: learners()[-3:] == [2, 2, 2])
+    saved = partial((stage.run.work / "grpo").glob, "step-*")
+    assert not [*saved()]
+    drain(nodes, second, 300)
+    stage.wait_for(lambda: len([*saved()]) == 2)  # of the last two steps
+    stage.stop()
+    assert set(learners()) == {2}
+    require_each_step_and_prompt_once(stage.lines())
+
+
 def evaluation(student: Path, folder: Path, engines: int | list[int]) -> tuple[Config, RunDirectory]:
     """A run whose adapter is evaluated, in blocks of which an engine has one at a time."""
     plain = tiny_config(student)
