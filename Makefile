@@ -35,9 +35,9 @@ test-chaos: setup
 # The pipeline on several machines made of Linux namespaces, some of which are killed: as root, some minutes. And other
 # tests that take minutes, as a whole grid of several Systems and 500 syncs of a policy.
 test-cluster: setup
-	$(BIN)/python -m pytest -m "hosts or long" tests/hosts tests/e2e/test_ablate.py tests/e2e/test_autoscaler.py tests/e2e/test_elastic.py \
-	  tests/e2e/test_grpo_together.py tests/e2e/test_many_syncs.py tests/e2e/test_policy_proof.py \
-	  tests/e2e/test_tutorial.py
+	$(BIN)/python -m pytest -m "hosts or long" tests/hosts tests/e2e/test_ablate.py tests/e2e/test_autoscaler.py \
+	  tests/e2e/test_elastic.py tests/e2e/test_grpo_together.py tests/e2e/test_many_syncs.py \
+	  tests/e2e/test_policy_proof.py tests/e2e/test_tutorial.py
 
 # Lines of the package that the tests run, in Ray's and vLLM's processes too; TESTS=tests for all of them.
 TESTS ?= tests/unit

@@ -1,62 +1,27 @@
-"""`lorapar submit` to a cluster of two nodes, a head without work and a worker, that wants a token: the job finishes a
-run that was labelled, scored and tuned. Its stage 2 is graded by one of the labelling teachers, on Ray Serve."""
+"""A run on a cluster of two nodes, a head without work and a worker, that wants a token: each stage is made by its own
+file of `jobs/`, as a Ray job, and `lorapar submit` replaces one. Stage 2 is graded by a teacher, on Ray Serve."""
 
 import json
-import os
 import re
-import secrets
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shutil import rmtree
 from urllib.request import urlopen
 
 import pytest
 
 from lorapar_ray.pipeline import STAGES
 from lorapar_ray.threads import meanwhile
-from tests.e2e.conftest import FinishedRun
-from tests.e2e.test_interruption import copy_before
-from tests.ports import free_port
-from tests.tiny_run import ROOT, metrics
+from tests.e2e.clusters import environment_of, job_cluster, link_sources, new_token
+from tests.e2e.twin import is_done
+from tests.tiny_run import ROOT, metrics, save_tiny_student, tiny_config, write_config
 from tests.unit.test_dashboard import figures
 
 pytestmark = pytest.mark.e2e
-RAY = str(Path(sys.executable).with_name("ray"))
-
-
-@contextmanager
-def cluster(environment: dict[str, str], folder: str) -> Iterator[tuple[str, list[str]]]:
-    """Two nodes with a token; yields the dashboard's address, and where Prometheus would read each node's metrics."""
-    port, dashboard = free_port(), free_port()
-    exporters: list[str] = []
-    common = ["--disable-usage-stats", "--block", "--node-ip-address=127.0.0.1"]
-    head = [RAY, "start", "--head", f"--port={port}", "--num-cpus=0", f"--dashboard-port={dashboard}"]
-    worker = [RAY, "start", f"--address=127.0.0.1:{port}", "--num-cpus=3", "--labels=group=work"]
-    nodes = []
-    try:
-        for start in ([*head, f"--temp-dir={folder}"], worker):
-            agent = f"--dashboard-agent-listen-port={free_port()}"  # another Ray on this machine has the default one
-            metrics_port = free_port()
-            exporters.append(f"http://127.0.0.1:{metrics_port}/metrics")
-            agent_options = [agent, f"--metrics-export-port={metrics_port}"]
-            node = subprocess.Popen(
-                [*start, *common, *agent_options], env=environment, stdout=subprocess.PIPE, text=True
-            )
-            nodes.append(node)
-            assert node.stdout is not None
-            for line in node.stdout:
-                if "--block" in line or "Ray runtime started" in line:
-                    break
-        yield f"http://127.0.0.1:{dashboard}", exporters
-    finally:
-        for node in reversed(nodes):
-            node.terminate()
-        for node in nodes:
-            node.wait(60)
+NODES = (["--num-cpus=0"], ["--num-cpus=3", "--labels=group=work"])
 
 
 @contextmanager
@@ -75,50 +40,68 @@ def watched(exporters: list[str]) -> Iterator[set[str]]:
         yield seen
 
 
-def test_a_submitted_job_finishes_the_pipeline(finished: FinishedRun, tmp_path: Path) -> None:
-    run = copy_before(finished, "grpo", tmp_path / "run")
-    token = secrets.token_hex(32)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # the job says `python`
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "HOME": str(tmp_path)}
-    environment["LORAPAR_CACHE"] = os.environ.get("LORAPAR_CACHE", str(Path("~/.cache/lorapar_ray").expanduser()))
-    config = tmp_path / "sent" / "run.yaml"
-    config.parent.mkdir()
-    shutil.copy(finished.config, config)
-    for part in ("lorapar_ray", "tests"):
-        (config.parent / part).symlink_to(ROOT / part)
-    rewards = "grpo.rewards=[{name: judge}, {name: tests.e2e.rewards:letters}]"
+def config_of(student: Path) -> dict[str, object]:
+    """Labels without engines, which other tests start by the dozen; stage 2 with two kinds of reward."""
+    config = tiny_config(student)
+    config["label"] |= {"strategy": "random"}
+    config["sft"] |= {"epochs": 2}
+    config["grpo"] |= {
+        "steps": 2,
+        "rewards": [{"name": "judge"}, {"name": "tests.e2e.rewards:letters"}],
+        "judge": {"teachers": ["a"]},
+        "learner_resources": {"nodes": {"group": "work"}},
+    }
+    config["evaluate"] |= {"models": ["grpo"]}
+    return config
+
+
+def test_every_stage_as_a_job(tmp_path: Path) -> None:
+    run, token = tmp_path / "run", new_token()
+    environment = environment_of(token, tmp_path)
+    folder = link_sources(tmp_path / "sent")
+    config = write_config(folder / "run.yaml", config_of(save_tiny_student(tmp_path / "student")))
+    said: list[str] = []
 
     def submit(address: str, *options: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "lorapar_ray.cli", "submit", str(config), "--run-dir", str(run)]
-        command += ["--address", address, "--working-dir", str(config.parent), "--set", rewards]
-        command += ["--set", "grpo.judge.teachers=[a]", "--set", "grpo.learner_resources.nodes.group=work"]
-        command += ["--set", "grpo.steps=2", "--set", "evaluate.models=[grpo]", *options]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1000)
+        command += ["--address", address, "--working-dir", str(folder), *options]
+        own = {**environment, "WANDB_API_KEY": "a" * 40}  # the nodes have none
+        done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=1000)
+        said.append(done.stdout + done.stderr)
+        return done
 
-    with (
-        tempfile.TemporaryDirectory(prefix="lorapar-job-", ignore_cleanup_errors=True) as temporary,
-        cluster(environment, temporary) as (address, exporters),
-        watched(exporters) as seen,
-    ):
-        elsewhere = submit(address, "--set", "model.path=/no/such/model")
-        first = submit(address, "--no-check", "--no-follow")
-        done = submit(address)  # a running job is followed, so the nodes are not checked
+    with job_cluster(NODES, environment) as cluster, watched(cluster.exporters) as seen:
+        (folder / "wandb").mkdir()  # stands for an installed client
+        (folder / "wandb" / "__init__.py").touch()
+        elsewhere = submit(cluster.address, "--set", "model.path=/no/such/model", "--set", "sft.report_to=[wandb]")
+        rmtree(folder / "wandb")
+        for stage in STAGES:
+            job = cluster.submit(folder, "python", f"jobs/{stage}.py", "--config", "run.yaml", "--run-dir", run)
+            status, log = cluster.wait(job)
+            said.append(log)
+            assert status == "SUCCEEDED", f"{stage}: {log[-3000:]}"
+            assert is_done(run, stage) and not any(is_done(run, each) for each in STAGES[STAGES.index(stage) + 1 :])
+        adapter = (run / "sft/adapter/adapter_model.safetensors").read_bytes()
+        first = submit(cluster.address, "--redo", "sft", "--no-check", "--no-follow")
+        done = submit(cluster.address)  # a running job is followed, so the nodes are not checked
     assert elsewhere.returncode == 2, elsewhere.stderr
     assert "✓ nodes        2 answer, 3 CPU, 0 GPU in all" in elsewhere.stdout
     assert "✓ storage" in elsewhere.stdout and "✗ models" in elsewhere.stdout
+    assert "✗ trackers     sft.report_to: wandb has no key for api.wandb.ai; set WANDB_API_KEY" in elsewhere.stdout
     assert re.search(
         r"cannot run this \(models: on [\d.]+: model '/no/such/model': no such directory", elsewhere.stderr
     )
     assert "INFO" not in elsewhere.stderr
     job = first.stdout.split()[1]
-    assert first.returncode == 0 and first.stdout == f"submitted {job} at {address}\n"
+    assert first.returncode == 0 and first.stdout == f"submitted {job} at {cluster.address}\n"
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    assert done.stdout.startswith(f"following {job} at {address}\n")
+    assert done.stdout.startswith(f"following {job} at {cluster.address}\n")
+    assert "✓ score: done" in done.stdout and "✓ grpo: done" in done.stdout and "✓ sft: done" not in done.stdout
+    assert (run / "sft/adapter/adapter_model.safetensors").read_bytes() == adapter
     shown = {f"lorapar_grpo {figure}" for figure in figures("grpo")}
     assert shown | {"lorapar_done grpo", "lorapar_total evaluate"} <= seen, sorted(seen)
-    assert token not in first.stdout + done.stdout + done.stderr
-    assert "(raylet)" not in done.stdout, "Ray has no line in a good job's output"
+    assert not any(token in each for each in said)
+    assert not any("(raylet)" in each for each in said[1:]), "Ray has no line in a good job's output"
     lines = metrics(run, "grpo")
     assert len(lines) == 2 and all(0 < line["reward/judge"] < 1 and line["reward_failures"] == 0 for line in lines)
     stages = json.loads((run / "manifest.json").read_text())["stages"]
