@@ -13,8 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from lorapar_ray.grpo.engine_losses import is_lost
-from lorapar_ray.grpo.engine_supervisor import LOSSES, EngineSupervisor
+from lorapar_ray.engines.losses import is_lost
+from lorapar_ray.engines.supervisor import LOSSES, EngineSupervisor
 from lorapar_ray.waiting import awaited
 
 

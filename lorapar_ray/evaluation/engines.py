@@ -22,9 +22,9 @@ from lorapar_ray.engines.answering import AnsweringEngine
 from lorapar_ray.engines.kept import end
 from lorapar_ray.engines.policy import Policy
 from lorapar_ray.engines.requests import Answer, Request, answers_of, request_table
+from lorapar_ray.engines.supervisor import EngineSupervisor
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation.asking import Asking
-from lorapar_ray.grpo.engine_supervisor import EngineSupervisor
 from lorapar_ray.memory_shortage import out_of_memory
 from lorapar_ray.text import reason
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lorapar_ray.engines.losses import fetch_failed, is_lost
 from lorapar_ray.engines.record import GroupHead
-from lorapar_ray.grpo.engine_losses import fetch_failed, is_lost
-from lorapar_ray.grpo.engine_supervisor import EngineSupervisor
+from lorapar_ray.engines.supervisor import EngineSupervisor
 from lorapar_ray.grpo.request_queue import RequestQueue
 from lorapar_ray.grpo.routing import Router, beginnings_of
 from lorapar_ray.grpo.served_policy import ServedPolicy

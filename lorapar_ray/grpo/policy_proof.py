@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorapar_ray.engines.canaries import Canary, gaps_between, refusal
+from lorapar_ray.engines.losses import fetch_failed
 from lorapar_ray.engines.mismatch import PolicyMismatch
 from lorapar_ray.engines.policy import PolicyNote
-from lorapar_ray.grpo.engine_losses import fetch_failed
 from lorapar_ray.waiting import awaited
 
 

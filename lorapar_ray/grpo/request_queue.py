@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorapar_ray.grpo.engine_supervisor import EngineSupervisor
+from lorapar_ray.engines.supervisor import EngineSupervisor
 from lorapar_ray.grpo.routing import Router
 
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from lorapar_ray.engines.canaries import Canary
+from lorapar_ray.engines.losses import is_lost
 from lorapar_ray.engines.policy import PolicyNote
-from lorapar_ray.grpo.engine_losses import is_lost
-from lorapar_ray.grpo.engine_supervisor import EngineSupervisor
+from lorapar_ray.engines.supervisor import EngineSupervisor
 from lorapar_ray.grpo.policy_proof import PolicyLost, compare, gaps_of, load
 
 

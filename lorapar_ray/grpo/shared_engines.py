@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lorapar_ray.grpo.arm_handle import ArmHandle
+from lorapar_ray.engines.arm_handle import ArmHandle
 
 
 class SharedEngines:

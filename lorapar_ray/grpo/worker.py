@@ -46,7 +46,7 @@ def learn_arms_worker(payload: dict[str, Any]) -> None:
     """The same for the jobs of `payload["jobs"]`, which share a base and a coordinator."""
     import ray
 
-    from lorapar_ray.grpo.arm_handle import ArmHandle
+    from lorapar_ray.engines.arm_handle import ArmHandle
 
     jobs = [GrpoJob(**each) for each in payload["jobs"]]
     actor = ray.get_actor(jobs[0].coordinator)

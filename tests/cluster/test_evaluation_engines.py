@@ -12,10 +12,10 @@ import pytest
 
 from lorapar_ray.config import EngineConfig, Resources
 from lorapar_ray.engines.requests import Answer, Request, answer_table
+from lorapar_ray.engines.supervisor import LOSSES
 from lorapar_ray.errors import UserError
 from lorapar_ray.evaluation import engines as evaluation_engines
 from lorapar_ray.evaluation.engines import Engines
-from lorapar_ray.grpo.engine_supervisor import LOSSES
 from tests.chaos import Recovery
 
 pytestmark = pytest.mark.cluster

@@ -10,10 +10,10 @@ import ray
 import torch
 from ray.experimental import get_object_locations
 
+from lorapar_ray.engines.losses import fetch_failed, is_dead
 from lorapar_ray.engines.policy import PolicyNote, PolicyReceiver, PolicySender, note_of
 from lorapar_ray.engines.policy_transport import received, require_nixl, sent
 from lorapar_ray.errors import UserError
-from lorapar_ray.grpo.engine_losses import fetch_failed, is_dead
 
 pytestmark = pytest.mark.cluster
 SIZE = 1 << 20

@@ -10,13 +10,14 @@ import pytest
 import torch
 from ray.exceptions import ActorDiedError, ActorUnavailableError, OwnerDiedError
 
+from lorapar_ray.engines import supervisor
 from lorapar_ray.engines.canaries import Canary, canary_tolerance
 from lorapar_ray.engines.policy import Policy, PolicyReceiver, PolicySender, note_of
 from lorapar_ray.engines.record import GroupHead
+from lorapar_ray.engines.supervisor import LOSSES
 from lorapar_ray.errors import UserError
-from lorapar_ray.grpo import engine_pool, engine_supervisor
+from lorapar_ray.grpo import engine_pool
 from lorapar_ray.grpo.engine_pool import EnginePool
-from lorapar_ray.grpo.engine_supervisor import LOSSES
 from lorapar_ray.grpo.policy_proof import PolicyLost
 from lorapar_ray.grpo.routing import DURATIONS
 from tests.published import published
@@ -93,7 +94,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     async def leave(engine: Engine) -> None:
         names.append(engine.name)
 
-    monkeypatch.setattr(engine_supervisor, "leave", leave)
+    monkeypatch.setattr(supervisor, "leave", leave)
     return names
 
 

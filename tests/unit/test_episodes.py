@@ -199,7 +199,7 @@ def test_episodes_continue_on_another_engine_from_the_lost_turn() -> None:
             return playing.result().head if playing.done() else GroupHead(0, (), (), (), open=(0,))
 
         pool_patch = pytest.MonkeyPatch()
-        pool_patch.setattr("lorapar_ray.grpo.engine_supervisor.leave", lambda engine: answered(None))
+        pool_patch.setattr("lorapar_ray.engines.supervisor.leave", lambda engine: answered(None))
         try:
             return (await pool.episodes([5, 6, 7], lambda engine: (None, head(engine))))[1]
         finally:

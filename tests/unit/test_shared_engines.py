@@ -3,7 +3,7 @@
 import pickle
 from typing import Any
 
-from lorapar_ray.grpo.arm_handle import ArmHandle
+from lorapar_ray.engines.arm_handle import ArmHandle
 from lorapar_ray.grpo.shared_engines import SharedEngines
 
 

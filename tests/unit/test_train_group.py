@@ -9,8 +9,8 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from lorapar_ray.grpo.engine_losses import LEAVE_LIMIT_S
-from lorapar_ray.grpo.engine_supervisor import REBUILD_LIMIT_S
+from lorapar_ray.engines.losses import LEAVE_LIMIT_S
+from lorapar_ray.engines.supervisor import REBUILD_LIMIT_S
 from lorapar_ray.train_group import WHILE_S, BeforeRestarts, FixedNumber, LossesInAWhile, TrainGroup
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from typing import Any
 
-from lorapar_ray.grpo.arm_handle import ArmHandle
+from lorapar_ray.engines.arm_handle import ArmHandle
 from lorapar_ray.waiting import awaited
 
 LEAVE_LIMIT_S = 10.0

@@ -19,8 +19,8 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+from lorapar_ray.engines.losses import is_dead, is_lost, leave
 from lorapar_ray.engines.mismatch import PolicyMismatch
-from lorapar_ray.grpo.engine_losses import is_dead, is_lost, leave
 from lorapar_ray.progress import console
 from lorapar_ray.text import markup, reason
 
