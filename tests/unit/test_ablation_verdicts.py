@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from scipy import stats
 
 from lorapar_ray.ablations.grid import Claim, sentence
 from lorapar_ray.ablations.grids import GRIDS
 from lorapar_ray.ablations.results import Outcome, Verdict, sum_up, summarise
 from lorapar_ray.ablations.results import decide as decided
-from lorapar_ray.ablations.student_t import student_t
 from lorapar_ray.ablations.verdicts import Uncompared, effect, mean_interval, question_reach
 
 CLAIM = Claim("the first beats the second", "first", "second")
@@ -175,12 +173,6 @@ def test_several_claims_share_the_chance_of_a_wrong_verdict() -> None:
     back = one_of_7.effect.reverse
     assert back.deciding == (-high, -low) and back.difference == -one_of_7.effect.difference
     assert decided(CLAIM, better[:2], worse[:2], comparisons=7).sentence.count("claims") == 0
-
-
-@pytest.mark.parametrize("level", [0.5, 0.95, 0.99375, 0.9999])
-def test_the_quantiles_are_those_of_student_t(level: float) -> None:
-    for df in (1, 2, 3, 4, 5, 9, 16, 99):
-        assert student_t(df, level) == pytest.approx(stats.t.ppf((1 + level) / 2, df), rel=1e-9)
 
 
 def test_the_interval_over_seeds_is_student_t() -> None:
