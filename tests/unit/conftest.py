@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
 Environment = dict[str, str]
 # `CliRunner` would build the same command line from the signatures of its functions before each of hundreds of calls.
 typer.testing._get_command = cache(typer.testing._get_command)
+
+
+@pytest.fixture(autouse=True)
+def _no_ray_starts() -> Iterator[None]:
+    """Any call of Ray's starts one, which would be there in later tests of this process."""
+    yield
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
+        pytest.fail("this unit test started a Ray")
 
 
 @pytest.fixture

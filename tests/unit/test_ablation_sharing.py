@@ -142,7 +142,13 @@ def test_a_run_without_room_for_a_copy_leaves_the_others_together(
     with pytest.raises(UserError, match=r"no space left on the disk of .*shared-1-1"):
         borrow(full.config, full.run, "sft", [source.folder])
     assert not (full.folder / "sft").exists() and not (full.folder / "work" / "copies").exists()
+    asked: list[int] = []
+    monkeypatch.setattr(
+        "lorapar_ray.ablations.at_once.run_together",
+        lambda stage, members, *_: asked.extend(config.seed for config, _ in members),
+    )
     run_at_once([full, *others], "sft", [source.folder])
+    assert asked == [2, 3]
     shown = capsys.readouterr().out
     assert "shared-1, seed 1: sft not together with others: no space left" in shown
     assert "sft of 2 runs at once: shared-1, seed 2; shared-1, seed 3" in shown
