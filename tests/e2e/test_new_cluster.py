@@ -3,6 +3,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -10,9 +11,11 @@ from random import Random
 
 import pytest
 
+from lorapar_ray.grpo.checkpoint import newest
 from lorapar_ray.pipeline import STAGES
 from lorapar_ray.run_lock import NAME as LOCK
 from lorapar_ray.run_lock import SILENT_S
+from lorapar_ray.sft.checkpoint import last_checkpoint
 from tests.chaos import Recovery
 from tests.e2e.clusters import JobCluster, environment_of, job_cluster, link_sources, new_token
 from tests.e2e.conftest import FinishedRun
@@ -52,7 +55,10 @@ def test_a_new_cluster_goes_on_with_the_run(
 
     before = Done(run)
 
-    def wait_for(what: str, seen: partial[bool], cluster: JobCluster) -> None:
+    def works() -> bool:
+        return at_work() and (stage not in ("sft", "grpo") or steps_saved(run)[stage] > 0)
+
+    def wait_for(what: str, seen: Callable[[], bool], cluster: JobCluster) -> None:
         def look() -> bool:
             before.require_sums()
             if seen():
@@ -65,7 +71,7 @@ def test_a_new_cluster_goes_on_with_the_run(
 
     with job_cluster(NODES, environment) as first:
         submit(first)
-        wait_for(f"{stage} is at work", partial(at_work), first)
+        wait_for(f"{stage} is at work", works, first)
         first.kill()
     assert not is_done(run, stage), "it was over before its cluster died"
     before = Done(run)
@@ -96,7 +102,7 @@ class Done:
         self._run = run
         self._votes = stored_votes(run)
         self._sums = {file: file.stat().st_mtime_ns for file in sums_in(run)}
-        self._steps = {name: metrics(run, name) for name in ("sft", "grpo")}
+        self._steps = {name: metrics(run, name)[:steps] for name, steps in steps_saved(run).items()}
 
     def require_sums(self) -> None:
         """Those of scoring are still the same, as long as they are there."""
@@ -105,9 +111,15 @@ class Done:
                 assert file.stat().st_mtime_ns == at, f"{file.name} was computed again"
 
     def require_kept(self) -> None:
-        """It was not done again; of a training stage's steps, those since the last checkpoint may have been."""
+        """It was not done again; of a training stage's steps, those of the last checkpoint."""
         now = stored_votes(self._run)
         assert all(now[key] == seconds for key, seconds in self._votes.items()), "a stored vote was asked for again"
-        for name, every in (("sft", 2), ("grpo", 1)):
-            kept = len(self._steps[name]) // every * every
-            assert metrics(self._run, name)[:kept] == self._steps[name][:kept], f"{name} began anew"
+        for name, steps in self._steps.items():
+            assert metrics(self._run, name)[: len(steps)] == steps, f"{name} began anew"
+
+
+def steps_saved(run: Path) -> dict[str, int]:
+    """By training stage, the steps of its newest checkpoint. A step's metrics are written before its checkpoint."""
+    stage1 = last_checkpoint(run / "work" / "sft" / "checkpoints", 1)
+    stage2 = newest(run / "work" / "grpo", 0, 1)
+    return {"sft": stage1[1] if stage1 else 0, "grpo": stage2["step"] if stage2 else 0}
