@@ -22,17 +22,15 @@ from lorapar_ray.gpu_memory.device import installed_gpus, visible
 from lorapar_ray.gpus import place
 from lorapar_ray.labeling.secrets import secret
 from lorapar_ray.models import require_there
+from lorapar_ray.on_nodes import SILENT, on_nodes
 from lorapar_ray.pipeline import PIPELINE, stages_of
 from lorapar_ray.storage.probe import Probe
 from lorapar_ray.storage.uris import is_uri
-from lorapar_ray.text import REASON_LENGTH, final_line
 from lorapar_ray.tracker_check import remote_trackers, require_keys
 from lorapar_ray.versions import installed_versions
 
 ANSWER_LIMIT_S = 120
 """For a node to start a worker and to import torch."""
-SILENT = "no answer"
-"""The reason of a node that is still at it."""
 LEAST_FREE_GIB = 2
 
 
@@ -90,22 +88,8 @@ def _ask(
     nodes: dict[str, Any], probe: Probe | None, models: list[str], adapter: str | None
 ) -> tuple[dict[str, NodeReport], dict[str, str]]:
     """Every node's report, and the reason of each node that sent none."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    def there(node: str) -> Any:
-        strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-        return ray.remote(report).options(num_cpus=0, scheduling_strategy=strategy, max_retries=0)
-
-    asked = {there(node).remote(node, probe, models, adapter): node for node in nodes}
-    answered, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_LIMIT_S)
-    reports, failed = {}, dict.fromkeys((asked[call] for call in late), SILENT)
-    for call in answered:
-        try:
-            reports[asked[call]] = NodeReport(**ray.get(call))
-        except ray.exceptions.RayError as error:  # ends with the line of the error on the node
-            failed[asked[call]] = final_line(error, REASON_LENGTH) or type(error).__name__
-    return reports, failed
+    found, failed = on_nodes(report, {node: (node, probe, models, adapter) for node in nodes}, ANSWER_LIMIT_S)
+    return {node: NodeReport(**each) for node, each in found.items()}, failed
 
 
 def report(node: str, probe: Probe | None, models: list[str], adapter: str | None) -> dict[str, Any]:

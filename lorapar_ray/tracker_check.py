@@ -4,12 +4,12 @@ driver's."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 
 from lorapar_ray.capacity import Node, capacity
 from lorapar_ray.config import Config, Resources
 from lorapar_ray.errors import UserError
 from lorapar_ray.gpus import place
+from lorapar_ray.on_nodes import on_nodes
 from lorapar_ray.tracker_keys import missing
 
 ANSWER_LIMIT_S = 60
@@ -47,21 +47,14 @@ def remote_trackers(config: Config, stage: str) -> tuple[list[str], str]:
 def _on_nodes(names: Sequence[str], resources: Resources) -> Mapping[str, Mapping[str, str]]:
     """By node's address, what each of these trackers lacks there."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    asked = {}
+    addresses = {}
     for node in ray.nodes():
         has = Node(dict(node.get("Labels", {})), dict(node["Resources"]))
         if node["Alive"] and has.accepts(resources) and has.holds(resources) >= 1:
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = ray.remote(lacks).options(num_cpus=0, scheduling_strategy=there, max_retries=0)
-            asked[task.remote(list(names))] = str(node["NodeManagerAddress"])
-    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_LIMIT_S) if asked else ([], [])
-    found = {}
-    for call in answered:
-        with suppress(ray.exceptions.RayError):  # the node was lost
-            found[asked[call]] = ray.get(call)
-    return found
+            addresses[str(node["NodeID"])] = str(node["NodeManagerAddress"])
+    found, _ = on_nodes(lacks, {node: (list(names),) for node in addresses}, ANSWER_LIMIT_S)
+    return {addresses[node]: lack for node, lack in found.items()}
 
 
 def lacks(names: Sequence[str]) -> dict[str, str]:
