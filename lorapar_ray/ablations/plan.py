@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import inf
 from pathlib import Path
 
@@ -83,7 +84,7 @@ class Plan:
         config = self.source.config()
         return [""] * bool(config.data.test) + config.evaluate.tasks
 
-    @property
+    @cached_property
     def comparisons(self) -> int:
         """How many claims on two arms this run decides, whatever has finished."""
         once = [*self.stronger, *self.grid.moved, *self.grid.sequence]

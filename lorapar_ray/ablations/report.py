@@ -63,7 +63,8 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
     every = plan.units({})
     config = every[0].config
     asked, claims = plan.asked, plan.comparisons
-    main, *others = [_compared(plan, done, task, ends) for task in asked]
+    sweep = _sweep(plan) if done else ""
+    main, *others = [_compared(plan, done, task, ends, sweep) for task in asked]
     table = replace(main.table, name="table")
     lines, courses = _lines(plan, done), _courses(plan, done)
     begun = bool(done)  # before that no claim has a verdict
@@ -111,11 +112,12 @@ def report(plan: Plan, failed: Sequence[str] = ()) -> str:
     return "\n".join(texts)
 
 
-def _compared(plan: Plan, units: Sequence[Unit], task: str, ends: Mapping[str, str]) -> Compared:
+def _compared(plan: Plan, units: Sequence[Unit], task: str, ends: Mapping[str, str], sweep: str) -> Compared:
     """The finished runs on the test rows (an empty `task`), or on a task of lm-eval.
 
     Args:
         ends: see `Plan.ends`.
+        sweep: see `_sweep`.
     """
     found = _outcomes(units, task)
     starts = (read_outcome(unit.folder, unit.seed, "base", 0.0, task) for unit in units)
@@ -133,7 +135,7 @@ def _compared(plan: Plan, units: Sequence[Unit], task: str, ends: Mapping[str, s
     overall = sum_up(claims, verdicts, plan.compares)
     figures = figures_of(plan.grid, plan.source.config(), task)
     decisions: list[Said] = [*overall, *decided]
-    table = tables.accuracy_table(plan.grid, base, arms, figures, decisions, task, _sweep(plan) if arms else "")
+    table = tables.accuracy_table(plan.grid, base, arms, figures, decisions, task, sweep if arms else "")
     said = [Overall(each.found, f"On {task}: {each.sentence}") for each in decisions]
     missing = [each for each in decided if isinstance(each, Uncompared)]
     return Compared(base, arms, verdicts, overall, missing, said, table)
