@@ -25,6 +25,7 @@ from lorapar_ray.ablations.verdicts import (
     ending,
     paired_effect,
     shown,
+    too_little_to_lose,
     with_as_much_to_lose,
 )
 
@@ -194,11 +195,8 @@ def _sentence(
     if flat:
         return f"{said}but {' and '.join(flat)}, and the others are chosen by their gain, {ENDINGS['undecided']}."
     if kept.found() != found:
-        less = claim.better if kept.found() == "held" else claim.worse
-        return (
-            f"{said}but {less} is not shown to have had as much of it to lose ({claim.better} began "
-            f"{100 * starts.difference:+.1f} points above {claim.worse}; {shown(starts)}), {ENDINGS[found]}."
-        )
+        had = f"{claim.better} began {100 * starts.difference:+.1f} points above {claim.worse}"
+        return said + too_little_to_lose(claim, kept, starts, had, "of it ")
     return said + ending(kept, found)
 
 

@@ -17,6 +17,7 @@ from lorapar_ray.ablations.verdicts import (
     Found,
     Uncompared,
     all_of,
+    changes_of,
     ending,
     left_out,
     paired_effect,
@@ -193,11 +194,8 @@ def decide(
     if not pairs:
         return Uncompared(claim, NO_SEED)
     found = paired_effect(list(pairs.values()), comparisons)
-    changes: dict[str, int] = {}
-    for ours, other in pairs.values():
-        for question in ours:
-            changes[question] = changes.get(question, 0) + ours[question] - other[question]
-    p = mcnemar_exact(sum(each > 0 for each in changes.values()), sum(each < 0 for each in changes.values()))
+    changes = changes_of(list(pairs.values()))
+    p = mcnemar_exact(sum(each > 0 for each in changes), sum(each < 0 for each in changes))
     at_end = [f"{arm}'s is the {ends[arm]}" for arm in (claim.better, claim.worse) if ends and arm in ends]
     verdict = "undecided" if at_end else found.found(reaches=claim.reaches)
     answers = sum(len(ours) for ours, _ in pairs.values())

@@ -17,7 +17,6 @@ from lorapar_ray.ablations.retention import Answers, answers_in, share_right
 from lorapar_ray.ablations.sizes import RECUT
 from lorapar_ray.ablations.tables import Said, Table, bullets
 from lorapar_ray.ablations.verdicts import (
-    ENDINGS,
     NO_SEED,
     Effect,
     Found,
@@ -26,6 +25,7 @@ from lorapar_ray.ablations.verdicts import (
     ending,
     left_out,
     shown,
+    too_little_to_lose,
     with_as_much_to_lose,
 )
 from lorapar_ray.boundary import damaged, read_object
@@ -219,12 +219,9 @@ def _sentence(
     reached = [sum(each.reached for each in side) / len(side) for side in (better, worse)]
     end = ending(difference, found)
     if difference.found() != found:
-        less = claim.better if difference.found() == "held" else claim.worse
-        end = (
-            f"but {less} is not shown to have had as much to lose (right after their own training {claim.better} had "
-            f"{100 * starts.difference:+.1f} points more of them than {claim.worse}; {shown(starts)}), "
-            f"{ENDINGS[found]}."
-        )
+        more = f"{100 * starts.difference:+.1f} points more of them"
+        had = f"right after their own training {claim.better} had {more} than {claim.worse}"
+        end = too_little_to_lose(claim, difference, starts, had)
     return (
         f"{sentence(claim.text)}: {claim.better} lost {lost[0]:.1f} and {claim.worse} {lost[1]:.1f} points of the "
         f"earlier Systems' skills (difference {lost[1] - lost[0]:+.1f}; {shown(difference)}), {end} Right after its "

@@ -29,6 +29,8 @@ ENDINGS: dict[Found, str] = {
 Groups = Sequence[Sequence[float]]
 """Contributions of questions to a difference, in groups of questions drawn separately; the difference is the sum of the
 groups' means."""
+Paired = tuple[Mapping[str, float], Mapping[str, float]]
+"""Two arms' answers to the same questions: 1 if right, else 0."""
 NO_SEED = "no seed has results of both"
 """Why a claim about two arms is not compared."""
 FEWEST_SEEDS = 3
@@ -126,20 +128,24 @@ def level_of_each(comparisons: int) -> float:
     return 1 - (1 - LEVEL) / comparisons
 
 
-def paired_effect(pairs: Sequence[tuple[Mapping[str, float], Mapping[str, float]]], comparisons: int = 1) -> Effect:
+def paired_effect(pairs: Sequence[Paired], comparisons: int = 1) -> Effect:
     """The difference of two arms' shares of right answers.
 
     Args:
-        pairs: for each seed both arms' answers to the same questions: 1 if right, else 0.
+        pairs: for each seed.
         comparisons: see `effect`.
     """
+    by_seed = [(sum(ours.values()) - sum(theirs.values())) / len(ours) for ours, theirs in pairs]
+    return effect(by_seed, [changes_of(pairs)], comparisons=comparisons)
+
+
+def changes_of(pairs: Sequence[Paired]) -> list[float]:
+    """How much more often the first arm is right, for each question: the mean over seeds."""
     changes: dict[str, list[float]] = {}
     for ours, theirs in pairs:
         for question in ours:
             changes.setdefault(question, []).append(ours[question] - theirs[question])
-    by_seed = [(sum(ours.values()) - sum(theirs.values())) / len(ours) for ours, theirs in pairs]
-    by_question = [sum(each) / len(each) for each in changes.values()]
-    return effect(by_seed, [by_question], comparisons=comparisons)
+    return [sum(each) / len(each) for each in changes.values()]
 
 
 def with_as_much_to_lose(found: Found, starts: Effect) -> Found:
@@ -151,6 +157,18 @@ def with_as_much_to_lose(found: Found, starts: Effect) -> Found:
     """
     shown = {"held": starts, "not held": starts.reverse}
     return found if found == "undecided" or shown[found].found(reaches=True) == "held" else "undecided"
+
+
+def too_little_to_lose(claim: Claim, lost: Effect, starts: Effect, had: str, of: str = "") -> str:
+    """The end of a sentence on what two arms lost that `with_as_much_to_lose` leaves undecided.
+
+    Args:
+        had: how the arms' starts differ, in words.
+        of: what there was to lose, in words.
+    """
+    less = claim.better if lost.found() == "held" else claim.worse
+    said = f"but {less} is not shown to have had as much {of}to lose"
+    return f"{said} ({had}; {shown(starts)}), {ENDINGS['undecided']}."
 
 
 def question_reach(groups: Groups, size: float | None = None, level: float = LEVEL) -> tuple[float, float]:
